@@ -1,0 +1,21 @@
+"""One base error, few subclasses. Every message names the value, what is allowed, and the mend."""
+
+
+class HotLoraError(ValueError):
+    """A user's mistake, told in one message. Base of all errors that hotlora raises on purpose."""
+
+
+class ModelError(HotLoraError):
+    """A model that cannot be loaded, has no MoE layer, or belongs to a family that is not supported."""
+
+
+class DataError(HotLoraError):
+    """A data source without rows, a row without its fields, a task or split that does not exist."""
+
+
+class PlanError(HotLoraError):
+    """A rule, budget or rank out of range, or a plan that does not fit the model."""
+
+
+class FileError(HotLoraError):
+    """A file that is missing, truncated, or not what its name says."""

@@ -1,0 +1,96 @@
+"""Files that are whole or absent: written beside, then renamed; read with a word on what is wrong."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hotlora.errors import FileError
+
+_NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+,\s*)*-?[\d.eE+-]+)\n\s*\]")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; it takes `path`'s place on success and is removed on failure.
+
+    Makes the parent folders. The temporary name keeps the suffix, by which some writers choose a format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_in(path: str | os.PathLike[str], name: str) -> Path:
+    """`path` itself where it is a file or ends like `name`; otherwise a folder, so `path/name`."""
+    path = Path(path)
+    return path if path.is_file() or path.suffix == Path(name).suffix else path / name
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Indented JSON, with each list of numbers on one line. JSON has no NaN or infinity: they become null."""
+    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    # A JSON string holds no raw line break, so this touches lists only.
+    text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    write_text(path, text + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file. FileError, naming the file, where it is missing, cut short or foreign."""
+    path = Path(path)
+    try:
+        obj = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist: check the path, or run the step that writes it") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}): give a readable JSON file") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise FileError(
+            f"{path} is not whole JSON ({error}): it was cut short or is another kind of file; "
+            "write it again or restore a copy"
+        ) from error
+    if not isinstance(obj, dict):
+        raise FileError(f"{path} holds a JSON {type(obj).__name__}, not an object: another kind of file")
+    return obj
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}): check the path") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An edit by hand that repeats a key would silently lose the first one."""
+    obj = dict(pairs)
+    if len(obj) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return obj
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_finite(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj

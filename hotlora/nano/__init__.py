@@ -1,0 +1,1 @@
+"""The embedded default: a small, really trained MoE and its three tasks, generated from a seed."""

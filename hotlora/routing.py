@@ -1,0 +1,353 @@
+"""Watches a model's router on data, and reads the result: which experts are hot, and how hot.
+
+Shape suffixes: L MoE layers, E experts, K router's top-k, T tokens (batch x sequence, padding included).
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hotlora import models
+from hotlora.errors import DataError, FileError, ModelError, PlanError
+from hotlora.files import atomic_path, file_in
+
+FORMAT = "hotlora.profile"
+VERSION = "1"
+
+# Gate weights are summed as integers of this unit: then a sum does not depend on the order in which a GPU's
+# atomics add, and devices without float64 (mps) keep full precision. A float32 weight above 2**-13 is exact.
+_MASS_UNIT = 2.0**-36
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingProfile:
+    """How often, and how strongly, each expert of each layer was used on data (MoE-Sieve s3, HELLoRA s3).
+
+    The metrics below read `counts`. A layer without a single count has no distribution: its metrics are nan.
+    """
+
+    layers: tuple[int, ...]
+    """decoder indices of the L MoE layers, ascending"""
+    counts: Tensor
+    """int64 [L, E]: tokens that the router sent to each expert; a row sums to num_tokens x K"""
+    mass: Tensor
+    """float64 [L, E]: sum of the gate weights as applied, over those tokens"""
+    num_tokens: int
+    """tokens seen, without padding"""
+    num_experts_per_tok: int
+    """K"""
+    source: dict[str, Any] = field(default_factory=dict)
+    """where the profile came from: the model's "fingerprint", "model", "data", ..."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("counts", torch.int64), ("mass", torch.float64)):
+            tensor = getattr(self, name)
+            shape = list(tensor.shape)
+            if tensor.dtype != dtype or len(shape) != 2 or shape[0] != len(self.layers) or 0 in shape:
+                raise DataError(
+                    f"{name} is {tensor.dtype} {shape}: give {dtype} [{len(self.layers)} layers, experts]"
+                )
+        if self.counts.shape != self.mass.shape:
+            raise DataError(
+                f"counts are {list(self.counts.shape)}, mass is {list(self.mass.shape)}: give them one shape"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise DataError(f"layers are {self.layers}: they must be ascending decoder indices")
+
+    @property
+    def num_experts(self) -> int:
+        """E"""
+        return self.counts.shape[1]
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the layers and numbers; `source` does not enter."""
+        head = [list(self.layers), list(self.counts.shape), self.num_tokens, self.num_experts_per_tok]
+        digest = hashlib.sha256(json.dumps(head).encode())
+        for tensor in (self.counts, self.mass):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def shares(self) -> Tensor:
+        """float64 [L, E]: each expert's share of its layer's assignments."""
+        return self.counts.double() / self.counts.sum(dim=1, keepdim=True)
+
+    def layer_cv(self) -> Tensor:
+        """float64 [L]: CV (std / mean, ddof 0) of each layer's counts (MoE-Sieve s3.1)."""
+        return _cv(self.counts)
+
+    def mean_layer_cv(self) -> float:
+        """Mean of `layer_cv`: the imbalance inside a layer (MoE-Sieve table 2)."""
+        return self.layer_cv().mean().item()
+
+    def global_cv(self) -> float:
+        """CV of the counts summed over layers by expert index: what load balancing evens (MoE-Sieve s3.1)."""
+        return _cv(self.counts.sum(dim=0, keepdim=True)).item()
+
+    def cold_share(self) -> Tensor:
+        """float64 [L]: share of a layer's experts below half of the uniform share (MoE-Sieve s3.2)."""
+        totals = self.counts.sum(dim=1, keepdim=True)
+        cold = (2 * self.num_experts * self.counts < totals).double().mean(dim=1)
+        return torch.where(totals[:, 0] > 0, cold, torch.nan)
+
+    def coverage(self, *, fraction: float | None = None, experts_per_layer: int | None = None) -> Tensor:
+        """float64 [L]: share of assignments that go to a layer's busiest experts (MoE-Sieve s3.2, Cov@25%).
+
+        Give one budget, as for `select_experts`. PlanError where it is out of range.
+        """
+        kept = experts_kept(self.num_experts, fraction, experts_per_layer)
+        return self.shares().sort(dim=1, descending=True).values[:, :kept].sum(dim=1)
+
+    def entropy(self) -> Tensor:
+        """float64 [L]: entropy of a layer's shares over ln E; 1 = uniform (MoE-Sieve appendix A.1)."""
+        return torch.special.entr(self.shares()).sum(dim=1) / math.log(self.num_experts)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; any other path is a folder that gets `profile.safetensors`."""
+        meta = {
+            "layers": list(self.layers),
+            "num_tokens": self.num_tokens,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "source": self.source,
+        }
+        tensors = {"counts": self.counts.contiguous(), "mass": self.mass.contiguous()}
+        with atomic_path(file_in(path, "profile.safetensors")) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, "version": VERSION, "json": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "RoutingProfile":
+        """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short or foreign."""
+        file = file_in(path, "profile.safetensors")
+        mend = "make it again with `hotlora profile`"
+        if not file.is_file():
+            raise FileError(f"{file} does not exist: check the path, or {mend}")
+        try:
+            with safe_open(file, "pt") as stored:
+                head = stored.metadata() or {}
+                if head.get("format") != FORMAT:
+                    raise FileError(f"{file} is a safetensors file, but not a routing profile: {mend}")
+                if head.get("version") != VERSION:
+                    version = head.get("version")
+                    raise FileError(f"{file} has version {version!r}, this hotlora reads {VERSION!r}: {mend}")
+                meta = json.loads(head["json"])
+                counts, mass = stored.get_tensor("counts"), stored.get_tensor("mass")
+            return cls(
+                layers=tuple(meta["layers"]),
+                counts=counts,
+                mass=mass,
+                num_tokens=meta["num_tokens"],
+                num_experts_per_tok=meta["num_experts_per_tok"],
+                source=meta["source"],
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, DataError) as error:
+            raise FileError(f"{file} is not a whole routing profile ({error}): {mend}") from error
+
+
+def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: int | None) -> int:
+    """The number of experts that a budget keeps in each layer: round(fraction x E), at least 1.
+
+    PlanError: none or both given, or out of range.
+    """
+    if (fraction is None) == (experts_per_layer is None):
+        raise PlanError(
+            f"fraction is {fraction}, experts_per_layer is {experts_per_layer}: give exactly one of the two"
+        )
+    if experts_per_layer is not None:
+        if experts_per_layer != int(experts_per_layer) or not 1 <= experts_per_layer <= num_experts:
+            raise PlanError(
+                f"experts_per_layer is {experts_per_layer}: it must be an integer from 1 to {num_experts}"
+            )
+        return int(experts_per_layer)
+    assert fraction is not None
+    if not 0 < fraction <= 1:
+        raise PlanError(f"fraction is {fraction}: it must be above 0 and at most 1, such as 0.25")
+    return max(1, round(fraction * num_experts))
+
+
+def jaccard(a: Any, b: Any) -> float:
+    """Mean over layers of |a ∩ b| / |a ∪ b| of two plans' experts (MoE-Sieve s3.2); 1 = the same experts.
+
+    Takes plans, or dicts from a decoder layer to expert ids. Two empty layers are the same. PlanError where
+    the two do not name the same layers.
+    """
+    ours: Mapping[int, Sequence[int]] = getattr(a, "experts", a)
+    theirs: Mapping[int, Sequence[int]] = getattr(b, "experts", b)
+    if set(ours) != set(theirs) or not ours:
+        raise PlanError(
+            f"the plans name layers {sorted(ours)} and {sorted(theirs)}: compare two plans of one model"
+        )
+    scores = []
+    for layer in ours:
+        one, other = set(ours[layer]), set(theirs[layer])
+        scores.append(len(one & other) / len(one | other) if one | other else 1.0)
+    return sum(scores) / len(scores)
+
+
+def profile_routing(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    progress: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> RoutingProfile:
+    """Counts, without gradients, where a model's router sends the tokens of `batches` (MoE-Sieve s4, step 1).
+
+    The counts are taken at the call of each experts module, after whatever the router did to its scores;
+    nothing is recomputed from logits. The model may be adapted by PEFT. It runs in eval mode, and is left as
+    it was.
+
+    batches: dicts with input_ids [B, S] and attention_mask [B, S] (1 token, 0 padding; absent = all ones).
+    progress: show a bar on stderr. source: what to remember of data and model, in plain JSON values.
+
+    DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
+    device, or gate weights that are not finite.
+    """
+    layers = models.moe_layers(model)
+    sizes = sorted({layer.num_experts for layer in layers})
+    if len(sizes) > 1:
+        raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
+    device = _input_device(model)
+    run = _decoder(model)
+    counters = [_Counter(layer.num_experts) for layer in layers]
+    num_tokens = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_eval_mode(model))
+        for layer, counter in zip(layers, counters, strict=True):
+            experts = model.get_submodule(layer.experts)
+            handle = experts.register_forward_pre_hook(counter.hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        if progress:
+            batches = track(batches, description="Profiling", console=Console(stderr=True))
+        for index, batch in enumerate(batches):
+            input_ids, mask = _checked(batch, index)
+            num_tokens += int(mask.sum())
+            masks = {mask.device: mask.flatten()}
+            for counter in counters:
+                counter.masks = masks
+            run(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    if num_tokens == 0:
+        raise DataError("no token to profile on: give at least one batch with a token that is not padding")
+    top_k = models.num_experts_per_tok(model)
+    sums = [counter.to_host() for counter in counters]
+    counts = torch.stack([counts for counts, _, _ in sums])
+    if bad := sum(bad for _, _, bad in sums):
+        raise ModelError(
+            f"{bad} gate weights are not finite, so the model overflows in its dtype: load it in bfloat16 or "
+            "float32"
+        )
+    # Under expert parallelism the assignments to other ranks' experts carry an index out of range.
+    partial = any(counter.is_expert_parallel for counter in counters)
+    assert partial or (counts.sum(dim=1) == num_tokens * top_k).all(), "a row must sum to tokens x K"
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    origin = {"fingerprint": models.fingerprint(model)} | ({"model": name} if name else {})
+    return RoutingProfile(
+        layers=tuple(layer.layer for layer in layers),
+        counts=counts,
+        mass=torch.stack([mass for _, mass, _ in sums]),
+        num_tokens=num_tokens,
+        num_experts_per_tok=top_k,
+        source=origin | dict(source or {}),
+    )
+
+
+class _Counter:
+    """Sums one layer's assignments on the device that its experts live on. Never waits for that device."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.masks: dict[torch.device, Tensor] = {}
+        """the current batch's token mask [T], on each device that asked"""
+        self.sums: Tensor | None = None
+        """int64 [2, E + 1]: counts and mass; the last column takes what does not count"""
+        self.bad: Tensor | None = None
+        """int64 []: gate weights that are not finite"""
+        self.is_expert_parallel = False
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads hidden [T, D], top_k_index [T, K], top_k_weights [T, K] by position: their names differ."""
+        _, index_TK, weight_TK = (*args, *kwargs.values())[:3]
+        device = index_TK.device
+        if self.sums is None:
+            self.sums = torch.zeros(2, self.num_experts + 1, dtype=torch.int64, device=device)
+            self.bad = torch.zeros((), dtype=torch.int64, device=device)
+            self.is_expert_parallel = bool(getattr(module, "_is_expert_parallel", False))
+        if device not in self.masks:
+            self.masks[device] = next(iter(self.masks.values())).to(device, non_blocking=True)
+        mask_T = self.masks[device]
+        assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
+        counted_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
+        weight_TK = weight_TK.reshape(index_TK.shape)
+        finite_TK = weight_TK.isfinite()
+        weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32))
+        units_TK = (torch.where(finite_TK, weight_TK, 0) / _MASS_UNIT).round().to(torch.int64)
+        column_S = torch.where(counted_TK, index_TK, self.num_experts).flatten()
+        self.sums.index_add_(1, column_S, torch.stack([torch.ones_like(units_TK), units_TK]).flatten(1))
+        self.bad += (counted_TK & ~finite_TK).sum()
+
+    def to_host(self) -> tuple[Tensor, Tensor, int]:
+        """counts int64 [E], mass float64 [E], number of weights that are not finite."""
+        if self.sums is None or self.bad is None:
+            raise ModelError("an MoE layer's experts were not called: this model's forward is not supported")
+        counts, units = self.sums[:, :-1].cpu()
+        return counts.clone(), units.double() * _MASS_UNIT, int(self.bad)
+
+
+def _cv(counts: Tensor) -> Tensor:
+    values = counts.double()
+    return values.std(dim=1, correction=0) / values.mean(dim=1)
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The model without its language-model head, whose logits over the vocabulary nobody reads here."""
+    get_decoder = getattr(model, "get_decoder", None)
+    return get_decoder() if callable(get_decoder) else model
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    weight = next(model.parameters())
+    if (embeddings := getattr(model, "get_input_embeddings", None)) is not None:
+        weight = embeddings().weight
+    if weight.device.type == "meta":
+        raise ModelError("the model is on the meta device, without weights to run: load it with `load_model`")
+    return weight.device
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; then each module's own flag again, for frozen parts may differ from the whole."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _checked(batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor]:
+    """input_ids [B, S] and a boolean mask [B, S]; DataError where a batch is not that."""
+    input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        raise DataError(f"batch {index} has no input_ids tensor [B, S]: give dicts as a collator makes them")
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+        raise DataError(
+            f"batch {index}: attention_mask must be a tensor of input_ids' shape {list(input_ids.shape)}, "
+            f"and is {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    return input_ids, mask.bool()

@@ -1,0 +1,54 @@
+"""HellaSwag: which of four endings follows, by log-likelihood per character (acc_norm).
+
+A row of ``hellaswag_val.jsonl`` (github.com/rowanz/hellaswag, MIT), or of the hub's ``Rowan/hellaswag``::
+
+    {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+     "ctx": "A man is sitting on a roof. he", "endings": ["is using wrap to wrap a pair of skis.",
+     "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."],
+     "source_id": "activitynet~v_-JhWjGDPHMY", "split": "val", "split_type": "indomain", "label": "3"}
+
+Some copies hold ``"query": "Roof shingle removal: A man is sitting on a roof. He"`` in place of the first four.
+The published test labels are hidden, so the split "test" is the validation split, as everywhere.
+"""
+
+import re
+
+from ..errors import DataError
+from .rows import Row, check_split, load_rows, need, need_text
+from .task import Example, Task
+
+HUB_ID = "Rowan/hellaswag"
+_FILES = {
+    "train": ["hellaswag_train.jsonl", "hellaswag_train.jsonl.gz", "train.jsonl", "train.jsonl.gz"],
+    "test": ["hellaswag_val.jsonl", "hellaswag_val.jsonl.gz", "validation.jsonl", "val.jsonl", "test.jsonl"],
+}
+
+
+def clean(text: str) -> str:
+    """lm-eval's clean-up: WikiHow's ``[title]`` becomes a full stop, other bracketed text goes."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def example(row: Row) -> Example:
+    """A row as context and endings; the right ending is the completion to train on."""
+    if "query" in row.values:
+        (context,) = need_text(row, "query")
+    else:
+        label, ctx_a, ctx_b = need_text(row, "activity_label", "ctx_a", "ctx_b")
+        context = f"{label}: {ctx_a} {ctx_b.capitalize()}"
+    endings, answer = need(row, "endings", "label")
+    choices = tuple(clean(ending) for ending in endings)
+    if str(answer) not in {str(index) for index in range(len(choices))}:
+        raise DataError(f"{row.place}: label {answer!r} is none of the {len(choices)} endings (0 to {len(choices) - 1}).")
+    return Example(clean(context), f" {choices[int(answer)]}", choices, int(answer))
+
+
+def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+    """39,905 train and 10,042 validation rows from the hub, a file, or a folder with the published files."""
+    check_split("hellaswag", split)
+    rows = load_rows("hellaswag", source, HUB_ID, None, _FILES[split], {"test": "validation"}.get(split, split))
+    return [example(row) for row in rows]
+
+
+TASK = Task("hellaswag", "choice", "acc_norm", load)

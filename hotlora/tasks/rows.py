@@ -1,0 +1,133 @@
+"""Rows of JSON from a file or the hub, each with where it stands, so that an error can say which one is wrong."""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
+
+
+class Row(NamedTuple):
+    """One row and its place: `train.jsonl line 7`."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Reads JSON lines, or one JSON list of objects; either may be gzipped.
+
+    Raises:
+        DataError: no such file, no rows, invalid JSON or a row that is not an object (with its line).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; give a file of JSON lines ({', '.join(SUFFIXES)}).")
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); it must be UTF-8 text, or gzipped UTF-8 text.") from error
+    rows = list(_parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text))
+    if not rows:
+        raise DataError(f"{path} holds no rows; give a file with at least one JSON object.")
+    for place, values in rows:
+        if not isinstance(values, dict):
+            raise DataError(f"{place}: a row must be a JSON object, this is a {type(values).__name__}.")
+    return rows
+
+
+def _parse_lines(path: Path, text: str) -> Iterator[Row]:
+    # Not str.splitlines: it also cuts at U+2028 and its like, which may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield Row(f"{path} line {number}", json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path} line {number} is not valid JSON ({error.msg} at column {error.colno}); "
+                    "each line must be one whole JSON object."
+                ) from error
+
+
+def _parse_list(path: Path, text: str) -> Iterator[Row]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} line {error.lineno} is not valid JSON ({error.msg} at column {error.colno})."
+        ) from error
+    for number, row in enumerate(values, start=1):
+        yield Row(f"{path} row {number}", row)
+
+
+def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
+    """The rows of a data set on the Hugging Face hub, or in its local cache."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split)
+    except _HUB_ERRORS as error:
+        raise DataError(
+            f"The data set {name!r} (split {split!r}) cannot be loaded from the hub: {error}. "
+            "Check its name and the network, or give a local file."
+        ) from error
+    return [Row(f"{name} {split} row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def split_file(folder: Path, names: Sequence[str]) -> Path:
+    """The first of `names` that is in `folder`; DataError names what was looked for."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder} holds none of {', '.join(names)}; give a folder that does, or one file.")
+
+
+def load_rows(task: str, source: str | None, hub: str, config: str | None, files: Sequence[str], split: str) -> list[Row]:
+    """A published task's rows from a local file, a local folder, or the hub.
+
+    Args:
+        source: a file, a folder holding one of `files`, a hub id, or None for the hub id `hub`.
+        split: the split's name on the hub.
+    """
+    if source is None or source == hub:
+        return hub_rows(hub, split, config)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return read_rows(split_file(path, files))
+    if path.is_file() or path.suffix or source.count("/") != 1:
+        if not path.is_file():
+            raise DataError(f"{task}: {source} does not exist; give a file, a folder holding {files[0]}, or a hub id.")
+        return read_rows(path)
+    return hub_rows(source, split, config)
+
+
+def need(row: Row, *fields: str) -> tuple[Any, ...]:
+    """The values of `fields`; DataError says which one the row lacks, where, and what it has."""
+    for field in fields:
+        if field not in row.values:
+            raise DataError(
+                f"{row.place} has no field {field!r}; it has {', '.join(sorted(row.values)) or 'none'}; "
+                f"needed are {', '.join(fields)}."
+            )
+    return tuple(row.values[field] for field in fields)
+
+
+def need_text(row: Row, *fields: str) -> tuple[str, ...]:
+    """Like `need`, for fields that must hold text."""
+    values = need(row, *fields)
+    for field, value in zip(fields, values, strict=True):
+        if not isinstance(value, str):
+            raise DataError(f"{row.place}: {field!r} must be text, this is {json.dumps(value, default=str)[:60]}.")
+    return values
+
+
+def check_split(task: str, split: str) -> None:
+    """Raises DataError for a split that is neither train nor test."""
+    if split not in ("train", "test"):
+        raise DataError(f"{task} has no split {split!r}; its splits are train, test.")
