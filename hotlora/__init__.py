@@ -1,0 +1,50 @@
+"""Fine-tune Mixture-of-Experts language models where they already work.
+
+    profile = hotlora.profile_routing(model, batches)
+    plan    = hotlora.select_experts(profile, rule="hot", fraction=0.25)
+    config  = hotlora.HotLoraConfig(plan=plan, r=32, lora_alpha=64)
+    model   = peft.get_peft_model(model, config)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
+_PUBLIC = {
+    "DataError": "errors",
+    "ExpertPlan": "plan",
+    "FileError": "errors",
+    "HotLoraConfig": "adapter",
+    "HotLoraError": "errors",
+    "ModelError": "errors",
+    "PlanError": "errors",
+    "RoutingProfile": "routing",
+    "count_parameters": "adapter",
+    "jaccard": "routing",
+    "load_adapter": "adapter",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "profile_routing": "routing",
+    "select_experts": "plan",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .adapter import HotLoraConfig, count_parameters, load_adapter
+    from .errors import DataError, FileError, HotLoraError, ModelError, PlanError
+    from .models import load_model, load_tokenizer
+    from .plan import ExpertPlan, select_experts
+    from .routing import RoutingProfile, jaccard, profile_routing
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hotlora' has no attribute {name!r}")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -70,6 +70,28 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return obj
 
 
+def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, each with `keys`. FileError, naming file and line, if not.
+
+    A last line without its line break is still being written, and is left out.
+    """
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break
+                row = json.loads(line)
+                if not isinstance(row, dict) or not all(key in row for key in keys):
+                    raise ValueError(f"an object with {', '.join(keys) or 'any keys'} was expected")
+                rows.append(row)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except ValueError as error:
+        raise FileError(f"{path}, line {len(rows) + 1}: {error}; write the file again") from error
+    return rows
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes."""
     try:

@@ -1,8 +1,8 @@
 """Loads a model and its tokenizer, and finds each MoE layer's experts, router, shared experts and attention.
 
-The only file that knows transformers' names. What can be read off the modules is read off the modules: an experts
-module is one that transformers' `use_experts_implementation` has decorated, its router is the sibling that holds an
-`[E, D]` weight, and shared experts are the siblings that hold Linears of their own.
+The only file that knows transformers' names. What can be read off the modules is read off the modules: an
+experts module is one that transformers' `use_experts_implementation` has decorated, its router is the sibling
+that holds an `[E, D]` weight, and shared experts are the siblings that hold Linears of their own.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -52,8 +53,8 @@ class MoELayer:
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model`, ascending by decoder index.
 
-    Works on a transformers model, on a `PeftModel` around one, and on the meta device. In an adapted model a path is
-    the wrapper's, which takes the same arguments as the module it wraps.
+    Works on a transformers model, on a `PeftModel` around one, and on the meta device. In an adapted model a
+    path is the wrapper's, which takes the same arguments as the module it wraps.
 
     Raises:
         ModelError: the family is not supported, or the model has no MoE layer.
@@ -67,7 +68,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         decoder = _decoder_path(path)
         block = path.rpartition(".")[0]
         siblings = {name: m for name, m in modules.items() if name.startswith(f"{block}.") and name != path}
-        num_experts = int(module.num_experts)
+        num_experts = cast(int, module.num_experts)
         layers.append(
             MoELayer(
                 layer=int(decoder.rpartition(".")[2]),
@@ -95,30 +96,45 @@ def attention_modules(model: nn.Module) -> list[str]:
     """Paths of the q, k, v, o Linears of all decoder layers, dense ones too, in the order of the layers."""
     _check_family(_config(model))
     modules = dict(_modules(model))
-    decoders = [path for path in modules if (match := _DECODER_LAYER.match(path)) and match.end() == len(path)]
+    decoders = [
+        path for path in modules if (match := _DECODER_LAYER.match(path)) and match.end() == len(path)
+    ]
     return [name for decoder in decoders for name in _attention_paths(decoder, modules)]
 
 
 def num_experts_per_tok(model: nn.Module) -> int:
     """K: how many routed experts each token is sent to."""
-    return int(_config(model).num_experts_per_tok)
+    config = _config(model)
+    _check_family(config)
+    return int(config.num_experts_per_tok)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a sha256.
+    """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a
+    sha256.
 
-    Hashes the number of decoder layers and, for each MoE layer, its index and E, K, D, F. Weights, dtype, device and
-    adapters do not enter, so a fine-tuned sister model shares it and a model on the meta device has it.
+    Hashes the number of decoder layers and, for each MoE layer, its index and E, K, D, F. Weights, dtype,
+    device and adapters do not enter, so a fine-tuned sister model shares it and a model on the meta device
+    has it.
     """
     config = _config(model)
     top_k = num_experts_per_tok(model)
     layers = []
     for layer in moe_layers(model):
-        experts = _unwrap(model.get_submodule(layer.experts))
+        experts = unwrap(model.get_submodule(layer.experts))
         _, width, expert_width = experts.down_proj.shape  # [E, D, F]
         layers.append([layer.layer, layer.num_experts, top_k, width, expert_width])
-    structure = json.dumps({"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True)
+    structure = json.dumps(
+        {"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True
+    )
     return f"{config.model_type}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
+
+
+def unwrap(module: nn.Module) -> Any:
+    """The transformers module inside of any number of PEFT layers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def load_model(
@@ -128,14 +144,18 @@ def load_model(
 
     Args:
         name_or_path: a local folder, a name on the Hub, or "nano" for the embedded model.
-        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower.
-        device: "auto" is cuda if there is one, else the CPU.
+        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision
+        is slower. device: "auto" is cuda if there is one, else the CPU.
 
     Raises:
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
     source = _source(name_or_path)
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    target = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "auto"
+        else torch.device(device)
+    )
     if dtype == "auto" and target.type == "cpu":
         dtype = torch.float32
     try:
@@ -146,7 +166,7 @@ def load_model(
         )
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} "
             'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
@@ -175,7 +195,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
 
 def model_from_config(path: str | Path) -> PreTrainedModel:
-    """The model that a `config.json` (or a folder with one) describes, on the meta device: shapes without weights.
+    """The model that a `config.json` (or a folder with one) describes, on the meta device: shapes without
+    weights.
 
     Raises:
         FileError: the file is missing or is not a transformers config.
@@ -198,7 +219,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
 
 
 def _source(name_or_path: str | Path) -> str:
-    """A path or Hub name for transformers; a path that does not exist is told here, before the Hub is asked for it."""
+    """A folder or Hub name for transformers. A missing folder is told here, before the Hub is asked."""
     text = str(name_or_path)
     if text == NANO:
         if not (NANO_PATH / "config.json").is_file():
@@ -207,7 +228,12 @@ def _source(name_or_path: str | Path) -> str:
     path = Path(text).expanduser()
     if path.is_dir():
         return str(path)
-    if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.exists():
+    if (
+        isinstance(name_or_path, Path)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or path.exists()
+    ):
         raise ModelError(f"{text!r} is not a folder. Give the folder that holds the model's config.json.")
     return text
 
@@ -229,33 +255,32 @@ def _check_family(config: PreTrainedConfig) -> None:
             f"a {config.model_type} model has no MoE layer, so it has no experts to choose from. "
             f"Use a model of one of the families {supported}."
         )
-    raise ModelError(f"the MoE family {config.model_type} is not supported yet. Supported families: {supported}.")
-
-
-def _unwrap(module: nn.Module) -> Any:
-    """The transformers module inside of any number of PEFT layers."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer
-    return module
+    raise ModelError(
+        f"the MoE family {config.model_type} is not supported yet. Supported families: {supported}."
+    )
 
 
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Like `named_modules`, but a PEFT layer and its inside count as the one module that it wraps."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        inner = _unwrap(child)
+        inner = unwrap(child)
         yield path, inner
         yield from _modules(inner, f"{path}.")
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+def _is_experts(module: Any) -> bool:
+    return (
+        hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+    )
 
 
 def _decoder_path(path: str) -> str:
     match = _DECODER_LAYER.match(path)
     if match is None:
-        raise ModelError(f"the experts at {path} are not inside a decoder layer. This model's layout is not supported.")
+        raise ModelError(
+            f"the experts at {path} are not inside a decoder layer. This model's layout is not supported."
+        )
     return match.group(0)
 
 
@@ -269,7 +294,9 @@ def _router_path(block: str, siblings: dict[str, nn.Module], num_experts: int) -
         and name.count(".") == block.count(".") + 1
     ]
     if len(routers) != 1:
-        raise ModelError(f"{block} should have one router of {num_experts} rows, and has {routers or 'none'}.")
+        raise ModelError(
+            f"{block} should have one router of {num_experts} rows, and has {routers or 'none'}."
+        )
     return routers[0]
 
 

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hotlora import models
 from hotlora.errors import DataError, FileError, ModelError, PlanError
 from hotlora.files import atomic_path, file_in
 
@@ -52,19 +51,20 @@ class RoutingProfile:
     """where the profile came from: the model's "fingerprint", "model", "data", ..."""
 
     def __post_init__(self) -> None:
-        for name, dtype in (("counts", torch.int64), ("mass", torch.float64)):
-            tensor = getattr(self, name)
-            shape = list(tensor.shape)
-            if tensor.dtype != dtype or len(shape) != 2 or shape[0] != len(self.layers) or 0 in shape:
-                raise DataError(
-                    f"{name} is {tensor.dtype} {shape}: give {dtype} [{len(self.layers)} layers, experts]"
-                )
-        if self.counts.shape != self.mass.shape:
+        layers = tuple(self.layers)
+        if self.counts.is_floating_point() or self.counts.dtype == torch.bool:
+            raise DataError(f"counts are {self.counts.dtype}: they must be integers")
+        shape = self.counts.shape
+        if len(shape) != 2 or shape[0] != len(layers) or 0 in shape or self.mass.shape != shape:
             raise DataError(
-                f"counts are {list(self.counts.shape)}, mass is {list(self.mass.shape)}: give them one shape"
+                f"counts are {list(shape)}, mass is {list(self.mass.shape)}: both must be "
+                f"[{len(layers)} layers, experts]"
             )
-        if list(self.layers) != sorted(set(self.layers)):
-            raise DataError(f"layers are {self.layers}: they must be ascending decoder indices")
+        if list(layers) != sorted(set(layers)):
+            raise DataError(f"layers are {layers}: they must be ascending decoder indices")
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "counts", self.counts.to("cpu", torch.int64))
+        object.__setattr__(self, "mass", self.mass.to("cpu", torch.float64))
 
     @property
     def num_experts(self) -> int:
@@ -214,6 +214,8 @@ def profile_routing(
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
     device, or gate weights that are not finite.
     """
+    from hotlora import models  # here, since reading a profile needs no transformers
+
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
     if len(sizes) > 1:

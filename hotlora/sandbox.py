@@ -123,13 +123,14 @@ def _decode(value: Any) -> Any:
 
 # ---- the worker ----------------------------------------------------------------------------------------------------
 
-_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _REFUSED_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}
 
 
 def _authorize(action: int, arg1: str | None, arg2: str | None, *_: str | None) -> int:
-    refused = action not in _ALLOWED or (arg2 or "").lower() in _REFUSED_FUNCTIONS
-    return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_FUNCTION:  # its name is the second argument
+        return sqlite3.SQLITE_DENY if (arg2 or "").lower() in _REFUSED_FUNCTIONS else sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
 
 
 def _connect(database: str) -> sqlite3.Connection:

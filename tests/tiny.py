@@ -34,7 +34,7 @@ _FAMILY: dict[str, dict] = {
 
 
 def tiny_config(family: str, **overrides) -> PreTrainedConfig:
-    """A config of `family` with E=8, K=2, D=32, F=16, two layers. `num_experts` is spelled so in every family."""
+    """A config of `family`: E=8, K=2, D=32, F=16, two layers. `num_experts` is taken in every family."""
     values = {**_COMMON, **_FAMILY[family], **overrides}
     if family == "mixtral" and "num_experts" in overrides:
         values["num_local_experts"] = values.pop("num_experts")
@@ -49,8 +49,10 @@ def tiny_model(family: str = "olmoe", *, seed: int = 0, **overrides) -> PreTrain
     return model.eval()
 
 
-def tiny_batch(batch: int = 2, length: int = 9, *, seed: int = 0, vocab_size: int = 128) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `[B, S]`; no special ids, the second half of the rows is right-padded."""
+def tiny_batch(
+    batch: int = 2, length: int = 9, *, seed: int = 0, vocab_size: int = 128
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` `[B, S]`, without special ids; half of the rows are right-padded."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, vocab_size, (batch, length), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -61,7 +63,7 @@ def tiny_batch(batch: int = 2, length: int = 9, *, seed: int = 0, vocab_size: in
 
 
 def tiny_plan(model: PreTrainedModel, experts: dict[int, list[int]] | None = None) -> dict:
-    """A plan for `model` as plain data: experts 1, 3, 6 of every MoE layer unless `experts` says otherwise."""
+    """A plan for `model` as plain data: experts 1, 3, 6 of every MoE layer, or those given."""
     from hotlora.models import fingerprint, moe_layers
 
     layers = moe_layers(model)

@@ -27,9 +27,12 @@ def example(row: Row) -> Example:
 
 
 def final_answer(text: str) -> str | None:
-    """The number after the first ``####``, without commas, ``$`` and trailing dots; None where there is none."""
-    found = _ANSWER.search(text.replace("#### $", "#### ").replace("#### -$", "#### -"))
-    return found[1].replace(",", "").replace("$", "").rstrip(".") or None if found else None
+    """The number after the first ``#### ``, without commas and trailing dots; None where there is none.
+
+    As published, a ``$`` between the two makes the answer no answer.
+    """
+    found = _ANSWER.search(text)
+    return found[1].replace(",", "").rstrip(".") or None if found else None
 
 
 def score(example: Example, text: str) -> bool:

@@ -1,0 +1,308 @@
+"""HotLoRA as a PEFT adapter: LoRA on a plan's experts, and on attention, routers and shared experts.
+
+`peft.get_peft_model(model, HotLoraConfig(plan=plan))` is plain PEFT. Attention and shared experts get PEFT's
+own `lora.Linear`; the planned experts and the routers get the layers in `layers`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, PeftType
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
+from hotlora.experts import check_layout
+from hotlora.files import read_json
+from hotlora.layers import HotLoraExperts, HotLoraRouter, MergeableLayer
+from hotlora.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
+from hotlora.plan import ExpertPlan
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# LoraConfig's options that the layers below do not implement, with the value that leaves each one off.
+_UNSUPPORTED: dict[str, Any] = {
+    "bias": "none",
+    "lora_bias": False,
+    "target_parameters": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layer_replication": None,
+}
+
+
+@dataclass
+class HotLoraConfig(LoraConfig):
+    """LoRA on the experts of a plan (MoE-Sieve s3, HELLoRA s3). HELLoRA's r and alpha are the defaults.
+
+    Planned experts get separate gate, up and down adapters. The targets follow from the plan and the three
+    switches, so `target_modules` cannot be given. `lora_dropout` drops inputs of the updates; it does not
+    touch the router, whose update is made in its weight. The plan is saved inside `adapter_config.json`.
+
+    Raises:
+        PlanError: no plan or a broken one, r or dropout out of range, an option that is not supported.
+    """
+
+    r: int = 32
+    lora_alpha: int = 64
+    lora_dropout: float = 0.0
+    task_type: Any = "CAUSAL_LM"
+    plan: Any = None
+    """An `ExpertPlan`, or one as a dict; held as a dict."""
+    train_attention: bool = True
+    """q, k, v, o of all decoder layers, dense ones too."""
+    train_router: bool = True
+    """The router of every MoE layer, planned or not."""
+    train_shared: bool = True
+    """The shared experts of every MoE layer, without their scalar gate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plan is None:
+            raise PlanError("HotLoraConfig needs a plan: make one with hotlora.select_experts(profile).")
+        if self.target_modules is not None:
+            raise PlanError(
+                f"target_modules={self.target_modules!r} cannot be given: the plan names the experts, and "
+                "train_attention, train_router and train_shared switch the rest."
+            )
+        plan = self.plan if isinstance(self.plan, ExpertPlan) else ExpertPlan.from_dict(_as_dict(self.plan))
+        self.plan = plan.to_dict()
+        if not isinstance(self.r, int) or self.r < 1:
+            raise PlanError(f"r={self.r!r} must be a whole number of at least 1; the papers use 32.")
+        if not 0 <= self.lora_dropout < 1:
+            raise PlanError(
+                f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1, such as 0.05."
+            )
+        for name, off in _UNSUPPORTED.items():
+            if getattr(self, name) != off:
+                raise PlanError(f"{name}={getattr(self, name)!r} is not supported: leave it at {off!r}.")
+        for field in dataclasses.fields(self):  # DoRA, aLoRA, KaSA, ...
+            if field.metadata.get("is_lora_variant") and getattr(self, field.name):
+                raise PlanError(f"{field.name} is not supported on experts and routers: leave it off.")
+        if not isinstance(self.init_lora_weights, bool):
+            raise PlanError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False."
+            )
+        if plan.ranks is not None:
+            raise PlanError("ranks per expert are not supported yet: remove `ranks` from the plan and set r.")
+        # Where the plan's experts are in the model; set by `bind`, not saved.
+        self._expert_ids: dict[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "HotLoraConfig":
+        """A config from what was saved, but for the targets: they are worked out for the model again."""
+        return cls(**{k: v for k, v in kwargs.items() if k not in ("target_modules", "target_parameters")})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds; the targets in order, so that equal adapters give equal files."""
+        data = super().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+
+    def bind(self, model: nn.Module) -> None:
+        """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it
+        is.
+
+        Raises:
+            PlanError: the plan is for another model or names a layer that is not there, or nothing would
+            train. ModelError: the model is not supported.
+        """
+        plan = ExpertPlan.from_dict(self.plan)
+        layers = {layer.layer: layer for layer in moe_layers(model)}
+        if plan.fingerprint is not None and plan.fingerprint != fingerprint(model):
+            raise PlanError(
+                f"the plan was made for {plan.fingerprint}, but this model is {fingerprint(model)}. "
+                "Profile this model and select experts again."
+            )
+        if missing := sorted(set(plan.experts) - set(layers)):
+            raise PlanError(f"the plan names layers {missing}; this model's MoE layers are {sorted(layers)}.")
+        for index, ids in plan.experts.items():
+            if plan.num_experts != (there := layers[index].num_experts):
+                raise PlanError(
+                    f"the plan is for {plan.num_experts} experts and names {list(ids)} in layer {index}, "
+                    f"where there are {there}: 0 to {there - 1}. Profile this model and select experts again."
+                )
+        expert_ids = {layers[index].experts: ids for index, ids in plan.experts.items() if ids}
+        targets = {*expert_ids}
+        if self.train_attention:
+            targets.update(attention_modules(model))
+        if self.train_router:
+            targets.update(layer.router for layer in layers.values())
+        if self.train_shared:
+            targets.update(path for layer in layers.values() for path in layer.shared)
+        if not targets:
+            raise PlanError(
+                "nothing would be trained: the plan has no expert, and attention, routers and shared experts "
+                "are off. Plan at least one expert, or switch one of them on."
+            )
+        self._check_modules(model, list(layers.values()))
+        self._expert_ids = expert_ids
+        self.target_modules = targets  # type: ignore[assignment]  # a set, as PEFT makes of a list
+
+    def _check_modules(self, model: nn.Module, layers: list[MoELayer]) -> None:
+        for layer in layers:
+            experts, router = model.get_submodule(layer.experts), model.get_submodule(layer.router)
+            check_layout(unwrap(experts))
+            for path, module in ((layer.experts, experts), (layer.router, router)):
+                if isinstance(module, BaseTunerLayer) and not isinstance(module, MergeableLayer):
+                    raise ModelError(
+                        f"{path} already has an adapter of another kind ({type(module).__name__}). "
+                        "Unload it, or use a fresh base model."
+                    )
+            self._register_custom_module({type(unwrap(experts)): HotLoraExperts})
+            self._register_custom_module({type(unwrap(router)): HotLoraRouter})
+
+
+class HotLoraModel(LoraModel):
+    """PEFT's LoRA, which binds a HotLoraConfig to the model. Any other LoraConfig goes through unchanged.
+
+    `_prepare_adapter_config` is where PEFT fills in a config's targets: before anything of the model is
+    changed, and after MoE targets have been rewritten for transformers 5 (peft#3711), so that the exact
+    names which `bind` sets stay as they are.
+    """
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if not isinstance(peft_config, HotLoraConfig):
+            return super()._prepare_adapter_config(peft_config, model_config)
+        peft_config.bind(self.model)
+        return peft_config
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(self.peft_config.get(name), HotLoraConfig) for name in adapters):
+            raise HotLoraError(
+                "adapters on experts cannot be combined into a weighted one: use them one at a time."
+            )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = HotLoraModel
+
+
+def load_adapter(
+    base_model: nn.Module, path: str | Path, adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """The base model with a saved adapter on it, as `PeftModel.save_pretrained` wrote it.
+
+    A plain model is wrapped, in place as in PEFT, and the adapter is active. To a `PeftModel` the adapter is
+    added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
+
+    Raises:
+        FileError: no such folder, not a hotlora adapter, a truncated file, or weights that do not fit the
+        config. PlanError: the adapter was made for another model.
+    """
+    folder = Path(path).expanduser()
+    config = _read_config(folder)
+    config.inference_mode = not is_trainable
+    weights = _read_weights(folder / WEIGHTS_FILE)
+    if isinstance(base_model, PeftModel):
+        if adapter_name in base_model.peft_config:
+            raise HotLoraError(
+                f"the model already has an adapter {adapter_name!r}: give another adapter_name, or delete it."
+            )
+        model = base_model
+        model.add_adapter(adapter_name, config)
+        if is_trainable:
+            model.set_requires_grad(adapter_name)
+    else:
+        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        model = peft_model(base_model, config, adapter_name=adapter_name)
+    problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
+    if problem:
+        if model is base_model:
+            model.delete_adapter(adapter_name)
+        else:
+            model.unload()
+        raise FileError(
+            f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again."
+        )
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    return model if is_trainable else model.eval()
+
+
+def count_parameters(model: nn.Module) -> dict[str, int | float]:
+    """Parameters of an adapted model, on any device, meta too.
+
+    `trainable`, `total` (base and adapters) and `percent` are those of PEFT's `print_trainable_parameters`;
+    then the trainable ones in `attention`, `router`, `shared` and `experts`.
+
+    Raises:
+        ModelError: the model has no adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise ModelError(f"{type(model).__name__} has no adapter. Give the result of peft.get_peft_model.")
+    layers = moe_layers(model)
+    parts = {
+        "attention": attention_modules(model),
+        "router": [layer.router for layer in layers],
+        "shared": [path for layer in layers for path in layer.shared],
+        "experts": [layer.experts for layer in layers],
+    }
+    trainable, total = model.get_nb_trainable_parameters()
+    counts: dict[str, int | float] = {
+        "trainable": trainable,
+        "total": total,
+        "percent": 100 * trainable / total,
+    }
+    for part, paths in parts.items():
+        parameters = (p for path in paths for p in model.get_submodule(path).parameters())
+        counts[part] = sum(p.numel() for p in parameters if p.requires_grad)
+    return counts
+
+
+def _as_dict(plan: Any) -> dict[str, Any]:
+    data = plan.to_dict() if hasattr(plan, "to_dict") else plan
+    if not isinstance(data, dict):
+        raise PlanError(f"plan={plan!r} is not a plan. Give an ExpertPlan, or one as a dict.")
+    return data
+
+
+def _read_config(folder: Path) -> HotLoraConfig:
+    if not folder.is_dir():
+        raise FileError(
+            f"{folder} is not a folder. Give the folder that save_pretrained wrote the adapter to."
+        )
+    file = folder / CONFIG_FILE
+    data = read_json(file)
+    if not isinstance(data.get("plan"), dict):
+        raise FileError(
+            f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel."
+        )
+    data["base_model_name_or_path"] = None  # PEFT notes the model that it is loaded onto
+    try:
+        return HotLoraConfig.from_peft_type(**data)
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise FileError(
+            f"{file} is not a hotlora adapter's config: {error} Save the adapter again."
+        ) from error
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileError(f"{file} does not exist. Give the folder that save_pretrained wrote the adapter to.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise FileError(
+            f"{file} is truncated or is not a safetensors file: {error}. Save it again."
+        ) from error
+
+
+def _mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{len(missing)} tensors are missing, such as {missing[0]}"
+    if unexpected := sorted(found.keys() - expected.keys()):
+        return f"{len(unexpected)} tensors are unknown, such as {unexpected[0]}"
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            return f"{key} is {list(found[key].shape)} where {list(tensor.shape)} is needed"
+    return None

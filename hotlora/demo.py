@@ -1,0 +1,56 @@
+"""The whole way on the embedded model: profile, plan, train, evaluate, compare, one page."""
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from .errors import DataError
+from .records import find_records
+from .report import conditions_table, write_report
+from .train import TrainConfig, run_evaluation, run_training
+
+CONDITIONS = ("all", "hot", "random", "cold")
+FRACTION = 0.25  # MoE-Sieve s4
+TRAIN_EXAMPLES = 2000
+TEST_EXAMPLES = 200
+
+# Chosen on the training split of each task for LoRA on all experts, then used for every condition.
+CONFIG = TrainConfig(
+    max_steps=100, batch_size=24, learning_rate=2e-3, warmup=0.1, lr_scheduler="linear", r=8, lora_alpha=16,
+    max_length=256, save_steps=50,
+)  # fmt: skip
+TASKS = ("nano-math", "nano-sql", "nano-choice")
+
+
+def run_demo(task: str, output: Path, *, seed: int = 0, console: Console) -> Path:
+    """Runs every condition of ``task`` into ``output``, prints their table, and returns the page's path.
+
+    Conditions that are done already are not run again. Every one has the same data, options and seed; the first
+    one's routing profile serves them all.
+
+    Raises:
+        DataError: no such nano task.
+    """
+    if task not in TASKS:
+        raise DataError(f"the demo has no task {task!r}; it has {', '.join(TASKS)}.")
+    config = dataclasses.replace(CONFIG, seed=seed)
+    folder = output / task
+    steps = len(CONDITIONS) + 1
+    console.print(f"[bold]1/{steps} base[/]: nano as it is, on {TEST_EXAMPLES} questions of {task}")
+    run_evaluation("nano", task, folder / "base", limit=TEST_EXAMPLES, progress=True)
+    profile = None
+    for number, rule in enumerate(CONDITIONS, start=2):
+        budget = None if rule == "all" else FRACTION
+        told = "every expert" if budget is None else f"the {rule} {budget:.0%} of each layer's experts"
+        console.print(f"[bold]{number}/{steps} {rule}[/]: LoRA on attention, router and {told}")
+        run_training(
+            "nano", task, folder / rule, config=config, rule=rule, fraction=budget, profile=profile,
+            profile_fraction=1.0, limit=TRAIN_EXAMPLES, test_limit=TEST_EXAMPLES, progress=True,
+        )  # fmt: skip
+        profile = folder / CONDITIONS[0] / "profile.safetensors"
+    page = write_report(folder, folder)
+    console.print()
+    console.print(conditions_table(find_records(folder)))
+    console.print(f"The page, with pictures of the router: [bold]{page.resolve()}[/]", soft_wrap=True)
+    return page

@@ -1,0 +1,202 @@
+"""The mathematics of a routed layer with low-rank updates on the rows of its hot experts.
+
+Shape suffixes: E experts, K experts per token, T tokens, S = T*K assignments (rows), D model width, F expert
+width, N hot experts, H rows routed to a hot expert, R rank.
+
+Rows are sorted by expert once, in the order in which the frozen weights lie in memory, because a grouped
+product needs both in the same order. The frozen products are transformers' own, row for row. The hot rows are
+then picked out by index, still sorted by expert, and only they meet the low-rank factors: the update is made
+of activations, never of weights, so nothing of the size of an expert is formed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hotlora.errors import ModelError
+
+
+@dataclass(frozen=True)
+class HotFactors:
+    """Low-rank factors of the N hot experts of one layer. For hot expert n and its input x:
+
+        gate += scaling * B_gate_up[n, :F] @ A_gate_up[n, :R] @ x
+        up   += scaling * B_gate_up[n, F:] @ A_gate_up[n, R:] @ x
+        down += scaling * B_down[n] @ A_down[n] @ (act(gate) * up)
+
+    Gate and up have adapters of their own (MoE-Sieve s3, HELLoRA s3). Their A are stacked only so that one
+    product makes both.
+    """
+
+    expert_ids_N: Tensor
+    """int64, ascending: hot rows are kept in the order of the experts."""
+    A_gate_up: Tensor
+    """`[N, 2R, D]`: the gate's R rows, then the up projection's."""
+    B_gate_up: Tensor
+    """`[N, 2F, R]`: the gate's F rows, then the up projection's."""
+    A_down: Tensor
+    """`[N, R, F]`."""
+    B_down: Tensor
+    """`[N, D, R]`."""
+    scaling: float
+    """lora_alpha / r."""
+    dropout: float = 0.0
+    """Probability with which an input of the update is dropped; 0 outside training."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How rows that are sorted by group fall into G groups."""
+
+    ends_G: Tensor
+    """int32: group g is the rows from `ends_G[g - 1]` to `ends_G[g]`."""
+    tail_S1: Tensor | None = None
+    """bool `[S, 1]`: rows past the last group, which grouped_mm leaves uninitialised; None: none are."""
+
+
+def routed_experts(
+    experts: Any,
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    factors: HotFactors | None = None,
+) -> Tensor:
+    """Output `[T, D]` of a frozen experts module, with the low-rank updates of `factors` on its hot experts.
+
+    With B = 0, or without factors, this is transformers' `grouped_mm_experts_forward` bit for bit. An index
+    equal to `num_experts` (an expert on another device, under expert parallelism) contributes nothing.
+
+    Raises:
+        ModelError: the experts' weights are laid out in a way that is not supported yet.
+    """
+    check_layout(experts)
+    num_tokens, top_k = top_k_index_TK.shape
+    expert_S, order_S = torch.sort(top_k_index_TK.reshape(-1))
+    token_S = order_S // top_k
+    local_E = torch.arange(experts.num_experts, device=expert_S.device)
+    ends_E = torch.searchsorted(expert_S, local_E, right=True, out_int32=True)
+    elsewhere_S1 = (expert_S >= experts.num_experts).unsqueeze(1) if experts._is_expert_parallel else None
+    groups = Groups(ends_E, elsewhere_S1)
+    hot = None
+    if factors is not None and len(factors.expert_ids_N) > 0:
+        hot = _hot_rows(expert_S, ends_E, factors, count_is_free=expert_S.device.type == "cpu")
+
+    x_SD = hidden_TD.index_select(0, token_S)
+    gate_up_S2F = grouped_linear(x_SD.to(experts.gate_up_proj.dtype), experts.gate_up_proj, groups)
+    if hot is not None:
+        x_HD = hidden_TD.index_select(0, token_S.index_select(0, hot.rows_H))
+        # In place is safe: autograd keeps no grouped product's output.
+        gate_up_S2F.index_add_(0, hot.rows_H, _gate_up_update(x_HD, hot).to(gate_up_S2F.dtype))
+    act_SF = experts._apply_gate(gate_up_S2F)
+    y_SD = grouped_linear(act_SF, experts.down_proj, groups)
+    if hot is not None:
+        act_HF = act_SF.index_select(0, hot.rows_H)
+        y_SD.index_add_(0, hot.rows_H, _down_update(act_HF, hot).to(y_SD.dtype))
+
+    y_SD = y_SD * top_k_weights_TK.reshape(-1).index_select(0, order_S).unsqueeze(1)
+    position_S = torch.empty_like(order_S)
+    position_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    return (
+        y_SD.index_select(0, position_S)
+        .view(num_tokens, top_k, hidden_TD.shape[1])
+        .sum(dim=1)
+        .to(hidden_TD.dtype)
+    )
+
+
+def check_layout(experts: Any) -> None:
+    """ModelError unless the experts are gated, concatenated and plain: the families of this version are."""
+    usual = experts.has_gate and experts.is_concatenated
+    if not usual or experts.is_transposed or experts.has_bias or experts.has_post_expert_norm:
+        raise ModelError(
+            f"the experts of {type(experts).__name__} have a layout that is not supported yet: it must be "
+            "gate_up_proj [E, 2F, D] (gate rows, then up rows) and down_proj [E, D, F], without bias or norm."
+        )
+
+
+def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
+    """`y[s] = weight[group of s] @ x[s]`, `[S, O]`; past the last group zero, here and in x's grad."""
+    if groups.tail_S1 is not None:
+        x_SI = x_SI.masked_fill(groups.tail_S1, 0)
+    if _grouped_mm_takes(x_SI, weight_GOI):
+        y_SO = F.grouped_mm(x_SI, weight_GOI.transpose(1, 2), offs=groups.ends_G)
+    else:
+        ends = groups.ends_G.tolist()
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        parts = x_SI.split([*sizes, x_SI.shape[0] - sum(sizes)])
+        products = [part @ weight.T for part, weight in zip(parts, weight_GOI.unbind(), strict=False)]
+        y_SO = torch.cat([*products, x_SI.new_zeros(parts[-1].shape[0], weight_GOI.shape[1])])
+    return y_SO if groups.tail_S1 is None else y_SO.masked_fill(groups.tail_S1, 0)
+
+
+def _grouped_mm_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:
+    """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
+    if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if x_SI.device.type == "cuda":
+        if torch.cuda.get_device_capability(x_SI.device) < (8, 0):
+            return False
+    elif x_SI.device.type != "cpu":
+        return False
+    step = 16 // x_SI.element_size()
+    return all(n % step == 0 for n in (x_SI.stride(0), weight_GOI.stride(1), *weight_GOI.shape[1:]))
+
+
+@dataclass(frozen=True)
+class _HotRows:
+    rows_H: Tensor
+    """int64: the hot rows' places among the sorted rows, ascending, so sorted by expert too."""
+    groups: Groups
+    factors: HotFactors
+
+
+def _hot_rows(expert_S: Tensor, ends_E: Tensor, factors: HotFactors, count_is_free: bool) -> _HotRows:
+    """The hot rows and nothing else where their number is free to read, as on the CPU. On a GPU reading it
+    would be a host sync: there H is S, hot rows come first, and the others are a tail that grouped_mm skips.
+    """
+    sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    ends_N = sizes_E.index_select(0, factors.expert_ids_N).cumsum(0, dtype=torch.int32)
+    # One place more than experts, for the index that means "on another device".
+    hot_E = torch.zeros(len(ends_E) + 1, dtype=torch.bool, device=expert_S.device)
+    hot_S = hot_E.index_fill_(0, factors.expert_ids_N, True).index_select(0, expert_S)
+    if count_is_free:
+        return _HotRows(hot_S.nonzero().squeeze(1), Groups(ends_N), factors)
+    rows_S = torch.sort(hot_S, descending=True, stable=True).indices
+    tail_S = torch.arange(len(rows_S), device=rows_S.device) >= ends_N[-1]
+    return _HotRows(rows_S, Groups(ends_N, tail_S.unsqueeze(1)), factors)
+
+
+def _gate_up_update(x_HD: Tensor, hot: _HotRows) -> Tensor:
+    factors, dtype = hot.factors, _compute_dtype(hot.factors)
+    rank, expert_width = factors.A_gate_up.shape[1] // 2, factors.B_gate_up.shape[1] // 2
+    B_gate_up = factors.B_gate_up.to(dtype)
+    x_HD = F.dropout(x_HD.to(dtype), factors.dropout)  # one mask for gate and up
+    z_H2R = grouped_linear(x_HD, factors.A_gate_up.to(dtype), hot.groups) * factors.scaling
+    gate_HF = grouped_linear(z_H2R[:, :rank], B_gate_up[:, :expert_width], hot.groups)
+    up_HF = grouped_linear(z_H2R[:, rank:], B_gate_up[:, expert_width:], hot.groups)
+    return torch.cat([gate_HF, up_HF], dim=1)
+
+
+def _down_update(act_HF: Tensor, hot: _HotRows) -> Tensor:
+    factors, dtype = hot.factors, _compute_dtype(hot.factors)
+    act_HF = F.dropout(act_HF.to(dtype), factors.dropout)
+    z_HR = grouped_linear(act_HF, factors.A_down.to(dtype), hot.groups) * factors.scaling
+    return grouped_linear(z_HR, factors.B_down.to(dtype), hot.groups)
+
+
+def _compute_dtype(factors: HotFactors) -> torch.dtype:
+    """The factors' own, as in PEFT's Linear. Autocast does not know grouped_mm, so it is followed by hand."""
+    device_type = factors.A_down.device.type
+    return (
+        torch.get_autocast_dtype(device_type)
+        if torch.is_autocast_enabled(device_type)
+        else factors.A_down.dtype
+    )
+
+
+# A frozen base on the same code path: `model.set_experts_implementation("hotlora")`.
+ALL_EXPERTS_FUNCTIONS.register("hotlora", routed_experts)

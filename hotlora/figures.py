@@ -1,0 +1,196 @@
+"""The report's pictures: a heat map of routing, sorted loads, coverage, training loss. One function each."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hotlora.plan import ExpertPlan
+from hotlora.routing import RoutingProfile
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; the kept experts are always HOT.
+INK, MUTED, GRID = "#1f2328", "#6e7781", "#e4e7eb"
+COLD, HOT = "#c9ced6", "#d55e00"
+SERIES = {"all": "#0072b2", "hot": HOT, "random": "#009e73", "cold": "#56b4e9"}
+OTHER_SERIES = ("#cc79a7", "#e69f00", "#000000", "#999999")
+WIDTH = 10.0  # inches
+# Loads above this many times the average share one colour, and bars end here: one outlier must not flatten
+# all the others.
+TOP = 4.0
+
+
+def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
+    """Layers x experts: load as a multiple of the uniform share, with the plan's experts outlined."""
+    load = _load(profile)
+    num_layers, num_experts = load.shape
+    row = float(np.clip(5.0 / num_layers, 0.14, 0.42))
+    figure, axes = _figure(row * num_layers + 1.35)
+    top = float(min(max(2.0, load.max()), TOP))
+    image = axes.imshow(load, cmap="YlOrBr", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    # Light lines between cells, as far as cells are large enough to be told apart anyway.
+    if num_experts <= 64:
+        axes.set_xticks(np.arange(num_experts + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(num_layers + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.8)
+    if plan is not None:
+        boxes = PolyCollection(
+            _boxes(_kept(profile, plan), inset=0.05 if num_experts <= 64 else 0.02),
+            facecolors="none",
+            edgecolors=INK,
+            linewidths=1.3 if num_experts <= 64 else 0.7,
+        )
+        axes.add_collection(boxes)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    every = math.ceil(num_layers / 16)
+    axes.set_yticks(range(0, num_layers, every), [str(layer) for layer in profile.layers[::every]])
+    axes.xaxis.set_major_locator(MaxNLocator(min(num_experts, 16), integer=True))
+    extend = "max" if load.max() > top else "neither"
+    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.015, aspect=18, extend=extend)
+    bar.set_label("times the uniform share")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(length=0)
+    return figure
+
+
+def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
+    """One small panel a layer: experts from the busiest to the idlest, the plan's in colour."""
+    load = _load(profile)
+    num_layers, num_experts = load.shape
+    columns = min(num_layers, 3 if num_layers <= 6 else 4 if num_layers <= 16 else 8)
+    rows = math.ceil(num_layers / columns)
+    figure = Figure(figsize=(WIDTH, (1.5 if rows <= 4 else 1.2) * rows + 0.6), layout="constrained")
+    top = float(min(max(2.0, load.max()), TOP))
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    kept = np.zeros_like(load, dtype=bool) if plan is None else _kept(profile, plan)
+    edges = np.arange(num_experts + 1) + 0.5
+    for axes, row, row_kept, layer in zip(grid.flat, load, kept, profile.layers, strict=False):
+        order = np.argsort(-row, kind="stable")
+        _style(axes)
+        axes.grid(axis="x", visible=False)
+        axes.stairs(row[order], edges, fill=True, color=COLD, linewidth=0)
+        axes.stairs(np.where(row_kept[order], row[order], 0), edges, fill=True, color=HOT, linewidth=0)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_title(f"layer {layer}", fontsize=10, color=INK, pad=4)
+        if row.max() > top:
+            text = f"up to {row.max():.1f}×"
+            axes.text(num_experts, top, text, fontsize=8.5, color=MUTED, ha="right", va="top")
+        axes.set_xlim(0.5, num_experts + 0.5)
+        axes.set_ylim(0, top * 1.02)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.set_xticks([1, num_experts])
+    for axes in grid.flat[num_layers:]:
+        axes.set_visible(False)
+    figure.supxlabel("experts, busiest first", fontsize=10.5, color=INK)
+    figure.supylabel("times the uniform share", fontsize=10.5, color=INK)
+    return figure
+
+
+def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None) -> Figure:
+    """Share of a layer's assignments that its k busiest experts take: mean over layers, band min to max."""
+    num_experts = profile.num_experts
+    steps = np.arange(num_experts + 1)
+    covered = -np.sort(-profile.shares().numpy(), axis=1).cumsum(axis=1)
+    covered = np.abs(np.concatenate([np.zeros((len(covered), 1)), covered], axis=1)) * 100
+    figure, axes = _figure(4.2)
+    _style(axes)
+    mean = covered.mean(axis=0)
+    axes.fill_between(steps, covered.min(axis=0), covered.max(axis=0), color=HOT, alpha=0.16, linewidth=0)
+    axes.plot(steps, mean, color=HOT, linewidth=2.2)
+    axes.plot([0, num_experts], [0, 100], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.text(num_experts * 0.72, 69, "uniform routing", color=MUTED, ha="left", va="top")
+    if experts_per_layer is not None:
+        value = mean[experts_per_layer]
+        axes.plot([0, experts_per_layer, experts_per_layer], [value, value, 0], color=INK, linewidth=1)
+        axes.plot([experts_per_layer], [value], "o", color=INK, markersize=6)
+        label = f"{experts_per_layer} of {num_experts} experts take {value:.1f}% of the routing"
+        axes.text(0.02, 0.95, label, transform=axes.transAxes, color=INK, fontsize=10.5, va="top")
+    axes.set_xlim(0, num_experts)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("experts kept in each layer")
+    axes.set_ylabel("share of routing covered")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}%"))
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    return figure
+
+
+def loss_curves(curves: Sequence[tuple[str, str, Sequence[int], Sequence[float]]]) -> Figure:
+    """Training loss by step, each curve (label, condition, steps, losses). Thin: logged; thick: smoothed."""
+    figure, axes = _figure(4.2)
+    _style(axes)
+    used: Mapping[str, str] = SERIES
+    spare = iter(OTHER_SERIES * len(curves))
+    taken: set[str] = set()
+    for label, condition, steps, losses in curves:
+        first = condition in used and condition not in taken
+        taken.add(condition)
+        color = used[condition] if first else next(spare)
+        values = np.asarray(losses, dtype=float)
+        window = max(1, len(values) // 25)
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
+        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0)
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    axes.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    for item in (axes.xaxis.label, axes.yaxis.label):
+        item.set(fontsize=10.5, color=INK)
+    axes.tick_params(colors=INK)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(COLD)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9.5, colors=INK)
+
+
+def _load(profile: RoutingProfile) -> np.ndarray:
+    """[L, E]: multiples of the uniform share; a layer without counts is 0."""
+    return np.nan_to_num((profile.shares() * profile.num_experts).numpy())
+
+
+def _kept(profile: RoutingProfile, plan: ExpertPlan) -> np.ndarray:
+    """Boolean [L, E]."""
+    kept = np.zeros(tuple(profile.counts.shape), dtype=bool)
+    for row, layer in enumerate(profile.layers):
+        kept[row, list(plan.experts.get(layer, ()))] = True
+    return kept
+
+
+def _boxes(kept: np.ndarray, inset: float) -> list[list[tuple[float, float]]]:
+    """One rectangle around each run of kept cells in a row, in imshow's coordinates."""
+    steps = np.diff(np.pad(kept.astype(int), ((0, 0), (1, 1))), axis=1)
+    starts, ends = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    boxes = []
+    for (y, left), (_, right) in zip(starts.tolist(), ends.tolist(), strict=True):
+        x0, x1, y0, y1 = left - 0.5 + inset, right - 0.5 - inset, y - 0.5 + inset, y + 0.5 - inset
+        boxes.append([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+    return boxes
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the last `window` values, fewer at the start."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,179 @@
+"""A run's `run.json`: what was asked, on what, with what outcome. One file per training or evaluation run."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hotlora.errors import FileError
+from hotlora.files import file_in, read_json, write_json
+
+VERSION = 1
+STATUSES = ("running", "done", "failed")
+
+Kind = type | tuple[type, ...]
+
+# Key -> type, for the record and for those of its sections that are there. Other keys are the run's own.
+_REQUIRED: dict[str, Kind] = {
+    "version": int,
+    "name": str,
+    "condition": str,
+    "status": str,
+    "seed": int,
+    "started": str,
+    "model": dict,
+    "data": dict,
+}
+_SECTIONS: dict[str, dict[str, Kind]] = {
+    "model": {"name": str, "fingerprint": str},
+    "data": {"name": str},
+    "config": {},
+    "profile": {"path": str},
+    "plan": {"path": str, "rule": str},
+    "parameters": {"trainable": int, "total": int},
+    "training": {},
+    "evaluation": {},
+    "environment": {},
+}
+_EVALUATION: dict[str, Kind] = {"metric": str, "accuracy": (int, float), "n": int, "correct": int}
+
+Record = dict[str, Any]
+
+
+def new_record(
+    *,
+    name: str,
+    condition: str,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    seed: int = 0,
+    **sections: Any,
+) -> Record:
+    """A record with status "running", the time in UTC and the environment; `sections` are added as given."""
+    record = {
+        "version": VERSION,
+        "name": name,
+        "condition": condition,
+        "status": "running",
+        "seed": seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": None,
+        "model": dict(model),
+        "data": dict(data),
+        **sections,
+        "environment": environment(),
+    }
+    return validate(record, "the new record")
+
+
+def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
+    """Writes `folder`/run.json, whole or not at all, and returns its path."""
+    path = file_in(folder, "run.json")
+    write_json(path, validate(record, str(path)))
+    return path
+
+
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """The record in a run.json, or in the folder that holds one. FileError where it is not a whole record."""
+    file = file_in(path, "run.json")
+    return validate(read_json(file), str(file))
+
+
+def find_records(folder: str | os.PathLike[str]) -> dict[Path, Record]:
+    """Every run.json in `folder` and below, by the run's folder, in the order of the paths.
+
+    FileError: the folder does not exist, or a record in it is broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder: give the folder that holds the runs")
+    return {file.parent: read_record(file) for file in sorted(folder.rglob("run.json"))}
+
+
+def validate(record: Mapping[str, Any], where: str) -> Record:
+    """The record, if it has what every reader needs; FileError, naming `where` and the key, if not."""
+    version = record.get("version")
+    if version != VERSION:
+        raise FileError(f"{where} has version {version!r}, and this hotlora reads {VERSION}: run again")
+    _check(record, _REQUIRED, where)
+    if record["status"] not in STATUSES:
+        raise FileError(f"{where}: status is {record['status']!r}; it must be one of {', '.join(STATUSES)}")
+    for section, keys in _SECTIONS.items():
+        value = record.get(section)
+        if value is None:  # base has no plan; a run that failed has no evaluation
+            continue
+        if not isinstance(value, Mapping):
+            raise FileError(f"{where}: {section} is {value!r}; it must be an object")
+        _check(value, keys, f"{where}: {section}")
+    for task, result in (record.get("evaluation") or {}).items():
+        if not isinstance(result, Mapping):
+            raise FileError(f"{where}: evaluation of {task} is {result!r}; it must be an object")
+        _check(result, _EVALUATION, f"{where}: evaluation of {task}")
+    return dict(record)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes the numbers, and the device: the first GPU's name, or the CPU's."""
+    versions: dict[str, str | None] = {}
+    for package in ("hotlora", "torch", "transformers", "peft", "trl"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # hotlora, run from a checkout that is not installed
+            versions[package] = None
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return versions | {"python": platform.python_version(), "device": device, "git": _commit()}
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory held so far: on the GPUs where there are any, else by this process. None where unknown."""
+    if torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _check(record: Mapping[str, Any], keys: Mapping[str, Kind], where: str) -> None:
+    for key, kind in keys.items():
+        if key not in record:
+            raise FileError(f"{where} lacks {key!r}: it is not a whole run record; run again")
+        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+            names = "number" if isinstance(kind, tuple) else kind.__name__
+            raise FileError(f"{where}: {key} is {record[key]!r}; it must be of type {names}")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of hotlora's own checkout; None for an installed package."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

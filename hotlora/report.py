@@ -1,0 +1,203 @@
+"""Run records and profiles -> one page with tables and pictures. Loads no model."""
+
+import base64
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import jinja2
+from matplotlib.figure import Figure
+
+from hotlora import figures
+from hotlora.errors import DataError
+from hotlora.files import atomic_path, read_json_lines, write_text
+from hotlora.records import find_records
+from hotlora.tables import (
+    COLUMNS,
+    Section,
+    against_all,
+    conditions_table,
+    covered,
+    human_seconds,
+    read_sections,
+    table_rows,
+)
+
+# What the page shows of a run's record, besides its row.
+DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")
+
+__all__ = ["conditions_table", "write_report"]
+
+
+def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
+    """Writes out_dir/report.html from every run.json in runs_dir and below, and returns its path.
+
+    The page holds its pictures; they also lie beside it as PNG files. A run that failed or did not finish is
+    shown as such, and a file that a record names but that is gone is noted on the page.
+
+    DataError: no run in runs_dir. FileError: a record, profile, plan or result file that is broken.
+    """
+    runs_dir, out_dir = Path(runs_dir), Path(out_dir)
+    records = find_records(runs_dir)
+    if not records:
+        raise DataError(f"no run.json in {runs_dir} or below: run `hotlora demo` or `hotlora train` first")
+    sections = []
+    for section in read_sections(records):
+        pictures = []
+        for name, (title, caption, figure) in _pictures(section).items():
+            png = _png(figure)
+            with atomic_path(out_dir / f"{_slug(f'{section.model} {section.data} {name}')}.png") as temporary:
+                temporary.write_bytes(png)
+            source = "data:image/png;base64," + base64.b64encode(png).decode()
+            pictures.append({"title": title, "caption": caption, "source": source})
+        tables = [
+            {"task": task, "metric": _metric(section, task), "rows": table_rows(section, task)}
+            for task in section.tasks
+        ]
+        sections.append(
+            {
+                "section": section,
+                "tables": tables,
+                "facts": _facts(section),
+                "summary": _summary(section),
+                "pictures": pictures,
+                "runs": [
+                    {
+                        "folder": folder.relative_to(runs_dir).as_posix(),
+                        "title": f"{record['name']}, seed {record['seed']}",
+                        "when": record["started"][:16].replace("T", " "),
+                        "seconds": record.get("seconds"),
+                        "details": {key: record[key] for key in DETAILS if record.get(key)},
+                    }
+                    for folder, record in section.records.items()
+                ],
+            }
+        )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["seconds"] = human_seconds
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
+    page = environment.get_template("report.html.j2").render(
+        sections=sections, columns=COLUMNS, runs_dir=runs_dir, out_dir=out_dir
+    )
+    write_text(out_dir / "report.html", page)
+    return out_dir / "report.html"
+
+
+def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
+    """File name -> title, caption, figure."""
+    pictures = {}
+    profile, plan = section.profile, section.plan
+    if profile is not None:
+        boxed = " Boxes: the experts that the plan keeps." if plan else ""
+        pictures["heat-map"] = (
+            "Where the router sends the tokens",
+            "Each row is a layer, each cell an expert; 1× is what every expert would get if all were used "
+            f"alike. Darker is busier.{boxed}",
+            figures.heat_map(profile, plan),
+        )
+        coloured = " Orange: the experts that the plan keeps." if plan else ""
+        pictures["load"] = (
+            "The load in each layer, sorted",
+            f"The same numbers, in each layer from the busiest expert to the idlest.{coloured} Dashed: 1×.",
+            figures.sorted_load(profile, plan),
+        )
+        sizes = {len(ids) for ids in plan.experts.values()} if plan else set()
+        budget = sizes.pop() if len(sizes) == 1 else None
+        pictures["coverage"] = (
+            "How much routing a few experts cover",
+            "Share of all assignments that go to each layer's k busiest experts: the mean over layers "
+            "inside the band from the lowest layer to the highest.",
+            figures.coverage_curve(profile, budget or None),
+        )
+    curves = []
+    rows = table_rows(section, section.data)
+    for row, (folder, record) in zip(rows, section.records.items(), strict=True):
+        name = (record.get("training") or {}).get("metrics")
+        if name and (folder / name).is_file():
+            points = [r for r in read_json_lines(folder / name, "step", "loss") if r["loss"] is not None]
+            if points:
+                steps, losses = [r["step"] for r in points], [r["loss"] for r in points]
+                curves.append((row.name, record["condition"], steps, losses))
+    if curves:
+        pictures["loss"] = (
+            "Training loss",
+            "Mean loss per response token at each optimizer step, smoothed; thin lines are as logged.",
+            figures.loss_curves(curves),
+        )
+    return pictures
+
+
+def _facts(section: Section) -> list[str]:
+    """What the profile says, in plain words."""
+    profile, plan = section.profile, section.plan
+    if profile is None:
+        return []
+    cold, num_experts = profile.cold_share().mean().item(), profile.num_experts
+    facts = [
+        f"The router was watched on {profile.num_tokens:,} tokens. Each token goes to "
+        f"{profile.num_experts_per_tok} of {num_experts} experts, in each of {len(profile.layers)} layers.",
+    ]
+    if plan is not None:
+        kept = sum(len(ids) for ids in plan.experts.values()) / len(plan.experts)
+        facts.append(
+            f"The {kept:g} experts that the plan keeps in each layer take {covered(profile, plan):.1%} of "
+            f"the traffic. If all experts were used alike, they would take {kept / num_experts:.1%}."
+        )
+    facts.append(
+        f"{cold:.1%} of the experts are cold: they get less than half of an even share of the traffic in "
+        "their layer."
+    )
+    facts.append(
+        f"Inside a layer the coefficient of variation of the load is {profile.mean_layer_cv():.2f}. Summed "
+        f"over layers by expert number it is {profile.global_cv():.2f}: load balancing evens out that one."
+    )
+    return facts
+
+
+def _summary(section: Section) -> str:
+    """Hot against all in one sentence, where both have run."""
+    for folder, hot in section.records.items():
+        if hot["condition"] != "hot" or (found := against_all(section, folder, section.data)) is None:
+            continue
+        reference, difference = found
+        ours, theirs = (record["evaluation"][section.data]["accuracy"] for record in (hot, reference))
+        points = 100 * difference.difference
+        text = (
+            f"On {section.data}, LoRA on the hot experts only is right in {ours:.1%} of the test examples, "
+            f"and LoRA on all experts in {theirs:.1%}"
+        )
+        if hot.get("parameters") and reference.get("parameters"):
+            share = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
+            text += f", with {share:.1%} of the trained parameters"
+        text += "."
+        if difference.low <= 0 <= difference.high:
+            text += f" A difference of {abs(points):.1f} points is less than this test set can tell apart."
+        elif difference.low == difference.low:  # nan: no interval
+            side = "better" if points > 0 else "worse"
+            text += f" That is {abs(points):.1f} points {side}, more than chance over test examples explains."
+        return text
+    return ""
+
+
+def _metric(section: Section, task: str) -> str:
+    metrics = {
+        record["evaluation"][task]["metric"]: record["evaluation"][task]["n"]
+        for record in section.records.values()
+        if task in (record.get("evaluation") or {})
+    }
+    return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics.items())
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})  # the same bytes every time
+    return buffer.getvalue()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,251 @@
+"""Run records -> rows of text, for the page and for the terminal. Loads no model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from hotlora.errors import FileError
+from hotlora.files import read_json_lines
+from hotlora.plan import ExpertPlan
+from hotlora.records import Record
+from hotlora.routing import RoutingProfile
+from hotlora.stats import Difference, paired_difference, proportion_interval
+
+ORDER = ("base", "all", "hot", "random", "cold")
+COLUMNS = {
+    "accuracy": "accuracy, %",
+    "difference": "against all, points",
+    "covered": "routing covered",
+    "trained": "trained parameters",
+    "adapter": "adapter file",
+    "speed": "tokens/s",
+    "memory": "peak memory",
+}
+NONE = "–"
+
+Records = Mapping[Path, Record]
+
+
+@dataclass
+class Section:
+    """The runs on one data set and one model, with the profile and plans that their files hold."""
+
+    data: str
+    model: str
+    records: dict[Path, Record]
+    profile: RoutingProfile | None = None
+    plan: ExpertPlan | None = None
+    plans: dict[Path, ExpertPlan] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        """What the runs were evaluated on, the training data's own task first."""
+        names = {name for record in self.records.values() for name in record.get("evaluation") or {}}
+        return sorted(names, key=lambda name: (name != self.data, name)) or [self.data]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, as text: the same in the page and in the terminal."""
+
+    name: str
+    condition: str
+    status: str
+    cells: dict[str, str]
+    """COLUMNS' keys -> text; "–" where the run has no such number"""
+    note: str = ""
+    """what became of a run that is not done"""
+
+
+def conditions_table(records: Records) -> Table:
+    """The page's tables for the terminal, in 80 columns. `records` is what `find_records` returns."""
+    sections = read_sections(records)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", min_width=12, overflow="fold")
+    for title in ("accuracy, %", "against all, points", "covered", "trained", "tokens/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    keys = ("accuracy", "difference", "covered", "trained", "speed")
+    for section in sections:
+        for task in section.tasks:
+            heading = section.data if task == section.data else f"{section.data} → {task}"
+            several = len({section.model for section in sections}) > 1
+            table.add_row(f"[bold]{escape(heading)}[/]" + (f" {escape(section.model)}" if several else ""))
+            for row in table_rows(section, task):
+                note = f"\n[red]{escape(row.note)}[/]" if row.note else ""
+                table.add_row(escape(row.name) + note, *(row.cells[key].split(" (")[0] for key in keys))
+            table.add_section()
+    return table
+
+
+def read_sections(records: Records) -> list[Section]:
+    """Groups runs by model and training data. A base run joins every section that it was evaluated for."""
+    groups: dict[tuple[str, str], dict[Path, Record]] = {}
+    for folder, record in records.items():
+        if record["condition"] != "base":
+            groups.setdefault((record["model"]["name"], record["data"]["name"]), {})[folder] = record
+    for folder, record in records.items():
+        if record["condition"] == "base":
+            model, own = record["model"]["name"], record["data"]["name"]
+            wanted = {own, *(record.get("evaluation") or {})}
+            joined = [key for key in groups if key[0] == model and key[1] in wanted]
+            for key in joined or [(model, own)]:
+                groups.setdefault(key, {})[folder] = record
+    sections = []
+    for (model, data), group in sorted(groups.items()):
+        section = Section(data, model, dict(sorted(group.items(), key=_order)))
+        _read_routing(section)
+        sections.append(section)
+    return sections
+
+
+def table_rows(section: Section, task: str) -> list[Row]:
+    """One row a run: base, all, hot, random, cold, then others."""
+    several_seeds = len({record["seed"] for record in section.records.values()}) > 1
+    rows = []
+    for folder, record in section.records.items():
+        result = (record.get("evaluation") or {}).get(task)
+        parameters = record.get("parameters") or {}
+        training = record.get("training") or {}
+        trained = parameters.get("trainable")
+        cells = dict.fromkeys(COLUMNS, NONE)
+        if result is not None:
+            cells["accuracy"] = _accuracy(result)
+            if found := against_all(section, folder, task):
+                cells["difference"] = _points(found[1])
+        if section.profile is not None and folder in section.plans:
+            cells["covered"] = f"{covered(section.profile, section.plans[folder]):.1%}"
+        if trained:
+            share = parameters.get("percent", 100 * trained / max(1, parameters["total"]))
+            cells["trained"] = f"{human_count(trained)} ({share:.{1 if share >= 1 else 2}f}%)"
+        for key, value, text in (
+            ("adapter", parameters.get("adapter_bytes"), human_bytes),
+            ("speed", training.get("tokens_per_second"), lambda value: f"{value:,.0f}"),
+            ("memory", training.get("peak_memory_bytes"), human_bytes),
+        ):
+            if value:
+                cells[key] = text(value)
+        name = f"{record['name']}, seed {record['seed']}" if several_seeds else record["name"]
+        rows.append(Row(name, record["condition"], record["status"], cells, _note(record, result)))
+    return rows
+
+
+def against_all(section: Section, folder: Path, task: str) -> tuple[Record, Difference] | None:
+    """The run on all experts with this run's seed, and this run's accuracy minus its accuracy.
+
+    With an interval where both kept their results on the same examples, else with nan. None: no such run,
+    or one of the two was not evaluated.
+    """
+    record = section.records[folder]
+    if task not in (record.get("evaluation") or {}):
+        return None
+    for other, reference in section.records.items():
+        result = (reference.get("evaluation") or {}).get(task)
+        same = reference["condition"] == "all" and reference["seed"] == record["seed"]
+        if not same or result is None or other == folder:
+            continue
+        ours, theirs = _results(section, folder, task), _results(section, other, task)
+        if ours and theirs and [r.get("id") for r in ours] == [r.get("id") for r in theirs]:
+            return reference, paired_difference([r["correct"] for r in ours], [r["correct"] for r in theirs])
+        difference = record["evaluation"][task]["accuracy"] - result["accuracy"]
+        return reference, Difference(difference, float("nan"), float("nan"))
+    return None
+
+
+def covered(profile: RoutingProfile, plan: ExpertPlan) -> float:
+    """Share of the profile's assignments that go to the plan's experts, mean over the profile's layers."""
+    shares = profile.shares()
+    rows = [shares[row, list(plan.experts.get(layer, ()))].sum() for row, layer in enumerate(profile.layers)]
+    return float(sum(rows)) / len(rows)
+
+
+def human_count(number: float) -> str:
+    """84967424 -> "85.0M"."""
+    return _scaled(number, ("", "K", "M", "B", "T"))
+
+
+def human_bytes(number: float) -> str:
+    """339738624 -> "339.7 MB", in powers of 1000."""
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
+
+
+def human_seconds(number: float | None) -> str:
+    """93.1 -> "1 min 33 s"."""
+    if number is None:
+        return NONE
+    if number < 10:
+        return f"{number:.1f} s"
+    minutes, seconds = divmod(round(number), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if abs(number) < 999.95 or (unit == units[0] and abs(number) < 1000):
+            return f"{number:,.0f}{unit}" if unit == units[0] else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:,.1f}{units[-1]}"
+
+
+def _order(item: tuple[Path, Record]) -> tuple[int, str, int, str]:
+    folder, record = item
+    place = ORDER.index(record["condition"]) if record["condition"] in ORDER else len(ORDER)
+    return place, record["name"], record["seed"], str(folder)
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    wilson = proportion_interval(result["correct"], result["n"])
+    low, high = result.get("ci_low", wilson.low), result.get("ci_high", wilson.high)
+    return f"{100 * result['accuracy']:.1f} [{100 * low:.1f}–{100 * high:.1f}]"
+
+
+def _points(difference: Difference) -> str:
+    point, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in difference)
+    return f"{point} [{low} to {high}]" if difference.low == difference.low else point  # nan: no interval
+
+
+def _note(record: Record, result: Any) -> str:
+    if record["status"] == "failed":
+        return f"failed: {record['error']}" if record.get("error") else "failed"
+    if record["status"] == "running":
+        return "not finished"
+    return "" if result is not None else "not evaluated"
+
+
+def _results(section: Section, folder: Path, task: str) -> list[dict[str, Any]] | None:
+    """One dict an example, with `id` and `correct`; None where the file is gone."""
+    name = section.records[folder]["evaluation"][task].get("results")
+    path = folder / name if name else None
+    return read_json_lines(path, "correct") if path and path.is_file() else None
+
+
+def _read_routing(section: Section) -> None:
+    """Reads each run's plan, and the profile and plan to draw: the first hot run's, else any run's."""
+    runs = sorted(section.records.items(), key=lambda item: item[1]["condition"] != "hot")  # stable
+    for folder, record in runs:
+        for kind in ("profile", "plan"):
+            if not record.get(kind):
+                continue
+            path = folder / record[kind]["path"]
+            if not path.is_file():
+                section.notes.append(f"{record['name']}: its {kind} {record[kind]['path']} is gone.")
+            elif kind == "plan":
+                section.plans[folder] = ExpertPlan.load(path)
+            elif section.profile is None:
+                section.profile = RoutingProfile.load(path)
+        if section.plan is None and record["condition"] == "hot":
+            section.plan = section.plans.get(folder)
+    for folder, plan in section.plans.items():
+        if section.profile is not None and plan.num_experts != section.profile.num_experts:
+            raise FileError(
+                f"{folder}: its plan is for {plan.num_experts} experts a layer, but the profile of "
+                f"{section.model} has {section.profile.num_experts}: keep different models' runs apart"
+            )

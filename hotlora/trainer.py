@@ -1,0 +1,315 @@
+"""Fine-tuning through TRL's trainer: loss on the response only, and a run that may be killed at any moment."""
+
+import dataclasses
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from . import checkpoints
+from .errors import DataError, HotLoraError
+from .files import read_json, write_json
+from .records import peak_memory_bytes
+
+_log = logging.getLogger(__name__)
+
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+# TRL's own default is on, under either name; setting the older one warns in a transformers that has the newer.
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
+)
+# Changing these changes nothing of what is learned, so a run may go on under others.
+FREE_OPTIONS = ("save_steps", "report_to")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of one fine-tuning, the adapter's among them.
+
+    The defaults are HELLoRA's for mathematics (r 32, alpha 64, no dropout, 4e-4, 3 epochs, AdamW without weight
+    decay, constant rate), but for its batch of 128, and with a short warm-up, of which neither paper speaks.
+    """
+
+    epochs: float = 3
+    """Passes over the training data; unused where max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps; None: by epochs."""
+    batch_size: int = 16
+    """Examples a device and step, before accumulation."""
+    gradient_accumulation_steps: int = 1
+    """Batches added up for one optimizer step."""
+    learning_rate: float = 4e-4
+    """Peak rate of AdamW."""
+    lr_scheduler: str = "constant_with_warmup"
+    """constant, constant_with_warmup, linear or cosine (the last two fall to 0)."""
+    warmup: float = 0.03
+    """Share of all steps over which the rate rises from 0; not used by "constant"."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    max_length: int = 512
+    """Tokens of an example; longer ones are cut from the right."""
+    packing: bool = False
+    """Several examples in one row of max_length tokens, kept apart by their positions."""
+    save_steps: int = 100
+    """Optimizer steps between two checkpoints; the last step always has one."""
+    seed: int = 0
+    """Of the adapter's start, the order of the data and dropout."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    aux_loss_coef: float = 0.0
+    """Weight of the router's load-balancing loss; 0 turns it off, whatever the model's own config says."""
+    r: int = 32
+    """Rank of every LoRA matrix pair."""
+    lora_alpha: int = 64
+    """LoRA's scaling is lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before A, in [0, 1); MoE-Sieve has 0.05."""
+    train_attention: bool = True
+    """Adapt q, k, v and o."""
+    train_router: bool = True
+    """Adapt the router."""
+    train_shared: bool = True
+    """Adapt shared experts."""
+    report_to: str = "none"
+    """Where transformers also sends the metrics: none, wandb, trackio, tensorboard, …"""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "save_steps", "r", "lora_alpha")
+        for name in (*positive, *(("max_steps",) if self.max_steps is not None else ())):
+            self._check(name, getattr(self, name) > 0, "more than 0")
+        for name in ("weight_decay", "max_grad_norm", "aux_loss_coef", "seed"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("max_length", self.max_length >= 2, "2 or more")
+        self._check("warmup", 0 <= self.warmup < 1, "a share in [0, 1)")
+        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
+
+    def _check(self, name: str, good: bool, allowed: str) -> None:
+        if not good:
+            raise HotLoraError(f"{name} = {getattr(self, name)!r} is out of range: it must be {allowed}.")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to; `seconds` and `tokens` count the parts before a kill too.
+
+    Attributes:
+        loss_first, loss_last: mean response loss (nats a token) of the first and the last step's batch.
+        tokens: non-padding tokens read, prompts included.
+        resumed_from: the step that this process went on from; 0 where it began.
+        metrics: the JSON lines file with step, loss, learning_rate, grad_norm, tokens, epoch and seconds.
+    """
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int | None
+    resumed_from: int
+    metrics: Path
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    config: TrainConfig,
+    output_dir: str | Path,
+    *,
+    identity: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> TrainResult:
+    """Trains a model's trainable parameters on `dataset`, in place.
+
+    Called again with the same arguments and a freshly made model, it goes on from the last whole checkpoint in
+    `output_dir` and ends where a run that was never killed ends: exactly so on one CPU.
+
+    Args:
+        model: a PEFT model, or any causal LM with trainable parameters.
+        dataset: from `data.tokenize`.
+        output_dir: gets `checkpoints/`, `metrics.jsonl` and `train.json` (the resolved options).
+        identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash, …).
+        progress: whether to show a progress bar.
+
+    Raises:
+        HotLoraError: `output_dir` has checkpoints of a run with other options (each is named).
+    """
+    output = Path(output_dir)
+    folder, metrics = output / "checkpoints", output / "metrics.jsonl"
+    if not len(dataset):
+        raise DataError("The training data has no examples; give at least one.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise HotLoraError("The model has no trainable parameter: put an adapter on it first.")
+    resolved = {**dataclasses.asdict(config), **(identity or {}), "examples": len(dataset)}
+    for name in FREE_OPTIONS:
+        resolved.pop(name)
+    checkpoint = checkpoints.last_complete(folder)
+    if checkpoint is not None:
+        checkpoints.check_same(read_json(output / "train.json"), resolved, output)
+        _log.info("going on from %s", checkpoint)
+    checkpoints.remove_incomplete(folder)
+    write_json(output / "train.json", resolved)
+    start = checkpoints.step_of(checkpoint)
+    rows = checkpoints.read_metrics(metrics, start)
+    checkpoints.write_metrics(metrics, rows)
+
+    recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
+    callbacks: list[TrainerCallback] = [recorder, *([_ProgressBar()] if progress else [])]
+    trainer = make_trainer(model, tokenizer, dataset, config, folder, callbacks)
+    with quiet():
+        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
+            # Killed after the last step. transformers would train one step more.
+            trainer._load_from_checkpoint(str(checkpoint), trainer.model)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    rows = checkpoints.read_metrics(metrics)
+    if not rows:
+        raise HotLoraError(f"{metrics} holds no steps though training ended: delete {output} and train again.")
+    tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
+    return TrainResult(
+        steps=rows[-1]["step"], loss_first=rows[0]["loss"], loss_last=rows[-1]["loss"], tokens=tokens, seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0, peak_memory_bytes=peak_memory_bytes(),
+        resumed_from=start, metrics=metrics,
+    )  # fmt: skip
+
+
+def make_trainer(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    config: TrainConfig,
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+) -> "SFTTrainer":
+    """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
+    on_cpu = model.device.type == "cpu"
+    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup if config.lr_scheduler != "constant" else 0,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=bf16,  # autocast follows the base model: adapters are float32 on it
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        **{_CHECKPOINTING: config.gradient_checkpointing},
+        # TRL's None would mean the model's own coefficient: on.
+        router_aux_loss_coef=config.aux_loss_coef,
+        completion_only_loss=True,
+        max_length=config.max_length if config.packing else None,  # the data is cut already
+        packing=config.packing,
+        # Every step is written, so that a resumed run averages over the same steps as one that was not killed.
+        logging_steps=1,
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        # Two: while one is being written, the one before must be whole.
+        save_total_limit=2,
+        report_to=config.report_to,
+        disable_tqdm=True,
+    )
+    with quiet():
+        trainer = _Trainer(
+            model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Trainer(SFTTrainer):
+    """TRL's, which writes a model card into every checkpoint and reports usage to its makers; this one does not."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _send_telemetry(self) -> None:
+        pass
+
+
+class _Recorder(TrainerCallback):
+    """Appends each step to the metrics file, and marks a checkpoint once it is whole."""
+
+    def __init__(self, path: Path, seconds_before: float) -> None:
+        self.path, self.seconds_before, self.started = path, seconds_before, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row = {"step": state.global_step, **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")}}
+        row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
+        row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class _ProgressBar(TrainerCallback):
+    """Steps, loss and time left, in the terminal."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(), transient=True, disable=not state.is_world_process_zero,
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="-")
+        self.bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what other libraries say about choices that are hotlora's, and their progress bars."""
+    import datasets
+
+    level, bars_off = transformers_logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # A save under PEFT looks for the base model's vocabulary size, and nano has no config on the hub.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if not bars_off:
+            datasets.enable_progress_bars()

@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hotlora.errors import DataError
+from hotlora.tasks import gsm8k
+from hotlora.tasks.gsm8k import TASK, final_answer, score
+from hotlora.tasks.rows import Row
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
+ROW = {"question": "Natalia sold 48 clips, then half as many. How many?", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"}
+
+
+def test_example_keeps_the_published_answer():
+    example = gsm8k.example(Row("here", ROW))
+    assert example.prompt == "Question: Natalia sold 48 clips, then half as many. How many?\nAnswer:"
+    assert example.completion == " " + ROW["answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so\n#### 72", "72"),
+        ("#### 1,234.", "1234"),
+        ("#### -3.50", "-3.50"),
+        ("#### 5 or #### 6", "5"),  # the first counts
+        ("the answer is 72", None),
+        ("####72", None),
+        ("#### $72", None),  # as the published expression reads it
+        ("#### ...", None),
+    ],
+)
+def test_final_answer(text: str, answer: str | None):
+    assert final_answer(text) == answer
+
+
+def test_score_compares_strings_without_commas():
+    example = gsm8k.example(Row("here", ROW))
+    assert score(example, "#### 1072") and score(example, " anything\n#### 1,072.")
+    assert not score(example, "#### 1072.0") and not score(example, "1072")
+
+
+def test_a_row_without_its_answer_says_where(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n\n" + json.dumps({"question": "?"}) + "\n")
+    with pytest.raises(DataError, match=r"train\.jsonl line 3 has no field 'answer'; it has question"):
+        TASK.load("train", str(tmp_path), None, 0)
+
+
+def test_sources_that_are_not_there(tmp_path: Path):
+    with pytest.raises(DataError, match=r"holds none of test\.jsonl"):
+        TASK.load("test", str(tmp_path), None, 0)
+    with pytest.raises(DataError, match="does not exist"):
+        TASK.load("test", str(tmp_path / "no.jsonl"), None, 0)
+    with pytest.raises(DataError, match="no split 'dev'"):
+        TASK.load("dev", str(tmp_path), None, 0)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the published GSM8K files are not there")
+@pytest.mark.parametrize(("split", "n"), [("train", 7473), ("test", 1319)])
+def test_every_published_answer_is_right(split: str, n: int):
+    examples = TASK.load(split, str(REAL), None, 0)
+    assert len(examples) == n and all(score(example, example.completion) for example in examples)

@@ -1,0 +1,160 @@
+import itertools
+import json
+import logging
+import random
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotlora.errors import DataError
+from hotlora.tasks import spider
+from hotlora.tasks.spider import TASK, database_schema, normalise, same_answer, score, table_schemas
+
+REAL = Path(__file__).parents[2].parent / "shared" / "data" / "spider"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the published Spider files are not there")
+
+
+def write_database(path: Path, people: list[tuple]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE people (name TEXT, town TEXT, age INTEGER)")
+    connection.execute("CREATE TABLE pets (owner TEXT)")
+    connection.executemany("INSERT INTO people VALUES (?, ?, ?)", people)
+    connection.commit()
+    connection.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_database(tmp_path / "database" / "town" / "town.sqlite", [("Ann", "Rye", 3), ("Bo", "Rye", 5), ("Cy", "Ely", 5)])
+    rows = [
+        {"db_id": "town", "question": "Who is 5?", "query": "SELECT name FROM people WHERE age = 5"},
+        {"db_id": "gone", "question": "Who?", "query": "SELECT 1"},
+    ]
+    (tmp_path / "dev.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def load_one(folder: Path, gold: str) -> spider.Example:
+    (folder / "dev.json").write_text(json.dumps([{"db_id": "town", "question": "?", "query": gold}]))
+    return TASK.load("test", str(folder), None, 0)[0]
+
+
+def test_prompt_and_what_is_left_out(folder: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        (example,) = TASK.load("test", str(folder), None, 0)
+    assert "1 of 2 questions left out: no database for gone" in caplog.text
+    assert example.prompt == "Database:\npeople(name, town, age)\npets(owner)\nQuestion: Who is 5?\nSQL:"
+    assert example.completion == " SELECT name FROM people WHERE age = 5"
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "right"),
+    [
+        ("SELECT name FROM people WHERE age = 5", "select NAME from people where age > 4 order by name desc", True),
+        ("SELECT name, age FROM people", "SELECT age, name FROM people", True),
+        ("SELECT name FROM people ORDER BY age", "SELECT name FROM people ORDER BY age DESC", False),
+        ("SELECT DISTINCT town FROM people", "SELECT town FROM people", True),  # DISTINCT goes on both sides
+        ("SELECT town FROM people", "SELECT town FROM people GROUP BY town", False),  # a multiset of rows
+        ("SELECT name FROM people WHERE age > = 5", "SELECT name FROM people WHERE age >= 5", True),
+        ("SELECT name FROM people WHERE age = 99", "SELECT name, age FROM people WHERE age = 98", True),  # both empty
+        ("SELECT count(*) FROM people", "SELECT 3.0", True),  # numbers, as Python compares them
+        ("SELECT count(*) FROM people", "SELECT '3'", False),
+        ("SELECT name FROM people", "SELECT name FROM peeple", False),
+        ("SELECT name FROM people", "", False),
+        ("SELECT name FROM people", "no SQL ' at ( all", False),
+        ("SELECT name FROM people", "DROP TABLE people", False),
+        ("SELECT name FROM people", "SELECT name FROM people; DELETE FROM people", True),  # the first statement counts
+    ],
+)
+def test_execution_rules(folder: Path, gold: str, predicted: str, right: bool):
+    assert score(load_one(folder, gold), f" {predicted}") is right
+
+
+def test_every_database_of_the_folder_counts(folder: Path):
+    gold, lucky = "SELECT max(age) FROM people", "SELECT 5"
+    example = load_one(folder, gold)
+    assert TASK.metric_name([example]) == "execution_accuracy" and score(example, lucky)
+    write_database(folder / "database" / "town" / "town_2.sqlite", [("Di", "Ely", 7)])
+    example = load_one(folder, gold)
+    assert TASK.metric_name([example]) == "test_suite_accuracy"
+    assert not score(example, lucky) and score(example, "SELECT age FROM people ORDER BY age DESC LIMIT 1")
+
+
+def test_a_gold_query_that_fails_is_the_datas_fault(folder: Path):
+    with pytest.raises(DataError, match="gold query .* no such column: shoe"):
+        score(load_one(folder, "SELECT shoe FROM people"), "SELECT 1")
+
+
+def test_sources_that_are_not_whole(tmp_path: Path):
+    with pytest.raises(DataError, match="give its folder"):
+        TASK.load("test", None, None, 0)
+    with pytest.raises(DataError, match="does not exist"):
+        TASK.load("test", str(tmp_path / "no"), None, 0)
+    with pytest.raises(DataError, match=r"holds none of dev\.json"):
+        TASK.load("test", str(tmp_path), None, 0)
+    (tmp_path / "train_spider.json").write_text(json.dumps([{"db_id": "gone", "question": "?", "query": "SELECT 1"}]))
+    with pytest.raises(DataError, match=r"row 1: nothing tells the tables of 'gone'"):
+        TASK.load("train", str(tmp_path), None, 0)
+
+
+def test_normalise():
+    assert normalise("SELECT count(DISTINCT a) FROM t WHERE y ! = YEAR(CURDATE())").split() == [
+        "SELECT", "count(", "a)", "FROM", "t", "WHERE", "y", "!=", "2020"
+    ]  # fmt: skip
+    assert normalise("SELECT 'distinct' FROM distinct_t") == "SELECT 'distinct' FROM distinct_t"
+
+
+values = st.sampled_from([None, 0, 1, 1.0, 2.5, "a", "b", ""])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 3).flatmap(
+        lambda width: st.tuples(*(st.lists(st.tuples(*[values] * width), max_size=4) for _ in range(2)))
+    ),
+    st.booleans(),
+)
+def test_same_answer_is_what_trying_every_permutation_says(tables: tuple[list, list], ordered: bool):
+    gold, predicted = tables
+
+    def agree(columns: tuple[int, ...]) -> bool:
+        turned = [tuple(row[i] for i in columns) for row in predicted]
+        return gold == turned if ordered else Counter(gold) == Counter(turned)
+
+    expected = len(gold) == len(predicted) and (
+        not gold or any(agree(columns) for columns in itertools.permutations(range(len(gold[0]))))
+    )
+    assert same_answer(gold, predicted, ordered) is expected
+
+
+def test_same_answer_takes_no_factorial_time_for_equal_columns():
+    chance = random.Random(0)
+    rows = [tuple(chance.choice("ab") for _ in range(12)) for _ in range(30)]
+    turned = [row[::-1] for row in rows]
+    assert same_answer(rows, chance.sample(turned, len(turned)), ordered=False)
+    assert same_answer([("x",) * 12] * 5, [("x",) * 12] * 5, ordered=True)
+
+
+@real
+def test_published_gold_queries_are_right():
+    examples = TASK.load("test", str(REAL), None, 0)
+    assert len(examples) == 972  # 62 of the 1,034 ask about a database that this copy lacks
+    assert TASK.metric_name(examples) == "execution_accuracy"
+    for example in random.Random(0).sample(examples, 50):
+        assert score(example, example.completion), example.completion
+
+
+@real
+def test_published_train_rows_and_schemas():
+    examples = TASK.load("train", str(REAL), None, 0)
+    assert len(examples) == 7000 and "head(head_ID, name, born_state, age)" in examples[0].prompt
+    assert examples[0].completion == " SELECT count(*) FROM head WHERE age  >  56"
+    listed = table_schemas(REAL / "tables.json")["concert_singer"]
+    assert sorted(listed.split("\n")) == sorted(
+        database_schema(REAL / "database" / "concert_singer" / "concert_singer.sqlite").split("\n")
+    )

@@ -1,0 +1,195 @@
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora.data import (
+    IGNORE,
+    batches,
+    data_hash,
+    encode_completion,
+    encode_prompt,
+    load_examples,
+    task_of,
+    test_source,
+    tokenize,
+)
+from hotlora.errors import DataError
+from hotlora.tasks import Example
+
+test_source.__test__ = False  # type: ignore[attr-defined]
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+CHAT = (
+    "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+
+
+def write_lines(path: Path, *rows: object) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_every_row_format(tmp_path: Path):
+    rows = [
+        {"prompt": "a\u2028b", "completion": " c", "more": 1},
+        {"question": "1+1?", "answer": "#### 2"},
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    examples = load_examples(str(path))
+    assert [(e.prompt, e.completion) for e in examples] == [
+        ("a\u2028b", " c"),
+        ("Question: 1+1?\nAnswer:", " #### 2"),
+        ("System: S\n\nUser: U\n\nAssistant:", " A"),
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert examples == load_examples(str(tmp_path / "rows.json")) == load_examples(str(tmp_path / "rows.jsonl.gz"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ("[]", "holds no rows"),
+        ("\n \n", "holds no rows"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": ', r"rows\.jsonl line 2 is not valid JSON"),
+        ('{"prompt": "a", "completion": "b"}\n[1]\n', r"line 2: a row must be a JSON object, this is a list"),
+        ('[{"prompt": "a"}', r"line 1 is not valid JSON"),
+        ('{"prompt": "a", "text": "b"}', r"line 1: has prompt, text; a row needs prompt \+ completion, messages"),
+        ('{"prompt": "a", "completion": 3}', r"line 1: 'completion' must be text, this is 3"),
+        ('{"messages": "hello"}', r"line 1: 'messages' must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"line 1: 'messages' must .* ends with the assistant's"),
+        ("{}", r"line 1: has no fields"),
+    ],
+)
+def test_broken_files_say_where(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_examples(str(path))
+
+
+@pytest.mark.parametrize("source", ["no.jsonl", "./no", "/no/where", "gsm9k", "a/b/c"])
+def test_a_source_that_is_not_there_names_the_tasks(source: str):
+    with pytest.raises(DataError, match="There is no data .* nano-math, nano-sql"):
+        load_examples(source)
+
+
+def test_binary_files_are_refused(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut")
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        with pytest.raises(DataError, match="cannot be read"):
+            load_examples(str(tmp_path / name))
+
+
+def test_tasks_and_their_files(tmp_path: Path):
+    file = write_lines(tmp_path / "train.jsonl", {"question": "?", "answer": "#### 1"})
+    assert load_examples(f"gsm8k:{file}") == load_examples(f"gsm8k:{tmp_path}") == load_examples(file)
+    task = task_of(f"gsm8k:{file}")
+    assert task is not None and task.name == "gsm8k" and task_of(file) is None
+    # What is one file has no second split to test on.
+    assert test_source(f"gsm8k:{tmp_path}") == f"gsm8k:{tmp_path}" and test_source("nano-sql") == "nano-sql"
+    assert test_source(f"gsm8k:{file}") is None and test_source(file) is None and test_source(file, "x") == "x"
+
+
+def test_limits_are_seeded_and_keep_the_order(tmp_path: Path):
+    path = write_lines(tmp_path / "a.jsonl", *({"prompt": f"{i:03}", "completion": ""} for i in range(100)))
+    some = [e.prompt for e in load_examples(path, limit=10, seed=1)]
+    assert some == sorted(some) and len(set(some)) == 10
+    assert some == [e.prompt for e in load_examples(path, limit=10, seed=1)]
+    assert some != [e.prompt for e in load_examples(path, limit=10, seed=2)]
+    assert len(load_examples(path, limit=1000)) == 100 and len(load_examples("nano-math", limit=7)) == 7
+    with pytest.raises(DataError, match="limit of 0"):
+        load_examples(path, limit=0)
+
+
+def test_data_hash_sees_every_field_and_the_order():
+    a, b = Example("a", "b"), Example("ab", "")
+    assert data_hash([a]) == data_hash([Example("a", "b", meta={"x": 1})]) != data_hash([b])
+    assert data_hash([a, b]) != data_hash([b, a]) and len(data_hash([])) == 64
+
+
+def test_chat_templates_give_the_special_tokens(tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    messages = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    (example,) = load_examples(write_lines(tmp_path / "a.jsonl", {"messages": messages}), tokenizer=tokenizer)
+    assert (example.prompt, example.completion) == ("<bos>user\nU<eos>\n<bos>assistant\n", "A<eos>")
+    row = tokenize([example], tokenizer, 64)[0]
+    # The template's own end is the end: no second one.
+    assert tokenizer.decode(row["input_ids"]) == example.prompt + example.completion
+    assert sum(row["completion_mask"]) == 2
+
+
+def test_tokenize_marks_the_response_and_its_end():
+    tokenizer = byte_tokenizer()
+    dataset = tokenize([Example("ab", " é")], tokenizer, 64)
+    assert tokenizer.decode(dataset[0]["input_ids"]) == "ab é<eos>"
+    assert dataset[0]["completion_mask"] == [0, 0, 1, 1, 1, 1] and dataset[0]["cut"] is False
+
+
+def test_tokenize_cuts_and_says_so(caplog: pytest.LogCaptureFixture):
+    examples = [Example("abc", "d"), Example("abc", "de"), Example("abcde", "f")]
+    with caplog.at_level(logging.WARNING):
+        dataset = tokenize(examples, byte_tokenizer(), 5)
+    assert dataset["cut"][:] == [False, True] and [len(ids) for ids in dataset["input_ids"]] == [5, 5]
+    assert dataset[1]["completion_mask"] == [0, 0, 0, 1, 1]
+    assert "1 of 3 examples are longer than 5 tokens and were cut" in caplog.text
+    assert "1 of 3 examples have a prompt of 5 tokens or more and were left out" in caplog.text
+    with pytest.raises(DataError, match=r"Every prompt has 3 tokens \(max_length\) or more"):
+        tokenize(examples, byte_tokenizer(), 3)
+    with pytest.raises(DataError, match="no examples"):
+        tokenize([], byte_tokenizer(), 3)
+    with pytest.raises(DataError, match="no end-of-text token"):
+        tokenize(examples, byte_tokenizer(eos_token=None), 9)  # type: ignore[arg-type]
+
+
+def test_training_shows_the_prompt_that_evaluation_gives():
+    """Even where the prompt's last token would join the response's first."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+    joined = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, eos_token="<eos>")
+    assert tokenizer("ab")["input_ids"] == [4]
+    for prompt, completion, ids in (("a", "b", [1, 2]), ("a", "c", [1, 3]), ("c", "ab", [3, 4])):
+        example = Example(prompt, completion)
+        start = encode_prompt(example, tokenizer)
+        assert start + encode_completion(example, completion, start, tokenizer) == ids
+        assert tokenize([example], tokenizer, 9)[0]["input_ids"] == [*ids, 0]
+
+
+def test_batches_hold_every_example_once():
+    tokenizer = byte_tokenizer()
+    dataset = tokenize([Example("p" * (1 + i % 5), "c" * (1 + i % 3)) for i in range(11)], tokenizer, 64)
+    seen, widths = [], []
+    for batch in batches(dataset, tokenizer, 4):
+        assert {t.dtype for t in batch.values()} == {torch.int64} and len({t.shape for t in batch.values()}) == 1
+        widths.append(batch["input_ids"].shape[1])
+        for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+            n = int(mask.sum())
+            assert mask[:n].all() and (ids[n:] == tokenizer.pad_token_id).all() and (labels[n:] == IGNORE).all()
+            responses = labels != IGNORE
+            assert (labels[responses] == ids[responses]).all()
+            seen.append((ids[:n].tolist(), responses[:n].long().tolist()))
+    expected = [(row["input_ids"], row["completion_mask"]) for row in dataset]
+    assert sorted(seen) == sorted(expected) and widths == sorted(widths, reverse=True) and len(widths) == 3
+    with pytest.raises(DataError, match="batch size of 0"):
+        list(batches(dataset, tokenizer, 0))
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the published GSM8K files are not there")
+def test_the_published_train_file_needs_no_task():
+    examples = load_examples(str(REAL), limit=20)
+    assert len(examples) == 20 and examples == load_examples(f"gsm8k:{REAL}", limit=20)
+    assert tokenize(examples, byte_tokenizer(), 4096)["cut"][:] == [False] * 20

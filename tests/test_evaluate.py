@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora.data import tokenize
+from hotlora.errors import DataError
+from hotlora.evaluate import choice_scores, evaluate_task, generate, response_loss
+from hotlora.tasks import Example, Task, get_task
+
+TOKENIZER = byte_tokenizer()
+EXAMPLES = [Example("q" * (1 + 3 * i % 7) + str(i), f" answer {i}") for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("olmoe", vocab_size=259, max_position_embeddings=256)
+
+
+def greedy(model, prompt: str, n: int) -> str:
+    """One token at a time, alone and without a cache."""
+    ids = TOKENIZER(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == TOKENIZER.eos_token_id:
+            break
+    return TOKENIZER.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batched_generation_is_greedy_generation(model, batch_size: int):
+    texts = generate(model, TOKENIZER, EXAMPLES, max_new_tokens=12, batch_size=batch_size)
+    assert texts == [greedy(model, example.prompt, 12) for example in EXAMPLES]
+
+
+def test_stop_texts_end_a_row_and_are_left_out(model):
+    (whole,) = generate(model, TOKENIZER, EXAMPLES[:1], max_new_tokens=24)
+    stop = whole[5:8]
+    (text,) = generate(model, TOKENIZER, EXAMPLES[:1], max_new_tokens=24, stop=(stop, "never this"))
+    assert text == whole[: whole.index(stop)]
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, TOKENIZER, EXAMPLES[:1], max_new_tokens=24, stop=(stop,))
+    handle.remove()
+    assert len(calls) <= 9, "it goes on after the stop text"
+
+
+def test_end_of_text_ends_a_row(model):
+    (whole,) = generate(model, TOKENIZER, EXAMPLES[:1], max_new_tokens=24)
+    end = next(character for character in whole[1:] if "!" <= character <= "~")
+    (text,) = generate(model, byte_tokenizer(eos_token=end), EXAMPLES[:1], max_new_tokens=24)
+    assert text == whole[: whole.index(end)]
+
+
+def likelihood(model, prompt: str, ending: str) -> float:
+    start, ids = len(TOKENIZER(prompt)["input_ids"]), TOKENIZER(prompt + ending)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[t - 1, ids[t]]) for t in range(start, len(ids)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_choices_by_likelihood_a_character(model, batch_size: int):
+    examples = [
+        Example("p" * (2 + i), "", choices=("é", "two words", "x" * (1 + i)), label=i % 3) for i in range(5)
+    ]
+    scores = choice_scores(model, TOKENIZER, examples, batch_size=batch_size)
+    for example, row in zip(examples, scores, strict=True):
+        expected = [likelihood(model, example.prompt, f" {c}") / len(c) for c in example.choices]
+        assert row == pytest.approx(expected, rel=1e-5)
+    task = get_task("nano-choice")
+    evaluation = evaluate_task(model, TOKENIZER, task, examples, batch_size=batch_size)
+    best = [max(range(3), key=row.__getitem__) for row in scores]
+    assert [r["prediction"] for r in evaluation.results] == best
+    assert evaluation.correct == sum(b == e.label for b, e in zip(best, examples, strict=True))
+    assert (evaluation.metric, evaluation.n) == ("acc_norm", 5)
+
+
+def test_an_empty_choice_is_an_error(model):
+    with pytest.raises(DataError, match="Example 0: choice 1 or its prompt is empty"):
+        choice_scores(model, TOKENIZER, [Example("p", "", choices=("a", ""), label=0)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_response_loss_counts_each_response_token_once(model, batch_size: int):
+    dataset = tokenize(EXAMPLES, TOKENIZER, 64)
+    total = sum(likelihood(model, e.prompt, e.completion + "<eos>") for e in EXAMPLES)
+    tokens = sum(sum(row["completion_mask"]) for row in dataset)
+    loss = response_loss(model, TOKENIZER, dataset, batch_size=batch_size)
+    assert loss == pytest.approx(-total / tokens, rel=1e-5)
+
+
+def test_evaluation_keeps_every_result_and_restores_the_model(model, tmp_path: Path):
+    task = Task("echo", "generate", "exact_match", lambda *_: [], lambda e, text: len(text) % 2 == 0, max_new_tokens=4)
+    model.train()
+    evaluation = evaluate_task(model, TOKENIZER, task, EXAMPLES, batch_size=2)
+    assert model.training
+    model.eval()
+    assert evaluation.correct == sum(r["correct"] for r in evaluation.results)
+    assert evaluation.accuracy == evaluation.correct / 7 and evaluation.ci_low <= evaluation.accuracy <= evaluation.ci_high
+    evaluation.write_results(tmp_path / "new" / "results.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "new" / "results.jsonl").read_text().splitlines()]
+    assert rows == evaluation.results and [row["index"] for row in rows] == list(range(7))
+    assert {"id", "prediction", "correct"} <= rows[0].keys()
+    assert set(evaluation.summary()) == {"metric", "accuracy", "n", "correct", "ci_low", "ci_high", "seconds"}
+
+
+def test_nothing_to_evaluate(model):
+    with pytest.raises(DataError, match="no examples to evaluate"):
+        evaluate_task(model, TOKENIZER, get_task("nano-math"), [])
+    with pytest.raises(DataError, match="batch size of 0"):
+        generate(model, TOKENIZER, EXAMPLES, max_new_tokens=1, batch_size=0)

@@ -1,0 +1,85 @@
+"""The pictures draw for small and large models, and mark the experts that the plan keeps."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from hotlora import figures
+from hotlora.plan import select_experts
+from hotlora.routing import RoutingProfile
+
+
+def make_profile(num_layers, num_experts, first=0, top_k=2):
+    counts = torch.randint(0, 100, (num_layers, num_experts), generator=torch.Generator().manual_seed(0)) + 1
+    return RoutingProfile(range(first, first + num_layers), counts, counts * 0.5, 1000, top_k)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_experts", "rule"),
+    [(1, 2, "hot"), (2, 8, "cold"), (6, 32, "random"), (6, 32, None), (48, 128, "hot")],
+)
+def test_every_size_draws(num_layers, num_experts, rule):
+    profile = make_profile(num_layers, num_experts, first=1)
+    plan = None if rule is None else select_experts(profile, rule=rule)
+    kept = plan and plan.params["experts_per_layer"]
+    for figure in (
+        figures.heat_map(profile, plan),
+        figures.sorted_load(profile, plan),
+        figures.coverage_curve(profile, kept),
+    ):
+        size = io.BytesIO()
+        figure.savefig(size, format="png", dpi=30)
+        assert size.tell() > 500
+
+
+def test_heat_map_shows_multiples_of_the_uniform_share_under_decoder_indices():
+    counts = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]])
+    profile = RoutingProfile((3, 7), counts, counts, num_tokens=4, num_experts_per_tok=2)
+    axes = figures.heat_map(profile, select_experts(profile, experts_per_layer=2)).axes[0]
+    assert axes.images[0].get_array().tolist() == [[3, 1, 0, 0], [1, 1, 1, 1]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "7"]
+    (boxes,) = axes.collections
+    spans = [(path.get_extents().x0, path.get_extents().x1) for path in boxes.get_paths()]
+    np.testing.assert_allclose(spans, [(-0.45, 1.45)] * 2)  # experts 0 and 1, in both layers
+
+
+def test_boxes_go_around_each_run():
+    kept = np.array([[True, True, False, True], [False] * 4])
+    assert figures._boxes(kept, 0.0) == [
+        [(-0.5, -0.5), (1.5, -0.5), (1.5, 0.5), (-0.5, 0.5)],
+        [(2.5, -0.5), (3.5, -0.5), (3.5, 0.5), (2.5, 0.5)],
+    ]
+
+
+def test_coverage_curve_goes_from_nothing_to_all_above_the_diagonal():
+    profile = make_profile(3, 8)
+    line = figures.coverage_curve(profile, 2).axes[0].lines[0]
+    values = line.get_ydata()
+    assert values[0] == 0 and values[-1] == pytest.approx(100)
+    assert values[2] == pytest.approx(100 * profile.coverage(experts_per_layer=2).mean().item())
+    assert (values >= np.arange(9) / 8 * 100 - 1e-9).all()
+
+
+def test_a_layer_without_counts_draws():
+    counts = torch.tensor([[0, 0], [1, 3]])
+    profile = RoutingProfile((0, 1), counts, counts, num_tokens=2, num_experts_per_tok=2)
+    for figure in (figures.heat_map(profile), figures.sorted_load(profile), figures.coverage_curve(profile)):
+        figure.savefig(io.BytesIO(), format="png", dpi=30)
+
+
+def test_loss_curves_keep_a_condition_its_colour_and_smooth_by_the_past():
+    steps = list(range(1, 101))
+    losses = [100 / step for step in steps]
+    figure = figures.loss_curves(
+        [("hot", "hot", steps, losses), ("hot, seed 1", "hot", steps, losses), ("mine", "mine", [1], [2.0])]
+    )
+    axes = figure.axes[0]
+    thick = axes.lines[1::2]
+    assert thick[0].get_color() == figures.HOT
+    assert len({line.get_color() for line in thick}) == 3
+    assert thick[0].get_ydata()[0] == 100 and thick[0].get_ydata()[-1] == pytest.approx(
+        np.mean(losses[-4:])
+    )
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["hot", "hot, seed 1", "mine"]

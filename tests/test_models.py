@@ -1,0 +1,174 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tiny import FAMILIES, tiny_config, tiny_model, tiny_plan
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hotlora import models
+from hotlora.adapter import HotLoraConfig
+from hotlora.errors import FileError, ModelError
+from hotlora.models import (
+    attention_modules,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    model_from_config,
+    moe_layers,
+    num_experts_per_tok,
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_part_of_every_layer_is_found(family):
+    model = tiny_model(family)
+    layers = moe_layers(model)
+    assert [layer.layer for layer in layers] == [0, 1]
+    for i, layer in enumerate(layers):
+        assert layer.experts == f"model.layers.{i}.mlp.experts"
+        assert layer.router == f"model.layers.{i}.mlp.gate"
+        assert layer.attention == tuple(f"model.layers.{i}.self_attn.{n}_proj" for n in "qkvo")
+        shared = tuple(f"model.layers.{i}.mlp.shared_expert.{n}_proj" for n in ("gate", "up", "down"))
+        assert layer.shared == (shared if family == "qwen2_moe" else ())
+        assert layer.num_experts == 8
+    assert attention_modules(model) == [path for layer in layers for path in layer.attention]
+    assert num_experts_per_tok(model) == 2
+
+
+def test_dense_layers_have_attention_only():
+    model = tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[0, 2])
+    assert [layer.layer for layer in moe_layers(model)] == [1]
+    assert len(attention_modules(model)) == 12
+
+
+@pytest.mark.parametrize("config", ["plain", "hotlora"])
+def test_an_adapted_model_has_the_same_parts_under_its_own_paths(config):
+    model = tiny_model("qwen2_moe")
+    before, mark = moe_layers(model), fingerprint(model)
+    plan = tiny_plan(model)
+    made = LoraConfig(target_modules=["q_proj"]) if config == "plain" else HotLoraConfig(plan=plan, r=4)
+    adapted = get_peft_model(model, made)
+    for old, new in zip(before, moe_layers(adapted), strict=True):
+        assert new.experts == f"base_model.model.{old.experts}"
+        assert new.shared == tuple(f"base_model.model.{path}" for path in old.shared)
+        assert new.attention == tuple(f"base_model.model.{path}" for path in old.attention)
+        adapted.get_submodule(new.router)
+    assert [layer.experts for layer in moe_layers(adapted.get_base_model())] == [b.experts for b in before]
+    assert fingerprint(adapted) == mark
+
+
+def test_fingerprint_is_of_the_structure():
+    model = tiny_model("olmoe")
+    mark = fingerprint(model)
+    assert mark == fingerprint(tiny_model("olmoe", seed=1)) == fingerprint(model.to(torch.bfloat16))
+    with torch.device("meta"):
+        assert fingerprint(AutoModelForCausalLM.from_config(tiny_config("olmoe"))) == mark
+    family, _, digest = mark.partition("-")
+    assert family == "olmoe" and len(digest) == 12 and int(digest, 16) >= 0
+    others = [
+        tiny_model("olmoe", **change)
+        for change in (
+            {"num_hidden_layers": 3},
+            {"num_experts": 4},
+            {"num_experts_per_tok": 3},
+            {"hidden_size": 48},
+            {"intermediate_size": 24},
+        )
+    ]
+    marks = {mark, *map(fingerprint, others), fingerprint(tiny_model("mixtral"))}
+    assert len(marks) == 7
+
+
+def test_a_dense_model_and_an_unknown_family_are_told_apart():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    dense = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
+    for function in (moe_layers, fingerprint, attention_modules, num_experts_per_tok):
+        with pytest.raises(ModelError, match=r"llama.*no MoE layer.*olmoe"):
+            function(dense)
+    other = AutoConfig.for_model("jamba", num_experts=2, **sizes)
+    with pytest.raises(ModelError, match=r"jamba is not supported.*olmoe"):
+        models._check_family(other)
+    with pytest.raises(ModelError, match="no MoE layer"):
+        moe_layers(tiny_model("qwen3_moe", mlp_only_layers=[0, 1]))
+    with pytest.raises(ModelError, match="no transformers config"):
+        moe_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe").to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", padding_side="left"
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_load_model(saved):
+    model = load_model(saved, device="cpu")
+    assert model.dtype == torch.float32 and not model.training
+    assert load_model(str(saved), dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    expected = tiny_model("olmoe").to(torch.bfloat16).state_dict()
+    assert all(torch.equal(weight, expected[name].float()) for name, weight in model.state_dict().items())
+
+
+def test_load_tokenizer(saved):
+    tokenizer = load_tokenizer(saved)
+    assert tokenizer.pad_token == "</s>" and tokenizer.padding_side == "right"
+
+
+def test_load_errors(saved, tmp_path):
+    for missing in (tmp_path / "none", "./none", "/none/at/all"):
+        with pytest.raises(ModelError, match="is not a folder"):
+            load_model(missing)
+        with pytest.raises(ModelError, match="is not a folder"):
+            load_tokenizer(missing)
+    with pytest.raises(ModelError, match="no causal language model"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"llama.*no MoE layer"):
+        load_model(tmp_path)
+    cut = tmp_path / "cut"
+    shutil.copytree(saved, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(ModelError, match="no causal language model"):
+        load_model(cut, device="cpu")
+
+
+def test_the_embedded_model():
+    if not (models.NANO_PATH / "config.json").is_file():
+        with pytest.raises(ModelError, match="embedded model"):
+            load_model("nano")
+        pytest.skip("the embedded model is not in this checkout")
+    model = load_model("nano", device="cpu")
+    assert model.config.model_type == "olmoe" and len(moe_layers(model)) > 1
+    assert load_tokenizer("nano").padding_side == "right"
+    assert fingerprint(model_from_config("nano")) == fingerprint(model)
+
+
+def test_model_from_config(saved, tmp_path):
+    for path in (saved, saved / "config.json", str(saved)):
+        model = model_from_config(path)
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert fingerprint(model) == fingerprint(tiny_model("olmoe"))
+    with pytest.raises(FileError, match="does not exist"):
+        model_from_config(tmp_path / "config.json")
+    for content in ("{", "[]", json.dumps({"model_type": "no-such-type"}), "{}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(FileError, match=r"not a config\.json"):
+            model_from_config(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match=r"not a config\.json"):
+        model_from_config(tmp_path / "x.safetensors")
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no MoE layer"):
+        model_from_config(tmp_path)

@@ -1,0 +1,262 @@
+"""The page and the tables, from synthetic run records."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from hotlora.errors import DataError, FileError
+from hotlora.plan import select_experts
+from hotlora.records import find_records, new_record, write_record
+from hotlora.report import conditions_table, write_report
+from hotlora.routing import RoutingProfile
+from hotlora.tables import human_bytes, human_count, human_seconds, read_sections, table_rows
+
+MODEL = {"name": "nano", "fingerprint": "olmoe-3f2a91c0b4d7", "num_parameters": 5_663_872}
+ACCURACY = {"base": 0.08, "all": 0.62, "hot": 0.605, "random": 0.54, "cold": 0.465}
+TRAINABLE = {"base": 0, "all": 1_327_104, "hot": 417_792, "random": 417_792, "cold": 417_792}
+
+
+def make_profile(num_layers=6, num_experts=32, top_k=4, tokens=50_000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    skew = torch.linspace(0.5, 1.1, num_layers)[:, None]
+    shares = (torch.randn(num_layers, num_experts, generator=generator) * skew).softmax(dim=1)
+    counts = (shares * tokens * top_k).round().long()
+    counts[:, 0] += tokens * top_k - counts.sum(dim=1)
+    return RoutingProfile(tuple(range(num_layers)), counts, counts * 0.2, tokens, top_k)
+
+
+def write_runs(folder, data="nano-math", conditions=tuple(ACCURACY), seed=0, profile=None, n=200):
+    """A profile and one run a condition, as training and evaluation leave them."""
+    profile = profile or make_profile()
+    profile.save(folder / data)
+    rng = np.random.default_rng(seed)
+    difficulty = rng.random(n)
+    for condition in conditions:
+        name = condition if condition in ("base", "all") else f"{condition} 25%"
+        run = folder / data / f"{condition}-{seed}"
+        correct = difficulty < np.clip(ACCURACY[condition] + rng.normal(0, 0.08, n), 0, 1)
+        sections = {}
+        if condition != "base":
+            plan = select_experts(profile, rule=condition)
+            plan.save(run)
+            sections["profile"] = {"path": "../profile.safetensors", "hash": profile.hash}
+            sections["plan"] = {"path": "plan.json", "rule": condition, "params": plan.params}
+            loss = 0.35 + 2.0 * np.exp(-np.arange(60) / 14) + rng.normal(0, 0.05, 60)
+            loss += {"all": 0, "hot": 0.01, "random": 0.05, "cold": 0.1}[condition]
+            rows = [{"step": i + 1, "loss": float(x), "learning_rate": 4e-4} for i, x in enumerate(loss)]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            sections["training"] = {
+                "steps": 60, "loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"], "tokens": 181_000,
+                "seconds": 93.1, "tokens_per_second": 3012.4 if condition == "all" else 4210.7,
+                "peak_memory_bytes": 912_000_000, "metrics": "metrics.jsonl",
+            }  # fmt: skip
+        trainable = TRAINABLE[condition]
+        results = [{"index": i, "id": f"{i:x}", "correct": bool(right)} for i, right in enumerate(correct)]
+        run.mkdir(parents=True, exist_ok=True)
+        (run / f"results-{data}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results))
+        record = new_record(
+            name=name, condition=condition, seed=seed, model=MODEL,
+            data={"name": data, "train": 2000, "test": n},
+            config={"r": 8, "lora_alpha": 16, "learning_rate": 4e-4, "batch_size": 16, "max_steps": 60},
+            parameters={
+                "trainable": trainable, "total": 5_663_872 + trainable, "adapter_bytes": 4 * trainable,
+                "percent": 100 * trainable / (5_663_872 + trainable),
+            },
+            evaluation={data: {
+                "metric": "exact_match", "accuracy": float(correct.mean()),
+                "n": n, "correct": int(correct.sum()), "results": f"results-{data}.jsonl", "seconds": 9.1,
+            }},
+            **sections,
+        )  # fmt: skip
+        write_record(run, record | {"status": "done", "seconds": 104.2})
+
+
+class Page(HTMLParser):
+    """Tags that are open, the table's cells, and every address that the page points to."""
+
+    VOID = ("meta", "img", "br", "hr", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.rows, self.addresses, self.images = [], [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.addresses += [attributes[key] for key in ("src", "href", "srcset") if key in attributes]
+        self.images += tag == "img"
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_runs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    return write_report(runs, tmp_path_factory.mktemp("out") / "page")
+
+
+def test_the_page_is_whole_and_self_contained(report):
+    text = report.read_text()
+    page = Page(text)
+    assert report.name == "report.html" and page.open == []
+    assert page.images == 4
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    pictures = sorted(path.name for path in report.parent.glob("*.png"))
+    assert pictures == [f"nano-nano-math-{name}.png" for name in ("coverage", "heat-map", "load", "loss")]
+    for picture in report.parent.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(list(report.parent.iterdir())) == 5
+
+
+def test_numbers_are_the_records(report, runs):
+    rows = {row[0]: row[1:] for row in Page(report.read_text()).rows}
+    assert list(rows)[1:] == ["base", "all", "hot 25%", "random 25%", "cold 25%"]
+    profile = RoutingProfile.load(runs / "nano-math")
+    for record in find_records(runs).values():
+        accuracy, difference, covered, trained, adapter, speed, memory = rows[record["name"]]
+        result = record["evaluation"]["nano-math"]
+        assert re.fullmatch(rf"{100 * result['accuracy']:.1f} \[\d+\.\d–\d+\.\d\]", accuracy)
+        if record["condition"] == "base":
+            assert {covered, trained, adapter, speed, memory} == {"–"}
+            continue
+        assert speed == f"{record['training']['tokens_per_second']:,.0f}" and memory == "912.0 MB"
+        assert trained.endswith(f" ({record['parameters']['percent']:.1f}%)")
+        if record["condition"] == "all":
+            assert (difference, covered, trained.split()[0], adapter) == ("–", "100.0%", "1.3M", "5.3 MB")
+        else:
+            assert re.fullmatch(r"[+−]\d+\.\d \[[+−]\d+\.\d to [+−]\d+\.\d\]", difference)
+            assert (trained.split()[0], adapter) == ("417.8K", "1.7 MB")
+        if record["condition"] == "hot":
+            assert covered == f"{profile.coverage(fraction=0.25).mean():.1%}"
+
+
+def test_the_same_runs_give_the_same_page(runs, report, tmp_path):
+    again = write_report(runs, tmp_path)
+    assert again.read_text().replace(str(tmp_path), "") == report.read_text().replace(str(report.parent), "")
+
+
+def test_failed_unfinished_and_unevaluated_runs_are_shown(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    for name, change in (
+        ("random", {"status": "failed", "error": "out of <memory>"}),
+        ("cold", {"status": "running"}),
+        ("mine", {"status": "done"}),
+    ):
+        record = new_record(name=name, condition=name, model=MODEL, data={"name": "nano-math"})
+        write_record(tmp_path / name, record | change)
+    names = [row[0] for row in Page(write_report(tmp_path, tmp_path / "out").read_text()).rows]
+    assert names == [
+        "run", "all", "hot 25%", "randomfailed: out of <memory>", "coldnot finished", "minenot evaluated"
+    ]  # fmt: skip
+
+
+def test_files_that_are_gone_are_noted_and_broken_ones_raise(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    (tmp_path / "nano-math" / "profile.safetensors").unlink()
+    (tmp_path / "nano-math" / "hot-0" / "results-nano-math.jsonl").unlink()
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "hot 25%: its profile ../profile.safetensors is gone." in text
+    page = Page(text)
+    assert page.images == 1  # the loss
+    assert re.fullmatch(r"[+−]\d+\.\d", page.rows[2][2])  # a difference, but no interval
+    (tmp_path / "nano-math" / "profile.safetensors").write_bytes(b"half")
+    with pytest.raises(FileError, match="not a whole routing profile"):
+        write_report(tmp_path, tmp_path / "out")
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    select_experts(make_profile(num_experts=64)).save(tmp_path / "nano-math" / "all-0")
+    with pytest.raises(FileError, match="plan is for 64 experts a layer, but the profile of nano has 32"):
+        write_report(tmp_path, tmp_path / "out")
+
+
+def test_no_runs(tmp_path):
+    with pytest.raises(DataError, match=r"no run\.json"):
+        write_report(tmp_path, tmp_path / "out")
+    with pytest.raises(FileError, match="not a folder"):
+        write_report(tmp_path / "none", tmp_path / "out")
+
+
+def test_one_section_a_task_and_base_joins_each(tmp_path):
+    write_runs(tmp_path, "nano-math", ("all", "hot"))
+    write_runs(tmp_path, "nano-sql", ("all", "hot"))
+    result = {"metric": "exact_match", "accuracy": 0.1, "n": 10, "correct": 1}
+    base = new_record(
+        name="base", condition="base", model=MODEL, data={"name": "both"},
+        evaluation={"nano-math": result, "nano-sql": result | {"accuracy": 0.2, "correct": 2}},
+    )  # fmt: skip
+    write_record(tmp_path / "base", base | {"status": "done"})
+    sections = read_sections(find_records(tmp_path))
+    assert [section.data for section in sections] == ["nano-math", "nano-sql"]
+    assert [table_rows(s, s.data)[0].cells["accuracy"][:4] for s in sections] == ["10.0", "20.0"]
+    page = Page(write_report(tmp_path, tmp_path / "out").read_text())
+    assert page.images == 8 and len(list((tmp_path / "out").glob("*.png"))) == 8
+
+
+def test_several_seeds_are_told_apart_and_compared_within_a_seed(tmp_path):
+    for seed in (0, 1):
+        write_runs(tmp_path, conditions=("all", "hot"), seed=seed)
+    (section,) = read_sections(find_records(tmp_path))
+    rows = table_rows(section, "nano-math")
+    assert [row.name for row in rows] == ["all, seed 0", "all, seed 1", "hot 25%, seed 0", "hot 25%, seed 1"]
+    for row, reference in zip(rows[2:], rows[:2], strict=True):
+        ours, theirs = (float(r.cells["accuracy"].split()[0]) for r in (row, reference))
+        shown = float(row.cells["difference"].split()[0].replace("−", "-"))
+        assert shown == pytest.approx(ours - theirs, abs=0.11)
+
+
+def test_the_terminal_shows_the_same_rows(runs):
+    table = conditions_table(find_records(runs))
+    console = Console(width=84, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    assert "1.3M" in text and "hot 25%" in text and "…" not in text
+    accuracy = next(iter(find_records(runs).values()))["evaluation"]["nano-math"]["accuracy"]
+    assert f"{100 * accuracy:.1f} [" in text
+    assert max(map(len, text.splitlines())) <= 84
+    assert conditions_table({}).row_count == 0
+
+
+def test_reports_need_no_transformers():
+    code = "import sys, hotlora.report; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_human_units():
+    assert [human_count(x) for x in (0, 999, 1000, 84_967_424, 311_459_840, 6_919_161_856)] == [
+        "0", "999", "1.0K", "85.0M", "311.5M", "6.9B"
+    ]  # fmt: skip
+    assert [human_bytes(x) for x in (12, 1500, 999_999, 339_738_624, 1.25e9)] == [
+        "12 B", "1.5 kB", "1.0 MB", "339.7 MB", "1.2 GB"
+    ]  # fmt: skip
+    assert [human_seconds(x) for x in (None, 0.25, 42.4, 93.1, 7260)] == [
+        "–", "0.2 s", "42 s", "1 min 33 s", "2 h 1 min"
+    ]  # fmt: skip

@@ -1,0 +1,361 @@
+"""Profiles from routers whose choices are known by hand, and metrics worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats as scipy_stats
+from tiny import FAMILIES, tiny_batch, tiny_model
+
+from hotlora.errors import DataError, FileError, ModelError, PlanError
+from hotlora.models import fingerprint, moe_layers
+from hotlora.plan import select_experts
+from hotlora.routing import RoutingProfile, experts_kept, jaccard, profile_routing
+
+E, K, PAD = 8, 2, 0
+
+
+def fix_router(model):
+    """Sends token id t to experts t % 8 and (t + 1 + layer) % 8, with weights 0.75 and 0.25.
+
+    Only the router's output is replaced: the blocks and their experts run as they are.
+    """
+    seen = {}
+
+    def remember(module, args, kwargs):
+        seen["ids"] = (args[0] if args else kwargs["input_ids"]).flatten()
+
+    model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
+
+    def forward(layer):
+        def route(hidden, *_, **__):
+            ids = seen["ids"]
+            index = torch.stack([ids % E, (ids + 1 + layer) % E], dim=1)
+            weights = torch.tensor([0.75, 0.25]).expand(len(ids), 2)
+            return torch.zeros(len(ids), E), weights, index
+
+        return route
+
+    for layer in moe_layers(model):
+        model.get_submodule(layer.router).forward = forward(layer.layer)
+
+
+def batch(*rows, side="right"):
+    """Rows of token ids, padded to one length."""
+    length = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap = length - len(row)
+        left, right = (gap, 0) if side == "left" else (0, gap)
+        ids.append([PAD] * left + list(row) + [PAD] * right)
+        mask.append([0] * left + [1] * len(row) + [0] * right)
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+ROWS = [[8, 9, 10], [8, 17], [11, 11, 11, 15]]  # ids mod 8: 0 1 2 | 0 1 | 3 3 3 7
+# first choice: t % 8; second: (t + 1) % 8 in layer 0, (t + 2) % 8 in layer 1
+FIRST = [2, 2, 1, 3, 0, 0, 0, 1]
+SECOND = [[1, 2, 2, 1, 3, 0, 0, 0], [0, 1, 2, 2, 1, 3, 0, 0]]
+COUNTS = torch.tensor([[a + b for a, b in zip(FIRST, second, strict=True)] for second in SECOND])
+MASS = torch.tensor([[0.75 * a + 0.25 * b for a, b in zip(FIRST, s, strict=True)] for s in SECOND]).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_counts_and_mass_known_by_hand(family, side):
+    model = tiny_model(family)
+    fix_router(model)
+    profile = profile_routing(model, [batch(*ROWS, side=side)])
+    assert profile.layers == (0, 1)
+    assert profile.num_tokens == 9 and profile.num_experts_per_tok == K
+    assert torch.equal(profile.counts, COUNTS) and torch.equal(profile.mass, MASS)
+    assert profile.counts.sum(dim=1).tolist() == [9 * K] * 2
+    assert profile.source["fingerprint"] == fingerprint(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_real_router_is_read_as_applied(family):
+    """Counts and mass equal those of the router's own outputs."""
+    model = tiny_model(family)
+    data = tiny_batch(3, 11)
+    outputs = {layer.layer: [] for layer in moe_layers(model)}
+    for layer in moe_layers(model):
+        router = model.get_submodule(layer.router)
+        router.register_forward_hook(lambda module, args, out, into=outputs[layer.layer]: into.append(out))
+    profile = profile_routing(model, [data])
+    mask = data["attention_mask"].flatten().bool()
+    for row, layer in enumerate(profile.layers):
+        _, weights, index = outputs[layer][0]
+        one_hot = torch.nn.functional.one_hot(index[mask], E)
+        assert torch.equal(profile.counts[row], one_hot.sum(dim=(0, 1)))
+        expected = (one_hot * weights[mask].double()[..., None]).sum(dim=(0, 1))
+        torch.testing.assert_close(profile.mass[row], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_does_not_matter(family):
+    model = tiny_model(family)
+    rows = [torch.randint(3, 128, (length,)).tolist() for length in (5, 9, 2, 7)]
+    whole = profile_routing(model, [batch(*rows)])
+    parts = profile_routing(model, [batch(*rows[:1]), batch(*rows[1:])])
+    ones = profile_routing(model, ({"input_ids": torch.tensor([row])} for row in rows))  # no mask: all tokens
+    assert torch.equal(whole.counts, parts.counts) and torch.equal(whole.counts, ones.counts)
+    torch.testing.assert_close(whole.mass, ones.mass, rtol=1e-5, atol=1e-5)
+    assert whole.num_tokens == ones.num_tokens == 23
+
+
+def test_same_data_same_profile():
+    model = tiny_model()
+    assert profile_routing(model, [tiny_batch()]).hash == profile_routing(model, [tiny_batch()]).hash
+    assert profile_routing(model, [tiny_batch()]).hash != profile_routing(model, [tiny_batch(seed=1)]).hash
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = tiny_model().to(dtype)
+    profile = profile_routing(model, [tiny_batch(), tiny_batch(seed=1)])
+    assert profile.counts.sum(dim=1).tolist() == [profile.num_tokens * K] * 2
+    assert ((profile.mass > 0) == (profile.counts > 0)).all() and (profile.mass <= profile.counts).all()
+
+
+def test_gradient_checkpointing_and_training_flags_are_left_as_they_were():
+    model = tiny_model()
+    expected = profile_routing(model, [tiny_batch()])
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.get_input_embeddings().eval()
+    flags = [module.training for module in model.modules()]
+    profile = profile_routing(model, [tiny_batch()])
+    assert profile.hash == expected.hash
+    assert [module.training for module in model.modules()] == flags
+    assert torch.is_grad_enabled() and not any(p.grad is not None for p in model.parameters())
+
+
+def test_hooks_are_removed_even_after_an_error():
+    model = tiny_model()
+
+    def hooks():
+        return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+    before = hooks()
+    profile_routing(model, [tiny_batch()])
+    assert hooks() == before
+    model.train()
+    with pytest.raises(IndexError):
+        profile_routing(model, [tiny_batch(), {"input_ids": torch.tensor([[10_000]])}])
+    assert hooks() == before and model.training and torch.is_grad_enabled()
+
+
+def test_an_adapted_model_is_profiled_too():
+    import peft
+
+    model = tiny_model()
+    expected = profile_routing(model, [tiny_batch()])
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    profile = profile_routing(peft.get_peft_model(model, config), [tiny_batch()])
+    assert profile.hash == expected.hash
+    assert profile.source["fingerprint"] == expected.source["fingerprint"]
+
+
+def test_a_hotlora_model_is_profiled_too():
+    import peft
+
+    from hotlora.adapter import HotLoraConfig
+
+    model = tiny_model()
+    expected = profile_routing(model, [tiny_batch()])
+    plan = select_experts(expected, experts_per_layer=3)
+    adapted = peft.get_peft_model(model, HotLoraConfig(plan=plan, r=2))
+    assert profile_routing(adapted, [tiny_batch()]).hash == expected.hash
+
+
+def test_head_is_not_run():
+    model = tiny_model()
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was run"))
+    profile_routing(model, [tiny_batch()])
+
+
+def test_source_and_progress(capsys):
+    source = {"data": "gsm8k", "model": "m"}
+    profile = profile_routing(tiny_model(), [tiny_batch()], progress=True, source=source)
+    assert profile.source["data"] == "gsm8k" and profile.source["model"] == "m"
+    printed = capsys.readouterr()
+    assert "Profiling" in printed.err and printed.out == ""
+
+
+IDS = torch.tensor([[5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        ([], "no token to profile on"),
+        ([{"input_ids": IDS, "attention_mask": torch.zeros(1, 2)}], "no token to profile on"),
+        ([{"input_ids": [[5, 6]]}], "batch 0 has no input_ids tensor"),
+        ([{"input_ids": torch.tensor([5, 6])}], "batch 0 has no input_ids tensor"),
+        ([{"labels": IDS}], "batch 0 has no input_ids tensor"),
+        ([{"input_ids": IDS, "attention_mask": torch.ones(1, 3)}], "batch 0: attention_mask must be"),
+        ([{"input_ids": IDS, "attention_mask": [[1, 1]]}], "attention_mask must be .* and is list"),
+    ],
+)
+def test_batches_that_are_none(batches, says):
+    with pytest.raises(DataError, match=says):
+        profile_routing(tiny_model(), batches)
+
+
+def test_a_model_that_overflows_is_told():
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule(moe_layers(model)[1].router).weight.fill_(torch.inf)
+    with pytest.raises(ModelError, match="gate weights are not finite"):
+        profile_routing(model, [tiny_batch()])
+
+
+def test_a_model_on_the_meta_device_is_told():
+    with torch.device("meta"):
+        model = tiny_model()
+    with pytest.raises(ModelError, match="meta device"):
+        profile_routing(model.to("meta"), [tiny_batch()])
+
+
+def test_indices_of_other_ranks_are_dropped():
+    """Under expert parallelism a slot that is not here carries the sentinel num_experts."""
+    model = tiny_model()
+    for layer in moe_layers(model):
+        model.get_submodule(layer.experts)._is_expert_parallel = True
+        router = model.get_submodule(layer.router)
+        router.register_forward_hook(
+            lambda module, args, out: (out[0], out[1], torch.where(out[2] < 4, out[2], E))
+        )
+    profile = profile_routing(model, [tiny_batch()])
+    assert profile.counts[:, 4:].sum() == 0 and 0 < profile.counts.sum() < 2 * profile.num_tokens * K
+
+
+# --- metrics ---
+
+HAND = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]])
+
+
+def hand_profile(counts=HAND, layers=(0, 1), **kwargs):
+    return RoutingProfile(layers, counts, counts.double() / 2, num_tokens=4, num_experts_per_tok=2, **kwargs)
+
+
+def test_metrics_by_hand():
+    profile = hand_profile()
+    assert profile.shares().tolist() == [[0.75, 0.25, 0, 0], [0.25] * 4]
+    # layer 0: mean 2, variance (16 + 0 + 4 + 4) / 4 = 6
+    torch.testing.assert_close(profile.layer_cv(), torch.tensor([math.sqrt(6) / 2, 0.0]).double())
+    assert profile.mean_layer_cv() == pytest.approx(math.sqrt(6) / 4)
+    # sums 8 4 2 2: mean 4, variance (16 + 0 + 4 + 4) / 4
+    assert profile.global_cv() == pytest.approx(math.sqrt(6) / 4)
+    # uniform share 1/4, half of it 1/8: two experts of layer 0
+    assert profile.cold_share().tolist() == [0.5, 0.0]
+    assert profile.coverage(fraction=0.25).tolist() == [0.75, 0.25]
+    assert profile.coverage(experts_per_layer=2).tolist() == [1.0, 0.5]
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
+    torch.testing.assert_close(profile.entropy(), torch.tensor([entropy, 1.0]).double())
+
+
+def test_exactly_half_of_the_uniform_share_is_not_cold():
+    counts = torch.tensor([[1, 2, 3, 2], [7, 7, 7, 3]])  # half uniform: 1 and 3
+    assert hand_profile(counts).cold_share().tolist() == [0.0, 0.0]
+
+
+def test_metrics_against_scipy():
+    counts = torch.from_numpy(np.random.default_rng(0).integers(1, 1000, (5, 16)))
+    profile = hand_profile(counts, layers=tuple(range(5)))
+    np.testing.assert_allclose(profile.layer_cv(), scipy_stats.variation(counts.numpy(), axis=1), rtol=1e-12)
+    np.testing.assert_allclose(profile.global_cv(), scipy_stats.variation(counts.numpy().sum(0)), rtol=1e-12)
+    np.testing.assert_allclose(
+        profile.entropy(), scipy_stats.entropy(counts.numpy(), axis=1) / np.log(16), rtol=1e-12
+    )
+
+
+def test_a_layer_without_counts_has_no_metrics():
+    profile = hand_profile(torch.tensor([[0, 0, 0, 0], [2, 2, 2, 2]]))
+    metrics = (profile.layer_cv(), profile.entropy(), profile.cold_share(), profile.coverage(fraction=0.5))
+    for metric in metrics:
+        assert metric.isnan().tolist() == [True, False]
+
+
+def test_jaccard_by_hand():
+    a, b = {0: [0, 1, 2, 3], 2: [5]}, {0: [2, 3, 4, 5], 2: [5]}
+    assert jaccard(a, b) == pytest.approx((2 / 6 + 1) / 2) == jaccard(b, a)
+    assert jaccard({0: ()}, {0: ()}) == 1.0
+    plan = select_experts(hand_profile(), experts_per_layer=1)
+    assert jaccard(plan, plan) == 1.0 and jaccard(plan, {0: [1], 1: [0]}) == 0.5
+    with pytest.raises(PlanError, match=r"layers \[0\] and \[1\]"):
+        jaccard({0: [1]}, {1: [1]})
+
+
+def test_experts_kept_needs_one_budget():
+    with pytest.raises(PlanError, match="exactly one"):
+        experts_kept(8, None, None)
+
+
+# --- the file ---
+
+
+def test_save_and_load(tmp_path):
+    profile = hand_profile(layers=(3, 7), source={"fingerprint": "olmoe-1", "data": "gsm8k"})
+    profile.save(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["profile.safetensors"]
+    loaded = RoutingProfile.load(tmp_path / "run")
+    assert loaded.hash == profile.hash and loaded.source == profile.source and loaded.layers == (3, 7)
+    assert torch.equal(loaded.counts, profile.counts) and torch.equal(loaded.mass, profile.mass)
+    profile.save(tmp_path / "mine.safetensors")
+    assert RoutingProfile.load(tmp_path / "mine.safetensors").hash == profile.hash
+    assert set(load_file(tmp_path / "mine.safetensors")) == {"counts", "mass"}
+
+
+def test_load_names_a_file_that_is_missing_cut_short_or_foreign(tmp_path):
+    path = tmp_path / "profile.safetensors"
+    with pytest.raises(FileError, match=r"does not exist.*hotlora profile"):
+        RoutingProfile.load(tmp_path)
+    hand_profile().save(path)
+    whole = path.read_bytes()
+    for length in (0, 5, 40, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileError, match=r"profile\.safetensors is not a whole routing profile.*hotlora"):
+            RoutingProfile.load(path)
+    path.write_bytes(b'{"json": true}')
+    with pytest.raises(FileError, match="not a whole routing profile"):
+        RoutingProfile.load(path)
+    save_file({"counts": HAND}, path)
+    with pytest.raises(FileError, match="not a routing profile"):
+        RoutingProfile.load(path)
+    save_file({"counts": HAND, "mass": HAND.double()}, path, {"format": "hotlora.profile", "version": "9"})
+    with pytest.raises(FileError, match="version '9', this hotlora reads '1'"):
+        RoutingProfile.load(path)
+    meta = {"format": "hotlora.profile", "version": "1", "json": "{}"}
+    save_file({"counts": HAND, "mass": HAND.double()}, path, meta)
+    with pytest.raises(FileError, match="not a whole routing profile"):
+        RoutingProfile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"counts": HAND.double()}, r"counts are torch\.float64: they must be integers"),
+        ({"counts": HAND[0], "mass": HAND[0]}, r"\[2 layers, experts\]"),
+        ({"layers": (0, 1, 2)}, r"\[3 layers, experts\]"),
+        ({"layers": (1, 0)}, "ascending"),
+        ({"mass": torch.zeros(2, 5)}, r"mass is \[2, 5\]"),
+    ],
+)
+def test_a_profile_refuses_another_form(change, says):
+    fields = {"layers": (0, 1), "counts": HAND, "mass": HAND.double()} | change
+    with pytest.raises(DataError, match=says):
+        RoutingProfile(**fields, num_tokens=4, num_experts_per_tok=2)
+
+
+def test_a_profile_holds_one_form():
+    profile = RoutingProfile([0, 1], HAND.int(), HAND.float(), num_tokens=4, num_experts_per_tok=2)
+    assert profile.layers == (0, 1)
+    assert profile.counts.dtype == torch.int64 and profile.mass.dtype == torch.float64

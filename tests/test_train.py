@@ -1,0 +1,271 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_plan
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora import checkpoints
+from hotlora.adapter import HotLoraConfig, load_adapter
+from hotlora.data import IGNORE, tokenize
+from hotlora.errors import DataError, HotLoraError, PlanError
+from hotlora.evaluate import response_loss
+from hotlora.records import read_record
+from hotlora.routing import RoutingProfile
+from hotlora.tasks import Example
+from hotlora.train import TrainConfig, profile_data, run_evaluation, run_training, train
+from hotlora.trainer import make_trainer
+
+TOKENIZER = byte_tokenizer()
+EXAMPLES = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(24)]
+CONFIG = TrainConfig(max_steps=6, batch_size=4, save_steps=4, r=4, lora_alpha=8, max_length=64, learning_rate=3e-3)
+
+
+def adapted(seed: int = 0, dropout: float = 0.0):
+    base = tiny_model("olmoe", vocab_size=259)
+    torch.manual_seed(seed)
+    return get_peft_model(base, HotLoraConfig(plan=tiny_plan(base), r=4, lora_alpha=8, lora_dropout=dropout))
+
+
+def adapter_tensors(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def dataset():
+    return tokenize(EXAMPLES, TOKENIZER, 64)
+
+
+def test_only_the_response_carries_loss(tmp_path: Path):
+    trainer = make_trainer(adapted(), TOKENIZER, dataset(), CONFIG, tmp_path)
+    for batch in trainer.get_train_dataloader():
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            text = TOKENIZER.decode(ids, skip_special_tokens=False).replace("<pad>", "")
+            kept = TOKENIZER.decode(ids[labels != IGNORE])
+            prompt = text[: -len(kept)]
+            assert kept.startswith(" make ") and kept.endswith("<eos>") and "make" not in prompt
+    # The trainer's loss is the plain mean over those tokens.
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, dict(batch))
+        plain = model(**batch).loss
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+
+
+def test_training_lowers_the_loss_and_moves_only_the_adapter(tmp_path: Path):
+    model = adapted()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = response_loss(model, TOKENIZER, dataset())
+    result = train(model, TOKENIZER, dataset(), replace(CONFIG, max_steps=30, learning_rate=1e-2), tmp_path)
+    assert response_loss(model, TOKENIZER, dataset()) < before - 1
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
+    moved = {name: float(p.abs().sum()) for name, p in adapter_tensors(model).items() if "lora_B" in name}
+    assert moved and all(moved.values()), "every B has a gradient, the experts' among them"
+    rows = checkpoints.read_metrics(result.metrics)
+    assert [row["step"] for row in rows] == list(range(1, 31)) and result.steps == 30
+    assert (result.loss_first, result.loss_last) == (rows[0]["loss"], rows[-1]["loss"])
+    # 24 examples, 4 a step: five passes.
+    assert result.tokens == 5 * sum(map(len, dataset()["input_ids"]))
+    assert {"learning_rate", "grad_norm", "tokens", "epoch", "seconds"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_the_auxiliary_loss_is_off_unless_asked_for(tmp_path: Path, coefficient: float):
+    model = adapted()
+    model.config.router_aux_loss_coef, model.config.output_router_logits = 0.7, True
+    trainer = make_trainer(model, TOKENIZER, dataset(), replace(CONFIG, aux_loss_coef=coefficient), tmp_path)
+    assert trainer.aux_loss_enabled is bool(coefficient) and trainer.router_aux_loss_coef == coefficient
+    assert model.config.output_router_logits is bool(coefficient)
+
+
+def test_packed_examples_do_not_see_each_other(tmp_path: Path):
+    trainer = make_trainer(adapted(), TOKENIZER, dataset(), replace(CONFIG, packing=True, batch_size=64), tmp_path)
+    (batch,) = list(trainer.get_train_dataloader())
+    assert batch["input_ids"].shape[0] == 1 and int((batch["position_ids"] == 0).sum()) == len(EXAMPLES)
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    assert float(loss) == pytest.approx(response_loss(adapted(), TOKENIZER, dataset()), rel=1e-5)
+
+
+def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path):
+    whole, parts = adapted(), adapted()
+    config = replace(CONFIG, max_steps=3, batch_size=8)
+    train(whole, TOKENIZER, dataset(), config, tmp_path / "a")
+    train(parts, TOKENIZER, dataset(), replace(config, batch_size=4, gradient_accumulation_steps=2), tmp_path / "b")
+    for name, tensor in adapter_tensors(whole).items():
+        torch.testing.assert_close(adapter_tensors(parts)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_steps(tmp_path: Path):
+    plain, less_memory = adapted(), adapted()
+    train(plain, TOKENIZER, dataset(), CONFIG, tmp_path / "a")
+    train(less_memory, TOKENIZER, dataset(), replace(CONFIG, gradient_checkpointing=True), tmp_path / "b")
+    for name, tensor in adapter_tensors(plain).items():
+        torch.testing.assert_close(adapter_tensors(less_memory)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_seed_decides(tmp_path: Path):
+    losses = {}
+    for run, seed in enumerate((0, 0, 1)):
+        result = train(adapted(dropout=0.1), TOKENIZER, dataset(), replace(CONFIG, seed=seed), tmp_path / str(run))
+        losses[run] = [row["loss"] for row in checkpoints.read_metrics(result.metrics)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_called_again_after_the_end_it_trains_no_further(tmp_path: Path):
+    model = adapted()
+    first = train(model, TOKENIZER, dataset(), CONFIG, tmp_path)
+    again = adapted()
+    second = train(again, TOKENIZER, dataset(), replace(CONFIG, save_steps=3), tmp_path)
+    assert second == replace(first, resumed_from=6, peak_memory_bytes=second.peak_memory_bytes)
+    for name, tensor in adapter_tensors(model).items():
+        assert torch.equal(adapter_tensors(again)[name], tensor)
+
+
+def test_another_configuration_does_not_go_on_silently(tmp_path: Path):
+    train(adapted(), TOKENIZER, dataset(), CONFIG, tmp_path)
+    with pytest.raises(HotLoraError, match=r"another run: learning_rate was 0\.003 and is 0\.1, r was 4 and is 8\. Give"):
+        train(adapted(), TOKENIZER, dataset(), replace(CONFIG, learning_rate=0.1, r=8), tmp_path)
+
+
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path):
+    model = tiny_model("olmoe", vocab_size=259).requires_grad_(False)
+    with pytest.raises(HotLoraError, match="no trainable parameter"):
+        train(model, TOKENIZER, dataset(), CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epochs", 0), ("max_steps", 0), ("batch_size", 0), ("learning_rate", -1.0), ("warmup", 1.0), ("save_steps", 0),
+        ("lr_scheduler", "cosin"), ("max_length", 1), ("r", 0), ("lora_dropout", 1.0), ("aux_loss_coef", -0.1),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(option: str, value: object):
+    with pytest.raises(HotLoraError, match=f"{option} = {value!r} is out of range: it must be"):
+        TrainConfig(**{option: value})  # type: ignore[arg-type]
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path: Path):
+    for step in (3, 12, 9):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"12345")
+        checkpoints.mark_complete(folder)
+    assert checkpoints.last_complete(tmp_path) == tmp_path / "checkpoint-12"
+    (tmp_path / "checkpoint-12" / "weights").write_bytes(b"123")
+    (tmp_path / "checkpoint-20").mkdir()
+    last = checkpoints.last_complete(tmp_path)
+    assert last is not None and checkpoints.step_of(last) == 9
+    checkpoints.remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-9"]
+
+
+def test_metrics_after_a_kill(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert checkpoints.read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    checkpoints.write_metrics(path, checkpoints.read_metrics(path, 2))
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills processes by signal")
+def test_killed_at_any_moment_it_ends_where_a_calm_run_ends(tmp_path: Path):
+    tests = Path(__file__).parent
+    script = [sys.executable, str(tests / "killed_training.py"), str(tmp_path), "0"]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] == [-9] * 6 and len({*report["checkpoints"]}) > 2
+    assert report["same_losses"] and report["same_adapter"] and report["num_tensors"] > 0
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_whole_run_and_its_record(model_folder: str, tmp_path: Path):
+    config = replace(CONFIG, max_length=256)
+    record = run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8)
+    assert record == read_record(tmp_path / "run") and record["status"] == "done"
+    assert (record["name"], record["condition"]) == ("hot 25%", "hot")
+    assert record["data"]["train"] == 40 and record["evaluation"]["nano-choice"]["n"] == 8
+    assert record["parameters"]["trainable"] > 0 and record["training"]["steps"] == 6
+    for part in (record["profile"]["path"], record["plan"]["path"], record["training"]["metrics"], "adapter"):
+        assert (tmp_path / "run" / part).exists()
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert record["parameters"]["adapter_bytes"] == weights.stat().st_size
+
+    # What is saved is what was scored.
+    saved, _ = run_evaluation(model_folder, "nano-choice", tmp_path / "again", adapter=weights.parent, limit=8)
+    kept = (tmp_path / "again" / "results-nano-choice.jsonl").read_text()
+    assert kept == (tmp_path / "run" / "results-nano-choice.jsonl").read_text()
+    assert saved["condition"] == "adapter"
+    base, evaluation = run_evaluation(model_folder, "nano-choice", tmp_path / "base", limit=8)
+    assert base["condition"] == "base" and evaluation is not None and base["parameters"]["trainable"] == 0
+    assert run_evaluation(model_folder, "nano-choice", tmp_path / "base", limit=8) == (base, None)
+
+    # The same words give the record back; others are told apart.
+    before = weights.stat().st_mtime_ns
+    assert run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8) == record
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(HotLoraError, match=r'rule was "hot" and is "all"'):
+        run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8, rule="all")
+
+
+def test_a_run_on_a_file_with_a_shared_profile(model_folder: str, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))
+    base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=512)
+    profile = profile_data(base, TOKENIZER, EXAMPLES, str(file), model_folder)
+    profile.save(tmp_path / "profile.safetensors")
+    assert profile.num_tokens == sum(map(len, dataset()["input_ids"]))
+    record = run_training(
+        model_folder, str(file), tmp_path / "cold", config=CONFIG, rule="cold", experts_per_layer=3,
+        profile=tmp_path / "profile.safetensors", test_data=str(file),
+    )  # fmt: skip
+    assert record["profile"] == {
+        "path": "../profile.safetensors", "hash": profile.hash, "num_tokens": profile.num_tokens
+    }  # fmt: skip
+    assert (record["name"], "evaluation" in record) == ("cold 38%", False) and record["training"]["test_loss"] > 0
+    plan = json.loads((tmp_path / "cold" / "plan.json").read_text())
+    assert all(len(ids) == 3 for ids in plan["experts"].values())
+    by_plan = run_training(model_folder, str(file), tmp_path / "p", config=CONFIG, plan=tmp_path / "cold" / "plan.json")
+    assert by_plan["plan"]["hash"] == record["plan"]["hash"] and "profile" not in by_plan
+    assert by_plan["training"]["loss_last"] == record["training"]["loss_last"]
+    loaded = load_file(tmp_path / "p" / "adapter" / "adapter_model.safetensors")
+    model = load_adapter(tiny_model("olmoe", vocab_size=259, max_position_embeddings=512), tmp_path / "cold" / "adapter")
+    assert response_loss(model, TOKENIZER, dataset()) == record["training"]["test_loss"] and len(loaded) > 0
+
+
+def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path):
+    other = tiny_model("olmoe", vocab_size=259, num_experts=4)
+    profile_data(other, TOKENIZER, EXAMPLES, "rows", "other").save(tmp_path / "other.safetensors")
+    arguments = {"config": CONFIG, "limit": 12, "test_limit": 2, "evaluate": False}
+    with pytest.raises(PlanError, match="is the profile of olmoe-"):
+        run_training(model_folder, "nano-math", tmp_path / "run", profile=tmp_path / "other.safetensors", **arguments)
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "failed" and "PlanError" in record["error"]
+    # Nothing was trained, so there is nothing to mix up.
+    record = run_training(model_folder, "nano-math", tmp_path / "run", **{**arguments, "config": replace(CONFIG, max_length=512)})
+    assert record["status"] == "done" and "error" not in record
+    assert RoutingProfile.load(tmp_path / "run").source["examples"] == 12
+
+
+def test_a_data_set_that_is_no_task_cannot_be_scored(model_folder: str):
+    with pytest.raises(DataError, match="names no task"):
+        run_evaluation(model_folder, "rows.jsonl")
+    with pytest.raises(DataError, match="profile_fraction = 2"):
+        run_training(model_folder, "nano-math", "never", profile_fraction=2)
