@@ -1,9 +1,9 @@
 """Fine-tune Mixture-of-Experts language models where they already work.
 
-    profile = hotlora.profile_routing(model, batches)
-    plan    = hotlora.select_experts(profile, rule="hot", fraction=0.25)
-    config  = hotlora.HotLoraConfig(plan=plan, r=32, lora_alpha=64)
-    model   = peft.get_peft_model(model, config)
+profile = hotlora.profile_routing(model, batches)
+plan    = hotlora.select_experts(profile, rule="hot", fraction=0.25)
+config  = hotlora.HotLoraConfig(plan=plan, r=32, lora_alpha=64)
+model   = peft.get_peft_model(model, config)
 """
 
 from importlib import import_module
@@ -30,14 +30,24 @@ _PUBLIC = {
     "select_experts": "plan",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
-if TYPE_CHECKING:
-    from .adapter import HotLoraConfig, count_parameters, load_adapter
-    from .errors import DataError, FileError, HotLoraError, ModelError, PlanError
-    from .models import load_model, load_tokenizer
-    from .plan import ExpertPlan, select_experts
-    from .routing import RoutingProfile, jaccard, profile_routing
+if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
+    from .adapter import HotLoraConfig as HotLoraConfig
+    from .adapter import count_parameters as count_parameters
+    from .adapter import load_adapter as load_adapter
+    from .errors import DataError as DataError
+    from .errors import FileError as FileError
+    from .errors import HotLoraError as HotLoraError
+    from .errors import ModelError as ModelError
+    from .errors import PlanError as PlanError
+    from .models import load_model as load_model
+    from .models import load_tokenizer as load_tokenizer
+    from .plan import ExpertPlan as ExpertPlan
+    from .plan import select_experts as select_experts
+    from .routing import RoutingProfile as RoutingProfile
+    from .routing import jaccard as jaccard
+    from .routing import profile_routing as profile_routing
 
 
 def __getattr__(name: str) -> Any:

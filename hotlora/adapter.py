@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, PeftType
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
@@ -19,12 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.experts import check_layout
-from hotlora.files import read_json
-from hotlora.layers import HotLoraExperts, HotLoraRouter, MergeableLayer
-from hotlora.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
-from hotlora.plan import ExpertPlan
+from .errors import FileError, HotLoraError, ModelError, PlanError
+from .experts import check_layout
+from .files import read_json
+from .layers import HotLoraExperts, HotLoraRouter, MergeableLayer
+from .models import (
+    MoELayer,
+    attention_modules,
+    fingerprint,
+    model_from_config,
+    moe_layers,
+    unwrap,
+)
+from .plan import ExpertPlan
+from .routing import experts_kept
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -306,3 +315,47 @@ def _mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | No
         if found[key].shape != tensor.shape:
             return f"{key} is {list(found[key].shape)} where {list(tensor.shape)} is needed"
     return None
+
+
+def parameters_from_config(
+    config: str | Path,
+    *,
+    experts_per_layer: int | None = None,
+    fraction: float | None = None,
+    r: int = 32,
+    train_attention: bool = True,
+    train_router: bool = True,
+    train_shared: bool = True,
+) -> dict[str, int | float]:
+    """`count_parameters` of a model that only its config.json describes; no budget means all experts.
+
+    Which experts they are does not matter to the count, so the first ones stand for any.
+
+    Raises:
+        FileError, ModelError: as `models.model_from_config`. PlanError: a budget or rank out of range.
+    """
+    model = model_from_config(config)
+    layers = moe_layers(model)
+    kept = {layer.layer: layer.num_experts for layer in layers}
+    if experts_per_layer is not None or fraction is not None:
+        kept = {
+            layer.layer: experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in layers
+        }
+    plan = ExpertPlan(
+        experts={layer: tuple(range(number)) for layer, number in kept.items()},
+        num_experts=layers[0].num_experts,
+        rule="first",
+        params={},
+    )
+    with torch.device("meta"):
+        adapted = get_peft_model(
+            model,
+            HotLoraConfig(
+                plan=plan,
+                r=r,
+                train_attention=train_attention,
+                train_router=train_router,
+                train_shared=train_shared,
+            ),
+        )
+    return count_parameters(adapted)

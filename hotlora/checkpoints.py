@@ -54,14 +54,14 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    """Raises HotLoraError, naming each option that differs, unless the run in `folder` has the same options."""
+    """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same."""
     new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if keys:
         differences = ", ".join(f"{key} was {_show(old.get(key))} and is {_show(new.get(key))}" for key in keys)
         raise HotLoraError(
-            f"{folder} holds another run: {differences}. Give the same options to go on with it, another folder "
-            "to start a new run, or delete the folder."
+            f"{folder} holds another run: {differences}. Give the same options to go on with it, another "
+            "folder to start a new run, or delete the folder."
         )
 
 

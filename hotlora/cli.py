@@ -1,15 +1,18 @@
 """The command line: each command is one call into the library. Heavy imports wait until a command runs."""
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .config import PROFILE_FRACTION, TrainConfig
 from .errors import HotLoraError
 
 app = typer.Typer(
@@ -21,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+DEFAULTS = TrainConfig()
 out = Console()
 err = Console(stderr=True)
 
@@ -34,7 +38,6 @@ Data = Annotated[
         "prompt and completion, or messages.",
     ),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where the results go.")]
 Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
 Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
@@ -153,6 +156,156 @@ def plan(
 
 
 @app.command()
+def train(
+    model: Model,
+    data: Data,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run's folder (default runs/MODEL-DATA-RULE-SEED).")
+    ] = None,
+    rule: Rule = "hot",
+    fraction: Fraction = None,
+    experts_per_layer: ExpertsPerLayer = None,
+    signal: Signal = "count",
+    profile: Annotated[Path | None, typer.Option(help="Use this profile; none is made.")] = None,
+    profile_fraction: Annotated[
+        float, typer.Option(help="Share of the training data to profile the router on.")
+    ] = PROFILE_FRACTION,
+    plan: Annotated[Path | None, typer.Option(help="Use this plan; no profile is made.")] = None,
+    test_data: Annotated[str | None, typer.Option(help="Held-out data; a task has its own.")] = None,
+    limit: Limit = None,
+    test_limit: Annotated[int | None, typer.Option(help="The same for the held-out data.")] = None,
+    evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Score a task after training.")] = True,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = DEFAULTS.epochs,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Batches added up for one step.")
+    ] = DEFAULTS.gradient_accumulation_steps,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = DEFAULTS.learning_rate,
+    lr_scheduler: Annotated[
+        str, typer.Option(help="constant, constant_with_warmup, linear or cosine.")
+    ] = DEFAULTS.lr_scheduler,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = DEFAULTS.warmup,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's decay.")] = DEFAULTS.weight_decay,
+    max_length: MaxLength = DEFAULTS.max_length,
+    packing: Annotated[bool, typer.Option("--packing", help="Several examples in one row.")] = False,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULTS.save_steps,
+    seed: Seed = DEFAULTS.seed,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
+    ] = False,
+    aux_loss_coef: Annotated[
+        float, typer.Option(help="Weight of the router's balancing loss; 0 is off.")
+    ] = DEFAULTS.aux_loss_coef,
+    r: Rank = DEFAULTS.r,
+    lora_alpha: Alpha = DEFAULTS.lora_alpha,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before A.")] = DEFAULTS.lora_dropout,
+    train_attention: Attention = True,
+    train_router: Router = True,
+    train_shared: Shared = True,
+    report_to: Annotated[str, typer.Option(help="Also send metrics to: wandb, trackio, …")] = DEFAULTS.report_to,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Profile the router, choose experts, train their adapter, evaluate. Run again to go on after a stop.
+
+    `hotlora train --model MODEL --data FILE.jsonl` is enough: hot experts, a quarter of each layer's.
+    """
+    from .train import run_training
+
+    options = locals()
+    config = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig) if f.name in options})
+    output = output or Path("runs") / "-".join(_slug(part) for part in (model, data, rule, f"seed{seed}"))
+    err.print(f"training {model} on {data} into {output}", highlight=False)
+    record = run_training(
+        model,
+        data,
+        output,
+        config=config,
+        rule=rule,
+        fraction=fraction,
+        experts_per_layer=experts_per_layer,
+        signal=signal,
+        profile=profile,
+        profile_fraction=profile_fraction,
+        plan=plan,
+        test_data=test_data,
+        limit=limit,
+        test_limit=test_limit,
+        evaluate=evaluate,
+        dtype=dtype,
+        device=device,
+        progress=True,
+    )
+    _print_run(record, output)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", "-d", help="A task, or a task and its files (gsm8k:DIR).")],
+    adapter: Annotated[Path | None, typer.Option(help="A saved adapter; none: the model as it is.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep run.json and every example's result here.")
+    ] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score a model, or a model with an adapter, on a task's test split."""
+    from .train import run_evaluation
+
+    record, _ = run_evaluation(
+        model,
+        data,
+        output,
+        adapter=adapter,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        progress=True,
+    )
+    if as_json:
+        print(json.dumps(record["evaluation"]))
+    else:
+        _print_evaluation(record, output)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the merged model.")],
+    dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
+    from .train import merge_adapter
+
+    merge_adapter(model, adapter, output, dtype=dtype, device=device)
+    out.print(f"merged model: {output}")
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="A folder with runs in it.")] = Path("runs"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the page goes (default: into RUNS).")
+    ] = None,
+) -> None:
+    """Make one page with tables and pictures from the runs' records alone."""
+    from .records import find_records
+    from .report import conditions_table, write_report
+
+    page = write_report(runs, output or runs)
+    out.print(conditions_table(find_records(runs)))
+    out.print(f"page: {page}", soft_wrap=True)
+
+
+@app.command()
 def params(
     config: Annotated[str, typer.Argument(help="A model's config.json, its folder, or nano.")],
     experts_per_layer: ExpertsPerLayer = None,
@@ -188,6 +341,41 @@ def params(
     table.add_row("with the frozen base", f"{counts['total']:,}")
     table.add_row("share", f"{counts['percent']:.4f}%")
     out.print(table)
+
+
+def _slug(text: str) -> str:
+    """The last part of a name or path, fit for a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", Path(text.rstrip("/")).stem if "/" in text else text).strip("_.") or "x"
+
+
+def _print_evaluation(record: dict[str, Any], output: Path | None) -> None:
+    for task, result in (record.get("evaluation") or {}).items():
+        out.print(
+            f"{task}: {result['metric']} {result['accuracy']:.1%} "
+            f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
+            highlight=False,
+        )
+        if output is not None:
+            out.print(f"  every example: {output / result['results']}", highlight=False, soft_wrap=True)
+
+
+def _print_run(record: dict[str, Any], output: Path) -> None:
+    """What a run came to, and where everything lies."""
+    parameters, training = record["parameters"], record["training"]
+    out.print(
+        f"{record['name']}: {parameters['trainable']:,} parameters trained ({parameters['percent']:.2f}%), "
+        f"{training['steps']} steps, loss {training['loss_first']:.4f} → {training['loss_last']:.4f}, "
+        f"{training['tokens_per_second']:,.0f} tokens/s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if "test_loss" in training:
+        before = f"{training['test_loss_before']:.4f} → " if "test_loss_before" in training else ""
+        out.print(f"held-out response loss {before}{training['test_loss']:.4f}", highlight=False)
+    _print_evaluation(record, output)
+    for name, what in (("adapter", "adapter"), ("plan.json", "plan"), ("run.json", "record")):
+        out.print(f"{what}: {output / name}", highlight=False, soft_wrap=True)
+    out.print(f"pictures: hotlora report {output}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

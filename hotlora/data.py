@@ -1,4 +1,4 @@
-"""Examples to token batches: tasks, local files and hub data sets; prompts without loss, responses with it."""
+"""Examples to token batches: tasks, local files and hub data sets; responses carry the loss."""
 
 import hashlib
 import json
@@ -32,7 +32,8 @@ def load_examples(
     """The examples of a split of a task, a local file or a hub data set.
 
     Args:
-        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or JSON
+        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or
+        JSON
             file, or a hub id (`openai/gsm8k:main` names a configuration). Rows of a file or of the hub hold
             `prompt` and `completion`, or `messages`, or GSM8K's `question` and `answer`. A file is one split,
             whatever `split` says.
@@ -70,8 +71,8 @@ def _rows(source: str, split: str) -> list[Row]:
     name, _, config = source.partition(":")
     if path.exists() or source.endswith(SUFFIXES) or source[:1] in "./~" or name.count("/") != 1:
         raise DataError(
-            f"There is no data {source!r}: it is no file here and no task; give a file of JSON lines, a hub id "
-            f"(owner/name), or one of {', '.join(TASKS)}."
+            f"There is no data {source!r}: it is no file here and no task; give a file of JSON lines, a hub "
+            f"id (owner/name), or one of {', '.join(TASKS)}."
         )
     return hub_rows(name, split, config or None)
 
@@ -79,7 +80,8 @@ def _rows(source: str, split: str) -> list[Row]:
 def _example(row: Row, tokenizer: Any) -> Example:
     fields = row.values.keys()
     if {"prompt", "completion"} <= fields:
-        return Example(*need_text(row, "prompt", "completion"))
+        prompt, completion = need_text(row, "prompt", "completion")
+        return Example(prompt, completion)
     if "messages" in fields:
         return _conversation(row, tokenizer)
     if {"question", "answer"} <= fields:
@@ -98,8 +100,8 @@ def _conversation(row: Row, tokenizer: Any) -> Example:
     )
     if not whole or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
-            f"{row.place}: 'messages' must be a list of two or more {{\"role\": …, \"content\": …}} that ends with "
-            "the assistant's."
+            f"{row.place}: 'messages' must be a list of two or more objects with 'role' and 'content', and "
+            "the last one's role must be 'assistant'."
         )
     if getattr(tokenizer, "chat_template", None):
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -122,10 +124,10 @@ def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
 
 
 def encode_completion(example: Example, completion: str, prompt_ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids of a completion such that prompt + completion reads as one text and the prompt stays as it is.
+    """Token ids of a completion such that prompt + completion reads as one text and the prompt stays.
 
-    Tokenized together where that keeps the prompt's tokens, else apart: at evaluation the model meets the prompt's
-    own tokens, so training must show the same.
+    Tokenized together where that keeps the prompt's tokens, else apart: at evaluation the model meets the
+    prompt's own tokens, so training must show the same.
     """
     special = not example.meta.get("chat", False)
     joint = tokenizer(example.prompt + completion, add_special_tokens=special)["input_ids"]
@@ -139,13 +141,13 @@ def encode_completion(example: Example, completion: str, prompt_ids: Sequence[in
 def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset:
     """Examples as token ids, with a mask that says which tokens are the response.
 
-    Longer examples are cut at `max_length` from the right, so they lose the end-of-text token: the model does not
-    learn to stop in mid-answer. Those whose prompt alone is that long would have no response left and are left
-    out. The log says how many of each.
+    Longer examples are cut at `max_length` from the right, so they lose the end-of-text token: the model does
+    not learn to stop in mid-answer. Those whose prompt alone is that long would have no response left and are
+    left out. The log says how many of each.
 
     Returns:
-        A data set with `input_ids`, `completion_mask` (0 prompt, 1 response and the end-of-text token after it),
-        and `cut` (whether the example was cut).
+        A data set with `input_ids`, `completion_mask` (0 prompt, 1 response and the end-of-text token after
+        it), and `cut` (whether the example was cut).
 
     Raises:
         DataError: no examples, a tokenizer without an end-of-text token, or no response left in any example.
@@ -158,7 +160,11 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Da
     num_without = 0
     for example in examples:
         prompt = encode_prompt(example, tokenizer)
-        ids = [*prompt, *encode_completion(example, example.completion, prompt, tokenizer), tokenizer.eos_token_id]
+        ids = [
+            *prompt,
+            *encode_completion(example, example.completion, prompt, tokenizer),
+            tokenizer.eos_token_id,
+        ]
         if len(prompt) >= max_length:
             num_without += 1
             continue
@@ -182,8 +188,8 @@ def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[
     """Batches of similar length, padded on the right, the longest first.
 
     Yields:
-        `input_ids`, `attention_mask` and `labels` (-100 where no loss is), each int64 `[B, S]` on the CPU. Every
-        example comes once; the last batch may be smaller.
+        `input_ids`, `attention_mask` and `labels` (-100 where no loss is), each int64 `[B, S]` on the CPU.
+        Every example comes once; the last batch may be smaller.
     """
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
@@ -192,9 +198,7 @@ def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
         ids = [torch.tensor(all_ids[i]) for i in picked]
-        labels = [
-            row.masked_fill(torch.tensor(all_masks[i]) == 0, IGNORE) for row, i in zip(ids, picked, strict=True)
-        ]
+        labels = [row.masked_fill(torch.tensor(all_masks[i]) == 0, IGNORE) for row, i in zip(ids, picked, strict=True)]
         yield {
             "input_ids": pad(ids, tokenizer.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
@@ -203,12 +207,12 @@ def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[
 
 
 def pad(rows: Sequence[torch.Tensor], value: int | None, side: str = "right") -> torch.Tensor:
-    """Rows of different lengths as one `[B, S]` tensor; without a padding token, 0 stands in behind the mask."""
+    """Rows of different lengths as one `[B, S]` tensor; without a padding token, 0 stands in, masked."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value or 0, padding_side=side)
 
 
 def test_source(data: str, test_data: str | None = None) -> str | None:
-    """Where test examples come from: `test_data`, else `data` where it is a task that has a test split of its own.
+    """Where test examples come from: `test_data`, else `data` where it is a task with its own test split.
 
     A single file is one split, so a task read from one has no other.
     """

@@ -1,4 +1,4 @@
-"""Scores a model on a task: greedy answers, or the likelihood of each choice; every example's result is kept."""
+"""Scores a model on a task: greedy answers, or the likelihood of each choice; every result is kept."""
 
 import hashlib
 import json
@@ -28,8 +28,9 @@ class Evaluation:
 
     Attributes:
         metric: "exact_match", "execution_accuracy", "test_suite_accuracy" or "acc_norm".
-        results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by), `prediction`
-            (the text, or the index of the choice), `correct`; for choices also `scores`, log-likelihood a character.
+        results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
+        `prediction`
+            (the text, or the index of the choice), `correct`; for choices also `scores`, as `choice_scores`.
         seconds: wall-clock time of the whole evaluation.
     """
 
@@ -55,7 +56,13 @@ class Evaluation:
 
 
 def evaluate_task(
-    model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *, batch_size: int = 64, progress: bool = False
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> Evaluation:
     """Runs every example through the model, greedily and without few-shot examples.
 
@@ -167,7 +174,7 @@ def choice_scores(
 def response_loss(
     model: Any, tokenizer: Any, dataset: Dataset, *, batch_size: int = 32, progress: bool = False
 ) -> float:
-    """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each counted once."""
+    """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once."""
     total, num_tokens = 0.0, 0
     num_batches = -(-len(dataset) // batch_size) if batch_size > 0 else None
     with _inference(model):
@@ -201,7 +208,7 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class _StopTexts(StoppingCriteria):
-    """Ends a row at a text in what it generated. transformers' own needs the whole vocabulary's strings first."""
+    """Ends a row at a text in what it generated. transformers' own first reads the whole vocabulary."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
         self.tokenizer, self.stop, self.prompt_width = tokenizer, tuple(stop), prompt_width
@@ -215,7 +222,7 @@ class _StopTexts(StoppingCriteria):
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end-of-text token and those of the model's own generation config (chat models have several)."""
+    """The tokenizer's end-of-text token and those of the generation config: a chat model has several."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None})

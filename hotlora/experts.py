@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hotlora.errors import ModelError
+from .errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hotlora.plan import ExpertPlan
-from hotlora.routing import RoutingProfile
+from .plan import ExpertPlan
+from .routing import RoutingProfile
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the kept experts are always HOT.
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e4e7eb"

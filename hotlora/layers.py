@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from hotlora.errors import HotLoraError, PlanError
-from hotlora.experts import HotFactors, routed_experts
+from .errors import HotLoraError, PlanError
+from .experts import HotFactors, routed_experts
 
 
 class MergeableLayer(nn.Module, LoraLayer):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from hotlora.errors import FileError, ModelError
+from .errors import FileError, ModelError
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hotlora.errors import FileError, PlanError
-from hotlora.files import file_in, read_json, write_json
-from hotlora.routing import RoutingProfile, experts_kept
+from .errors import FileError, PlanError
+from .files import file_in, read_json, write_json
+from .routing import RoutingProfile, experts_kept
 
 VERSION = 1
 SIGNALS = ("count", "mass")

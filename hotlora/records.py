@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from hotlora.errors import FileError
-from hotlora.files import file_in, read_json, write_json
+from .errors import FileError
+from .files import file_in, read_json, write_json
 
 VERSION = 1
 STATUSES = ("running", "done", "failed")

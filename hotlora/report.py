@@ -10,11 +10,11 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from hotlora import figures
-from hotlora.errors import DataError
-from hotlora.files import atomic_path, read_json_lines, write_text
-from hotlora.records import find_records
-from hotlora.tables import (
+from . import figures
+from .errors import DataError
+from .files import atomic_path, read_json_lines, write_text
+from .records import find_records
+from .tables import (
     COLUMNS,
     Section,
     against_all,

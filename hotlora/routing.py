@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hotlora.errors import DataError, FileError, ModelError, PlanError
-from hotlora.files import atomic_path, file_in
+from .errors import DataError, FileError, ModelError, PlanError
+from .files import atomic_path, file_in
 
 FORMAT = "hotlora.profile"
 VERSION = "1"
@@ -214,7 +214,7 @@ def profile_routing(
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
     device, or gate weights that are not finite.
     """
-    from hotlora import models  # here, since reading a profile needs no transformers
+    from . import models  # here, since reading a profile needs no transformers
 
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})

@@ -1,9 +1,9 @@
 """Runs SQL that a model wrote: read-only, in a process of its own, with limits on time, memory and rows.
 
-The worker is this very file, run as a script: it needs the standard library only, so it starts in some 30 ms and its
-memory limit is not spent on libraries. Requests and answers are JSON lines over its pipes. A query past its time
-is ended by killing the worker; the next query starts a fresh one. Limits of memory and CPU need a POSIX system;
-elsewhere the read-only rules, the row limit and the wall-clock limit still hold.
+The worker is this very file, run as a script: it needs the standard library only, so it starts in some 30 ms
+and its memory limit is not spent on libraries. Requests and answers are JSON lines over its pipes. A query
+past its time is ended by killing the worker; the next query starts a fresh one. Limits of memory and CPU need
+a POSIX system; elsewhere the read-only rules, the row limit and the wall-clock limit still hold.
 """
 
 import json
@@ -48,8 +48,8 @@ class SqlSandbox:
     def run(self, database: str | Path, sql: str) -> SqlResult:
         """The rows that `sql` gives on `database`, a file that is opened read-only.
 
-        Anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the SQL, or a
-        limit that is reached, comes back as `error`.
+        Anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the SQL, or
+        a limit that is reached, comes back as `error`.
         """
         with self._lock:
             worker = self._start()
@@ -86,7 +86,14 @@ class SqlSandbox:
         if self._worker is None or self._worker.poll() is not None:
             self._stop()
             # -I: nothing of the user's environment or folders is imported.
-            command = [sys.executable, "-I", __file__, str(self.memory_mb), str(self.max_rows), str(self.timeout_s)]
+            command = [
+                sys.executable,
+                "-I",
+                __file__,
+                str(self.memory_mb),
+                str(self.max_rows),
+                str(self.timeout_s),
+            ]
             pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
             worker = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, encoding="utf-8")
             self._worker, self._answers = worker, queue.Queue()
@@ -106,7 +113,7 @@ class SqlSandbox:
 
 
 def _forward(stdout: IO[str], answers: "queue.Queue[str]") -> None:
-    """Hands the worker's lines on, and an empty one at its end: waiting on a queue can time out everywhere."""
+    """Hands on the worker's lines, then an empty one: waiting on a queue can time out everywhere."""
     with stdout:
         for line in stdout:
             answers.put(line)
@@ -121,7 +128,8 @@ def _decode(value: Any) -> Any:
     return bytes.fromhex(value["blob"]) if isinstance(value, dict) else value
 
 
-# ---- the worker ----------------------------------------------------------------------------------------------------
+# ---- the worker
+# ----------------------------------------------------------------------------------------------------
 
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _REFUSED_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"}

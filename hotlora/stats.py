@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from hotlora.errors import DataError
+from .errors import DataError
 
 
 class Interval(NamedTuple):

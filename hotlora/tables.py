@@ -9,12 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from hotlora.errors import FileError
-from hotlora.files import read_json_lines
-from hotlora.plan import ExpertPlan
-from hotlora.records import Record
-from hotlora.routing import RoutingProfile
-from hotlora.stats import Difference, paired_difference, proportion_interval
+from .errors import FileError
+from .files import read_json_lines
+from .plan import ExpertPlan
+from .records import Record
+from .routing import RoutingProfile
+from .stats import Difference, paired_difference, proportion_interval
 
 ORDER = ("base", "all", "hot", "random", "cold")
 COLUMNS = {

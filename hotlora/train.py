@@ -1,4 +1,4 @@
-"""A whole run: profile the router on the data, select experts, train their adapter, evaluate, and keep a record.
+"""A whole run: profile the router on the data, select experts, train an adapter, evaluate, keep a record.
 
 Run again with the same options, it goes on from where it was stopped; once done, it gives back its record.
 """
@@ -80,15 +80,15 @@ def run_training(
     condition: str | None = None,
     progress: bool = False,
 ) -> Record:
-    """Profile, select, train, evaluate: everything lands in `output`, and `run.json` there tells what happened.
+    """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
 
-    `output` gets profile.safetensors (unless `profile` names one to share), plan.json, checkpoints/, metrics.jsonl,
-    adapter/, results-TASK.jsonl and run.json.
+    `output` gets profile.safetensors (unless `profile` names one to share), plan.json, checkpoints/,
+    metrics.jsonl, adapter/, results-TASK.jsonl and run.json.
 
     Args:
         model, data: as `models.load_model` and `data.load_examples` take them.
-        rule, fraction, experts_per_layer, signal: as `plan.select_experts` takes them; `config.seed` draws the
-            rule "random".
+        rule, fraction, experts_per_layer, signal: as `plan.select_experts` takes them; `config.seed`
+            draws the rule "random".
         profile: a saved profile of this model, in place of profiling `profile_fraction` of the training data.
         plan: a saved plan, in place of profile and rule.
         test_data: held-out data; a task has its own. Its response loss is taken, and its task's score.
@@ -97,8 +97,8 @@ def run_training(
         name, condition: how the report calls the run, and the group of seeds it belongs to.
 
     Raises:
-        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The record then
-        has the status "failed" and the message.
+        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The
+        record then has the status "failed" and the message.
     """
     output = Path(output)
     if not 0 < profile_fraction <= 1:
@@ -142,7 +142,12 @@ def run_training(
                 seed=config.seed,
             )  # fmt: skip
         chosen.save(output / "plan.json")
-        record["plan"] = {"path": "plan.json", "hash": chosen.hash, "rule": chosen.rule, "params": chosen.params}
+        record["plan"] = {
+            "path": "plan.json",
+            "hash": chosen.hash,
+            "rule": chosen.rule,
+            "params": chosen.params,
+        }
         if name is None:
             record["name"] = _describe(condition, chosen)
 
@@ -163,9 +168,7 @@ def run_training(
             record["training"]["test_loss"] = response_loss(adapted, tokenizer, held, batch_size=eval_batch_size)
         task = task_of(held_out) if held_out else None
         if task is not None and evaluate:
-            evaluation = evaluate_task(
-                adapted, tokenizer, task, test, batch_size=eval_batch_size, progress=progress
-            )
+            evaluation = evaluate_task(adapted, tokenizer, task, test, batch_size=eval_batch_size, progress=progress)
             record["evaluation"] = _save_evaluation(evaluation, output)
     return record
 
@@ -203,7 +206,8 @@ def run_evaluation(
     weights = Path(adapter) / "adapter_model.safetensors" if adapter else None
     options = {
         "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype,
-        "adapter": str(adapter) if adapter else None, "adapter_hash": sha256_file(weights) if weights else None,
+        "adapter": str(adapter) if adapter else None,
+        "adapter_hash": sha256_file(weights) if weights else None,
     }  # fmt: skip
     if output is not None and (done := _finished(Path(output), options)) is not None:
         return done, None
@@ -217,7 +221,8 @@ def run_evaluation(
         record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": net.num_parameters()}
         record["parameters"] = {"trainable": 0, "total": net.num_parameters(), "percent": 0.0}
         if adapter:
-            net = load_adapter(net, adapter, is_trainable=False)
+            with quiet():
+                net = load_adapter(net, adapter)
             assert weights is not None
             record["parameters"]["adapter_bytes"] = weights.stat().st_size
         evaluation = evaluate_task(net, tokenizer, task, test, batch_size=batch_size, progress=progress)
@@ -229,14 +234,14 @@ def _need_task(data: str) -> Task:
     task = task_of(data)
     if task is None:
         raise DataError(
-            f"{data!r} names no task, so nothing says what a right answer is: give a task's name, or a task and its "
-            "files, as in gsm8k:DIR."
+            f"{data!r} names no task, so nothing says what a right answer is: give a task's name, or a task "
+            "and its files, as in gsm8k:DIR."
         )
     return task
 
 
 def _finished(output: Path, options: dict[str, Any]) -> Record | None:
-    """The record in `output` if it is done with the same options. An error if it is another run's, worth keeping."""
+    """The record in `output` if it is done with the same options; an error if other work would be lost."""
     if not (output / "run.json").is_file():
         return None
     record = read_record(output)
@@ -272,8 +277,8 @@ def _profile_source(
     model: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
 ) -> dict[str, Any]:
     return {
-        "fingerprint": fingerprint(model), "model": model_name, "data": data, "data_hash": data_hash(examples),
-        "examples": len(examples), "max_length": max_length,
+        "fingerprint": fingerprint(model), "model": model_name, "data": data,
+        "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
     }  # fmt: skip
 
 

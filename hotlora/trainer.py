@@ -1,4 +1,4 @@
-"""Fine-tuning through TRL's trainer: loss on the response only, and a run that may be killed at any moment."""
+"""Fine-tuning through TRL's trainer: loss on the response only, in a run that may be killed any moment."""
 
 import dataclasses
 import json
@@ -25,7 +25,8 @@ from .records import peak_memory_bytes
 _log = logging.getLogger(__name__)
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-# TRL's own default is on, under either name; setting the older one warns in a transformers that has the newer.
+# TRL's own default is on, under either name; setting the older one warns in a transformers that has the
+# newer.
 _CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
 )
@@ -37,8 +38,9 @@ FREE_OPTIONS = ("save_steps", "report_to")
 class TrainConfig:
     """Options of one fine-tuning, the adapter's among them.
 
-    The defaults are HELLoRA's for mathematics (r 32, alpha 64, no dropout, 4e-4, 3 epochs, AdamW without weight
-    decay, constant rate), but for its batch of 128, and with a short warm-up, of which neither paper speaks.
+    The defaults are HELLoRA's for mathematics (r 32, alpha 64, no dropout, 4e-4, 3 epochs, AdamW without
+    weight decay, constant rate), but for its batch of 128, and with a short warm-up, of which neither paper
+    speaks.
     """
 
     epochs: float = 3
@@ -87,7 +89,15 @@ class TrainConfig:
     """Where transformers also sends the metrics: none, wandb, trackio, tensorboard, …"""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "save_steps", "r", "lora_alpha")
+        positive = (
+            "epochs",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "save_steps",
+            "r",
+            "lora_alpha",
+        )
         for name in (*positive, *(("max_steps",) if self.max_steps is not None else ())):
             self._check(name, getattr(self, name) > 0, "more than 0")
         for name in ("weight_decay", "max_grad_norm", "aux_loss_coef", "seed"):
@@ -136,14 +146,15 @@ def train(
 ) -> TrainResult:
     """Trains a model's trainable parameters on `dataset`, in place.
 
-    Called again with the same arguments and a freshly made model, it goes on from the last whole checkpoint in
-    `output_dir` and ends where a run that was never killed ends: exactly so on one CPU.
+    Called again with the same arguments and a freshly made model, it goes on from the last whole checkpoint
+    in `output_dir` and ends where a run that was never killed ends: exactly so on one CPU.
 
     Args:
         model: a PEFT model, or any causal LM with trainable parameters.
         dataset: from `data.tokenize`.
         output_dir: gets `checkpoints/`, `metrics.jsonl` and `train.json` (the resolved options).
-        identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash, …).
+        identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash,
+        …).
         progress: whether to show a progress bar.
 
     Raises:
@@ -183,9 +194,9 @@ def train(
         raise HotLoraError(f"{metrics} holds no steps though training ended: delete {output} and train again.")
     tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
     return TrainResult(
-        steps=rows[-1]["step"], loss_first=rows[0]["loss"], loss_last=rows[-1]["loss"], tokens=tokens, seconds=seconds,
-        tokens_per_second=tokens / seconds if seconds > 0 else 0.0, peak_memory_bytes=peak_memory_bytes(),
-        resumed_from=start, metrics=metrics,
+        steps=rows[-1]["step"], loss_first=rows[0]["loss"], loss_last=rows[-1]["loss"], tokens=tokens,
+        seconds=seconds, tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
     )  # fmt: skip
 
 
@@ -200,7 +211,9 @@ def make_trainer(
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = model.device.type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: config.gradient_checkpointing}
     arguments = SFTConfig(
+        **checkpointing,
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -217,13 +230,13 @@ def make_trainer(
         bf16=bf16,  # autocast follows the base model: adapters are float32 on it
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        **{_CHECKPOINTING: config.gradient_checkpointing},
         # TRL's None would mean the model's own coefficient: on.
         router_aux_loss_coef=config.aux_loss_coef,
         completion_only_loss=True,
         max_length=config.max_length if config.packing else None,  # the data is cut already
         packing=config.packing,
-        # Every step is written, so that a resumed run averages over the same steps as one that was not killed.
+        # Every step is written, so that a resumed run averages over the same steps as one that was not
+        # killed.
         logging_steps=1,
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         save_strategy="steps",
@@ -235,14 +248,18 @@ def make_trainer(
     )
     with quiet():
         trainer = _Trainer(
-            model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=callbacks
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 class _Trainer(SFTTrainer):
-    """TRL's, which writes a model card into every checkpoint and reports usage to its makers; this one does not."""
+    """TRL's, which writes a card into every checkpoint and reports usage to its makers; this one does not."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -263,7 +280,10 @@ class _Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
-        row = {"step": state.global_step, **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")}}
+        row = {
+            "step": state.global_step,
+            **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")},
+        }
         row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
         with open(self.path, "a", encoding="utf-8") as file:

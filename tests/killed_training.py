@@ -26,7 +26,9 @@ from hotlora.data import tokenize
 from hotlora.tasks import Example
 from hotlora.train import TrainConfig, train
 
-CONFIG = TrainConfig(max_steps=30, batch_size=4, save_steps=3, learning_rate=3e-3, lora_dropout=0.1, lr_scheduler="cosine")
+CONFIG = TrainConfig(
+    max_steps=30, batch_size=4, save_steps=3, learning_rate=3e-3, lora_dropout=0.1, lr_scheduler="cosine"
+)
 
 
 def train_once(output: Path) -> None:
@@ -91,12 +93,20 @@ def main(folder: Path, seed: int) -> None:
     assert wait(start(killed)) == 0
 
     losses = [
-        [(row["step"], row["loss"], row["tokens"]) for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+        [
+            (row["step"], row["loss"], row["tokens"])
+            for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        ]
         for run in (calm, killed)
     ]
     ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (calm, killed))
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    report = {"kills": kills, "checkpoints": steps, "same_losses": losses[0] == losses[1], "same_adapter": same}
+    report = {
+        "kills": kills,
+        "checkpoints": steps,
+        "same_losses": losses[0] == losses[1],
+        "same_adapter": same,
+    }
     print(json.dumps({**report, "num_tensors": len(ours), "steps": len(losses[0]), "seconds": whole}))
 
 

@@ -39,7 +39,13 @@ def test_every_row_format(tmp_path: Path):
     rows = [
         {"prompt": "a\u2028b", "completion": " c", "more": 1},
         {"question": "1+1?", "answer": "#### 2"},
-        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "U"},
+                {"role": "assistant", "content": "A"},
+            ]
+        },
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
@@ -63,10 +69,16 @@ def test_every_row_format(tmp_path: Path):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": ', r"rows\.jsonl line 2 is not valid JSON"),
         ('{"prompt": "a", "completion": "b"}\n[1]\n', r"line 2: a row must be a JSON object, this is a list"),
         ('[{"prompt": "a"}', r"line 1 is not valid JSON"),
-        ('{"prompt": "a", "text": "b"}', r"line 1: has prompt, text; a row needs prompt \+ completion, messages"),
+        (
+            '{"prompt": "a", "text": "b"}',
+            r"line 1: has prompt, text; a row needs prompt \+ completion, messages",
+        ),
         ('{"prompt": "a", "completion": 3}', r"line 1: 'completion' must be text, this is 3"),
         ('{"messages": "hello"}', r"line 1: 'messages' must be a list"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', r"line 1: 'messages' must .* ends with the assistant's"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            r"line 1: 'messages' must .* role must be 'assistant'",
+        ),
         ("{}", r"line 1: has no fields"),
     ],
 )
@@ -79,7 +91,7 @@ def test_broken_files_say_where(tmp_path: Path, text: str, message: str):
 
 @pytest.mark.parametrize("source", ["no.jsonl", "./no", "/no/where", "gsm9k", "a/b/c"])
 def test_a_source_that_is_not_there_names_the_tasks(source: str):
-    with pytest.raises(DataError, match="There is no data .* nano-math, nano-sql"):
+    with pytest.raises(DataError, match=r"There is no data .* nano-math, nano-sql"):
         load_examples(source)
 
 

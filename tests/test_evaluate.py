@@ -66,9 +66,7 @@ def likelihood(model, prompt: str, ending: str) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_choices_by_likelihood_a_character(model, batch_size: int):
-    examples = [
-        Example("p" * (2 + i), "", choices=("é", "two words", "x" * (1 + i)), label=i % 3) for i in range(5)
-    ]
+    examples = [Example("p" * (2 + i), "", choices=("é", "two words", "x" * (1 + i)), label=i % 3) for i in range(5)]
     scores = choice_scores(model, TOKENIZER, examples, batch_size=batch_size)
     for example, row in zip(examples, scores, strict=True):
         expected = [likelihood(model, example.prompt, f" {c}") / len(c) for c in example.choices]
@@ -102,7 +100,9 @@ def test_evaluation_keeps_every_result_and_restores_the_model(model, tmp_path: P
     assert model.training
     model.eval()
     assert evaluation.correct == sum(r["correct"] for r in evaluation.results)
-    assert evaluation.accuracy == evaluation.correct / 7 and evaluation.ci_low <= evaluation.accuracy <= evaluation.ci_high
+    assert (
+        evaluation.accuracy == evaluation.correct / 7 and evaluation.ci_low <= evaluation.accuracy <= evaluation.ci_high
+    )
     evaluation.write_results(tmp_path / "new" / "results.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "new" / "results.jsonl").read_text().splitlines()]
     assert rows == evaluation.results and [row["index"] for row in rows] == list(range(7))

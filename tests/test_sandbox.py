@@ -16,7 +16,9 @@ def database(tmp_path: Path) -> Path:
     path = tmp_path / "a #1?.sqlite"
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE t (a INTEGER, b TEXT, edit REAL, c BLOB)")
-    connection.execute("INSERT INTO t VALUES (1, 'x\u2028é', 1.5, X'00ff'), (NULL, CAST(X'61ff62' AS TEXT), -9e999, NULL)")
+    connection.execute(
+        "INSERT INTO t VALUES (1, 'x\u2028é', 1.5, X'00ff'), (NULL, CAST(X'61ff62' AS TEXT), -9e999, NULL)"
+    )
     connection.commit()
     connection.close()
     return path

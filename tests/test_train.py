@@ -98,7 +98,13 @@ def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path):
     whole, parts = adapted(), adapted()
     config = replace(CONFIG, max_steps=3, batch_size=8)
     train(whole, TOKENIZER, dataset(), config, tmp_path / "a")
-    train(parts, TOKENIZER, dataset(), replace(config, batch_size=4, gradient_accumulation_steps=2), tmp_path / "b")
+    train(
+        parts,
+        TOKENIZER,
+        dataset(),
+        replace(config, batch_size=4, gradient_accumulation_steps=2),
+        tmp_path / "b",
+    )
     for name, tensor in adapter_tensors(whole).items():
         torch.testing.assert_close(adapter_tensors(parts)[name], tensor, rtol=1e-3, atol=1e-5)
 
@@ -131,7 +137,9 @@ def test_called_again_after_the_end_it_trains_no_further(tmp_path: Path):
 
 def test_another_configuration_does_not_go_on_silently(tmp_path: Path):
     train(adapted(), TOKENIZER, dataset(), CONFIG, tmp_path)
-    with pytest.raises(HotLoraError, match=r"another run: learning_rate was 0\.003 and is 0\.1, r was 4 and is 8\. Give"):
+    with pytest.raises(
+        HotLoraError, match=r"another run: learning_rate was 0\.003 and is 0\.1, r was 4 and is 8\. Give"
+    ):
         train(adapted(), TOKENIZER, dataset(), replace(CONFIG, learning_rate=0.1, r=8), tmp_path)
 
 
@@ -144,8 +152,9 @@ def test_a_model_without_an_adapter_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("epochs", 0), ("max_steps", 0), ("batch_size", 0), ("learning_rate", -1.0), ("warmup", 1.0), ("save_steps", 0),
-        ("lr_scheduler", "cosin"), ("max_length", 1), ("r", 0), ("lora_dropout", 1.0), ("aux_loss_coef", -0.1),
+        ("epochs", 0), ("max_steps", 0), ("batch_size", 0), ("learning_rate", -1.0), ("warmup", 1.0),
+        ("save_steps", 0), ("lr_scheduler", "cosin"), ("max_length", 1), ("r", 0), ("lora_dropout", 1.0),
+        ("aux_loss_coef", -0.1),
     ],
 )  # fmt: skip
 def test_options_out_of_range(option: str, value: object):
@@ -246,7 +255,9 @@ def test_a_run_on_a_file_with_a_shared_profile(model_folder: str, tmp_path: Path
     assert by_plan["plan"]["hash"] == record["plan"]["hash"] and "profile" not in by_plan
     assert by_plan["training"]["loss_last"] == record["training"]["loss_last"]
     loaded = load_file(tmp_path / "p" / "adapter" / "adapter_model.safetensors")
-    model = load_adapter(tiny_model("olmoe", vocab_size=259, max_position_embeddings=512), tmp_path / "cold" / "adapter")
+    model = load_adapter(
+        tiny_model("olmoe", vocab_size=259, max_position_embeddings=512), tmp_path / "cold" / "adapter"
+    )
     assert response_loss(model, TOKENIZER, dataset()) == record["training"]["test_loss"] and len(loaded) > 0
 
 
@@ -259,7 +270,12 @@ def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path)
     record = read_record(tmp_path / "run")
     assert record["status"] == "failed" and "PlanError" in record["error"]
     # Nothing was trained, so there is nothing to mix up.
-    record = run_training(model_folder, "nano-math", tmp_path / "run", **{**arguments, "config": replace(CONFIG, max_length=512)})
+    record = run_training(
+        model_folder,
+        "nano-math",
+        tmp_path / "run",
+        **{**arguments, "config": replace(CONFIG, max_length=512)},
+    )
     assert record["status"] == "done" and "error" not in record
     assert RoutingProfile.load(tmp_path / "run").source["examples"] == 12
 

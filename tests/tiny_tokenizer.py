@@ -1,4 +1,4 @@
-"""A tokenizer built in the test: one token a byte, no download. Shared by the tests of data, training, evaluation."""
+"""A tokenizer built in the test: one token a byte, no download. Shared by several tests."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -2,12 +2,13 @@
 
 A row of ``train.jsonl`` (github.com/openai/grade-school-math, MIT), or of the hub's ``openai/gsm8k``::
 
-    {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.
-      How many clips did Natalia sell altogether in April and May?",
+    {"question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in
+      May. How many clips did Natalia sell altogether in April and May?",
      "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\\nNatalia sold 48+24 = <<48+24=72>>72 clips
       altogether in April and May.\\n#### 72"}
 
-The answer is trained on as published, with its ``<<48/2=24>>`` calculator marks, as lm-eval shows it to models.
+The answer is trained on as published, with its ``<<48/2=24>>`` calculator marks, as lm-eval shows it to
+models.
 """
 
 import re
@@ -42,7 +43,7 @@ def score(example: Example, text: str) -> bool:
 
 
 def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
-    """7,473 train and 1,319 test problems from the hub, a file, or a folder with train.jsonl and test.jsonl."""
+    """7,473 train and 1,319 test problems: the hub, a file, or a folder with train.jsonl and test.jsonl."""
     check_split("gsm8k", split)
     rows = load_rows("gsm8k", source, HUB_ID, "main", [f"{split}.jsonl", f"{split}.jsonl.gz"], split)
     return [example(row) for row in rows]

@@ -2,13 +2,14 @@
 
 A row of ``hellaswag_val.jsonl`` (github.com/rowanz/hellaswag, MIT), or of the hub's ``Rowan/hellaswag``::
 
-    {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
-     "ctx": "A man is sitting on a roof. he", "endings": ["is using wrap to wrap a pair of skis.",
-     "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a roof."],
-     "source_id": "activitynet~v_-JhWjGDPHMY", "split": "val", "split_type": "indomain", "label": "3"}
+    {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.",
+     "ctx_b": "he", "ctx": "A man is sitting on a roof. he", "endings": ["is using wrap to wrap a pair of
+     skis.", "is ripping level tiles off.", "is holding a rubik's cube.", "starts pulling up roofing on a
+     roof."], "source_id": "activitynet~v_-JhWjGDPHMY", "split": "val", "split_type": "indomain",
+     "label": "3"}
 
-Some copies hold ``"query": "Roof shingle removal: A man is sitting on a roof. He"`` in place of the first four.
-The published test labels are hidden, so the split "test" is the validation split, as everywhere.
+Some copies hold ``"query": "Roof shingle removal: A man is sitting on a roof. He"`` in place of the first
+four. The published test labels are hidden, so the split "test" is the validation split, as everywhere.
 """
 
 import re
@@ -40,7 +41,9 @@ def example(row: Row) -> Example:
     endings, answer = need(row, "endings", "label")
     choices = tuple(clean(ending) for ending in endings)
     if str(answer) not in {str(index) for index in range(len(choices))}:
-        raise DataError(f"{row.place}: label {answer!r} is none of the {len(choices)} endings (0 to {len(choices) - 1}).")
+        raise DataError(
+            f"{row.place}: label {answer!r} is none of the {len(choices)} endings (0 to {len(choices) - 1})."
+        )
     return Example(clean(context), f" {choices[int(answer)]}", choices, int(answer))
 
 

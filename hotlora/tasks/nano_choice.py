@@ -2,10 +2,11 @@
 
 A row::
 
-    {"ind": 0, "activity_label": "Cleaning a kite", "ctx_a": "Vera is cleaning a kite in the station. She folds the
-      kite on a clean sheet.", "ctx_b": "then she", "ctx": "Vera is cleaning a kite in the station. She folds the kite
-      on a clean sheet. then she", "endings": ["marks the kite with red wax.", "sands the kite in dry sand.",
-      "dries the kite on a clean sheet.", "presses the kite with a soft brush."], "label": "3"}
+    {"ind": 0, "activity_label": "Cleaning a kite", "ctx_a": "Vera is cleaning a kite in the station. She
+     folds the kite on a clean sheet.", "ctx_b": "then she", "ctx": "Vera is cleaning a kite in the station.
+     She folds the kite on a clean sheet. then she", "endings": ["marks the kite with red wax.", "sands the
+     kite in dry sand.", "dries the kite on a clean sheet.", "presses the kite with a soft brush."],
+     "label": "3"}
 """
 
 from ..nano import choice

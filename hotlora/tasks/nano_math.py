@@ -2,8 +2,8 @@
 
 A row::
 
-    {"question": "Will has 29 balls. He buys 2 boxes with 6 balls in each. How many balls does Will have now?",
-     "answer": "2 * 6 = 12\\n29 + 12 = 41\\n#### 41"}
+    {"question": "Will has 29 balls. He buys 2 boxes with 6 balls in each. How many balls does Will have
+     now?", "answer": "2 * 6 = 12\\n29 + 12 = 41\\n#### 41"}
 """
 
 from ..nano import math

@@ -20,7 +20,7 @@ NUM_ROWS = {"train": 2000, "test": 200}
 
 @functools.cache
 def _databases() -> tuple[Path, tempfile.TemporaryDirectory]:
-    """The generated databases, written once a process; the second part keeps the folder until the process ends."""
+    """The generated databases, written once a process; the second part keeps the folder until it ends."""
     folder = tempfile.TemporaryDirectory(prefix="nano-sql-")
     return sql.write_databases(Path(folder.name)), folder
 

@@ -1,4 +1,4 @@
-"""Rows of JSON from a file or the hub, each with where it stands, so that an error can say which one is wrong."""
+"""Rows of JSON from a file or the hub, each with its place, so that an error can say which one is wrong."""
 
 import gzip
 import json
@@ -88,7 +88,9 @@ def split_file(folder: Path, names: Sequence[str]) -> Path:
     raise DataError(f"{folder} holds none of {', '.join(names)}; give a folder that does, or one file.")
 
 
-def load_rows(task: str, source: str | None, hub: str, config: str | None, files: Sequence[str], split: str) -> list[Row]:
+def load_rows(
+    task: str, source: str | None, hub: str, config: str | None, files: Sequence[str], split: str
+) -> list[Row]:
     """A published task's rows from a local file, a local folder, or the hub.
 
     Args:

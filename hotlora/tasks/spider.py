@@ -2,15 +2,16 @@
 
 A row of ``dev.json`` (github.com/taoyds/spider, CC BY-SA 4.0; its parsed fields left out)::
 
-    {"db_id": "concert_singer", "question": "How many singers do we have?", "query": "SELECT count(*) FROM singer"}
+    {"db_id": "concert_singer", "question": "How many singers do we have?",
+     "query": "SELECT count(*) FROM singer"}
 
 It stands in a folder with ``tables.json`` and ``database/<db_id>/<db_id>.sqlite``. The rows of the copy that
 Spider-Syn publishes, with ``SpiderQuestion`` in place of ``question``, are read too.
 
-The rules are those of the official test-suite scorer (github.com/taoyds/test-suite-sql-eval): on every ``*.sqlite``
-of the database's folder, DISTINCT removed on both sides, the answers must have the same shape and agree under some
-permutation of the columns, as multisets of rows, or in order where the gold query says ORDER BY. With one file in
-each folder this is plain execution accuracy, and is called so.
+The rules are those of the official test-suite scorer (github.com/taoyds/test-suite-sql-eval): on every
+``*.sqlite`` of the database's folder, DISTINCT removed on both sides, the answers must have the same shape
+and agree under some permutation of the columns, as multisets of rows, or in order where the gold query says
+ORDER BY. With one file in each folder this is plain execution accuracy, and is called so.
 """
 
 import atexit
@@ -58,7 +59,7 @@ def database_schema(path: Path) -> str:
     """One line a table, ``singer(name, country, age)``, read from an SQLite file."""
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
         tables = connection.execute(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY rowid"
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*' ORDER BY rowid"
         )
         columns = "SELECT name FROM pragma_table_info(?)"
         return "\n".join(
@@ -157,8 +158,8 @@ def same_answer(gold: Sequence[SqlRow], predicted: Sequence[SqlRow], ordered: bo
     num_columns = len(gold[0])
     wanted = [view(gold, range(end + 1)) for end in range(num_columns)]
 
-    # Grow the permutation a column at a time and drop it at the first prefix that differs: the official scorer
-    # enumerates all of them, which is n! for columns that hold the same values.
+    # Grow the permutation a column at a time and drop it at the first prefix that differs: the official
+    # scorer enumerates all of them, which is n! for columns that hold the same values.
     def extend(chosen: tuple[int, ...]) -> bool:
         if len(chosen) == num_columns:
             return True

@@ -35,7 +35,8 @@ class Task:
         name: as users type it.
         kind: "generate" (greedy text, judged by `score`) or "choice" (log-likelihood of each choice).
         metric: "exact_match", "execution_accuracy" or "acc_norm".
-        load: `(split, source, limit, seed)` to examples. `source` is a folder, a file or a hub id; None is the
+        load: `(split, source, limit, seed)` to examples. `source` is a folder, a file or a hub id; None is
+        the
             task's own. A generated task draws `limit` rows by `seed`; a published one gives all its rows.
         score: whether a generated text answers the example; None for kind "choice".
         max_new_tokens: longest answer, in tokens.

@@ -9,7 +9,10 @@ from hotlora.tasks.gsm8k import TASK, final_answer, score
 from hotlora.tasks.rows import Row
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
-ROW = {"question": "Natalia sold 48 clips, then half as many. How many?", "answer": "48/2 = <<48/2=24>>24\n#### 1,072"}
+ROW = {
+    "question": "Natalia sold 48 clips, then half as many. How many?",
+    "answer": "48/2 = <<48/2=24>>24\n#### 1,072",
+}
 
 
 def test_example_keeps_the_published_answer():

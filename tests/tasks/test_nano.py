@@ -1,7 +1,7 @@
 import pytest
 
 from hotlora.errors import DataError
-from hotlora.tasks import TASKS, gsm8k, get_task, hellaswag, spider
+from hotlora.tasks import TASKS, get_task, gsm8k, hellaswag, spider
 
 NANO = ("nano-math", "nano-sql", "nano-choice")
 REAL = {"nano-math": gsm8k, "nano-sql": spider, "nano-choice": hellaswag}

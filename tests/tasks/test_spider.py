@@ -30,7 +30,10 @@ def write_database(path: Path, people: list[tuple]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_database(tmp_path / "database" / "town" / "town.sqlite", [("Ann", "Rye", 3), ("Bo", "Rye", 5), ("Cy", "Ely", 5)])
+    write_database(
+        tmp_path / "database" / "town" / "town.sqlite",
+        [("Ann", "Rye", 3), ("Bo", "Rye", 5), ("Cy", "Ely", 5)],
+    )
     rows = [
         {"db_id": "town", "question": "Who is 5?", "query": "SELECT name FROM people WHERE age = 5"},
         {"db_id": "gone", "question": "Who?", "query": "SELECT 1"},
@@ -55,20 +58,32 @@ def test_prompt_and_what_is_left_out(folder: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("gold", "predicted", "right"),
     [
-        ("SELECT name FROM people WHERE age = 5", "select NAME from people where age > 4 order by name desc", True),
+        (
+            "SELECT name FROM people WHERE age = 5",
+            "select NAME from people where age > 4 order by name desc",
+            True,
+        ),
         ("SELECT name, age FROM people", "SELECT age, name FROM people", True),
         ("SELECT name FROM people ORDER BY age", "SELECT name FROM people ORDER BY age DESC", False),
         ("SELECT DISTINCT town FROM people", "SELECT town FROM people", True),  # DISTINCT goes on both sides
         ("SELECT town FROM people", "SELECT town FROM people GROUP BY town", False),  # a multiset of rows
         ("SELECT name FROM people WHERE age > = 5", "SELECT name FROM people WHERE age >= 5", True),
-        ("SELECT name FROM people WHERE age = 99", "SELECT name, age FROM people WHERE age = 98", True),  # both empty
+        (
+            "SELECT name FROM people WHERE age = 99",
+            "SELECT name, age FROM people WHERE age = 98",
+            True,
+        ),  # both empty
         ("SELECT count(*) FROM people", "SELECT 3.0", True),  # numbers, as Python compares them
         ("SELECT count(*) FROM people", "SELECT '3'", False),
         ("SELECT name FROM people", "SELECT name FROM peeple", False),
         ("SELECT name FROM people", "", False),
         ("SELECT name FROM people", "no SQL ' at ( all", False),
         ("SELECT name FROM people", "DROP TABLE people", False),
-        ("SELECT name FROM people", "SELECT name FROM people; DELETE FROM people", True),  # the first statement counts
+        (
+            "SELECT name FROM people",
+            "SELECT name FROM people; DELETE FROM people",
+            True,
+        ),  # the first statement counts
     ],
 )
 def test_execution_rules(folder: Path, gold: str, predicted: str, right: bool):
@@ -86,7 +101,7 @@ def test_every_database_of_the_folder_counts(folder: Path):
 
 
 def test_a_gold_query_that_fails_is_the_datas_fault(folder: Path):
-    with pytest.raises(DataError, match="gold query .* no such column: shoe"):
+    with pytest.raises(DataError, match=r"gold query .* no such column: shoe"):
         score(load_one(folder, "SELECT shoe FROM people"), "SELECT 1")
 
 
