@@ -88,9 +88,7 @@ class HotLoraConfig(LoraConfig):
         if not isinstance(self.r, int) or self.r < 1:
             raise PlanError(f"r={self.r!r} must be a whole number of at least 1; the papers use 32.")
         if not 0 <= self.lora_dropout < 1:
-            raise PlanError(
-                f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1, such as 0.05."
-            )
+            raise PlanError(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1, such as 0.05.")
         for name, off in _UNSUPPORTED.items():
             if getattr(self, name) != off:
                 raise PlanError(f"{name}={getattr(self, name)!r} is not supported: leave it at {off!r}.")
@@ -98,9 +96,7 @@ class HotLoraConfig(LoraConfig):
             if field.metadata.get("is_lora_variant") and getattr(self, field.name):
                 raise PlanError(f"{field.name} is not supported on experts and routers: leave it off.")
         if not isinstance(self.init_lora_weights, bool):
-            raise PlanError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False."
-            )
+            raise PlanError(f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False.")
         if plan.ranks is not None:
             raise PlanError("ranks per expert are not supported yet: remove `ranks` from the plan and set r.")
         # Where the plan's experts are in the model; set by `bind`, not saved.
@@ -186,9 +182,7 @@ class HotLoraModel(LoraModel):
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         if any(isinstance(self.peft_config.get(name), HotLoraConfig) for name in adapters):
-            raise HotLoraError(
-                "adapters on experts cannot be combined into a weighted one: use them one at a time."
-            )
+            raise HotLoraError("adapters on experts cannot be combined into a weighted one: use them one at a time.")
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
 
@@ -229,9 +223,7 @@ def load_adapter(
             model.delete_adapter(adapter_name)
         else:
             model.unload()
-        raise FileError(
-            f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again."
-        )
+        raise FileError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again.")
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     return model if is_trainable else model.eval()
 
@@ -275,24 +267,18 @@ def _as_dict(plan: Any) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> HotLoraConfig:
     if not folder.is_dir():
-        raise FileError(
-            f"{folder} is not a folder. Give the folder that save_pretrained wrote the adapter to."
-        )
+        raise FileError(f"{folder} is not a folder. Give the folder that save_pretrained wrote the adapter to.")
     file = folder / CONFIG_FILE
     data = read_json(file)
     if not isinstance(data.get("plan"), dict):
-        raise FileError(
-            f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel."
-        )
+        raise FileError(f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel.")
     data["base_model_name_or_path"] = None  # PEFT notes the model that it is loaded onto
     try:
         return HotLoraConfig.from_peft_type(**data)
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise FileError(
-            f"{file} is not a hotlora adapter's config: {error} Save the adapter again."
-        ) from error
+        raise FileError(f"{file} is not a hotlora adapter's config: {error} Save the adapter again.") from error
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -301,9 +287,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise FileError(
-            f"{file} is truncated or is not a safetensors file: {error}. Save it again."
-        ) from error
+        raise FileError(f"{file} is truncated or is not a safetensors file: {error}. Save it again.") from error
 
 
 def _mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
@@ -338,9 +322,7 @@ def parameters_from_config(
     layers = moe_layers(model)
     kept = {layer.layer: layer.num_experts for layer in layers}
     if experts_per_layer is not None or fraction is not None:
-        kept = {
-            layer.layer: experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in layers
-        }
+        kept = {layer.layer: experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in layers}
     plan = ExpertPlan(
         experts={layer: tuple(range(number)) for layer, number in kept.items()},
         num_experts=layers[0].num_experts,

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -102,7 +102,7 @@ def profile(
     """Watch which experts the router uses on the data: one pass without gradients."""
     from .data import load_examples
     from .models import load_model, load_tokenizer
-    from .train import profile_data
+    from .run import profile_data
 
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=limit, seed=seed, tokenizer=tokenizer)
@@ -211,7 +211,7 @@ def train(
 
     `hotlora train --model MODEL --data FILE.jsonl` is enough: hot experts, a quarter of each layer's.
     """
-    from .train import run_training
+    from .run import run_training
 
     options = locals()
     config = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig) if f.name in options})
@@ -255,7 +255,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a model, or a model with an adapter, on a task's test split."""
-    from .train import run_evaluation
+    from .run import run_evaluation
 
     record, _ = run_evaluation(
         model,
@@ -283,7 +283,7 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
-    from .train import merge_adapter
+    from .run import merge_adapter
 
     merge_adapter(model, adapter, output, dtype=dtype, device=device)
     out.print(f"merged model: {output}")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .config import TrainConfig
 from .errors import DataError
 from .records import find_records
 from .report import conditions_table, write_report
-from .train import TrainConfig, run_evaluation, run_training
+from .run import run_evaluation, run_training
 
 CONDITIONS = ("all", "hot", "random", "cold")
 FRACTION = 0.25  # MoE-Sieve s4

@@ -245,9 +245,10 @@ def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _track(items: Iterable, description: str, progress: bool, total: int | None = None) -> Iterable:
+    from rich.console import Console
     from rich.progress import track
 
-    return track(items, description, total=total, transient=True) if progress else items
+    return track(items, description, total=total, transient=True, console=Console(stderr=True)) if progress else items
 
 
 def _check(examples: Sequence[Example], batch_size: int) -> None:

@@ -100,12 +100,7 @@ def routed_experts(
     y_SD = y_SD * top_k_weights_TK.reshape(-1).index_select(0, order_S).unsqueeze(1)
     position_S = torch.empty_like(order_S)
     position_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    return (
-        y_SD.index_select(0, position_S)
-        .view(num_tokens, top_k, hidden_TD.shape[1])
-        .sum(dim=1)
-        .to(hidden_TD.dtype)
-    )
+    return y_SD.index_select(0, position_S).view(num_tokens, top_k, hidden_TD.shape[1]).sum(dim=1).to(hidden_TD.dtype)
 
 
 def check_layout(experts: Any) -> None:
@@ -191,11 +186,7 @@ def _down_update(act_HF: Tensor, hot: _HotRows) -> Tensor:
 def _compute_dtype(factors: HotFactors) -> torch.dtype:
     """The factors' own, as in PEFT's Linear. Autocast does not know grouped_mm, so it is followed by hand."""
     device_type = factors.A_down.device.type
-    return (
-        torch.get_autocast_dtype(device_type)
-        if torch.is_autocast_enabled(device_type)
-        else factors.A_down.dtype
-    )
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else factors.A_down.dtype
 
 
 # A frozen base on the same code path: `model.set_experts_implementation("hotlora")`.

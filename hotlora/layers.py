@@ -32,9 +32,7 @@ class MergeableLayer(nn.Module, LoraLayer):
     def _active_here(self, adapter_names: list[str] | None) -> list[str]:
         """Active adapters that have weights in this layer; none while the adapters are disabled or merged."""
         if adapter_names is not None:
-            raise HotLoraError(
-                "adapter_names: several adapters in a batch are not supported. Use set_adapter."
-            )
+            raise HotLoraError("adapter_names: several adapters in a batch are not supported. Use set_adapter.")
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -95,9 +93,7 @@ class HotLoraExperts(MergeableLayer):
         """PEFT asks `name in layer.lora_A` to learn whether a layer has an adapter."""
         return self.lora_A_gate_up
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
         ids = getattr(config, "_expert_ids", {}).get(path)
         if not ids:
@@ -167,9 +163,7 @@ class HotLoraExperts(MergeableLayer):
         return gate_up * self.scaling[adapter], B_down @ A_down * self.scaling[adapter]
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}: {len(ids)} experts, r={self.r[name]}" for name, ids in self.expert_ids.items()
-        )
+        return ", ".join(f"{name}: {len(ids)} experts, r={self.r[name]}" for name, ids in self.expert_ids.items())
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
         experts: Any = self.get_base_layer()
@@ -185,9 +179,7 @@ class HotLoraExperts(MergeableLayer):
         """Expert ids on the device, sent there once. Not a buffer: buffers made on meta are lost with it."""
         key = (adapter, device)
         if key not in self._ids_on_device:
-            with torch.inference_mode(
-                False
-            ):  # a tensor born in inference mode could not be used in training later
+            with torch.inference_mode(False):  # a tensor born in inference mode could not be used in training later
                 self._ids_on_device[key] = torch.tensor(self.expert_ids[adapter], device=device)
         return self._ids_on_device[key]
 

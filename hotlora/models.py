@@ -96,9 +96,7 @@ def attention_modules(model: nn.Module) -> list[str]:
     """Paths of the q, k, v, o Linears of all decoder layers, dense ones too, in the order of the layers."""
     _check_family(_config(model))
     modules = dict(_modules(model))
-    decoders = [
-        path for path in modules if (match := _DECODER_LAYER.match(path)) and match.end() == len(path)
-    ]
+    decoders = [path for path in modules if (match := _DECODER_LAYER.match(path)) and match.end() == len(path)]
     return [name for decoder in decoders for name in _attention_paths(decoder, modules)]
 
 
@@ -124,9 +122,7 @@ def fingerprint(model: nn.Module) -> str:
         experts = unwrap(model.get_submodule(layer.experts))
         _, width, expert_width = experts.down_proj.shape  # [E, D, F]
         layers.append([layer.layer, layer.num_experts, top_k, width, expert_width])
-    structure = json.dumps(
-        {"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True
-    )
+    structure = json.dumps({"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True)
     return f"{config.model_type}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
 
 
@@ -151,11 +147,7 @@ def load_model(
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
     source = _source(name_or_path)
-    target = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "auto"
-        else torch.device(device)
-    )
+    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     if dtype == "auto" and target.type == "cpu":
         dtype = torch.float32
     try:
@@ -173,6 +165,19 @@ def load_model(
         ) from error
     moe_layers(model)
     return model.eval()
+
+
+def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint is saved in, by its config; float32 where it does not say.
+
+    Raises:
+        ModelError: not found.
+    """
+    try:
+        config = AutoConfig.from_pretrained(_source(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
+    return config.get_text_config().dtype or torch.float32
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
@@ -228,12 +233,7 @@ def _source(name_or_path: str | Path) -> str:
     path = Path(text).expanduser()
     if path.is_dir():
         return str(path)
-    if (
-        isinstance(name_or_path, Path)
-        or text.startswith((".", "/", "~"))
-        or text.count("/") > 1
-        or path.exists()
-    ):
+    if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.exists():
         raise ModelError(f"{text!r} is not a folder. Give the folder that holds the model's config.json.")
     return text
 
@@ -255,9 +255,7 @@ def _check_family(config: PreTrainedConfig) -> None:
             f"a {config.model_type} model has no MoE layer, so it has no experts to choose from. "
             f"Use a model of one of the families {supported}."
         )
-    raise ModelError(
-        f"the MoE family {config.model_type} is not supported yet. Supported families: {supported}."
-    )
+    raise ModelError(f"the MoE family {config.model_type} is not supported yet. Supported families: {supported}.")
 
 
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -270,17 +268,13 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def _is_experts(module: Any) -> bool:
-    return (
-        hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
-    )
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def _decoder_path(path: str) -> str:
     match = _DECODER_LAYER.match(path)
     if match is None:
-        raise ModelError(
-            f"the experts at {path} are not inside a decoder layer. This model's layout is not supported."
-        )
+        raise ModelError(f"the experts at {path} are not inside a decoder layer. This model's layout is not supported.")
     return match.group(0)
 
 
@@ -294,9 +288,7 @@ def _router_path(block: str, siblings: dict[str, nn.Module], num_experts: int) -
         and name.count(".") == block.count(".") + 1
     ]
     if len(routers) != 1:
-        raise ModelError(
-            f"{block} should have one router of {num_experts} rows, and has {routers or 'none'}."
-        )
+        raise ModelError(f"{block} should have one router of {num_experts} rows, and has {routers or 'none'}.")
     return routers[0]
 
 

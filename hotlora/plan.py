@@ -237,5 +237,5 @@ def _int_keys(name: str, data: Any) -> dict[int, Any]:
         raise PlanError(f"{name} is {data!r}: it must map each decoder layer to a list")
     for key in data:
         if not (str(key).isdecimal() and str(int(key)) == str(key)):
-            raise PlanError(f"{name} has the layer {key!r}: a layer is the decoder's index, such as \"3\"")
+            raise PlanError(f'{name} has the layer {key!r}: a layer is the decoder\'s index, such as "3"')
     return {int(key): value for key, value in data.items()}

@@ -149,8 +149,7 @@ def _facts(section: Section) -> list[str]:
             f"the traffic. If all experts were used alike, they would take {kept / num_experts:.1%}."
         )
     facts.append(
-        f"{cold:.1%} of the experts are cold: they get less than half of an even share of the traffic in "
-        "their layer."
+        f"{cold:.1%} of the experts are cold: they get less than half of an even share of the traffic in their layer."
     )
     facts.append(
         f"Inside a layer the coefficient of variation of the load is {profile.mean_layer_cv():.2f}. Summed "

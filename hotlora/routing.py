@@ -166,9 +166,7 @@ def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: in
         )
     if experts_per_layer is not None:
         if experts_per_layer != int(experts_per_layer) or not 1 <= experts_per_layer <= num_experts:
-            raise PlanError(
-                f"experts_per_layer is {experts_per_layer}: it must be an integer from 1 to {num_experts}"
-            )
+            raise PlanError(f"experts_per_layer is {experts_per_layer}: it must be an integer from 1 to {num_experts}")
         return int(experts_per_layer)
     assert fraction is not None
     if not 0 < fraction <= 1:
@@ -185,9 +183,7 @@ def jaccard(a: Any, b: Any) -> float:
     ours: Mapping[int, Sequence[int]] = getattr(a, "experts", a)
     theirs: Mapping[int, Sequence[int]] = getattr(b, "experts", b)
     if set(ours) != set(theirs) or not ours:
-        raise PlanError(
-            f"the plans name layers {sorted(ours)} and {sorted(theirs)}: compare two plans of one model"
-        )
+        raise PlanError(f"the plans name layers {sorted(ours)} and {sorted(theirs)}: compare two plans of one model")
     scores = []
     for layer in ours:
         one, other = set(ours[layer]), set(theirs[layer])
@@ -247,8 +243,7 @@ def profile_routing(
     counts = torch.stack([counts for counts, _, _ in sums])
     if bad := sum(bad for _, _, bad in sums):
         raise ModelError(
-            f"{bad} gate weights are not finite, so the model overflows in its dtype: load it in bfloat16 or "
-            "float32"
+            f"{bad} gate weights are not finite, so the model overflows in its dtype: load it in bfloat16 or float32"
         )
     # Under expert parallelism the assignments to other ranks' experts carry an index out of range.
     partial = any(counter.is_expert_parallel for counter in counters)

@@ -1,359 +1,233 @@
-"""A whole run: profile the router on the data, select experts, train an adapter, evaluate, keep a record.
-
-Run again with the same options, it goes on from where it was stopped; once done, it gives back its record.
-"""
+"""Fine-tuning through TRL's trainer: loss on the response only, in a run that may be killed any moment."""
 
 import dataclasses
+import json
 import logging
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
-from transformers import set_seed
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from . import checkpoints
-from .adapter import HotLoraConfig, count_parameters, load_adapter
-from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
-from .errors import DataError, PlanError
-from .evaluate import Evaluation, evaluate_task, response_loss
-from .files import sha256_file
-from .models import fingerprint, load_model, load_tokenizer
-from .plan import ExpertPlan, select_experts
-from .records import Record, new_record, read_record, write_record
-from .routing import RoutingProfile, profile_routing
-from .tasks import Example, Task
-from .trainer import FREE_OPTIONS, TrainConfig, TrainResult, quiet, train
-
-__all__ = ["TrainConfig", "TrainResult", "profile_data", "run_evaluation", "run_training", "train"]
+from .config import FREE_OPTIONS, TrainConfig
+from .errors import DataError, HotLoraError
+from .files import read_json, write_json
+from .quiet import quiet
+from .records import peak_memory_bytes
 
 _log = logging.getLogger(__name__)
 
-PROFILE_FRACTION = 0.1  # of the training examples: HELLoRA's warm-up set, and MoE-Sieve's subsample
-_MIN_PROFILED = 64  # examples, where there are so many: a tenth of a small set is too few to rank experts by
-_DEFAULT = TrainConfig()
+# TRL's own default is on, under either name; setting the older one warns in a transformers that has the
+# newer.
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
+)
 
 
-def profile_data(
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to; `seconds` and `tokens` count the parts before a kill too.
+
+    Attributes:
+        loss_first, loss_last: mean response loss (nats a token) of the first and the last step's batch.
+        tokens: non-padding tokens read, prompts included.
+        resumed_from: the step that this process went on from; 0 where it began.
+        metrics: the JSON lines file with step, loss, learning_rate, grad_norm, tokens, epoch and seconds.
+    """
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int | None
+    resumed_from: int
+    metrics: Path
+
+
+def train(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
-    data: str,
-    model_name: str,
-    *,
-    batch_size: int = 16,
-    max_length: int = 512,
-    progress: bool = False,
-) -> RoutingProfile:
-    """The model's routing on prompts and responses, with where it came from in `source`."""
-    dataset = tokenize(examples, tokenizer, max_length)
-    source = _profile_source(model, examples, data, model_name, max_length)
-    return profile_routing(model, batches(dataset, tokenizer, batch_size), progress=progress, source=source)
-
-
-def run_training(
-    model: str,
-    data: str,
-    output: str | Path,
-    *,
-    config: TrainConfig = _DEFAULT,
-    rule: str = "hot",
-    fraction: float | None = None,
-    experts_per_layer: int | None = None,
-    signal: str = "count",
-    profile: str | Path | None = None,
-    profile_fraction: float = PROFILE_FRACTION,
-    plan: str | Path | None = None,
-    test_data: str | None = None,
-    limit: int | None = None,
-    test_limit: int | None = None,
-    evaluate: bool = True,
-    eval_batch_size: int = 64,
-    dtype: str = "auto",
-    device: str = "auto",
-    name: str | None = None,
-    condition: str | None = None,
-    progress: bool = False,
-) -> Record:
-    """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
-
-    `output` gets profile.safetensors (unless `profile` names one to share), plan.json, checkpoints/,
-    metrics.jsonl, adapter/, results-TASK.jsonl and run.json.
-
-    Args:
-        model, data: as `models.load_model` and `data.load_examples` take them.
-        rule, fraction, experts_per_layer, signal: as `plan.select_experts` takes them; `config.seed`
-            draws the rule "random".
-        profile: a saved profile of this model, in place of profiling `profile_fraction` of the training data.
-        plan: a saved plan, in place of profile and rule.
-        test_data: held-out data; a task has its own. Its response loss is taken, and its task's score.
-        limit, test_limit: at most so many examples, the same ones for every seed.
-        evaluate: whether to score the task after training.
-        name, condition: how the report calls the run, and the group of seeds it belongs to.
-
-    Raises:
-        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The
-        record then has the status "failed" and the message.
-    """
-    output = Path(output)
-    if not 0 < profile_fraction <= 1:
-        raise DataError(f"profile_fraction = {profile_fraction} is out of range: it must be in (0, 1].")
-    if plan is not None and (fraction is not None or experts_per_layer is not None or profile is not None):
-        raise PlanError("A plan names its experts already: leave out fraction, experts_per_layer and profile.")
-    tokenizer = load_tokenizer(model)
-    examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer)
-    held_out = test_source(data, test_data)
-    test = load_examples(held_out, "test", limit=test_limit, tokenizer=tokenizer) if held_out else []
-    options = {
-        **dataclasses.asdict(config), "model": model, "data": data, "data_hash": data_hash(examples),
-        "test_data": held_out, "test_hash": data_hash(test), "rule": rule, "fraction": fraction,
-        "experts_per_layer": experts_per_layer, "signal": signal, "profile_fraction": profile_fraction,
-        "profile_hash": RoutingProfile.load(profile).hash if profile else None,
-        "plan_hash": ExpertPlan.load(plan).hash if plan else None, "evaluate": evaluate, "dtype": dtype,
-    }  # fmt: skip
-    if (done := _finished(output, options)) is not None:
-        return done
-
-    condition = condition or (ExpertPlan.load(plan).rule if plan else rule)
-    record = new_record(
-        name=name or condition, condition=condition, seed=config.seed, config=options,
-        model={"name": model, "fingerprint": ""},
-        data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
-    )  # fmt: skip
-    with _recorded(record, output):
-        base = load_model(model, dtype=dtype, device=device)
-        record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": base.num_parameters()}
-        if plan is not None:
-            chosen = ExpertPlan.load(plan)
-        else:
-            routing, file = _profile(
-                base, tokenizer, examples, data, model, output, profile, profile_fraction, config, progress
-            )
-            record["profile"] = {
-                "path": os.path.relpath(file, output), "hash": routing.hash, "num_tokens": routing.num_tokens
-            }  # fmt: skip
-            chosen = select_experts(
-                routing, rule=rule, fraction=fraction, experts_per_layer=experts_per_layer, signal=signal,
-                seed=config.seed,
-            )  # fmt: skip
-        chosen.save(output / "plan.json")
-        record["plan"] = {
-            "path": "plan.json",
-            "hash": chosen.hash,
-            "rule": chosen.rule,
-            "params": chosen.params,
-        }
-        if name is None:
-            record["name"] = _describe(condition, chosen)
-
-        adapted = _adapt(base, chosen, config, model)
-        record["parameters"] = count_parameters(adapted)
-        write_record(output, record)
-        dataset = tokenize(examples, tokenizer, config.max_length)
-        identity = {"model": model, "data_hash": options["data_hash"], "plan_hash": chosen.hash}
-        result = train(adapted, tokenizer, dataset, config, output, identity=identity, progress=progress)
-        record["training"] = {**dataclasses.asdict(result), "metrics": "metrics.jsonl"}
-        record["training"]["cut"] = sum(dataset["cut"])
-        record["training"]["left_out"] = len(examples) - len(dataset)
-        record["parameters"]["adapter_bytes"] = _save_adapter(adapted, output / "adapter")
-        write_record(output, record)
-
-        if test:
-            held = tokenize(test, tokenizer, config.max_length)
-            record["training"]["test_loss"] = response_loss(adapted, tokenizer, held, batch_size=eval_batch_size)
-        task = task_of(held_out) if held_out else None
-        if task is not None and evaluate:
-            evaluation = evaluate_task(adapted, tokenizer, task, test, batch_size=eval_batch_size, progress=progress)
-            record["evaluation"] = _save_evaluation(evaluation, output)
-    return record
-
-
-def run_evaluation(
-    model: str,
-    data: str,
-    output: str | Path | None = None,
-    *,
-    adapter: str | Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 64,
-    dtype: str = "auto",
-    device: str = "auto",
-    name: str | None = None,
-    condition: str | None = None,
-    progress: bool = False,
-) -> tuple[Record, Evaluation | None]:
-    """Scores a model, or a model with a saved adapter, on a task's test split.
-
-    Args:
-        data: a task, or a task and its files (`gsm8k:DIR`).
-        output: gets run.json and results-TASK.jsonl; None keeps nothing.
-        limit: at most so many examples, the same ones every time.
-
-    Returns:
-        the record, and the evaluation; None in its place where `output` held the same one, done.
-
-    Raises:
-        DataError: `data` names no task, so nothing says what a right answer is.
-    """
-    task = _need_task(data)
-    tokenizer = load_tokenizer(model)
-    test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
-    weights = Path(adapter) / "adapter_model.safetensors" if adapter else None
-    options = {
-        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype,
-        "adapter": str(adapter) if adapter else None,
-        "adapter_hash": sha256_file(weights) if weights else None,
-    }  # fmt: skip
-    if output is not None and (done := _finished(Path(output), options)) is not None:
-        return done, None
-    condition = condition or ("adapter" if adapter else "base")
-    record = new_record(
-        name=name or condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
-        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
-    )  # fmt: skip
-    with _recorded(record, Path(output) if output else None):
-        net: Any = load_model(model, dtype=dtype, device=device)
-        record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": net.num_parameters()}
-        record["parameters"] = {"trainable": 0, "total": net.num_parameters(), "percent": 0.0}
-        if adapter:
-            with quiet():
-                net = load_adapter(net, adapter)
-            assert weights is not None
-            record["parameters"]["adapter_bytes"] = weights.stat().st_size
-        evaluation = evaluate_task(net, tokenizer, task, test, batch_size=batch_size, progress=progress)
-        record["evaluation"] = _save_evaluation(evaluation, Path(output) if output else None)
-    return record, evaluation
-
-
-def _need_task(data: str) -> Task:
-    task = task_of(data)
-    if task is None:
-        raise DataError(
-            f"{data!r} names no task, so nothing says what a right answer is: give a task's name, or a task "
-            "and its files, as in gsm8k:DIR."
-        )
-    return task
-
-
-def _finished(output: Path, options: dict[str, Any]) -> Record | None:
-    """The record in `output` if it is done with the same options; an error if other work would be lost."""
-    if not (output / "run.json").is_file():
-        return None
-    record = read_record(output)
-    done = record["status"] == "done"
-    if done or checkpoints.last_complete(output / "checkpoints"):
-        old, new = ({k: v for k, v in o.items() if k not in FREE_OPTIONS} for o in (record["config"], options))
-        checkpoints.check_same(old, new, output)
-    if done:
-        _log.info("%s is done already", output)
-    return record if done else None
-
-
-@contextmanager
-def _recorded(record: Record, output: Path | None) -> Iterator[None]:
-    """Writes the record when the run starts, and when it ends, well or not."""
-    started = time.perf_counter()
-    if output is not None:
-        write_record(output, record)
-    try:
-        yield
-    except BaseException as error:
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        raise
-    else:
-        record["status"] = "done"
-    finally:
-        record["seconds"] = round(time.perf_counter() - started, 3)
-        if output is not None:
-            write_record(output, record)
-
-
-def _profile_source(
-    model: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
-) -> dict[str, Any]:
-    return {
-        "fingerprint": fingerprint(model), "model": model_name, "data": data,
-        "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
-    }  # fmt: skip
-
-
-def _profile(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    data: str,
-    model_name: str,
-    output: Path,
-    shared: str | Path | None,
-    fraction: float,
+    dataset: Dataset,
     config: TrainConfig,
-    progress: bool,
-) -> tuple[RoutingProfile, Path]:
-    """The profile that is shared, or was made for this run before, or is made now; and its file."""
-    if shared is not None:
-        file = Path(shared) / "profile.safetensors" if Path(shared).is_dir() else Path(shared)
-        routing = RoutingProfile.load(file)
-        made_on = routing.source.get("fingerprint")
-        if made_on is not None and made_on != fingerprint(model):
-            raise PlanError(
-                f"{file} is the profile of {made_on}, and {model_name} is {fingerprint(model)}: profile this model."
-            )
-        return routing, file
-    file = output / "profile.safetensors"
-    num = min(len(examples), max(_MIN_PROFILED, round(fraction * len(examples))))
-    stride = len(examples) / num  # spread over the data, which may be sorted
-    some = [examples[int(i * stride)] for i in range(num)]
-    if file.is_file():
-        routing = RoutingProfile.load(file)
-        source = _profile_source(model, some, data, model_name, config.max_length)
-        if all(routing.source.get(key) == value for key, value in source.items()):
-            return routing, file
-    routing = profile_data(
-        model, tokenizer, some, data, model_name,
-        batch_size=config.batch_size, max_length=config.max_length, progress=progress,
-    )  # fmt: skip
-    routing.save(file)
-    return routing, file
+    output_dir: str | Path,
+    *,
+    identity: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> TrainResult:
+    """Trains a model's trainable parameters on `dataset`, in place.
 
+    Called again with the same arguments and a freshly made model, it goes on from the last whole checkpoint
+    in `output_dir` and ends where a run that was never killed ends: exactly so on one CPU.
 
-def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig, model_name: str) -> Any:
-    """The model with a fresh adapter, the same for the same seed."""
-    names = ("r", "lora_alpha", "lora_dropout", "train_attention", "train_router", "train_shared")
-    set_seed(config.seed)
+    Args:
+        model: a PEFT model, or any causal LM with trainable parameters.
+        dataset: from `data.tokenize`.
+        output_dir: gets `checkpoints/`, `metrics.jsonl` and `train.json` (the resolved options).
+        identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash,
+        …).
+        progress: whether to show a progress bar.
+
+    Raises:
+        HotLoraError: `output_dir` has checkpoints of a run with other options (each is named).
+    """
+    output = Path(output_dir)
+    folder, metrics = output / "checkpoints", output / "metrics.jsonl"
+    if not len(dataset):
+        raise DataError("The training data has no examples; give at least one.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise HotLoraError("The model has no trainable parameter: put an adapter on it first.")
+    resolved = {**dataclasses.asdict(config), **(identity or {}), "examples": len(dataset)}
+    for name in FREE_OPTIONS:
+        resolved.pop(name)
+    checkpoint = checkpoints.last_complete(folder)
+    if checkpoint is not None:
+        checkpoints.check_same(read_json(output / "train.json"), resolved, output)
+        _log.info("going on from %s", checkpoint)
+    checkpoints.remove_incomplete(folder)
+    write_json(output / "train.json", resolved)
+    start = checkpoints.step_of(checkpoint)
+    rows = checkpoints.read_metrics(metrics, start)
+    checkpoints.write_metrics(metrics, rows)
+
+    recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
+    callbacks: list[TrainerCallback] = [recorder, *([_ProgressBar()] if progress else [])]
+    trainer = make_trainer(model, tokenizer, dataset, config, folder, callbacks)
     with quiet():
-        adapted = get_peft_model(model, HotLoraConfig(plan=plan, **{name: getattr(config, name) for name in names}))
-    # As the user calls it: the embedded model's folder is another one on every machine.
-    adapted.peft_config["default"].base_model_name_or_path = model_name
-    return adapted
+        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
+            # Killed after the last step. transformers would train one step more.
+            trainer._load_from_checkpoint(str(checkpoint), trainer.model)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    rows = checkpoints.read_metrics(metrics)
+    if not rows:
+        raise HotLoraError(f"{metrics} holds no steps though training ended: delete {output} and train again.")
+    tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
+    return TrainResult(
+        steps=rows[-1]["step"], loss_first=rows[0]["loss"], loss_last=rows[-1]["loss"], tokens=tokens,
+        seconds=seconds, tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
+    )  # fmt: skip
 
 
-def _save_adapter(model: Any, folder: Path) -> int:
-    """Saves the adapter beside, then puts it in place; returns the size of its weights in bytes."""
-    beside = folder.with_name(f".{uuid.uuid4().hex[:12]}-{folder.name}")
-    try:
-        with quiet():
-            model.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return (folder / "adapter_model.safetensors").stat().st_size
+def make_trainer(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    config: TrainConfig,
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+) -> "SFTTrainer":
+    """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
+    on_cpu = model.device.type == "cpu"
+    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: config.gradient_checkpointing}
+    arguments = SFTConfig(
+        **checkpointing,
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup if config.lr_scheduler != "constant" else 0,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=bf16,  # autocast follows the base model: adapters are float32 on it
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        # TRL's None would mean the model's own coefficient: on.
+        router_aux_loss_coef=config.aux_loss_coef,
+        completion_only_loss=True,
+        max_length=config.max_length if config.packing else None,  # the data is cut already
+        packing=config.packing,
+        # Every step is written, so that a resumed run averages over the same steps as one that was not
+        # killed.
+        logging_steps=1,
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        # Two: while one is being written, the one before must be whole.
+        save_total_limit=2,
+        report_to=config.report_to,
+        disable_tqdm=True,
+    )
+    with quiet():
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def _save_evaluation(evaluation: Evaluation, output: Path | None) -> dict[str, Any]:
-    summary = evaluation.summary()
-    if output is not None:
-        summary["results"] = f"results-{evaluation.task}.jsonl"
-        evaluation.write_results(output / summary["results"])
-    return {evaluation.task: summary}
+class _Trainer(SFTTrainer):
+    """TRL's, which writes a card into every checkpoint and reports usage to its makers; this one does not."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _send_telemetry(self) -> None:
+        pass
 
 
-def _describe(condition: str, plan: ExpertPlan) -> str:
-    """`hot 25%`: the share of all experts that the plan keeps."""
-    kept = sum(map(len, plan.experts.values())) / (plan.num_experts * len(plan.experts))
-    return condition if kept == 1 else f"{condition} {kept:.0%}"
+class _Recorder(TrainerCallback):
+    """Appends each step to the metrics file, and marks a checkpoint once it is whole."""
+
+    def __init__(self, path: Path, seconds_before: float) -> None:
+        self.path, self.seconds_before, self.started = path, seconds_before, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row = {
+            "step": state.global_step,
+            **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")},
+        }
+        row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
+        row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class _ProgressBar(TrainerCallback):
+    """Steps, loss and time left, in the terminal."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not state.is_world_process_zero,
+        )  # fmt: skip
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="-")
+        self.bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()

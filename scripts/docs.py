@@ -1,8 +1,8 @@
 """Write what is generated in the docs: docs/cli.md from the commands' help, README's table from run records.
 
-    python scripts/docs.py                     # write both
-    python scripts/docs.py --check             # fail if either is not what would be written
-    python scripts/docs.py --demo runs/demo    # first take over a demo's records and pictures into docs/demo
+python scripts/docs.py                     # write both
+python scripts/docs.py --check             # fail if either is not what would be written
+python scripts/docs.py --demo runs/demo    # first take over a demo's records and pictures into docs/demo
 """
 
 import argparse

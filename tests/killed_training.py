@@ -22,9 +22,10 @@ from transformers import Trainer
 
 from hotlora.adapter import HotLoraConfig
 from hotlora.checkpoints import is_complete, last_complete
+from hotlora.config import TrainConfig
 from hotlora.data import tokenize
 from hotlora.tasks import Example
-from hotlora.train import TrainConfig, train
+from hotlora.train import train
 
 CONFIG = TrainConfig(
     max_steps=30, batch_size=4, save_steps=3, learning_rate=3e-3, lora_dropout=0.1, lr_scheduler="cosine"

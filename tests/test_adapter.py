@@ -76,9 +76,7 @@ def reference_block(block, hidden):
             A_gate, A_up = layer.lora_A_gate_up["default"][slots[expert]].chunk(2)
             B_gate, B_up = layer.lora_B_gate_up["default"][slots[expert]].chunk(2)
             W_gate, W_up = W_gate + scaling * B_gate @ A_gate, W_up + scaling * B_up @ A_up
-            A_down, B_down = (
-                getattr(layer, n)["default"][slots[expert]] for n in ("lora_A_down", "lora_B_down")
-            )
+            A_down, B_down = (getattr(layer, n)["default"][slots[expert]] for n in ("lora_A_down", "lora_B_down"))
             W_down = W_down + scaling * B_down @ A_down
         y = (F.silu(x @ W_gate.T) * (x @ W_up.T)) @ W_down.T
         output = output + y * (weights * (index == expert)).sum(-1, keepdim=True).to(y.dtype)
@@ -120,9 +118,7 @@ def test_gradients_are_where_the_plan_says_and_nowhere_else(family):
     assert all("lora_" in name for name in with_gradient)
     assert not any("shared_expert_gate" in name for name in with_gradient)
     layers = model.get_base_model().model.layers
-    assert isinstance(layers[0].mlp.experts, HotLoraExperts) and not isinstance(
-        layers[1].mlp.experts, HotLoraExperts
-    )
+    assert isinstance(layers[0].mlp.experts, HotLoraExperts) and not isinstance(layers[1].mlp.experts, HotLoraExperts)
     assert layers[0].mlp.experts.expert_ids == {"default": PLANNED}
     assert layers[0].mlp.experts.lora_A_gate_up["default"].shape == (3, 8, 32)
     for layer in layers:
@@ -404,9 +400,7 @@ def test_merging_a_bf16_model_rounds_once():
     assert gate_up.dtype == torch.float32 and gate_up.shape == (3, 32, 32) and down.shape == (3, 32, 16)
     layer.merge()
     ids = list(PLANNED)
-    assert torch.equal(
-        layer.base_layer.gate_up_proj[ids], (base.gate_up_proj[ids].float() + gate_up).bfloat16()
-    )
+    assert torch.equal(layer.base_layer.gate_up_proj[ids], (base.gate_up_proj[ids].float() + gate_up).bfloat16())
     assert torch.equal(layer.base_layer.down_proj[ids], (base.down_proj[ids].float() + down).bfloat16())
 
 

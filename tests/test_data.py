@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import ABSENT, DATA
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.data import (
@@ -23,7 +24,7 @@ from hotlora.tasks import Example
 
 test_source.__test__ = False  # type: ignore[attr-defined]
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+REAL = DATA / "gsm8k" / "train.jsonl"
 CHAT = (
     "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
@@ -200,7 +201,7 @@ def test_batches_hold_every_example_once():
         list(batches(dataset, tokenizer, 0))
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="the published GSM8K files are not there")
+@pytest.mark.skipif(not REAL.is_file(), reason=f"GSM8K: {ABSENT}")
 def test_the_published_train_file_needs_no_task():
     examples = load_examples(str(REAL), limit=20)
     assert len(examples) == 20 and examples == load_examples(f"gsm8k:{REAL}", limit=20)

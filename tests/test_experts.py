@@ -24,9 +24,7 @@ def make_experts(dtype: torch.dtype = torch.float64):
     return model.model.layers[0].mlp.experts.to(dtype).requires_grad_(False)
 
 
-def make_factors(
-    ids: Sequence[int], r: int = 4, dtype: torch.dtype = torch.float64, seed: int = 1
-) -> HotFactors:
+def make_factors(ids: Sequence[int], r: int = 4, dtype: torch.dtype = torch.float64, seed: int = 1) -> HotFactors:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(len(ids), 2 * r, D), (len(ids), 2 * WIDTH, r), (len(ids), r, WIDTH), (len(ids), D, r)]
     made = [(torch.randn(s, generator=generator, dtype=torch.float64) * 0.3).to(dtype) for s in shapes]
@@ -40,9 +38,7 @@ def make_inputs(dtype: torch.dtype = torch.float64, seed: int = 0, index: Tensor
     hidden = torch.randn(T, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     scores = torch.rand(T, E, generator=generator, dtype=torch.float64)
     top_k_index = scores.topk(K).indices if index is None else index
-    weights = (
-        torch.rand(top_k_index.shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    )
+    weights = torch.rand(top_k_index.shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     return hidden, top_k_index, weights
 
 
@@ -64,9 +60,7 @@ def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: HotFa
             h = F.silu(gate) * up
             y = experts.down_proj[expert] @ h
             if expert in slots:
-                y = y + factors.scaling * (
-                    factors.B_down[slots[expert]] @ (factors.A_down[slots[expert]] @ h)
-                )
+                y = y + factors.scaling * (factors.B_down[slots[expert]] @ (factors.A_down[slots[expert]] @ h))
             total = total + weights[t, k] * y
         rows.append(total)
     return torch.stack(rows)
@@ -108,8 +102,7 @@ def test_bf16_is_within_the_loops_own_error():
     exact_factors = make_factors([1, 3, 6], 8, torch.bfloat16)
     low = (make_experts(torch.bfloat16), *make_inputs(torch.bfloat16), exact_factors)
     double = tuple(
-        x.double().detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in low[1:4]
+        x.double().detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in low[1:4]
     )
     factors = replace(
         exact_factors, **{n: getattr(exact_factors, n).detach().double().requires_grad_() for n in FACTORS}
@@ -208,9 +201,7 @@ def test_rows_that_are_elsewhere_contribute_nothing():
     weights = weights.detach().masked_fill(elsewhere, 0).requires_grad_()
     expected = output_and_gradients(routed_experts, experts, hidden, index, weights, factors)
     experts._is_expert_parallel = True
-    ours = output_and_gradients(
-        routed_experts, experts, hidden, index.masked_fill(elsewhere, E), weights, factors
-    )
+    ours = output_and_gradients(routed_experts, experts, hidden, index.masked_fill(elsewhere, E), weights, factors)
     for name in ("output", "hidden", *FACTORS):
         assert relative(ours[name], expected[name]) < 1e-5, name
     assert not ours["weights"][elsewhere].any()
@@ -228,9 +219,7 @@ def test_hot_prefix_without_reading_its_length_equals_the_exact_rows():
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
         update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _gate_up_update(x_HD, hot))
         probe = torch.randn(update.shape, generator=torch.Generator().manual_seed(7))
-        results.append(
-            [update, *torch.autograd.grad(update, [hidden, factors.A_gate_up, factors.B_gate_up], probe)]
-        )
+        results.append([update, *torch.autograd.grad(update, [hidden, factors.A_gate_up, factors.B_gate_up], probe)])
     for exact, padded in zip(*results, strict=True):
         torch.testing.assert_close(padded, exact)
 
@@ -251,9 +240,7 @@ def test_grouped_linear_tail_is_zero_in_output_and_gradient():
 def test_dropout_keeps_the_mean_and_shares_one_mask():
     experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
     factors = make_factors([0, 1, 2, 3], 4, torch.float32)
-    factors = replace(
-        factors, B_down=factors.B_down * 0
-    )  # what is left is linear in the dropped input, before act
+    factors = replace(factors, B_down=factors.B_down * 0)  # what is left is linear in the dropped input, before act
     hidden, index, _ = inputs
     expert_S, order_S = torch.sort(index.reshape(-1))
     ends_E = torch.searchsorted(expert_S, torch.arange(E), right=True, out_int32=True)
@@ -303,9 +290,7 @@ def test_on_a_gpu_without_a_host_sync():
     hidden, weights = hidden.bfloat16().requires_grad_(), weights.bfloat16().requires_grad_()
     moved = {name: getattr(factors, name).detach().cuda().bfloat16().requires_grad_() for name in FACTORS}
     factors = replace(factors, expert_ids_N=factors.expert_ids_N.cuda(), **moved)
-    probe = (
-        torch.randn(T, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64).bfloat16().cuda()
-    )
+    probe = torch.randn(T, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64).bfloat16().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
         output = routed_experts(experts, hidden, index, weights, factors)

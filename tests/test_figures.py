@@ -79,7 +79,5 @@ def test_loss_curves_keep_a_condition_its_colour_and_smooth_by_the_past():
     thick = axes.lines[1::2]
     assert thick[0].get_color() == figures.HOT
     assert len({line.get_color() for line in thick}) == 3
-    assert thick[0].get_ydata()[0] == 100 and thick[0].get_ydata()[-1] == pytest.approx(
-        np.mean(losses[-4:])
-    )
+    assert thick[0].get_ydata()[0] == 100 and thick[0].get_ydata()[-1] == pytest.approx(np.mean(losses[-4:]))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["hot", "hot, seed 1", "mine"]

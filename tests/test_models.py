@@ -105,9 +105,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_model("olmoe").to(torch.bfloat16).save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", padding_side="left"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", padding_side="left").save_pretrained(folder)
     return folder
 
 

@@ -230,9 +230,7 @@ def test_indices_of_other_ranks_are_dropped():
     for layer in moe_layers(model):
         model.get_submodule(layer.experts)._is_expert_parallel = True
         router = model.get_submodule(layer.router)
-        router.register_forward_hook(
-            lambda module, args, out: (out[0], out[1], torch.where(out[2] < 4, out[2], E))
-        )
+        router.register_forward_hook(lambda module, args, out: (out[0], out[1], torch.where(out[2] < 4, out[2], E)))
     profile = profile_routing(model, [tiny_batch()])
     assert profile.counts[:, 4:].sum() == 0 and 0 < profile.counts.sum() < 2 * profile.num_tokens * K
 
@@ -272,9 +270,7 @@ def test_metrics_against_scipy():
     profile = hand_profile(counts, layers=tuple(range(5)))
     np.testing.assert_allclose(profile.layer_cv(), scipy_stats.variation(counts.numpy(), axis=1), rtol=1e-12)
     np.testing.assert_allclose(profile.global_cv(), scipy_stats.variation(counts.numpy().sum(0)), rtol=1e-12)
-    np.testing.assert_allclose(
-        profile.entropy(), scipy_stats.entropy(counts.numpy(), axis=1) / np.log(16), rtol=1e-12
-    )
+    np.testing.assert_allclose(profile.entropy(), scipy_stats.entropy(counts.numpy(), axis=1) / np.log(16), rtol=1e-12)
 
 
 def test_a_layer_without_counts_has_no_metrics():

@@ -49,9 +49,7 @@ def tiny_model(family: str = "olmoe", *, seed: int = 0, **overrides) -> PreTrain
     return model.eval()
 
 
-def tiny_batch(
-    batch: int = 2, length: int = 9, *, seed: int = 0, vocab_size: int = 128
-) -> dict[str, torch.Tensor]:
+def tiny_batch(batch: int = 2, length: int = 9, *, seed: int = 0, vocab_size: int = 128) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` `[B, S]`, without special ids; half of the rows are right-padded."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, vocab_size, (batch, length), generator=generator)

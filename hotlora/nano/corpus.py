@@ -9,7 +9,7 @@
 import gzip
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import DataError
@@ -106,7 +106,7 @@ def _comment_and_query(rng: random.Random, db: Database) -> tuple[str, str]:
     text, number = rng.choice(db.text_columns), rng.choice(db.number_columns)
     shown = rng.choice([c for c in db.columns if c not in (text, number)])
     word, n = rng.choice(db.entries)[db.columns.index(text)], rng.randint(10, 98)
-    entries = db.entries and rng.choice((table, many, f"all {many}"))
+    entries = rng.choice((table, many, f"all {many}"))
     return rng.choice((
         (f"count {entries}", f"SELECT count(*) FROM {table}"),
         (f"mean {number}, {entries}", f"SELECT avg({number}) FROM {table}"),
@@ -187,9 +187,13 @@ def _row_text(row: dict) -> str:
 def documents(seed: int, texts: list[str] | None = None) -> Iterator[tuple[str, str]]:
     """An endless, seeded stream of (domain, document), each domain by its share of characters."""
     rng = random.Random(f"nano corpus {seed}")
-    makers = {"math": math_document, "sql": sql_document, "craft": craft_document}
+    makers: dict[str, Callable[[random.Random], str]] = {
+        "math": math_document,
+        "sql": sql_document,
+        "craft": craft_document,
+    }
     if texts:
-        makers["text"] = lambda r: r.choice(texts)
+        makers["text"] = lambda rng: rng.choice(texts)
     written = dict.fromkeys(makers, 0)
     while True:
         domain = min(makers, key=lambda d: written[d] / SHARES[d])

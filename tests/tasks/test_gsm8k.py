@@ -2,13 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
+from published import ABSENT, DATA
 
 from hotlora.errors import DataError
 from hotlora.tasks import gsm8k
 from hotlora.tasks.gsm8k import TASK, final_answer, score
 from hotlora.tasks.rows import Row
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
+REAL = DATA / "gsm8k"
 ROW = {
     "question": "Natalia sold 48 clips, then half as many. How many?",
     "answer": "48/2 = <<48/2=24>>24\n#### 1,072",
@@ -59,7 +60,7 @@ def test_sources_that_are_not_there(tmp_path: Path):
         TASK.load("dev", str(tmp_path), None, 0)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the published GSM8K files are not there")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"GSM8K: {ABSENT}")
 @pytest.mark.parametrize(("split", "n"), [("train", 7473), ("test", 1319)])
 def test_every_published_answer_is_right(split: str, n: int):
     examples = TASK.load(split, str(REAL), None, 0)

@@ -1,13 +1,12 @@
-from pathlib import Path
-
 import pytest
+from published import ABSENT, DATA
 
 from hotlora.errors import DataError
 from hotlora.tasks import hellaswag
 from hotlora.tasks.hellaswag import TASK, clean
 from hotlora.tasks.rows import Row
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "hellaswag"
+REAL = DATA / "hellaswag"
 ROW = {
     "activity_label": "Roof shingle removal",
     "ctx_a": "A man is [sic] sitting on a roof.",
@@ -40,7 +39,7 @@ def test_a_label_that_is_no_ending(label: str | None):
         hellaswag.example(Row("here", {**ROW, "label": label}))
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the published HellaSwag files are not there")
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"HellaSwag: {ABSENT}")
 @pytest.mark.parametrize(("split", "n"), [("train", 39905), ("test", 10042)])
 def test_published_rows(split: str, n: int):
     examples = TASK.load(split, str(REAL), None, 0)

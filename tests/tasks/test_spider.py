@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import ABSENT, DATA
 
 from hotlora.errors import DataError
 from hotlora.tasks import spider
 from hotlora.tasks.spider import TASK, database_schema, normalise, same_answer, score, table_schemas
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "spider"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the published Spider files are not there")
+REAL = DATA / "spider"
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"Spider: {ABSENT}")
 
 
 def write_database(path: Path, people: list[tuple]) -> None:

@@ -1,0 +1,89 @@
+"""The options of one fine-tuning. Imports nothing heavy: the command line shows these defaults."""
+
+from dataclasses import dataclass
+
+from .errors import HotLoraError
+
+PROFILE_FRACTION = 0.1
+"""Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+# Changing these changes nothing of what is learned, so a run may go on under others.
+FREE_OPTIONS = ("save_steps", "report_to")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of one fine-tuning, the adapter's among them.
+
+    The defaults are HELLoRA's for mathematics (r 32, alpha 64, no dropout, 4e-4, 3 epochs, AdamW without
+    weight decay, constant rate), but for its batch of 128, and with a short warm-up, of which neither paper
+    speaks.
+    """
+
+    epochs: float = 3
+    """Passes over the training data; unused where max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps; None: by epochs."""
+    batch_size: int = 16
+    """Examples a device and step, before accumulation."""
+    gradient_accumulation_steps: int = 1
+    """Batches added up for one optimizer step."""
+    learning_rate: float = 4e-4
+    """Peak rate of AdamW."""
+    lr_scheduler: str = "constant_with_warmup"
+    """constant, constant_with_warmup, linear or cosine (the last two fall to 0)."""
+    warmup: float = 0.03
+    """Share of all steps over which the rate rises from 0; not used by "constant"."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    max_length: int = 512
+    """Tokens of an example; longer ones are cut from the right."""
+    packing: bool = False
+    """Several examples in one row of max_length tokens, kept apart by their positions."""
+    save_steps: int = 100
+    """Optimizer steps between two checkpoints; the last step always has one."""
+    seed: int = 0
+    """Of the adapter's start, the order of the data and dropout."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    aux_loss_coef: float = 0.0
+    """Weight of the router's load-balancing loss; 0 turns it off, whatever the model's own config says."""
+    r: int = 32
+    """Rank of every LoRA matrix pair."""
+    lora_alpha: int = 64
+    """LoRA's scaling is lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before A, in [0, 1); MoE-Sieve has 0.05."""
+    train_attention: bool = True
+    """Adapt q, k, v and o."""
+    train_router: bool = True
+    """Adapt the router."""
+    train_shared: bool = True
+    """Adapt shared experts."""
+    report_to: str = "none"
+    """Where transformers also sends the metrics: none, wandb, trackio, tensorboard, …"""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "epochs",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "save_steps",
+            "r",
+            "lora_alpha",
+        )
+        for name in (*positive, *(("max_steps",) if self.max_steps is not None else ())):
+            self._check(name, getattr(self, name) > 0, "more than 0")
+        for name in ("weight_decay", "max_grad_norm", "aux_loss_coef", "seed"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("max_length", self.max_length >= 2, "2 or more")
+        self._check("warmup", 0 <= self.warmup < 1, "a share in [0, 1)")
+        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
+
+    def _check(self, name: str, good: bool, allowed: str) -> None:
+        if not good:
+            raise HotLoraError(f"{name} = {getattr(self, name)!r} is out of range: it must be {allowed}.")

@@ -1,0 +1,27 @@
+"""Holds back what other libraries say about choices that are hotlora's."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what other libraries say about choices that are hotlora's, and their progress bars."""
+    import datasets
+
+    level, bars_off = transformers_logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # A save under PEFT looks for the base model's vocabulary size, and nano has no config on the hub.
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if not bars_off:
+            datasets.enable_progress_bars()

@@ -1,0 +1,162 @@
+"""The commands as a user types them, on tiny models, the embedded one, and bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, tiny_model
+from tiny_tokenizer import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hotlora import ExpertPlan, RoutingProfile, cli
+from hotlora.records import read_record
+
+
+def run(*words: object) -> str:
+    """What a command prints; a failure of the command is a failure of the test."""
+    code, out, err = attempt(*words)
+    assert code == 0, err
+    return out
+
+
+def attempt(*words: object) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "hotlora", *map(str, words)], capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(40)))
+    return file
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process, which spares seconds of imports: (exit code, stdout, stderr)."""
+
+    def run_here(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hotlora", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run_here
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, hotlora.cli\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules), 'help would take seconds'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    text = run("--help")
+    for command in ("demo", "profile", "plan", "train", "evaluate", "merge", "report", "params"):
+        assert re.search(rf"\b{command}\b", text)
+
+
+def test_model_and_data_are_enough(model_folder: Path, rows: Path, tmp_path: Path):
+    words = ("train", "--model", model_folder, "--data", rows, "--max-steps", 4, "--save-steps", 2)
+    out = run(*words, "--output", tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "done" and record["plan"]["params"]["fraction"] == 0.25
+    for name in ("adapter", "plan.json", "run.json"):
+        assert str(tmp_path / "run" / name) in out and (tmp_path / "run" / name).exists()
+    # The same words again: done already, nothing trained anew.
+    assert run(*words, "--output", tmp_path / "run") == out
+
+
+def test_the_stages_one_by_one(call, model_folder: Path, rows: Path, tmp_path: Path):
+    profile, plan = tmp_path / "profile.safetensors", tmp_path / "plan.json"
+    code, out, _ = call("profile", "--model", model_folder, "--data", rows, "-o", profile)
+    assert code == 0 and str(profile) in out
+    assert RoutingProfile.load(profile).source["examples"] == 40
+    code, out, _ = call("plan", profile, "--rule", "cold", "--experts-per-layer", 2, "-o", plan)
+    assert code == 0 and "cold: 4 of 16 experts in 2 layers" in out
+    assert all(len(ids) == 2 for ids in ExpertPlan.load(plan).experts.values())
+    words = ("--model", model_folder, "--data", rows, "--max-steps", 2, "--plan", plan, "-o", tmp_path / "run")
+    code, out, _ = call("train", *words)
+    assert code == 0 and "cold 25%" in out
+    code, out, _ = call("merge", "--model", model_folder, tmp_path / "run" / "adapter", "-o", tmp_path / "merged")
+    assert code == 0 and (tmp_path / "merged" / "model.safetensors").is_file()
+    code, out, _ = call("report", tmp_path / "run")
+    assert code == 0 and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_parameters_from_a_config_alone(call, tmp_path: Path):
+    config = {
+        "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "vocab_size": 50304,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for budget, trainable in (
+        ([], 311_459_840),
+        (["--experts-per-layer", 16], 84_967_424),
+        (["--fraction", 0.125], 47_218_688),
+    ):
+        code, out, _ = call("params", tmp_path / "config.json", *budget, "--json")
+        assert code == 0 and json.loads(out)["trainable"] == trainable
+    code, out, _ = call("params", tmp_path / "config.json", "--experts-per-layer", 16)
+    assert code == 0 and "84,967,424" in out and "1.2131%" in out
+
+
+def test_bad_input_is_one_message(call, model_folder: Path, rows: Path, tmp_path: Path):
+    train = ("train", "--model", model_folder, "--output", tmp_path / "run", "--max-steps", 2)
+    broken, empty = tmp_path / "broken.jsonl", tmp_path / "empty.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    empty.write_text("")
+    dense = tmp_path / "dense"
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=259)
+    ).save_pretrained(dense)
+    byte_tokenizer().save_pretrained(dense)
+    other = ExpertPlan({0: (0,), 1: (1,)}, 8, "hot", {}, fingerprint="olmoe-000000000000")
+    other.save(tmp_path / "other.json")
+    call("profile", "--model", model_folder, "--data", rows, "-o", tmp_path / "profile.safetensors")
+    whole = (tmp_path / "profile.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    for words, message in (
+        ((*train, "--data", broken), r"broken\.jsonl line 2.*prompt"),
+        ((*train, "--data", empty), r"empty\.jsonl holds no rows"),
+        ((*train, "--data", tmp_path / "none.jsonl"), r"none\.jsonl"),
+        ((*train, "--data", rows, "--fraction", 0), r"fraction is 0"),
+        ((*train, "--data", rows, "--fraction", 1.5), r"fraction is 1\.5.*at most 1"),
+        ((*train, "--data", rows, "--rule", "hottest"), r"rule 'hottest'.*hot, all, random, cold"),
+        ((*train, "--data", rows, "--r", 0), r"r = 0 is out of range"),
+        ((*train, "--data", rows, "--plan", tmp_path / "other.json"), r"plan was made for olmoe-000000000000"),
+        ((*train, "--data", rows, "--profile", tmp_path / "short.safetensors"), r"short\.safetensors is not a whole"),
+        (("train", "--model", dense, "--data", rows, "-o", tmp_path / "d"), r"llama model has no MoE layer"),
+        (("train", "--model", tmp_path / "nowhere", "--data", rows, "-o", tmp_path / "d"), r"nowhere.*not a folder"),
+        (("plan", tmp_path / "short.safetensors"), r"not a whole routing profile"),
+        (("evaluate", "--model", model_folder, "--data", rows), r"names no task"),
+        (("report", tmp_path / "nothing"), r"no run\.json"),
+        (("demo", "--task", "gsm8k", "-o", tmp_path / "demo"), r"no task 'gsm8k'"),
+    ):
+        code, _, err = call(*words)
+        assert code == 1, words
+        assert re.search(message, " ".join(err.split())), err
+        assert "Traceback" not in err and err.count("error:") == 1
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_config_of_an_unsupported_family_is_named(call, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config("olmoe").to_dict(), "model_type": "dbrx"}))
+    code, _, err = call("params", tmp_path / "config.json")
+    assert code == 1 and "dbrx" in err

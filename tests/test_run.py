@@ -1,0 +1,136 @@
+"""Whole runs, from a model's folder and a data file to the record."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora.adapter import load_adapter
+from hotlora.config import TrainConfig
+from hotlora.data import tokenize
+from hotlora.errors import DataError, FileError, HotLoraError, PlanError
+from hotlora.evaluate import response_loss
+from hotlora.models import load_model
+from hotlora.records import read_record
+from hotlora.routing import RoutingProfile
+from hotlora.run import merge_adapter, profile_data, run_evaluation, run_training
+from hotlora.tasks import Example
+
+TOKENIZER = byte_tokenizer()
+EXAMPLES = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(24)]
+CONFIG = TrainConfig(max_steps=6, batch_size=4, save_steps=4, r=4, lora_alpha=8, max_length=64, learning_rate=3e-3)
+
+
+def dataset():
+    return tokenize(EXAMPLES, TOKENIZER, 64)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_whole_run_and_its_record(model_folder: str, tmp_path: Path):
+    config = replace(CONFIG, max_length=256)
+    record = run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8)
+    assert record == read_record(tmp_path / "run") and record["status"] == "done"
+    assert (record["name"], record["condition"]) == ("hot 25%", "hot")
+    assert record["data"]["train"] == 40 and record["evaluation"]["nano-choice"]["n"] == 8
+    assert record["parameters"]["trainable"] > 0 and record["training"]["steps"] == 6
+    for part in (record["profile"]["path"], record["plan"]["path"], record["training"]["metrics"], "adapter"):
+        assert (tmp_path / "run" / part).exists()
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert record["parameters"]["adapter_bytes"] == weights.stat().st_size
+
+    # What is saved is what was scored.
+    saved, _ = run_evaluation(model_folder, "nano-choice", tmp_path / "again", adapter=weights.parent, limit=8)
+    kept = (tmp_path / "again" / "results-nano-choice.jsonl").read_text()
+    assert kept == (tmp_path / "run" / "results-nano-choice.jsonl").read_text()
+    assert saved["condition"] == "adapter"
+    base, evaluation = run_evaluation(model_folder, "nano-choice", tmp_path / "base", limit=8)
+    assert base["condition"] == "base" and evaluation is not None and base["parameters"]["trainable"] == 0
+    assert run_evaluation(model_folder, "nano-choice", tmp_path / "base", limit=8) == (base, None)
+
+    # The same words give the record back; others are told apart.
+    before = weights.stat().st_mtime_ns
+    assert run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8) == record
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(HotLoraError, match=r'rule was "hot" and is "all"'):
+        run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8, rule="all")
+
+
+def test_a_run_on_a_file_with_a_shared_profile(model_folder: str, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))
+    base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=512)
+    profile = profile_data(base, TOKENIZER, EXAMPLES, str(file), model_folder)
+    profile.save(tmp_path / "profile.safetensors")
+    assert profile.num_tokens == sum(map(len, dataset()["input_ids"]))
+    record = run_training(
+        model_folder, str(file), tmp_path / "cold", config=CONFIG, rule="cold", experts_per_layer=3,
+        profile=tmp_path / "profile.safetensors", test_data=str(file),
+    )  # fmt: skip
+    assert record["profile"] == {
+        "path": "../profile.safetensors", "hash": profile.hash, "num_tokens": profile.num_tokens
+    }  # fmt: skip
+    assert (record["name"], "evaluation" in record) == ("cold 38%", False) and record["training"]["test_loss"] > 0
+    plan = json.loads((tmp_path / "cold" / "plan.json").read_text())
+    assert all(len(ids) == 3 for ids in plan["experts"].values())
+    by_plan = run_training(model_folder, str(file), tmp_path / "p", config=CONFIG, plan=tmp_path / "cold" / "plan.json")
+    assert by_plan["plan"]["hash"] == record["plan"]["hash"] and "profile" not in by_plan
+    assert by_plan["training"]["loss_last"] == record["training"]["loss_last"]
+    loaded = load_file(tmp_path / "p" / "adapter" / "adapter_model.safetensors")
+    model = load_adapter(
+        tiny_model("olmoe", vocab_size=259, max_position_embeddings=512), tmp_path / "cold" / "adapter"
+    )
+    assert response_loss(model, TOKENIZER, dataset()) == record["training"]["test_loss"] and len(loaded) > 0
+
+
+def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path):
+    other = tiny_model("olmoe", vocab_size=259, num_experts=4)
+    profile_data(other, TOKENIZER, EXAMPLES, "rows", "other").save(tmp_path / "other.safetensors")
+    arguments = {"config": CONFIG, "limit": 12, "test_limit": 2, "evaluate": False}
+    with pytest.raises(PlanError, match="is the profile of olmoe-"):
+        run_training(model_folder, "nano-math", tmp_path / "run", profile=tmp_path / "other.safetensors", **arguments)
+    record = read_record(tmp_path / "run")
+    assert record["status"] == "failed" and "PlanError" in record["error"]
+    # Nothing was trained, so there is nothing to mix up.
+    record = run_training(
+        model_folder,
+        "nano-math",
+        tmp_path / "run",
+        **{**arguments, "config": replace(CONFIG, max_length=512)},
+    )
+    assert record["status"] == "done" and "error" not in record
+    assert RoutingProfile.load(tmp_path / "run").source["examples"] == 12
+
+
+def test_a_data_set_that_is_no_task_cannot_be_scored(model_folder: str):
+    with pytest.raises(DataError, match="names no task"):
+        run_evaluation(model_folder, "rows.jsonl")
+    with pytest.raises(DataError, match="profile_fraction = 2"):
+        run_training(model_folder, "nano-math", "never", profile_fraction=2)
+
+
+def test_merged_is_a_plain_checkpoint_with_the_adapters_logits(model_folder: str, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))
+    run_training(model_folder, str(file), tmp_path / "run", config=CONFIG)
+    merged = merge_adapter(model_folder, tmp_path / "run" / "adapter", tmp_path / "merged")
+    base, plain = load_model(model_folder, device="cpu"), load_model(merged, device="cpu")
+    assert type(plain) is type(base) and not (merged / "adapter_config.json").exists()
+    ids = torch.arange(24).view(2, 12)
+    unchanged = base(ids).logits
+    adapted = load_adapter(base, tmp_path / "run" / "adapter")
+    torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain(ids).logits, unchanged, atol=1e-4)
+    with pytest.raises(FileError, match="not empty: give a new folder"):
+        merge_adapter(model_folder, tmp_path / "run" / "adapter", merged)
