@@ -24,7 +24,16 @@ CONFIG = TrainConfig(
 TASKS = ("nano-math", "nano-sql", "nano-choice")
 
 
-def run_demo(task: str, output: Path, *, seed: int = 0, console: Console) -> Path:
+def run_demo(
+    task: str,
+    output: Path,
+    *,
+    seed: int = 0,
+    config: TrainConfig = CONFIG,
+    train_examples: int = TRAIN_EXAMPLES,
+    test_examples: int = TEST_EXAMPLES,
+    console: Console,
+) -> Path:
     """Runs every condition of ``task`` into ``output``, prints their table, and returns the page's path.
 
     Conditions that are done already are not run again. Every one has the same data, options and seed; the first
@@ -35,11 +44,11 @@ def run_demo(task: str, output: Path, *, seed: int = 0, console: Console) -> Pat
     """
     if task not in TASKS:
         raise DataError(f"the demo has no task {task!r}; it has {', '.join(TASKS)}.")
-    config = dataclasses.replace(CONFIG, seed=seed)
+    config = dataclasses.replace(config, seed=seed)
     folder = output / task
     steps = len(CONDITIONS) + 1
-    console.print(f"[bold]1/{steps} base[/]: nano as it is, on {TEST_EXAMPLES} questions of {task}")
-    run_evaluation("nano", task, folder / "base", limit=TEST_EXAMPLES, progress=True)
+    console.print(f"[bold]1/{steps} base[/]: nano as it is, on {test_examples} questions of {task}")
+    run_evaluation("nano", task, folder / "base", limit=test_examples, progress=True)
     profile = None
     for number, rule in enumerate(CONDITIONS, start=2):
         budget = None if rule == "all" else FRACTION
@@ -47,7 +56,7 @@ def run_demo(task: str, output: Path, *, seed: int = 0, console: Console) -> Pat
         console.print(f"[bold]{number}/{steps} {rule}[/]: LoRA on attention, router and {told}")
         run_training(
             "nano", task, folder / rule, config=config, rule=rule, fraction=budget, profile=profile,
-            profile_fraction=1.0, limit=TRAIN_EXAMPLES, test_limit=TEST_EXAMPLES, progress=True,
+            profile_fraction=1.0, limit=train_examples, test_limit=test_examples, progress=True,
         )  # fmt: skip
         profile = folder / CONDITIONS[0] / "profile.safetensors"
     page = write_report(folder, folder)

@@ -1,5 +1,6 @@
 """A run's `run.json`: what was asked, on what, with what outcome. One file per training or evaluation run."""
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -134,8 +135,24 @@ def environment() -> dict[str, Any]:
     return versions | {"python": platform.python_version(), "device": device, "git": _commit()}
 
 
+def reset_peak_memory() -> None:
+    """Starts `peak_memory_bytes` anew from what is held now; where the system cannot, the peak stays the process's."""
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+        return
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes the present resident size
+    except OSError:
+        pass
+
+
 def peak_memory_bytes() -> int | None:
-    """Most memory held so far: on the GPUs where there are any, else by this process. None where unknown."""
+    """Most memory held since `reset_peak_memory`: on the GPUs where there are any, else by this process.
+
+    None where it is unknown.
+    """
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     try:

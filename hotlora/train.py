@@ -18,7 +18,7 @@ from .config import FREE_OPTIONS, TrainConfig
 from .errors import DataError, HotLoraError
 from .files import read_json, write_json
 from .quiet import quiet
-from .records import peak_memory_bytes
+from .records import peak_memory_bytes, reset_peak_memory
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def train(
     rows = checkpoints.read_metrics(metrics, start)
     checkpoints.write_metrics(metrics, rows)
 
+    reset_peak_memory()
     recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
     callbacks: list[TrainerCallback] = [recorder, *([_ProgressBar()] if progress else [])]
     trainer = make_trainer(model, tokenizer, dataset, config, folder, callbacks)
@@ -220,7 +221,8 @@ class _ProgressBar(TrainerCallback):
 
         self.bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not state.is_world_process_zero,
+            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            disable=not state.is_world_process_zero,
         )  # fmt: skip
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="-")
         self.bar.start()

@@ -1,11 +1,12 @@
-"""Write what is generated in the docs: docs/cli.md from the commands' help, README's table from run records.
+"""Write what is generated in the docs: the commands' help, and tables from run records and logs.
 
-python scripts/docs.py                     # write both
-python scripts/docs.py --check             # fail if either is not what would be written
+python scripts/docs.py                     # write all
+python scripts/docs.py --check             # fail if one is not what would be written
 python scripts/docs.py --demo runs/demo    # first take over a demo's records and pictures into docs/demo
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from hotlora.tables import COLUMNS, read_sections, table_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs" / "demo"
-BEGIN, END = "<!-- made by scripts/docs.py from docs/demo -->", "<!-- end -->"
+PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
+DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
+NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
+END = "<!-- end -->"
 SHOWN = ("accuracy", "difference", "covered", "trainable", "percent", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
 PICTURES = ("heat-map", "coverage")
@@ -43,11 +47,34 @@ def demo_table() -> str:
     return "\n".join(lines).rstrip()
 
 
-def with_table(text: str, table: str) -> str:
-    """``text`` with ``table`` between its two marks."""
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END, 1)[1]
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+def nano_table() -> str:
+    """Routing of the embedded model by domain, and its held-out loss, from the log of its pretraining."""
+    last = json.loads(PRETRAINING.read_text(encoding="utf-8").splitlines()[-1])
+    routing, losses = dict(last["routing"]), last["held_out_loss"]
+    overlaps = routing.pop("jaccard_25")
+    lines = [
+        f"After {last['step']:,} steps, {last['tokens'] / 1e6:.1f}M tokens, {last['seconds'] / 60:.0f} minutes "
+        "(other work ran beside it for a part of them), on held-out text:",
+        "",
+        "| text of | layer CV | global CV | ratio | cold experts | top 25% cover |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {name} | {row['layer_cv']:.2f} | {row['global_cv']:.2f} | {row['ratio']:.1f} | {row['cold_share']:.0%} | "
+        f"{row['coverage_25']:.0%} |"
+        for name, row in routing.items()
+    ]
+    lines += ["", "| the hot 25% of two tasks | Jaccard |", "|---|---:|"]
+    lines += [f"| {pair} | {value:.2f} |" for pair, value in overlaps.items()]
+    lines += ["", "| held-out domain | loss, nats a token |", "|---|---:|"]
+    lines += [f"| {domain} | {loss:.2f} |" for domain, loss in sorted(losses.items())]
+    return "\n".join(lines)
+
+
+def filled(page: Path, mark: str, table: str) -> str:
+    """The page's text with ``table`` between ``mark`` and the next end mark."""
+    head, rest = page.read_text(encoding="utf-8").split(mark)
+    return f"{head}{mark}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
 def take_over(runs: Path) -> None:
@@ -70,10 +97,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.demo:
         take_over(args.demo)
-    readme = ROOT / "README.md"
+    readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
-        readme: with_table(readme.read_text(encoding="utf-8"), demo_table()),
+        readme: filled(readme, DEMO_MARK, demo_table()),
+        nano: filled(nano, NANO_MARK, nano_table()),
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check and stale:

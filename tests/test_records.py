@@ -3,6 +3,7 @@
 import json
 import platform
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hotlora.records import (
     new_record,
     peak_memory_bytes,
     read_record,
+    reset_peak_memory,
     validate,
     write_record,
 )
@@ -99,3 +101,13 @@ def test_environment_and_memory():
     json.dumps(found)
     peak = peak_memory_bytes()
     assert peak is not None and (torch.cuda.is_available() or peak > 50e6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_the_peak_starts_anew():
+    block = bytearray(b"x" * 300_000_000)
+    high = peak_memory_bytes()
+    del block
+    reset_peak_memory()
+    low = peak_memory_bytes()
+    assert high is not None and low is not None and low < high - 200e6

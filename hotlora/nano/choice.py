@@ -48,7 +48,7 @@ CRAFT_STEPS = _crafts()
 
 
 def _generate(rng: random.Random) -> Iterator[dict]:
-    every_step = [step for _, _, steps in CRAFT_STEPS for step in steps]
+    every_step = sorted({step for _, _, steps in CRAFT_STEPS for step in steps})  # crafts share a few
     while True:
         gerund, thing, steps = rng.choice(CRAFT_STEPS)
         position = rng.randrange(STEPS - 1)
