@@ -17,8 +17,9 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # A save under PEFT looks for the base model's vocabulary size, and nano has no config on the hub.
+            # A checkpoint under PEFT asks the hub for the base model's vocabulary size; without a network it need not.
             warnings.filterwarnings("ignore", message="Could not find a config file")
+            warnings.filterwarnings("ignore", message="Unable to fetch remote file")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             yield
     finally:

@@ -150,7 +150,7 @@ def run_training(
         if name is None:
             record["name"] = _describe(condition, chosen)
 
-        adapted = _adapt(base, chosen, config, model)
+        adapted = _adapt(base, chosen, config)
         record["parameters"] = count_parameters(adapted)
         write_record(output, record)
         dataset = tokenize(examples, tokenizer, config.max_length)
@@ -161,7 +161,7 @@ def run_training(
         record["training"] = {**dataclasses.asdict(result), "metrics": "metrics.jsonl"}
         record["training"]["cut"] = sum(dataset["cut"])
         record["training"]["left_out"] = len(examples) - len(dataset)
-        record["parameters"]["adapter_bytes"] = _save_adapter(adapted, output / "adapter")
+        record["parameters"]["adapter_bytes"] = _save_adapter(adapted, output / "adapter", model)
         write_record(output, record)
 
         if held is not None:
@@ -347,14 +347,12 @@ def _profile(
     return routing, file
 
 
-def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig, model_name: str) -> Any:
+def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig) -> Any:
     """The model with a fresh adapter, the same for the same seed."""
     names = ("r", "lora_alpha", "lora_dropout", "train_attention", "train_router", "train_shared")
     set_seed(config.seed)
     with quiet():
         adapted = get_peft_model(model, HotLoraConfig(plan=plan, **{name: getattr(config, name) for name in names}))
-    # As the user calls it: the embedded model's folder is another one on every machine.
-    adapted.peft_config["default"].base_model_name_or_path = model_name
     return adapted
 
 
@@ -371,10 +369,13 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _save_adapter(model: Any, folder: Path) -> int:
+def _save_adapter(model: Any, folder: Path, model_name: str) -> int:
     """Saves the adapter; returns the size of its weights in bytes."""
+    # As the user calls it: the embedded model's folder is another one on every machine.
+    model.peft_config["default"].base_model_name_or_path = model_name
     with _beside(folder) as beside, quiet():
-        model.save_pretrained(beside)
+        # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
+        model.save_pretrained(beside, save_embedding_layers=False)
     return (folder / "adapter_model.safetensors").stat().st_size
 
 

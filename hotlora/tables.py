@@ -67,8 +67,8 @@ def conditions_table(records: Records) -> Table:
     """The page's tables for the terminal, in 80 columns. `records` is what `find_records` returns."""
     sections = read_sections(records)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("run", min_width=12, overflow="fold")
-    for title in ("accuracy, %", "against all, points", "covered", "trained", "tokens/s"):
+    table.add_column("run", min_width=10, overflow="fold")
+    for title in ("accuracy, %", "against all, pp", "covered", "trained", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
     keys = ("accuracy", "difference", "covered", "trained", "speed")
     for section in sections:
@@ -78,7 +78,9 @@ def conditions_table(records: Records) -> Table:
             table.add_row(f"[bold]{escape(heading)}[/]" + (f" {escape(section.model)}" if several else ""))
             for row in table_rows(section, task):
                 note = f"\n[red]{escape(row.note)}[/]" if row.note else ""
-                table.add_row(escape(row.name) + note, *(row.cells[key].split(" (")[0] for key in keys))
+                table.add_row(
+                    escape(row.name) + note, *(row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys)
+                )
             table.add_section()
     return table
 

@@ -6,6 +6,7 @@ python scripts/docs.py --demo runs/demo    # first take over a demo's records an
 """
 
 import argparse
+import html
 import json
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
 DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
 END = "<!-- end -->"
-SHOWN = ("accuracy", "difference", "covered", "trainable", "percent", "adapter", "speed", "memory")
+SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
 PICTURES = ("heat-map", "coverage")
 
@@ -30,7 +31,7 @@ def cli_page() -> str:
     """Every command's help, as typer writes it."""
     command = [sys.executable, "-m", "typer", "hotlora.cli", "utils", "docs", "--name", "hotlora"]
     page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return page.strip() + "\n"
+    return html.unescape(page).strip() + "\n"
 
 
 def demo_table() -> str:
