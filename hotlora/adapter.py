@@ -33,6 +33,7 @@ from .models import (
     unwrap,
 )
 from .plan import ExpertPlan
+from .quiet import quiet
 from .routing import experts_kept
 
 CONFIG_FILE = "adapter_config.json"
@@ -216,7 +217,8 @@ def load_adapter(
             model.set_requires_grad(adapter_name)
     else:
         peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        model = peft_model(base_model, config, adapter_name=adapter_name)
+        with quiet():
+            model = peft_model(base_model, config, adapter_name=adapter_name)
     problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
     if problem:
         if model is base_model:
@@ -329,7 +331,7 @@ def parameters_from_config(
         rule="first",
         params={},
     )
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():
         adapted = get_peft_model(
             model,
             HotLoraConfig(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
@@ -43,16 +44,37 @@ Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the 
 Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]
-Rule = Annotated[str, typer.Option(help="How experts are chosen: hot, all, random or cold.")]
-Fraction = Annotated[float | None, typer.Option(help="Share of each layer's experts to adapt (default 0.25).")]
-ExpertsPerLayer = Annotated[int | None, typer.Option(help="Their number, in place of --fraction.")]
-Signal = Annotated[str, typer.Option(help="What ranks experts: count (assignments) or mass (gate weights).")]
+Rule = Annotated[
+    str, typer.Option(rich_help_panel="Which experts", help="How experts are chosen: hot, all, random or cold.")
+]
+Fraction = Annotated[
+    float | None,
+    typer.Option(rich_help_panel="Which experts", help="Share of each layer's experts to adapt (default 0.25)."),
+]
+ExpertsPerLayer = Annotated[
+    int | None, typer.Option(rich_help_panel="Which experts", help="Their number, in place of --fraction.")
+]
+Signal = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel="Which experts", help="What ranks experts: count (assignments) or mass (gate weights)."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Rank = Annotated[int, typer.Option("--r", help="Rank of every adapter.")]
-Alpha = Annotated[int, typer.Option("--lora-alpha", help="Scaling is lora_alpha / r.")]
-Attention = Annotated[bool, typer.Option("--train-attention/--no-attention", help="Adapt q, k, v, o.")]
-Router = Annotated[bool, typer.Option("--train-router/--no-router", help="Adapt the router.")]
-Shared = Annotated[bool, typer.Option("--train-shared/--no-shared", help="Adapt shared experts, where there are any.")]
+Rank = Annotated[int, typer.Option("--r", rich_help_panel="Adapter", help="Rank of every adapter.")]
+Alpha = Annotated[int, typer.Option("--lora-alpha", rich_help_panel="Adapter", help="Scaling is lora_alpha / r.")]
+Attention = Annotated[
+    bool, typer.Option("--train-attention/--no-attention", rich_help_panel="Adapter", help="Adapt q, k, v, o.")
+]
+Router = Annotated[
+    bool, typer.Option("--train-router/--no-router", rich_help_panel="Adapter", help="Adapt the router.")
+]
+Shared = Annotated[
+    bool,
+    typer.Option(
+        "--train-shared/--no-shared", rich_help_panel="Adapter", help="Adapt shared experts, where there are any."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -166,44 +188,65 @@ def train(
     fraction: Fraction = None,
     experts_per_layer: ExpertsPerLayer = None,
     signal: Signal = "count",
-    profile: Annotated[Path | None, typer.Option(help="Use this profile; none is made.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(rich_help_panel="Which experts", help="Use this profile; none is made.")
+    ] = None,
     profile_fraction: Annotated[
-        float, typer.Option(help="Share of the training data to profile the router on.")
+        float,
+        typer.Option(rich_help_panel="Which experts", help="Share of the training data to profile the router on."),
     ] = PROFILE_FRACTION,
-    plan: Annotated[Path | None, typer.Option(help="Use this plan; no profile is made.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(rich_help_panel="Which experts", help="Use this plan; no profile is made.")
+    ] = None,
     test_data: Annotated[str | None, typer.Option(help="Held-out data; a task has its own.")] = None,
     limit: Limit = None,
     test_limit: Annotated[int | None, typer.Option(help="The same for the held-out data.")] = None,
     evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Score a task after training.")] = True,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = DEFAULTS.epochs,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(rich_help_panel="Training", help="Passes over the data.")] = DEFAULTS.epochs,
+    max_steps: Annotated[
+        int | None, typer.Option(rich_help_panel="Training", help="Optimizer steps, in place of --epochs.")
+    ] = None,
     batch_size: BatchSize = DEFAULTS.batch_size,
     gradient_accumulation_steps: Annotated[
-        int, typer.Option(help="Batches added up for one step.")
+        int, typer.Option(rich_help_panel="Training", help="Batches added up for one step.")
     ] = DEFAULTS.gradient_accumulation_steps,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = DEFAULTS.learning_rate,
+    learning_rate: Annotated[
+        float, typer.Option(rich_help_panel="Training", help="Peak rate of AdamW.")
+    ] = DEFAULTS.learning_rate,
     lr_scheduler: Annotated[
-        str, typer.Option(help="constant, constant_with_warmup, linear or cosine.")
+        str, typer.Option(rich_help_panel="Training", help="constant, constant_with_warmup, linear or cosine.")
     ] = DEFAULTS.lr_scheduler,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = DEFAULTS.warmup,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's decay.")] = DEFAULTS.weight_decay,
+    warmup: Annotated[
+        float, typer.Option(rich_help_panel="Training", help="Share of the steps in which the rate rises.")
+    ] = DEFAULTS.warmup,
+    weight_decay: Annotated[
+        float, typer.Option(rich_help_panel="Training", help="AdamW's decay.")
+    ] = DEFAULTS.weight_decay,
     max_length: MaxLength = DEFAULTS.max_length,
-    packing: Annotated[bool, typer.Option("--packing", help="Several examples in one row.")] = False,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULTS.save_steps,
+    packing: Annotated[
+        bool, typer.Option("--packing", rich_help_panel="Training", help="Several examples in one row.")
+    ] = False,
+    save_steps: Annotated[
+        int, typer.Option(rich_help_panel="Training", help="Steps between checkpoints.")
+    ] = DEFAULTS.save_steps,
     seed: Seed = DEFAULTS.seed,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")
+        bool, typer.Option("--gradient-checkpointing", rich_help_panel="Training", help="Less memory, slower.")
     ] = False,
     aux_loss_coef: Annotated[
-        float, typer.Option(help="Weight of the router's balancing loss; 0 is off.")
+        float, typer.Option(rich_help_panel="Training", help="Weight of the router's balancing loss; 0 is off.")
     ] = DEFAULTS.aux_loss_coef,
     r: Rank = DEFAULTS.r,
     lora_alpha: Alpha = DEFAULTS.lora_alpha,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before A.")] = DEFAULTS.lora_dropout,
+    lora_dropout: Annotated[
+        float, typer.Option(rich_help_panel="Adapter", help="Dropout before A.")
+    ] = DEFAULTS.lora_dropout,
     train_attention: Attention = True,
     train_router: Router = True,
     train_shared: Shared = True,
-    report_to: Annotated[str, typer.Option(help="Also send metrics to: wandb, trackio, …")] = DEFAULTS.report_to,
+    report_to: Annotated[
+        str, typer.Option(rich_help_panel="Training", help="Also send metrics to: wandb, trackio, …")
+    ] = DEFAULTS.report_to,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -383,7 +426,7 @@ def main() -> None:
     try:
         app()
     except HotLoraError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("stopped; run the same words again to go on")

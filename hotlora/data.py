@@ -117,7 +117,8 @@ def _conversation(row: Row, tokenizer: Any) -> Example:
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
     """Token ids of the prompt, with the tokenizer's own opening tokens, in training and evaluation alike."""
     # A chat template has written its special tokens already.
-    ids = tokenizer(example.prompt, add_special_tokens=not example.meta.get("chat", False))["input_ids"]
+    # verbose: a text longer than the model takes is cut later, and told then.
+    ids = tokenizer(example.prompt, add_special_tokens=not example.meta.get("chat", False), verbose=False)["input_ids"]
     while ids and ids[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.bos_token_id:
         ids = ids[:-1]  # some tokenizers close every text; the response must follow
     return ids
@@ -130,11 +131,11 @@ def encode_completion(example: Example, completion: str, prompt_ids: Sequence[in
     prompt's own tokens, so training must show the same.
     """
     special = not example.meta.get("chat", False)
-    joint = tokenizer(example.prompt + completion, add_special_tokens=special)["input_ids"]
+    joint = tokenizer(example.prompt + completion, add_special_tokens=special, verbose=False)["input_ids"]
     if joint[: len(prompt_ids)] == list(prompt_ids):
         ids = joint[len(prompt_ids) :]
     else:
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
