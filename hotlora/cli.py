@@ -96,15 +96,18 @@ def demo(
     task: Annotated[str, typer.Option(help="nano-math, nano-sql or nano-choice.")] = "nano-math",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where runs and page go.")] = Path("runs/demo"),
     seed: Seed = 0,
+    train_attention: Attention = True,
+    train_router: Router = True,
 ) -> None:
     """See the whole way in a few minutes, on the embedded model: no network and no GPU needed.
 
     Profiles nano's router on a task, trains LoRA on all experts, on the hot 25%, on as many random ones and on as
     many cold ones, evaluates each and the base model, and writes one page. Run again, it goes on where it stopped.
     """
-    from .demo import run_demo
+    from .demo import CONFIG, run_demo
 
-    run_demo(task, output, seed=seed, console=out)
+    config = dataclasses.replace(CONFIG, seed=seed, train_attention=train_attention, train_router=train_router)
+    run_demo(task, output, config=config, console=out)
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """The whole way on the embedded model: profile, plan, train, evaluate, compare, one page."""
 
-import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +28,6 @@ def run_demo(
     task: str,
     output: Path,
     *,
-    seed: int = 0,
     config: TrainConfig = CONFIG,
     train_examples: int = TRAIN_EXAMPLES,
     test_examples: int = TEST_EXAMPLES,
@@ -45,7 +43,6 @@ def run_demo(
     """
     if task not in TASKS:
         raise DataError(f"the demo has no task {task!r}; it has {', '.join(TASKS)}.")
-    config = dataclasses.replace(config, seed=seed)
     folder = output / task
     disable_progress_bar()  # nano loads in no time
     steps = len(CONDITIONS) + 1
@@ -55,7 +52,8 @@ def run_demo(
     for number, rule in enumerate(CONDITIONS, start=2):
         budget = None if rule == "all" else FRACTION
         told = "every expert" if budget is None else f"the {rule} {budget:.0%} of each layer's experts"
-        console.print(f"[bold]{number}/{steps} {rule}[/]: LoRA on attention, router and {told}")
+        rest = "attention, " * config.train_attention + "router, " * config.train_router
+        console.print(f"[bold]{number}/{steps} {rule}[/]: LoRA on {rest}{told}")
         run_training(
             "nano", task, folder / rule, config=config, rule=rule, fraction=budget, profile=profile,
             profile_fraction=1.0, limit=train_examples, test_limit=test_examples, progress=True,
