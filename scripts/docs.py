@@ -17,14 +17,15 @@ from hotlora.records import find_records
 from hotlora.tables import COLUMNS, read_sections, table_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "docs" / "demo"
+DEMO, EXPERTS_ONLY = ROOT / "docs" / "demo", ROOT / "docs" / "demo-experts-only"
 PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
 DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
+EXPERTS_ONLY_MARK = "<!-- made by scripts/docs.py from docs/demo-experts-only -->"
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
 END = "<!-- end -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
-PICTURES = ("heat-map", "coverage")
+PICTURES = ("heat-map",)
 
 
 def cli_page() -> str:
@@ -34,10 +35,10 @@ def cli_page() -> str:
     return html.unescape(page).strip() + "\n"
 
 
-def demo_table() -> str:
-    """The table of docs/demo's runs, one block a task."""
+def runs_table(folder: Path) -> str:
+    """The table of a folder's runs, one block a task."""
     lines = []
-    for section in read_sections(find_records(DEMO)):
+    for section in read_sections(find_records(folder)):
         for task in section.tasks:
             rows = table_rows(section, task)
             keys = [key for key in SHOWN if any(row.cells[key] != "–" for row in rows)]
@@ -72,37 +73,40 @@ def nano_table() -> str:
     return "\n".join(lines)
 
 
-def filled(page: Path, mark: str, table: str) -> str:
-    """The page's text with ``table`` between ``mark`` and the next end mark."""
-    head, rest = page.read_text(encoding="utf-8").split(mark)
+def filled(text: str, mark: str, table: str) -> str:
+    """``text`` with ``table`` between ``mark`` and the next end mark."""
+    head, rest = text.split(mark)
     return f"{head}{mark}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
-def take_over(runs: Path) -> None:
-    """Copy a demo's records, plans, profiles, metrics and pictures, not its weights, into docs/demo."""
+def take_over(runs: Path, into: Path) -> None:
+    """Copy a demo's records, plans, profiles, metrics and heat map, not its weights."""
     for folder in find_records(runs):
-        target = DEMO / folder.relative_to(runs)
+        target = into / folder.relative_to(runs)
         target.mkdir(parents=True, exist_ok=True)
         for name in [*KEPT, *(p.name for p in folder.glob("results-*.jsonl"))]:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
     for picture in runs.rglob("*.png"):
         if any(name in picture.name for name in PICTURES):
-            shutil.copyfile(picture, DEMO / picture.name)
+            shutil.copyfile(picture, into / picture.name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path)
+    parser.add_argument("--experts-only", type=Path)
     args = parser.parse_args()
-    if args.demo:
-        take_over(args.demo)
+    for runs, into in ((args.demo, DEMO), (args.experts_only, EXPERTS_ONLY)):
+        if runs:
+            take_over(runs, into)
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
+    text = filled(readme.read_text(encoding="utf-8"), DEMO_MARK, runs_table(DEMO))
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
-        readme: filled(readme, DEMO_MARK, demo_table()),
-        nano: filled(nano, NANO_MARK, nano_table()),
+        readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
+        nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check and stale:
