@@ -140,8 +140,8 @@ def load_model(
 
     Args:
         name_or_path: a local folder, a name on the Hub, or "nano" for the embedded model.
-        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision
-        is slower. device: "auto" is cuda if there is one, else the CPU.
+        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower.
+        device: "auto" is cuda if there is one, else the CPU.
 
     Raises:
         ModelError: not found, not a causal language model, or without MoE layers that are supported.

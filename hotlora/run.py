@@ -6,9 +6,7 @@ Run again with the same options, it goes on from where it was stopped; once done
 import dataclasses
 import logging
 import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from .config import FREE_OPTIONS, PROFILE_FRACTION, TrainConfig
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .errors import DataError, FileError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss
-from .files import sha256_file
+from .files import atomic_folder, file_in, sha256_file
 from .models import checkpoint_dtype, fingerprint, load_model, load_tokenizer
 from .plan import ExpertPlan, select_experts
 from .quiet import quiet
@@ -75,8 +73,6 @@ def run_training(
     eval_batch_size: int = 64,
     dtype: str = "auto",
     device: str = "auto",
-    name: str | None = None,
-    condition: str | None = None,
     progress: bool = False,
 ) -> Record:
     """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
@@ -93,7 +89,6 @@ def run_training(
         test_data: held-out data; a task has its own. Its response loss is taken, and its task's score.
         limit, test_limit: at most so many examples, the same ones for every seed.
         evaluate: whether to score the task after training.
-        name, condition: how the report calls the run, and the group of seeds it belongs to.
 
     Raises:
         HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The
@@ -108,27 +103,28 @@ def run_training(
     examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer)
     held_out = test_source(data, test_data)
     test = load_examples(held_out, "test", limit=test_limit, tokenizer=tokenizer) if held_out else []
+    given = ExpertPlan.load(plan) if plan is not None else None
     options = {
         **dataclasses.asdict(config), "model": model, "data": data, "data_hash": data_hash(examples),
         "test_data": held_out, "test_hash": data_hash(test), "rule": rule, "fraction": fraction,
         "experts_per_layer": experts_per_layer, "signal": signal, "profile_fraction": profile_fraction,
         "profile_hash": RoutingProfile.load(profile).hash if profile else None,
-        "plan_hash": ExpertPlan.load(plan).hash if plan else None, "evaluate": evaluate, "dtype": dtype,
+        "plan_hash": given.hash if given else None, "evaluate": evaluate, "dtype": dtype,
     }  # fmt: skip
     if (done := _finished(output, options)) is not None:
         return done
 
-    condition = condition or (ExpertPlan.load(plan).rule if plan else rule)
+    condition = given.rule if given else rule
     record = new_record(
-        name=name or condition, condition=condition, seed=config.seed, config=options,
+        name=condition, condition=condition, seed=config.seed, config=options,
         model={"name": model, "fingerprint": ""},
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
     with _recorded(record, output):
         base = load_model(model, dtype=dtype, device=device)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": base.num_parameters()}
-        if plan is not None:
-            chosen = ExpertPlan.load(plan)
+        if given is not None:
+            chosen = given
         else:
             routing, file = _profile(
                 base, tokenizer, examples, data, model, output, profile, profile_fraction, config, progress
@@ -147,9 +143,7 @@ def run_training(
             "rule": chosen.rule,
             "params": chosen.params,
         }
-        if name is None:
-            record["name"] = _describe(condition, chosen)
-
+        record["name"] = _describe(condition, chosen)
         adapted = _adapt(base, chosen, config)
         record["parameters"] = count_parameters(adapted)
         write_record(output, record)
@@ -184,8 +178,6 @@ def run_evaluation(
     batch_size: int = 64,
     dtype: str = "auto",
     device: str = "auto",
-    name: str | None = None,
-    condition: str | None = None,
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
     """Scores a model, or a model with a saved adapter, on a task's test split.
@@ -212,9 +204,9 @@ def run_evaluation(
     }  # fmt: skip
     if output is not None and (done := _finished(Path(output), options)) is not None:
         return done, None
-    condition = condition or ("adapter" if adapter else "base")
+    condition = "adapter" if adapter else "base"
     record = new_record(
-        name=name or condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
+        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
         data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
     )  # fmt: skip
     with _recorded(record, Path(output) if output else None):
@@ -222,8 +214,7 @@ def run_evaluation(
         record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": net.num_parameters()}
         record["parameters"] = {"trainable": 0, "total": net.num_parameters(), "percent": 0.0}
         if adapter:
-            with quiet():
-                net = load_adapter(net, adapter)
+            net = load_adapter(net, adapter)
             assert weights is not None
             record["parameters"]["adapter_bytes"] = weights.stat().st_size
         evaluation = evaluate_task(net, tokenizer, task, test, batch_size=batch_size, progress=progress)
@@ -249,7 +240,7 @@ def merge_adapter(
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     adapted = load_adapter(load_model(model, dtype=own, device=device), adapter)
-    with _beside(output) as folder, quiet():
+    with atomic_folder(output) as folder, quiet():
         merged: Any = adapted.merge_and_unload()
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -322,7 +313,7 @@ def _profile(
 ) -> tuple[RoutingProfile, Path]:
     """The profile that is shared, or was made for this run before, or is made now; and its file."""
     if shared is not None:
-        file = Path(shared) / "profile.safetensors" if Path(shared).is_dir() else Path(shared)
+        file = file_in(shared, "profile.safetensors")
         routing = RoutingProfile.load(file)
         made_on = routing.source.get("fingerprint")
         if made_on is not None and made_on != fingerprint(model):
@@ -356,24 +347,11 @@ def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig) -> Any:
     return adapted
 
 
-@contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which it replaces in the end; an error leaves `folder` as it was."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{uuid.uuid4().hex[:12]}-{folder.name}")
-    try:
-        yield beside
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def _save_adapter(model: Any, folder: Path, model_name: str) -> int:
     """Saves the adapter; returns the size of its weights in bytes."""
     # As the user calls it: the embedded model's folder is another one on every machine.
     model.peft_config["default"].base_model_name_or_path = model_name
-    with _beside(folder) as beside, quiet():
+    with atomic_folder(folder) as beside, quiet():
         # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
         model.save_pretrained(beside, save_embedding_layers=False)
     return (folder / "adapter_model.safetensors").stat().st_size
