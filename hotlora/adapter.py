@@ -21,11 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import FileError, HotLoraError, ModelError, PlanError
-from .experts import check_layout
 from .files import read_json
-from .layers import HotLoraExperts, HotLoraRouter, MergeableLayer
+from .layers import HotLoraExperts, HotLoraRouter, HotLoraWeights, MergeableLayer
 from .models import (
-    MoELayer,
     attention_modules,
     fingerprint,
     model_from_config,
@@ -100,8 +98,10 @@ class HotLoraConfig(LoraConfig):
             raise PlanError(f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False.")
         if plan.ranks is not None:
             raise PlanError("ranks per expert are not supported yet: remove `ranks` from the plan and set r.")
-        # Where the plan's experts are in the model; set by `bind`, not saved.
+        # What is where in the model, by module path; set by `bind`, not saved.
         self._expert_ids: dict[str, tuple[int, ...]] = {}
+        self._raw_weights: dict[str, tuple[str, ...]] = {}
+        self._routers: set[str] = set()
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "HotLoraConfig":
@@ -137,34 +137,30 @@ class HotLoraConfig(LoraConfig):
                     f"where there are {there}: 0 to {there - 1}. Profile this model and select experts again."
                 )
         expert_ids = {layers[index].experts: ids for index, ids in plan.experts.items() if ids}
-        targets = {*expert_ids}
-        if self.train_attention:
-            targets.update(attention_modules(model))
-        if self.train_router:
-            targets.update(layer.router for layer in layers.values())
-        if self.train_shared:
-            targets.update(path for layer in layers.values() for path in layer.shared)
-        if not targets:
+        routers = {layer.router: (layer.router_weight,) for layer in layers.values()} if self.train_router else {}
+        shared = {path for layer in layers.values() for path in layer.shared} if self.train_shared else set()
+        attention = attention_modules(model) if self.train_attention else []
+        if not (targets := {*expert_ids, *routers, *shared, *attention}):
             raise PlanError(
                 "nothing would be trained: the plan has no expert, and attention, routers and shared experts "
                 "are off. Plan at least one expert, or switch one of them on."
             )
-        self._check_modules(model, list(layers.values()))
-        self._expert_ids = expert_ids
+        raw = {path: _raw_weights(module) for path in shared if (module := unwrap(model.get_submodule(path)))}
+        for path in [*expert_ids, *routers, *(path for path, weights in raw.items() if weights)]:
+            module = model.get_submodule(path)
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, MergeableLayer):
+                raise ModelError(
+                    f"{path} already has an adapter of another kind ({type(module).__name__}). "
+                    "Unload it, or use a fresh base model."
+                )
+        self._expert_ids, self._routers = expert_ids, set(routers)
+        self._raw_weights = {**routers, **{path: weights for path, weights in raw.items() if weights}}
         self.target_modules = targets  # type: ignore[assignment]  # a set, as PEFT makes of a list
 
-    def _check_modules(self, model: nn.Module, layers: list[MoELayer]) -> None:
-        for layer in layers:
-            experts, router = model.get_submodule(layer.experts), model.get_submodule(layer.router)
-            check_layout(unwrap(experts))
-            for path, module in ((layer.experts, experts), (layer.router, router)):
-                if isinstance(module, BaseTunerLayer) and not isinstance(module, MergeableLayer):
-                    raise ModelError(
-                        f"{path} already has an adapter of another kind ({type(module).__name__}). "
-                        "Unload it, or use a fresh base model."
-                    )
-            self._register_custom_module({type(unwrap(experts)): HotLoraExperts})
-            self._register_custom_module({type(unwrap(router)): HotLoraRouter})
+
+def _raw_weights(module: nn.Module) -> tuple[str, ...]:
+    """The 3-D parameters of shared experts that are no Linears."""
+    return () if isinstance(module, nn.Linear) else tuple(n for n, p in module.named_parameters() if p.ndim == 3)
 
 
 class HotLoraModel(LoraModel):
@@ -180,6 +176,18 @@ class HotLoraModel(LoraModel):
             return super()._prepare_adapter_config(peft_config, model_config)
         peft_config.bind(self.model)
         return peft_config
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if isinstance(lora_config, HotLoraConfig):
+            path = kwargs["target_name"]
+            if path in lora_config._expert_ids:
+                return HotLoraExperts(target, adapter_name, lora_config, **kwargs)
+            if path in lora_config._routers:
+                return HotLoraRouter(target, adapter_name, lora_config, **kwargs)
+            if path in lora_config._raw_weights:
+                return HotLoraWeights(target, adapter_name, lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         if any(isinstance(self.peft_config.get(name), HotLoraConfig) for name in adapters):

@@ -1,7 +1,12 @@
 """The mathematics of a routed layer with low-rank updates on the rows of its hot experts.
 
 Shape suffixes: E experts, K experts per token, T tokens, S = T*K assignments (rows), D model width, F expert
-width, N hot experts, H rows routed to a hot expert, R rank.
+width, N hot experts, H rows routed to a hot expert, R rank, P = 2 projections into the expert (gate and up), or 1
+where experts have no gate.
+
+A family differs from another in what transformers' `use_experts_implementation` says of it (a gate or none,
+biases, weights transposed, gate and up interleaved, a norm after the expert) and in its `_apply_gate`. The factors
+have one layout for all.
 
 Rows are sorted by expert once, in the order in which the frozen weights lie in memory, because a grouped
 product needs both in the same order. The frozen products are transformers' own, row for row. The hot rows are
@@ -9,6 +14,7 @@ then picked out by index, still sorted by expert, and only they meet the low-ran
 of activations, never of weights, so nothing of the size of an expert is formed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from .errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,15 @@ class HotFactors:
         down += scaling * B_down[n] @ A_down[n] @ (act(gate) * up)
 
     Gate and up have adapters of their own (MoE-Sieve s3, HELLoRA s3). Their A are stacked only so that one
-    product makes both.
+    product makes both. Experts without a gate have the up projection's part alone.
     """
 
     expert_ids_N: Tensor
     """int64, ascending: hot rows are kept in the order of the experts."""
     A_gate_up: Tensor
-    """`[N, 2R, D]`: the gate's R rows, then the up projection's."""
+    """`[N, P*R, D]`: the gate's R rows, then the up projection's."""
     B_gate_up: Tensor
-    """`[N, 2F, R]`: the gate's F rows, then the up projection's."""
+    """`[N, P*F, R]`: the gate's F rows, then the up projection's."""
     A_down: Tensor
     """`[N, R, F]`."""
     B_down: Tensor
@@ -63,39 +67,37 @@ def routed_experts(
     hidden_TD: Tensor,
     top_k_index_TK: Tensor,
     top_k_weights_TK: Tensor,
-    factors: HotFactors | None = None,
+    factors: Sequence[HotFactors] = (),
 ) -> Tensor:
     """Output `[T, D]` of a frozen experts module, with the low-rank updates of `factors` on its hot experts.
 
-    With B = 0, or without factors, this is transformers' `grouped_mm_experts_forward` bit for bit. An index
-    equal to `num_experts` (an expert on another device, under expert parallelism) contributes nothing.
-
-    Raises:
-        ModelError: the experts' weights are laid out in a way that is not supported yet.
+    The updates of several adapters add up. With B = 0, or without factors, this is transformers'
+    `grouped_mm_experts_forward` bit for bit. An index equal to `num_experts` (an expert on another device, under
+    expert parallelism) contributes nothing.
     """
-    check_layout(experts)
     num_tokens, top_k = top_k_index_TK.shape
     expert_S, order_S = torch.sort(top_k_index_TK.reshape(-1))
     token_S = order_S // top_k
     local_E = torch.arange(experts.num_experts, device=expert_S.device)
     ends_E = torch.searchsorted(expert_S, local_E, right=True, out_int32=True)
     elsewhere_S1 = (expert_S >= experts.num_experts).unsqueeze(1) if experts._is_expert_parallel else None
-    groups = Groups(ends_E, elsewhere_S1)
-    hot = None
-    if factors is not None and len(factors.expert_ids_N) > 0:
-        hot = _hot_rows(expert_S, ends_E, factors, count_is_free=expert_S.device.type == "cpu")
+    rows = _Rows(expert_S, Groups(ends_E, elsewhere_S1))
+    count_is_free = expert_S.device.type == "cpu"
+    hots = [_hot_rows(expert_S, ends_E, f, count_is_free) for f in factors if len(f.expert_ids_N) > 0]
 
-    x_SD = hidden_TD.index_select(0, token_S)
-    gate_up_S2F = grouped_linear(x_SD.to(experts.gate_up_proj.dtype), experts.gate_up_proj, groups)
-    if hot is not None:
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up_SPF = _base_linear(experts, up_name, hidden_TD.index_select(0, token_S), rows)
+    for hot in hots:
         x_HD = hidden_TD.index_select(0, token_S.index_select(0, hot.rows_H))
         # In place is safe: autograd keeps no grouped product's output.
-        gate_up_S2F.index_add_(0, hot.rows_H, _gate_up_update(x_HD, hot).to(gate_up_S2F.dtype))
-    act_SF = experts._apply_gate(gate_up_S2F)
-    y_SD = grouped_linear(act_SF, experts.down_proj, groups)
-    if hot is not None:
+        up_SPF.index_add_(0, hot.rows_H, _up_update(x_HD, hot, experts).to(up_SPF.dtype))
+    act_SF = experts._apply_gate(up_SPF) if experts.has_gate else experts.act_fn(up_SPF)
+    y_SD = _base_linear(experts, "down_proj", act_SF, rows)
+    for hot in hots:
         act_HF = act_SF.index_select(0, hot.rows_H)
         y_SD.index_add_(0, hot.rows_H, _down_update(act_HF, hot).to(y_SD.dtype))
+    if experts.has_post_expert_norm:
+        y_SD = experts.post_expert_norm(y_SD)
 
     y_SD = y_SD * top_k_weights_TK.reshape(-1).index_select(0, order_S).unsqueeze(1)
     position_S = torch.empty_like(order_S)
@@ -103,14 +105,22 @@ def routed_experts(
     return y_SD.index_select(0, position_S).view(num_tokens, top_k, hidden_TD.shape[1]).sum(dim=1).to(hidden_TD.dtype)
 
 
-def check_layout(experts: Any) -> None:
-    """ModelError unless the experts are gated, concatenated and plain: the families of this version are."""
-    usual = experts.has_gate and experts.is_concatenated
-    if not usual or experts.is_transposed or experts.has_bias or experts.has_post_expert_norm:
-        raise ModelError(
-            f"the experts of {type(experts).__name__} have a layout that is not supported yet: it must be "
-            "gate_up_proj [E, 2F, D] (gate rows, then up rows) and down_proj [E, D, F], without bias or norm."
-        )
+@dataclass(frozen=True)
+class _Rows:
+    expert_S: Tensor
+    """int64, ascending: each row's expert."""
+    groups: Groups
+
+
+def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: _Rows) -> Tensor:
+    """The frozen product of one projection, with its bias."""
+    weight = getattr(experts, name)
+    weight_EOI = weight.transpose(1, 2) if experts.is_transposed else weight
+    y_SO = grouped_linear(x_SI.to(weight.dtype), weight_EOI, rows.groups)
+    if experts.has_bias:
+        expert_S = rows.expert_S.clamp(max=experts.num_experts - 1)
+        y_SO.add_(getattr(experts, f"{name}_bias").index_select(0, expert_S))
+    return y_SO
 
 
 def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
@@ -138,7 +148,7 @@ def _grouped_mm_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:
     elif x_SI.device.type != "cpu":
         return False
     step = 16 // x_SI.element_size()
-    return all(n % step == 0 for n in (x_SI.stride(0), weight_GOI.stride(1), *weight_GOI.shape[1:]))
+    return all(n % step == 0 for n in (x_SI.stride(0), max(weight_GOI.stride()[1:]), *weight_GOI.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -165,15 +175,20 @@ def _hot_rows(expert_S: Tensor, ends_E: Tensor, factors: HotFactors, count_is_fr
     return _HotRows(rows_S, Groups(ends_N, tail_S.unsqueeze(1)), factors)
 
 
-def _gate_up_update(x_HD: Tensor, hot: _HotRows) -> Tensor:
+def _up_update(x_HD: Tensor, hot: _HotRows, experts: Any) -> Tensor:
+    """`[H, P*F]`, gate and up in the order in which the experts have them."""
     factors, dtype = hot.factors, _compute_dtype(hot.factors)
-    rank, expert_width = factors.A_gate_up.shape[1] // 2, factors.B_gate_up.shape[1] // 2
-    B_gate_up = factors.B_gate_up.to(dtype)
+    parts = 2 if experts.has_gate else 1
     x_HD = F.dropout(x_HD.to(dtype), factors.dropout)  # one mask for gate and up
-    z_H2R = grouped_linear(x_HD, factors.A_gate_up.to(dtype), hot.groups) * factors.scaling
-    gate_HF = grouped_linear(z_H2R[:, :rank], B_gate_up[:, :expert_width], hot.groups)
-    up_HF = grouped_linear(z_H2R[:, rank:], B_gate_up[:, expert_width:], hot.groups)
-    return torch.cat([gate_HF, up_HF], dim=1)
+    z_HPR = grouped_linear(x_HD, factors.A_gate_up.to(dtype), hot.groups) * factors.scaling
+    B_parts = factors.B_gate_up.to(dtype).chunk(parts, dim=1)
+    updates = [grouped_linear(z, B, hot.groups) for z, B in zip(z_HPR.chunk(parts, dim=1), B_parts, strict=True)]
+    update_HPF = torch.cat(updates, dim=1)
+    if experts.has_gate and not experts.is_concatenated:
+        # By index, for the backward of a stack hands a grouped product strides that it does not take.
+        interleaved = torch.arange(update_HPF.shape[1], device=x_HD.device).view(2, -1).T.flatten()
+        update_HPF = update_HPF.index_select(1, interleaved)
+    return update_HPF
 
 
 def _down_update(act_HF: Tensor, hot: _HotRows) -> Tensor:

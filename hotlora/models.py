@@ -1,13 +1,14 @@
 """Loads a model and its tokenizer, and finds each MoE layer's experts, router, shared experts and attention.
 
-The only file that knows transformers' names. What can be read off the modules is read off the modules: an
-experts module is one that transformers' `use_experts_implementation` has decorated, its router is the sibling
-that holds an `[E, D]` weight, and shared experts are the siblings that hold Linears of their own.
+The only file that knows transformers' names. An experts module is one that transformers'
+`use_experts_implementation` has decorated, so that any family which does is supported. The parts around it are
+found by the few names that all families share, and by the shapes of what they hold.
 """
 
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,35 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from .errors import FileError, ModelError
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"
 
-SUPPORTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-
-_ATTENTION = "self_attn"
-_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_DECODER_LAYER = re.compile(r"^(?:.*\.)?layers\.(\d+)(?=\.|$)")
-# Names under which a config counts its experts: tells an unsupported MoE family from a dense model.
+_ROUTERS = ("gate", "router")
+# q, k, v and o under the names of all families: MLA's split ones, fused ones, linear attention's. Not the gates
+# of gated attention, not indexers, and not the mixers of state space models, whose kernels read `out_proj.weight`.
+_QUERY = re.compile(r"(in_proj_)?q(kvz?)?(_(a|b|gate))?(_proj)?")
+_ATTENTION = re.compile(r"in_proj_qkvz?|(q|k|v|kv|qkv|o|out)(_(a|b|gate))?_proj(_with_mqa|_current|_delayed)?")
+_NOT_ATTENTION = re.compile(r"indexer|compressor")
+# Names under which a config counts its experts, which tells an unsupported MoE family from a dense model, and
+# the experts of a token.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -42,69 +58,74 @@ class MoELayer:
     """The module that holds all routed experts, e.g. `model.layers.3.mlp.experts`."""
     router: str
     """The module that chooses experts, e.g. `model.layers.3.mlp.gate`."""
+    router_weight: str
+    """The parameter of the router whose rows are the experts' scores, e.g. `weight` or `proj.weight`."""
     shared: tuple[str, ...]
-    """The shared experts' Linears; never the scalar `shared_expert_gate`."""
+    """The shared experts' Linears, never the scalar `shared_expert_gate`; or the module that holds all shared
+    experts as 3-D parameters."""
     attention: tuple[str, ...]
-    """The q, k, v, o Linears of this decoder layer."""
+    """The q, k, v, o Linears of this decoder layer; under MLA and in linear attention what they are split into or
+    fused in. None in a layer whose mixer is a state space model."""
     num_experts: int
     """E."""
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of `model`, ascending by decoder index.
+    """The MoE layers of `model`'s text decoder, ascending by decoder index.
 
     Works on a transformers model, on a `PeftModel` around one, and on the meta device. In an adapted model a
-    path is the wrapper's, which takes the same arguments as the module it wraps.
+    path is the wrapper's, which takes the same arguments as the module it wraps. Vision towers are left alone,
+    and so are the experts that see image tokens only.
 
     Raises:
         ModelError: the family is not supported, or the model has no MoE layer.
     """
-    _check_family(_config(model))
     modules = dict(_modules(model))
+    decoders = _decoder_layers(model, modules)
     layers = []
-    for path, module in modules.items():
-        if not _is_experts(module):
-            continue
-        decoder = _decoder_path(path)
-        block = path.rpartition(".")[0]
-        siblings = {name: m for name, m in modules.items() if name.startswith(f"{block}.") and name != path}
-        num_experts = cast(int, module.num_experts)
-        layers.append(
-            MoELayer(
-                layer=int(decoder.rpartition(".")[2]),
-                experts=path,
-                router=_router_path(block, siblings, num_experts),
-                shared=tuple(
-                    name
-                    for name, m in siblings.items()
-                    # A Linear that hangs on the block itself is the scalar gate; an expert's hang one deeper.
-                    if isinstance(m, nn.Linear) and name.count(".") > block.count(".") + 1
-                ),
-                attention=_attention_paths(decoder, modules),
-                num_experts=num_experts,
+    for index, decoder in decoders.items():
+        inside = [path for path in modules if path.startswith(f"{decoder}.")]
+        for path in inside:
+            if not is_experts(modules[path]) or "vision" in path:
+                continue
+            num_experts = cast(int, modules[path].num_experts)
+            router, router_weight = _router(path, modules, num_experts)
+            layers.append(
+                MoELayer(
+                    layer=index,
+                    experts=path,
+                    router=router,
+                    router_weight=router_weight,
+                    shared=_shared_paths(path, decoder, modules),
+                    attention=_attention_paths(decoder, modules),
+                    num_experts=num_experts,
+                )
             )
-        )
     if not layers:
-        raise ModelError(
-            f"this {_config(model).model_type} model has no MoE layer: all of its decoder layers are dense. "
-            "Use a model with routed experts."
-        )
+        raise _no_experts(model)
+    if len({layer.layer for layer in layers}) < len(layers):
+        raise ModelError(f"a decoder layer has several experts modules: {[layer.experts for layer in layers]}.")
     return sorted(layers, key=lambda layer: layer.layer)
 
 
 def attention_modules(model: nn.Module) -> list[str]:
-    """Paths of the q, k, v, o Linears of all decoder layers, dense ones too, in the order of the layers."""
-    _check_family(_config(model))
+    """Paths of `MoELayer.attention` of all decoder layers, dense ones too, in the order of the layers."""
     modules = dict(_modules(model))
-    decoders = [path for path in modules if (match := _DECODER_LAYER.match(path)) and match.end() == len(path)]
-    return [name for decoder in decoders for name in _attention_paths(decoder, modules)]
+    decoders = _decoder_layers(model, modules)
+    return [name for index in sorted(decoders) for name in _attention_paths(decoders[index], modules)]
 
 
 def num_experts_per_tok(model: nn.Module) -> int:
-    """K: how many routed experts each token is sent to."""
+    """K: how many routed experts each token is sent to.
+
+    Raises:
+        ModelError: the config does not say.
+    """
     config = _config(model)
-    _check_family(config)
-    return int(config.num_experts_per_tok)
+    for name in _TOP_K:
+        if value := getattr(config, name, None):
+            return int(max(value)) if isinstance(value, list | tuple) else int(value)
+    raise ModelError(f"the config of this {config.model_type} model has none of {', '.join(_TOP_K)}.")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -116,14 +137,22 @@ def fingerprint(model: nn.Module) -> str:
     has it.
     """
     config = _config(model)
+    found = moe_layers(model)
     top_k = num_experts_per_tok(model)
     layers = []
-    for layer in moe_layers(model):
+    for layer in found:
         experts = unwrap(model.get_submodule(layer.experts))
         _, width, expert_width = experts.down_proj.shape  # [E, D, F]
+        if experts.is_transposed:
+            width, expert_width = expert_width, width
         layers.append([layer.layer, layer.num_experts, top_k, width, expert_width])
     structure = json.dumps({"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True)
     return f"{config.model_type}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
+
+
+def is_experts(module: Any) -> bool:
+    """Whether transformers' `use_experts_implementation` has decorated the class of `module`."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def unwrap(module: nn.Module) -> Any:
@@ -152,8 +181,8 @@ def load_model(
         dtype = torch.float32
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check_family(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        moe_layers(_on_meta(config))  # before gigabytes of weights are read
+        model = _auto_class(config).from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=False, device_map={"": target}
         )
     except ModelError as error:
@@ -163,7 +192,6 @@ def load_model(
             f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} "
             'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
         ) from error
-    moe_layers(model)
     return model.eval()
 
 
@@ -218,9 +246,9 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
             f"{file} is not a config.json that transformers knows: {_first_line(error)} "
             "It must be JSON with a `model_type`."
         ) from error
-    _check_family(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+    model = _on_meta(config)
+    moe_layers(model)
+    return model
 
 
 def _source(name_or_path: str | Path) -> str:
@@ -238,6 +266,23 @@ def _source(name_or_path: str | Path) -> str:
     return text
 
 
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that trains and generates text with this config: for a multimodal wrapper the wrapper's."""
+    for auto, mapping in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in mapping:
+            return auto
+    raise ModelError(f"a {config.model_type} model generates no text, so there is nothing to fine-tune it on.")
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules and shapes, without weights."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config).eval()
+
+
 def _config(model: nn.Module) -> PreTrainedConfig:
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -245,17 +290,22 @@ def _config(model: nn.Module) -> PreTrainedConfig:
     return config.get_text_config()
 
 
-def _check_family(config: PreTrainedConfig) -> None:
-    config = config.get_text_config()
-    if config.model_type in SUPPORTED:
-        return
-    supported = ", ".join(SUPPORTED)
-    if not any(getattr(config, name, None) for name in _EXPERT_COUNTS):
-        raise ModelError(
-            f"a {config.model_type} model has no MoE layer, so it has no experts to choose from. "
-            f"Use a model of one of the families {supported}."
+def _no_experts(model: nn.Module) -> ModelError:
+    config = _config(model)
+    # A family's file that has the decorator at hand uses it: then this model has dense layers only.
+    file = sys.modules[type(_decoder(model)).__module__]
+    counts = any(getattr(config, name, None) for name in _EXPERT_COUNTS)
+    if hasattr(file, use_experts_implementation.__name__) or not counts:
+        return ModelError(
+            f"this {config.model_type} model has no MoE layer: all of its decoder layers are dense, so it has no "
+            "experts to choose from. Use a model with routed experts."
         )
-    raise ModelError(f"the MoE family {config.model_type} is not supported yet. Supported families: {supported}.")
+    return ModelError(
+        f"the experts of this {config.model_type} model are not behind transformers' experts interface "
+        "(use_experts_implementation), so nothing can be adapted for some of them only. Some families compute all "
+        "experts in a way of their own (llama4, dbrx, jetmoe, longcat_flash, step3p7); some quantized checkpoints "
+        "(mxfp4, fp8) replace the experts' class: load those dequantized."
+    )
 
 
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -267,34 +317,76 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
         yield from _modules(inner, f"{path}.")
 
 
-def _is_experts(module: Any) -> bool:
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+def _decoder_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[int, str]:
+    """Decoder index -> path of the text decoder's layers; a wrapper's vision and audio towers have such too."""
+    _config(model)
+    decoder = _decoder(model)
+    prefix = next((f"{path}." for path, module in modules.items() if module is decoder), "")
+    layer = re.compile(re.escape(prefix) + r"layers\.(\d+)")
+    return {int(match[1]): path for path in modules if (match := layer.fullmatch(path))}
 
 
-def _decoder_path(path: str) -> str:
-    match = _DECODER_LAYER.match(path)
-    if match is None:
-        raise ModelError(f"the experts at {path} are not inside a decoder layer. This model's layout is not supported.")
-    return match.group(0)
+def _decoder(model: nn.Module) -> nn.Module:
+    get_decoder = getattr(model, "get_decoder", None)
+    return get_decoder() if callable(get_decoder) else model
 
 
-def _router_path(block: str, siblings: dict[str, nn.Module], num_experts: int) -> str:
-    routers = [
-        name
-        for name, module in siblings.items()
-        if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
-        and weight.ndim == 2
-        and weight.shape[0] == num_experts
-        and name.count(".") == block.count(".") + 1
-    ]
-    if len(routers) != 1:
-        raise ModelError(f"{block} should have one router of {num_experts} rows, and has {routers or 'none'}.")
-    return routers[0]
+def _router(experts: str, modules: dict[str, nn.Module], num_experts: int) -> tuple[str, str]:
+    """The experts' sibling that routes, and its scoring weight: its own, or that of the Linear inside of it with
+    a row for each expert. It may have a few rows more: for shared experts, or for an expert that does nothing."""
+    block = experts.rpartition(".")[0]
+    for path in (f"{block}.{name}" for name in _ROUTERS):
+        if path not in modules:
+            continue
+        weight = getattr(modules[path], "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] >= num_experts:
+            return path, "weight"
+        linears = [
+            (module.out_features, name.removeprefix(f"{path}."))
+            for name, module in modules.items()
+            if name.startswith(f"{path}.") and isinstance(module, nn.Linear) and module.out_features >= num_experts
+        ]
+        if linears:
+            return path, f"{min(linears)[1]}.weight"
+    raise ModelError(
+        f"no router was found for {experts}: {block} has no {' or '.join(_ROUTERS)} with a weight of at least "
+        f"{num_experts} rows."
+    )
+
+
+def _shared_paths(experts: str, decoder: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Shared experts have `shared` in their name and sit somewhere between the experts' block and the decoder
+    layer. Where experts sit on the decoder layer itself, as in gemma4, its dense mlp runs beside them for every
+    token, and is the shared expert."""
+    block = experts.rpartition(".")[0]
+    parents = [decoder]
+    for name in block.removeprefix(decoder).split(".")[1:]:
+        parents.append(f"{parents[-1]}.{name}")
+    found: list[str] = []
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        named = "shared" in name or (parent == block == decoder and name == "mlp")
+        if parent not in parents or not named or isinstance(module, nn.Linear):  # a Linear is the scalar gate
+            continue
+        linears = [p for p, m in modules.items() if p.startswith(f"{path}.") and isinstance(m, nn.Linear)]
+        found += linears or [path]
+    return tuple(found)
 
 
 def _attention_paths(decoder: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
-    names = (f"{decoder}.{_ATTENTION}.{linear}" for linear in _ATTENTION_LINEARS)
-    return tuple(name for name in names if isinstance(modules.get(name), nn.Linear))
+    mixers: dict[str, list[str]] = {}
+    for path, module in modules.items():
+        inside = path.removeprefix(f"{decoder}.").split(".")
+        if path.startswith(f"{decoder}.") and type(module) is nn.Linear and _ATTENTION.fullmatch(inside[-1]):
+            if not _NOT_ATTENTION.search(path):
+                mixers.setdefault(inside[0], []).append(path)
+    # Convolutions and state space models have an out_proj too, and no query.
+    return tuple(
+        path
+        for paths in mixers.values()
+        if any(_QUERY.fullmatch(p.rpartition(".")[2]) for p in paths)
+        for path in paths
+    )
 
 
 def _first_line(error: Exception) -> str:

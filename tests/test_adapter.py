@@ -440,11 +440,6 @@ def test_two_plans_on_one_base(tmp_path):
     both.save_pretrained(tmp_path / "both")
     reloaded = load_adapter(tiny_model(), tmp_path / "both" / "b")
     assert torch.equal(logits(reloaded), expected["b"])
-    both.base_model.set_adapter(["a", "b"])
-    with pytest.raises(HotLoraError, match=r"\['a', 'b'\] are active at once"):
-        logits(both)
-    with pytest.raises(HotLoraError, match="weighted"):
-        both.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
     both.set_adapter("a")
     both.delete_adapter("b")
     assert torch.equal(logits(both), expected["a"])

@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_batch, tiny_model
-from torch import Tensor
-from transformers.integrations.moe import grouped_mm_experts_forward
+from torch import Tensor, nn
+from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from hotlora.errors import ModelError
-from hotlora.experts import Groups, HotFactors, _gate_up_update, _hot_rows, grouped_linear, routed_experts
+from hotlora.experts import Groups, HotFactors, _hot_rows, _up_update, grouped_linear
+from hotlora.experts import routed_experts as routed_experts_of_adapters
 
 E, K, T, D, WIDTH = 8, 2, 40, 32, 16
 FACTORS = ("A_gate_up", "B_gate_up", "A_down", "B_down")
+
+
+def routed_experts(experts, hidden, index, weights, factors=None):
+    return routed_experts_of_adapters(experts, hidden, index, weights, [] if factors is None else [factors])
 
 
 def make_experts(dtype: torch.dtype = torch.float64):
@@ -24,9 +28,44 @@ def make_experts(dtype: torch.dtype = torch.float64):
     return model.model.layers[0].mlp.experts.to(dtype).requires_grad_(False)
 
 
-def make_factors(ids: Sequence[int], r: int = 4, dtype: torch.dtype = torch.float64, seed: int = 1) -> HotFactors:
+# Every layout that a family of transformers has, and the combinations that none has yet.
+LAYOUTS = [
+    {"is_transposed": transposed, "is_concatenated": concatenated, "has_bias": bias, "has_gate": gate}
+    for transposed in (False, True)
+    for bias in (False, True)
+    for gate, concatenated in ((True, True), (True, False), (False, True))
+] + [{"has_post_expert_norm": True}]
+
+
+def make_experts_of(layout: dict[str, bool], dtype: torch.dtype = torch.float64):
+    """Experts of a layout, decorated as a family's are, with weights from a seed."""
+
+    class Experts(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts, self.act_fn, self.post_expert_norm = E, nn.SiLU(), nn.RMSNorm(D, eps=1e-6)
+
+        if not layout.get("is_concatenated", True):
+
+            def _apply_gate(self, gate_up):
+                return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+    experts = use_experts_implementation(**layout)(Experts)(config=None)
+    generator = torch.Generator().manual_seed(0)
+    width = 2 * WIDTH if experts.has_gate else WIDTH
+    for name, rows, columns in (("gate_up_proj" if experts.has_gate else "up_proj", width, D), ("down_proj", D, WIDTH)):
+        shape = (E, columns, rows) if experts.is_transposed else (E, rows, columns)
+        setattr(experts, name, nn.Parameter(torch.randn(shape, generator=generator) * 0.3))
+        if experts.has_bias:
+            setattr(experts, f"{name}_bias", nn.Parameter(torch.randn(E, rows, generator=generator)))
+    return experts.to(dtype).requires_grad_(False)
+
+
+def make_factors(
+    ids: Sequence[int], r: int = 4, dtype: torch.dtype = torch.float64, seed: int = 1, parts: int = 2
+) -> HotFactors:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(len(ids), 2 * r, D), (len(ids), 2 * WIDTH, r), (len(ids), r, WIDTH), (len(ids), D, r)]
+    shapes = [(len(ids), parts * r, D), (len(ids), parts * WIDTH, r), (len(ids), r, WIDTH), (len(ids), D, r)]
     made = [(torch.randn(s, generator=generator, dtype=torch.float64) * 0.3).to(dtype) for s in shapes]
     A_gate_up, B_gate_up, A_down, B_down = (factor.requires_grad_() for factor in made)
     ids_N = torch.tensor(list(ids), dtype=torch.int64)
@@ -45,22 +84,41 @@ def make_inputs(dtype: torch.dtype = torch.float64, seed: int = 0, index: Tensor
 def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: HotFactors) -> Tensor:
     """One token, one choice at a time: y = sum_k w_k * expert_k(x), with LoRA written out everywhere."""
     slots = {expert: n for n, expert in enumerate(factors.expert_ids_N.tolist())}
+
+    def weight_of(name: str, expert: int) -> Tensor:
+        weight = getattr(experts, name)[expert]
+        return weight.T if experts.is_transposed else weight
+
+    def bias_of(name: str, expert: int) -> Tensor:
+        return getattr(experts, f"{name}_bias")[expert] if experts.has_bias else torch.zeros((), dtype=hidden.dtype)
+
+    def update(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
+        return factors.scaling * (B @ (A @ x))
+
     rows = []
     for t in range(hidden.shape[0]):
         total = torch.zeros(D, dtype=hidden.dtype)
         for k in range(index.shape[1]):
             expert, x = int(index[t, k]), hidden[t]
-            gate = experts.gate_up_proj[expert][:WIDTH] @ x
-            up = experts.gate_up_proj[expert][WIDTH:] @ x
-            if expert in slots:
-                A, B = factors.A_gate_up[slots[expert]], factors.B_gate_up[slots[expert]]
-                r = B.shape[1]
-                gate = gate + factors.scaling * (B[:WIDTH] @ (A[:r] @ x))
-                up = up + factors.scaling * (B[WIDTH:] @ (A[r:] @ x))
-            h = F.silu(gate) * up
-            y = experts.down_proj[expert] @ h
-            if expert in slots:
-                y = y + factors.scaling * (factors.B_down[slots[expert]] @ (factors.A_down[slots[expert]] @ h))
+            hot = slots.get(expert)
+            if experts.has_gate:
+                both = weight_of("gate_up_proj", expert) @ x + bias_of("gate_up_proj", expert)
+                gate, up = (both[:WIDTH], both[WIDTH:]) if experts.is_concatenated else (both[0::2], both[1::2])
+                if hot is not None:
+                    A, B = factors.A_gate_up[hot], factors.B_gate_up[hot]
+                    r = B.shape[1]
+                    gate, up = gate + update(A[:r], B[:WIDTH], x), up + update(A[r:], B[WIDTH:], x)
+                h = F.silu(gate) * up
+            else:
+                up = weight_of("up_proj", expert) @ x + bias_of("up_proj", expert)
+                if hot is not None:
+                    up = up + update(factors.A_gate_up[hot], factors.B_gate_up[hot], x)
+                h = F.silu(up)
+            y = weight_of("down_proj", expert) @ h + bias_of("down_proj", expert)
+            if hot is not None:
+                y = y + update(factors.A_down[hot], factors.B_down[hot], h)
+            if experts.has_post_expert_norm:
+                y = y / (y.square().mean() + 1e-6).sqrt() * experts.post_expert_norm.weight
             total = total + weights[t, k] * y
         rows.append(total)
     return torch.stack(rows)
@@ -96,6 +154,30 @@ def test_output_and_every_gradient_equal_the_loop(dtype, tolerance, r):
     experts, inputs, factors = make_experts(dtype), make_inputs(dtype), make_factors([1, 3, 6], r, dtype)
     ours = output_and_gradients(routed_experts, experts, *inputs, factors)
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(k for k, v in layout.items() if v) or "bare")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_every_layout_equals_the_loop_and_without_update_transformers(layout, dtype, tolerance):
+    experts, inputs = make_experts_of(layout, dtype), make_inputs(dtype)
+    factors = make_factors([1, 3, 6], 4, dtype, parts=2 if experts.has_gate else 1)
+    ours = output_and_gradients(routed_experts, experts, *inputs, factors)
+    assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
+    if dtype != torch.float64:  # which transformers' grouped_mm refuses
+        zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
+        assert torch.equal(routed_experts(experts, *inputs, zero), grouped_mm_experts_forward(experts, *inputs))
+
+
+def test_the_updates_of_two_adapters_add_up():
+    """Into linear experts, where a sum of adapters is the sum of what each of them adds."""
+    experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
+    experts.act_fn = nn.Identity()
+    one, other = make_factors([1, 3], 4, parts=1), make_factors([3, 6], 2, seed=5, parts=1)
+    one, other = (replace(f, B_down=f.B_down * 0) for f in (one, other))
+    base, first, second = (routed_experts(experts, *inputs, f) for f in (None, one, other))
+    both = routed_experts_of_adapters(experts, *inputs, [one, other])
+    assert relative(both - base, (first - base) + (second - base)) < 1e-10
+    assert relative(both, first) > 0.01 and relative(both, second) > 0.01
 
 
 def test_bf16_is_within_the_loops_own_error():
@@ -210,14 +292,14 @@ def test_rows_that_are_elsewhere_contribute_nothing():
 def test_hot_prefix_without_reading_its_length_equals_the_exact_rows():
     """What a GPU runs: all rows, hot ones first, the rest an uninitialised tail that must not leak."""
     factors = make_factors([1, 3, 6], 4, torch.float32)
-    hidden, index, _ = make_inputs(torch.float32)
+    experts, (hidden, index, _) = make_experts(torch.float32), make_inputs(torch.float32)
     expert_S, order_S = torch.sort(index.reshape(-1))
     ends_E = torch.searchsorted(expert_S, torch.arange(E), right=True, out_int32=True)
     results = []
     for count_is_free in (True, False):
         hot = _hot_rows(expert_S, ends_E, factors, count_is_free)
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
-        update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _gate_up_update(x_HD, hot))
+        update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _up_update(x_HD, hot, experts))
         probe = torch.randn(update.shape, generator=torch.Generator().manual_seed(7))
         results.append([update, *torch.autograd.grad(update, [hidden, factors.A_gate_up, factors.B_gate_up], probe)])
     for exact, padded in zip(*results, strict=True):
@@ -248,9 +330,9 @@ def test_dropout_keeps_the_mean_and_shares_one_mask():
     with torch.no_grad():
         hot = _hot_rows(expert_S, ends_E, factors, True)
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
-        plain = _gate_up_update(x_HD, hot)
+        plain = _up_update(x_HD, hot, experts)
         dropping = replace(hot, factors=replace(factors, dropout=0.5))
-        draws = torch.stack([_gate_up_update(x_HD, dropping) for _ in range(2000)])
+        draws = torch.stack([_up_update(x_HD, dropping, experts) for _ in range(2000)])
         assert not torch.equal(draws[0], draws[1])
         assert relative(draws.mean(0), plain) < 0.05
         # Equal gate and up factors give equal halves under one mask only.
@@ -260,7 +342,7 @@ def test_dropout_keeps_the_mean_and_shares_one_mask():
             B_gate_up=factors.B_gate_up[:, :WIDTH].repeat(1, 2, 1),
             dropout=0.5,
         )
-        gate, up = _gate_up_update(x_HD, replace(hot, factors=twin)).chunk(2, dim=1)
+        gate, up = _up_update(x_HD, replace(hot, factors=twin), experts).chunk(2, dim=1)
         assert torch.equal(gate, up)
         cold = ~torch.isin(index, factors.expert_ids_N).any(1)
         seeded = [routed_experts(experts, *inputs, replace(factors, dropout=p)) for p in (0.0, 0.5)]
@@ -271,13 +353,6 @@ def test_no_tokens():
     experts, factors = make_experts(torch.float32), make_factors([1], 4, torch.float32)
     empty = torch.zeros(0, K)
     assert routed_experts(experts, torch.zeros(0, D), empty.long(), empty, factors).shape == (0, D)
-
-
-def test_a_layout_that_is_not_supported():
-    experts = make_experts(torch.float32)
-    experts.is_transposed = True
-    with pytest.raises(ModelError, match=r"OlmoeExperts.*not supported"):
-        routed_experts(experts, *make_inputs(torch.float32))
 
 
 @pytest.mark.gpu

@@ -85,19 +85,27 @@ def test_fingerprint_is_of_the_structure():
     assert len(marks) == 7
 
 
-def test_a_dense_model_and_an_unknown_family_are_told_apart():
+def test_a_model_without_experts():
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     dense = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
-    for function in (moe_layers, fingerprint, attention_modules, num_experts_per_tok):
-        with pytest.raises(ModelError, match=r"llama.*no MoE layer.*olmoe"):
+    for function in (moe_layers, fingerprint):
+        with pytest.raises(ModelError, match=r"llama model has no MoE layer"):
             function(dense)
-    other = AutoConfig.for_model("jamba", num_experts=2, **sizes)
-    with pytest.raises(ModelError, match=r"jamba is not supported.*olmoe"):
-        models._check_family(other)
+    with pytest.raises(ModelError, match=r"llama.*has none of num_experts_per_tok"):
+        num_experts_per_tok(dense)
     with pytest.raises(ModelError, match="no MoE layer"):
         moe_layers(tiny_model("qwen3_moe", mlp_only_layers=[0, 1]))
     with pytest.raises(ModelError, match="no transformers config"):
         moe_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "jetmoe", "longcat_flash", "step3p7", "switch_transformers"])
+def test_experts_that_are_not_behind_the_interface_are_named(family, tmp_path):
+    """Families that compute their experts in a way of their own say so before any weight is read."""
+    AutoConfig.for_model(family, num_hidden_layers=2).save_pretrained(tmp_path)
+    for function in (load_model, model_from_config):
+        with pytest.raises(ModelError, match=r"not behind transformers' experts interface|generates no text"):
+            function(tmp_path)
 
 
 @pytest.fixture(scope="module")
