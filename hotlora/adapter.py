@@ -5,6 +5,7 @@ own `lora.Linear`; the planned experts and the routers get the layers in `layers
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora import LoraModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict, transformers_weight_conversion
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ from .routing import experts_kept
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+_SWITCHES = ("train_attention", "train_router", "train_shared")
 
 # LoraConfig's options that the layers below do not implement, with the value that leaves each one off.
 _UNSUPPORTED: dict[str, Any] = {
@@ -102,11 +105,6 @@ class HotLoraConfig(LoraConfig):
         self._expert_ids: dict[str, tuple[int, ...]] = {}
         self._raw_weights: dict[str, tuple[str, ...]] = {}
         self._routers: set[str] = set()
-
-    @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> "HotLoraConfig":
-        """A config from what was saved, but for the targets: they are worked out for the model again."""
-        return cls(**{k: v for k, v in kwargs.items() if k not in ("target_modules", "target_parameters")})
 
     def to_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds; the targets in order, so that equal adapters give equal files."""
@@ -189,13 +187,125 @@ class HotLoraModel(LoraModel):
                 return HotLoraWeights(target, adapter_name, lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        if any(isinstance(self.peft_config.get(name), HotLoraConfig) for name in adapters):
-            raise HotLoraError("adapters on experts cannot be combined into a weighted one: use them one at a time.")
-        super().add_weighted_adapter(adapters, *args, **kwargs)
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """PEFT's, for adapters of several tasks whose plans differ: the new plan is the union of theirs.
+
+        combination_type: "cat" (the default) adds the updates exactly, with the sum of the ranks; "linear" adds the
+        factors, at one rank that all must share. An expert that one of them leaves out gets the others' part.
+        """
+        configs = [self.peft_config.get(name) for name in adapters]
+        hot = [config for config in configs if isinstance(config, HotLoraConfig)]
+        if not hot:
+            options: dict[str, Any] = {} if combination_type is None else {"combination_type": combination_type}
+            super().add_weighted_adapter(adapters, weights, adapter_name, **options, **kwargs)
+            return
+        if len(hot) < len(adapters) or len(weights) != len(adapters):
+            names = [name for name, config in self.peft_config.items() if isinstance(config, HotLoraConfig)]
+            raise HotLoraError(
+                f"adapters={adapters} and weights={weights}: give one weight each for adapters of this model that "
+                f"were made by a HotLoraConfig: {names}."
+            )
+        if adapter_name in self.peft_config:
+            raise HotLoraError(f"the model already has an adapter {adapter_name!r}: give another adapter_name.")
+        how = combination_type or "cat"
+        config = _combined_config(hot, how)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer) and adapter_name in module.r:
+                _combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how)
+                for factor in (f for pair in _factor_pairs(module, adapter_name).values() for f in pair):
+                    factor.requires_grad_(False)
 
 
+def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
+    """Of rank and alpha equal, so that the scaling is 1: weights and scalings go into the factors."""
+    if how not in ("cat", "linear"):
+        raise HotLoraError(f"combination_type={how!r} is not supported on experts: give 'cat' or 'linear'.")
+    ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
+    if how == "linear" and any(config.r != ranks[0] or config.rank_pattern for config in configs):
+        raise HotLoraError(f"'linear' needs adapters of one rank, and these have {ranks}: use 'cat'.")
+    plans = [ExpertPlan.from_dict(config.plan) for config in configs]
+    layers = sorted({layer for plan in plans for layer in plan.experts})
+    union = dataclasses.replace(
+        plans[0],
+        experts={i: tuple(sorted({e for plan in plans for e in plan.experts.get(i, ())})) for i in layers},
+        rule="union",
+        params={"rules": [plan.rule for plan in plans]},
+        profile_hash=None,
+    )
+    r = sum(ranks) if how == "cat" else ranks[0]
+    switches: dict[str, Any] = {name: any(getattr(c, name) for c in configs) for name in _SWITCHES}
+    return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, **switches)
+
+
+def _combine(module: LoraLayer, weights: dict[str, float], adapter_name: str, how: str) -> None:
+    """Fills the new adapter's factors in one layer from those of the others that are there."""
+    sources = {name: _factor_pairs(module, name) for name in weights if name in module.r}
+    for key, (A, B) in _factor_pairs(module, adapter_name).items():
+        A.detach().zero_()
+        B.detach().zero_()
+        start = 0
+        for name, pairs in sources.items():
+            if key not in pairs:
+                continue
+            (A_source, B_source), weight = pairs[key], weights[name] * module.scaling[name]
+            if how == "cat":
+                end = start + A_source.shape[-2]
+                A.detach()[..., start:end, :] = A_source.detach()
+                B.detach()[..., start:end] = B_source.detach() * weight
+                start = end
+            else:  # as PEFT has it: each factor takes the root of the weight, and one of them its sign
+                A.detach().add_(A_source.detach(), alpha=math.copysign(abs(weight) ** 0.5, weight))
+                B.detach().add_(B_source.detach(), alpha=abs(weight) ** 0.5)
+
+
+def _factor_pairs(module: Any, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
+    if isinstance(module, MergeableLayer):
+        return module.factor_pairs(adapter)
+    return {"weight": (module.lora_A[adapter].weight, module.lora_B[adapter].weight)}
+
+
+class _SavedLoraConfig(LoraConfig):
+    """What PEFT reads a saved LORA config as: ours where it holds a plan, and else its own."""
+
+    def __new__(cls, **saved: Any) -> Any:
+        if not isinstance(saved.get("plan"), dict):
+            return LoraConfig(**saved)
+        try:
+            return _from_saved(saved)
+        except TypeError as error:  # which PEFT would mend by leaving the plan out
+            raise PlanError(f"the adapter's config is not one that this hotlora reads: {error}") from error
+
+
+def _from_saved(saved: dict[str, Any]) -> HotLoraConfig:
+    """The targets that were saved are left out: they are worked out again, for the model at hand."""
+    targets = ("target_modules", "target_parameters")
+    return HotLoraConfig(**{name: value for name, value in saved.items() if name not in targets})
+
+
+def _keep_names(
+    model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """PEFT renames loaded keys from a checkpoint's names to the model's. Ours are the model's already, and some
+    families (deepseek_ocr2, laguna, ...) would have them renamed twice, and lost."""
+    if isinstance(peft_config, HotLoraConfig):
+        return adapter_state_dict
+    return _convert_names(model, peft_config, adapter_state_dict, adapter_name)
+
+
+_convert_names = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = _keep_names
+# From here on PEFT's own ways take a HotLoraConfig: get_peft_model, PeftModel.from_pretrained, load_adapter, ...
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = HotLoraModel
+PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = _SavedLoraConfig
 
 
 def load_adapter(
@@ -284,7 +394,7 @@ def _read_config(folder: Path) -> HotLoraConfig:
         raise FileError(f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel.")
     data["base_model_name_or_path"] = None  # PEFT notes the model that it is loaded onto
     try:
-        return HotLoraConfig.from_peft_type(**data)
+        return _from_saved(data)
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ found by the few names that all families share, and by the shapes of what they h
 """
 
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -319,8 +320,9 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 
 def _decoder_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[int, str]:
     """Decoder index -> path of the text decoder's layers; a wrapper's vision and audio towers have such too."""
-    _config(model)
-    decoder = _decoder(model)
+    model_type, decoder = _config(model).model_type, _decoder(model)
+    if "input_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ModelError(f"the decoder of a {model_type} model reads no input_ids: it is no causal language model.")
     prefix = next((f"{path}." for path, module in modules.items() if module is decoder), "")
     layer = re.compile(re.escape(prefix) + r"layers\.(\d+)")
     return {int(match[1]): path for path in modules if (match := layer.fullmatch(path))}

@@ -40,7 +40,8 @@ class RoutingProfile:
     layers: tuple[int, ...]
     """decoder indices of the L MoE layers, ascending"""
     counts: Tensor
-    """int64 [L, E]: tokens that the router sent to each expert; a row sums to num_tokens x K"""
+    """int64 [L, E]: tokens that the router sent to each expert; a row sums to num_tokens x K, less those that a
+    router with a choice to skip (zaya) sent to none"""
     mass: Tensor
     """float64 [L, E]: sum of the gate weights as applied, over those tokens"""
     num_tokens: int
@@ -241,13 +242,15 @@ def profile_routing(
     top_k = models.num_experts_per_tok(model)
     sums = [counter.to_host() for counter in counters]
     counts = torch.stack([counts for counts, _, _ in sums])
+    skipped = torch.tensor([int(counter.skipped) for counter in counters])
     if bad := sum(bad for _, _, bad in sums):
         raise ModelError(
             f"{bad} gate weights are not finite, so the model overflows in its dtype: load it in bfloat16 or float32"
         )
     # Under expert parallelism the assignments to other ranks' experts carry an index out of range.
     partial = any(counter.is_expert_parallel for counter in counters)
-    assert partial or (counts.sum(dim=1) == num_tokens * top_k).all(), "a row must sum to tokens x K"
+    whole = counts.sum(dim=1) + skipped == num_tokens * top_k
+    assert partial or whole.all(), "a row must sum to tokens x K"
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     origin = {"fingerprint": models.fingerprint(model)} | ({"model": name} if name else {})
     return RoutingProfile(
@@ -271,6 +274,8 @@ class _Counter:
         """int64 [2, E + 1]: counts and mass; the last column takes what does not count"""
         self.bad: Tensor | None = None
         """int64 []: gate weights that are not finite"""
+        self.skipped: Tensor | int = 0
+        """int64 []: choices of no expert, which families with such a choice hand on as expert 0 with weight 0"""
         self.is_expert_parallel = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -285,8 +290,10 @@ class _Counter:
             self.masks[device] = next(iter(self.masks.values())).to(device, non_blocking=True)
         mask_T = self.masks[device]
         assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
-        counted_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
         weight_TK = weight_TK.reshape(index_TK.shape)
+        here_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
+        counted_TK = here_TK & (weight_TK != 0)
+        self.skipped = self.skipped + (here_TK & ~counted_TK).sum()
         finite_TK = weight_TK.isfinite()
         weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32))
         units_TK = (torch.where(finite_TK, weight_TK, 0) / _MASS_UNIT).round().to(torch.int64)

@@ -5,6 +5,7 @@ shrunk by the names of its fields; a family whose default config cannot be shrun
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NUM_EXPERTS, TOP_K, VOCAB = 8, 2, 128
+_MODELS = Path(transformers.__file__).parent / "models"
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -54,7 +56,10 @@ def _in_text(**values: Any) -> dict[str, Any]:
 
 
 # What the names of a family's fields cannot tell; a dotted name is a sub-config's field.
-_GEMMA4 = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16, "vocab_size_per_layer_input": 128}
+_GEMMA4 = {
+    "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16,
+    "vocab_size_per_layer_input": 128, "per_layer_config": {"1": {"head_dim": 16}, "2": {"head_dim": 16}},
+}  # fmt: skip
 _GROUPS = {"n_group": 2, "topk_group": 2, "num_experts_per_tok": 2}
 _QSA = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -66,13 +71,12 @@ MEND: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": _in_text(mlp_layer_types=["dense", "sparse", "sparse"], **_GROUPS),
     "deepseek_v2": _GROUPS,
     "deepseek_v3": {"first_k_dense_replace": 1},
-    "diffusion_gemma": _in_text(**_GEMMA4),
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "dots3_note": _in_text(per_layer_config=_FEWER_HEADS, head_dim=16),
     "dots3_note_text": {"per_layer_config": _FEWER_HEADS, "head_dim": 16},
     "ernie4_5_vl_moe": _in_text(rope_parameters={**_M_ROPE, "mrope_section": [1, 1, 2]}),
-    "gemma4": _in_text(enable_moe_block=True, **_GEMMA4),
-    "gemma4_text": {"enable_moe_block": True, **_GEMMA4},
+    "gemma4": _in_text(**_GEMMA4),
+    "gemma4_text": _GEMMA4,
     "glm4v_moe": _in_text(rope_parameters={**_M_ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}),
     "glm5_next": _in_text(qk_rope_head_dim=0, head_dim=0),
     "granitemoehybrid": {
@@ -93,21 +97,30 @@ MEND: dict[str, dict[str, Any]] = {
 }
 
 
+# Decorated, and not for us: they generate no text token after token.
+NOT_CAUSAL = {
+    "diffusion_gemma": "denoises blocks of text; its decoder reads no input_ids",
+    "openai_privacy_filter": "classifies tokens",
+}
+
+
+@cache
 def families() -> dict[str, str]:
-    """model_type -> the class that trains and generates text, of every family, wrappers too."""
-    files = [path.read_text() for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")]
-    decorated = [text for text in files if "@use_experts_implementation" in text]
+    """model_type -> the class that trains and generates text, of every family, multimodal wrappers too."""
+    files = {path.parent.name: path.read_text() for path in _MODELS.glob("*/modeling_*.py")}
     found = {}
     for mapping in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
         for model_type, name in getattr(modeling_auto, mapping).items():
-            if any(f"\nclass {name}(" in text for text in decorated):
-                found.setdefault(model_type, name)
+            for folder in decorated_folders() - NOT_CAUSAL.keys():
+                if f"\nclass {name}(" in files[folder]:
+                    found.setdefault(model_type, name)
     return dict(sorted(found.items()))
 
 
-def modeling_files() -> set[str]:
-    """The folders of `models/` with decorated experts."""
-    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+@cache
+def decorated_folders() -> set[str]:
+    """The folders of transformers' `models/` whose experts are behind the interface."""
+    files = _MODELS.glob("*/modeling_*.py")
     return {path.parent.name for path in files if "@use_experts_implementation" in path.read_text()}
 
 
@@ -123,7 +136,7 @@ def zoo_config(model_type: str) -> PreTrainedConfig:
 
 
 def zoo_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of the family in eval mode; the same weights for the same arguments."""
+    """A model of the family in eval mode and frozen; the same weights for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, families()[model_type])._from_config(zoo_config(model_type), dtype=dtype)
@@ -134,7 +147,8 @@ def zoo_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.floa
         for name, buffer in model.named_buffers():
             if name.endswith("tid2eid"):  # deepseek_v4's fixed table from tokens to experts
                 buffer.copy_(torch.rand(len(buffer), NUM_EXPERTS).argsort(1)[:, :TOP_K])
-    return model.eval()
+    # Frozen, for torch.matmul rounds differently for a weight that could have a gradient.
+    return model.eval().requires_grad_(False)
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""Every MoE family of the installed transformers: profiled, adapted, trained, saved, merged, against plain code.
+
+Built from the package itself (zoo.py), so a transformers with a new family fails here until the family works.
+"""
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from tiny import tiny_batch
+from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_model
+
+from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter
+from hotlora.layers import HotLoraExperts, HotLoraWeights
+from hotlora.models import attention_modules, fingerprint, moe_layers
+from hotlora.plan import select_experts
+from hotlora.routing import profile_routing
+
+every_family = pytest.mark.parametrize("family", families())
+BATCH = tiny_batch(2, 24)
+SKIPS = ("zaya",)
+"""families whose router may send a token to no expert"""
+
+
+def plan_for(model, wanted=(1, 3, 6)):
+    layers = moe_layers(model)
+    experts = {str(layer.layer): list(wanted) for layer in layers}
+    return {"version": 1, "experts": experts, "num_experts": NUM_EXPERTS, "fingerprint": fingerprint(model)}
+
+
+def adapted(family, *, dtype=torch.float32, seed=0, randomise=True, plan=None, **config):
+    model = zoo_model(family, dtype=dtype)
+    model = get_peft_model(model, HotLoraConfig(plan=plan or plan_for(model), **{"r": 4, **config}))
+    if randomise:
+        fill(model, seed)
+    return model.eval()
+
+
+def fill(model, seed, adapter="default"):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and f".{adapter}" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def test_no_family_is_forgotten():
+    """Every folder with decorated experts has a class that is tested, or a reason not to."""
+    covered = {getattr(transformers, name).__module__.split(".")[2] for name in families().values()}
+    assert covered | NOT_CAUSAL.keys() == decorated_folders()
+    assert len(families()) > 50 and MEND.keys() <= families().keys()
+
+
+@every_family
+def test_profile_and_zero_B(family):
+    """A profile's rows sum to tokens x K; with B = 0 the logits are the base's, bit for bit."""
+    model = zoo_model(family)
+    profile = profile_routing(model, [BATCH])
+    assigned = profile.num_tokens * profile.num_experts_per_tok
+    assert profile.num_tokens == BATCH["attention_mask"].sum()
+    for row in profile.counts.sum(dim=1).tolist():
+        assert row == assigned or (family in SKIPS and 0 < row <= assigned)
+    expected = logits(model)
+    plan = select_experts(profile, rule="hot", fraction=0.25)
+    assert torch.equal(logits(adapted(family, plan=plan.to_dict(), randomise=False)), expected)
+
+
+def by_hand(model):
+    """The base model's adapted weights, made from the adapter's factors one expert after another."""
+    weights = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, HotLoraExperts):
+            base, scaling = module.base_layer, module.scaling["default"]
+            A_up, B_up, A_down, B_down = (getattr(module, n)["default"] for n in module.adapter_layer_names)
+            r = A_down.shape[1]
+            up_name = "gate_up_proj" if base.has_gate else "up_proj"
+            up, down = list(getattr(base, up_name).unbind()), list(base.down_proj.unbind())
+            for n, expert in enumerate(module.expert_ids["default"]):
+                if base.has_gate:
+                    width = B_up.shape[1] // 2
+                    gate = B_up[n, :width] @ A_up[n, :r]
+                    other = B_up[n, width:] @ A_up[n, r:]
+                    rows = (
+                        [gate, other] if base.is_concatenated else [x for p in zip(gate, other, strict=True) for x in p]
+                    )
+                    delta = torch.cat(rows) if base.is_concatenated else torch.stack(rows)
+                else:
+                    delta = B_up[n] @ A_up[n]
+                delta_down = B_down[n] @ A_down[n]
+                if base.is_transposed:
+                    delta, delta_down = delta.T, delta_down.T
+                up[expert] = up[expert] + scaling * delta
+                down[expert] = down[expert] + scaling * delta_down
+            weights |= {f"{name}.{up_name}": torch.stack(up), f"{name}.down_proj": torch.stack(down)}
+        elif isinstance(module, HotLoraWeights):
+            for key, path in module._weights.items():
+                A, B = module.lora_A["default"][key], module.lora_B["default"][key]
+                base = module.base_layer.get_parameter(path)
+                weights[f"{name}.{path}"] = base + module.scaling["default"] * B @ A
+        elif isinstance(module, LoraLinear):
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            weights[f"{name}.weight"] = module.base_layer.weight + module.scaling["default"] * B @ A
+    return weights
+
+
+@every_family
+def test_output_and_every_gradient_equal_plain_code(family):
+    """Against transformers' own loop over experts on weights that were added up by hand: attention, router, shared
+    experts and experts at once. Exactly the planned experts that got a token have a gradient."""
+    model = adapted(family)
+    reference = zoo_model(family)
+    reference.set_experts_implementation("eager")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+
+    def gradients(output):
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad((output * probe).sum(), list(trained.values()))
+
+    layers, counts = moe_layers(model), {}
+
+    def count(path):
+        def hook(module, args, kwargs):
+            top_k_index = (*args, *kwargs.values())[1]
+            counts[path] = torch.bincount(top_k_index.flatten(), minlength=NUM_EXPERTS).tolist()
+
+        return hook
+
+    hooks = [
+        model.get_submodule(layer.experts).register_forward_pre_hook(count(layer.experts), with_kwargs=True)
+        for layer in layers
+    ]
+    ours = model(**BATCH).logits
+    for hook in hooks:
+        hook.remove()
+    theirs = torch.func.functional_call(reference, by_hand(model), (), dict(BATCH)).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    for name, mine, plain in zip(trained, gradients(ours), gradients(theirs), strict=True):
+        assert (mine - plain).norm() <= 1e-3 * plain.norm() + 1e-6, name
+        path = name.partition(".lora_")[0]
+        if path in counts:
+            for expert, gradient in zip(model.get_submodule(path).expert_ids["default"], mine, strict=True):
+                assert bool(gradient.any()) == (counts[path][expert] > 0), (name, expert)
+        else:
+            assert mine.any(), name
+
+
+@every_family
+def test_what_is_adapted(family):
+    """Each MoE layer's experts, router and shared experts, each decoder layer's attention, and nothing else."""
+    model = zoo_model(family)
+    layers, attention = moe_layers(model), attention_modules(model)
+    meant = {path for layer in layers for path in (layer.experts, layer.router, *layer.shared)} | set(attention)
+    model = adapted(family)
+    assert set(model.base_model.targeted_module_names) == meant
+    counts = count_parameters(model)
+    parts = [counts[part] for part in ("attention", "router", "shared", "experts")]
+    assert sum(parts) == counts["trainable"] and counts["router"] > 0 and counts["experts"] > 0
+    assert bool(counts["shared"]) == any(layer.shared for layer in layers)
+    assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
+
+
+@every_family
+def test_save_load_merge_switch_and_disable(family, tmp_path):
+    base = logits(zoo_model(family))
+    model = adapted(family)
+    first = logits(model)
+    assert not torch.equal(first, base)
+    model.save_pretrained(tmp_path / "a")
+    other = adapted(family, seed=1, plan=plan_for(zoo_model(family), (0, 7)), r=2, train_router=False)
+    second = logits(other)
+    other.save_pretrained(tmp_path / "b")
+
+    both = load_adapter(zoo_model(family), tmp_path / "a", "a")
+    load_adapter(both, tmp_path / "b", "b")
+    for name, expected in (("a", first), ("b", second), ("a", first)):
+        both.set_adapter(name)
+        assert torch.equal(logits(both), expected)
+    with both.disable_adapter():
+        assert torch.equal(logits(both), base)
+    merged = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged), first, rtol=1e-3, atol=1e-4 * first.abs().max().item())
+
+
+@every_family
+def test_gradient_checkpointing_changes_nothing(family):
+    """Router ties included: every expert has a twin with the same score."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(family, train_router=False)
+        for layer in moe_layers(model):
+            weight = model.get_submodule(layer.router).get_parameter(layer.router_weight).data
+            weight[NUM_EXPERTS // 2 : NUM_EXPERTS] = weight[: NUM_EXPERTS // 2]
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model(**BATCH, use_cache=False).logits.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, plain in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], plain, msg=name)
