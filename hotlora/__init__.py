@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 # name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
 _PUBLIC = {
+    "ExpertsQuantization": "quantize",
+    "export_adapter": "export",
+    "import_adapter": "import_peft",
     "DataError": "errors",
     "ExpertPlan": "plan",
     "FileError": "errors",
@@ -27,6 +30,7 @@ _PUBLIC = {
     "load_model": "models",
     "load_tokenizer": "models",
     "profile_routing": "routing",
+    "quantize_experts": "quantize",
     "select_experts": "plan",
 }
 
@@ -41,10 +45,14 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .errors import HotLoraError as HotLoraError
     from .errors import ModelError as ModelError
     from .errors import PlanError as PlanError
+    from .export import export_adapter as export_adapter
+    from .import_peft import import_adapter as import_adapter
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
     from .plan import ExpertPlan as ExpertPlan
     from .plan import select_experts as select_experts
+    from .quantize import ExpertsQuantization as ExpertsQuantization
+    from .quantize import quantize_experts as quantize_experts
     from .routing import RoutingProfile as RoutingProfile
     from .routing import jaccard as jaccard
     from .routing import profile_routing as profile_routing

@@ -32,6 +32,7 @@ from .models import (
     unwrap,
 )
 from .plan import ExpertPlan
+from .quantize import check_mergeable, quantized_parameters, warn_if_experts_unquantized
 from .quiet import quiet
 from .routing import experts_kept
 
@@ -49,6 +50,10 @@ _UNSUPPORTED: dict[str, Any] = {
     "layers_to_transform": None,
     "layer_replication": None,
 }
+
+
+class _Bound(set[str]):
+    """Targets that `HotLoraConfig.bind` worked out for a model, not a user's."""
 
 
 @dataclass
@@ -80,7 +85,7 @@ class HotLoraConfig(LoraConfig):
         super().__post_init__()
         if self.plan is None:
             raise PlanError("HotLoraConfig needs a plan: make one with hotlora.select_experts(profile).")
-        if self.target_modules is not None:
+        if self.target_modules is not None and not isinstance(self.target_modules, _Bound):
             raise PlanError(
                 f"target_modules={self.target_modules!r} cannot be given: the plan names the experts, and "
                 "train_attention, train_router and train_shared switch the rest."
@@ -101,6 +106,7 @@ class HotLoraConfig(LoraConfig):
             raise PlanError(f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False.")
         if plan.ranks is not None:
             raise PlanError("ranks per expert are not supported yet: remove `ranks` from the plan and set r.")
+        self.target_modules = self.target_parameters = None
         # What is where in the model, by module path; set by `bind`, not saved.
         self._expert_ids: dict[str, tuple[int, ...]] = {}
         self._raw_weights: dict[str, tuple[str, ...]] = {}
@@ -153,7 +159,7 @@ class HotLoraConfig(LoraConfig):
                 )
         self._expert_ids, self._routers = expert_ids, set(routers)
         self._raw_weights = {**routers, **{path: weights for path, weights in raw.items() if weights}}
-        self.target_modules = targets  # type: ignore[assignment]  # a set, as PEFT makes of a list
+        self.target_modules = _Bound(targets)  # type: ignore[assignment]
 
 
 def _raw_weights(module: nn.Module) -> tuple[str, ...]:
@@ -169,11 +175,37 @@ class HotLoraModel(LoraModel):
     names which `bind` sets stay as they are.
     """
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if isinstance(config, HotLoraConfig):  # used before: PEFT would rewrite its exact targets (peft#3711)
+            config.target_modules = config.target_parameters = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(config, HotLoraConfig) and adapter_name == "ref" and self.peft_config.get("default") is config:
+            # TRL's reference is a copy of "default". It copies what has `.default.` in its name: all but these.
+            for module in self.model.modules():
+                if isinstance(module, HotLoraExperts) and "ref" in module.scaling:
+                    module.copy_adapter("default", "ref")
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if not isinstance(peft_config, HotLoraConfig):
             return super()._prepare_adapter_config(peft_config, model_config)
         peft_config.bind(self.model)
+        warn_if_experts_unquantized(self.model)
         return peft_config
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(new_module, HotLoraExperts):
+            # PEFT asks the child's first parameter for its device, and quantized experts have none. Our layer has put
+            # its factors where the base is.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT asks before it merges anything, so nothing is half merged."""
+        super()._check_merge_allowed()
+        if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
+            check_mergeable(self.model)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -187,7 +219,7 @@ class HotLoraModel(LoraModel):
                 return HotLoraWeights(target, adapter_name, lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
-    def add_weighted_adapter(
+    def add_weighted_adapter(  # type: ignore[override]
         self,
         adapters: list[str],
         weights: list[float],
@@ -367,6 +399,7 @@ def count_parameters(model: nn.Module) -> dict[str, int | float]:
         "experts": [layer.experts for layer in layers],
     }
     trainable, total = model.get_nb_trainable_parameters()
+    total += quantized_parameters(model)
     counts: dict[str, int | float] = {
         "trainable": trainable,
         "total": total,

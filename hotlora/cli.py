@@ -41,6 +41,9 @@ Data = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
 Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
+Quantize = Annotated[
+    int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).")
+]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]
@@ -123,15 +126,17 @@ def profile(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Watch which experts the router uses on the data: one pass without gradients."""
     from .data import load_examples
     from .models import load_model, load_tokenizer
+    from .quantize import experts_in
     from .run import profile_data
 
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=limit, seed=seed, tokenizer=tokenizer)
-    base = load_model(model, dtype=dtype, device=device)
+    base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
     result = profile_data(base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length)
     result.save(output)
     table = Table(title=f"Routing of {model} on {data}: {result.num_tokens:,} tokens")
@@ -252,6 +257,7 @@ def train(
     ] = DEFAULTS.report_to,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Profile the router, choose experts, train their adapter, evaluate. Run again to go on after a stop.
 
@@ -281,6 +287,7 @@ def train(
         evaluate=evaluate,
         dtype=dtype,
         device=device,
+        quantize=quantize,
         progress=True,
     )
     _print_run(record, output)
@@ -298,6 +305,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a model, or a model with an adapter, on a task's test split."""
@@ -312,6 +320,7 @@ def evaluate(
         batch_size=batch_size,
         dtype=dtype,
         device=device,
+        quantize=quantize,
         progress=True,
     )
     if as_json:
@@ -329,10 +338,48 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
-    from .run import merge_adapter
+    from .run import export_saved
 
-    merge_adapter(model, adapter, output, dtype=dtype, device=device)
-    out.print(f"merged model: {output}")
+    export_saved(model, adapter, output, format="merged", dtype=dtype, device=device)
+    out.print(f"merged model: {output}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft or merged.")],
+    merge_router: Annotated[
+        bool,
+        typer.Option("--merge-router", help="vllm, sglang: write a base model with the routers' updates in it, too."),
+    ] = False,
+    drop_router: Annotated[
+        bool,
+        typer.Option("--drop-router", help="vllm, sglang: leave the routers' updates out; answers then differ."),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
+    device: Device = "auto",
+) -> None:
+    """Write an adapter in the format of a server, or of plain PEFT.
+
+    vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
+    """
+    from .run import export_saved
+
+    export_saved(
+        model,
+        adapter,
+        output,
+        format=format,
+        merge_router=merge_router,
+        drop_router=drop_router,
+        dtype=dtype,
+        device=device,
+    )
+    out.print(f"{format}: {output}", soft_wrap=True)
+    if merge_router:
+        out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
 
 
 @app.command()

@@ -115,8 +115,11 @@ class _Rows:
 def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: _Rows) -> Tensor:
     """The frozen product of one projection, with its bias."""
     weight = getattr(experts, name)
-    weight_EOI = weight.transpose(1, 2) if experts.is_transposed else weight
-    y_SO = grouped_linear(x_SI.to(weight.dtype), weight_EOI, rows.groups)
+    x_SI = x_SI.to(weight.dtype)
+    if isinstance(weight, Tensor):
+        y_SO = grouped_linear(x_SI, weight.transpose(1, 2) if experts.is_transposed else weight, rows.groups)
+    else:  # a `quantize.QuantizedExperts`
+        y_SO = weight.grouped_linear(x_SI, rows.groups, transposed=experts.is_transposed)
     if experts.has_bias:
         expert_S = rows.expert_S.clamp(max=experts.num_experts - 1)
         y_SO.add_(getattr(experts, f"{name}_bias").index_select(0, expert_S))

@@ -157,6 +157,12 @@ class HotLoraExperts(MergeableLayer):
             dropout=dropout.p if self.training else 0.0,
         )
 
+    @torch.no_grad()
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Gives `target`, of the same plan and rank, the values of `source`."""
+        for ours, theirs in zip(self._parameters_of(target), self._parameters_of(source), strict=True):
+            ours.copy_(theirs)
+
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         """scaling * B @ A of the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
         before up rows whatever the base's layout."""

@@ -164,7 +164,11 @@ def unwrap(module: nn.Module) -> Any:
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """Loads a causal language model with MoE layers, in eval mode.
 
@@ -172,6 +176,8 @@ def load_model(
         name_or_path: a local folder, a name on the Hub, or "nano" for the embedded model.
         dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower.
         device: "auto" is cuda if there is one, else the CPU.
+        quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
+            in 4 bits, which others leave alone.
 
     Raises:
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
@@ -184,7 +190,12 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         moe_layers(_on_meta(config))  # before gigabytes of weights are read
         model = _auto_class(config).from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False, device_map={"": target}
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            device_map={"": target},
+            quantization_config=quantization_config,
         )
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
@@ -280,8 +291,13 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's modules and shapes, without weights."""
-    with torch.device("meta"):
-        return _auto_class(config).from_config(config).eval()
+    try:
+        with torch.device("meta"):
+            return _auto_class(config).from_config(config).eval()
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"transformers cannot build a {config.model_type} model from this config: {_first_line(error)}"
+        ) from error
 
 
 def _config(model: nn.Module) -> PreTrainedConfig:

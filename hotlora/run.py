@@ -19,11 +19,13 @@ from . import checkpoints
 from .adapter import HotLoraConfig, count_parameters, load_adapter
 from .config import FREE_OPTIONS, PROFILE_FRACTION, TrainConfig
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
-from .errors import DataError, FileError, PlanError
+from .errors import DataError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss
+from .export import check_export, export_adapter
 from .files import atomic_folder, file_in, sha256_file
 from .models import checkpoint_dtype, fingerprint, load_model, load_tokenizer
 from .plan import ExpertPlan, select_experts
+from .quantize import experts_in, quantized_parameters
 from .quiet import quiet
 from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile, profile_routing
@@ -73,6 +75,7 @@ def run_training(
     eval_batch_size: int = 64,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: int | None = None,
     progress: bool = False,
 ) -> Record:
     """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
@@ -109,7 +112,7 @@ def run_training(
         "test_data": held_out, "test_hash": data_hash(test), "rule": rule, "fraction": fraction,
         "experts_per_layer": experts_per_layer, "signal": signal, "profile_fraction": profile_fraction,
         "profile_hash": RoutingProfile.load(profile).hash if profile else None,
-        "plan_hash": given.hash if given else None, "evaluate": evaluate, "dtype": dtype,
+        "plan_hash": given.hash if given else None, "evaluate": evaluate, "dtype": dtype, "quantize": quantize,
     }  # fmt: skip
     if (done := _finished(output, options)) is not None:
         return done
@@ -121,8 +124,9 @@ def run_training(
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
     with _recorded(record, output):
-        base = load_model(model, dtype=dtype, device=device)
-        record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": base.num_parameters()}
+        base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+        num_parameters = base.num_parameters() + quantized_parameters(base)
+        record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         if given is not None:
             chosen = given
         else:
@@ -178,6 +182,7 @@ def run_evaluation(
     batch_size: int = 64,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: int | None = None,
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
     """Scores a model, or a model with a saved adapter, on a task's test split.
@@ -198,7 +203,7 @@ def run_evaluation(
     test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
     weights = Path(adapter) / "adapter_model.safetensors" if adapter else None
     options = {
-        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype,
+        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype, "quantize": quantize,
         "adapter": str(adapter) if adapter else None,
         "adapter_hash": sha256_file(weights) if weights else None,
     }  # fmt: skip
@@ -210,9 +215,10 @@ def run_evaluation(
         data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
     )  # fmt: skip
     with _recorded(record, Path(output) if output else None):
-        net: Any = load_model(model, dtype=dtype, device=device)
-        record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": net.num_parameters()}
-        record["parameters"] = {"trainable": 0, "total": net.num_parameters(), "percent": 0.0}
+        net: Any = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+        num_parameters = net.num_parameters() + quantized_parameters(net)
+        record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
+        record["parameters"] = {"trainable": 0, "total": num_parameters, "percent": 0.0}
         if adapter:
             net = load_adapter(net, adapter)
             assert weights is not None
@@ -222,29 +228,32 @@ def run_evaluation(
     return record, evaluation
 
 
-def merge_adapter(
-    model: str, adapter: str | Path, output: str | Path, *, dtype: str = "auto", device: str = "auto"
+def export_saved(
+    model: str,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    merge_router: bool = False,
+    drop_router: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
 ) -> Path:
-    """Folds a saved adapter into its base model and saves a plain checkpoint, with the tokenizer, in `output`.
+    """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer.
 
     Args:
-        output: a folder that is not there yet, or is empty.
-        dtype: "auto" is the base checkpoint's own; the sums are made in float32 at least.
+        dtype: "auto" is the base checkpoint's own; sums are made in float32 at least.
 
     Raises:
-        FileError: `output` is taken, or `adapter` is not a whole adapter. PlanError: it is another model's.
+        HotLoraError, FileError: as `export_adapter`. PlanError: the adapter is another model's.
     """
-    output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise FileError(f"{output} is there already and not empty: give a new folder for the merged model.")
+    check_export(format, output)  # before a model is loaded
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     adapted = load_adapter(load_model(model, dtype=own, device=device), adapter)
-    with atomic_folder(output) as folder, quiet():
-        merged: Any = adapted.merge_and_unload()
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return output
+    return export_adapter(
+        adapted, output, format=format, merge_router=merge_router, drop_router=drop_router, tokenizer=tokenizer
+    )
 
 
 def _need_task(data: str) -> Task:

@@ -18,7 +18,7 @@ from hotlora.evaluate import response_loss
 from hotlora.models import load_model
 from hotlora.records import read_record
 from hotlora.routing import RoutingProfile
-from hotlora.run import merge_adapter, profile_data, run_evaluation, run_training
+from hotlora.run import export_saved, profile_data, run_evaluation, run_training
 from hotlora.tasks import Example
 
 TOKENIZER = byte_tokenizer()
@@ -124,7 +124,7 @@ def test_merged_is_a_plain_checkpoint_with_the_adapters_logits(model_folder: str
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))
     run_training(model_folder, str(file), tmp_path / "run", config=CONFIG)
-    merged = merge_adapter(model_folder, tmp_path / "run" / "adapter", tmp_path / "merged")
+    merged = export_saved(model_folder, tmp_path / "run" / "adapter", tmp_path / "merged", format="merged")
     base, plain = load_model(model_folder, device="cpu"), load_model(merged, device="cpu")
     assert type(plain) is type(base) and not (merged / "adapter_config.json").exists()
     ids = torch.arange(24).view(2, 12)
@@ -133,4 +133,4 @@ def test_merged_is_a_plain_checkpoint_with_the_adapters_logits(model_folder: str
     torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain(ids).logits, unchanged, atol=1e-4)
     with pytest.raises(FileError, match="not empty: give a new folder"):
-        merge_adapter(model_folder, tmp_path / "run" / "adapter", merged)
+        export_saved(model_folder, tmp_path / "run" / "adapter", merged, format="merged")

@@ -1,0 +1,243 @@
+"""A plain PEFT adapter on experts, read as a HotLoRA adapter: the way back from `export_adapter(format="peft")`.
+
+Shape suffixes: E experts, R rank.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, HotLoraConfig
+from .errors import FileError, HotLoraError
+from .export import PREFIX, expert_parameters, interleaved, loaded_by_peft, uniform
+from .files import read_json
+from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
+from .plan import ExpertPlan
+from .quiet import quiet
+
+
+def import_adapter(
+    base_model: nn.Module, path: str | Path, adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """A plain PEFT adapter on experts (`target_parameters`), as a HotLoRA adapter on the same base model.
+
+    PEFT adapts all experts: those whose update is zero are left out of the plan (rule "imported"). Where
+    PEFT has one A for gate and up, each gets its own copy. Modules that a HotLoRA adapter holds together,
+    such as q, k, v and o, are all adapted if one of them was, the others with an update of zero.
+
+    Args:
+        base_model: a plain model; wrapped in place, as in PEFT.
+
+    Raises:
+        FileError: no such folder, a truncated file, not a plain LoRA adapter, or keys that have no place
+        in a HotLoRA adapter (named).
+    """
+    folder = Path(path).expanduser()
+    config = _read_plain_config(folder)
+    weights = _read_weights(folder / WEIGHTS_FILE)
+    if isinstance(base_model, PeftModel):
+        raise HotLoraError("the model has an adapter already: give a plain base model to import_adapter.")
+    layers = moe_layers(base_model)
+    try:  # what PEFT does on loading: adapters of transformers 4 had a pair for each expert
+        convert_peft_config_for_transformers(config, cast(Any, base_model), None)
+        weights = loaded_by_peft(base_model, weights, config)
+    except (ValueError, RuntimeError) as error:
+        raise FileError(f"{folder} cannot be brought to this model's layout: {error}") from error
+    pairs = _pairs(weights, folder)
+    experts = {layer.layer: _read_experts(base_model, layer, config, pairs, folder) for layer in layers}
+    attention = attention_modules(base_model)
+    linears = {
+        path: _scaled(pairs.pop(path), config, path)
+        for path in [*attention, *(path for layer in layers for path in layer.shared)]
+        if path in pairs
+    }
+    routers = {
+        layer.router: _scaled(pairs.pop(path), config, f"{path}.{leaf}")
+        for layer in layers
+        for path, _, leaf in [f"{layer.router}.{layer.router_weight}".rpartition(".")]
+        if path in pairs
+    }
+    if pairs:
+        raise FileError(
+            f"{folder / WEIGHTS_FILE} adapts {len(pairs)} modules that have no place in a HotLoRA adapter, such as "
+            f"{sorted(pairs)[0]}: it holds routed experts, attention's q, k, v, o, routers and shared experts."
+        )
+    plan = ExpertPlan(
+        experts={layer: ids for layer, (ids, _) in experts.items()},
+        num_experts=layers[0].num_experts,
+        rule="imported",
+        params={},
+        fingerprint=fingerprint(base_model),
+    )
+    found = [pair for _, factors in experts.values() for pair in factors.values()]
+    found += [*linears.values(), *routers.values()]
+    r = max((A.shape[-2] for A, _ in found), default=1)
+    hot_config = HotLoraConfig(
+        plan=plan,
+        r=r,
+        lora_alpha=r,  # the scaling is folded into B
+        train_attention=any(path in linears for path in attention),
+        train_router=bool(routers),
+        train_shared=any(path in linears for layer in layers for path in layer.shared),
+        inference_mode=not is_trainable,
+    )
+    with quiet():
+        model = cast(PeftModel, get_peft_model(cast(Any, base_model), hot_config, adapter_name=adapter_name))
+    # Not by PEFT's own loader, which renames keys of some families once more (see `_as_peft_loads`).
+    state = {
+        re.sub(r"\.(lora_\w+)", rf".\1.{adapter_name}", PREFIX + key): tensor
+        for key, tensor in _hot_state(layers, experts, {**linears, **routers}, r).items()
+    }
+    # What PEFT's adapter did not train keeps B = 0: an update of zero.
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    assert not unknown, unknown
+    return model if is_trainable else model.eval()
+
+
+def _read_plain_config(folder: Path) -> LoraConfig:
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder. Give the folder of a PEFT adapter.")
+    file = folder / CONFIG_FILE
+    data = read_json(file)
+    if data.get("plan"):
+        raise FileError(f"{file} holds an expert plan, so it is a hotlora adapter: use load_adapter.")
+    if data.get("peft_type") != "LORA":
+        raise FileError(f"{file} has peft_type {data.get('peft_type')!r}: only LORA adapters can be imported.")
+    for name in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
+        if data.get(name):
+            raise FileError(f"{file} has {name}, which a hotlora adapter does not hold.")
+    if data.get("bias", "none") != "none":
+        raise FileError(f"{file} has bias {data['bias']!r}, which a hotlora adapter does not hold.")
+    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules")
+    return LoraConfig(**{name: data[name] for name in names if data.get(name) is not None})
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileError(f"{file} does not exist. Give a folder with a PEFT adapter in safetensors.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{file} is truncated or is not a safetensors file: {error}. Save it again.") from error
+
+
+def _pairs(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path -> A and B, as they are saved."""
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in weights.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match is None or tensor.ndim != 2:
+            raise FileError(f"{folder / WEIGHTS_FILE} holds {key}, which is not a LoRA matrix that can be imported.")
+        found[match[1]][match[2]] = tensor
+    if halves := [path for path, pair in found.items() if len(pair) != 2]:
+        raise FileError(f"{folder / WEIGHTS_FILE} has only one of lora_A and lora_B for {halves[0]}. Save it again.")
+    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+
+
+def _read_experts(
+    model: nn.Module, layer: MoELayer, config: LoraConfig, pairs: dict[str, tuple[Tensor, Tensor]], folder: Path
+) -> tuple[tuple[int, ...], dict[str, tuple[Tensor, Tensor]]]:
+    """A layer's experts with an update, ascending, and their factors by projection; takes them out of `pairs`."""
+    module = unwrap(model.get_submodule(layer.experts))
+    targets = config.target_parameters or []
+    present = expert_parameters(module) if layer.experts in pairs else []
+    names = [name for name in present if _is_target(f"{layer.experts}.{name}", targets)]
+    if joined := not names:  # there was a pair for each expert: no parameter is named, and all are there
+        names = present
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for depth, name in enumerate(names):
+        path = layer.experts + ".base_layer" * (len(names) - 1 - depth)
+        if path not in pairs:
+            raise FileError(f"{folder / WEIGHTS_FILE} has no lora_A at {path}, which is a target. Save it again.")
+        factors |= _read_parameter(module, layer, name, pairs.pop(path), config, folder, joined)
+    changed = [(B @ A).flatten(1).any(1) for A, B in factors.values()]
+    if not changed:
+        return (), {}
+    ids = torch.stack(changed).any(0).nonzero().flatten().tolist()
+    return tuple(ids), {name: (A[ids], B[ids]) for name, (A, B) in factors.items()}
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _read_parameter(
+    module: Any,
+    layer: MoELayer,
+    name: str,
+    pair: tuple[Tensor, Tensor],
+    config: LoraConfig,
+    folder: Path,
+    joined: bool,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Projection -> A `[E, R, in]` and B `[E, out, R]` of one parameter, the scaling in B.
+
+    joined: PEFT has put gate and up together, at twice the rank that their scaling goes by.
+    """
+    (A, B), E = pair, layer.num_experts
+    shape = getattr(module, name).shape
+    outs, ins = (shape[2], shape[1]) if getattr(module, "is_transposed", False) else (shape[1], shape[2])
+    if A.shape[0] % E or A.shape[1] != ins or tuple(B.shape) != (outs, A.shape[0]):
+        raise FileError(
+            f"{folder / WEIGHTS_FILE}: {layer.experts}.{name} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, "
+            f"which do not fit {E} experts of {ins} inputs and {outs} outputs. It was made for another model."
+        )
+    r = A.shape[0] // E
+    A_E, B_E = A.reshape(E, r, ins), B.reshape(outs, r, E).permute(2, 0, 1)
+    target = f"{layer.experts}.{name}"
+    if name != "gate_up_proj":
+        return {name.removesuffix("_proj"): _scaled((A_E, B_E), config, target)}
+    if not joined:
+        A_E, B_E = _scaled((A_E, B_E), config, target)
+    B_gate, B_up = (B_E[:, 0::2], B_E[:, 1::2]) if interleaved(module) else B_E.chunk(2, 1)
+    gate, up, half = (A_E, B_gate), (A_E, B_up), r // 2
+    if r % 2 == 0 and not B_gate[..., half:].any() and not B_up[..., :half].any():
+        # Two adapters that were fused, block-diagonal: as export_adapter writes them, and PEFT itself.
+        gate, up = (A_E[:, :half], B_gate[..., :half]), (A_E[:, half:], B_up[..., half:])
+    if joined:
+        gate, up = _scaled(gate, config, target), _scaled(up, config, target)
+    return {"gate": gate, "up": up}
+
+
+def _scaled(pair: tuple[Tensor, Tensor], config: LoraConfig, name: str) -> tuple[Tensor, Tensor]:
+    """The pair with the scaling that PEFT gives it in B."""
+    A, B = pair
+    patterns = config.alpha_pattern or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    r = A.shape[-2]
+    return A, (B.double() * alpha / (r**0.5 if config.use_rslora else r)).to(B.dtype)
+
+
+def _hot_state(
+    layers: list[MoELayer],
+    experts: dict[int, tuple[tuple[int, ...], dict[str, tuple[Tensor, Tensor]]]],
+    linears: dict[str, tuple[Tensor, Tensor]],
+    r: int,
+) -> dict[str, Tensor]:
+    """The tensors of a HotLoRA adapter of rank r, by the keys that it saves."""
+    state: dict[str, Tensor] = {}
+    for layer in layers:
+        ids, factors = experts[layer.layer]
+        if not ids:
+            continue
+        padded = {name: uniform(A, B, r, 1) for name, (A, B) in factors.items()}
+        gate_up = [padded[name] for name in ("gate", "up") if name in padded]
+        if gate_up:
+            state[f"{layer.experts}.lora_A_gate_up"] = torch.cat([A for A, _ in gate_up], 1)
+            state[f"{layer.experts}.lora_B_gate_up"] = torch.cat([B for _, B in gate_up], 1)
+        if "down" in padded:
+            state[f"{layer.experts}.lora_A_down"], state[f"{layer.experts}.lora_B_down"] = padded["down"]
+    for path, (A, B) in linears.items():
+        A, B = uniform(A, B, r, 1)
+        state |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+    return state

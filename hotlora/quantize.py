@@ -1,0 +1,398 @@
+"""A frozen base whose routed experts are stored in 8 or 4 bits. The adapter keeps its own dtype.
+
+transformers 5 keeps all experts of a layer in 3-D parameters, and 4-bit loading by bitsandbytes or torchao replaces
+`nn.Linear` only: nearly all of the model stays in 16 bits without a word (bitsandbytes#1849, unsloth#5344). Here each
+3-D parameter becomes a `QuantizedExperts` of the same name. What is multiplied is dequantized for that one product,
+and again in backward: no dense copy outlives a product.
+
+The arithmetic is bitsandbytes': NF4 (QLoRA s3) for 4 bits, 255 evenly spaced levels for 8 bits, in blocks of 64
+weights with a float32 scale each. Shape suffixes: E experts, G groups of rows, S rows, I inputs, O outputs.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import HotLoraError, ModelError
+from .experts import Groups, grouped_linear
+from .models import moe_layers, unwrap
+
+_BLOCK = 64
+# Kernels count in int32; so far from the limit, what is made for them stays small too.
+_MOST_AT_ONCE = 2**30
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_METHOD = "hotlora_experts"
+_ALL = slice(None)
+
+
+class QuantizedExperts(nn.Module):
+    """One frozen 3-D parameter, quantized expert by expert. It has buffers only: nothing of it trains.
+
+    `shape`, `dtype` and `device` are those of what it stands for. `.to(dtype)` changes what `dequantize` returns and
+    leaves the stored values alone.
+    """
+
+    packed: Tensor
+    """uint8 `[E, bytes of an expert]`."""
+    scale_bits: Tensor
+    """int32 `[E, blocks of an expert]`: float32 scales by their bits, so that `.to(bfloat16)` does not round them."""
+    _like: Tensor
+    """Empty; carries dtype and device through `.to()`."""
+
+    def __init__(self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, dtype: torch.dtype, bits: int) -> None:
+        super().__init__()
+        self.shape, self.bits = shape, bits
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_bits", scale_bits)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=packed.device), persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(cls, weight: Tensor, bits: int) -> "QuantizedExperts":
+        """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result."""
+        experts = [_quantize(expert.reshape(-1), bits) for expert in weight.detach()]
+        packed, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
+        return cls(packed, scales.view(torch.int32), weight.shape, weight.dtype, bits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale_bits.nbytes
+
+    def numel(self) -> int:
+        """How many weights it stands for."""
+        return self.shape.numel()
+
+    @torch.no_grad()
+    def dequantize(self, experts: Tensor | slice = _ALL) -> Tensor:
+        """Dense weights of the experts given, by ids `[n]` or as a slice: `[n, *shape[1:]]` in `dtype`."""
+        packed, scales = self.packed[experts], self.scale_bits.view(torch.float32)[experts]
+        # bitsandbytes has no float64.
+        dtype = self.dtype if self.dtype in _FLOATS else torch.float32
+        per_expert = scales.shape[1] * _BLOCK
+        step = max(1, _MOST_AT_ONCE // per_expert)
+        parts = [
+            _dequantize(p, s, self.bits, dtype) for p, s in zip(packed.split(step), scales.split(step), strict=True)
+        ]
+        dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return dense[:, : self.shape[1:].numel()].reshape(-1, *self.shape[1:]).to(self.dtype)
+
+    def grouped_linear(self, x_SI: Tensor, groups: Groups, *, transposed: bool = False) -> Tensor:
+        """As `experts.grouped_linear`, `[S, O]`, with a gradient for x alone; a group is an expert.
+
+        Neither forward nor backward leaves a dense weight behind. On the CPU one expert is dense at a time, and one
+        without rows never is. Elsewhere all are, while the product is made: a GPU cannot be asked which have rows
+        without waiting for it.
+
+        Args:
+            x_SI: in `dtype`, sorted by group.
+            transposed: `shape` is `[G, I, O]` rather than `[G, O, I]`.
+        """
+        return cast(Tensor, _QuantizedLinear.apply(x_SI, self, groups, transposed))
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}"
+
+
+def quantize_experts(model: nn.Module, bits: Literal[4, 8] = 4) -> nn.Module:
+    """Stores the routed experts of `model` in `bits` bits, in place, and returns `model`.
+
+    Only routed experts: attention, shared experts and embeddings keep their dtype, or what bitsandbytes has made of
+    them. The model runs on hotlora's forward from here on (`set_experts_implementation("hotlora")`), trains by
+    adapters only, and cannot be saved as a whole. Quantizing needs the memory of one projection of one layer more
+    than the model has; `ExpertsQuantization` quantizes while it loads.
+
+    Raises:
+        ModelError: no MoE layer, quantized already, with a merged adapter, on the meta device, or not in a 16- or
+        32-bit float.
+        HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
+    """
+    _check_bits(bits)
+    _bitsandbytes()
+    modules = _experts_modules(model)
+    if (there := quantized_bits(model)) is not None:
+        raise ModelError(f"the experts are quantized to {there} bits already. Load the model again to change that.")
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        raise ModelError("an adapter is merged into the model, and could not be taken out again: call unmerge_adapter.")
+    for path, experts in modules.items():
+        for name, weight in _dense_weights(experts):
+            if weight.device.type == "meta":
+                raise ModelError(f"{path}.{name} is on the meta device, without weights. Load the model's weights.")
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+                raise ModelError(
+                    f"{path}.{name} is {type(weight).__name__} of {weight.dtype}, and can be quantized from float32, "
+                    "bfloat16 or float16. Load the model in one of them, without other quantization of its experts."
+                )
+    for experts in modules.values():
+        for name in [name for name, _ in _dense_weights(experts)]:
+            _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits))
+    _finish(_transformers_model(model))
+    return model
+
+
+def quantized_bits(model: nn.Module) -> int | None:
+    """The bits in which `quantize_experts` has stored the experts of `model`; None where they are dense."""
+    holders = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    return holders[0].bits if holders else None
+
+
+def expert_bytes(model: nn.Module) -> int:
+    """Bytes that the weights of all routed experts take now, quantized or not.
+
+    Raises:
+        ModelError: no MoE layer.
+    """
+    weights = (w for experts in _experts_modules(model).values() for _, w in _weights(experts))
+    return sum(weight.nbytes for weight in weights)
+
+
+def quantized_parameters(model: nn.Module) -> int:
+    """How many weights are held in quantized experts, where `parameters()` does not see them."""
+    return sum(module.numel() for module in model.modules() if isinstance(module, QuantizedExperts))
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """HotLoraError if the experts of `model` are quantized: requantizing would round a merged update away."""
+    if (bits := quantized_bits(model)) is not None:
+        raise HotLoraError(
+            f"an adapter cannot be merged into experts of {bits} bits: quantizing them again would round the "
+            "update away. Load the base model without quantization, put the adapter on it with "
+            "hotlora.load_adapter, and merge there."
+        )
+
+
+def warn_if_experts_unquantized(model: nn.Module) -> None:
+    """UserWarning where bitsandbytes or torchao has quantized `model` and left its experts in 16 or 32 bits.
+
+    Raises:
+        ModelError: no MoE layer.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    method = str(getattr(method, "value", method))
+    if method not in ("bitsandbytes", "torchao"):
+        return
+    # A subclass of Tensor with a float's dtype is torchao's, quantized.
+    dense = [
+        weight
+        for experts in _experts_modules(model).values()
+        for _, weight in _dense_weights(experts)
+        if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    ]
+    if dense:
+        left = sum(weight.nbytes for weight in dense)
+        total = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+        warnings.warn(
+            f"{method} has quantized nn.Linear only: the experts are still in {str(dense[0].dtype)[6:]}, {_size(left)} "
+            f"of the model's {_size(total)}. hotlora.quantize_experts(model) quantizes them too.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """Keeps the holder and the groups for backward, no weight: the gradient of x alone is wanted."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_SI: Tensor, holder: QuantizedExperts, groups: Groups, transposed: bool
+    ) -> Tensor:
+        ctx.holder, ctx.groups, ctx.transposed = holder, groups, transposed
+        return _grouped_product(x_SI, holder, groups, transposed)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor, None, None, None]:
+        # grad_x = weight^T @ grad_y, row for row.
+        return _grouped_product(grad_SO, ctx.holder, ctx.groups, not ctx.transposed), None, None, None
+
+
+def _grouped_product(x_SI: Tensor, holder: QuantizedExperts, groups: Groups, transposed: bool) -> Tensor:
+    if x_SI.device.type != "cpu":
+        weight = holder.dequantize()
+        return grouped_linear(x_SI.contiguous(), weight.transpose(1, 2) if transposed else weight, groups)
+    y_SO = x_SI.new_zeros(x_SI.shape[0], holder.shape[2 if transposed else 1])
+    start = 0
+    for group, end in enumerate(groups.ends_G.tolist()):
+        if end > start:
+            weight = holder.dequantize(slice(group, group + 1))[0]
+            # `out` because autocast would touch a plain product, and it does not know grouped_mm either.
+            torch.mm(x_SI[start:end], weight if transposed else weight.T, out=y_SO[start:end])
+            del weight  # before the next one is made
+        start = end
+    return y_SO
+
+
+@register_quantization_config(_METHOD)
+class ExpertsQuantization(QuantizationConfigMixin):
+    """`from_pretrained(..., quantization_config=ExpertsQuantization(4))` quantizes experts while it loads: at no time
+    more than one projection of one layer is dense, and its parts while transformers stacks them.
+
+    Raises:
+        HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
+    """
+
+    def __init__(self, bits: int = 4, **_: Any) -> None:
+        _check_bits(bits)
+        _bitsandbytes()
+        self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
+        self.bits = bits
+
+
+def experts_in(bits: int | None) -> ExpertsQuantization | None:
+    """What `load_model` takes for experts in `bits` bits; None leaves them as the checkpoint has them."""
+    return None if bits is None else ExpertsQuantization(bits)
+
+
+@register_quantizer(_METHOD)
+class _ExpertsQuantizer(HfQuantizer):
+    """transformers' hooks into loading. The model that comes out is as `quantize_experts` leaves it."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        modules = _experts_modules(model)
+        self.names = {f"{path}.{name}" for path, experts in modules.items() for name, _ in _dense_weights(experts)}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.names
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeOnLoad(self.names, cast(ExpertsQuantization, self.quantization_config).bits)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.remove_quantization_config(model)
+        _finish(model)
+
+    @property
+    def quantized_element_size(self) -> float:
+        return cast(ExpertsQuantization, self.quantization_config).bits / 8 + 4 / _BLOCK
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _QuantizeOnLoad(ConversionOps):
+    def __init__(self, names: set[str], bits: int) -> None:
+        self.names, self.bits = names, bits
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Puts the holders where they belong, and leaves to transformers what is not to be quantized."""
+        for name in self.names & input_dict.keys():
+            value = input_dict.pop(name)
+            holder = QuantizedExperts.from_weight(value[0] if isinstance(value, list) else value, self.bits)
+            path, _, attribute = name.rpartition(".")
+            _replace(kwargs["model"].get_submodule(path), attribute, holder)
+            kwargs["missing_keys"].discard(name)
+        return input_dict
+
+
+def _experts_modules(model: nn.Module) -> dict[str, Any]:
+    return {layer.experts: unwrap(model.get_submodule(layer.experts)) for layer in moe_layers(model)}
+
+
+def _dense_weights(experts: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The 3-D parameters; biases are 2-D."""
+    return ((name, weight) for name, weight in experts.named_parameters(recurse=False) if weight.ndim == 3)
+
+
+def _weights(experts: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from _dense_weights(experts)
+    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, QuantizedExperts))
+
+
+def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
+    delattr(experts, name)
+    setattr(experts, name, holder)
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    """Inside of a PeftModel too."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _finish(model: PreTrainedModel) -> None:
+    model.set_experts_implementation("hotlora")
+    # On the instance: PeftModel's own save_pretrained, which saves the adapter, stays as it is.
+    model.__dict__["save_pretrained"] = _refuse_to_save
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise HotLoraError(
+        "a model with experts quantized by hotlora cannot be saved: no other program could read it. Save the adapter "
+        "(PeftModel.save_pretrained); the base stays the checkpoint that it was loaded from."
+    )
+
+
+def _check_bits(bits: Any) -> None:
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise HotLoraError(f"bits={bits!r} must be 4 or 8.")
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError as error:
+        raise HotLoraError(
+            f"quantized experts need bitsandbytes, which cannot be imported ({error}). "
+            "Install it: pip install hotlora[quantize]"
+        ) from error
+    return bnb
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """Of 8 bits, float32 `[256]`. On weights their error is 0.6 of that of bitsandbytes' own dynamic levels."""
+    with torch.inference_mode(False):
+        levels: Tensor = _bitsandbytes().create_linear_map(signed=True, total_bits=8)
+        return levels.to(device)
+
+
+def _quantize(flat: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """uint8 `[bytes]` and float32 `[blocks]` of one expert, filled up with zeros to whole blocks."""
+    flat = nn.functional.pad(flat, (0, -flat.numel() % _BLOCK))
+    if bits == 4:
+        packed, state = _bitsandbytes().quantize_4bit(flat, blocksize=_BLOCK, quant_type="nf4")
+    else:
+        packed, state = _bitsandbytes().quantize_blockwise(flat, code=_levels(flat.device), blocksize=_BLOCK)
+    return packed.view(-1), state.absmax
+
+
+def _dequantize(packed: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """`[n, weights of an expert]`, the filling included.
+
+    An expert is a row of whole blocks: bitsandbytes' kernel for the CPU goes row by row, and where a block of the
+    shape that it is given runs over the end of a row, its numbers are wrong (seen in 0.50.2).
+    """
+    bnb = _bitsandbytes()
+    absmax = scales.reshape(-1)
+    if bits == 8:
+        state = bnb.QuantState(absmax, code=_levels(packed.device), blocksize=_BLOCK, dtype=dtype)
+        return cast(Tensor, bnb.dequantize_blockwise(packed, state))
+    shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+    state = bnb.QuantState(absmax, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype)
+    return cast(Tensor, bnb.dequantize_4bit(packed.reshape(-1, 1), state))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

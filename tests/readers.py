@@ -1,0 +1,182 @@
+"""What servers make of an exported folder: written from their rules, on the CPU, and not from hotlora's exporter.
+
+Each reader takes a plain base model and gives a copy of it with the adapter's updates in its weights. Where the
+weights lie in the model's own layout is written down here by family.
+"""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+# Experts' weights [E, in, out] in place of [E, out, in].
+TRANSPOSED = ("gpt_oss", "aria_text", "aria")
+# Gate and up in turn along the widened axis, in place of gate first.
+INTERLEAVED = ("gpt_oss",)
+# Where vLLM has the experts, as a suffix, and how it calls gate, down and up, where the model's own names differ.
+# (vllm/model_executor/models/*.py: `get_expert_mapping`, and the module tree)
+VLLM_NAMES = {
+    "mixtral": (".block_sparse_moe.experts", ".mlp.experts", ("w1", "w2", "w3")),
+    "minimax": (".block_sparse_moe.experts", ".mlp.experts", ("w1", "w2", "w3")),
+    "phimoe": (".block_sparse_moe.experts", ".mlp.experts", ("w1", "w2", "w3")),
+    "granitemoe": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
+    "granitemoe_swa": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
+    "granitemoeshared": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
+    "granitemoehybrid": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
+    # no gate: its first matrix is called up_proj
+    "nemotron_h": (".mixer.experts", ".mixer.experts", ("up_proj", "down_proj", "")),
+    "lfm2_moe": (".feed_forward.experts", ".feed_forward.experts", ("w1", "w2", "w3")),
+}
+USUAL_NAMES = (".experts", ".experts", ("gate_proj", "down_proj", "up_proj"))
+
+
+def read_vllm(folder, base):
+    """vLLM 2-D format: `from_lora_tensors`, then `pack_moe` over all experts of a layer."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    assert not config.get("modules_to_save") and not config["use_dora"] and config["bias"] == "none"
+    scaling = config["lora_alpha"] / (config["r"] ** (0.5 if config["use_rslora"] else 1))
+    modules = _modules(load_file(Path(folder) / "adapter_model.safetensors"))
+    model, family = copy.deepcopy(base), base.config.model_type
+    theirs, ours, (w1, w2, w3) = VLLM_NAMES.get(family, USUAL_NAMES)
+    layers = sorted({name[: match.start()] for name in modules if (match := re.search(r"\.\d+\.\w+$", name))})
+    for layer in layers:
+        experts = model.get_submodule(_from_vllm(layer, family).removesuffix(theirs) + ours)
+        for expert in range(len(experts.down_proj)):
+            packed = [modules.pop(f"{layer}.{expert}.{w}") for w in (w1, w2, w3) if w]  # pack_moe's assertions
+            deltas = [(B.double() @ A.double()) * scaling for A, B in packed]
+            _add_to_expert(experts, expert, family, *deltas)
+    for name, (A, B) in modules.items():
+        _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
+    return model
+
+
+def read_sglang(folder, base):
+    """SGLang: the slot is zeroed, then the experts that are there are copied; found by layer, expert and name."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    modules = _modules(load_file(Path(folder) / "adapter_model.safetensors"))
+    model, family = copy.deepcopy(base), base.config.model_type
+    for layer, experts in _experts_by_layer(model).items():
+        F, D = _expert_shape(experts, family)
+        for expert in range(len(experts.down_proj)):
+            slot = {"gate_proj": torch.zeros(F, D), "up_proj": torch.zeros(F, D), "down_proj": torch.zeros(D, F)}
+            for name in [n for n in modules if re.search(rf"layers\.{layer}\..*experts\.{expert}\.\w+$", n)]:
+                A, B = modules.pop(name)
+                slot[name.rpartition(".")[2]] = B.double() @ A.double() * scaling
+            if hasattr(experts, "gate_up_proj"):
+                _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"], slot["up_proj"])
+            else:
+                _add_to_expert(experts, expert, family, slot["up_proj"], slot["down_proj"])
+    for name, (A, B) in modules.items():
+        _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
+    return model
+
+
+PLAIN_PEFT = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import json, torch, zoo
+from functools import cache
+from peft import PeftModel
+from safetensors.torch import save_file
+from zoo import zoo_model
+from readers import logits
+zoo.families = cache(zoo.families)
+found = {}
+for name, family, folder in json.loads(open(sys.argv[2]).read()):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("error", message=".*unexpected keys.*")
+            model = PeftModel.from_pretrained(zoo_model(family), folder)
+        found[name] = logits(model)
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}"[:600], file=sys.stderr)
+assert not any(module.split(".")[0] == "hotlora" for module in sys.modules)
+save_file(found, sys.argv[3])
+"""
+
+
+def plain_peft_logits(folders, tmp_path):
+    """name -> logits of `(family, folder)`, loaded by plain PEFT in a process of its own that never saw hotlora;
+    and what it said of those that it could not load."""
+    cases, output = tmp_path / "cases.json", tmp_path / "logits.safetensors"
+    cases.write_text(json.dumps([(name, family, str(folder)) for name, (family, folder) in folders.items()]))
+    command = [sys.executable, "-c", PLAIN_PEFT, str(Path(__file__).parent), str(cases), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(output), done.stderr
+
+
+def logits(model):
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float().contiguous()
+
+
+def save_plain_peft(model, folder):
+    """Saves a plain PEFT adapter as PEFT does."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def _modules(tensors):
+    """Module name, without PEFT's prefix -> (A, B)."""
+    found = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        assert match and tensor.ndim == 2, name
+        found.setdefault(match[1], {})[match[2]] = tensor
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _from_vllm(name, family):
+    """The module in transformers' tree: vLLM's names are the checkpoints'."""
+    if family == "nemotron_h":
+        name = re.sub(r"^backbone\.", "model.", name)
+    if family in ("aria",):
+        name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    return name
+
+
+def _experts_by_layer(model):
+    paths = {path: m for path, m in model.named_modules() if path.endswith(".experts") and hasattr(m, "down_proj")}
+    return {int(re.search(r"layers\.(\d+)\.", path)[1]): module for path, module in paths.items()}
+
+
+def _expert_shape(experts, family):
+    _, a, b = experts.down_proj.shape
+    return (a, b) if family in TRANSPOSED else (b, a)
+
+
+def _add_to_expert(experts, expert, family, first, down, up=None):
+    """first: the gate's update [F, D], or up's where there is no gate. down [D, F], up [F, D]."""
+    F = len(first)
+    for row in range(F):
+        for weight, delta, at in [
+            (getattr(experts, "gate_up_proj", None), first, 2 * row if family in INTERLEAVED else row),
+            (getattr(experts, "gate_up_proj", None), up, 2 * row + 1 if family in INTERLEAVED else F + row),
+            (getattr(experts, "up_proj", None), first, row),
+        ]:
+            if weight is not None and delta is not None:
+                target = weight.data[expert][:, at] if family in TRANSPOSED else weight.data[expert][at]
+                target += delta[row]
+    experts.down_proj.data[expert] += down.T if family in TRANSPOSED else down
+
+
+def _add_to_linear(model, name, delta):
+    module = model.get_submodule(name)
+    assert isinstance(module, torch.nn.Linear), name
+    module.weight.data += delta.to(module.weight.dtype)
+
+
+def write_adapter(folder, config, tensors):
+    """A PEFT adapter's folder, from its two files' content."""
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, Path(folder) / "adapter_model.safetensors")
