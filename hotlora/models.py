@@ -291,9 +291,10 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's modules and shapes, without weights."""
+    auto = _auto_class(config)
     try:
         with torch.device("meta"):
-            return _auto_class(config).from_config(config).eval()
+            return auto.from_config(config).eval()
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise ModelError(
             f"transformers cannot build a {config.model_type} model from this config: {_first_line(error)}"

@@ -9,9 +9,9 @@ import transformers
 from peft import get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from tiny import tiny_batch
-from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_model
+from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_config, zoo_model
 
-from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter
+from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter, parameters_from_config
 from hotlora.layers import HotLoraExperts, HotLoraWeights
 from hotlora.models import attention_modules, fingerprint, moe_layers
 from hotlora.plan import select_experts
@@ -163,6 +163,14 @@ def test_what_is_adapted(family):
     assert sum(parts) == counts["trainable"] and counts["router"] > 0 and counts["experts"] > 0
     assert bool(counts["shared"]) == any(layer.shared for layer in layers)
     assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
+
+
+@every_family
+def test_parameters_are_counted_from_the_config_alone(family, tmp_path):
+    zoo_config(family).save_pretrained(tmp_path)
+    counted, built = parameters_from_config(tmp_path, experts_per_layer=3, r=4), count_parameters(adapted(family))
+    for part in ("trainable", "attention", "router", "shared", "experts"):
+        assert counted[part] == built[part], part
 
 
 @every_family
