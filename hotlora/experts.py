@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Groups:
     """bool `[S, 1]`: rows past the last group, which grouped_mm leaves uninitialised; None: none are."""
 
 
-def routed_experts(
+def plain_routed_experts(
     experts: Any,
     hidden_TD: Tensor,
     top_k_index_TK: Tensor,
@@ -85,8 +84,7 @@ def routed_experts(
     count_is_free = expert_S.device.type == "cpu"
     hots = [_hot_rows(expert_S, ends_E, f, count_is_free) for f in factors if len(f.expert_ids_N) > 0]
 
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    up_SPF = _base_linear(experts, up_name, hidden_TD.index_select(0, token_S), rows)
+    up_SPF = _base_linear(experts, up_projection(experts), hidden_TD.index_select(0, token_S), rows)
     for hot in hots:
         x_HD = hidden_TD.index_select(0, token_S.index_select(0, hot.rows_H))
         # In place is safe: autograd keeps no grouped product's output.
@@ -124,6 +122,11 @@ def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: _Rows) -> Tensor:
         expert_S = rows.expert_S.clamp(max=experts.num_experts - 1)
         y_SO.add_(getattr(experts, f"{name}_bias").index_select(0, expert_S))
     return y_SO
+
+
+def up_projection(experts: Any) -> str:
+    """The name of the weights that lead into an expert."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
@@ -180,7 +183,7 @@ def _hot_rows(expert_S: Tensor, ends_E: Tensor, factors: HotFactors, count_is_fr
 
 def _up_update(x_HD: Tensor, hot: _HotRows, experts: Any) -> Tensor:
     """`[H, P*F]`, gate and up in the order in which the experts have them."""
-    factors, dtype = hot.factors, _compute_dtype(hot.factors)
+    factors, dtype = hot.factors, compute_dtype(hot.factors)
     parts = 2 if experts.has_gate else 1
     x_HD = F.dropout(x_HD.to(dtype), factors.dropout)  # one mask for gate and up
     z_HPR = grouped_linear(x_HD, factors.A_gate_up.to(dtype), hot.groups) * factors.scaling
@@ -195,17 +198,13 @@ def _up_update(x_HD: Tensor, hot: _HotRows, experts: Any) -> Tensor:
 
 
 def _down_update(act_HF: Tensor, hot: _HotRows) -> Tensor:
-    factors, dtype = hot.factors, _compute_dtype(hot.factors)
+    factors, dtype = hot.factors, compute_dtype(hot.factors)
     act_HF = F.dropout(act_HF.to(dtype), factors.dropout)
     z_HR = grouped_linear(act_HF, factors.A_down.to(dtype), hot.groups) * factors.scaling
     return grouped_linear(z_HR, factors.B_down.to(dtype), hot.groups)
 
 
-def _compute_dtype(factors: HotFactors) -> torch.dtype:
+def compute_dtype(factors: HotFactors) -> torch.dtype:
     """The factors' own, as in PEFT's Linear. Autocast does not know grouped_mm, so it is followed by hand."""
     device_type = factors.A_down.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else factors.A_down.dtype
-
-
-# A frozen base on the same code path: `model.set_experts_implementation("hotlora")`.
-ALL_EXPERTS_FUNCTIONS.register("hotlora", routed_experts)

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
-from .experts import HotFactors, routed_experts
+from .experts import HotFactors
+from .fused import routed_experts
 
 
 class MergeableLayer(nn.Module, LoraLayer):

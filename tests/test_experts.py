@@ -12,15 +12,13 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from hotlora.experts import Groups, HotFactors, _hot_rows, _up_update, grouped_linear
-from hotlora.experts import routed_experts as routed_experts_of_adapters
+from hotlora.experts import Groups, HotFactors, _hot_rows, _up_update, grouped_linear, plain_routed_experts
+from hotlora.fused import routed_experts as fused_routed_experts
 
 E, K, T, D, WIDTH = 8, 2, 40, 32, 16
+IMPLEMENTATIONS = {"plain": plain_routed_experts, "fused": fused_routed_experts}
+both = pytest.mark.parametrize("routed_experts", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 FACTORS = ("A_gate_up", "B_gate_up", "A_down", "B_down")
-
-
-def routed_experts(experts, hidden, index, weights, factors=None):
-    return routed_experts_of_adapters(experts, hidden, index, weights, [] if factors is None else [factors])
 
 
 def make_experts(dtype: torch.dtype = torch.float64):
@@ -126,7 +124,7 @@ def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: HotFa
 
 def output_and_gradients(function, experts, hidden, index, weights, factors) -> dict[str, Tensor]:
     leaves = {"hidden": hidden, "weights": weights} | {name: getattr(factors, name) for name in FACTORS}
-    output = function(experts, hidden, index, weights, factors)
+    output = function(experts, hidden, index, weights, factors if function is loop else [factors])
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel()}
     gradients = torch.autograd.grad(output, list(used.values()), probe.to(output.dtype), allow_unused=True)
@@ -150,7 +148,8 @@ def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance
 
 @pytest.mark.parametrize("r", [1, 3, 4, 8])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_output_and_every_gradient_equal_the_loop(dtype, tolerance, r):
+@both
+def test_output_and_every_gradient_equal_the_loop(routed_experts, dtype, tolerance, r):
     experts, inputs, factors = make_experts(dtype), make_inputs(dtype), make_factors([1, 3, 6], r, dtype)
     ours = output_and_gradients(routed_experts, experts, *inputs, factors)
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
@@ -158,29 +157,32 @@ def test_output_and_every_gradient_equal_the_loop(dtype, tolerance, r):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(k for k, v in layout.items() if v) or "bare")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_every_layout_equals_the_loop_and_without_update_transformers(layout, dtype, tolerance):
+@both
+def test_every_layout_equals_the_loop_and_without_update_transformers(routed_experts, layout, dtype, tolerance):
     experts, inputs = make_experts_of(layout, dtype), make_inputs(dtype)
     factors = make_factors([1, 3, 6], 4, dtype, parts=2 if experts.has_gate else 1)
     ours = output_and_gradients(routed_experts, experts, *inputs, factors)
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
     if dtype != torch.float64:  # which transformers' grouped_mm refuses
         zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
-        assert torch.equal(routed_experts(experts, *inputs, zero), grouped_mm_experts_forward(experts, *inputs))
+        assert torch.equal(routed_experts(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs))
 
 
-def test_the_updates_of_two_adapters_add_up():
+@both
+def test_the_updates_of_two_adapters_add_up(routed_experts):
     """Into linear experts, where a sum of adapters is the sum of what each of them adds."""
     experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
     experts.act_fn = nn.Identity()
     one, other = make_factors([1, 3], 4, parts=1), make_factors([3, 6], 2, seed=5, parts=1)
     one, other = (replace(f, B_down=f.B_down * 0) for f in (one, other))
-    base, first, second = (routed_experts(experts, *inputs, f) for f in (None, one, other))
-    both = routed_experts_of_adapters(experts, *inputs, [one, other])
+    base, first, second = (routed_experts(experts, *inputs, f) for f in ([], [one], [other]))
+    both = routed_experts(experts, *inputs, [one, other])
     assert relative(both - base, (first - base) + (second - base)) < 1e-10
     assert relative(both, first) > 0.01 and relative(both, second) > 0.01
 
 
-def test_bf16_is_within_the_loops_own_error():
+@both
+def test_bf16_is_within_the_loops_own_error(routed_experts):
     exact_factors = make_factors([1, 3, 6], 8, torch.bfloat16)
     low = (make_experts(torch.bfloat16), *make_inputs(torch.bfloat16), exact_factors)
     double = tuple(
@@ -198,7 +200,8 @@ def test_bf16_is_within_the_loops_own_error():
 
 @given(ids=st.sets(st.integers(0, E - 1)), seed=st.integers(0, 99), r=st.sampled_from([2, 4]))
 @settings(max_examples=12, deadline=None)
-def test_any_set_of_hot_experts(ids, seed, r):
+@both
+def test_any_set_of_hot_experts(routed_experts, ids, seed, r):
     experts, inputs = make_experts(), make_inputs(seed=seed)
     factors = make_factors(sorted(ids), r, seed=seed)
     ours = output_and_gradients(routed_experts, experts, *inputs, factors)
@@ -207,7 +210,8 @@ def test_any_set_of_hot_experts(ids, seed, r):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ids", [[0], [5], [0, 5, 7], list(range(E))])
-def test_experts_without_tokens(ids, dtype):
+@both
+def test_experts_without_tokens(routed_experts, ids, dtype):
     """Every token goes to experts 0 and 1: others get none, and a plan without these has no hot row."""
     index = torch.tensor([[0, 1]]).expand(T, K).contiguous()
     experts, inputs, factors = (
@@ -221,7 +225,8 @@ def test_experts_without_tokens(ids, dtype):
         assert bool(ours["A_down"][slot].any()) == (expert in (0, 1))
 
 
-def test_all_tokens_to_one_expert():
+@both
+def test_all_tokens_to_one_expert(routed_experts):
     index = torch.full((T, 1), 3)
     experts, inputs, factors = make_experts(), make_inputs(index=index), make_factors([3])
     ours = output_and_gradients(routed_experts, experts, *inputs, factors)
@@ -229,14 +234,15 @@ def test_all_tokens_to_one_expert():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_factors_and_with_zero_B_it_is_transformers_bit_for_bit(dtype):
+@both
+def test_without_factors_and_with_zero_B_it_is_transformers_bit_for_bit(routed_experts, dtype):
     experts, inputs = make_experts(dtype), make_inputs(dtype)
     base = grouped_mm_experts_forward(experts, *inputs)
     assert torch.equal(routed_experts(experts, *inputs), base)
     factors = make_factors([0, 2, 5], 8, dtype)
     zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
-    assert torch.equal(routed_experts(experts, *inputs, zero), base)
-    assert torch.equal(routed_experts(experts, *inputs, make_factors([], 8, dtype)), base)
+    assert torch.equal(routed_experts(experts, *inputs, [zero]), base)
+    assert torch.equal(routed_experts(experts, *inputs, [make_factors([], 8, dtype)]), base)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -248,10 +254,11 @@ def test_registered_implementation_is_the_base(family):
         assert torch.equal(model(**batch).logits, expected)
 
 
-def test_float32_factors_on_a_bfloat16_base():
+@both
+def test_float32_factors_on_a_bfloat16_base(routed_experts):
     experts, inputs = make_experts(torch.bfloat16), make_inputs(torch.bfloat16)
     factors = make_factors([1, 3], 8, torch.float32)
-    output = routed_experts(experts, *inputs, factors)
+    output = routed_experts(experts, *inputs, [factors])
     assert output.dtype == torch.bfloat16
     output.float().square().sum().backward()
     assert factors.A_gate_up.grad.dtype == torch.float32
@@ -263,19 +270,21 @@ def test_float32_factors_on_a_bfloat16_base():
     assert relative(output, exact) < 0.01
 
 
-def test_autocast_is_followed():
+@both
+def test_autocast_is_followed(routed_experts):
     experts, inputs, factors = (
         make_experts(torch.float32),
         make_inputs(torch.float32),
         make_factors([1], 8, torch.float32),
     )
-    plain = routed_experts(experts, *inputs, factors)
+    plain = routed_experts(experts, *inputs, [factors])
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = routed_experts(experts, *inputs, factors)
+        mixed = routed_experts(experts, *inputs, [factors])
     assert 0 < relative(mixed, plain) < 0.02
 
 
-def test_rows_that_are_elsewhere_contribute_nothing():
+@both
+def test_rows_that_are_elsewhere_contribute_nothing(routed_experts):
     """Under expert parallelism an index of E means an expert on another device, with routing weight 0."""
     experts, factors = make_experts(torch.float32), make_factors([1, 3], 4, torch.float32)
     hidden, index, weights = make_inputs(torch.float32)
@@ -319,7 +328,8 @@ def test_grouped_linear_tail_is_zero_in_output_and_gradient():
     assert torch.equal(weight.grad[:, 0, 0], torch.tensor([2.0, 6.0]))
 
 
-def test_dropout_keeps_the_mean_and_shares_one_mask():
+@both
+def test_dropout_keeps_the_mean_and_shares_one_mask(routed_experts):
     experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
     factors = make_factors([0, 1, 2, 3], 4, torch.float32)
     factors = replace(factors, B_down=factors.B_down * 0)  # what is left is linear in the dropped input, before act
@@ -345,19 +355,21 @@ def test_dropout_keeps_the_mean_and_shares_one_mask():
         gate, up = _up_update(x_HD, replace(hot, factors=twin), experts).chunk(2, dim=1)
         assert torch.equal(gate, up)
         cold = ~torch.isin(index, factors.expert_ids_N).any(1)
-        seeded = [routed_experts(experts, *inputs, replace(factors, dropout=p)) for p in (0.0, 0.5)]
+        seeded = [routed_experts(experts, *inputs, [replace(factors, dropout=p)]) for p in (0.0, 0.5)]
         assert torch.equal(seeded[0][cold], seeded[1][cold])
 
 
-def test_no_tokens():
+@both
+def test_no_tokens(routed_experts):
     experts, factors = make_experts(torch.float32), make_factors([1], 4, torch.float32)
     empty = torch.zeros(0, K)
-    assert routed_experts(experts, torch.zeros(0, D), empty.long(), empty, factors).shape == (0, D)
+    assert routed_experts(experts, torch.zeros(0, D), empty.long(), empty, [factors]).shape == (0, D)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_without_a_host_sync():
+@both
+def test_on_a_gpu_without_a_host_sync(routed_experts):
     experts, inputs, factors = make_experts(), make_inputs(), make_factors([1, 3, 6], 8)
     truth = output_and_gradients(loop, experts, *inputs, factors)
     experts = experts.to("cuda", torch.bfloat16)
@@ -368,7 +380,7 @@ def test_on_a_gpu_without_a_host_sync():
     probe = torch.randn(T, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64).bfloat16().cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output = routed_experts(experts, hidden, index, weights, factors)
+        output = routed_experts(experts, hidden, index, weights, [factors])
         gradients = torch.autograd.grad(output, [hidden, weights, *moved.values()], probe)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,106 @@
+"""The routed layer as one function: what only it has to show. test_experts.py has its numbers and the plain one's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_experts import FACTORS, WIDTH, D, E, K, T, make_experts, make_experts_of, make_factors, make_inputs
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hotlora import fused
+from hotlora.experts import plain_routed_experts
+from hotlora.fused import routed_experts
+
+
+def saved_bytes(function, *args):
+    """Bytes that autograd keeps for backward, each storage once, without the weights."""
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in args[0].parameters()}
+    weights |= {getattr(f, name).untyped_storage().data_ptr() for f in args[-1] for name in FACTORS}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*args)
+    return sum(kept.values()), output
+
+
+def test_only_what_the_arithmetic_needs_is_kept():
+    experts, inputs, factors = make_experts(torch.bfloat16), make_inputs(torch.bfloat16), [make_factors(range(E), 8)]
+    kept, output = saved_bytes(routed_experts, experts, *inputs, factors)
+    gate_up, hidden, weights = T * K * 2 * WIDTH * 2, T * D * 2, T * K * 2
+    assert kept == gate_up + hidden + weights
+    # Besides: the order of the rows, which autograd does not count.
+    assert output.grad_fn.rows.order_S.numel() == T * K
+    assert kept < 0.4 * saved_bytes(plain_routed_experts, experts, *inputs, factors)[0]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradients_with_dropout_are_those_of_the_function_that_was_computed(p):
+    """Against differences of the output, the same seed drawing the same masks."""
+    experts, (hidden, index, weights) = make_experts(), make_inputs()
+    factors = make_factors([1, 3, 6], 4)
+    factors = replace(factors, dropout=p)
+    leaves = [hidden, weights, *(getattr(factors, name) for name in FACTORS)]
+    probe = torch.randn(T, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    def loss():
+        torch.manual_seed(0)
+        return (routed_experts(experts, hidden, index, weights, [factors]) * probe).sum()
+
+    generator = torch.Generator().manual_seed(5)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss(), leaves), strict=True):
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6
+        with torch.no_grad():
+            leaf += step * direction
+            above = loss()
+            leaf -= 2 * step * direction
+            below = loss()
+            leaf += step * direction
+        torch.testing.assert_close((above - below) / (2 * step), (gradient * direction).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_leaves_cold_experts_alone():
+    """In linear experts, where the output's mean over masks is the output without dropout."""
+    experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
+    experts.act_fn = nn.Identity()
+    factors = make_factors([0, 1, 2, 3], 4, parts=1)
+    dropping = replace(factors, dropout=0.5)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        base = routed_experts(experts, *inputs)
+        plain = routed_experts(experts, *inputs, [factors])
+        draws = torch.stack([routed_experts(experts, *inputs, [dropping]) for _ in range(1000)])
+    cold = ~torch.isin(inputs[1], factors.expert_ids_N).any(1)
+    assert torch.equal(draws[0][cold], base[cold]) and not torch.equal(draws[0], draws[1])
+    assert (draws.mean(0) - plain).norm() < 0.1 * (plain - base).norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_recompute_gives_the_same_gradients(dropout):
+    experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
+    factors = make_factors([1, 3, 6], 4, torch.float32)
+    factors = replace(factors, dropout=dropout)
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        arguments = (experts, *inputs, [factors])
+        output = checkpoint(routed_experts, *arguments, use_reentrant=False) if again else routed_experts(*arguments)
+        gradients.append(torch.autograd.grad(output.square().sum(), [getattr(factors, name) for name in FACTORS]))
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_what_it_leaves_to_the_plain_one(monkeypatch):
+    """Weights that train, a norm after the expert, and weights that are no tensors."""
+    monkeypatch.setattr(fused._RoutedExperts, "apply", lambda *args: pytest.fail("not for these"))
+    experts, inputs, factors = make_experts(torch.float32), make_inputs(torch.float32), make_factors([1], 4)
+    experts.down_proj.requires_grad_(True)
+    routed_experts(experts, *inputs, [factors]).sum().backward()
+    assert experts.down_proj.grad.any()
+    routed_experts(make_experts_of({"has_post_expert_norm": True}, torch.float32), *inputs)
