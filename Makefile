@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow check docs lint types clean
+.PHONY: demo test test-slow check docs models lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/hotlora demo --output runs/demo
@@ -25,6 +25,9 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+models: $(INSTALLED)
+	$(BIN)/python scripts/models.py
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py

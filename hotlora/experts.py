@@ -79,7 +79,7 @@ def plain_routed_experts(
     token_S = order_S // top_k
     local_E = torch.arange(experts.num_experts, device=expert_S.device)
     ends_E = torch.searchsorted(expert_S, local_E, right=True, out_int32=True)
-    elsewhere_S1 = (expert_S >= experts.num_experts).unsqueeze(1) if experts._is_expert_parallel else None
+    elsewhere_S1 = (expert_S >= experts.num_experts).unsqueeze(1) if _may_be_elsewhere(experts) else None
     rows = _Rows(expert_S, Groups(ends_E, elsewhere_S1))
     count_is_free = expert_S.device.type == "cpu"
     hots = [_hot_rows(expert_S, ends_E, f, count_is_free) for f in factors if len(f.expert_ids_N) > 0]
@@ -94,13 +94,23 @@ def plain_routed_experts(
     for hot in hots:
         act_HF = act_SF.index_select(0, hot.rows_H)
         y_SD.index_add_(0, hot.rows_H, _down_update(act_HF, hot).to(y_SD.dtype))
-    if experts.has_post_expert_norm:
+    if has_norm_after(experts):
         y_SD = experts.post_expert_norm(y_SD)
 
     y_SD = y_SD * top_k_weights_TK.reshape(-1).index_select(0, order_S).unsqueeze(1)
     position_S = torch.empty_like(order_S)
     position_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     return y_SD.index_select(0, position_S).view(num_tokens, top_k, hidden_TD.shape[1]).sum(dim=1).to(hidden_TD.dtype)
+
+
+def _may_be_elsewhere(experts: Any) -> bool:
+    """Whether an index may name an expert of another device; transformers 5.17 does not say."""
+    return getattr(experts, "_is_expert_parallel", True)
+
+
+def has_norm_after(experts: Any) -> bool:
+    """Whether each expert's output is normed, which transformers has since 5.20."""
+    return getattr(experts, "has_post_expert_norm", False)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def export_adapter(
     with _without_adapters(base):
         if format == "peft":
             tensors, targets = _peft_format(parts)
-            tensors = _as_peft_loads(base, tensors, config)
+            tensors = _as_peft_loads(base, tensors, LoraConfig(**targets))  # PEFT leaves a HotLoraConfig's as they are
         else:
             tensors, targets = _server_format(base, parts, format)
     plain = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .experts import HotFactors, compute_dtype, plain_routed_experts, up_projection
+from .experts import HotFactors, compute_dtype, has_norm_after, plain_routed_experts, up_projection
 
 
 def routed_experts(
@@ -44,7 +44,7 @@ ALL_EXPERTS_FUNCTIONS.register("hotlora", routed_experts)
 
 def _is_fusable(experts: Any, hidden_TD: Tensor) -> bool:
     """A GPU's number of rows cannot be read without waiting for it; quantized weights have a product of their own."""
-    if hidden_TD.device.type != "cpu" or torch.compiler.is_compiling() or experts.has_post_expert_norm:
+    if hidden_TD.device.type != "cpu" or torch.compiler.is_compiling() or has_norm_after(experts):
         return False
     weights = (getattr(experts, up_projection(experts)), experts.down_proj)
     return all(isinstance(weight, Tensor) and not weight.requires_grad for weight in weights)

@@ -253,7 +253,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
         raise FileError(f"{file} does not exist. Give a model's config.json, or the folder that holds it.")
     try:
         config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(
             f"{file} is not a config.json that transformers knows: {_first_line(error)} "
             "It must be JSON with a `model_type`."
@@ -286,7 +286,10 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     ):
         if type(config) in mapping:
             return auto
-    raise ModelError(f"a {config.model_type} model generates no text, so there is nothing to fine-tune it on.")
+    raise ModelError(
+        f"this {config.model_type} model is no causal language model, and hotlora fine-tunes no other: use one whose "
+        "decoder alone generates text."
+    )
 
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -312,7 +315,8 @@ def _no_experts(model: nn.Module) -> ModelError:
     config = _config(model)
     # A family's file that has the decorator at hand uses it: then this model has dense layers only.
     file = sys.modules[type(_decoder(model)).__module__]
-    counts = any(getattr(config, name, None) for name in _EXPERT_COUNTS)
+    parts = (config, getattr(config, "ffn_config", None))  # dbrx counts them in a part of its own
+    counts = any(getattr(part, name, None) for part in parts for name in _EXPERT_COUNTS)
     if hasattr(file, use_experts_implementation.__name__) or not counts:
         return ModelError(
             f"this {config.model_type} model has no MoE layer: all of its decoder layers are dense, so it has no "

@@ -13,6 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from models import PAGE as MODELS_PAGE
+from models import page as models_page
+
 from hotlora.records import find_records
 from hotlora.tables import COLUMNS, read_sections, table_rows
 
@@ -106,6 +109,7 @@ def main() -> None:
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
+        MODELS_PAGE: models_page(),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]

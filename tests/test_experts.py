@@ -1,5 +1,6 @@
 """The routed layer against a plain loop over experts, written here without any of the package's helpers."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,13 +27,15 @@ def make_experts(dtype: torch.dtype = torch.float64):
     return model.model.layers[0].mlp.experts.to(dtype).requires_grad_(False)
 
 
+# transformers has it since 5.20.
+HAS_POST_EXPERT_NORM = "has_post_expert_norm" in inspect.signature(use_experts_implementation).parameters
 # Every layout that a family of transformers has, and the combinations that none has yet.
 LAYOUTS = [
     {"is_transposed": transposed, "is_concatenated": concatenated, "has_bias": bias, "has_gate": gate}
     for transposed in (False, True)
     for bias in (False, True)
     for gate, concatenated in ((True, True), (True, False), (False, True))
-] + [{"has_post_expert_norm": True}]
+] + [{"has_post_expert_norm": True}] * HAS_POST_EXPERT_NORM
 
 
 def make_experts_of(layout: dict[str, bool], dtype: torch.dtype = torch.float64):
@@ -115,7 +118,7 @@ def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: HotFa
             y = weight_of("down_proj", expert) @ h + bias_of("down_proj", expert)
             if hot is not None:
                 y = y + update(factors.A_down[hot], factors.B_down[hot], h)
-            if experts.has_post_expert_norm:
+            if HAS_POST_EXPERT_NORM and experts.has_post_expert_norm:
                 y = y / (y.square().mean() + 1e-6).sqrt() * experts.post_expert_norm.weight
             total = total + weights[t, k] * y
         rows.append(total)

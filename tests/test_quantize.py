@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_batch, tiny_model, tiny_plan
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from zoo import zoo_model
+from zoo import families, zoo_model
 
 from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter
 from hotlora.errors import HotLoraError, ModelError
@@ -29,7 +29,7 @@ from hotlora.quantize import (
 )
 
 # One of each layout: the usual one; transposed; transposed, interleaved, with biases; no gate; a norm after.
-LAYOUTS = ("olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark")
+LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())
 # Of normal weights; a block of 64 has 0.092 and 0.006.
 WEIGHT_ERROR = {4: 0.10, 8: 0.0065}
 

@@ -95,6 +95,8 @@ MEND: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QSA,
     "zaya": {"num_experts_per_tok": 1},
 }
+# Older versions of transformers lack some families.
+MEND = {model_type: values for model_type, values in MEND.items() if model_type in CONFIG_MAPPING}
 
 
 # Decorated, and not for us: they generate no text token after token.
