@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -473,6 +474,8 @@ def _print_run(record: dict[str, Any], output: Path) -> None:
 
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
+    # PEFT imports it where it is installed, and it says that an optional kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except HotLoraError as error:

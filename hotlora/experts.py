@@ -82,7 +82,11 @@ def plain_routed_experts(
     elsewhere_S1 = (expert_S >= experts.num_experts).unsqueeze(1) if _may_be_elsewhere(experts) else None
     rows = _Rows(expert_S, Groups(ends_E, elsewhere_S1))
     count_is_free = expert_S.device.type == "cpu"
-    hots = [_hot_rows(expert_S, ends_E, f, count_is_free) for f in factors if len(f.expert_ids_N) > 0]
+    hots = [
+        _HotRows(*hot_rows(expert_S, ends_E, f.expert_ids_N, count_is_free), f)
+        for f in factors
+        if len(f.expert_ids_N) > 0
+    ]
 
     up_SPF = _base_linear(experts, up_projection(experts), hidden_TD.index_select(0, token_S), rows)
     for hot in hots:
@@ -154,6 +158,25 @@ def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
     return y_SO if groups.tail_S1 is None else y_SO.masked_fill(groups.tail_S1, 0)
 
 
+def grouped_outer(y_SO: Tensor, x_SI: Tensor, groups: Groups) -> Tensor:
+    """`[G, O, I]`: the sum of y[s] x[s]^T over each group's rows; rows past the last group take no part.
+
+    The weight's gradient in `grouped_linear`.
+    """
+    if _grouped_mm_takes(x_SI, y_SO.unsqueeze(0)):
+        return F.grouped_mm(y_SO.T, x_SI, offs=groups.ends_G)
+    ends = groups.ends_G.tolist()
+    spans = zip([0, *ends], ends, strict=False)
+    return torch.stack([y_SO[a:b].T @ x_SI[a:b] for a, b in spans])
+
+
+def up_parts(experts: Any, up_SPF: Tensor) -> Sequence[Tensor]:
+    """The gate's and the up projection's share of what experts have together, as views; all of it without a gate."""
+    if not experts.has_gate:
+        return [up_SPF]
+    return up_SPF.chunk(2, dim=1) if experts.is_concatenated else [up_SPF[:, 0::2], up_SPF[:, 1::2]]
+
+
 def _grouped_mm_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:
     """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
     if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -175,20 +198,22 @@ class _HotRows:
     factors: HotFactors
 
 
-def _hot_rows(expert_S: Tensor, ends_E: Tensor, factors: HotFactors, count_is_free: bool) -> _HotRows:
-    """The hot rows and nothing else where their number is free to read, as on the CPU. On a GPU reading it
-    would be a host sync: there H is S, hot rows come first, and the others are a tail that grouped_mm skips.
+def hot_rows(expert_S: Tensor, ends_E: Tensor, expert_ids_N: Tensor, count_is_free: bool) -> tuple[Tensor, Groups]:
+    """Places `[H]` of the hot rows among the rows that are sorted by expert, ascending, and their groups.
+
+    The hot rows and nothing else where their number is free to read, as on the CPU. On a GPU reading it would be a
+    host sync: there H is S, hot rows come first, and the others are a tail that grouped_mm skips.
     """
     sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    ends_N = sizes_E.index_select(0, factors.expert_ids_N).cumsum(0, dtype=torch.int32)
+    ends_N = sizes_E.index_select(0, expert_ids_N).cumsum(0, dtype=torch.int32)
     # One place more than experts, for the index that means "on another device".
     hot_E = torch.zeros(len(ends_E) + 1, dtype=torch.bool, device=expert_S.device)
-    hot_S = hot_E.index_fill_(0, factors.expert_ids_N, True).index_select(0, expert_S)
+    hot_S = hot_E.index_fill_(0, expert_ids_N, True).index_select(0, expert_S)
     if count_is_free:
-        return _HotRows(hot_S.nonzero().squeeze(1), Groups(ends_N), factors)
+        return hot_S.nonzero().squeeze(1), Groups(ends_N)
     rows_S = torch.sort(hot_S, descending=True, stable=True).indices
     tail_S = torch.arange(len(rows_S), device=rows_S.device) >= ends_N[-1]
-    return _HotRows(rows_S, Groups(ends_N, tail_S.unsqueeze(1)), factors)
+    return rows_S, Groups(ends_N, tail_S.unsqueeze(1))
 
 
 def _up_update(x_HD: Tensor, hot: _HotRows, experts: Any) -> Tensor:

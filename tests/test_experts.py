@@ -13,11 +13,24 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from hotlora.experts import Groups, HotFactors, _hot_rows, _up_update, grouped_linear, plain_routed_experts
+from hotlora import grouped
+from hotlora.experts import Groups, HotFactors, _HotRows, _up_update, grouped_linear, hot_rows, plain_routed_experts
+from hotlora.fused import RoutedExperts
 from hotlora.fused import routed_experts as fused_routed_experts
 
 E, K, T, D, WIDTH = 8, 2, 40, 32, 16
-IMPLEMENTATIONS = {"plain": plain_routed_experts, "fused": fused_routed_experts}
+
+
+def grouped_routed_experts(experts, hidden, index, weights, factors=()):
+    """The fused function as a GPU runs it, here on the CPU."""
+    factors = [f for f in factors if len(f.expert_ids_N)]
+    if experts.num_experts and not getattr(experts, "has_post_expert_norm", False):
+        tensors = [getattr(f, name) for f in factors for name in FACTORS]
+        return RoutedExperts.apply(grouped, experts, factors, hidden, index, weights, *tensors)
+    return plain_routed_experts(experts, hidden, index, weights, factors)
+
+
+IMPLEMENTATIONS = {"plain": plain_routed_experts, "fused": fused_routed_experts, "as on a GPU": grouped_routed_experts}
 both = pytest.mark.parametrize("routed_experts", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 FACTORS = ("A_gate_up", "B_gate_up", "A_down", "B_down")
 
@@ -309,7 +322,7 @@ def test_hot_prefix_without_reading_its_length_equals_the_exact_rows():
     ends_E = torch.searchsorted(expert_S, torch.arange(E), right=True, out_int32=True)
     results = []
     for count_is_free in (True, False):
-        hot = _hot_rows(expert_S, ends_E, factors, count_is_free)
+        hot = _HotRows(*hot_rows(expert_S, ends_E, factors.expert_ids_N, count_is_free), factors)
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
         update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _up_update(x_HD, hot, experts))
         probe = torch.randn(update.shape, generator=torch.Generator().manual_seed(7))
@@ -341,7 +354,7 @@ def test_dropout_keeps_the_mean_and_shares_one_mask(routed_experts):
     ends_E = torch.searchsorted(expert_S, torch.arange(E), right=True, out_int32=True)
     torch.manual_seed(0)
     with torch.no_grad():
-        hot = _hot_rows(expert_S, ends_E, factors, True)
+        hot = _HotRows(*hot_rows(expert_S, ends_E, factors.expert_ids_N, True), factors)
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
         plain = _up_update(x_HD, hot, experts)
         dropping = replace(hot, factors=replace(factors, dropout=0.5))

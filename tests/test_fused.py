@@ -110,7 +110,7 @@ def test_a_recompute_gives_the_same_gradients(dropout):
 
 def test_what_it_leaves_to_the_plain_one(monkeypatch):
     """Weights that train, a norm after the expert, and weights that are no tensors."""
-    monkeypatch.setattr(fused._RoutedExperts, "apply", lambda *args: pytest.fail("not for these"))
+    monkeypatch.setattr(fused.RoutedExperts, "apply", lambda *args: pytest.fail("not for these"))
     experts, inputs, factors = make_experts(torch.float32), make_inputs(torch.float32), make_factors([1], 4)
     experts.down_proj.requires_grad_(True)
     routed_experts(experts, *inputs, [factors]).sum().backward()
