@@ -9,11 +9,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .cli_measure import bench, params
+from .cli_options import (
+    Alpha,
+    AsJson,
+    Attention,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    ExpertsPerLayer,
+    Fraction,
+    Limit,
+    MaxLength,
+    Model,
+    Quantize,
+    Rank,
+    Router,
+    Rule,
+    Seed,
+    Shared,
+    Signal,
+    err,
+    out,
+)
 from .config import PROFILE_FRACTION, TrainConfig
 from .errors import HotLoraError
 
@@ -27,59 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DEFAULTS = TrainConfig()
-out = Console()
-err = Console(stderr=True)
-
-Model = Annotated[str, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        "-d",
-        help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with "
-        "prompt and completion, or messages.",
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
-Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
-Quantize = Annotated[
-    int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).")
-]
-Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]
-Rule = Annotated[
-    str, typer.Option(rich_help_panel="Which experts", help="How experts are chosen: hot, all, random or cold.")
-]
-Fraction = Annotated[
-    float | None,
-    typer.Option(rich_help_panel="Which experts", help="Share of each layer's experts to adapt (default 0.25)."),
-]
-ExpertsPerLayer = Annotated[
-    int | None, typer.Option(rich_help_panel="Which experts", help="Their number, in place of --fraction.")
-]
-Signal = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel="Which experts", help="What ranks experts: count (assignments) or mass (gate weights)."
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Rank = Annotated[int, typer.Option("--r", rich_help_panel="Adapter", help="Rank of every adapter.")]
-Alpha = Annotated[int, typer.Option("--lora-alpha", rich_help_panel="Adapter", help="Scaling is lora_alpha / r.")]
-Attention = Annotated[
-    bool, typer.Option("--train-attention/--no-attention", rich_help_panel="Adapter", help="Adapt q, k, v, o.")
-]
-Router = Annotated[
-    bool, typer.Option("--train-router/--no-router", rich_help_panel="Adapter", help="Adapt the router.")
-]
-Shared = Annotated[
-    bool,
-    typer.Option(
-        "--train-shared/--no-shared", rich_help_panel="Adapter", help="Adapt shared experts, where there are any."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(value: bool) -> None:
@@ -399,44 +369,6 @@ def report(
     out.print(f"page: {page}", soft_wrap=True)
 
 
-@app.command()
-def params(
-    config: Annotated[str, typer.Argument(help="A model's config.json, its folder, or nano.")],
-    experts_per_layer: ExpertsPerLayer = None,
-    fraction: Fraction = None,
-    r: Rank = 32,
-    train_attention: Attention = True,
-    train_router: Router = True,
-    train_shared: Shared = True,
-    as_json: AsJson = False,
-) -> None:
-    """Count what would be trained, from a model's config.json alone; no weights are read."""
-    from .adapter import parameters_from_config
-
-    counts = parameters_from_config(
-        config,
-        experts_per_layer=experts_per_layer,
-        fraction=fraction,
-        r=r,
-        train_attention=train_attention,
-        train_router=train_router,
-        train_shared=train_shared,
-    )
-    if as_json:
-        print(json.dumps(counts))
-        return
-    table = Table(title=f"Trainable parameters at rank {r}")
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    for part in ("attention", "router", "shared", "experts"):
-        table.add_row(part, f"{counts[part]:,}")
-    table.add_section()
-    table.add_row("trainable", f"{counts['trainable']:,}")
-    table.add_row("with the frozen base", f"{counts['total']:,}")
-    table.add_row("share", f"{counts['percent']:.4f}%")
-    out.print(table)
-
-
 def _slug(text: str) -> str:
     """The last part of a name or path, fit for a folder's name."""
     return re.sub(r"[^A-Za-z0-9_.]+", "_", Path(text.rstrip("/")).stem if "/" in text else text).strip("_.") or "x"
@@ -470,6 +402,10 @@ def _print_run(record: dict[str, Any], output: Path) -> None:
     for name, what in (("adapter", "adapter"), ("plan.json", "plan"), ("run.json", "record")):
         out.print(f"{what}: {output / name}", highlight=False, soft_wrap=True)
     out.print(f"pictures: hotlora report {output}", highlight=False, soft_wrap=True)
+
+
+app.command()(params)
+app.command()(bench)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
 
+from hotlora.bench_report import speed_tables
 from hotlora.records import find_records
 from hotlora.tables import COLUMNS, read_sections, table_rows
 
@@ -25,6 +26,7 @@ PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
 DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
 EXPERTS_ONLY_MARK = "<!-- made by scripts/docs.py from docs/demo-experts-only -->"
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
+SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
 END = "<!-- end -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
@@ -106,10 +108,12 @@ def main() -> None:
             take_over(runs, into)
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
     text = filled(readme.read_text(encoding="utf-8"), DEMO_MARK, runs_table(DEMO))
+    speed = ROOT / "docs" / "speed.md"
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
         MODELS_PAGE: models_page(),
+        speed: filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks")),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]

@@ -1,0 +1,162 @@
+"""What `bench` found, as a table for the terminal, as Markdown, and as a picture. Loads no model."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import FileError
+from .figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, _figure, _style
+from .files import read_json
+
+COLUMNS = (
+    "contender",
+    "step, s",
+    "× floor",
+    "forward + backward + optimizer, s",
+    "tokens/s",
+    "peak memory",
+    "kept, a token and layer",
+    "operations",
+    "share of rate",
+)
+_AXES = {
+    "tokens": "tokens of a step",
+    "experts": "adapted experts of a layer",
+    "rank": "rank",
+    "layers": "layers",
+}
+
+Result = Mapping[str, Any]
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON of a `bench`. FileError where it is another file."""
+    result = read_json(path)
+    if result.get("kind") not in ("bench", "growth") or result.get("version") != 1:
+        raise FileError(f"{path} is not a result of `hotlora bench`, version 1: run it again with --output.")
+    return result
+
+
+def summary_table(result: Result) -> Table:
+    """One row a contender, for the terminal, in 80 columns; `markdown` and the JSON hold more."""
+    table = Table(title=_heading(result), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for title in ("step, s", "quartiles", "× floor", "tokens/s", "peak GB", "kept kB", "of rate"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in result["contenders"]:
+        if row["status"] != "done":
+            continue
+        step, ratio = row["seconds"]["step"], row.get("times_floor")
+        table.add_row(
+            row["name"],
+            f"{step['median']:.3g}",
+            f"{step['q1']:.3g}–{step['q3']:.3g}",
+            f"{ratio['median']:.2f}" if ratio else "–",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_memory_bytes'] / 1e9:.2f}",
+            f"{row['saved_bytes_per_token_layer'] / 1000:.1f}",
+            f"{row['share_of_rate']:.0%}",
+        )
+    absent = [f"{row['name']}: {row['reason']}" for row in result["contenders"] if row["status"] != "done"]
+    table.caption = "kept: bytes for backward, a token and MoE layer" + "".join(f"\n{escape(text)}" for text in absent)
+    return table
+
+
+def markdown(result: Result) -> str:
+    """What was run, where and when, and one row a contender."""
+    if result["kind"] == "growth":
+        return "\n\n".join(markdown(run) for run in result["runs"])
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "peft", "trl", "python"))
+    head = [f"**{_heading(result)}**", "", f"{result['started']}, {environment['device']}; {versions}."]
+    if result.get("command"):
+        head += [f"`{result['command']}`"]
+    head += [
+        f"Layer CV {result['routing']['cv']:.2f}; matrix rate {result['matrix_rate'] / 1e12:.3g} TFLOP/s; "
+        f"{len(_first_times(result))} rounds.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
+    ]
+    return "\n".join(head + ["| " + " | ".join(_cells(row)) + " |" for row in result["contenders"]])
+
+
+def speed_tables(folder: str | os.PathLike[str]) -> str:
+    """Markdown of all results in a folder, in the order of their names; for docs/speed.md."""
+    files = sorted(Path(folder).glob("*.json"))
+    if not files:
+        return "No result is stored yet."
+    return "\n\n".join(f"### {file.stem}\n\n{markdown(read_result(file))}" for file in files)
+
+
+def growth_lines(result: Result) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Contender -> (value, median seconds of a step, first and third quartile), ascending. Where the number of
+    experts grows, all of them are one line."""
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for value, run in zip(result["values"], result["runs"], strict=True):
+        for row in run["contenders"]:
+            if row["status"] == "done":
+                step = row["seconds"]["step"]
+                name = row["name"] if result["axis"] != "experts" or row["kind"] == "floor" else "hotlora"
+                lines.setdefault(name, []).append((value, step["median"], step["q1"], step["q3"]))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def growth_figure(result: Result) -> Figure:
+    """Step time against what grew; bands are quartiles."""
+    figure, axes = _figure(4.2)
+    _style(axes)
+    spare = iter(OTHER_SERIES * 4)
+    colors = {"floor": MUTED, "all": SERIES["all"], "hotlora": HOT, "hot 25%": HOT}
+    for name, points in growth_lines(result).items():
+        x, median, low, high = zip(*points, strict=True)
+        color = colors.get(name) or next(spare)
+        axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.plot(x, median, color=color, linewidth=2, marker="o", markersize=4, label=name)
+    axes.set_xlabel(_AXES[result["axis"]])
+    axes.set_ylabel("seconds a step")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    axes.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
+def _heading(result: Result) -> str:
+    model, settings = result["model"], result["settings"]
+    return (
+        f"{model['type']}, {model['layers']} layers of {model['num_experts']} experts, hidden {model['hidden_size']}; "
+        f"{settings['tokens']:,} tokens in sequences of {settings['length']:,}, rank {settings['r']}, "
+        f"{settings['dtype']} on {settings['device']}"
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    none = ["–"] * (len(COLUMNS) - 2)
+    if row["status"] != "done":
+        return [row["name"], f"{row['status']}: {row['reason']}" if row["status"] == "failed" else row["reason"], *none]
+    seconds = row["seconds"]
+    step, ratio = seconds["step"], row.get("times_floor")
+    parts = " + ".join(f"{seconds[part]['median']:.3g}" for part in ("forward", "backward", "optimizer"))
+    return [
+        row["name"],
+        f"{step['median']:.3g} ({step['q1']:.3g}–{step['q3']:.3g}; min {step['min']:.3g})",
+        f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})" if ratio else "–",
+        parts,
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"{row['saved_bytes_per_token_layer'] / 1000:.1f} kB",
+        f"{row['operations']:,}",
+        f"{row['share_of_rate']:.0%}",
+    ]
+
+
+def _first_times(result: Result) -> list[float]:
+    return next((row["seconds"]["step"]["all"] for row in result["contenders"] if row["status"] == "done"), [])

@@ -1,0 +1,198 @@
+"""The commands that count and measure: `params` and `bench`."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .cli_options import AsJson, Attention, Device, ExpertsPerLayer, Fraction, Rank, Router, Seed, Shared, err, out
+from .errors import HotLoraError
+
+
+def params(
+    config: Annotated[str, typer.Argument(help="A model's config.json, its folder, or nano.")],
+    experts_per_layer: ExpertsPerLayer = None,
+    fraction: Fraction = None,
+    r: Rank = 32,
+    train_attention: Attention = True,
+    train_router: Router = True,
+    train_shared: Shared = True,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", rich_help_panel="Estimate", help="Also a step's memory and time.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(rich_help_panel="Estimate", help="Sequences of a step.")] = 16,
+    max_length: Annotated[int, typer.Option(rich_help_panel="Estimate", help="Tokens of a sequence.")] = 512,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel="Estimate", help="Of the base: auto (the config's own), float32, bfloat16, float16."
+        ),
+    ] = "auto",
+    quantize: Annotated[
+        int | None, typer.Option(rich_help_panel="Estimate", help="Bits of the routed experts: 8 or 4.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", rich_help_panel="Estimate", help="Less memory, slower.")
+    ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Estimate",
+            help="Share of the routing that the experts cover (default: as in a layer whose loads have a CV of 1).",
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Estimate", help="What the machine gets through, in 10^12 FLOP/s: `hotlora bench` has it."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count what would be trained, from a model's config.json alone; no weights are read.
+
+    With --estimate also the memory of a training step by kind, its FLOPs, and its time at a given rate.
+    """
+    from .adapter import parameters_from_config
+
+    options: dict[str, Any] = {
+        "experts_per_layer": experts_per_layer,
+        "fraction": fraction,
+        "r": r,
+        "train_attention": train_attention,
+        "train_router": train_router,
+        "train_shared": train_shared,
+    }
+    counts: dict[str, Any] = dict(parameters_from_config(config, **options))
+    if estimate:
+        import torch
+
+        from .estimate import estimate as estimate_step
+
+        counts["estimate"] = estimate_step(
+            config,
+            **options,
+            batch_size=batch_size,
+            max_length=max_length,
+            coverage=coverage,
+            dtype=dtype,
+            quantize=quantize,
+            gradient_checkpointing=gradient_checkpointing,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            flops_per_second=None if tflops is None else tflops * 1e12,
+        )
+    if as_json:
+        print(json.dumps(counts))
+        return
+    table = Table(title=f"Trainable parameters at rank {r}")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for part in ("attention", "router", "shared", "experts"):
+        table.add_row(part, f"{counts[part]:,}")
+    table.add_section()
+    table.add_row("trainable", f"{counts['trainable']:,}")
+    table.add_row("with the frozen base", f"{counts['total']:,}")
+    table.add_row("share", f"{counts['percent']:.4f}%")
+    out.print(table)
+    if estimate:
+        found = counts["estimate"]
+        table = Table(title=f"A step of {batch_size} × {max_length:,} tokens")
+        table.add_column("memory")
+        table.add_column("GB", justify="right")
+        for kind, size in found["memory"].items():
+            if kind == "total":
+                table.add_section()
+            table.add_row(kind, f"{size / 1e9:.2f}")
+        out.print(table)
+        out.print(f"{found['flops']['step'] / 1e12:,.1f} TFLOP a step; adapted experts take {found['coverage']:.0%}")
+        if "time" in found:
+            time = found["time"]
+            out.print(
+                f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s", highlight=False
+            )
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A config.json, its folder, or nano. Weights are random.")
+    ] = "nano",
+    layers: Annotated[int | None, typer.Option(help="Cut the model to its first layers.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence (default 2048, or what the model and --tokens allow).")
+    ] = None,
+    r: Rank = 32,
+    dtype: Annotated[str, typer.Option(help="auto (the config's own), float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    cv: Annotated[float, typer.Option(help="Skew routers until each layer's counts have this CV.")] = 1.0,
+    contenders: Annotated[
+        str, typer.Option(help="Of floor, hot, all, peft, loop, unsloth, axolotl; with commas between.")
+    ] = "floor,hot,all,peft,loop,unsloth,axolotl",
+    fractions: Annotated[str, typer.Option(help="Shares of experts that hot takes part with.")] = "0.125,0.25",
+    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 5,
+    grow: Annotated[
+        str | None, typer.Option(help="Time steps as one thing grows: tokens, experts, rank or layers.")
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="Values of --grow (default: four up to the options' own).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the result as JSON; with --grow a picture beside it.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time LoRA on hot experts beside other ways, on this machine: one process each, step by step in turn.
+
+    Prints medians (quartiles) and ratios to the floor, which adapts attention alone.
+    """
+    from .bench import BenchConfig, run_bench, run_growth
+    from .bench_report import growth_figure, summary_table
+    from .files import atomic_path, write_json
+
+    config = BenchConfig(
+        model=model,
+        layers=layers,
+        tokens=tokens,
+        length=length,
+        r=r,
+        dtype=dtype,
+        device=device,
+        cv=cv,
+        contenders=tuple(contenders.split(",")),
+        fractions=_numbers("fractions", fractions, float),
+        rounds=rounds,
+        seed=seed,
+    )
+
+    def tell(text: str) -> None:
+        err.print(text, highlight=False, markup=False)
+
+    if grow is None:
+        result = run_bench(config, tell=tell)
+    else:
+        result = run_growth(config, grow, None if values is None else _numbers("values", values, int), tell=tell)
+    result["command"] = shlex.join(["hotlora", *sys.argv[1:]])
+    for run in result.get("runs", ()):
+        run["command"] = result["command"]
+    if output is not None:
+        write_json(output, result)
+        if grow is not None:
+            with atomic_path(output.with_suffix(".png")) as picture:
+                growth_figure(result).savefig(picture, dpi=150)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for run in result.get("runs", [result]):
+        out.print(summary_table(run))
+    if output is not None:
+        out.print(f"result: {output}", soft_wrap=True)
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise HotLoraError(f"--{name} is {text!r}: give numbers with commas between, such as 1,2.") from None

@@ -1,0 +1,60 @@
+"""What several commands share: their options and their consoles."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with "
+        "prompt and completion, or messages.",
+    ),
+]
+Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
+Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
+Quantize = Annotated[
+    int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).")
+]
+Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]
+Rule = Annotated[
+    str, typer.Option(rich_help_panel="Which experts", help="How experts are chosen: hot, all, random or cold.")
+]
+Fraction = Annotated[
+    float | None,
+    typer.Option(rich_help_panel="Which experts", help="Share of each layer's experts to adapt (default 0.25)."),
+]
+ExpertsPerLayer = Annotated[
+    int | None, typer.Option(rich_help_panel="Which experts", help="Their number, in place of --fraction.")
+]
+Signal = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel="Which experts", help="What ranks experts: count (assignments) or mass (gate weights)."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Rank = Annotated[int, typer.Option("--r", rich_help_panel="Adapter", help="Rank of every adapter.")]
+Alpha = Annotated[int, typer.Option("--lora-alpha", rich_help_panel="Adapter", help="Scaling is lora_alpha / r.")]
+Attention = Annotated[
+    bool, typer.Option("--train-attention/--no-attention", rich_help_panel="Adapter", help="Adapt q, k, v, o.")
+]
+Router = Annotated[
+    bool, typer.Option("--train-router/--no-router", rich_help_panel="Adapter", help="Adapt the router.")
+]
+Shared = Annotated[
+    bool,
+    typer.Option(
+        "--train-shared/--no-shared", rich_help_panel="Adapter", help="Adapt shared experts, where there are any."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

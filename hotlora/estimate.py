@@ -1,0 +1,343 @@
+"""Memory and time of a training step before a run, from a model's config alone.
+
+Nothing of the model is loaded. What autograd keeps is not guessed by a formula, which would go stale with the code:
+the model is run without weights, with its routed experts left out; and one layer's experts are run for real, on a
+few tokens and two experts.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+
+from .adapter import HotLoraConfig, count_parameters
+from .errors import HotLoraError, ModelError
+from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
+from .layers import HotLoraExperts
+from .models import model_from_config, moe_layers, num_experts_per_tok, unwrap
+from .plan import ExpertPlan
+from .quiet import quiet
+from .routing import experts_kept
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
+_PROBED = (64, 192)  # tokens
+_SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for the backward pass of what is run inside. Each storage counts once, in whole;
+    those of the model's weights, and of `others`, do not."""
+
+    def __init__(self, model: nn.Module, *others: Tensor) -> None:
+        self.total = 0
+        tensors = (*model.parameters(), *model.buffers(), *others)
+        self._seen = {t.untyped_storage()._cdata for t in tensors}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.total += storage.nbytes()
+        return tensor
+
+
+def estimate(
+    config: str | Path,
+    *,
+    batch_size: int,
+    max_length: int,
+    layers: int | None = None,
+    experts_per_layer: int | None = None,
+    fraction: float | None = None,
+    coverage: float | None = None,
+    r: int = 32,
+    train_attention: bool = True,
+    train_router: bool = True,
+    train_shared: bool = True,
+    dtype: str = "auto",
+    quantize: int | None = None,
+    gradient_checkpointing: bool = False,
+    device: str | torch.device = "cpu",
+    flops_per_second: float | None = None,
+) -> dict[str, Any]:
+    """What a training step of `batch_size` x `max_length` tokens needs: bytes by kind, FLOPs, and seconds.
+
+    Args:
+        config: a config.json, its folder, or "nano".
+        layers: cut the model to its first layers.
+        experts_per_layer, fraction: the budget, as for `select_experts`; none means all experts.
+        coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
+        dtype: of the base, and of what is computed; auto: the config's own. Adapters are float32.
+        quantize: bits of the routed experts, 8 or 4.
+        device: where one layer's experts are tried out; what is kept differs a little by device.
+        flops_per_second: what the machine gets through; None: no time is estimated. `hotlora bench` measures it.
+
+    Raises:
+        FileError, ModelError: as `models.model_from_config`. PlanError: a budget or rank out of range.
+        HotLoraError: anything else out of range.
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise HotLoraError(f"{name} is {value}: it must be 1 or more.")
+    if quantize not in (None, 4, 8):
+        raise HotLoraError(f"quantize is {quantize}: it must be 4 or 8 bits.")
+    if coverage is not None and not 0 <= coverage <= 1:
+        raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")
+    cut = sized_config(config, layers)
+    compute = torch_dtype(dtype, cut)
+    meta = meta_model(cut)
+    found = moe_layers(meta)
+    kept = [layer.num_experts for layer in found]
+    if experts_per_layer is not None or fraction is not None:
+        kept = [experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in found]
+    if coverage is None:
+        coverage = coverage_at(kept[0] / found[0].num_experts)
+    tokens = batch_size * max_length
+    lora = HotLoraConfig(
+        plan=ExpertPlan(
+            experts={layer.layer: tuple(range(n)) for layer, n in zip(found, kept, strict=True)},
+            num_experts=found[0].num_experts,
+            rule="first",
+            params={},
+        ),
+        r=r,
+        train_attention=train_attention,
+        train_router=train_router,
+        train_shared=train_shared,
+    )
+    weights = sum(p.numel() for p in meta.parameters())
+    experts = sum(p.numel() for x in _experts(meta) for p in x.parameters())
+    forward = forward_flops(meta, max_length)
+    adapter = expert_adapter_flops(meta, r, {layer.layer: coverage for layer in found})
+    adapter += attention_adapter_flops(meta, r) if train_attention else 0.0
+    flops = step_flops(forward, adapter, tokens)
+    try:
+        per_token = _expert_bytes(meta, lora, coverage, compute, device)
+        rest, counts = _other_activations(cut, lora, batch_size, max_length, compute)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"the activations of a {cut.model_type} model cannot be estimated from its config: {reason}"
+        ) from error
+    trained = int(counts["trainable"])
+    # Under autocast a factor is kept in the computation's dtype too, as long as it is needed.
+    casts = 0 if compute == torch.float32 else int(counts["experts"]) * compute.itemsize
+    activations = int(per_token * tokens * len(found)) + rest
+    width = cut.get_text_config().hidden_size * compute.itemsize
+    if gradient_checkpointing:
+        num_layers = cut.get_text_config().num_hidden_layers
+        activations = tokens * width * num_layers + activations // num_layers
+    memory = {
+        "weights": (weights - experts) * compute.itemsize + int(experts * _bytes_of_expert_weight(quantize, compute)),
+        "adapter": trained * 4 + casts,
+        "gradients": trained * 4,
+        "optimizer": trained * 8,
+        "activations": activations,
+        "workspace": _workspace(meta, tokens, compute, torch.device(device)),
+    }
+    result: dict[str, Any] = {
+        "memory": memory | {"total": sum(memory.values())},
+        "expert_bytes_per_token_layer": round(per_token),
+        "coverage": coverage,
+        "trainable": trained,
+        "flops": {"forward_per_token": forward, "adapter_per_token": adapter, "step": flops},
+        "tokens": tokens,
+    }
+    if flops_per_second:
+        seconds = flops / flops_per_second
+        result["time"] = {
+            "flops_per_second": flops_per_second,
+            "seconds_per_step": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+    return result
+
+
+def coverage_at(fraction: float, cv: float = 1.0) -> float:
+    """Share of assignments that the busiest `fraction` of experts take, where loads are lognormal with this CV."""
+    if not 0 < fraction < 1:
+        return float(fraction >= 1)
+    sigma = math.sqrt(math.log1p(cv * cv))
+    quantile = torch.special.ndtri(torch.tensor(1 - fraction, dtype=torch.float64))
+    return float(torch.special.ndtr(sigma - quantile))
+
+
+def sized_config(config: str | Path, layers: int | None = None) -> PreTrainedConfig:
+    """A model's config, cut to its first `layers` decoder layers. Per-layer lists are cut with it."""
+    whole = copy.deepcopy(model_from_config(config).config)
+    text = whole.get_text_config()
+    depth = text.num_hidden_layers
+    if layers is None:
+        return whole
+    if not 1 <= layers <= depth:
+        raise HotLoraError(f"layers is {layers}: this model has {depth}; give 1 to {depth}.")
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return whole
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config without weights. ModelError where no MoE layer is left."""
+    with torch.device("meta"), quiet():
+        model = model_class(config)._from_config(copy.deepcopy(config))
+    moe_layers(model)
+    return model
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class that generates text with this config."""
+    from .models import _auto_class
+
+    return _auto_class(config)._model_mapping[type(config)]
+
+
+def torch_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
+    """float32, bfloat16 or float16; "auto" is the config's own."""
+    if name == "auto":
+        own = config.get_text_config().dtype
+        return own if isinstance(own, torch.dtype) else torch.float32
+    if name not in DTYPES:
+        raise HotLoraError(f"dtype is {name!r}: choose one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
+    """As `train` has it: in half precision the adapters, which are float32, are computed in the base's dtype."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _experts(model: nn.Module) -> list[Any]:
+    return [unwrap(model.get_submodule(layer.experts)) for layer in moe_layers(model)]
+
+
+def _expert_bytes(model: PreTrainedModel, lora: HotLoraConfig, coverage: float, dtype: torch.dtype, on: Any) -> float:
+    """Bytes a token that one layer's experts keep, by running two of them: one adapted, which gets `coverage` of the
+    assignments, and one not. What is kept whatever the tokens is not in it, nor are the layer's inputs."""
+    experts, top_k, device = _experts(model)[0], num_experts_per_tok(model), torch.device(on)
+    two = _two_experts(experts, dtype, device)
+    bound = copy.copy(lora)
+    bound._expert_ids = {"two": (0,)}
+    layer = HotLoraExperts(two, "default", bound, r=lora.r, lora_alpha=lora.lora_alpha, target_name="two").train()
+    totals = []
+    for tokens in _PROBED:
+        hidden_TD = torch.zeros(tokens, _width(experts), dtype=dtype, device=device, requires_grad=True)
+        weights_TK = torch.full((tokens, top_k), 1 / top_k, dtype=dtype, device=device, requires_grad=True)
+        index_S = torch.ones(tokens * top_k, dtype=torch.int64, device=device)
+        index_S[: round(coverage * tokens * top_k)] = 0
+        with autocast(device.type, dtype), SavedBytes(layer, hidden_TD, weights_TK) as saved:
+            layer(hidden_TD, index_S.view(tokens, top_k), weights_TK)
+        totals.append(saved.total)
+    return (totals[1] - totals[0]) / (_PROBED[1] - _PROBED[0])
+
+
+def _two_experts(experts: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    two = copy.copy(experts)
+    two.__dict__["_parameters"] = {
+        name: nn.Parameter(torch.zeros(2, *p.shape[1:], dtype=dtype, device=device), requires_grad=False)
+        for name, p in experts.named_parameters(recurse=False)
+    }
+    two.num_experts = 2
+    return two
+
+
+def _width(experts: Any) -> int:
+    return int(experts.down_proj.shape[2 if experts.is_transposed else 1])
+
+
+def _other_activations(
+    config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype
+) -> tuple[int, Mapping[str, float]]:
+    """Bytes that all but the routed experts keep, and the counts of parameters: the adapted decoder, run on tensors
+    that have shapes only."""
+    with torch.device("meta"), quiet():
+        base = model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
+        model = get_peft_model(base, lora).train()
+    with FakeTensorMode(), quiet():
+        _on_cpu(model)
+        ids = torch.zeros(batch_size, length, dtype=torch.int64)
+        with _without_experts(model), _unpacked(), autocast("cpu", dtype), SavedBytes(model) as saved:
+            base.get_decoder()(input_ids=ids, use_cache=False)
+        counts = count_parameters(model)
+    last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
+    return saved.total + last, counts
+
+
+def _on_cpu(model: nn.Module) -> None:
+    """From the meta device to tensors that say they are on the CPU, where attention takes its fused kernels."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+class _Inputs(torch.autograd.Function):
+    """In the place of routed experts: keeps their inputs, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(hidden_TD, top_k_weights)
+        return torch.empty_like(hidden_TD)
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    modules: list[Any] = [model.get_submodule(layer.experts) for layer in moe_layers(model)]
+    for module in modules:
+        module.forward = _Inputs.apply
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """transformers asks the values of position_ids whether sequences are packed, and without values builds a mask, at
+    the size of length x length, which a real step has not."""
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
+def _bytes_of_expert_weight(bits: int | None, dtype: torch.dtype) -> float:
+    return float(dtype.itemsize) if bits is None else bits / 8 + _SCALES
+
+
+def _workspace(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Short-lived at the peak: the loss's tile of logits, or the gradients of one layer's rows."""
+    config = cast(PreTrainedConfig, model.config).get_text_config()
+    rows, columns = min(tokens, _LOSS_TILE[0]), min(config.vocab_size, _LOSS_TILE[1])
+    logits = rows * columns * dtype.itemsize
+    if device.type == "cpu":  # where TRL has no kernel: float32 copies of the tile, and of its part of the head
+        logits += rows * columns * 12 + (columns * config.hidden_size * 4 if dtype != torch.float32 else 0)
+    experts = _experts(model)[0]
+    expert_width = experts.down_proj.shape[1:].numel() // _width(experts)
+    row = 2 * _width(experts) + (3 if experts.has_gate else 2) * expert_width
+    return max(logits, tokens * num_experts_per_tok(model) * row * dtype.itemsize)

@@ -1,0 +1,233 @@
+"""What one of `bench`'s processes does: builds one contender, counts what a step costs, and times steps."""
+
+import gc
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer.utils import add_fused_lm_head
+
+from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
+from .estimate import SavedBytes, autocast, sized_config, torch_dtype
+from .models import attention_modules, moe_layers
+from .plan import ExpertPlan, select_experts
+from .routing import profile_routing
+
+PARTS = ("step", "forward", "backward", "optimizer")
+_SKEWED_ON = 512  # tokens; the routing that is reported is that of the whole batch
+_CUDA_COPIES = ("Memcpy", "Memset")
+
+
+class Worker:
+    """One contender: its model, its adapters, its optimizer. `prepare` comes first; then any number of `turn`s."""
+
+    def __init__(self, config: BenchConfig, contender: Contender) -> None:
+        self.config, self.contender = config, contender
+        self.device = torch.device(config.device)
+        self.config_of_model = sized_config(config.model, config.layers)
+        self.dtype = torch_dtype(config.dtype, self.config_of_model)
+        generator = torch.Generator().manual_seed(config.seed)
+        assert config.length is not None
+        vocabulary = self.config_of_model.get_text_config().vocab_size
+        shape = (config.tokens // config.length, config.length)
+        self.input_ids = torch.randint(vocabulary, shape, generator=generator).to(self.device)
+        self._resting = psutil.Process().memory_info().rss
+        self._base: RandomModel | None = None
+
+    def ready(self) -> bool:
+        return True
+
+    def calibrate(self) -> dict[str, Any]:
+        """What all contenders share: the routers' spreads, the routing that comes of them, plans, and the machine's
+        matrix rate."""
+        rate = matrix_rate(self.dtype, self.device)
+        model = self._random().model
+        some = self.input_ids[: max(1, _SKEWED_ON // self.input_ids.shape[1]), :_SKEWED_ON]
+        spreads = spreads_for(model, some, self.config.cv, self.config.seed)
+        skew_routers(model, spreads, self.config.seed)
+        profile = profile_routing(model, [{"input_ids": self.input_ids}])
+        plans = {
+            contender.name: select_experts(profile, rule=contender.kind, fraction=contender.fraction).to_dict()
+            for contender in self.config.all_contenders()
+            if contender.kind in ("hot", "all")
+        }
+        plain = {name: getattr(profile, name) for name in ("layers", "num_tokens", "num_experts_per_tok")}
+        plain |= {"counts": profile.counts.tolist(), "mass": profile.mass.tolist()}
+        return {"rate": rate, "spreads": spreads, "plans": plans, "profile": plain}
+
+    def prepare(self, spreads: list[float], plan: dict[str, Any] | None) -> dict[str, Any]:
+        """Builds everything, and counts what needs no clock."""
+        base = self._random()
+        skew_routers(base.model, spreads, self.config.seed)
+        blocks = _moe_blocks(base.model)
+        add_fused_lm_head(base.model)  # as TRL's trainer does: a loss without the whole of the logits
+        chosen = None if plan is None else ExpertPlan.from_dict(plan)
+        self.model = adapted(base.model, self.contender, chosen, self.config.r)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
+        self.step()  # makes AdamW's state
+        measured = {
+            "trainable": sum(p.numel() for p in self.trained),
+            "peak_memory_bytes": self._peak_memory(),
+            "saved_bytes_per_token_layer": self._saved_bytes(blocks) / self.config.tokens / len(blocks),
+            "operations": self._operations(),
+        }
+        self._sleep()
+        return measured
+
+    def turn(self) -> dict[str, float]:
+        """Seconds of one step and of its parts."""
+        self._random().wake()
+        if self.device.type == "cuda":
+            self.step()  # its allocator starts from nothing after a sleep
+        times = self.step()
+        self._sleep()
+        return times
+
+    def step(self) -> dict[str, float]:
+        clock = _Clock(self.device)
+        loss = self.loss()
+        clock.mark()
+        loss.backward()
+        clock.mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        clock.mark()
+        return dict(zip(PARTS, clock.seconds(), strict=True))
+
+    def loss(self) -> Tensor:
+        with autocast(self.device.type, self.dtype):
+            return self.model(input_ids=self.input_ids, labels=self.input_ids, fused_lm_head=True).loss
+
+    def _random(self) -> RandomModel:
+        if self._base is None:
+            self._base = RandomModel(self.config_of_model, self.dtype, self.device, self.config.seed)
+        return self._base
+
+    def _sleep(self) -> None:
+        self._random().sleep()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _peak_memory(self) -> int:
+        """Of a step: all that the model, its adapters and the step take; on the CPU above what the process had
+        before it built a model."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step()
+            return torch.cuda.max_memory_allocated(self.device)
+        with _PeakRss() as peak:
+            self.step()
+        return peak.bytes - self._resting
+
+    def _saved_bytes(self, blocks: list[nn.Module]) -> int:
+        """What autograd keeps of the forwards of the MoE blocks."""
+        saved = SavedBytes(self.model)
+        handles = []
+        for block in blocks:
+            handles.append(block.register_forward_pre_hook(lambda *_: saved.__enter__() and None))
+            handles.append(block.register_forward_hook(lambda *_: saved.__exit__(None, None, None)))
+        loss = self.loss()
+        for handle in handles:
+            handle.remove()
+        loss.backward()
+        self.optimizer.zero_grad()
+        return saved.total
+
+    def _operations(self) -> int:
+        """Kernels that a step launches on a GPU; on the CPU, operations that torch dispatches."""
+        if self.device.type != "cuda":
+            with _CountOperations() as counter:
+                self.step()
+            return counter.number
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            self.step()
+        on_gpu = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+        return sum(not event.name.startswith(_CUDA_COPIES) for event in on_gpu)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large square product, the best of several: what the machine gives at most in this dtype."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + 1.0
+    for i in range(50):
+        clock = _Clock(device)
+        a @ b
+        clock.mark()
+        best = min(best, clock.seconds()[0])
+        if i >= 3 and time.perf_counter() > until:
+            break
+    return 2 * size**3 / best
+
+
+def _moe_blocks(model: nn.Module) -> list[nn.Module]:
+    """The module around each experts module and its router; the experts alone where that is the decoder layer."""
+    attention = attention_modules(model)
+    paths = []
+    for layer in moe_layers(model):
+        block = layer.experts.rpartition(".")[0]
+        paths.append(layer.experts if any(path.startswith(f"{block}.") for path in attention) else block)
+    return [model.get_submodule(path) for path in paths]
+
+
+class _Clock:
+    """Seconds between marks, first the whole. On a GPU by its own clock, so that nothing waits in between."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            torch.cuda.synchronize(device)
+        self._marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self._on_gpu:
+            self._marks[-1].synchronize()
+        spans = [(self._marks[0], self._marks[-1]), *zip(self._marks, self._marks[1:], strict=False)]
+        return [a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in spans]
+
+
+class _PeakRss:
+    """The most resident memory that the process has inside. By looking often: not every kernel keeps a peak that
+    can be set back."""
+
+    def __enter__(self) -> "_PeakRss":
+        self._process, self._over = psutil.Process(), threading.Event()
+        self.bytes = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.002):
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+
+
+class _CountOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))

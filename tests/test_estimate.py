@@ -1,0 +1,155 @@
+"""`estimate` against what a real step keeps."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import tiny_config
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+from zoo import zoo_model
+
+from hotlora.adapter import HotLoraConfig
+from hotlora.errors import HotLoraError
+from hotlora.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
+from hotlora.plan import select_experts
+from hotlora.routing import profile_routing
+
+BATCH, LENGTH = 4, 64
+
+
+@pytest.fixture
+def write(tmp_path):
+    def save(config):
+        config.save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+def measured(config, dtype, fraction, r, **switches):
+    """The adapted model after one AdamW step, and the bytes kept by the forward of a second one."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    ids = torch.randint(3, config.vocab_size, (BATCH, LENGTH))
+    profile = profile_routing(base, [{"input_ids": ids}])
+    add_fused_lm_head(base)
+    plan = select_experts(profile, rule="hot", fraction=fraction)
+    model = get_peft_model(base, HotLoraConfig(plan=plan, r=r, **switches)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        with autocast("cpu", dtype), SavedBytes(model) as saved:
+            loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+        loss.backward()
+        optimizer.step()
+    return model, optimizer, saved.total, float(profile.coverage(fraction=fraction).mean())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_a_whole_step(family, dtype, write):
+    config = tiny_config(family, hidden_size=128, moe_intermediate_size=64, intermediate_size=64, num_hidden_layers=3)
+    model, optimizer, saved, coverage = measured(config, getattr(torch, dtype), 0.5, 8)
+    found = estimate(
+        write(config), batch_size=BATCH, max_length=LENGTH, fraction=0.5, coverage=coverage, r=8, dtype=dtype
+    )
+    memory = found["memory"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert memory["weights"] == sum(p.nbytes for p in frozen)
+    assert memory["gradients"] == sum(p.grad.nbytes for p in trained)
+    state = (t for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert memory["optimizer"] == sum(t.nbytes for t in state)
+    assert found["trainable"] == sum(p.numel() for p in trained)
+    # The experts' factors, cast, are kept with the activations in reality, and with the adapter in the estimate.
+    kept = memory["adapter"] - sum(p.nbytes for p in trained) + memory["activations"]
+    assert kept == pytest.approx(saved, rel=0.15)
+    assert memory["total"] == sum(memory.values()) - memory["total"]
+
+
+def test_activations_follow_tokens_and_coverage(write):
+    path = write(tiny_config("olmoe"))
+
+    def found(**options):
+        options = {"batch_size": 2, "max_length": 32, "fraction": 0.25, "r": 4, **options}
+        return estimate(path, **options)["memory"]
+
+    base = found()
+    assert found(batch_size=4)["activations"] == pytest.approx(2 * base["activations"], rel=0.02)
+    assert found(coverage=1.0)["activations"] >= found(coverage=0.1)["activations"]
+    assert found(gradient_checkpointing=True)["activations"] < 0.8 * base["activations"]
+    assert found(train_attention=False)["activations"] < base["activations"]
+    whole, half, cut = found(), found(dtype="bfloat16"), found(layers=1)
+    assert half["weights"] * 2 == whole["weights"] > cut["weights"]
+    experts = 2 * 8 * 3 * 32 * 16
+    assert whole["weights"] - found(quantize=4)["weights"] == experts * (4 - 0.5 - 4 / 64)
+
+
+def test_olmoe(tmp_path):
+    """The adapter's state for 16 of OLMoE's experts is 1.36 GB (facts), from the config alone."""
+    from transformers import OlmoeConfig
+
+    OlmoeConfig(intermediate_size=1024, dtype="bfloat16").save_pretrained(tmp_path)
+    found = estimate(tmp_path, batch_size=8, max_length=2048, experts_per_layer=16, flops_per_second=4e14)
+    memory = found["memory"]
+    assert found["trainable"] == 84_967_424
+    assert memory["weights"] == 2 * 6_919_161_856
+    assert 4 * found["trainable"] + memory["gradients"] + memory["optimizer"] == 16 * 84_967_424
+    assert found["expert_bytes_per_token_layer"] < 140_000
+    assert found["time"]["seconds_per_step"] == pytest.approx(found["flops"]["step"] / 4e14)
+    assert found["time"]["tokens_per_second"] == pytest.approx(16384 / found["time"]["seconds_per_step"])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "gemma4_text", "nemotron_h", "mixtral"])
+def test_other_families(family, write):
+    found = estimate(write(zoo_model(family).config), batch_size=2, max_length=16, fraction=0.25, r=4)
+    assert min(found["memory"].values()) > 0
+
+
+def test_coverage_at():
+    assert coverage_at(1.0) == 1 and coverage_at(0.25, cv=0) == pytest.approx(0.25)
+    assert coverage_at(0.25) == pytest.approx(0.563, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_length": -1}, "max_length is -1"),
+        ({"quantize": 3}, "quantize is 3"),
+        ({"coverage": 1.5}, "coverage is 1.5"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"layers": 9}, "layers is 9: this model has 2"),
+        ({"fraction": 2.0}, "fraction is 2.0"),
+    ],
+)
+def test_errors(change, message, write):
+    with pytest.raises(HotLoraError, match=message):
+        estimate(write(tiny_config("olmoe")), **{"batch_size": 2, "max_length": 8, **change})
+
+
+def test_a_cut_config_keeps_its_lists(write):
+    config = tiny_config("qwen3_moe", num_hidden_layers=4)
+    cut = sized_config(write(config), 2)
+    lists = [value for value in vars(cut).values() if isinstance(value, list)]
+    assert cut.num_hidden_layers == 2 and all(len(value) != 4 for value in lists)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_peak_on_a_gpu(fraction, write):
+    """The whole peak, as CUDA's allocator saw it, within 15%."""
+    from transformers import OlmoeConfig
+
+    from hotlora.contenders import BenchConfig, Contender
+    from hotlora.worker import Worker
+
+    path = write(OlmoeConfig(intermediate_size=1024, num_hidden_layers=2, dtype="bfloat16"))
+    contender = Contender("hot", fraction) if fraction < 1 else Contender("all")
+    config = BenchConfig(str(path), tokens=16384, length=2048, device="cuda", dtype="bfloat16", fractions=(0.25,))
+    worker = Worker(config, contender)
+    common = worker.calibrate()
+    row = worker.prepare(common["spreads"], common["plans"][contender.name])
+    found = estimate(
+        path, batch_size=8, max_length=2048, fraction=fraction, train_router=False, train_shared=False, device="cuda"
+    )
+    assert found["memory"]["total"] == pytest.approx(row["peak_memory_bytes"], rel=0.15)
