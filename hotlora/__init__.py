@@ -24,9 +24,9 @@ _PUBLIC = {
     "ModelError": "errors",
     "PlanError": "errors",
     "RoutingProfile": "routing",
-    "count_parameters": "adapter",
+    "count_parameters": "count",
     "jaccard": "routing",
-    "load_adapter": "adapter",
+    "load_adapter": "load",
     "load_model": "models",
     "load_tokenizer": "models",
     "profile_routing": "routing",
@@ -38,8 +38,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .adapter import HotLoraConfig as HotLoraConfig
-    from .adapter import count_parameters as count_parameters
-    from .adapter import load_adapter as load_adapter
+    from .count import count_parameters as count_parameters
     from .errors import DataError as DataError
     from .errors import FileError as FileError
     from .errors import HotLoraError as HotLoraError
@@ -47,6 +46,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .errors import PlanError as PlanError
     from .export import export_adapter as export_adapter
     from .import_peft import import_adapter as import_adapter
+    from .load import load_adapter as load_adapter
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer
     from .plan import ExpertPlan as ExpertPlan

@@ -5,39 +5,27 @@ own `lora.Linear`; the planned experts and the routers get the layers in `layers
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict, transformers_weight_conversion
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 
-from .errors import FileError, HotLoraError, ModelError, PlanError
-from .files import read_json
+from .combine import combine, factor_pairs
+from .errors import HotLoraError, ModelError, PlanError
 from .layers import HotLoraExperts, HotLoraRouter, HotLoraWeights, MergeableLayer
 from .models import (
     attention_modules,
     fingerprint,
-    model_from_config,
     moe_layers,
     unwrap,
 )
 from .plan import ExpertPlan
-from .quantize import check_mergeable, quantized_parameters, warn_if_experts_unquantized
-from .quiet import quiet
-from .routing import experts_kept
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from .quantize import check_mergeable, warn_if_experts_unquantized
 
 _SWITCHES = ("train_attention", "train_router", "train_shared")
 
@@ -252,8 +240,8 @@ class HotLoraModel(LoraModel):
         self.inject_adapter(self.model, adapter_name)
         for module in self.model.modules():
             if isinstance(module, LoraLayer) and adapter_name in module.r:
-                _combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how)
-                for factor in (f for pair in _factor_pairs(module, adapter_name).values() for f in pair):
+                combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how)
+                for factor in (f for pair in factor_pairs(module, adapter_name).values() for f in pair):
                     factor.requires_grad_(False)
 
 
@@ -278,33 +266,6 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, **switches)
 
 
-def _combine(module: LoraLayer, weights: dict[str, float], adapter_name: str, how: str) -> None:
-    """Fills the new adapter's factors in one layer from those of the others that are there."""
-    sources = {name: _factor_pairs(module, name) for name in weights if name in module.r}
-    for key, (A, B) in _factor_pairs(module, adapter_name).items():
-        A.detach().zero_()
-        B.detach().zero_()
-        start = 0
-        for name, pairs in sources.items():
-            if key not in pairs:
-                continue
-            (A_source, B_source), weight = pairs[key], weights[name] * module.scaling[name]
-            if how == "cat":
-                end = start + A_source.shape[-2]
-                A.detach()[..., start:end, :] = A_source.detach()
-                B.detach()[..., start:end] = B_source.detach() * weight
-                start = end
-            else:  # as PEFT has it: each factor takes the root of the weight, and one of them its sign
-                A.detach().add_(A_source.detach(), alpha=math.copysign(abs(weight) ** 0.5, weight))
-                B.detach().add_(B_source.detach(), alpha=abs(weight) ** 0.5)
-
-
-def _factor_pairs(module: Any, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
-    if isinstance(module, MergeableLayer):
-        return module.factor_pairs(adapter)
-    return {"weight": (module.lora_A[adapter].weight, module.lora_B[adapter].weight)}
-
-
 class _SavedLoraConfig(LoraConfig):
     """What PEFT reads a saved LORA config as: ours where it holds a plan, and else its own."""
 
@@ -312,12 +273,12 @@ class _SavedLoraConfig(LoraConfig):
         if not isinstance(saved.get("plan"), dict):
             return LoraConfig(**saved)
         try:
-            return _from_saved(saved)
+            return from_saved(saved)
         except TypeError as error:  # which PEFT would mend by leaving the plan out
             raise PlanError(f"the adapter's config is not one that this hotlora reads: {error}") from error
 
 
-def _from_saved(saved: dict[str, Any]) -> HotLoraConfig:
+def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
     """The targets that were saved are left out: they are worked out again, for the model at hand."""
     targets = ("target_modules", "target_parameters")
     return HotLoraConfig(**{name: value for name, value in saved.items() if name not in targets})
@@ -340,157 +301,8 @@ PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = HotLoraModel
 PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = _SavedLoraConfig
 
 
-def load_adapter(
-    base_model: nn.Module, path: str | Path, adapter_name: str = "default", is_trainable: bool = False
-) -> PeftModel:
-    """The base model with a saved adapter on it, as `PeftModel.save_pretrained` wrote it.
-
-    A plain model is wrapped, in place as in PEFT, and the adapter is active. To a `PeftModel` the adapter is
-    added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
-
-    Raises:
-        FileError: no such folder, not a hotlora adapter, a truncated file, or weights that do not fit the
-        config. PlanError: the adapter was made for another model.
-    """
-    folder = Path(path).expanduser()
-    config = _read_config(folder)
-    config.inference_mode = not is_trainable
-    weights = _read_weights(folder / WEIGHTS_FILE)
-    if isinstance(base_model, PeftModel):
-        if adapter_name in base_model.peft_config:
-            raise HotLoraError(
-                f"the model already has an adapter {adapter_name!r}: give another adapter_name, or delete it."
-            )
-        model = base_model
-        model.add_adapter(adapter_name, config)
-        if is_trainable:
-            model.set_requires_grad(adapter_name)
-    else:
-        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        with quiet():
-            model = peft_model(base_model, config, adapter_name=adapter_name)
-    problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
-    if problem:
-        if model is base_model:
-            model.delete_adapter(adapter_name)
-        else:
-            model.unload()
-        raise FileError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again.")
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-    return model if is_trainable else model.eval()
-
-
-def count_parameters(model: nn.Module) -> dict[str, int | float]:
-    """Parameters of an adapted model, on any device, meta too.
-
-    `trainable`, `total` (base and adapters) and `percent` are those of PEFT's `print_trainable_parameters`;
-    then the trainable ones in `attention`, `router`, `shared` and `experts`.
-
-    Raises:
-        ModelError: the model has no adapter.
-    """
-    if not isinstance(model, PeftModel):
-        raise ModelError(f"{type(model).__name__} has no adapter. Give the result of peft.get_peft_model.")
-    layers = moe_layers(model)
-    parts = {
-        "attention": attention_modules(model),
-        "router": [layer.router for layer in layers],
-        "shared": [path for layer in layers for path in layer.shared],
-        "experts": [layer.experts for layer in layers],
-    }
-    trainable, total = model.get_nb_trainable_parameters()
-    total += quantized_parameters(model)
-    counts: dict[str, int | float] = {
-        "trainable": trainable,
-        "total": total,
-        "percent": 100 * trainable / total,
-    }
-    for part, paths in parts.items():
-        parameters = (p for path in paths for p in model.get_submodule(path).parameters())
-        counts[part] = sum(p.numel() for p in parameters if p.requires_grad)
-    return counts
-
-
 def _as_dict(plan: Any) -> dict[str, Any]:
     data = plan.to_dict() if hasattr(plan, "to_dict") else plan
     if not isinstance(data, dict):
         raise PlanError(f"plan={plan!r} is not a plan. Give an ExpertPlan, or one as a dict.")
     return data
-
-
-def _read_config(folder: Path) -> HotLoraConfig:
-    if not folder.is_dir():
-        raise FileError(f"{folder} is not a folder. Give the folder that save_pretrained wrote the adapter to.")
-    file = folder / CONFIG_FILE
-    data = read_json(file)
-    if not isinstance(data.get("plan"), dict):
-        raise FileError(f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel.")
-    data["base_model_name_or_path"] = None  # PEFT notes the model that it is loaded onto
-    try:
-        return _from_saved(data)
-    except PlanError as error:
-        raise PlanError(f"{file}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise FileError(f"{file} is not a hotlora adapter's config: {error} Save the adapter again.") from error
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileError(f"{file} does not exist. Give the folder that save_pretrained wrote the adapter to.")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{file} is truncated or is not a safetensors file: {error}. Save it again.") from error
-
-
-def _mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
-    if missing := sorted(expected.keys() - found.keys()):
-        return f"{len(missing)} tensors are missing, such as {missing[0]}"
-    if unexpected := sorted(found.keys() - expected.keys()):
-        return f"{len(unexpected)} tensors are unknown, such as {unexpected[0]}"
-    for key, tensor in expected.items():
-        if found[key].shape != tensor.shape:
-            return f"{key} is {list(found[key].shape)} where {list(tensor.shape)} is needed"
-    return None
-
-
-def parameters_from_config(
-    config: str | Path,
-    *,
-    experts_per_layer: int | None = None,
-    fraction: float | None = None,
-    r: int = 32,
-    train_attention: bool = True,
-    train_router: bool = True,
-    train_shared: bool = True,
-) -> dict[str, int | float]:
-    """`count_parameters` of a model that only its config.json describes; no budget means all experts.
-
-    Which experts they are does not matter to the count, so the first ones stand for any.
-
-    Raises:
-        FileError, ModelError: as `models.model_from_config`. PlanError: a budget or rank out of range.
-    """
-    model = model_from_config(config)
-    layers = moe_layers(model)
-    kept = {layer.layer: layer.num_experts for layer in layers}
-    if experts_per_layer is not None or fraction is not None:
-        kept = {layer.layer: experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in layers}
-    plan = ExpertPlan(
-        experts={layer: tuple(range(number)) for layer, number in kept.items()},
-        num_experts=layers[0].num_experts,
-        rule="first",
-        params={},
-    )
-    with torch.device("meta"), quiet():
-        adapted = get_peft_model(
-            model,
-            HotLoraConfig(
-                plan=plan,
-                r=r,
-                train_attention=train_attention,
-                train_router=train_router,
-                train_shared=train_shared,
-            ),
-        )
-    return count_parameters(adapted)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
-from .adapter import HotLoraConfig, count_parameters
+from .adapter import HotLoraConfig
+from .count import count_parameters
 from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .layers import HotLoraExperts

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, HotLoraConfig
+from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError, ModelError
 from .files import atomic_folder, write_json
 from .layers import HotLoraExperts, HotLoraRouter, HotLoraWeights
+from .load import CONFIG_FILE, WEIGHTS_FILE
 from .models import moe_layers
 from .quiet import quiet
 

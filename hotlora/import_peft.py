@@ -13,14 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, HotLoraConfig
+from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError
 from .export import PREFIX, expert_parameters, interleaved, loaded_by_peft, uniform
 from .files import read_json
+from .load import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
@@ -44,7 +43,7 @@ def import_adapter(
     """
     folder = Path(path).expanduser()
     config = _read_plain_config(folder)
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    weights = read_weights(folder / WEIGHTS_FILE)
     if isinstance(base_model, PeftModel):
         raise HotLoraError("the model has an adapter already: give a plain base model to import_adapter.")
     layers = moe_layers(base_model)
@@ -120,15 +119,6 @@ def _read_plain_config(folder: Path) -> LoraConfig:
         raise FileError(f"{file} has bias {data['bias']!r}, which a hotlora adapter does not hold.")
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules")
     return LoraConfig(**{name: data[name] for name in names if data.get(name) is not None})
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileError(f"{file} does not exist. Give a folder with a PEFT adapter in safetensors.")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{file} is truncated or is not a safetensors file: {error}. Save it again.") from error
 
 
 def _pairs(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -16,13 +16,15 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from . import checkpoints
-from .adapter import HotLoraConfig, count_parameters, load_adapter
+from .adapter import HotLoraConfig
 from .config import FREE_OPTIONS, PROFILE_FRACTION, TrainConfig
+from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .errors import DataError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss
 from .export import check_export, export_adapter
 from .files import atomic_folder, file_in, sha256_file
+from .load import load_adapter
 from .models import checkpoint_dtype, fingerprint, load_model, load_tokenizer
 from .plan import ExpertPlan, select_experts
 from .quantize import experts_in, quantized_parameters

@@ -102,7 +102,7 @@ def check_save(family: str, folder: Path) -> list[str]:
     import torch
     from test_families import adapted, logits, zoo_model
 
-    from hotlora.adapter import load_adapter
+    from hotlora.load import load_adapter
 
     model = adapted(family)
     model.save_pretrained(folder)

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
 from transformers import AutoModelForCausalLM
 
-from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter
+from hotlora.adapter import HotLoraConfig
+from hotlora.count import count_parameters
 from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.layers import HotLoraExperts, HotLoraRouter
+from hotlora.load import load_adapter
 from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan
 

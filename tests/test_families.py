@@ -11,8 +11,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from tiny import tiny_batch
 from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_config, zoo_model
 
-from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter, parameters_from_config
+from hotlora.adapter import HotLoraConfig
+from hotlora.count import count_parameters, parameters_from_config
 from hotlora.layers import HotLoraExperts, HotLoraWeights
+from hotlora.load import load_adapter
 from hotlora.models import attention_modules, fingerprint, moe_layers
 from hotlora.plan import select_experts
 from hotlora.routing import profile_routing

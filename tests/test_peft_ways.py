@@ -11,9 +11,10 @@ from tiny import tiny_batch, tiny_model, tiny_plan
 from torch import nn
 from zoo import zoo_model
 
-from hotlora.adapter import HotLoraConfig, load_adapter
+from hotlora.adapter import HotLoraConfig
 from hotlora.errors import HotLoraError, PlanError
 from hotlora.layers import HotLoraExperts
+from hotlora.load import load_adapter
 from hotlora.models import moe_layers
 
 FAMILY = "qwen2_moe"  # attention, router, shared experts and experts

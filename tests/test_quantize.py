@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from zoo import families, zoo_model
 
-from hotlora.adapter import HotLoraConfig, count_parameters, load_adapter
+from hotlora.adapter import HotLoraConfig
+from hotlora.count import count_parameters
 from hotlora.errors import HotLoraError, ModelError
 from hotlora.experts import Groups
+from hotlora.load import load_adapter
 from hotlora.models import load_model, moe_layers
 from hotlora.quantize import (
     ExpertsQuantization,

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora.adapter import load_adapter
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
 from hotlora.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.evaluate import response_loss
+from hotlora.load import load_adapter
 from hotlora.models import load_model
 from hotlora.records import read_record
 from hotlora.routing import RoutingProfile

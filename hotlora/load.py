@@ -1,0 +1,94 @@
+"""A saved HotLoRA adapter, read back onto a base model."""
+
+from pathlib import Path
+
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .adapter import HotLoraConfig, from_saved
+from .errors import FileError, HotLoraError, PlanError
+from .files import read_json
+from .quiet import quiet
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def load_adapter(
+    base_model: nn.Module, path: str | Path, adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """The base model with a saved adapter on it, as `PeftModel.save_pretrained` wrote it.
+
+    A plain model is wrapped, in place as in PEFT, and the adapter is active. To a `PeftModel` the adapter is
+    added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
+
+    Raises:
+        FileError: no such folder, not a hotlora adapter, a truncated file, or weights that do not fit the
+        config. PlanError: the adapter was made for another model.
+    """
+    folder = Path(path).expanduser()
+    config = _read_config(folder)
+    config.inference_mode = not is_trainable
+    weights = read_weights(folder / WEIGHTS_FILE)
+    if isinstance(base_model, PeftModel):
+        if adapter_name in base_model.peft_config:
+            raise HotLoraError(
+                f"the model already has an adapter {adapter_name!r}: give another adapter_name, or delete it."
+            )
+        model = base_model
+        model.add_adapter(adapter_name, config)
+        if is_trainable:
+            model.set_requires_grad(adapter_name)
+    else:
+        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        with quiet():
+            model = peft_model(base_model, config, adapter_name=adapter_name)
+    problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
+    if problem:
+        if model is base_model:
+            model.delete_adapter(adapter_name)
+        else:
+            model.unload()
+        raise FileError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again.")
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
+    return model if is_trainable else model.eval()
+
+
+def _read_config(folder: Path) -> HotLoraConfig:
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder. Give the folder that save_pretrained wrote the adapter to.")
+    file = folder / CONFIG_FILE
+    data = read_json(file)
+    if not isinstance(data.get("plan"), dict):
+        raise FileError(f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel.")
+    data["base_model_name_or_path"] = None  # PEFT notes the model that it is loaded onto
+    try:
+        return from_saved(data)
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{file} is not a hotlora adapter's config: {error} Save the adapter again.") from error
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise FileError(f"{file} does not exist. Give the folder that save_pretrained wrote the adapter to.")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{file} is truncated or is not a safetensors file: {error}. Save it again.") from error
+
+
+def _mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    if missing := sorted(expected.keys() - found.keys()):
+        return f"{len(missing)} tensors are missing, such as {missing[0]}"
+    if unexpected := sorted(found.keys() - expected.keys()):
+        return f"{len(unexpected)} tensors are unknown, such as {unexpected[0]}"
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            return f"{key} is {list(found[key].shape)} where {list(tensor.shape)} is needed"
+    return None
