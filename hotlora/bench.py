@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .contenders import BenchConfig, Contender
-from .errors import HotLoraError
+from .errors import HotLoraError, ModelError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from .models import fingerprint, moe_layers
@@ -176,20 +176,29 @@ def _add_arithmetic(
         if row["status"] == "done":
             row["share_of_rate"] = flops / row["seconds"]["step"]["median"] / rate
         if kind in ("hot", "all"):
-            foreseen = estimate(
-                config.model,
-                layers=config.layers,
-                batch_size=config.tokens // config.length,
-                max_length=config.length,
-                fraction=fraction or 1.0,
-                coverage=row.get("coverage", 1.0),
-                r=config.r,
-                train_router=False,
-                train_shared=False,
-                dtype=config.dtype,
-                device=config.device,
-            )
-            row["estimated_memory_bytes"] = foreseen["memory"]["total"]
+            row["estimated_memory_bytes"] = _estimated_memory(config, fraction or 1.0, row.get("coverage", 1.0))
+
+
+def _estimated_memory(config: BenchConfig, fraction: float, coverage: float) -> int | None:
+    """None where `estimate` cannot run the family without values: what was timed is not lost for it."""
+    assert config.length is not None
+    try:
+        foreseen = estimate(
+            config.model,
+            layers=config.layers,
+            batch_size=config.tokens // config.length,
+            max_length=config.length,
+            fraction=fraction,
+            coverage=coverage,
+            r=config.r,
+            train_router=False,
+            train_shared=False,
+            dtype=config.dtype,
+            device=config.device,
+        )
+    except ModelError:
+        return None
+    return int(foreseen["memory"]["total"])
 
 
 def _tensor(value: Any) -> Any:
