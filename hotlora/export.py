@@ -183,9 +183,9 @@ def _check_router_choice(format: str, has_router: bool, merge_router: bool, drop
         raise HotLoraError(f"the adapter does not train the router: leave {chosen} out.")
     if has_router and not chosen and format in ("vllm", "sglang"):
         raise HotLoraError(
-            f"format {format!r} cannot hold the adapter's router updates. Give merge_router=True, which writes the "
-            "base model with the routers' updates beside the adapter, or drop_router=True, which leaves them out: "
-            "answers then differ from the trained model's."
+            f"format {format!r} cannot hold the adapter's router updates. Give merge_router=True (--merge-router), "
+            "which writes the base model with the routers' updates beside the adapter, or drop_router=True "
+            "(--drop-router), which leaves them out: answers then differ from the trained model's."
         )
 
 
