@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import FileError
-from .figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, _figure, _style
+from .figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style
 from .files import read_json
 
 COLUMNS = (
@@ -111,8 +111,8 @@ def growth_lines(result: Result) -> dict[str, list[tuple[float, float, float, fl
 
 def growth_figure(result: Result) -> Figure:
     """Step time against what grew; bands are quartiles."""
-    figure, axes = _figure(4.2)
-    _style(axes)
+    figure, axes = new_figure(4.2)
+    style(axes)
     spare = iter(OTHER_SERIES * 4)
     colors = {"floor": MUTED, "all": SERIES["all"], "hotlora": HOT, "hot 25%": HOT}
     for name, points in growth_lines(result).items():

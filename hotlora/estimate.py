@@ -206,9 +206,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that generates text with this config."""
-    from .models import _auto_class
+    from .models import auto_class
 
-    return _auto_class(config)._model_mapping[type(config)]
+    return auto_class(config)._model_mapping[type(config)]
 
 
 def torch_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:

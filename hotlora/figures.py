@@ -28,7 +28,7 @@ def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
     load = _load(profile)
     num_layers, num_experts = load.shape
     row = float(np.clip(5.0 / num_layers, 0.14, 0.42))
-    figure, axes = _figure(row * num_layers + 1.35)
+    figure, axes = new_figure(row * num_layers + 1.35)
     top = float(min(max(2.0, load.max()), TOP))
     image = axes.imshow(load, cmap="YlOrBr", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     # Light lines between cells, as far as cells are large enough to be told apart anyway.
@@ -74,7 +74,7 @@ def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figu
     edges = np.arange(num_experts + 1) + 0.5
     for axes, row, row_kept, layer in zip(grid.flat, load, kept, profile.layers, strict=False):
         order = np.argsort(-row, kind="stable")
-        _style(axes)
+        style(axes)
         axes.grid(axis="x", visible=False)
         axes.stairs(row[order], edges, fill=True, color=COLD, linewidth=0)
         axes.stairs(np.where(row_kept[order], row[order], 0), edges, fill=True, color=HOT, linewidth=0)
@@ -101,8 +101,8 @@ def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None
     steps = np.arange(num_experts + 1)
     covered = -np.sort(-profile.shares().numpy(), axis=1).cumsum(axis=1)
     covered = np.abs(np.concatenate([np.zeros((len(covered), 1)), covered], axis=1)) * 100
-    figure, axes = _figure(4.2)
-    _style(axes)
+    figure, axes = new_figure(4.2)
+    style(axes)
     mean = covered.mean(axis=0)
     axes.fill_between(steps, covered.min(axis=0), covered.max(axis=0), color=HOT, alpha=0.16, linewidth=0)
     axes.plot(steps, mean, color=HOT, linewidth=2.2)
@@ -125,8 +125,8 @@ def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None
 
 def loss_curves(curves: Sequence[tuple[str, str, Sequence[int], Sequence[float]]]) -> Figure:
     """Training loss by step, each curve (label, condition, steps, losses). Thin: logged; thick: smoothed."""
-    figure, axes = _figure(4.2)
-    _style(axes)
+    figure, axes = new_figure(4.2)
+    style(axes)
     used: Mapping[str, str] = SERIES
     spare = iter(OTHER_SERIES * len(curves))
     taken: set[str] = set()
@@ -147,7 +147,7 @@ def loss_curves(curves: Sequence[tuple[str, str, Sequence[int], Sequence[float]]
     return figure
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     for item in (axes.xaxis.label, axes.yaxis.label):
@@ -156,7 +156,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(COLD)
     axes.grid(axis="y", color=GRID, linewidth=0.8)

@@ -189,7 +189,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         moe_layers(_on_meta(config))  # before gigabytes of weights are read
-        model = _auto_class(config).from_pretrained(
+        model = auto_class(config).from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -278,7 +278,7 @@ def _source(name_or_path: str | Path) -> str:
     return text
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
+def auto_class(config: PreTrainedConfig) -> Any:
     """The auto class that trains and generates text with this config: for a multimodal wrapper the wrapper's."""
     for auto, mapping in (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -294,7 +294,7 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's modules and shapes, without weights."""
-    auto = _auto_class(config)
+    auto = auto_class(config)
     try:
         with torch.device("meta"):
             return auto.from_config(config).eval()

@@ -8,7 +8,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from tiny import tiny_batch
+from tiny import fill, tiny_batch
 from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_config, zoo_model
 
 from hotlora.adapter import HotLoraConfig
@@ -35,15 +35,8 @@ def adapted(family, *, dtype=torch.float32, seed=0, randomise=True, plan=None, *
     model = zoo_model(family, dtype=dtype)
     model = get_peft_model(model, HotLoraConfig(plan=plan or plan_for(model), **{"r": 4, **config}))
     if randomise:
-        fill(model, seed)
+        fill(model, seed, scale=0.05)
     return model.eval()
-
-
-def fill(model, seed, adapter="default"):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and f".{adapter}" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 def logits(model):

@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import ParamWrapper
-from tiny import tiny_batch, tiny_model, tiny_plan
+from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from torch import nn
 from zoo import zoo_model
 
@@ -27,13 +27,6 @@ def adapted(experts=None, seed=0, family=FAMILY, adapter_name="default", **confi
     )
     fill(model, seed, adapter_name)
     return model.eval()
-
-
-def fill(model, seed, adapter="default"):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and f".{adapter}" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def logits(model):

@@ -75,3 +75,11 @@ def tiny_plan(model: PreTrainedModel, experts: dict[int, list[int]] | None = Non
         "profile_hash": None,
         "fingerprint": fingerprint(model),
     }
+
+
+def fill(model, seed: int, adapter: str = "default", scale: float = 0.1) -> None:
+    """Random values in an adapter's factors, so that it does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and f".{adapter}" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
