@@ -137,8 +137,8 @@ class HotLoraConfig(LoraConfig):
                 "nothing would be trained: the plan has no expert, and attention, routers and shared experts "
                 "are off. Plan at least one expert, or switch one of them on."
             )
-        raw = {path: _raw_weights(module) for path in shared if (module := unwrap(model.get_submodule(path)))}
-        for path in [*expert_ids, *routers, *(path for path, weights in raw.items() if weights)]:
+        raw = {path: weights for path in shared if (weights := _raw_weights(unwrap(model.get_submodule(path))))}
+        for path in (*expert_ids, *routers, *raw):
             module = model.get_submodule(path)
             if isinstance(module, BaseTunerLayer) and not isinstance(module, MergeableLayer):
                 raise ModelError(
@@ -146,7 +146,7 @@ class HotLoraConfig(LoraConfig):
                     "Unload it, or use a fresh base model."
                 )
         self._expert_ids, self._routers = expert_ids, set(routers)
-        self._raw_weights = {**routers, **{path: weights for path, weights in raw.items() if weights}}
+        self._raw_weights = {**routers, **raw}
         self.target_modules = _Bound(targets)  # type: ignore[assignment]
 
 

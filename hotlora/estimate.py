@@ -23,7 +23,7 @@ from .count import count_parameters
 from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .layers import HotLoraExperts
-from .models import model_from_config, moe_layers, num_experts_per_tok, unwrap
+from .models import auto_class, expert_widths, model_from_config, moe_layers, num_experts_per_tok, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
 from .routing import experts_kept
@@ -206,8 +206,6 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that generates text with this config."""
-    from .models import auto_class
-
     return auto_class(config)._model_mapping[type(config)]
 
 
@@ -240,7 +238,7 @@ def _expert_bytes(model: PreTrainedModel, lora: HotLoraConfig, coverage: float, 
     layer = HotLoraExperts(two, "default", bound, r=lora.r, lora_alpha=lora.lora_alpha, target_name="two").train()
     totals = []
     for tokens in _PROBED:
-        hidden_TD = torch.zeros(tokens, _width(experts), dtype=dtype, device=device, requires_grad=True)
+        hidden_TD = torch.zeros(tokens, expert_widths(experts)[0], dtype=dtype, device=device, requires_grad=True)
         weights_TK = torch.full((tokens, top_k), 1 / top_k, dtype=dtype, device=device, requires_grad=True)
         index_S = torch.ones(tokens * top_k, dtype=torch.int64, device=device)
         index_S[: round(coverage * tokens * top_k)] = 0
@@ -258,10 +256,6 @@ def _two_experts(experts: Any, dtype: torch.dtype, device: torch.device) -> Any:
     }
     two.num_experts = 2
     return two
-
-
-def _width(experts: Any) -> int:
-    return int(experts.down_proj.shape[2 if experts.is_transposed else 1])
 
 
 def _other_activations(
@@ -339,6 +333,6 @@ def _workspace(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.
     if device.type == "cpu":  # where TRL has no kernel: float32 copies of the tile, and of its part of the head
         logits += rows * columns * 12 + (columns * config.hidden_size * 4 if dtype != torch.float32 else 0)
     experts = _experts(model)[0]
-    expert_width = experts.down_proj.shape[1:].numel() // _width(experts)
-    row = 2 * _width(experts) + (3 if experts.has_gate else 2) * expert_width
+    width, expert_width = expert_widths(experts)
+    row = 2 * width + (3 if experts.has_gate else 2) * expert_width
     return max(logits, tokens * num_experts_per_tok(model) * row * dtype.itemsize)

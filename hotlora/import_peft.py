@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
@@ -92,14 +93,12 @@ def import_adapter(
     )
     with quiet():
         model = cast(PeftModel, get_peft_model(cast(Any, base_model), hot_config, adapter_name=adapter_name))
-    # Not by PEFT's own loader, which renames keys of some families once more (see `_as_peft_loads`).
-    state = {
-        re.sub(r"\.(lora_\w+)", rf".\1.{adapter_name}", PREFIX + key): tensor
-        for key, tensor in _hot_state(layers, experts, {**linears, **routers}, r).items()
-    }
+    state = _hot_state(layers, experts, {**linears, **routers}, r)
     # What PEFT's adapter did not train keeps B = 0: an update of zero.
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    assert not unknown, unknown
+    loaded: Any = set_peft_model_state_dict(
+        model, {PREFIX + key: tensor for key, tensor in state.items()}, adapter_name=adapter_name
+    )
+    assert not loaded.unexpected_keys, loaded.unexpected_keys
     return model if is_trainable else model.eval()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import HotLoraError, PlanError
 from .experts import HotFactors
 from .fused import routed_experts
+from .models import expert_widths
 
 
 class MergeableLayer(nn.Module, LoraLayer):
@@ -119,9 +120,7 @@ class HotLoraExperts(MergeableLayer):
             raise PlanError(f"{path} takes adapters from a HotLoraConfig only, with a plan that names it.")
         experts: Any = self.get_base_layer()
         parts = 2 if experts.has_gate else 1
-        _, width, expert_width = experts.down_proj.shape
-        if experts.is_transposed:
-            width, expert_width = expert_width, width
+        width, expert_width = expert_widths(experts)
         shapes = {
             "lora_A_gate_up": (len(ids), parts * r, width),
             "lora_B_gate_up": (len(ids), parts * expert_width, r),

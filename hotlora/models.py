@@ -85,20 +85,20 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     decoders = _decoder_layers(model, modules)
     layers = []
     for index, decoder in decoders.items():
-        inside = [path for path in modules if path.startswith(f"{decoder}.")]
-        for path in inside:
-            if not is_experts(modules[path]) or "vision" in path:
+        inside = _inside(decoder, modules)
+        for path, module in inside.items():
+            if not is_experts(module) or "vision" in path:
                 continue
-            num_experts = cast(int, modules[path].num_experts)
-            router, router_weight = _router(path, modules, num_experts)
+            num_experts = cast(int, module.num_experts)
+            router, router_weight = _router(path, inside, num_experts)
             layers.append(
                 MoELayer(
                     layer=index,
                     experts=path,
                     router=router,
                     router_weight=router_weight,
-                    shared=_shared_paths(path, decoder, modules),
-                    attention=_attention_paths(decoder, modules),
+                    shared=_shared_paths(path, decoder, inside),
+                    attention=_attention_paths(decoder, inside),
                     num_experts=num_experts,
                 )
             )
@@ -113,7 +113,8 @@ def attention_modules(model: nn.Module) -> list[str]:
     """Paths of `MoELayer.attention` of all decoder layers, dense ones too, in the order of the layers."""
     modules = dict(_modules(model))
     decoders = _decoder_layers(model, modules)
-    return [name for index in sorted(decoders) for name in _attention_paths(decoders[index], modules)]
+    in_order = [decoders[index] for index in sorted(decoders)]
+    return [name for decoder in in_order for name in _attention_paths(decoder, _inside(decoder, modules))]
 
 
 def num_experts_per_tok(model: nn.Module) -> int:
@@ -142,13 +143,16 @@ def fingerprint(model: nn.Module) -> str:
     top_k = num_experts_per_tok(model)
     layers = []
     for layer in found:
-        experts = unwrap(model.get_submodule(layer.experts))
-        _, width, expert_width = experts.down_proj.shape  # [E, D, F]
-        if experts.is_transposed:
-            width, expert_width = expert_width, width
+        width, expert_width = expert_widths(unwrap(model.get_submodule(layer.experts)))
         layers.append([layer.layer, layer.num_experts, top_k, width, expert_width])
     structure = json.dumps({"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True)
     return f"{config.model_type}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
+
+
+def expert_widths(experts: Any) -> tuple[int, int]:
+    """D and F of transformers' experts module."""
+    _, rows, columns = experts.down_proj.shape  # [E, D, F], or [E, F, D]
+    return (columns, rows) if experts.is_transposed else (rows, columns)
 
 
 def is_experts(module: Any) -> bool:
@@ -339,6 +343,10 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
         yield from _modules(inner, f"{path}.")
 
 
+def _inside(decoder: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {path: module for path, module in modules.items() if path.startswith(f"{decoder}.")}
+
+
 def _decoder_layers(model: nn.Module, modules: dict[str, nn.Module]) -> dict[int, str]:
     """Decoder index -> path of the text decoder's layers; a wrapper's vision and audio towers have such too."""
     model_type, decoder = _config(model).model_type, _decoder(model)
@@ -354,19 +362,19 @@ def _decoder(model: nn.Module) -> nn.Module:
     return get_decoder() if callable(get_decoder) else model
 
 
-def _router(experts: str, modules: dict[str, nn.Module], num_experts: int) -> tuple[str, str]:
+def _router(experts: str, inside: dict[str, nn.Module], num_experts: int) -> tuple[str, str]:
     """The experts' sibling that routes, and its scoring weight: its own, or that of the Linear inside of it with
     a row for each expert. It may have a few rows more: for shared experts, or for an expert that does nothing."""
     block = experts.rpartition(".")[0]
     for path in (f"{block}.{name}" for name in _ROUTERS):
-        if path not in modules:
+        if path not in inside:
             continue
-        weight = getattr(modules[path], "weight", None)
+        weight = getattr(inside[path], "weight", None)
         if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.shape[0] >= num_experts:
             return path, "weight"
         linears = [
             (module.out_features, name.removeprefix(f"{path}."))
-            for name, module in modules.items()
+            for name, module in inside.items()
             if name.startswith(f"{path}.") and isinstance(module, nn.Linear) and module.out_features >= num_experts
         ]
         if linears:
@@ -377,7 +385,7 @@ def _router(experts: str, modules: dict[str, nn.Module], num_experts: int) -> tu
     )
 
 
-def _shared_paths(experts: str, decoder: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+def _shared_paths(experts: str, decoder: str, inside: dict[str, nn.Module]) -> tuple[str, ...]:
     """Shared experts have `shared` in their name and sit somewhere between the experts' block and the decoder
     layer. Where experts sit on the decoder layer itself, as in gemma4, its dense mlp runs beside them for every
     token, and is the shared expert."""
@@ -386,23 +394,23 @@ def _shared_paths(experts: str, decoder: str, modules: dict[str, nn.Module]) -> 
     for name in block.removeprefix(decoder).split(".")[1:]:
         parents.append(f"{parents[-1]}.{name}")
     found: list[str] = []
-    for path, module in modules.items():
+    for path, module in inside.items():
         parent, _, name = path.rpartition(".")
         named = "shared" in name or (parent == block == decoder and name == "mlp")
         if parent not in parents or not named or isinstance(module, nn.Linear):  # a Linear is the scalar gate
             continue
-        linears = [p for p, m in modules.items() if p.startswith(f"{path}.") and isinstance(m, nn.Linear)]
+        linears = [p for p, m in inside.items() if p.startswith(f"{path}.") and isinstance(m, nn.Linear)]
         found += linears or [path]
     return tuple(found)
 
 
-def _attention_paths(decoder: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+def _attention_paths(decoder: str, inside: dict[str, nn.Module]) -> tuple[str, ...]:
     mixers: dict[str, list[str]] = {}
-    for path, module in modules.items():
-        inside = path.removeprefix(f"{decoder}.").split(".")
-        if path.startswith(f"{decoder}.") and type(module) is nn.Linear and _ATTENTION.fullmatch(inside[-1]):
-            if not _NOT_ATTENTION.search(path):
-                mixers.setdefault(inside[0], []).append(path)
+    for path, module in inside.items():
+        names = path.removeprefix(f"{decoder}.").split(".")
+        is_projection = type(module) is nn.Linear and _ATTENTION.fullmatch(names[-1])
+        if is_projection and not _NOT_ATTENTION.search(path):
+            mixers.setdefault(names[0], []).append(path)
     # Convolutions and state space models have an out_proj too, and no query.
     return tuple(
         path
