@@ -1,22 +1,27 @@
-"""Which experts of each layer get an adapter: one function per rule, one readable file."""
+"""Which experts of each layer get an adapter: chosen by a rule, kept in one readable file."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import FileError, PlanError
 from .files import file_in, read_json, write_json
 from .routing import RoutingProfile, experts_kept
+from .rules import BY_SHARE, READS, RULES
+from .scores import Scores, layer_keys, read_scores
 
 VERSION = 1
 SIGNALS = ("count", "mass")
 DEFAULT_FRACTION = 0.25  # MoE-Sieve s4
+DEFAULT_P = {
+    ("coverage", "count"): 0.6, ("coverage", "mass"): 0.6,  # MoE-Sieve s6.2
+    ("cumulative", "count"): 0.2, ("cumulative", "mass"): 0.1,  # ESFT's token score and gate score
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ExpertPlan:
     """routed experts per layer of the model, E"""
     rule: str
     params: dict[str, Any]
-    """the rule's parameters: fraction, experts_per_layer, signal, seed; those that the rule reads"""
+    """the rule's parameters, such as experts_per_layer and signal; those that the rule reads"""
     profile_hash: str | None = None
     fingerprint: str | None = None
     """`models.fingerprint` of the model that the profile was made on"""
@@ -101,13 +106,13 @@ class ExpertPlan:
             raise PlanError(f"params is {params!r}: it must be an object")
         ranks = data.get("ranks")
         return cls(
-            experts=_int_keys("experts", data["experts"]),
+            experts=layer_keys("experts", data["experts"]),
             num_experts=data["num_experts"],
             rule=str(data.get("rule", "manual")),
             params=dict(params),
             profile_hash=data.get("profile_hash"),
             fingerprint=data.get("fingerprint"),
-            ranks=None if ranks is None else _int_keys("ranks", ranks),
+            ranks=None if ranks is None else layer_keys("ranks", ranks),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -130,57 +135,97 @@ class ExpertPlan:
             raise kind(f"{file}: {error}") from error
 
 
-def hot(scores: Tensor, experts_per_layer: int, seed: int) -> list[list[int]]:
-    """The experts with the highest score in each layer (MoE-Sieve s4, HELLoRA s3). Ties: the lower id."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :experts_per_layer].tolist()
-
-
-def cold(scores: Tensor, experts_per_layer: int, seed: int) -> list[list[int]]:
-    """The experts with the lowest score in each layer: HELLoRA's ablation. Ties: the lower id."""
-    return scores.sort(dim=1, stable=True).indices[:, :experts_per_layer].tolist()
-
-
-def random(scores: Tensor, experts_per_layer: int, seed: int) -> list[list[int]]:
-    """Experts drawn uniformly in each layer (MoE-Sieve s6.1). One seed's smaller draws lie in its larger."""
-    generator = torch.Generator().manual_seed(seed)
-    num_layers, num_experts = scores.shape
-    draws = [torch.randperm(num_experts, generator=generator) for _ in range(num_layers)]
-    return [draw[:experts_per_layer].tolist() for draw in draws]
-
-
-def all_experts(scores: Tensor, experts_per_layer: int, seed: int) -> list[list[int]]:
-    """Every expert: vanilla LoRA."""
-    return [list(range(scores.shape[1])) for _ in range(scores.shape[0])]
-
-
-Rule = Callable[[Tensor, int, int], list[list[int]]]
-RULES: dict[str, Rule] = {"hot": hot, "all": all_experts, "random": random, "cold": cold}
-"""name -> rule(scores [L, E], experts_per_layer, seed) -> expert ids per layer, in any order"""
-
-
 def select_experts(
     profile: RoutingProfile,
     *,
     rule: str = "hot",
     fraction: float | None = None,
     experts_per_layer: int | None = None,
+    p: float | None = None,
+    budget: int | None = None,
     signal: str = "count",
     seed: int = 0,
+    fillers: int | None = None,
+    scores: Scores | None = None,
 ) -> ExpertPlan:
-    """Chooses, in each layer by itself, the experts to adapt (MoE-Sieve s4, step 2; HELLoRA s3).
+    """Chooses the experts to adapt (MoE-Sieve s4, step 2; HELLoRA s3); `rules` has a function for each rule.
 
+    rule: "hot", "all", "random", "cold", "global", "greedy", "coverage", "cumulative", "hot+random", "scores", "auto".
     fraction: share of each layer's E experts, rounded, at least one; 0.25 when no budget is given.
     experts_per_layer: the number itself, in place of `fraction`.
-    signal: "count" ranks by assignments, "mass" by summed gate weights. seed: read by "random" only.
+    p: share of a layer's assignments or gate weights that "coverage" (0.6) and "cumulative" (0.2 by count, 0.1 by
+        mass) reach.
+    budget: experts over all layers, for "greedy", in place of the two.
+    signal: "count" ranks by assignments, "mass" by summed gate weights. seed: of what a rule draws.
+    fillers: how many of "hot+random" are random; half, rounded down, when not given.
+    scores: for the rule "scores": a file, a dict from layer to E numbers, or a tensor [L, E].
 
-    PlanError: a rule or signal that does not exist, both budgets at once, or a budget out of range.
+    PlanError: a rule or signal that does not exist, a budget that the rule does not read, two at once or one out of
+    range, or, by a rule that compares shares, a layer without assignments. And as `scores.read_scores`.
     """
     if rule not in RULES:
         raise PlanError(f"rule {rule!r} does not exist: choose one of {', '.join(RULES)}")
     if signal not in SIGNALS:
         raise PlanError(f"signal {signal!r} does not exist: choose one of {', '.join(SIGNALS)}")
-    num_experts = profile.counts.shape[1]
+    options = {
+        "fraction": fraction, "experts_per_layer": experts_per_layer, "p": p, "budget": budget, "fillers": fillers,
+        "scores": scores,
+    }  # fmt: skip
+    reads = READS[rule]
+    if unread := [name for name, value in options.items() if value is not None and name not in reads]:
+        read = ", ".join(name for name in options if name in reads)
+        raise PlanError(
+            f"rule {rule!r} does not read {', '.join(unread)}: leave it out; it reads {read or 'no budget'}"
+        )
+    fingerprint = profile.source.get("fingerprint")
+    num_layers, num_experts = profile.counts.shape
+    table = profile.counts if signal == "count" else profile.mass
     params: dict[str, Any] = {}
+    if "p" in reads:
+        params["p"] = _checked_share(DEFAULT_P[rule, signal] if p is None else p)
+    elif "fraction" in reads:
+        params |= _budget(rule, num_layers, num_experts, fraction, experts_per_layer, budget)
+    if "fillers" in reads:
+        params["fillers"] = _checked_fillers(fillers, params["experts_per_layer"])
+    if "signal" in reads:
+        params["signal"] = signal
+    if "seed" in reads:
+        params["seed"] = seed
+    if "scores" in reads:
+        if scores is None:
+            raise PlanError(f"rule {rule!r} needs scores: give a file, a dict from layer to scores, or a tensor")
+        table, params["scores_hash"] = read_scores(scores, profile.layers, num_experts, fingerprint)
+    if rule in BY_SHARE:
+        _check_shares(rule, profile.layers, table)
+    chosen = RULES[rule](table, params)
+    return ExpertPlan(
+        experts={layer: tuple(sorted(ids)) for layer, ids in zip(profile.layers, chosen, strict=True)},
+        num_experts=num_experts,
+        rule=rule,
+        params=params,
+        profile_hash=profile.hash,
+        fingerprint=fingerprint,
+    )
+
+
+def _budget(
+    rule: str,
+    num_layers: int,
+    num_experts: int,
+    fraction: float | None,
+    experts_per_layer: int | None,
+    budget: int | None,
+) -> dict[str, Any]:
+    """The budget as it was given, and as the rule reads it: experts of each layer, or of all."""
+    if budget is not None:
+        if fraction is not None or experts_per_layer is not None:
+            raise PlanError("give exactly one of budget, fraction and experts_per_layer")
+        if not _is_int(budget) or not 1 <= budget <= num_layers * num_experts:
+            raise PlanError(
+                f"budget is {budget!r}: it must be an integer from 1 to {num_layers * num_experts}, "
+                f"which is all {num_experts} experts of {num_layers} layers"
+            )
+        return {"budget": budget}
     if fraction is None and experts_per_layer is None:
         fraction = 1.0 if rule == "all" else DEFAULT_FRACTION
     kept = experts_kept(num_experts, fraction, experts_per_layer)
@@ -190,20 +235,33 @@ def select_experts(
                 f"rule 'all' keeps all {num_experts} experts, but the budget asks for {kept}: "
                 "leave the budget out, or choose another rule"
             )
-    else:
-        params = {"fraction": fraction} if fraction is not None else {}
-        params["experts_per_layer"] = kept
-        params |= {"seed": seed} if rule == "random" else {"signal": signal}
-    scores = profile.counts if signal == "count" else profile.mass
-    chosen = RULES[rule](scores, kept, seed)
-    return ExpertPlan(
-        experts={layer: tuple(sorted(ids)) for layer, ids in zip(profile.layers, chosen, strict=True)},
-        num_experts=num_experts,
-        rule=rule,
-        params=params,
-        profile_hash=profile.hash,
-        fingerprint=profile.source.get("fingerprint"),
-    )
+        return {}
+    params: dict[str, Any] = {"fraction": fraction} if fraction is not None else {}
+    params["experts_per_layer"] = kept
+    return params | ({"budget": kept * num_layers} if rule == "greedy" else {})
+
+
+def _checked_share(p: Any) -> float:
+    if not 0 < p <= 1:
+        raise PlanError(f"p is {p}: it must be above 0 and at most 1, such as 0.6")
+    return float(p)
+
+
+def _checked_fillers(fillers: int | None, kept: int) -> int:
+    if fillers is None:
+        return kept // 2
+    if not _is_int(fillers) or not 0 <= fillers <= kept:
+        raise PlanError(f"fillers is {fillers!r}: it must be an integer from 0 to the {kept} experts of a layer")
+    return fillers
+
+
+def _check_shares(rule: str, layers: Sequence[int], table: Tensor) -> None:
+    for layer, total in zip(layers, table.sum(dim=1).tolist(), strict=True):
+        if not total > 0:
+            raise PlanError(
+                f"layer {layer} has no assignments in the profile, and rule {rule!r} compares shares of them: "
+                "profile more data, or choose a rule that only ranks, such as hot"
+            )
 
 
 def _is_int(value: Any) -> bool:
@@ -230,12 +288,3 @@ def _checked_ranks(layer: int, ranks: Any, expected: int) -> list[int]:
     if len(ranks) != expected:
         raise PlanError(f"layer {layer}: {len(ranks)} ranks for {expected} experts; give one rank per expert")
     return list(ranks)
-
-
-def _int_keys(name: str, data: Any) -> dict[int, Any]:
-    if not isinstance(data, dict):
-        raise PlanError(f"{name} is {data!r}: it must map each decoder layer to a list")
-    for key in data:
-        if not (str(key).isdecimal() and str(int(key)) == str(key)):
-            raise PlanError(f'{name} has the layer {key!r}: a layer is the decoder\'s index, such as "3"')
-    return {int(key): value for key, value in data.items()}

@@ -1,0 +1,152 @@
+"""One function per rule: which experts of each layer get an adapter.
+
+A rule takes scores [L, E], where higher is hotter, and params, of which it reads what its docstring names. It gives
+back the expert ids of each layer, in any order. Ties go to the lower layer, then to the lower id. Shares are compared
+as fractions, so that 6 of 10 assignments are 0.6.
+
+Shape suffixes: L MoE layers, E experts.
+"""
+
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from itertools import accumulate, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Any]
+Rule = Callable[[Tensor, Params], list[list[int]]]
+
+
+def hot(scores: Tensor, params: Params) -> list[list[int]]:
+    """The `experts_per_layer` highest scores of each layer (MoE-Sieve s4, HELLoRA s3)."""
+    return _ranked(scores)[:, : params["experts_per_layer"]].tolist()
+
+
+def all_experts(scores: Tensor, params: Params) -> list[list[int]]:
+    """Every expert: vanilla LoRA."""
+    return [list(range(scores.shape[1])) for _ in range(scores.shape[0])]
+
+
+def random(scores: Tensor, params: Params) -> list[list[int]]:
+    """`experts_per_layer`, drawn uniformly in each layer by `seed` (MoE-Sieve s6.1).
+
+    One seed's smaller draws lie in its larger ones.
+    """
+    return [draw[: params["experts_per_layer"]] for draw in _draws(scores, params["seed"])]
+
+
+def cold(scores: Tensor, params: Params) -> list[list[int]]:
+    """The `experts_per_layer` lowest scores of each layer: HELLoRA's `_C` (its s4.5.1)."""
+    return scores.sort(dim=1, stable=True).indices[:, : params["experts_per_layer"]].tolist()
+
+
+def global_hot(scores: Tensor, params: Params) -> list[list[int]]:
+    """The same `experts_per_layer` ids in every layer, by scores summed over layers: HELLoRA's `_M` (its s4.5.1)."""
+    return hot(scores.sum(dim=0, keepdim=True), params) * len(scores)
+
+
+def greedy(scores: Tensor, params: Params) -> list[list[int]]:
+    """`budget` experts over all layers, each step the one that adds most coverage (MoE-Sieve s6.2, appendix C).
+
+    A layer's gains only fall as it gets more experts, so all steps together are the `budget` largest shares. No
+    layer is sure of an expert.
+    """
+    gains = []
+    for layer, row in enumerate(_exact(scores)):
+        total = sum(row)
+        gains += [(-score / total, layer, expert) for expert, score in enumerate(row)]
+    chosen: list[list[int]] = [[] for _ in range(len(scores))]
+    for _, layer, expert in sorted(gains)[: params["budget"]]:
+        chosen[layer].append(expert)
+    return chosen
+
+
+def covering(scores: Tensor, params: Params) -> list[list[int]]:
+    """The fewest of each layer's hottest experts whose shares add up to `p` or more.
+
+    MoE-Sieve's coverage threshold (its s6.2), and ESFT's rule: add experts while their sum is below p.
+    """
+    share = Fraction(str(params["p"]))  # the number that was written: 0.7 is 7/10, and not the nearest double
+    chosen = []
+    for row, order in zip(_exact(scores), _ranked(scores).tolist(), strict=True):
+        target = share * sum(row)
+        below = takewhile(lambda covered: covered < target, accumulate(row[expert] for expert in order))  # noqa: B023
+        chosen.append(order[: 1 + sum(1 for _ in below)])
+    return chosen
+
+
+def hot_and_random(scores: Tensor, params: Params) -> list[list[int]]:
+    """`experts_per_layer`, of which `fillers` are drawn by `seed` from all but the others, the hottest.
+
+    What MoE-Sieve leaves to future work (its s7.3). Without fillers it is `hot`; with nothing else, `random`.
+    """
+    kept = params["experts_per_layer"] - params["fillers"]
+    chosen = []
+    for order, draw in zip(_ranked(scores).tolist(), _draws(scores, params["seed"]), strict=True):
+        hottest = set(order[:kept])
+        rest = [expert for expert in draw if expert not in hottest]
+        chosen.append(order[:kept] + rest[: params["fillers"]])
+    return chosen
+
+
+def auto(scores: Tensor, params: Params) -> list[list[int]]:
+    """The experts above the uniform share 1/E of their layer; where there is none, the first.
+
+    No other number k of a layer's hottest experts has a larger coverage(k) - k/E; docs/method.md says why that one.
+    """
+    num_experts = scores.shape[1]
+    chosen = []
+    for row in _exact(scores):
+        total = sum(row)
+        above = [expert for expert, score in enumerate(row) if score * num_experts > total]
+        chosen.append(above or [0])
+    return chosen
+
+
+RULES: dict[str, Rule] = {
+    "hot": hot,
+    "all": all_experts,
+    "random": random,
+    "cold": cold,
+    "global": global_hot,
+    "greedy": greedy,
+    "coverage": covering,
+    "cumulative": covering,
+    "hot+random": hot_and_random,
+    "scores": hot,
+    "auto": auto,
+}
+_PER_LAYER = ("fraction", "experts_per_layer")
+READS: dict[str, tuple[str, ...]] = {
+    "hot": (*_PER_LAYER, "signal"),
+    "all": _PER_LAYER,
+    "random": (*_PER_LAYER, "seed"),
+    "cold": (*_PER_LAYER, "signal"),
+    "global": (*_PER_LAYER, "signal"),
+    "greedy": (*_PER_LAYER, "budget", "signal"),
+    "coverage": ("p", "signal"),
+    "cumulative": ("p", "signal"),
+    "hot+random": (*_PER_LAYER, "fillers", "signal", "seed"),
+    "scores": (*_PER_LAYER, "scores"),
+    "auto": ("signal",),
+}
+"""which of `select_experts`' options a rule reads; "all" takes a budget only where it is everything"""
+BY_SHARE = ("greedy", "coverage", "cumulative", "auto")
+"""rules that compare shares of a layer, which one without assignments does not have"""
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """int64 [L, E]: expert ids, the highest score first."""
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _draws(scores: Tensor, seed: int) -> list[list[int]]:
+    """All E ids of each layer in an order drawn by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(scores.shape[1], generator=generator).tolist() for _ in range(scores.shape[0])]
+
+
+def _exact(scores: Tensor) -> list[list[Fraction]]:
+    return [[Fraction(score) for score in row] for row in scores.tolist()]
