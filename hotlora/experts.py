@@ -49,6 +49,30 @@ class HotFactors:
     """lora_alpha / r."""
     dropout: float = 0.0
     """Probability with which an input of the update is dropped; 0 outside training."""
+    scale_up_NPF: Tensor | None = None
+    """DoRA's magnitude over norm, of each output of gate and up (gate's first): those outputs are multiplied by it.
+    None: no DoRA."""
+    scale_down_ND: Tensor | None = None
+    """The same for the projection out of the experts."""
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the update is B A x and nothing else."""
+        return self.scale_up_NPF is None
+
+
+@dataclass(frozen=True)
+class HotWeights:
+    """Weights of their own for the N chosen experts of one layer, in place of the frozen ones: full fine-tuning of
+    these experts (ESFT)."""
+
+    expert_ids_N: Tensor
+    """int64, ascending."""
+    up: Tensor
+    """`[N, P*F, D]`: the gate's F rows, then the up projection's."""
+    down: Tensor
+    """`[N, D, F]`."""
+    is_low_rank = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +90,9 @@ def plain_routed_experts(
     hidden_TD: Tensor,
     top_k_index_TK: Tensor,
     top_k_weights_TK: Tensor,
-    factors: Sequence[HotFactors] = (),
+    factors: Sequence[HotFactors | HotWeights] = (),
 ) -> Tensor:
-    """Output `[T, D]` of a frozen experts module, with the low-rank updates of `factors` on its hot experts.
+    """Output `[T, D]` of a frozen experts module, with the updates of `factors` on its hot experts.
 
     The updates of several adapters add up. With B = 0, or without factors, this is transformers'
     `grouped_mm_experts_forward` bit for bit. An index equal to `num_experts` (an expert on another device, under
@@ -88,16 +112,10 @@ def plain_routed_experts(
         if len(f.expert_ids_N) > 0
     ]
 
-    up_SPF = _base_linear(experts, up_projection(experts), hidden_TD.index_select(0, token_S), rows)
-    for hot in hots:
-        x_HD = hidden_TD.index_select(0, token_S.index_select(0, hot.rows_H))
-        # In place is safe: autograd keeps no grouped product's output.
-        up_SPF.index_add_(0, hot.rows_H, _up_update(x_HD, hot, experts).to(up_SPF.dtype))
+    x_SD = hidden_TD.index_select(0, token_S)
+    up_SPF = _with_updates(experts, up_projection(experts), x_SD, rows, hots)
     act_SF = experts._apply_gate(up_SPF) if experts.has_gate else experts.act_fn(up_SPF)
-    y_SD = _base_linear(experts, "down_proj", act_SF, rows)
-    for hot in hots:
-        act_HF = act_SF.index_select(0, hot.rows_H)
-        y_SD.index_add_(0, hot.rows_H, _down_update(act_HF, hot).to(y_SD.dtype))
+    y_SD = _with_updates(experts, "down_proj", act_SF, rows, hots)
     if has_norm_after(experts):
         y_SD = experts.post_expert_norm(y_SD)
 
@@ -124,6 +142,16 @@ class _Rows:
     groups: Groups
 
 
+def _with_updates(experts: Any, name: str, x_SI: Tensor, rows: _Rows, hots: "list[_HotRows]") -> Tensor:
+    """One projection `[S, O]` with all adapters' updates."""
+    y_SO = _base_linear(experts, name, x_SI, rows)
+    updates = [(hot.rows_H, _update(experts, name, x_SI, y_SO, rows, hot)) for hot in hots]
+    for rows_H, update_HO in updates:
+        # In place is safe: autograd keeps no grouped product's output.
+        y_SO.index_add_(0, rows_H, update_HO.to(y_SO.dtype))
+    return y_SO
+
+
 def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: _Rows) -> Tensor:
     """The frozen product of one projection, with its bias."""
     weight = getattr(experts, name)
@@ -133,9 +161,14 @@ def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: _Rows) -> Tensor:
     else:  # a `quantize.QuantizedExperts`
         y_SO = weight.grouped_linear(x_SI, rows.groups, transposed=experts.is_transposed)
     if experts.has_bias:
-        expert_S = rows.expert_S.clamp(max=experts.num_experts - 1)
-        y_SO.add_(getattr(experts, f"{name}_bias").index_select(0, expert_S))
+        y_SO.add_(_biases(experts, name, rows.expert_S))
     return y_SO
+
+
+def _biases(experts: Any, name: str, expert_S: Tensor) -> Tensor:
+    """`[S, O]`"""
+    bias_SO: Tensor = getattr(experts, f"{name}_bias").index_select(0, expert_S.clamp(max=experts.num_experts - 1))
+    return bias_SO
 
 
 def up_projection(experts: Any) -> str:
@@ -195,7 +228,7 @@ class _HotRows:
     rows_H: Tensor
     """int64: the hot rows' places among the sorted rows, ascending, so sorted by expert too."""
     groups: Groups
-    factors: HotFactors
+    factors: HotFactors | HotWeights
 
 
 def hot_rows(expert_S: Tensor, ends_E: Tensor, expert_ids_N: Tensor, count_is_free: bool) -> tuple[Tensor, Groups]:
@@ -216,30 +249,59 @@ def hot_rows(expert_S: Tensor, ends_E: Tensor, expert_ids_N: Tensor, count_is_fr
     return rows_S, Groups(ends_N, tail_S.unsqueeze(1))
 
 
-def _up_update(x_HD: Tensor, hot: _HotRows, experts: Any) -> Tensor:
-    """`[H, P*F]`, gate and up in the order in which the experts have them."""
-    factors, dtype = hot.factors, compute_dtype(hot.factors)
-    parts = 2 if experts.has_gate else 1
-    x_HD = F.dropout(x_HD.to(dtype), factors.dropout)  # one mask for gate and up
-    z_HPR = grouped_linear(x_HD, factors.A_gate_up.to(dtype), hot.groups) * factors.scaling
+def _update(experts: Any, name: str, x_SI: Tensor, base_SO: Tensor, rows: _Rows, hot: _HotRows) -> Tensor:
+    """`[H, O]`: what one adapter adds to one projection of its hot rows, in the order in which the experts have it."""
+    factors, is_up = hot.factors, name != "down_proj"
+    x_HI = x_SI.index_select(0, hot.rows_H).to(compute_dtype(factors))
+    if isinstance(factors, HotFactors):
+        update_HO = _up_update(x_HI, hot.groups, experts, factors) if is_up else _down_update(x_HI, hot.groups, factors)
+        scale_NO = factors.scale_up_NPF if is_up else factors.scale_down_ND
+    else:
+        weight_NOI = (factors.up if is_up else factors.down).to(x_HI.dtype)
+        update_HO, scale_NO = grouped_linear(x_HI, weight_NOI, hot.groups), None
+    if is_up and experts.has_gate and not experts.is_concatenated:
+        update_HO = _interleaved(update_HO)
+    if factors.is_low_rank:
+        return update_HO
+    expert_H = rows.expert_S.index_select(0, hot.rows_H)
+    base_HO = base_SO.index_select(0, hot.rows_H)
+    bias_HO = _biases(experts, name, expert_H) if experts.has_bias else 0
+    if scale_NO is None:
+        update_HO = (update_HO + bias_HO) - base_HO
+    else:  # as PEFT's DoRA: (c - 1) W x + c B A x
+        if is_up and experts.has_gate and not experts.is_concatenated:
+            scale_NO = _interleaved(scale_NO)
+        slot_H = torch.searchsorted(factors.expert_ids_N, expert_H).clamp(max=len(scale_NO) - 1)
+        scale_HO = scale_NO.index_select(0, slot_H)
+        update_HO = (scale_HO - 1) * (base_HO - bias_HO) + scale_HO * update_HO
+    return update_HO if hot.groups.tail_S1 is None else update_HO.masked_fill(hot.groups.tail_S1, 0)
+
+
+def _up_update(x_HD: Tensor, groups: Groups, experts: Any, factors: HotFactors) -> Tensor:
+    """`[H, P*F]`: gate, then up."""
+    parts, dtype = (2 if experts.has_gate else 1), x_HD.dtype
+    x_HD = F.dropout(x_HD, factors.dropout)  # one mask for gate and up
+    z_HPR = grouped_linear(x_HD, factors.A_gate_up.to(dtype), groups) * factors.scaling
     B_parts = factors.B_gate_up.to(dtype).chunk(parts, dim=1)
-    updates = [grouped_linear(z, B, hot.groups) for z, B in zip(z_HPR.chunk(parts, dim=1), B_parts, strict=True)]
-    update_HPF = torch.cat(updates, dim=1)
-    if experts.has_gate and not experts.is_concatenated:
-        # By index, for the backward of a stack hands a grouped product strides that it does not take.
-        interleaved = torch.arange(update_HPF.shape[1], device=x_HD.device).view(2, -1).T.flatten()
-        update_HPF = update_HPF.index_select(1, interleaved)
-    return update_HPF
+    updates = [grouped_linear(z, B, groups) for z, B in zip(z_HPR.chunk(parts, dim=1), B_parts, strict=True)]
+    return torch.cat(updates, dim=1)
 
 
-def _down_update(act_HF: Tensor, hot: _HotRows) -> Tensor:
-    factors, dtype = hot.factors, compute_dtype(hot.factors)
-    act_HF = F.dropout(act_HF.to(dtype), factors.dropout)
-    z_HR = grouped_linear(act_HF, factors.A_down.to(dtype), hot.groups) * factors.scaling
-    return grouped_linear(z_HR, factors.B_down.to(dtype), hot.groups)
+def _down_update(act_HF: Tensor, groups: Groups, factors: HotFactors) -> Tensor:
+    dtype = act_HF.dtype
+    z_HR = grouped_linear(F.dropout(act_HF, factors.dropout), factors.A_down.to(dtype), groups) * factors.scaling
+    return grouped_linear(z_HR, factors.B_down.to(dtype), groups)
 
 
-def compute_dtype(factors: HotFactors) -> torch.dtype:
+def _interleaved(x_HO: Tensor) -> Tensor:
+    """Gate and up in turn, out of gate then up."""
+    # By index, for the backward of a stack hands a grouped product strides that it does not take.
+    places = torch.arange(x_HO.shape[1], device=x_HO.device).view(2, -1).T.flatten()
+    return x_HO.index_select(1, places)
+
+
+def compute_dtype(factors: HotFactors | HotWeights) -> torch.dtype:
     """The factors' own, as in PEFT's Linear. Autocast does not know grouped_mm, so it is followed by hand."""
-    device_type = factors.A_down.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else factors.A_down.dtype
+    own = factors.A_down if isinstance(factors, HotFactors) else factors.down
+    device_type = own.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else own.dtype

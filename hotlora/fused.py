@@ -5,10 +5,11 @@ projection's output `[S, P*F]`, the order of the rows and the routing weights. T
 make of their inputs, are computed again. The routing weights' gradient needs no output of the experts: for y = W h and
 a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
 
-`spans` has the products as a CPU makes them, `grouped` as a GPU does.
+`spans` has the products as a CPU makes them, `grouped` as a GPU and torch.compile do. A compiled graph has the whole
+layer in it, without a break: forward and backward are traced, and each grouped product is one operation of the graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import grouped, spans
-from .experts import HotFactors, compute_dtype, has_norm_after, plain_routed_experts, up_projection
+from .experts import HotFactors, HotWeights, compute_dtype, has_norm_after, plain_routed_experts, up_projection
 
 
 def routed_experts(
@@ -25,15 +26,17 @@ def routed_experts(
     hidden_TD: Tensor,
     top_k_index_TK: Tensor,
     top_k_weights_TK: Tensor,
-    factors: Sequence[HotFactors] = (),
+    factors: Sequence[HotFactors | HotWeights] = (),
 ) -> Tensor:
     """`experts.plain_routed_experts`, by the fastest way that there is for these experts on this device."""
     factors = [adapter for adapter in factors if len(adapter.expert_ids_N) > 0]
-    if not _is_fusable(experts):
+    low_rank = [adapter for adapter in factors if isinstance(adapter, HotFactors) and adapter.is_low_rank]
+    if not _is_fusable(experts) or len(low_rank) < len(factors):
         return plain_routed_experts(experts, hidden_TD, top_k_index_TK, top_k_weights_TK, factors)
-    tensors = [t for f in factors for t in (f.A_gate_up, f.B_gate_up, f.A_down, f.B_down)]
-    way = spans if hidden_TD.device.type == "cpu" else grouped
-    output: Tensor = RoutedExperts.apply(way, experts, factors, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
+    tensors = [t for f in low_rank for t in (f.A_gate_up, f.B_gate_up, f.A_down, f.B_down)]
+    # `spans` reads how many rows each expert has, which a compiled graph cannot.
+    way = spans if hidden_TD.device.type == "cpu" and not torch.compiler.is_compiling() else grouped
+    output: Tensor = RoutedExperts.apply(way, experts, low_rank, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
     return output
 
 
@@ -43,7 +46,7 @@ ALL_EXPERTS_FUNCTIONS.register("hotlora", routed_experts)
 
 def _is_fusable(experts: Any) -> bool:
     """Not for weights that train, nor for quantized ones, which have a product of their own."""
-    if torch.compiler.is_compiling() or has_norm_after(experts):
+    if has_norm_after(experts):
         return False
     weights = (getattr(experts, up_projection(experts)), experts.down_proj)
     return all(isinstance(weight, Tensor) and not weight.requires_grad for weight in weights)
@@ -65,8 +68,7 @@ class RoutedExperts(torch.autograd.Function):
         ctx.way, ctx.experts, ctx.factors = way, experts, factors
         ctx.autocast = _Autocast(hidden_TD.device.type)
         ctx.compute_dtypes = [compute_dtype(adapter) for adapter in factors]
-        # Drawn on the CPU, where no device has to be waited for.
-        ctx.seeds = [tuple(torch.randint(2**62, (2,)).tolist()) if f.dropout else (0, 0) for f in factors]
+        ctx.seeds = [_two_seeds() if adapter.dropout else (0, 0) for adapter in factors]
         ctx.rows = rows = way.Rows(experts.num_experts, top_k_index_TK)
         with ctx.autocast.off():
             hots = _hots(ctx, tensors)
@@ -90,26 +92,7 @@ class RoutedExperts(torch.autograd.Function):
         experts, rows = ctx.experts, ctx.rows
         hidden_TD, top_k_weights_TK, up_SPF, *tensors = ctx.saved_tensors
         hots, token_S, weight_S1 = _hots(ctx, tensors), rows.token_S, _by_rows(rows, top_k_weights_TK)
-
-        with torch.enable_grad(), ctx.autocast.again():
-            up_SPF = up_SPF.detach().requires_grad_()
-            act_SF = _activation(experts, up_SPF)
-        act = act_SF.detach()
-        grad_SD = grad_TD.index_select(0, token_S)
-        # The gradient of the activation, not yet times the routing weights.
-        u_SF = _base_linear_backward(experts, "down_proj", grad_SD, rows)
-        wide = torch.promote_types(u_SF.dtype, torch.float32)
-        dweight_S = torch.linalg.vecdot(u_SF.to(wide), act.to(wide))
-        if experts.has_bias:
-            dweight_S += rows.dot_bias(grad_SD, experts.down_proj_bias.to(grad_SD.dtype)).to(wide)
-        down_grads = [
-            hot.down_backward(u_SF, dweight_S, act, grad_SD, weight_S1, seed)
-            for hot, (_, seed) in zip(hots, ctx.seeds, strict=True)
-        ]
-        del grad_SD
-        (dup_SPF,) = torch.autograd.grad(act_SF, up_SPF, (u_SF * weight_S1).to(act_SF.dtype))
-        del act_SF, act, u_SF
-
+        dup_SPF, dweight_S, down_grads = _down_backward(ctx, hots, up_SPF, grad_TD.index_select(0, token_S), weight_S1)
         dx_SD = _base_linear_backward(experts, up_projection(experts), dup_SPF, rows)
         up_grads = [
             hot.up_backward(experts, dx_SD, dup_SPF, hidden_TD, token_S, seed)
@@ -118,20 +101,62 @@ class RoutedExperts(torch.autograd.Function):
         dhidden_TD = _summed_by_token(rows, dx_SD).to(hidden_TD.dtype)
         dweight_TK = torch.empty_like(dweight_S).index_copy_(0, rows.order_S, dweight_S).view(top_k_weights_TK.shape)
         made = [grad for pairs in zip(up_grads, down_grads, strict=True) for pair in pairs for grad in pair]
-        grads = [grad.to(tensor.dtype) for grad, tensor in zip(made, tensors, strict=True)]
+        grads = [None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(made, tensors, strict=True)]
         return None, None, None, dhidden_TD, None, dweight_TK.to(top_k_weights_TK.dtype), *grads
 
 
+def _down_backward(
+    ctx: Any, hots: Sequence[Any], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Gradients of the up projection's output, of the routing weights `[S]`, and of each adapter's A and B.
+
+    A function of its own, so that what is as large as the rows is given back before the next half.
+    """
+    experts, rows = ctx.experts, ctx.rows
+    with ctx.autocast.again():
+        act_SF, pull_back = _activation_and_pull_back(experts, up_SPF)
+    # The gradient of the activation, not yet times the routing weights.
+    u_SF = _base_linear_backward(experts, "down_proj", grad_SD, rows)
+    wide = torch.promote_types(u_SF.dtype, torch.float32)
+    dweight_S = torch.linalg.vecdot(u_SF.to(wide), act_SF.to(wide))
+    if experts.has_bias:
+        dweight_S += rows.dot_bias(grad_SD, experts.down_proj_bias.to(grad_SD.dtype)).to(wide)
+    down_grads = [
+        hot.down_backward(u_SF, dweight_S, act_SF, grad_SD, weight_S1, seed)
+        for hot, (_, seed) in zip(hots, ctx.seeds, strict=True)
+    ]
+    return pull_back((u_SF * weight_S1).to(act_SF.dtype)), dweight_S, down_grads
+
+
 def _hots(ctx: Any, tensors: Sequence[Tensor]) -> list[Any]:
+    make = spans.Hot if ctx.way is spans else grouped.hot
     return [
-        ctx.way.Hot(factors, tensors[4 * i : 4 * i + 4], ctx.rows, dtype)
+        make(factors, tensors[4 * i : 4 * i + 4], ctx.rows, dtype)
         for i, (factors, dtype) in enumerate(zip(ctx.factors, ctx.compute_dtypes, strict=True))
     ]
+
+
+def _two_seeds() -> tuple[Any, Any]:
+    """Drawn on the CPU, where no device has to be waited for. Numbers, but tensors in a compiled graph."""
+    seeds = torch.randint(2**62, (2,))
+    first, second = seeds[0], seeds[1]
+    return (first, second) if torch.compiler.is_compiling() else (int(first), int(second))
 
 
 def _activation(experts: Any, up_SPF: Tensor) -> Tensor:
     activation: Tensor = experts._apply_gate(up_SPF) if experts.has_gate else experts.act_fn(up_SPF)
     return activation
+
+
+def _activation_and_pull_back(experts: Any, up_SPF: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The activation, and the function that gives its input's gradient for its own."""
+    if torch.compiler.is_compiling():  # which does not trace autograd.grad
+        act_SF, pull_back, *_ = torch.func.vjp(lambda up: _activation(experts, up), up_SPF)
+        return act_SF, lambda grad_SF: pull_back(grad_SF)[0]
+    with torch.enable_grad():
+        up_SPF = up_SPF.detach().requires_grad_()
+        act_SF = _activation(experts, up_SPF)
+    return act_SF.detach(), lambda grad_SF: torch.autograd.grad(act_SF, up_SPF, grad_SF)[0]
 
 
 def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: Any) -> Tensor:

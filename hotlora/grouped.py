@@ -1,19 +1,32 @@
 """How a GPU computes the routed layer: all experts in one grouped product, and no number that it would have to be
 asked for.
 
-How many rows are hot is not known to the host, so the hot rows' arrays have S rows: hot ones first, sorted by expert,
-then a tail that grouped products skip and that is masked.
+Grouped products are torch's own where it has one kernel for them, and those of `kernels` where it has a loop that asks
+the device how long each group is. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all.
+
+How many rows are hot is not known to the host. `Hot`, on torch's products, has arrays of S rows: hot ones first, sorted
+by expert, then a tail that grouped products skip and that is masked. `SlotHot`, on our kernels, leaves the rows where
+they are: its kernels skip experts that have no factors.
 
 Shape suffixes as in `experts`; here H = S.
 """
 
+import importlib.util
+import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import HotLoraError
 from .experts import Groups, HotFactors, grouped_linear, grouped_outer, hot_rows, up_parts
+
+# The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
+# products (pytorch#161407, pytorch#194227). There torch's is taken until ours is measured beside it:
+# `python -m hotlora.kernels.bench`.
+_TORCH_HAS_A_KERNEL = (9, 10)
 
 
 class Rows:
@@ -32,7 +45,7 @@ class Rows:
 
     def product(self, x_SI: Tensor, weight_EIO: Tensor) -> Tensor:
         """Each row times its expert's weights `[S, O]`; zeros in rows of no expert here."""
-        return grouped_linear(x_SI, weight_EIO.transpose(1, 2), self.groups)
+        return _linear(x_SI, weight_EIO.transpose(1, 2), self.groups)
 
     def add_bias(self, y_SO: Tensor, bias_EO: Tensor) -> None:
         y_SO += self._bias_of_rows(bias_EO)
@@ -48,6 +61,12 @@ class Rows:
         return bias_SO.masked_fill(elsewhere_S1, 0)
 
 
+def hot(factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> "Hot | SlotHot":
+    """One adapter's part of the layer. tensors: the four of `factors`."""
+    ours = not torch.compiler.is_compiling() and _kernels_for(rows.expert_S.device, dtype)
+    return (SlotHot if ours else Hot)(factors, tensors, rows, dtype)
+
+
 class Hot:
     """One adapter's factors in the dtype of their products, and its hot rows."""
 
@@ -58,32 +77,32 @@ class Hot:
 
     def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor, seed: int) -> None:
         """Adds the update of the projections into the experts to `up`."""
-        x_HD = self._dropped(self._pick(x_SD), seed)
-        z_HPR = grouped_linear(x_HD, self.A_up, self.groups) * self.scaling
+        x_HD = _dropped(self._pick(x_SD), self.p, seed)
+        z_HPR = _linear(x_HD, self.A_up, self.groups) * self.scaling
         pairs = zip(up_parts(experts, up_SPF), self._split(z_HPR), self._split(self.B_up), strict=True)
         for part, z_HR, B in pairs:
-            part.index_add_(0, self.rows_H, grouped_linear(z_HR, B, self.groups).to(part.dtype))
+            part.index_add_(0, self.rows_H, _linear(z_HR, B, self.groups).to(part.dtype))
 
     def down(self, y_SD: Tensor, act_SF: Tensor, seed: int) -> None:
         """Adds the update of the projection out of the experts to `y`."""
-        act_HF = self._dropped(self._pick(act_SF), seed)
-        z_HR = grouped_linear(act_HF, self.A_down, self.groups) * self.scaling
-        y_SD.index_add_(0, self.rows_H, grouped_linear(z_HR, self.B_down, self.groups).to(y_SD.dtype))
+        act_HF = _dropped(self._pick(act_SF), self.p, seed)
+        z_HR = _linear(act_HF, self.A_down, self.groups) * self.scaling
+        y_SD.index_add_(0, self.rows_H, _linear(z_HR, self.B_down, self.groups).to(y_SD.dtype))
 
     def down_backward(
         self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
     ) -> tuple[Tensor, Tensor]:
         """Gradients of A and B; adds the input's, not yet times the routing weights, to `u`, and the routing weights'
         to `dweight`: <g, B A h> is <B^T g, A h>."""
-        act_HF, g_HD = self._dropped(self._pick(act_SF), seed), self._pick(grad_SD)
+        act_HF, g_HD = _dropped(self._pick(act_SF), self.p, seed), self._pick(grad_SD)
         weight_H1 = weight_S1.index_select(0, self.rows_H)
-        g_HR = grouped_linear(g_HD, self.B_down.transpose(1, 2), self.groups) * self.scaling
-        z_HR = grouped_linear(act_HF, self.A_down, self.groups)
+        g_HR = _linear(g_HD, self.B_down.transpose(1, 2), self.groups) * self.scaling
+        z_HR = _linear(act_HF, self.A_down, self.groups)
         wide = dweight_S.dtype
         dweight_S.index_add_(0, self.rows_H, torch.linalg.vecdot(g_HR.to(wide), z_HR.to(wide)))
-        dA = grouped_outer((g_HR * weight_H1).to(self.dtype), act_HF, self.groups)
-        dB = grouped_outer(g_HD, (z_HR * (weight_H1 * self.scaling)).to(self.dtype), self.groups)
-        du_HF = self._dropped(grouped_linear(g_HR, self.A_down.transpose(1, 2), self.groups), seed)
+        dA = _outer((g_HR * weight_H1).to(self.dtype), act_HF, self.groups)
+        dB = _outer(g_HD, (z_HR * (weight_H1 * self.scaling)).to(self.dtype), self.groups)
+        du_HF = _dropped(_linear(g_HR, self.A_down.transpose(1, 2), self.groups), self.p, seed)
         u_SF.index_add_(0, self.rows_H, du_HF.to(u_SF.dtype))
         return dA, dB
 
@@ -92,16 +111,16 @@ class Hot:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of A and B; adds the input's to `dx`."""
         token_H = token_S.index_select(0, self.rows_H)
-        x_HD = self._dropped(hidden_TD.index_select(0, token_H).to(self.dtype), seed)
-        z_HPR = grouped_linear(x_HD, self.A_up, self.groups) * self.scaling
+        x_HD = _dropped(hidden_TD.index_select(0, token_H).to(self.dtype), self.p, seed)
+        z_HPR = _linear(x_HD, self.A_up, self.groups) * self.scaling
         parts = [part.contiguous() for part in up_parts(experts, self._pick(dup_SPF))]
         pairs = zip(parts, self._split(z_HPR), strict=True)
-        dB = torch.cat([grouped_outer(part, z_HR, self.groups) for part, z_HR in pairs], dim=1)
+        dB = torch.cat([_outer(part, z_HR, self.groups) for part, z_HR in pairs], dim=1)
         pairs = zip(parts, self._split(self.B_up), strict=True)
-        g_parts = [grouped_linear(part, B.transpose(1, 2), self.groups) for part, B in pairs]
+        g_parts = [_linear(part, B.transpose(1, 2), self.groups) for part, B in pairs]
         g_HPR = torch.cat(g_parts, dim=1) * self.scaling
-        dA = grouped_outer(g_HPR, x_HD, self.groups)
-        dx_HD = self._dropped(grouped_linear(g_HPR, self.A_up.transpose(1, 2), self.groups), seed)
+        dA = _outer(g_HPR, x_HD, self.groups)
+        dx_HD = _dropped(_linear(g_HPR, self.A_up.transpose(1, 2), self.groups), self.p, seed)
         dx_SD.index_add_(0, self.rows_H, dx_HD.to(dx_SD.dtype))
         return dA, dB
 
@@ -112,10 +131,162 @@ class Hot:
         """What is the gate's and what the up projection's, of `[H, P*R]` or `[N, P*F, R]`."""
         return x.chunk(self.A_up.shape[1] // self.A_down.shape[1], dim=1)
 
-    def _dropped(self, x_HI: Tensor, seed: int) -> Tensor:
-        """The same seed gives the same mask."""
-        if self.p == 0:
-            return x_HI
-        generator = torch.Generator(x_HI.device).manual_seed(seed)
-        mask_HI = torch.empty_like(x_HI).bernoulli_(1 - self.p, generator=generator)
-        return (x_HI * mask_HI) / (1 - self.p)
+
+class SlotHot:
+    """One adapter's factors in the dtype of their products, for all rows where they are: kernels skip an expert that
+    has no slot among the factors."""
+
+    def __init__(self, factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> None:
+        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
+        self.scaling, self.p, self.dtype = factors.scaling, factors.dropout, dtype
+        self.ends_E, self.expert_ids_N = rows.ends_E, factors.expert_ids_N
+        ids_N = factors.expert_ids_N
+        slot_N = torch.arange(len(ids_N), dtype=torch.int32, device=ids_N.device)
+        self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, ids_N, slot_N)
+
+    def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor, seed: int) -> None:
+        """Adds the update of the projections into the experts to `up`."""
+        z_SPR = self._product(_dropped(x_SD.to(self.dtype), self.p, seed), self.A_up, scaling=self.scaling)
+        parts = up_parts(experts, up_SPF)
+        for part, z_SR, B in zip(parts, self._split(z_SPR), self._split(self.B_up), strict=True):
+            self._product(z_SR, B, add_to_SO=part)
+
+    def down(self, y_SD: Tensor, act_SF: Tensor, seed: int) -> None:
+        """Adds the update of the projection out of the experts to `y`."""
+        z_SR = self._product(_dropped(act_SF.to(self.dtype), self.p, seed), self.A_down, scaling=self.scaling)
+        self._product(z_SR, self.B_down, add_to_SO=y_SD)
+
+    def down_backward(
+        self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Hot.down_backward`."""
+        act_SF, grad_SD = _dropped(act_SF.to(self.dtype), self.p, seed), grad_SD.to(self.dtype)
+        g_SR = self._product(grad_SD, self.B_down.transpose(1, 2), scaling=self.scaling)
+        z_SR = self._product(act_SF, self.A_down)
+        wide = dweight_S.dtype
+        dweight_S += torch.linalg.vecdot(g_SR.to(wide), z_SR.to(wide))
+        dA = self._outer((g_SR * weight_S1).to(self.dtype), act_SF)
+        dB = self._outer(grad_SD, (z_SR * (weight_S1 * self.scaling)).to(self.dtype))
+        self._add_dropped_product(u_SF, g_SR, self.A_down, seed)
+        return dA, dB
+
+    def up_backward(
+        self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor, token_S: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Hot.up_backward`."""
+        x, row_S = hidden_TD.to(self.dtype), None if self.p else token_S
+        if self.p:  # each row has a mask of its own
+            x = _dropped(x.index_select(0, token_S), self.p, seed)
+        z_SPR = self._product(x, self.A_up, row_S=row_S, scaling=self.scaling)
+        parts = up_parts(experts, dup_SPF.to(self.dtype))
+        dB = torch.cat([self._outer(part, z) for part, z in zip(parts, self._split(z_SPR), strict=True)], dim=1)
+        pairs = zip(parts, self._split(self.B_up), strict=True)
+        g_parts = [self._product(part, B.transpose(1, 2), scaling=self.scaling) for part, B in pairs]
+        g_SPR = torch.cat(g_parts, dim=1)
+        dA = self._outer(g_SPR, x, row_S)
+        self._add_dropped_product(dx_SD, g_SPR, self.A_up, seed)
+        return dA, dB
+
+    def _product(self, x_SI: Tensor, weight_NOI: Tensor, **options: Any) -> Tensor:
+        return _gemm().grouped_gemm(x_SI, weight_NOI, self.ends_E, self.slot_E, **options)
+
+    def _outer(self, y_SO: Tensor, x_SI: Tensor, row_S: Tensor | None = None) -> Tensor:
+        return _gemm().grouped_outer(y_SO, x_SI, self.ends_E, self.expert_ids_N, row_S=row_S)
+
+    def _add_dropped_product(self, y_SI: Tensor, g_SR: Tensor, A: Tensor, seed: int) -> None:
+        if self.p:
+            y_SI += _dropped(self._product(g_SR, A.transpose(1, 2)), self.p, seed).to(y_SI.dtype)
+        else:
+            self._product(g_SR, A.transpose(1, 2), add_to_SO=y_SI)
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        """What is the gate's and what the up projection's, of `[S, P*R]` or `[N, P*F, R]`."""
+        return x.chunk(self.A_up.shape[1] // self.A_down.shape[1], dim=1)
+
+
+def _linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque_linear(x_SI, weight_GOI, groups.ends_G)
+    if _kernels_for(x_SI.device, x_SI.dtype):
+        return _gemm().grouped_gemm(x_SI, weight_GOI, groups.ends_G)
+    return grouped_linear(x_SI, weight_GOI, groups)
+
+
+def _outer(y_SO: Tensor, x_SI: Tensor, groups: Groups) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque_outer(y_SO, x_SI, groups.ends_G)
+    if _kernels_for(x_SI.device, x_SI.dtype):
+        return _gemm().grouped_outer(y_SO, x_SI, groups.ends_G)
+    return grouped_outer(y_SO, x_SI, groups)
+
+
+# What torch.compile puts into its graph as one operation: it knows torch's grouped product in bfloat16 only.
+@torch.library.custom_op("hotlora::grouped_linear", mutates_args=())
+def _opaque_linear(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    tail_S = torch.arange(x_SI.shape[0], device=x_SI.device) >= ends_G[-1]
+    return _linear(x_SI, weight_GOI, Groups(ends_G, tail_S.unsqueeze(1)))
+
+
+@_opaque_linear.register_fake
+def _(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    return x_SI.new_empty(x_SI.shape[0], weight_GOI.shape[1])
+
+
+@torch.library.custom_op("hotlora::grouped_outer", mutates_args=())
+def _opaque_outer(y_SO: Tensor, x_SI: Tensor, ends_G: Tensor) -> Tensor:
+    return _outer(y_SO, x_SI, Groups(ends_G))
+
+
+@_opaque_outer.register_fake
+def _(y_SO: Tensor, x_SI: Tensor, ends_G: Tensor) -> Tensor:
+    return x_SI.new_empty(len(ends_G), y_SO.shape[1], x_SI.shape[1])
+
+
+@torch.library.custom_op("hotlora::dropped", mutates_args=())
+def _opaque_dropped(x_HI: Tensor, p: float, seed: Tensor) -> Tensor:
+    return _dropped(x_HI, p, int(seed))
+
+
+@_opaque_dropped.register_fake
+def _(x_HI: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty_like(x_HI)
+
+
+def _dropped(x_HI: Tensor, p: float, seed: Any) -> Tensor:
+    """The same seed gives the same mask."""
+    if p == 0:
+        return x_HI
+    if torch.compiler.is_compiling():
+        return _opaque_dropped(x_HI, p, seed)
+    generator = torch.Generator(x_HI.device).manual_seed(seed)
+    mask_HI = torch.empty_like(x_HI).bernoulli_(1 - p, generator=generator)
+    return (x_HI * mask_HI) / (1 - p)
+
+
+def _kernels_for(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products are made by our kernels."""
+    chosen = os.environ.get("HOTLORA_KERNELS", "")
+    if chosen not in ("", "torch", "triton"):
+        raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch or triton, or not be set.")
+    if chosen == "torch" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 8 or (not chosen and dtype == torch.bfloat16 and major in _TORCH_HAS_A_KERNEL):
+            return False
+    elif device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
+        return False
+    if chosen and not _has_triton():
+        raise HotLoraError("HOTLORA_KERNELS is triton, but Triton is not installed: pip install triton.")
+    return _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _gemm() -> Any:
+    from .kernels import gemm  # it needs Triton, which is optional
+
+    return gemm

@@ -56,6 +56,7 @@ class Hot:
     def __init__(self, factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> None:
         self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
         self.scaling, self.p, self.dtype = factors.scaling, factors.dropout, dtype
+        self.trains_A = tensors[0].requires_grad
         slots = {expert: n for n, expert in enumerate(factors.expert_ids_N.tolist())}
         self.spans = [(slots[expert], a, b) for expert, a, b in rows.spans if expert in slots]
 
@@ -75,25 +76,28 @@ class Hot:
 
     def down_backward(
         self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B; adds the input's, not yet times the routing weights, to `u`, and the routing weights'
-        to `dweight`: <g, B A h> is <B^T g, A h>."""
-        dA, dB = torch.zeros_like(self.A_down), torch.zeros_like(self.B_down)
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradients of A, where it trains, and B; adds the input's, not yet times the routing weights, to `u`, and the
+        routing weights' to `dweight`: <g, B A h> is <B^T g, A h>."""
+        dA = torch.zeros_like(self.A_down) if self.trains_A else None
+        dB = torch.zeros_like(self.B_down)
         for n, a, b, drop in self._dropped(seed):
             act_nF, g_nD = drop(act_SF[a:b].to(self.dtype)), grad_SD[a:b].to(self.dtype)
             g_nR = (g_nD @ self.B_down[n]).mul_(self.scaling)
             z_nR = act_nF @ self.A_down[n].T
             dweight_S[a:b] += torch.linalg.vecdot(g_nR.to(dweight_S.dtype), z_nR.to(dweight_S.dtype))
-            torch.mm((g_nR * weight_S1[a:b]).to(self.dtype).T, act_nF, out=dA[n])
+            if dA is not None:
+                torch.mm((g_nR * weight_S1[a:b]).to(self.dtype).T, act_nF, out=dA[n])
             torch.mm(g_nD.T, (z_nR * (weight_S1[a:b] * self.scaling)).to(self.dtype), out=dB[n])
             _add_product(u_SF[a:b], g_nR, self.A_down[n], drop)
         return dA, dB
 
     def up_backward(
         self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor, token_S: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B; adds the input's to `dx`."""
-        dA, dB = torch.zeros_like(self.A_up), torch.zeros_like(self.B_up)
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradients of A, where it trains, and B; adds the input's to `dx`."""
+        dA = torch.zeros_like(self.A_up) if self.trains_A else None
+        dB = torch.zeros_like(self.B_up)
         for n, a, b, drop in self._dropped(seed):
             x_nD = drop(hidden_TD.index_select(0, token_S[a:b]).to(self.dtype))
             z_nPR = (x_nD @ self.A_up[n].T).mul_(self.scaling)
@@ -102,7 +106,8 @@ class Hot:
             dB[n] = torch.cat([part.T @ z_nR for part, z_nR in pairs])
             pairs = zip(parts, self._split(self.B_up[n], 0), strict=True)
             g_nPR = torch.cat([part @ B for part, B in pairs], dim=1).mul_(self.scaling)
-            torch.mm(g_nPR.T, x_nD, out=dA[n])
+            if dA is not None:
+                torch.mm(g_nPR.T, x_nD, out=dA[n])
             _add_product(dx_SD[a:b], g_nPR, self.A_up[n], drop)
         return dA, dB
 

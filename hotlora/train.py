@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from . import checkpoints
+from .checkpointing import checkpoint_kwargs
 from .config import FREE_OPTIONS, TrainConfig
 from .errors import DataError, HotLoraError
 from .files import read_json, write_json
@@ -59,6 +61,7 @@ def train(
     output_dir: str | Path,
     *,
     identity: dict[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     progress: bool = False,
 ) -> TrainResult:
     """Trains a model's trainable parameters on `dataset`, in place.
@@ -98,12 +101,15 @@ def train(
 
     reset_peak_memory()
     recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
-    callbacks: list[TrainerCallback] = [recorder, *([_ProgressBar()] if progress else [])]
-    trainer = make_trainer(model, tokenizer, dataset, config, folder, callbacks)
+    ours: list[TrainerCallback] = [recorder, *([_ProgressBar()] if progress else [])]
+    trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
     with quiet():
         if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
             # Killed after the last step. transformers would train one step more.
             trainer._load_from_checkpoint(str(checkpoint), trainer.model)
+            trainer.state.global_step = start
+            for callback in callbacks:
+                callback.on_train_begin(trainer.args, trainer.state, trainer.control)
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -139,10 +145,11 @@ def make_trainer(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup if config.lr_scheduler != "constant" else 0,
+        warmup_steps=config.warmup_ratio if config.lr_scheduler != "constant" else 0,
         weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         seed=config.seed,
         data_seed=config.seed,
         bf16=bf16,  # autocast follows the base model: adapters are float32 on it
@@ -173,6 +180,8 @@ def make_trainer(
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
+    if config.gradient_checkpointing:
+        trainer.add_callback(_KeepRouting())
     return trainer
 
 
@@ -184,6 +193,16 @@ class _Trainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+
+class _KeepRouting(TrainerCallback):
+    """Gradient checkpointing that keeps each layer's choice of experts. The trainer has switched it on when training
+    begins; its arguments, which are written to files, could not hold a function."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        chosen = getattr(args, f"{_CHECKPOINTING}_kwargs") or {}
+        if not chosen.get("use_reentrant"):  # as DeepSpeed's stage 3 wants it
+            getattr(model, f"{_CHECKPOINTING}_enable")({**chosen, **checkpoint_kwargs()})
 
 
 class _Recorder(TrainerCallback):

@@ -324,7 +324,7 @@ def test_hot_prefix_without_reading_its_length_equals_the_exact_rows():
     for count_is_free in (True, False):
         hot = _HotRows(*hot_rows(expert_S, ends_E, factors.expert_ids_N, count_is_free), factors)
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
-        update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _up_update(x_HD, hot, experts))
+        update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _up_update(x_HD, hot.groups, experts, factors))
         probe = torch.randn(update.shape, generator=torch.Generator().manual_seed(7))
         results.append([update, *torch.autograd.grad(update, [hidden, factors.A_gate_up, factors.B_gate_up], probe)])
     for exact, padded in zip(*results, strict=True):
@@ -356,9 +356,9 @@ def test_dropout_keeps_the_mean_and_shares_one_mask(routed_experts):
     with torch.no_grad():
         hot = _HotRows(*hot_rows(expert_S, ends_E, factors.expert_ids_N, True), factors)
         x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
-        plain = _up_update(x_HD, hot, experts)
-        dropping = replace(hot, factors=replace(factors, dropout=0.5))
-        draws = torch.stack([_up_update(x_HD, dropping, experts) for _ in range(2000)])
+        plain = _up_update(x_HD, hot.groups, experts, factors)
+        dropping = replace(factors, dropout=0.5)
+        draws = torch.stack([_up_update(x_HD, hot.groups, experts, dropping) for _ in range(2000)])
         assert not torch.equal(draws[0], draws[1])
         assert relative(draws.mean(0), plain) < 0.05
         # Equal gate and up factors give equal halves under one mask only.
@@ -368,7 +368,7 @@ def test_dropout_keeps_the_mean_and_shares_one_mask(routed_experts):
             B_gate_up=factors.B_gate_up[:, :WIDTH].repeat(1, 2, 1),
             dropout=0.5,
         )
-        gate, up = _up_update(x_HD, replace(hot, factors=twin), experts).chunk(2, dim=1)
+        gate, up = _up_update(x_HD, hot.groups, experts, twin).chunk(2, dim=1)
         assert torch.equal(gate, up)
         cold = ~torch.isin(index, factors.expert_ids_N).any(1)
         seeded = [routed_experts(experts, *inputs, [replace(factors, dropout=p)]) for p in (0.0, 0.5)]

@@ -149,7 +149,7 @@ def test_a_model_without_an_adapter_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("epochs", 0), ("max_steps", 0), ("batch_size", 0), ("learning_rate", -1.0), ("warmup", 1.0),
+        ("epochs", 0), ("max_steps", 0), ("batch_size", 0), ("learning_rate", -1.0), ("warmup_ratio", 1.0),
         ("save_steps", 0), ("lr_scheduler", "cosin"), ("max_length", 1), ("r", 0), ("lora_dropout", 1.0),
         ("aux_loss_coef", -0.1),
     ],
