@@ -5,6 +5,7 @@ own `lora.Linear`; the planned experts and the routers get the layers in `layers
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,17 @@ from torch import Tensor, nn
 
 from .combine import combine, factor_pairs
 from .errors import HotLoraError, ModelError, PlanError
-from .layers import HotLoraExperts, HotLoraRouter, HotLoraWeights, MergeableLayer
+from .factors import SeededFactor, SparseFactor
+from .layers import (
+    HotExperts,
+    HotFullExperts,
+    HotLoraExperts,
+    HotLoraRouter,
+    HotLoraWeights,
+    MergeableLayer,
+    factor_slots,
+)
+from .mask import SparseMask
 from .models import (
     attention_modules,
     fingerprint,
@@ -68,6 +79,16 @@ class HotLoraConfig(LoraConfig):
     """The router of every MoE layer, planned or not."""
     train_shared: bool = True
     """The shared experts of every MoE layer, without their scalar gate."""
+    train_a: bool = True
+    """False freezes A everywhere (LoRA-FA, LoRI). A is then drawn from `a_seed` and is not saved: the seed gives it
+    back."""
+    a_seed: int | None = None
+    """Of a frozen A; None: the mask's, or 0."""
+    mask: Any = None
+    """Trains only some entries of B (LoRI-S): a `SparseMask` or its file. In a saved config: the number of entries
+    that each B keeps."""
+    train_full_experts: bool = False
+    """Weights of their own for the planned experts in place of low-rank updates (ESFT)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,18 +108,34 @@ class HotLoraConfig(LoraConfig):
         for name, off in _UNSUPPORTED.items():
             if getattr(self, name) != off:
                 raise PlanError(f"{name}={getattr(self, name)!r} is not supported: leave it at {off!r}.")
-        for field in dataclasses.fields(self):  # DoRA, aLoRA, KaSA, ...
-            if field.metadata.get("is_lora_variant") and getattr(self, field.name):
+        for field in dataclasses.fields(self):  # aLoRA, KaSA, ...
+            is_ours = field.name == "use_dora"
+            if field.metadata.get("is_lora_variant") and not is_ours and getattr(self, field.name):
                 raise PlanError(f"{field.name} is not supported on experts and routers: leave it off.")
         if not isinstance(self.init_lora_weights, bool):
             raise PlanError(f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False.")
-        if plan.ranks is not None:
-            raise PlanError("ranks per expert are not supported yet: remove `ranks` from the plan and set r.")
+        self._check_factors()
         self.target_modules = self.target_parameters = None
         # What is where in the model, by module path; set by `bind`, not saved.
         self._expert_ids: dict[str, tuple[int, ...]] = {}
+        self._ranks: dict[str, tuple[int, ...]] = {}
         self._raw_weights: dict[str, tuple[str, ...]] = {}
         self._routers: set[str] = set()
+
+    def _check_factors(self) -> None:
+        if isinstance(self.mask, str | os.PathLike):
+            self.mask = SparseMask.load(self.mask)
+        self._mask = self.mask if isinstance(self.mask, SparseMask) else None
+        if self._mask is not None:
+            self.mask = self._mask.num_kept()
+        if self.mask is not None and (self.train_a or self.use_dora or self.train_full_experts):
+            raise PlanError("mask is LoRI's: it needs train_a=False, and neither use_dora nor train_full_experts.")
+        if self.train_full_experts and self.use_dora:
+            raise PlanError(
+                "train_full_experts leaves no low-rank update that use_dora could act on: drop one of the two."
+            )
+        if self.a_seed is None and not self.train_a:
+            self.a_seed = self._mask.a_seed if self._mask is not None else 0
 
     def to_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds; the targets in order, so that equal adapters give equal files."""
@@ -129,6 +166,7 @@ class HotLoraConfig(LoraConfig):
                     f"where there are {there}: 0 to {there - 1}. Profile this model and select experts again."
                 )
         expert_ids = {layers[index].experts: ids for index, ids in plan.experts.items() if ids}
+        ranks = {layers[index].experts: ranks for index, ranks in (plan.ranks or {}).items() if ranks}
         routers = {layer.router: (layer.router_weight,) for layer in layers.values()} if self.train_router else {}
         shared = {path for layer in layers.values() for path in layer.shared} if self.train_shared else set()
         attention = attention_modules(model) if self.train_attention else []
@@ -145,7 +183,7 @@ class HotLoraConfig(LoraConfig):
                     f"{path} already has an adapter of another kind ({type(module).__name__}). "
                     "Unload it, or use a fresh base model."
                 )
-        self._expert_ids, self._routers = expert_ids, set(routers)
+        self._expert_ids, self._ranks, self._routers = expert_ids, ranks, set(routers)
         self._raw_weights = {**routers, **raw}
         self.target_modules = _Bound(targets)  # type: ignore[assignment]
 
@@ -168,11 +206,38 @@ class HotLoraModel(LoraModel):
         if isinstance(config, HotLoraConfig):  # used before: PEFT would rewrite its exact targets (peft#3711)
             config.target_modules = config.target_parameters = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(config, HotLoraConfig):
+            self._hold_factors(config, adapter_name)
         if isinstance(config, HotLoraConfig) and adapter_name == "ref" and self.peft_config.get("default") is config:
             # TRL's reference is a copy of "default". It copies what has `.default.` in its name: all but these.
             for module in self.model.modules():
-                if isinstance(module, HotLoraExperts) and "ref" in module.scaling:
+                if isinstance(module, HotExperts) and "ref" in module.scaling:
                     module.copy_adapter("default", "ref")
+
+    def _hold_factors(self, config: HotLoraConfig, adapter_name: str) -> None:
+        """A from its seed, and of B the kept entries alone, where the config says so."""
+        slots = [
+            slot
+            for path, module in self.model.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling
+            for slot in factor_slots(path, module, adapter_name)
+        ]
+        if not config.train_a:
+            assert config.a_seed is not None
+            for slot in slots:
+                if slot.is_A:
+                    values = slot.values
+                    slot.hold(SeededFactor(values.shape, config.a_seed, slot.name, values.device))
+        if config.mask is None:
+            return
+        if wrong := {slot.name for slot in slots if not slot.is_A} ^ set(config.mask):
+            raise PlanError(f"the mask is for another adapter: {sorted(wrong)[0]} is in only one of the two.")
+        for slot in (slot for slot in slots if not slot.is_A):
+            values = slot.values
+            sparse = SparseFactor(values.shape, config.mask[slot.name], values.device)
+            if config._mask is not None:
+                sparse.keep(config._mask.entries(slot.name, values.shape))
+            slot.hold(sparse.requires_grad_(not config.inference_mode))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if not isinstance(peft_config, HotLoraConfig):
@@ -182,7 +247,7 @@ class HotLoraModel(LoraModel):
         return peft_config
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        if isinstance(new_module, HotLoraExperts):
+        if isinstance(new_module, HotExperts):
             # PEFT asks the child's first parameter for its device, and quantized experts have none. Our layer has put
             # its factors where the base is.
             setattr(parent, child_name, new_module)
@@ -200,7 +265,8 @@ class HotLoraModel(LoraModel):
         if isinstance(lora_config, HotLoraConfig):
             path = kwargs["target_name"]
             if path in lora_config._expert_ids:
-                return HotLoraExperts(target, adapter_name, lora_config, **kwargs)
+                kind = HotFullExperts if lora_config.train_full_experts else HotLoraExperts
+                return kind(target, adapter_name, lora_config, **kwargs)
             if path in lora_config._routers:
                 return HotLoraRouter(target, adapter_name, lora_config, **kwargs)
             if path in lora_config._raw_weights:
@@ -249,10 +315,16 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     """Of rank and alpha equal, so that the scaling is 1: weights and scalings go into the factors."""
     if how not in ("cat", "linear"):
         raise HotLoraError(f"combination_type={how!r} is not supported on experts: give 'cat' or 'linear'.")
-    ranks = [max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs]
-    if how == "linear" and any(config.r != ranks[0] or config.rank_pattern for config in configs):
-        raise HotLoraError(f"'linear' needs adapters of one rank, and these have {ranks}: use 'cat'.")
+    if any(config.use_dora or config.train_full_experts for config in configs):
+        raise HotLoraError(
+            "adapters with use_dora or train_full_experts are no sums of low-rank updates, so they cannot be combined: "
+            "merge_and_unload() them one after another."
+        )
     plans = [ExpertPlan.from_dict(config.plan) for config in configs]
+    found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
+    ranks = [max(its) for its in found]
+    if how == "linear" and (len(set(ranks)) > 1 or any(len(its) > 1 for its in found)):
+        raise HotLoraError(f"'linear' needs adapters of one rank, and these have {ranks}: use 'cat'.")
     layers = sorted({layer for plan in plans for layer in plan.experts})
     union = dataclasses.replace(
         plans[0],
@@ -260,10 +332,20 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
         rule="union",
         params={"rules": [plan.rule for plan in plans]},
         profile_hash=None,
+        ranks=None,
     )
     r = sum(ranks) if how == "cat" else ranks[0]
     switches: dict[str, Any] = {name: any(getattr(c, name) for c in configs) for name in _SWITCHES}
     return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, **switches)
+
+
+def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
+    """Every rank that an adapter has somewhere."""
+    return {
+        config.r,
+        *(config.rank_pattern or {}).values(),
+        *(r for ranks in (plan.ranks or {}).values() for r in ranks),
+    }
 
 
 class _SavedLoraConfig(LoraConfig):
@@ -290,6 +372,9 @@ def _keep_names(
     """PEFT renames loaded keys from a checkpoint's names to the model's. Ours are the model's already, and some
     families (deepseek_ocr2, laguna, ...) would have them renamed twice, and lost."""
     if isinstance(peft_config, HotLoraConfig):
+        for module in model.modules():  # not among what is loaded
+            if isinstance(module, SeededFactor):
+                module.restore(next(iter(adapter_state_dict.values())).device)
         return adapter_state_dict
     return _convert_names(model, peft_config, adapter_state_dict, adapter_name)
 

@@ -1,6 +1,8 @@
 """What an adapter trains, counted: of a model, or of what only a config.json describes."""
 
+import math
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -8,11 +10,14 @@ from torch import nn
 
 from .adapter import HotLoraConfig
 from .errors import ModelError
-from .models import attention_modules, model_from_config, moe_layers
+from .factors import SeededFactor, SparseFactor
+from .models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
 from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .quiet import quiet
 from .routing import experts_kept
+
+PARTS = ("attention", "router", "shared", "experts")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float]:
@@ -26,48 +31,62 @@ def count_parameters(model: nn.Module) -> dict[str, int | float]:
     """
     if not isinstance(model, PeftModel):
         raise ModelError(f"{type(model).__name__} has no adapter. Give the result of peft.get_peft_model.")
-    layers = moe_layers(model)
-    parts = {
-        "attention": attention_modules(model),
-        "router": [layer.router for layer in layers],
-        "shared": [path for layer in layers for path in layer.shared],
-        "experts": [layer.experts for layer in layers],
-    }
     trainable, total = model.get_nb_trainable_parameters()
-    total += quantized_parameters(model)
+    total += quantized_parameters(model) + sum(_not_held(module) for module in model.modules())
     counts: dict[str, int | float] = {
         "trainable": trainable,
         "total": total,
         "percent": 100 * trainable / total,
     }
-    for part, paths in parts.items():
+    for part, paths in _part_paths(model).items():
         parameters = (p for path in paths for p in model.get_submodule(path).parameters())
         counts[part] = sum(p.numel() for p in parameters if p.requires_grad)
     return counts
 
 
+def _not_held(module: nn.Module) -> int:
+    """Weights of an adapter that are no parameters: a frozen A, and what a mask leaves out of B. PEFT's share counts
+    them."""
+    if isinstance(module, SeededFactor):
+        return math.prod(module.shape)
+    if isinstance(module, SparseFactor):
+        return math.prod(module.shape) - module.values.numel()
+    return 0
+
+
 def parameters_from_config(
     config: str | Path,
     *,
-    experts_per_layer: int | None = None,
+    experts_per_layer: int | str | None = None,
     fraction: float | None = None,
-    r: int = 32,
-    train_attention: bool = True,
-    train_router: bool = True,
-    train_shared: bool = True,
+    keep: float | None = None,
+    full: bool = False,
+    **adapter: Any,
 ) -> dict[str, int | float]:
     """`count_parameters` of a model that only its config.json describes; no budget means all experts.
 
     Which experts they are does not matter to the count, so the first ones stand for any.
+
+    Args:
+        experts_per_layer: "top_k" is as many as the router chooses for a token.
+        keep: share of B that a mask keeps (LoRI-S). It is chosen over the whole model, so that `trainable` is exact
+            and what each part has of it is what it has on average.
+        full: full fine-tuning: every weight, and no adapter.
+        adapter: of `HotLoraConfig`: r, train_attention, use_dora, ...
 
     Raises:
         FileError, ModelError: as `models.model_from_config`. PlanError: a budget or rank out of range.
     """
     model = model_from_config(config)
     layers = moe_layers(model)
+    if experts_per_layer == "top_k":
+        experts_per_layer = num_experts_per_tok(model)
+    if full:
+        return _all_parameters(model)
     kept = {layer.layer: layer.num_experts for layer in layers}
     if experts_per_layer is not None or fraction is not None:
-        kept = {layer.layer: experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in layers}
+        number = cast(int | None, experts_per_layer)
+        kept = {layer.layer: experts_kept(layer.num_experts, fraction, number) for layer in layers}
     plan = ExpertPlan(
         experts={layer: tuple(range(number)) for layer, number in kept.items()},
         num_experts=layers[0].num_experts,
@@ -75,14 +94,27 @@ def parameters_from_config(
         params={},
     )
     with torch.device("meta"), quiet():
-        adapted = get_peft_model(
-            model,
-            HotLoraConfig(
-                plan=plan,
-                r=r,
-                train_attention=train_attention,
-                train_router=train_router,
-                train_shared=train_shared,
-            ),
-        )
-    return count_parameters(adapted)
+        adapted = get_peft_model(model, HotLoraConfig(plan=plan, **adapter))
+    counts = count_parameters(adapted)
+    if keep is not None:
+        counts |= {name: round(keep * counts[name]) for name in ("trainable", *PARTS)}
+        counts["percent"] = 100 * counts["trainable"] / counts["total"]
+    return counts
+
+
+def _all_parameters(model: nn.Module) -> dict[str, int | float]:
+    number = sum(p.numel() for p in model.parameters())
+    counts: dict[str, int | float] = {"trainable": number, "total": number, "percent": 100.0}
+    for part, paths in _part_paths(model).items():
+        counts[part] = sum(p.numel() for path in paths for p in model.get_submodule(path).parameters())
+    return counts
+
+
+def _part_paths(model: nn.Module) -> dict[str, list[str]]:
+    layers = moe_layers(model)
+    return {
+        "attention": attention_modules(model),
+        "router": [layer.router for layer in layers],
+        "shared": [path for layer in layers for path in layer.shared],
+        "experts": [layer.experts for layer in layers],
+    }

@@ -25,9 +25,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError, ModelError
 from .files import atomic_folder, write_json
-from .layers import HotLoraExperts, HotLoraRouter, HotLoraWeights
+from .layers import HotExperts, HotLoraExperts, HotLoraRouter, HotLoraWeights, MergeableLayer
 from .load import CONFIG_FILE, WEIGHTS_FILE
 from .models import moe_layers
+from .plan import ExpertPlan
 from .quiet import quiet
 
 FORMATS = ("vllm", "sglang", "peft", "merged")
@@ -193,8 +194,9 @@ def _check_plain(config: HotLoraConfig, format: str) -> None:
     for name in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, name, None):
             raise HotLoraError(f"an adapter with {name} cannot be exported: use merge_and_unload().")
-    if config.use_dora and format != "merged":
-        raise HotLoraError(f"format {format!r} cannot hold an adapter with use_dora: use format 'merged'.")
+    for name in ("use_dora", "train_full_experts"):
+        if getattr(config, name) and format != "merged":
+            raise HotLoraError(f"format {format!r} cannot hold an adapter with {name}: use format 'merged'.")
 
 
 def _collect(model: PeftModel, adapter: str, layers: dict[str, Any], format: str) -> _Parts:
@@ -204,7 +206,8 @@ def _collect(model: PeftModel, adapter: str, layers: dict[str, Any], format: str
         HotLoraError: a layer that `format` cannot hold.
     """
     config = cast(HotLoraConfig, model.peft_config[adapter])
-    r = max(layer.r[adapter] for layer in layers.values())
+    ranks = ExpertPlan.from_dict(config.plan).ranks or {}
+    r = max(*(layer.r[adapter] for layer in layers.values()), *(r for its in ranks.values() for r in its), 1)
     scaling = config.lora_alpha / r
     moe = {layer.experts: layer for layer in moe_layers(model.get_base_model())}
     holders = {layer.router: f"{layer.router}.{layer.router_weight}".rpartition(".")[0] for layer in moe.values()}
@@ -212,7 +215,7 @@ def _collect(model: PeftModel, adapter: str, layers: dict[str, Any], format: str
     for path, layer in layers.items():
         fold = layer.scaling[adapter] / scaling
         if isinstance(layer, HotLoraExperts):
-            factors = {name: uniform(A, B, r, fold) for name, (A, B) in _projections(layer, adapter).items()}
+            factors = _projections(layer, adapter, r, fold)
             ids = layer.expert_ids[adapter]
             parts.experts.append(_Experts(path, layer.get_base_layer(), ids, moe[path].num_experts, factors))
         elif isinstance(layer, HotLoraRouter):
@@ -242,12 +245,15 @@ def uniform(A: Tensor, B: Tensor, r: int, fold: float) -> tuple[Tensor, Tensor]:
     return A, B if fold == 1 else (B.double() * fold).to(B.dtype)
 
 
-def _projections(layer: HotLoraExperts, adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """gate (where there is one), up and down: A `[N, R, in]`, B `[N, out, R]`."""
-    A_gate_up, B_gate_up, A_down, B_down = (getattr(layer, name)[adapter] for name in layer.adapter_layer_names)
-    names = ("gate", "up") if cast(Any, layer.get_base_layer()).has_gate else ("up",)
-    pairs = zip(A_gate_up.chunk(len(names), 1), B_gate_up.chunk(len(names), 1), strict=True)
-    return {**dict(zip(names, pairs, strict=True)), "down": (A_down, B_down)}
+def _projections(layer: HotLoraExperts, adapter: str, r: int, fold: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """gate (where there is one), up and down: A `[N, R, in]`, B `[N, out, R]`, at one rank."""
+    pairs = {key: uniform(A, B, r, fold) for key, (A, B) in layer.factor_pairs(adapter).items()}
+    names = ("gate", "up", "down") if cast(Any, layer.get_base_layer()).has_gate else ("up", "down")
+    ids = layer.expert_ids[adapter]
+    return {
+        name: (torch.stack([pairs[e, name][0] for e in ids]), torch.stack([pairs[e, name][1] for e in ids]))
+        for name in names
+    }
 
 
 def interleaved(experts: Any) -> bool:
@@ -451,6 +457,8 @@ def _merged(layers: list[Any], adapter: str) -> Iterator[None]:
             weight.data[rows] = data
         for layer in layers:
             layer.merged_adapters.clear()
+            if isinstance(layer, MergeableLayer):
+                layer.replaced.clear()
 
 
 @contextmanager
@@ -469,7 +477,7 @@ def _without_adapters(base: nn.Module) -> Iterator[None]:
 def _touched(layer: Any, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
     """The weights that merging changes: of experts the planned rows, which may be a small part of the model."""
     base = layer.get_base_layer()
-    if isinstance(layer, HotLoraExperts):
+    if isinstance(layer, HotExperts):
         ids = list(layer.expert_ids[adapter])
         yield from ((getattr(base, name), ids) for name in expert_parameters(base))
     else:

@@ -5,7 +5,8 @@ works on its Linear's scores before it returns.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
-from .experts import HotFactors
+from .experts import HotFactors, HotWeights, up_projection
+from .factors import factor_values, new_factor
 from .fused import routed_experts
 from .models import expert_widths
 
@@ -28,6 +30,8 @@ class MergeableLayer(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
+        self.replaced: dict[str, list[Tensor]] = {}
+        """adapter -> what a merge has overwritten, where it cannot be subtracted again"""
         self._prepare()
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
@@ -38,6 +42,7 @@ class MergeableLayer(nn.Module, LoraLayer):
         """What PEFT keeps of every adapter, once its factors are in place."""
         self.r[adapter] = r
         self.lora_alpha[adapter] = lora_alpha
+        self.use_dora[adapter] = config.use_dora
         self.use_rslora[adapter] = config.use_rslora
         self.scaling[adapter] = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
@@ -62,23 +67,47 @@ class MergeableLayer(nn.Module, LoraLayer):
             return []
         return [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
 
+    def _replaces(self, adapter: str) -> bool:
+        """Whether what the adapter adds depends on the base weights themselves, and not on its factors alone."""
+        return self.use_dora.get(adapter, False)
+
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates to the base weights. `safe_merge` refuses weights that would not be finite."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.scaling:
-                self._add(name, 1, safe_merge)
-                self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
+        if self.merged_adapters and any(map(self._replaces, names)):
+            raise HotLoraError(
+                f"adapters {self.merged_adapters} are merged already, and {names} must be worked out from the base's "
+                "own weights: unmerge, then merge them all at once."
+            )
+        deltas = {name: list(self._deltas(name)) for name in names}  # all of them of the base as it is
+        for name in names:
+            if self._replaces(name):
+                self.replaced[name] = [weight.data[rows].clone() for weight, rows, _ in deltas[name]]
+            self._add(name, deltas.pop(name), safe_merge)
+            self.merged_adapters.append(name)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Takes merged updates out again, up to the rounding of the base weights' dtype."""
         while self.merged_adapters:
-            self._add(self.merged_adapters.pop(), -1, False)
+            name = self.merged_adapters.pop()
+            before = self.replaced.pop(name, None)
+            if before is None:
+                self._add(name, [(weight, rows, -delta) for weight, rows, delta in self._deltas(name)], False)
+            else:
+                for (weight, rows), old in zip(self._merged_into(name), before, strict=True):
+                    weight.data[rows] = old
+
+    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+        """(parameter, rows) of `_deltas`, without working out the deltas."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def _add(self, adapter: str, sign: int, safe: bool) -> None:
+    def _add(self, adapter: str, deltas: list[tuple[Tensor, list[int] | slice, Tensor]], safe: bool) -> None:
         updated = [
-            (weight, rows, (weight.data[rows].to(delta.dtype) + sign * delta).to(weight.dtype))
-            for weight, rows, delta in self._deltas(adapter)
+            (weight, rows, (weight.data[rows].to(delta.dtype) + delta).to(weight.dtype))
+            for weight, rows, delta in deltas
         ]
         if safe and not all(new.isfinite().all() for _, _, new in updated):
             raise HotLoraError(
@@ -88,51 +117,45 @@ class MergeableLayer(nn.Module, LoraLayer):
             weight.data[rows] = new
 
 
-class HotLoraExperts(MergeableLayer):
-    """Low-rank updates on the planned experts of one layer, around transformers' experts module.
+@dataclass(frozen=True)
+class Slot:
+    """Where one factor of an adapter is held, so that it can be held in another way."""
 
-    Holds per adapter what `experts.HotFactors` describes, as parameters that are saved under their own names.
-    """
+    name: str
+    """As it is saved: the module's path, and its own name."""
+    is_A: bool
+    held: Any
+    """The ParameterDict or ModuleDict that holds it under `key`."""
+    key: str
+    parts: int = 1
+    """2 where gate and up lie one after the other."""
 
-    adapter_layer_names = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
+    @property
+    def values(self) -> Tensor:
+        return factor_values(self.held[self.key])
+
+    def hold(self, factor: nn.Module) -> None:
+        """Holds `factor` in place of what is held now."""
+        del self.held[self.key]  # torch puts no module where a parameter is
+        self.held[self.key] = factor
+
+
+class HotExperts(MergeableLayer):
+    """What adapters on the planned experts of one layer share, around transformers' experts module."""
+
     other_param_names = (*LoraLayer.other_param_names, "expert_ids")
-
-    lora_A_gate_up: nn.ParameterDict
-    lora_B_gate_up: nn.ParameterDict
-    lora_A_down: nn.ParameterDict
-    lora_B_down: nn.ParameterDict
 
     def _prepare(self) -> None:
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.expert_ids: dict[str, tuple[int, ...]] = {}
-        self._ids_on_device: dict[tuple[str, torch.device], Tensor] = {}
+        self._ids_on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @property
     def lora_A(self) -> nn.ParameterDict:  # type: ignore[override]
         """PEFT asks `name in layer.lora_A` to learn whether a layer has an adapter."""
-        return self.lora_A_gate_up
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        path = kwargs["target_name"]
-        ids = getattr(config, "_expert_ids", {}).get(path)
-        if not ids:
-            raise PlanError(f"{path} takes adapters from a HotLoraConfig only, with a plan that names it.")
-        experts: Any = self.get_base_layer()
-        parts = 2 if experts.has_gate else 1
-        width, expert_width = expert_widths(experts)
-        shapes = {
-            "lora_A_gate_up": (len(ids), parts * r, width),
-            "lora_B_gate_up": (len(ids), parts * expert_width, r),
-            "lora_A_down": (len(ids), r, expert_width),
-            "lora_B_down": (len(ids), width, r),
-        }
-        for name, shape in shapes.items():
-            is_zero = "_B_" in name and bool(config.init_lora_weights)
-            getattr(self, name)[adapter_name] = _new_factor(shape, experts.down_proj.device, is_zero)
-        self.expert_ids[adapter_name] = ids
-        self._ids_on_device.clear()
-        self._add_adapter(adapter_name, r, lora_alpha, config)
+        held: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
+        return held
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Any = None
@@ -140,72 +163,65 @@ class HotLoraExperts(MergeableLayer):
         active = self._active_here(adapter_names)
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        factors = [self.factors(name) for name in active]
+        factors = [f for name in active for f in self.factors(name)]
         return routed_experts(self.get_base_layer(), hidden_states, top_k_index, top_k_weights, factors)
 
-    def factors(self, adapter: str) -> HotFactors:
-        """The factors of `adapter` as the mathematics takes them; dropout is 0 outside training."""
-        A_gate_up, B_gate_up, A_down, B_down = self._parameters_of(adapter)
-        dropout = cast(nn.Dropout, self.lora_dropout[adapter])
-        return HotFactors(
-            self._ids(adapter, A_gate_up.device),
-            A_gate_up,
-            B_gate_up,
-            A_down,
-            B_down,
-            scaling=self.scaling[adapter],
-            dropout=dropout.p if self.training else 0.0,
-        )
+    def factors(self, adapter: str) -> Sequence[HotFactors | HotWeights]:
+        """What `adapter` adds, as the mathematics takes it; dropout is 0 outside training."""
+        raise NotImplementedError
+
+    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
-        """Gives `target`, of the same plan and rank, the values of `source`."""
-        for ours, theirs in zip(self._parameters_of(target), self._parameters_of(source), strict=True):
-            ours.copy_(theirs)
-
-    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """scaling * B @ A of the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
-        before up rows whatever the base's layout."""
-        A_gate_up, B_gate_up, A_down, B_down = map(_at_least_float32, self._parameters_of(adapter))
-        parts = A_gate_up.shape[1] // A_down.shape[1]
-        pairs = zip(B_gate_up.chunk(parts, dim=1), A_gate_up.chunk(parts, dim=1), strict=True)
-        gate_up = torch.cat([B @ A for B, A in pairs], dim=1)
-        return gate_up * self.scaling[adapter], B_down @ A_down * self.scaling[adapter]
-
-    def factor_pairs(self, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
-        """Under (expert id, "gate" | "up" | "down")."""
-        A_gate_up, B_gate_up, A_down, B_down = self._parameters_of(adapter)
-        names = ("gate", "up") if A_gate_up.shape[1] > A_down.shape[1] else ("up",)
-        pairs: dict[Any, tuple[Tensor, Tensor]] = {}
-        for n, expert in enumerate(self.expert_ids[adapter]):
-            A_parts, B_parts = A_gate_up[n].chunk(len(names)), B_gate_up[n].chunk(len(names))
-            pairs |= {(expert, name): (A, B) for name, A, B in zip(names, A_parts, B_parts, strict=True)}
-            pairs[expert, "down"] = (A_down[n], B_down[n])
-        return pairs
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {len(ids)} experts, r={self.r[name]}" for name, ids in self.expert_ids.items())
+        """Gives `target`, of the same plan and ranks, the values of `source`."""
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if source in held:
+                for ours, theirs in zip(_tensors(held[target]), _tensors(held[source]), strict=True):
+                    ours.copy_(theirs)
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
+        deltas = self._own_layout(*self.get_delta_weight(adapter))
+        for (weight, ids), delta in zip(self._merged_into(adapter), deltas, strict=True):
+            yield weight, ids, delta
+
+    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
         experts: Any = self.get_base_layer()
         ids = list(self.expert_ids[adapter])
-        up, down = self.get_delta_weight(adapter)
+        yield getattr(experts, up_projection(experts)), ids
+        yield experts.down_proj, ids
+
+    def _ids_planned(self, config: LoraConfig, path: str) -> tuple[int, ...]:
+        ids = getattr(config, "_expert_ids", {}).get(path)
+        if not ids:
+            raise PlanError(f"{path} takes adapters from a HotLoraConfig only, with a plan that names it.")
+        return tuple(ids)
+
+    def _own_layout(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]` as the base's parameters have them."""
+        experts: Any = self.get_base_layer()
         if experts.has_gate and not experts.is_concatenated:
             up = torch.stack(up.chunk(2, dim=1), dim=2).flatten(1, 2)
+        return (up.transpose(1, 2), down.transpose(1, 2)) if experts.is_transposed else (up, down)
+
+    def _base_weights(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The frozen weights of some experts, copied: `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]`."""
+        experts: Any = self.get_base_layer()
+        up, down = (getattr(experts, name).detach()[list(ids)] for name in (up_projection(experts), "down_proj"))
         if experts.is_transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
-        yield experts.gate_up_proj if experts.has_gate else experts.up_proj, ids, up
-        yield experts.down_proj, ids, down
+        if experts.has_gate and not experts.is_concatenated:
+            up = torch.cat([up[:, 0::2], up[:, 1::2]], dim=1)
+        return up, down
 
-    def _parameters_of(self, adapter: str) -> list[Tensor]:
-        return [getattr(self, name)[adapter] for name in self.adapter_layer_names]
-
-    def _ids(self, adapter: str, device: torch.device) -> Tensor:
+    def _ids_tensor(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
         """Expert ids on the device, sent there once. Not a buffer: buffers made on meta are lost with it."""
-        key = (adapter, device)
+        key = (ids, device)
         if key not in self._ids_on_device:
             with torch.inference_mode(False):  # a tensor born in inference mode could not be used in training later
-                self._ids_on_device[key] = torch.tensor(self.expert_ids[adapter], device=device)
+                self._ids_on_device[key] = torch.tensor(ids, device=device)
         return self._ids_on_device[key]
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
@@ -215,17 +231,265 @@ class HotLoraExperts(MergeableLayer):
         return base_layer.down_proj.device, base_layer.down_proj.dtype
 
 
+@dataclass(frozen=True)
+class _Group:
+    """The experts of one adapter that share a rank, and the name under which their tensors are held: None where all
+    experts share it."""
+
+    ids: tuple[int, ...]
+    r: int
+    name: str | None
+
+
+class HotLoraExperts(HotExperts):
+    """Low-rank updates on the planned experts of one layer.
+
+    Holds per adapter what `experts.HotFactors` describes, as parameters that are saved under their own names. Where a
+    plan gives ranks, the experts of each rank have tensors of their own. With `use_dora` the experts' outputs have
+    magnitudes besides: of gate and up `[N, P*F]`, and of down `[N, D]`.
+    """
+
+    adapter_layer_names = (
+        "lora_A_gate_up",
+        "lora_B_gate_up",
+        "lora_A_down",
+        "lora_B_down",
+        "lora_magnitude_gate_up",
+        "lora_magnitude_down",
+    )
+
+    lora_A_gate_up: nn.ParameterDict
+    lora_B_gate_up: nn.ParameterDict
+    lora_A_down: nn.ParameterDict
+    lora_B_down: nn.ParameterDict
+    lora_magnitude_gate_up: nn.ParameterDict
+    lora_magnitude_down: nn.ParameterDict
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._groups: dict[str, list[_Group]] = {}
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        path = kwargs["target_name"]
+        ids = self._ids_planned(config, path)
+        ranks = getattr(config, "_ranks", {}).get(path) or (r,) * len(ids)
+        experts: Any = self.get_base_layer()
+        if config.use_dora and not isinstance(experts.down_proj, Tensor):
+            raise HotLoraError(f"use_dora needs weights that are not quantized, and those of {path} are.")
+        parts = 2 if experts.has_gate else 1
+        width, expert_width = expert_widths(experts)
+        groups = []
+        for rank in sorted(set(ranks)):
+            chosen = tuple(e for e, its in zip(ids, ranks, strict=True) if its == rank)
+            groups.append(_Group(chosen, rank, None if len(set(ranks)) == 1 and rank == r else f"rank_{rank}"))
+        self.expert_ids[adapter_name], self._groups[adapter_name] = ids, groups
+        for group in groups:
+            n, r_n = len(group.ids), group.r
+            shapes = {
+                "lora_A_gate_up": (n, parts * r_n, width),
+                "lora_B_gate_up": (n, parts * expert_width, r_n),
+                "lora_A_down": (n, r_n, expert_width),
+                "lora_B_down": (n, width, r_n),
+            }
+            for name, shape in shapes.items():
+                is_zero = "_B_" in name and bool(config.init_lora_weights)
+                self._hold(name, adapter_name, group, new_factor(shape, experts.down_proj.device, is_zero))
+        self._add_adapter(adapter_name, r, lora_alpha, config)
+        if config.use_dora:
+            for group in groups:
+                for name, norms in zip(self.adapter_layer_names[4:], self._norms(adapter_name, group), strict=True):
+                    self._hold(name, adapter_name, group, nn.Parameter(norms))
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factors(self, adapter: str) -> list[HotFactors]:
+        """One for each rank."""
+        dropout = cast(nn.Dropout, self.lora_dropout[adapter])
+        found = []
+        for group in self._groups[adapter]:
+            A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
+            up, down = self._dora_scales(adapter, group) or (None, None)
+            found.append(
+                HotFactors(
+                    self._ids_tensor(group.ids, A_gate_up.device),
+                    A_gate_up,
+                    B_gate_up,
+                    A_down,
+                    B_down,
+                    scaling=self._scaling(adapter, group),
+                    dropout=dropout.p if self.training else 0.0,
+                    scale_up_NPF=up,
+                    scale_down_ND=down,
+                )
+            )
+        return found
+
+    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What a merge adds to the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
+        before up rows whatever the base's layout. scaling * B @ A; with DoRA what its magnitudes make of it."""
+        ups: dict[int, Tensor] = {}
+        downs: dict[int, Tensor] = {}
+        for group in self._groups[adapter]:
+            up, down = self._low_rank(adapter, group)
+            if scales := self._dora_scales(adapter, group):
+                up, down = (
+                    scale.detach().unsqueeze(2) * (weight + delta) - weight
+                    for weight, delta, scale in zip(self._base_weights(group.ids), (up, down), scales, strict=True)
+                )
+            ups |= dict(zip(group.ids, up.unbind(), strict=True))
+            downs |= dict(zip(group.ids, down.unbind(), strict=True))
+        ids = self.expert_ids[adapter]
+        return torch.stack([ups[e] for e in ids]), torch.stack([downs[e] for e in ids])
+
+    def move(self, adapter: str, ids: tuple[int, ...]) -> None:
+        """The adapter's factors are those of other experts from now on, as many as before."""
+        (group,) = self._groups[adapter]
+        assert len(ids) == len(group.ids)
+        self.expert_ids[adapter], self._groups[adapter] = ids, [replace(group, ids=ids)]
+
+    def scaling_of(self, adapter: str, expert: int) -> float:
+        """lora_alpha / r, or over its root, of one expert."""
+        return next(self._scaling(adapter, group) for group in self._groups[adapter] if expert in group.ids)
+
+    def factor_pairs(self, adapter: str, folded: bool = True) -> dict[Any, tuple[Tensor, Tensor]]:
+        """Under (expert id, "gate" | "up" | "down"). folded: B has in it what an expert's own rank changes of the
+        adapter's scaling, where it does; else all are views."""
+        pairs: dict[Any, tuple[Tensor, Tensor]] = {}
+        for group in self._groups[adapter]:
+            A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
+            names = ("gate", "up") if A_gate_up.shape[1] > A_down.shape[1] else ("up",)
+            fold = self._scaling(adapter, group) / self.scaling[adapter]
+            for n, expert in enumerate(group.ids):
+                A_parts, B_parts = A_gate_up[n].chunk(len(names)), B_gate_up[n].chunk(len(names))
+                pairs |= {(expert, name): (A, B) for name, A, B in zip(names, A_parts, B_parts, strict=True)}
+                pairs[expert, "down"] = (A_down[n], B_down[n])
+                if folded and fold != 1:  # the layer's one scaling is the adapter's, at the config's r
+                    pairs |= {(e, name): (A, B * fold) for (e, name), (A, B) in pairs.items() if e == expert}
+        return pairs
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}: {len(group.ids)} experts, r={group.r}"
+            for name, groups in self._groups.items()
+            for group in groups
+        )
+
+    def slots(self, path: str, adapter: str) -> Iterator[Slot]:
+        for group in self._groups[adapter]:
+            for name in self.adapter_layer_names[:4]:
+                held = getattr(self, name)
+                parts = 2 if "gate_up" in name and cast(Any, self.get_base_layer()).has_gate else 1
+                if group.name is None:
+                    yield Slot(f"{path}.{name}", "_A_" in name, held, adapter, parts)
+                else:
+                    yield Slot(f"{path}.{name}.{group.name}", "_A_" in name, held[adapter], group.name, parts)
+
+    def _hold(self, name: str, adapter: str, group: _Group, parameter: nn.Parameter) -> None:
+        held = getattr(self, name)
+        if group.name is None:
+            held[adapter] = parameter
+        else:
+            if adapter not in held:
+                held[adapter] = nn.ParameterDict()
+            held[adapter][group.name] = parameter
+
+    def _held(self, name: str, adapter: str, group: _Group) -> Any:
+        held = getattr(self, name)[adapter]
+        return held if group.name is None else held[group.name]
+
+    def _tensors_of(self, adapter: str, group: _Group) -> list[Tensor]:
+        return [factor_values(self._held(name, adapter, group)) for name in self.adapter_layer_names[:4]]
+
+    def _scaling(self, adapter: str, group: _Group) -> float:
+        """lora_alpha / r, or over its root, of the group's own r."""
+        ratio = self.r[adapter] / group.r
+        return self.scaling[adapter] * (math.sqrt(ratio) if self.use_rslora[adapter] else ratio)
+
+    def _low_rank(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor]:
+        """scaling * B @ A, `[N, P*F, D]` and `[N, D, F]`, in float32 at least."""
+        A_gate_up, B_gate_up, A_down, B_down = map(_at_least_float32, self._tensors_of(adapter, group))
+        parts = A_gate_up.shape[1] // A_down.shape[1]
+        pairs = zip(B_gate_up.chunk(parts, dim=1), A_gate_up.chunk(parts, dim=1), strict=True)
+        gate_up = torch.cat([B @ A for B, A in pairs], dim=1)
+        scaling = self._scaling(adapter, group)
+        return gate_up * scaling, B_down @ A_down * scaling
+
+    def _dora_scales(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor] | None:
+        """Magnitude over norm: `[N, P*F]` and `[N, D]`. The norm carries no gradient (DoRA, section 4.3)."""
+        if adapter not in self.lora_magnitude_down:
+            return None
+        up, down = (
+            self._held(name, adapter, group) / norms
+            for name, norms in zip(self.adapter_layer_names[4:], self._norms(adapter, group), strict=True)
+        )
+        return up, down
+
+    @torch.no_grad()
+    def _norms(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor]:
+        """Of the rows of W + scaling * B @ A, expert by expert: no more than one expert is held in float32."""
+        A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
+        parts, scaling = A_gate_up.shape[1] // A_down.shape[1], self._scaling(adapter, group)
+        ups, downs = [], []
+        for n, expert in enumerate(group.ids):
+            up, down = (_at_least_float32(weight[0]) for weight in self._base_weights([expert]))
+            As, Bs = A_gate_up[n].to(up.dtype).chunk(parts), B_gate_up[n].to(up.dtype).chunk(parts)
+            update = torch.cat([B @ A for B, A in zip(Bs, As, strict=True)])
+            ups.append(torch.linalg.vector_norm(up.add_(update, alpha=scaling), dim=1))
+            update = B_down[n].to(down.dtype) @ A_down[n].to(down.dtype)
+            downs.append(torch.linalg.vector_norm(down.add_(update, alpha=scaling), dim=1))
+        return torch.stack(ups), torch.stack(downs)
+
+
+class HotFullExperts(HotExperts):
+    """Full fine-tuning of the planned experts of one layer (ESFT): weights of their own, which start as the base's
+    and stand in their place. The other experts stay frozen. No rank, no dropout."""
+
+    adapter_layer_names = ("lora_full_gate_up", "lora_full_down")
+
+    lora_full_gate_up: nn.ParameterDict
+    lora_full_down: nn.ParameterDict
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        path = kwargs["target_name"]
+        ids = self._ids_planned(config, path)
+        if not isinstance(cast(Any, self.get_base_layer()).down_proj, Tensor):
+            raise HotLoraError(f"train_full_experts needs weights that are not quantized, and those of {path} are.")
+        self.expert_ids[adapter_name] = ids
+        for name, weight in zip(self.adapter_layer_names, self._base_weights(ids), strict=True):
+            getattr(self, name)[adapter_name] = nn.Parameter(weight.contiguous())
+        self._add_adapter(adapter_name, r, lora_alpha, config)
+
+    def factors(self, adapter: str) -> list[HotWeights]:
+        up, down = self._weights(adapter)
+        return [HotWeights(self._ids_tensor(self.expert_ids[adapter], up.device), up, down)]
+
+    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What a merge adds to the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
+        before up rows whatever the base's layout."""
+        pairs = zip(self._weights(adapter), self._base_weights(self.expert_ids[adapter]), strict=True)
+        up, down = (_at_least_float32(new.detach()) - _at_least_float32(old) for new, old in pairs)
+        return up, down
+
+    def _replaces(self, adapter: str) -> bool:
+        return True
+
+    def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_full_gate_up[adapter], self.lora_full_down[adapter]
+
+
 class HotLoraWeights(MergeableLayer):
     """LoRA made in the weights of a module that holds them raw: `forward` runs the module's own code on
     W + scaling * B @ A.
 
     For shared experts in 3-D parameters (inkling), and, by `HotLoraRouter`, for routers. The sum is rounded to the
-    weight's dtype, and dropout does not apply.
+    weight's dtype, and dropout does not apply. With `use_dora` each row of the sum has a magnitude of its own.
     """
+
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_magnitude")
 
     def _prepare(self) -> None:
         self._weights: dict[str, str] = {}
         """name among the factors -> path of the parameter in the base layer"""
+        self.lora_magnitude = nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
@@ -237,11 +501,15 @@ class HotLoraWeights(MergeableLayer):
         for name, weight in self._weights.items():
             parameter = self.get_base_layer().get_parameter(weight)
             *groups, out_features, in_features = parameter.shape
-            factors["A"][name] = _new_factor((*groups, r, in_features), parameter.device)
+            factors["A"][name] = new_factor((*groups, r, in_features), parameter.device)
             is_zero = bool(config.init_lora_weights)
-            factors["B"][name] = _new_factor((*groups, out_features, r), parameter.device, is_zero)
+            factors["B"][name] = new_factor((*groups, out_features, r), parameter.device, is_zero)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = factors["A"], factors["B"]  # type: ignore[assignment]
         self._add_adapter(adapter_name, r, lora_alpha, config)
+        if config.use_dora:
+            magnitudes = {name: nn.Parameter(self._norms(adapter_name, name)) for name in self._weights}
+            self.lora_magnitude[adapter_name] = nn.ParameterDict(magnitudes)
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         active = self._active_here(adapter_names)
@@ -256,18 +524,38 @@ class HotLoraWeights(MergeableLayer):
 
     def factor_pairs(self, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
         A, B = cast(Any, self.lora_A[adapter]), cast(Any, self.lora_B[adapter])
-        return {name: (A[name], B[name]) for name in self._weights}
+        return {name: (factor_values(A[name]), factor_values(B[name])) for name in self._weights}
 
     def _names(self, weights: tuple[str, ...]) -> dict[str, str]:
         return {weight.rpartition(".")[2]: weight for weight in weights}
 
     def _delta(self, adapter: str, name: str) -> Tensor:
+        """What is added to the weight, in float32 at least."""
+        delta = self._low_rank(adapter, name)
+        if adapter not in self.lora_magnitude:
+            return delta
+        weight = self.get_base_layer().get_parameter(self._weights[name]).to(delta.dtype)
+        scale = cast(Any, self.lora_magnitude[adapter])[name] / self._norms(adapter, name)
+        return scale.unsqueeze(-1) * (weight + delta) - weight
+
+    def _low_rank(self, adapter: str, name: str) -> Tensor:
         A, B = self.factor_pairs(adapter)[name]
         return _at_least_float32(B) @ _at_least_float32(A) * self.scaling[adapter]
 
+    @torch.no_grad()
+    def _norms(self, adapter: str, name: str) -> Tensor:
+        """Of the rows of W + scaling * B @ A; DoRA's norm carries no gradient (its section 4.3)."""
+        low_rank = self._low_rank(adapter, name)
+        weight = self.get_base_layer().get_parameter(self._weights[name])
+        return torch.linalg.vector_norm(weight.to(low_rank.dtype) + low_rank, dim=-1)
+
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
-        for name, weight in self._weights.items():
-            yield self.get_base_layer().get_parameter(weight), slice(None), self._delta(adapter, name)
+        for name, (weight, rows) in zip(self._weights, self._merged_into(adapter), strict=True):
+            yield weight, rows, self._delta(adapter, name)
+
+    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+        for weight in self._weights.values():
+            yield self.get_base_layer().get_parameter(weight), slice(None)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
         return None, None
@@ -290,15 +578,24 @@ class HotLoraRouter(HotLoraWeights):
         return {"weight": weight}
 
 
-def _new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = False) -> nn.Parameter:
-    """kaiming_uniform_(a=sqrt(5)) of every matrix by itself, as PEFT's Linear: the bound is 1/sqrt(in_features).
+def factor_slots(path: str, layer: LoraLayer, adapter: str) -> Iterator[Slot]:
+    """The low-rank factors of `adapter` in one layer, ours or PEFT's Linear."""
+    if isinstance(layer, HotLoraExperts):
+        yield from layer.slots(path, adapter)
+    elif isinstance(layer, HotLoraWeights):
+        for name in ("lora_A", "lora_B"):
+            for key in getattr(layer, name)[adapter]:
+                yield Slot(f"{path}.{name}.{key}", name == "lora_A", getattr(layer, name)[adapter], key)
+    elif not isinstance(layer, HotFullExperts):
+        for name in ("lora_A", "lora_B"):
+            yield Slot(f"{path}.{name}.weight", name == "lora_A", getattr(layer, name), adapter)
 
-    Drawn on the CPU, so that one seed gives one adapter whatever the device; not drawn at all for a model without
-    weights.
-    """
-    factor = torch.empty(shape, device="meta" if device.type == "meta" else "cpu")
-    bound = 1 / math.sqrt(shape[-1])
-    return nn.Parameter(factor.zero_() if is_zero else factor.uniform_(-bound, bound))
+
+def _tensors(held: Any) -> list[Tensor]:
+    """The parameters and saved buffers of one adapter's entry."""
+    if isinstance(held, Tensor):
+        return [held]
+    return list(held.state_dict(keep_vars=True).values())
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hotlora.adapter import HotLoraConfig
 from hotlora.count import count_parameters, parameters_from_config
 from hotlora.layers import HotLoraExperts, HotLoraWeights
 from hotlora.load import load_adapter
+from hotlora.mask import draw_mask
 from hotlora.models import attention_modules, fingerprint, moe_layers
 from hotlora.plan import select_experts
 from hotlora.routing import profile_routing
@@ -71,7 +72,7 @@ def by_hand(model):
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, HotLoraExperts):
             base, scaling = module.base_layer, module.scaling["default"]
-            A_up, B_up, A_down, B_down = (getattr(module, n)["default"] for n in module.adapter_layer_names)
+            A_up, B_up, A_down, B_down = (getattr(module, n)["default"] for n in module.adapter_layer_names[:4])
             r = A_down.shape[1]
             up_name = "gate_up_proj" if base.has_gate else "up_proj"
             up, down = list(getattr(base, up_name).unbind()), list(base.down_proj.unbind())
@@ -209,3 +210,33 @@ def test_gradient_checkpointing_changes_nothing(family):
     assert gradients[0].keys() == gradients[1].keys()
     for name, plain in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], plain, msg=name)
+
+
+@pytest.mark.slow
+@every_family
+@pytest.mark.parametrize("kind", ["dora", "frozen A, sparse B", "full experts", "ranks"])
+def test_other_ways_to_adapt_train_and_merge(family, kind):
+    """What `test_factors` shows exactly on four layouts, on every family: gradients flow, merged equals unmerged."""
+    plan, options = plan_for(zoo_model(family)), {}
+    if kind == "dora":
+        options = {"use_dora": True}
+    elif kind == "full experts":
+        options = {"train_full_experts": True, "train_attention": False, "train_router": False, "train_shared": False}
+    elif kind == "ranks":
+        plan["ranks"] = {layer: [2, 4, 4] for layer in plan["experts"]}
+    else:
+        options = {"train_a": False}
+        options["mask"] = draw_mask(adapted(family, plan=plan, **options))
+    model = adapted(family, plan=plan, randomise=kind != "full experts", **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # fill made them random
+                parameter.copy_(parameter.abs() + 0.5)
+            elif kind == "full experts" and "lora_" in name:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    model(**BATCH).logits.sum().backward()
+    has_gradient = any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "experts" in n)
+    assert has_gradient or family in SKIPS
+    expected = logits(model)
+    merged = logits(model.merge_and_unload())
+    assert expected.isfinite().all() and (merged - expected).norm() <= 1e-3 * expected.norm()

@@ -1,0 +1,133 @@
+"""Two ways to hold a factor other than as a parameter: A frozen, from a seed; and of B only some entries.
+
+LoRI (arXiv 2504.07448, section 3) freezes A and trains a tenth of B. Neither is kept in full here: an A that its seed
+gives back is not saved, and of B only the kept entries are parameters, with gradients and optimizer state of their own.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SeededFactor(nn.Module):
+    """A factor that does not train and is not saved: its seed and its name give it back."""
+
+    weight: Tensor
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], seed: int, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.shape, self.seed, self.name = tuple(shape), seed, name
+        self.register_buffer("weight", self._drawn(device), persistent=False)
+
+    def restore(self, device: torch.device) -> None:
+        """Draws the factor again where loading has left it without values."""
+        if self.weight.device.type == "meta":
+            self.weight = self._drawn(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+    def _drawn(self, device: torch.device) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(self.shape, device=device)
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return uniform(self.shape, generator).to(device)
+
+
+class SparseFactor(nn.Module):
+    """A factor of which only the entries that a mask keeps exist; the others are zero.
+
+    `values [1, kept]` are the parameters. Where they stand is one bit an entry (`kept`, packed by eight): half of what
+    16-bit indices would take at a tenth. Both are saved.
+    """
+
+    kept: Tensor
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], num_kept: int, device: torch.device) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.values = nn.Parameter(torch.zeros(1, num_kept, device=device))
+        bits = torch.zeros(1, -(-math.prod(self.shape) // 8), dtype=torch.uint8, device=device)
+        self.register_buffer("kept", bits)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole factor, made anew; gradients reach the kept entries alone.
+
+        Low-rank products take it dense: a tenth of the entries, scattered, is too many for a sparse product to pay.
+        """
+        dense: Tensor = _Scatter.apply(self.values, self.kept, self.shape)
+        return dense
+
+    @torch.no_grad()
+    def keep(self, mask: Tensor) -> None:
+        """Sets which entries exist: bool, of the factor's shape, with as many entries as there are values."""
+        self.kept.copy_(pack(mask))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+class _Scatter(torch.autograd.Function):
+    """Keeps nothing for backward but what the factor holds anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, kept: Tensor, shape: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(kept)
+        ctx.num_kept = values.shape[1]
+        dense = values.new_zeros(math.prod(shape))
+        return dense.index_copy_(0, _places(kept, ctx.num_kept), values[0]).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        return grad.flatten().index_select(0, _places(kept, ctx.num_kept)).unsqueeze(0), None, None
+
+
+def factor_values(held: Any) -> Tensor:
+    """The factor as a tensor, whichever way it is held."""
+    return held if isinstance(held, Tensor) else held.weight
+
+
+def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = False) -> nn.Parameter:
+    """kaiming_uniform_(a=sqrt(5)) of every matrix by itself, as PEFT's Linear.
+
+    Drawn on the CPU, so that one seed gives one adapter whatever the device; not drawn at all for a model without
+    weights.
+    """
+    if is_zero or device.type == "meta":
+        return nn.Parameter(torch.zeros(shape, device="meta" if device.type == "meta" else "cpu"))
+    return nn.Parameter(uniform(shape))
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """What kaiming_uniform_(a=sqrt(5)) draws: the bound is 1/sqrt(in_features)."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """uint8 `[1, ceil(n / 8)]`: the n entries of a bool mask, the first in the lowest bit."""
+    flat = mask.flatten().to(torch.uint8)
+    flat = nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (flat << _bits(flat.device)).sum(dim=1, dtype=torch.uint8).unsqueeze(0)
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bool mask that `pack` was given."""
+    bits = (packed.view(-1, 1) >> _bits(packed.device)) & 1
+    return bits.flatten()[: math.prod(shape)].view(shape).bool()
+
+
+def _places(packed: Tensor, number: int) -> Tensor:
+    """int64 `[number]`: the kept entries' places, ascending. The number is known, so no device is waited for."""
+    bits = ((packed.view(-1, 1) >> _bits(packed.device)) & 1).flatten()
+    return torch.nonzero_static(bits, size=number).squeeze(1)
+
+
+def _bits(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,0 +1,180 @@
+"""LoRI's mask: which entries of B train (arXiv 2504.07448, section 3.2).
+
+Drawn from a trained adapter whose A is frozen (LoRI-D), for a second training from the start (LoRI-S) that holds the
+kept entries alone.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import FileError, HotLoraError
+from .factors import SeededFactor, pack, unpack
+from .files import atomic_path, file_in
+from .layers import Slot, factor_slots
+
+GRANULARITIES = ("model", "module", "projection", "layer", "matrix")
+DEFAULT_KEEP = 0.1
+_FORMAT, _VERSION = "hotlora.mask", "1"
+
+
+@dataclass(frozen=True)
+class SparseMask:
+    """The kept entries of every B of an adapter."""
+
+    packed: dict[str, Tensor]
+    """name of B, as it is saved -> one bit an entry, as `factors.pack` has it"""
+    shapes: dict[str, tuple[int, ...]]
+    keep: float
+    """Share of the entries that was asked for."""
+    granularity: str
+    a_seed: int
+    """Of the frozen A that the mask's adapter was trained with."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """What it was drawn from, in plain JSON values."""
+
+    def entries(self, name: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """bool of the factor's shape. HotLoraError where the mask's is another."""
+        if self.shapes[name] != tuple(shape):
+            raise HotLoraError(
+                f"the mask's {name} is {list(self.shapes[name])}, and the adapter's is {list(shape)}: draw the mask "
+                "from an adapter with the same plan and rank."
+            )
+        return unpack(self.packed[name], self.shapes[name])
+
+    def num_kept(self) -> dict[str, int]:
+        return {name: int(self.entries(name, shape).sum()) for name, shape in self.shapes.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file; any other path is a folder that gets `mask.safetensors`."""
+        meta = {
+            "shapes": self.shapes,
+            "keep": self.keep,
+            "granularity": self.granularity,
+            "a_seed": self.a_seed,
+            "source": self.source,
+        }
+        with atomic_path(file_in(path, "mask.safetensors")) as temporary:
+            save_file(self.packed, temporary, {"format": _FORMAT, "version": _VERSION, "json": json.dumps(meta)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SparseMask":
+        """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short or foreign."""
+        file = file_in(path, "mask.safetensors")
+        mend = "make it again with `hotlora train --method lori-s`"
+        if not file.is_file():
+            raise FileError(f"{file} does not exist: check the path, or {mend}")
+        try:
+            with safe_open(file, "pt") as stored:
+                head = stored.metadata() or {}
+                if head.get("format") != _FORMAT or head.get("version") != _VERSION:
+                    raise FileError(f"{file} is no mask of version {_VERSION}: {mend}")
+                meta = json.loads(head["json"])
+                shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+                packed = {name: stored.get_tensor(name) for name in shapes}
+            mask = cls(packed, shapes, meta["keep"], meta["granularity"], meta["a_seed"], meta["source"])
+            mask.num_kept()
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise FileError(f"{file} is not a whole mask ({error}): {mend}") from error
+        return mask
+
+
+def draw_mask(
+    model: PeftModel,
+    adapter_name: str = "default",
+    *,
+    keep: float = DEFAULT_KEEP,
+    granularity: str = "model",
+    source: dict[str, Any] | None = None,
+) -> SparseMask:
+    """Keeps the entries of B that training has moved furthest from zero (LoRI s3.2).
+
+    Args:
+        model: a `PeftModel` whose adapter was trained with `train_a=False`.
+        keep: share of the entries that stay, in (0, 1].
+        granularity: within what the largest are chosen: the whole "model" (LoRI's default), all modules of a kind
+            ("module": attention, routers, experts, ...), a "projection" over all layers, a "layer", or each "matrix".
+
+    An entry stays if it is at least as large as the n-th largest, and not zero. A tensor of which nothing would stay
+    keeps its first entry, since an empty one cannot be saved.
+
+    Raises:
+        HotLoraError: a keep or granularity out of range, an adapter without a frozen A, or one that was not trained.
+    """
+    if not 0 < keep <= 1:
+        raise HotLoraError(f"keep is {keep}: it must be above 0 and at most 1, such as 0.1.")
+    if granularity not in GRANULARITIES:
+        raise HotLoraError(f"granularity {granularity!r} does not exist: choose one of {', '.join(GRANULARITIES)}.")
+    slots = [
+        slot
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        for slot in factor_slots(path, module, adapter_name)
+    ]
+    seeds = {slot.held[slot.key].seed for slot in slots if isinstance(slot.held[slot.key], SeededFactor)}
+    if len(seeds) != 1:
+        raise HotLoraError(
+            f"adapter {adapter_name!r} is no LoRI-D: it must be trained with train_a=False (--method lori-d)."
+        )
+    masks = {slot.name: torch.zeros(slot.values.shape, dtype=torch.bool) for slot in slots if not slot.is_A}
+    groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for slot in slots:
+        if not slot.is_A:
+            sizes = slot.values.detach().abs().cpu()
+            for name, part, mask in _matrices(slot, sizes, masks[slot.name]):
+                groups.setdefault(_group(granularity, slot.name, name), []).append((part, mask))
+    if not any(part.any() for pairs in groups.values() for part, _ in pairs):
+        raise HotLoraError(f"adapter {adapter_name!r} has not been trained: every B is zero.")
+    for pairs in groups.values():
+        number = max(1, round(keep * sum(part.numel() for part, _ in pairs)))
+        lowest = torch.cat([part.flatten() for part, _ in pairs]).topk(number).values[-1]
+        for part, mask in pairs:
+            mask.copy_((part >= lowest) & (part > 0))
+    for mask in masks.values():
+        if not mask.any():
+            mask.view(-1)[0] = True
+    return SparseMask(
+        packed={name: pack(mask) for name, mask in masks.items()},
+        shapes={name: tuple(mask.shape) for name, mask in masks.items()},
+        keep=keep,
+        granularity=granularity,
+        a_seed=seeds.pop(),
+        source=dict(source or {}),
+    )
+
+
+def _matrices(slot: Slot, sizes: Tensor, mask: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, part of `sizes`, part of `mask`) of every matrix in one B: those of experts hold many."""
+    if sizes.ndim == 2:
+        yield "", sizes, mask
+        return
+    for n in range(len(sizes)):
+        parts = zip(sizes[n].chunk(slot.parts), mask[n].chunk(slot.parts), strict=True)
+        for i, (part, part_mask) in enumerate(parts):
+            yield f"{i}.{n}", part, part_mask
+
+
+def _group(granularity: str, name: str, matrix: str) -> str:
+    """Matrices under one key compete for what is kept."""
+    if granularity == "model":
+        return ""
+    if granularity == "matrix":
+        return f"{name} {matrix}"
+    layer = re.search(r"\.(\d+)\.", name)
+    if granularity == "layer":
+        return layer[1] if layer else name
+    over_layers = re.sub(r"\.\d+\.", ".", name, count=1)
+    if granularity == "projection":
+        return f"{over_layers} {matrix.partition('.')[0]}"
+    module = over_layers.partition(".lora_")[0]
+    return module if "lora_B_" in name else module.rpartition(".")[0]  # q, k, v and o are attention's

@@ -1,0 +1,476 @@
+"""Other ways to adapt experts than plain LoRA: own ranks, DoRA, a frozen A, a sparse B, own weights."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file
+from tiny import fill, tiny_batch, tiny_model, tiny_plan
+from zoo import zoo_model
+
+from hotlora.adapter import HotLoraConfig
+from hotlora.count import count_parameters
+from hotlora.errors import FileError, HotLoraError, PlanError
+from hotlora.export import export_adapter
+from hotlora.factors import SeededFactor, SparseFactor, pack, unpack
+from hotlora.layers import HotExperts, HotFullExperts, HotLoraExperts, HotLoraWeights
+from hotlora.load import load_adapter
+from hotlora.mask import SparseMask, draw_mask
+from hotlora.models import moe_layers
+
+# Gated; biased, transposed and interleaved; without a gate; with raw shared experts.
+LAYOUTS = ("olmoe", "gpt_oss", "nemotron_h", "inkling_text")
+BATCH = tiny_batch(2, 24)
+RANKS = {"0": [2, 4, 8], "1": [4, 4, 2]}
+
+
+def adapted(model=None, randomise=True, ranks=None, **config):
+    model = tiny_model() if model is None else model
+    plan = tiny_plan(model) | ({"ranks": ranks} if ranks else {})
+    peft_model = get_peft_model(model, HotLoraConfig(plan=plan, **{"r": 4, "lora_alpha": 8, **config}))
+    if randomise:
+        fill(peft_model, 0, scale=0.05)
+    return peft_model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def experts_of(model):
+    return [m for m in model.modules() if isinstance(m, HotExperts)]
+
+
+def same_after_saving(model, folder, make_base):
+    """Loaded by us and by PEFT itself, the adapter is what was saved."""
+    model.save_pretrained(folder)
+    expected = logits(model)
+    assert torch.equal(logits(load_adapter(make_base(), folder)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_base(), folder).eval()), expected)
+
+
+def merges_and_comes_out_again(model):
+    expected, before = logits(model), copy.deepcopy(model.get_base_model().state_dict())
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    for name, tensor in model.get_base_model().state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+# Ranks
+
+
+def by_hand(model, adapter="default"):
+    """Weights of all adapted modules, from the factors that each expert has by name."""
+    weights = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, HotLoraExperts):
+            up, down = module._base_weights(range(module.base_layer.num_experts))
+            up, down = list(up.unbind()), list(down.unbind())
+            for (expert, part), (A, B) in module.factor_pairs(adapter).items():
+                delta = module.scaling[adapter] * B @ A
+                if part == "down":
+                    down[expert] = down[expert] + delta
+                else:
+                    half = len(delta) if module.base_layer.has_gate else 0
+                    rows = slice(0, half) if part == "gate" else slice(half, None)
+                    up[expert] = up[expert].clone()
+                    up[expert][rows] += delta
+            up, down = module._own_layout(torch.stack(up), torch.stack(down))
+            up_name = "gate_up_proj" if module.base_layer.has_gate else "up_proj"
+            weights |= {f"{name}.{up_name}": up, f"{name}.down_proj": down}
+        elif isinstance(module, HotLoraWeights):
+            for key, path in module._weights.items():
+                A, B = module.factor_pairs(adapter)[key]
+                weights[f"{name}.{path}"] = module.base_layer.get_parameter(path) + module.scaling[adapter] * B @ A
+        elif isinstance(module, LoraLinear):
+            A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            weights[f"{name}.weight"] = module.base_layer.weight + module.scaling[adapter] * B @ A
+    return weights
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_experts_have_the_ranks_of_the_plan(use_rslora, tmp_path):
+    model = adapted(ranks=RANKS, use_rslora=use_rslora)
+    first, second = experts_of(model)
+    assert {n: p["default"]["rank_8"].shape for n, p in first.named_children() if n == "lora_B_down"} == {
+        "lora_B_down": (1, 32, 8)
+    }
+    ranks = [factors.A_down.shape[1] for factors in first.factors("default")]
+    scalings = [factors.scaling for factors in first.factors("default")]
+    assert ranks == [2, 4, 8] and scalings == pytest.approx([8 / (r**0.5 if use_rslora else r) for r in ranks])
+    assert [f.expert_ids_N.tolist() for f in second.factors("default")] == [[6], [1, 3]]
+    trained = sum(p.numel() for p in first.parameters() if p.requires_grad)
+    assert trained == sum(RANKS["0"]) * (2 * (32 + 16) + (16 + 32))
+    expected = torch.func.functional_call(tiny_model(), by_hand(model), (), dict(BATCH)).logits
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    same_after_saving(model, tmp_path / "adapter", tiny_model)
+    export_adapter(model, tmp_path / "peft", format="peft")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "peft").eval()), logits(model), rtol=1e-4, atol=1e-4
+    )
+    merges_and_comes_out_again(model)
+
+
+def test_equal_ranks_need_no_names_of_their_own():
+    """A plan that gives every expert the config's r is the plan without ranks."""
+    with_ranks = adapted(ranks={"0": [4, 4, 4], "1": [4, 4, 4]}, randomise=False)
+    assert {n for n, _ in with_ranks.named_parameters()} == {n for n, _ in adapted(randomise=False).named_parameters()}
+
+
+def test_ranks_are_combined_and_named_where_they_are_not():
+    model = adapted(ranks=RANKS)
+    plan = tiny_plan(model.get_base_model(), {0: [1, 2], 1: [6]})
+    model.add_adapter("other", HotLoraConfig(plan=plan, r=4, lora_alpha=8))
+    fill(model, 1, "other", scale=0.05)
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "both")
+    expected = [
+        weight + 0.5 * (other - base)
+        for weight, other, base in zip(
+            by_hand(model).values(),
+            by_hand(model, "other").values(),
+            [tiny_model().state_dict()[name] for name in by_hand(model)],
+            strict=True,
+        )
+    ]
+    model.set_adapter("both")
+    reference = torch.func.functional_call(
+        tiny_model(), dict(zip(by_hand(model, "default"), expected, strict=True)), (), dict(BATCH)
+    ).logits
+    torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
+    with pytest.raises(HotLoraError, match="needs adapters of one rank"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "linear", combination_type="linear")
+
+
+# DoRA
+
+
+def dora_by_hand(model):
+    """m / ||W + s B A|| (W + s B A), the norm without a gradient, as functions of the adapter's parameters."""
+    weights = {}
+    plain = by_hand(model)
+
+    def normed(weight, magnitude):
+        return magnitude.unsqueeze(-1) * weight / weight.detach().norm(dim=-1, keepdim=True)
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, HotLoraExperts):
+            base, ids = module.base_layer, list(module.expert_ids["default"])
+            up_name = "gate_up_proj" if base.has_gate else "up_proj"
+            magnitudes = module.lora_magnitude_gate_up["default"], module.lora_magnitude_down["default"]
+            ups, downs = plain[f"{name}.{up_name}"], plain[f"{name}.down_proj"]
+            if base.is_transposed:
+                ups, downs = ups.transpose(1, 2), downs.transpose(1, 2)
+            if base.has_gate and not base.is_concatenated:
+                ups = torch.cat([ups[:, 0::2], ups[:, 1::2]], dim=1)
+            ups = ups.index_copy(0, torch.tensor(ids), normed(ups[ids], magnitudes[0]))
+            downs = downs.index_copy(0, torch.tensor(ids), normed(downs[ids], magnitudes[1]))
+            ups, downs = module._own_layout(ups, downs)
+            weights |= {f"{name}.{up_name}": ups, f"{name}.down_proj": downs}
+        elif isinstance(module, HotLoraWeights):
+            for key, path in module._weights.items():
+                weights[f"{name}.{path}"] = normed(plain[f"{name}.{path}"], module.lora_magnitude["default"][key])
+        elif isinstance(module, LoraLinear):
+            weights[f"{name}.weight"] = normed(plain[f"{name}.weight"], module.lora_magnitude_vector["default"].weight)
+    return weights
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_dora_equals_plain_code_with_every_gradient(family):
+    model = adapted(zoo_model(family), use_dora=True, randomise=False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.mul_(1 + 0.1 * noise) if "magnitude" in name else parameter.data.copy_(0.05 * noise)
+    reference = zoo_model(family)
+    reference.set_experts_implementation("eager")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sum("magnitude" in name for name in trained) >= 3
+
+    def gradients(output):
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        return torch.autograd.grad((output * probe).sum(), list(trained.values()))
+
+    ours = model(**BATCH).logits
+    theirs = torch.func.functional_call(reference, dora_by_hand(model), (), dict(BATCH)).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    for name, mine, plain in zip(trained, gradients(ours), gradients(theirs), strict=True):
+        assert (mine - plain).norm() <= 1e-3 * plain.norm() + 1e-5, name
+    merges_and_comes_out_again(model)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_dora_starts_as_the_base_bit_for_bit(family):
+    expected = logits(zoo_model(family))
+    model = adapted(zoo_model(family), use_dora=True, randomise=False, train_attention=False, train_shared=False)
+    assert torch.equal(logits(model), expected)
+
+
+def test_dora_saves_and_counts(tmp_path):
+    model = adapted(use_dora=True, ranks=RANKS)
+    same_after_saving(model, tmp_path, tiny_model)
+    plain, dora = count_parameters(adapted(ranks=RANKS)), count_parameters(model)
+    assert dora["experts"] - plain["experts"] == 2 * 3 * (32 + 32)
+    assert dora["router"] - plain["router"] == 2 * 8
+    with pytest.raises(HotLoraError, match="cannot hold an adapter with use_dora"):
+        export_adapter(model, tmp_path / "vllm", format="vllm")
+
+
+def test_dora_twice_is_merged_at_once_or_not_at_all():
+    model = adapted(use_dora=True)
+    model.add_adapter("other", HotLoraConfig(plan=tiny_plan(tiny_model()), r=4, use_dora=True))
+    fill(model, 1, "other", scale=0.05)
+    for layer in experts_of(model):
+        before = layer.base_layer.down_proj.data.clone()
+        layer.merge(adapter_names=["default"])
+        with pytest.raises(HotLoraError, match="unmerge, then merge them all at once"):
+            layer.merge(adapter_names=["other"])
+        layer.unmerge()
+        assert torch.equal(layer.base_layer.down_proj, before)
+    with pytest.raises(HotLoraError, match="cannot be combined"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+
+
+# A frozen, from its seed
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_frozen_A_neither_trains_nor_is_saved_and_comes_back(family, tmp_path):
+    model = adapted(zoo_model(family), train_a=False, a_seed=3)
+    model.train()
+    model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient and not any("lora_A" in name for name in with_gradient)
+    model.eval()
+    same_after_saving(model, tmp_path, lambda: zoo_model(family))
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("lora_A" in name for name in held)
+    assert sum(t.numel() for t in held.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    merges_and_comes_out_again(model)
+
+
+def test_A_depends_on_its_seed_and_name_alone():
+    def seeded(**options):
+        return {
+            n: m.weight for n, m in adapted(train_a=False, **options).named_modules() if isinstance(m, SeededFactor)
+        }
+
+    torch.manual_seed(1)
+    one = seeded(a_seed=0)
+    torch.manual_seed(2)
+    same, other = seeded(), seeded(a_seed=1)
+    assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
+    values = list(one.values())
+    assert not torch.equal(values[0], values[1])
+    assert all(weight.abs().max() <= weight.shape[-1] ** -0.5 for weight in values)
+    model = adapted(train_a=False)
+    router_only_seed = json.loads(json.dumps(model.peft_config["default"].to_dict()))["a_seed"]
+    assert router_only_seed == 0
+
+
+def test_counts_with_a_frozen_A_are_those_of_B():
+    plain, frozen = count_parameters(adapted()), count_parameters(adapted(train_a=False))
+    assert frozen["total"] == plain["total"]
+    model = adapted()
+    B = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name)
+    assert frozen["trainable"] == B
+
+
+# A sparse B
+
+
+def trained_dense(steps=3, **config):
+    model = adapted(randomise=False, train_a=False, **config)
+    train(model, steps)
+    return model
+
+
+def train(model, steps, mask=None):
+    """AdamW; with a mask, the plain way: gradients of all entries, zeroed."""
+    model.train()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.0)
+    for step in range(steps):
+        batch = tiny_batch(2, 24, seed=step)
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        if mask is not None:
+            for name, parameter in parameters.items():
+                parameter.grad *= mask.entries(plain_name(name), parameter.shape)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return optimizer
+
+
+def plain_name(name):
+    return name.removeprefix("base_model.model.").replace(".default", "")
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 8), (3, 5, 7)])
+def test_masks_are_packed_and_unpacked(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    packed = pack(mask)
+    assert packed.dtype == torch.uint8 and packed.shape == (1, -(-mask.numel() // 8))
+    assert torch.equal(unpack(packed, shape), mask)
+
+
+@pytest.mark.parametrize("ranks", [None, RANKS])
+def test_sparse_training_is_masked_dense_training_bit_for_bit(ranks, tmp_path):
+    dense = trained_dense(ranks=ranks)
+    mask = draw_mask(dense, keep=0.1)
+    mask.save(tmp_path / "mask.safetensors")
+    sparse = adapted(randomise=False, train_a=False, ranks=ranks, mask=tmp_path / "mask.safetensors")
+    masked = adapted(randomise=False, train_a=False, ranks=ranks)
+    train(sparse, 5)
+    train(masked, 5, mask)
+    assert torch.equal(logits(sparse), logits(masked))
+    assert not torch.equal(logits(sparse), logits(tiny_model()))
+    same_after_saving(sparse, tmp_path / "adapter", tiny_model)
+    merges_and_comes_out_again(sparse)
+
+
+def state_bytes(model, optimizer):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tensors = [*trained, *(t for state in optimizer.state.values() for t in state.values() if t.ndim)]
+    tensors += [b for m in model.modules() if isinstance(m, SparseFactor) for b in m.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_sparse_training_holds_an_eighth_of_the_dense_state_at_most(tmp_path):
+    """Parameters, AdamW's two moments, and where the entries stand."""
+    dense = adapted(randomise=False, train_a=False)
+    optimizer = train(dense, 2)
+    held = state_bytes(dense, optimizer)
+    sparse = adapted(randomise=False, train_a=False, mask=draw_mask(dense))
+    assert state_bytes(sparse, train(sparse, 2)) <= 0.12 * held
+    dense.save_pretrained(tmp_path / "dense")
+    sparse.save_pretrained(tmp_path / "sparse")
+    sizes = [
+        sum(t.nbytes for t in load_file(tmp_path / n / "adapter_model.safetensors").values())
+        for n in ("dense", "sparse")
+    ]
+    assert sizes[1] <= 0.14 * sizes[0]  # four bytes a kept value, one bit an entry
+
+
+def test_a_sparse_adapter_counts_its_kept_entries():
+    dense = trained_dense()
+    counts = count_parameters(adapted(randomise=False, train_a=False, mask=draw_mask(dense)))
+    plain = count_parameters(dense)
+    assert counts["total"] == plain["total"]
+    assert counts["trainable"] == pytest.approx(0.1 * plain["trainable"], rel=0.02)
+
+
+def test_the_mask_keeps_the_largest(tmp_path):
+    model = trained_dense()
+    B = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    sizes = torch.cat([p.detach().abs().flatten() for p in B.values()])
+    lowest = sizes.topk(round(0.1 * len(sizes))).values[-1]
+    mask = draw_mask(model, source={"run": "x"})
+    for name, p in B.items():
+        expected = (p.detach().abs() >= lowest) & (p != 0)
+        assert torch.equal(mask.entries(name, p.shape), expected) or not expected.any()
+    mask.save(tmp_path)
+    again = SparseMask.load(tmp_path / "mask.safetensors")
+    assert again.num_kept() == mask.num_kept() and again.source == {"run": "x"} and again.a_seed == 0
+
+
+@pytest.mark.parametrize(
+    ("granularity", "groups"), [("matrix", None), ("layer", 2), ("projection", None), ("module", 3)]
+)
+def test_granularities_keep_a_tenth_of_each_group(granularity, groups):
+    model = trained_dense()
+    mask = draw_mask(model, keep=0.25, granularity=granularity)
+    shares = {}
+    for name, shape in mask.shapes.items():
+        kept = mask.entries(name, shape)
+        key = {"layer": name.split(".")[2], "module": "experts" if "experts" in name else name.split(".")[3:5]}.get(
+            granularity, name
+        )
+        key = str(key) if granularity != "module" or "self_attn" not in name else "attention"
+        key = key.replace(f".{name.split('.')[2]}.", ".") if granularity == "projection" else key
+        total, number = shares.get(key, (0, 0))
+        shares[key] = (total + kept.numel(), number + int(kept.sum()))
+    assert groups is None or len(shares) == groups
+    for key, (total, number) in shares.items():
+        assert number <= 0.25 * total + 8, key
+    assert sum(number for _, number in shares.values()) > 0.2 * sum(total for total, _ in shares.values())
+
+
+def test_masks_say_what_is_wrong(tmp_path):
+    with pytest.raises(HotLoraError, match="every B is zero"):
+        draw_mask(adapted(randomise=False, train_a=False))
+    with pytest.raises(HotLoraError, match="is no LoRI-D"):
+        draw_mask(adapted())
+    model = trained_dense()
+    with pytest.raises(HotLoraError, match=r"keep is 1\.5"):
+        draw_mask(model, keep=1.5)
+    with pytest.raises(HotLoraError, match="granularity 'head'"):
+        draw_mask(model, granularity="head")
+    mask = draw_mask(model)
+    with pytest.raises(HotLoraError, match="same plan and rank"):
+        adapted(train_a=False, r=8, mask=mask)
+    with pytest.raises(PlanError, match="for another adapter"):
+        adapted(train_a=False, train_router=False, mask=mask)
+    with pytest.raises(FileError, match="does not exist"):
+        SparseMask.load(tmp_path / "none.safetensors")
+    mask.save(tmp_path / "mask.safetensors")
+    whole = (tmp_path / "mask.safetensors").read_bytes()
+    (tmp_path / "mask.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileError, match="not a whole mask"):
+        SparseMask.load(tmp_path / "mask.safetensors")
+
+
+# Weights of their own (ESFT)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_full_experts_start_as_the_base_and_train_alone(family, tmp_path):
+    switches = {"train_attention": False, "train_router": False, "train_shared": False}
+    expected = logits(zoo_model(family))
+    model = adapted(zoo_model(family), randomise=False, train_full_experts=True, **switches)
+    # Transposed weights are copied in the other order, so their products round elsewhere.
+    assert torch.equal(logits(model), expected) or family == "gpt_oss"
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+    layers = experts_of(model)
+    assert all(isinstance(layer, HotFullExperts) for layer in layers)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(layers) and all("lora_full" in name for name in trained)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.05 * torch.randn(p.shape, generator=generator))
+    reference = zoo_model(family)
+    reference.set_experts_implementation("eager")
+    weights = {}
+    for layer in moe_layers(model):
+        module, path = model.get_submodule(layer.experts), layer.experts.removeprefix("base_model.model.")
+        base, ids = module.base_layer, torch.tensor(module.expert_ids["default"])
+        own = module._own_layout(module.lora_full_gate_up["default"], module.lora_full_down["default"])
+        for name, values in zip(("gate_up_proj" if base.has_gate else "up_proj", "down_proj"), own, strict=True):
+            weights[f"{path}.{name}"] = getattr(base, name).index_copy(0, ids, values)
+    output = model(**BATCH).logits
+    theirs = torch.func.functional_call(reference, weights, (), dict(BATCH)).logits
+    torch.testing.assert_close(output, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    probe = torch.randn(output.shape, generator=generator)
+    pairs = (torch.autograd.grad((x * probe).sum(), parameters) for x in (output, theirs))
+    for mine, plain in zip(*pairs, strict=True):
+        assert (mine - plain).norm() <= 1e-3 * plain.norm()
+    same_after_saving(model, tmp_path, lambda: zoo_model(family))
+    merges_and_comes_out_again(model)
+
+
+def test_full_experts_cannot_leave_as_low_rank(tmp_path):
+    model = adapted(train_full_experts=True)
+    with pytest.raises(HotLoraError, match="cannot hold an adapter with train_full_experts"):
+        export_adapter(model, tmp_path / "peft", format="peft", drop_router=False)
+    export_adapter(model, tmp_path / "merged", format="merged")
+    merged = type(tiny_model()).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
