@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .stats import proportion_interval
 from .tasks import Example, Task
 
 _CHUNK = 2048  # tokens whose float32 logits are held at once
+_JUDGES = min(4, os.cpu_count() or 1)  # answers judged at once: each may wait for a process of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,27 +29,31 @@ class Evaluation:
     """A task's score, its 95% Wilson interval, and what each example came to.
 
     Attributes:
-        metric: "exact_match", "execution_accuracy", "test_suite_accuracy" or "acc_norm".
+        metric: "exact_match", "execution_accuracy", "test_suite_accuracy", "pass@1", "acc" or "acc_norm".
+        correct: the examples answered right; where an example has several answers, it counts by their right share.
         results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
-        `prediction`
-            (the text, or the index of the choice), `correct`; for choices also `scores`, as `choice_scores`.
+            `prediction` (the text, or the index of the choice), `correct`; for choices also `scores`, as
+            `choice_scores`; for several answers, lists, as `generations` says.
         seconds: wall-clock time of the whole evaluation.
+        pass_at_k: by k, the mean chance that k answers hold a right one; empty where each example has one answer.
     """
 
     task: str
     metric: str
     accuracy: float
     n: int
-    correct: int
+    correct: float
     ci_low: float
     ci_high: float
     results: list[dict[str, Any]]
     seconds: float
+    pass_at_k: Mapping[int, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The numbers, without the examples, as a run record holds them."""
         names = ("metric", "accuracy", "n", "correct", "ci_low", "ci_high", "seconds")
-        return {name: getattr(self, name) for name in names}
+        passes = {f"pass@{k}": value for k, value in self.pass_at_k.items()}
+        return {name: getattr(self, name) for name in names} | passes
 
     def write_results(self, path: str | os.PathLike[str]) -> None:
         """One JSON line an example; the file is whole or absent."""
@@ -71,35 +77,49 @@ def evaluate_task(
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: no examples, a batch size below 1, or an example that the task cannot judge.
+        DataError: no examples, a batch size below 1, an example that the task cannot judge, or data without a
+            scorer.
     """
+    task.check_scored()
     _check(examples, batch_size)
     started = time.perf_counter()
     outcomes: list[dict[str, Any]]
     if task.kind == "choice":
-        scores = choice_scores(model, tokenizer, examples, batch_size=batch_size, progress=progress)
+        scores = choice_scores(
+            model, tokenizer, examples,
+            per_character=task.metric == "acc_norm", batch_size=batch_size, progress=progress,
+        )  # fmt: skip
         outcomes = []
         for example, values in zip(examples, scores, strict=True):
             best = max(range(len(values)), key=values.__getitem__)  # a tie goes to the lower index
             outcomes.append({"prediction": best, "correct": best == example.label, "scores": values})
     else:
-        assert task.score is not None
         texts = generate(
             model, tokenizer, examples,
             max_new_tokens=task.max_new_tokens, stop=task.stop, batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        outcomes = [
-            {"prediction": text, "correct": task.score(example, text)}
-            for example, text in zip(examples, texts, strict=True)
-        ]
+        right = judge(task, examples, texts, progress=progress)
+        outcomes = [{"prediction": text, "correct": correct} for text, correct in zip(texts, right, strict=True)]
     results = [
-        {"index": i, "id": hashlib.sha256(example.prompt.encode()).hexdigest()[:16], **outcome}
+        {"index": i, "id": example_id(example), **outcome}
         for i, (example, outcome) in enumerate(zip(examples, outcomes, strict=True))
     ]
     correct, n = sum(outcome["correct"] for outcome in outcomes), len(examples)
     low, high = proportion_interval(correct, n)
     seconds = time.perf_counter() - started
     return Evaluation(task.name, task.metric_name(examples), correct / n, n, correct, low, high, results, seconds)
+
+
+def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], *, progress: bool = False) -> list[bool]:
+    """Whether each text answers its example, by the task's scorer; some are judged at once, as far as it allows."""
+    assert task.score is not None
+    with ThreadPoolExecutor(_JUDGES) as pool:
+        return list(_track(pool.map(task.score, examples, texts), "judging", progress, len(texts)))
+
+
+def example_id(example: Example) -> str:
+    """A hash of the prompt, by which the results of two runs are paired."""
+    return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
 
 
 def generate(
@@ -142,9 +162,19 @@ def generate(
 
 
 def choice_scores(
-    model: Any, tokenizer: Any, examples: Sequence[Example], *, batch_size: int = 64, progress: bool = False
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    per_character: bool = True,
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> list[list[float]]:
-    """For every example and choice, the log-likelihood of the choice after the prompt, a character (nats)."""
+    """For every example and choice, the log-likelihood of the choice after the prompt (nats).
+
+    Args:
+        per_character: over the choice's length, as acc_norm ranks choices; acc ranks them by the whole.
+    """
     _check(examples, batch_size)
     rows = []  # (example, choice, token ids, number of prompt tokens)
     for i, example in enumerate(examples):
@@ -167,7 +197,7 @@ def choice_scores(
             }
             for r, value in zip(picked, _log_likelihood(model, batch).tolist(), strict=True):
                 i, j = rows[r][:2]
-                scores[i][j] = value / len(examples[i].choices[j])
+                scores[i][j] = value / len(examples[i].choices[j]) if per_character else value
     return scores
 
 

@@ -111,6 +111,8 @@ def test_tasks_and_their_files(tmp_path: Path):
     assert task is not None and task.name == "gsm8k" and task_of(file) is None
     # What is one file has no second split to test on.
     assert test_source(f"gsm8k:{tmp_path}") == f"gsm8k:{tmp_path}" and test_source("nano-sql") == "nano-sql"
+    assert test_source(f"codealpaca:{tmp_path}") is None  # no test split
+    assert test_source("mbpp") == "mbpp"
     assert test_source(f"gsm8k:{file}") is None and test_source(file) is None and test_source(file, "x") == "x"
 
 

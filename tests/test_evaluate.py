@@ -79,6 +79,22 @@ def test_choices_by_likelihood_a_character(model, batch_size: int):
     assert (evaluation.metric, evaluation.n) == ("acc_norm", 5)
 
 
+def test_acc_ranks_whole_choices(model):
+    """boolq's and mmlu's metric: not divided by the length, so that the two metrics can differ."""
+    examples = [Example("p" * (2 + i), "", choices=("no", "yes, " * (1 + i)), label=0) for i in range(5)]
+    scores = choice_scores(model, TOKENIZER, examples, per_character=False)
+    for example, row in zip(examples, scores, strict=True):
+        assert row == pytest.approx([likelihood(model, example.prompt, f" {c}") for c in example.choices], rel=1e-5)
+    evaluation = evaluate_task(model, TOKENIZER, get_task("boolq"), examples)
+    assert evaluation.metric == "acc" and [r["scores"] for r in evaluation.results] == scores
+    assert [r["prediction"] for r in evaluation.results] == [max(range(2), key=row.__getitem__) for row in scores]
+
+
+def test_data_without_a_scorer_is_not_evaluated_on(model):
+    with pytest.raises(DataError, match="mbpp has no scorer, so it cannot be evaluated on: it is data to profile"):
+        evaluate_task(model, TOKENIZER, get_task("mbpp"), EXAMPLES)
+
+
 def test_an_empty_choice_is_an_error(model):
     with pytest.raises(DataError, match="Example 0: choice 1 or its prompt is empty"):
         choice_scores(model, TOKENIZER, [Example("p", "", choices=("a", ""), label=0)])

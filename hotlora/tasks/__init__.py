@@ -1,14 +1,28 @@
-"""The tasks by name: three published benchmarks, and nano's three in the same formats."""
+"""The tasks by name: nano's three, the published benchmarks, and data without a scorer to profile and train on."""
 
 from ..errors import DataError
-from . import gsm8k, hellaswag, nano_choice, nano_math, nano_sql, spider
+from . import (
+    arc_challenge,
+    boolq,
+    codealpaca,
+    gsm8k,
+    hellaswag,
+    humaneval,
+    mbpp,
+    mmlu,
+    nano_choice,
+    nano_math,
+    nano_sql,
+    piqa,
+    spider,
+    wikitext2,
+)
 from .task import Example, Task
 
 __all__ = ["TASKS", "Example", "Task", "get_task"]
 
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (nano_math, nano_sql, nano_choice, gsm8k, spider, hellaswag)
-}
+_PUBLISHED = (gsm8k, spider, hellaswag, humaneval, arc_challenge, piqa, boolq, mmlu, codealpaca, mbpp, wikitext2)
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (nano_math, nano_sql, nano_choice, *_PUBLISHED)}
 
 
 def get_task(name: str) -> Task:

@@ -13,7 +13,7 @@ models.
 
 import re
 
-from .rows import Row, check_split, load_rows, need_text
+from .rows import Row, load_rows, need_text
 from .task import Example, Task
 
 HUB_ID = "openai/gsm8k"
@@ -44,7 +44,7 @@ def score(example: Example, text: str) -> bool:
 
 def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
     """7,473 train and 1,319 test problems: the hub, a file, or a folder with train.jsonl and test.jsonl."""
-    check_split("gsm8k", split)
+    TASK.check_split(split)
     rows = load_rows("gsm8k", source, HUB_ID, "main", [f"{split}.jsonl", f"{split}.jsonl.gz"], split)
     return [example(row) for row in rows]
 

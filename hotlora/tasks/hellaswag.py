@@ -15,7 +15,8 @@ four. The published test labels are hidden, so the split "test" is the validatio
 import re
 
 from ..errors import DataError
-from .rows import Row, check_split, load_rows, need, need_text
+from .choices import choice_example
+from .rows import Row, load_rows, need, need_text
 from .task import Example, Task
 
 HUB_ID = "Rowan/hellaswag"
@@ -39,17 +40,15 @@ def example(row: Row) -> Example:
         label, ctx_a, ctx_b = need_text(row, "activity_label", "ctx_a", "ctx_b")
         context = f"{label}: {ctx_a} {ctx_b.capitalize()}"
     endings, answer = need(row, "endings", "label")
-    choices = tuple(clean(ending) for ending in endings)
-    if str(answer) not in {str(index) for index in range(len(choices))}:
-        raise DataError(
-            f"{row.place}: label {answer!r} is none of the {len(choices)} endings (0 to {len(choices) - 1})."
-        )
-    return Example(clean(context), f" {choices[int(answer)]}", choices, int(answer))
+    if not isinstance(endings, list):
+        raise DataError(f"{row.place}: 'endings' must be a list of texts, this is {str(endings)[:60]}.")
+    choices = [clean(ending) if isinstance(ending, str) else ending for ending in endings]
+    return choice_example(row, clean(context), choices, answer, "endings")
 
 
 def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
     """39,905 train and 10,042 validation rows from the hub, a file, or a folder with the published files."""
-    check_split("hellaswag", split)
+    TASK.check_split(split)
     rows = load_rows("hellaswag", source, HUB_ID, None, _FILES[split], {"test": "validation"}.get(split, split))
     return [example(row) for row in rows]
 

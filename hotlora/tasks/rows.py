@@ -127,9 +127,3 @@ def need_text(row: Row, *fields: str) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise DataError(f"{row.place}: {field!r} must be text, this is {json.dumps(value, default=str)[:60]}.")
     return values
-
-
-def check_split(task: str, split: str) -> None:
-    """Raises DataError for a split that is neither train nor test."""
-    if split not in ("train", "test"):
-        raise DataError(f"{task} has no split {split!r}; its splits are train, test.")

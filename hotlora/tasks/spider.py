@@ -28,7 +28,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..sandbox import SqlSandbox
-from .rows import Row, check_split, need_text, read_rows, split_file
+from .rows import Row, need_text, read_rows, split_file
 from .task import Example, Task
 
 STOP = ("\n\n", "\nQuestion:", "\nDatabase:", ";")
@@ -89,7 +89,7 @@ def load(split: str, source: str | None = None, limit: int | None = None, seed: 
     The split "test" is dev, as everywhere. A dev question whose database is not there cannot be scored: it is
     left out, and the log says how many. A train question needs its tables' names only.
     """
-    check_split("spider", split)
+    TASK.check_split(split)
     if source is None:
         raise DataError(
             "spider needs its databases, which are on no hub: download Spider and give its folder, "

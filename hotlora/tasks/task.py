@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["generate", "choice"]
+from ..errors import DataError
+
+Kind = Literal["generate", "choice", "text"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: where its rows come from and how an answer is judged.
+    """A benchmark: where its rows come from and how an answer is judged; or data without a judge.
 
     Attributes:
         name: as users type it.
-        kind: "generate" (greedy text, judged by `score`) or "choice" (log-likelihood of each choice).
-        metric: "exact_match", "execution_accuracy" or "acc_norm".
-        load: `(split, source, limit, seed)` to examples. `source` is a folder, a file or a hub id; None is
-        the
+        kind: "generate" (greedy text, judged by `score`), "choice" (log-likelihood of each choice), or "text"
+            (no scorer: data to profile a router and to train on, of which the response loss can be taken).
+        metric: "exact_match", "execution_accuracy", "acc" (the likeliest choice), "acc_norm" (the likeliest
+            per character), or "loss" for kind "text".
+        load: `(split, source, limit, seed)` to examples. `source` is a folder, a file or a hub id; None is the
             task's own. A generated task draws `limit` rows by `seed`; a published one gives all its rows.
-        score: whether a generated text answers the example; None for kind "choice".
+        score: whether a generated text answers the example; None for the other kinds.
         max_new_tokens: longest answer, in tokens.
         stop: texts that end an answer, for base models that never say the end-of-text token.
+        splits: those that it has; not all data has a "test".
     """
 
     name: str
@@ -50,6 +54,20 @@ class Task:
     score: Callable[[Example, str], bool] | None = None
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("train", "test")
+
+    def check_split(self, split: str) -> None:
+        """Raises DataError for a split that the task does not have."""
+        if split not in self.splits:
+            raise DataError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}.")
+
+    def check_scored(self) -> None:
+        """Raises DataError for data without a scorer, which nothing can be evaluated on."""
+        if self.kind == "text":
+            raise DataError(
+                f"{self.name} has no scorer, so it cannot be evaluated on: it is data to profile the router and "
+                "to train on. Its response loss is taken after training."
+            )
 
     def metric_name(self, examples: Sequence[Example]) -> str:
         """The metric as measured: execution accuracy is the test suite's only with several databases each."""
