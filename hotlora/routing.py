@@ -211,6 +211,33 @@ def profile_routing(
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
     device, or gate weights that are not finite.
     """
+    return _profile(model, batches, progress, source, per_example=False)[0]
+
+
+def profile_examples(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    progress: bool = False,
+    source: Mapping[str, Any] | None = None,
+) -> tuple[RoutingProfile, Tensor]:
+    """`profile_routing`, and beside the profile each example's own counts, from the same pass (MoE-Sieve s3.3).
+
+    Returns the profile, and int32 [X, L, E]: one row for each row of the batches, in their order. Summed over
+    the X examples they are the profile's counts.
+    """
+    return _profile(model, batches, progress, source, per_example=True)
+
+
+def _profile(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    progress: bool,
+    source: Mapping[str, Any] | None,
+    *,
+    per_example: bool,
+) -> tuple[RoutingProfile, Tensor]:
+    """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
     from . import models  # here, since reading a profile needs no transformers
 
     layers = models.moe_layers(model)
@@ -219,7 +246,7 @@ def profile_routing(
         raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
     device = _input_device(model)
     run = _decoder(model)
-    counters = [_Counter(layer.num_experts) for layer in layers]
+    counters = [_Counter(layer.num_experts, per_example) for layer in layers]
     num_tokens = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -236,6 +263,7 @@ def profile_routing(
             masks = {mask.device: mask.flatten()}
             for counter in counters:
                 counter.masks = masks
+                counter.num_rows = len(mask)
             run(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
     if num_tokens == 0:
         raise DataError("no token to profile on: give at least one batch with a token that is not padding")
@@ -253,7 +281,7 @@ def profile_routing(
     assert partial or whole.all(), "a row must sum to tokens x K"
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     origin = {"fingerprint": models.fingerprint(model)} | ({"model": name} if name else {})
-    return RoutingProfile(
+    profile = RoutingProfile(
         layers=tuple(layer.layer for layer in layers),
         counts=counts,
         mass=torch.stack([mass for _, mass, _ in sums]),
@@ -261,13 +289,21 @@ def profile_routing(
         num_experts_per_tok=top_k,
         source=origin | dict(source or {}),
     )
+    rows_XLE = torch.stack([counter.rows_to_host() for counter in counters], dim=1)
+    assert not per_example or torch.equal(rows_XLE.sum(dim=0), counts), "the examples' counts must sum to the profile's"
+    return profile, rows_XLE
 
 
 class _Counter:
     """Sums one layer's assignments on the device that its experts live on. Never waits for that device."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, per_example: bool = False) -> None:
         self.num_experts = num_experts
+        self.per_example = per_example
+        self.num_rows = 0
+        """B, the current batch's rows; its tokens come row after row"""
+        self.rows: list[Tensor] = []
+        """int32 [B, E] of every batch so far, if `per_example`"""
         self.masks: dict[torch.device, Tensor] = {}
         """the current batch's token mask [T], on each device that asked"""
         self.sums: Tensor | None = None
@@ -300,6 +336,21 @@ class _Counter:
         column_S = torch.where(counted_TK, index_TK, self.num_experts).flatten()
         self.sums.index_add_(1, column_S, torch.stack([torch.ones_like(units_TK), units_TK]).flatten(1))
         self.bad += (counted_TK & ~finite_TK).sum()
+        if self.per_example:
+            self.rows.append(self._by_row(column_S))
+
+    def _by_row(self, column_S: Tensor) -> Tensor:
+        """int32 [B, E]: the batch's assignments, by row; `column_S` is E for those that do not count."""
+        width = self.num_experts + 1
+        slots = max(1, len(column_S) // max(1, self.num_rows))  # of one row
+        row_S = torch.arange(len(column_S), device=column_S.device) // slots
+        counts = torch.zeros(self.num_rows * width, dtype=torch.int32, device=column_S.device)
+        counts.index_add_(0, row_S * width + column_S, torch.ones_like(column_S, dtype=torch.int32))
+        return counts.view(self.num_rows, width)[:, :-1]
+
+    def rows_to_host(self) -> Tensor:
+        """int32 [X, E]: the counts of every row of every batch, in their order."""
+        return torch.cat([rows.cpu() for rows in self.rows] or [torch.zeros(0, self.num_experts, dtype=torch.int32)])
 
     def to_host(self) -> tuple[Tensor, Tensor, int]:
         """counts int64 [E], mass float64 [E], number of weights that are not finite."""

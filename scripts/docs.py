@@ -15,6 +15,8 @@ from pathlib import Path
 
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
+from study import PAGE as STUDY_PAGE
+from study import page as study_page
 
 from hotlora.bench_report import speed_tables
 from hotlora.records import find_records
@@ -113,6 +115,7 @@ def main() -> None:
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
         MODELS_PAGE: models_page(),
+        STUDY_PAGE: study_page(),
         speed: filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks")),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }

@@ -12,7 +12,7 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from hotlora.errors import DataError, FileError, ModelError, PlanError
 from hotlora.models import fingerprint, moe_layers
 from hotlora.plan import select_experts
-from hotlora.routing import RoutingProfile, experts_kept, jaccard, profile_routing
+from hotlora.routing import RoutingProfile, experts_kept, jaccard, profile_examples, profile_routing
 
 E, K, PAD = 8, 2, 0
 
@@ -104,6 +104,32 @@ def test_batch_size_does_not_matter(family):
     assert torch.equal(whole.counts, parts.counts) and torch.equal(whole.counts, ones.counts)
     torch.testing.assert_close(whole.mass, ones.mass, rtol=1e-5, atol=1e-5)
     assert whole.num_tokens == ones.num_tokens == 23
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_each_example_has_its_own_counts(side):
+    """By hand, and padding in none; the rows keep the batches' order."""
+    model = tiny_model()
+    fix_router(model)
+    profile, examples = profile_examples(model, [batch(*ROWS[:2], side=side), batch(*ROWS[2:])])
+    assert examples.dtype == torch.int32 and tuple(examples.shape) == (3, 2, E)
+    # ids mod 8 of the second row: 0 1; each goes to t and to t + 1 + layer
+    assert examples[1].tolist() == [[1, 2, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+    assert torch.equal(examples.sum(dim=0), COUNTS) and torch.equal(profile.counts, COUNTS)
+    assert examples.sum(dim=(1, 2)).tolist() == [2 * K * len(row) for row in ROWS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_examples_counted_together_are_those_counted_alone(family):
+    model = tiny_model(family)
+    rows = [torch.randint(3, 128, (length,)).tolist() for length in (5, 9, 2, 7, 1)]
+    profile, together = profile_examples(model, [batch(*rows[:3]), batch(*rows[3:])], source={"data": "d"})
+    alone = torch.stack([profile_routing(model, [batch(row)]).counts for row in rows])
+    assert torch.equal(together.long(), alone)
+    assert profile.hash == profile_routing(model, [batch(*rows[:3]), batch(*rows[3:])]).hash
+    assert profile.source["data"] == "d"
+    with pytest.raises(DataError, match="no token to profile on"):
+        profile_examples(model, [])
 
 
 def test_same_data_same_profile():

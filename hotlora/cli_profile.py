@@ -1,0 +1,153 @@
+"""The command `profile`: one data set's routing, or with --compare the study of several."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .cli_options import BatchSize, Device, Dtype, Limit, MaxLength, Quantize, Seed, err, out
+from .errors import DataError
+
+
+def profile(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATA",
+            help="Data sets, as --data takes them; with --compare also profiles made before (.safetensors files).",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with "
+            "prompt and completion, or messages.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Study several data sets: numbers, pictures and a page in a folder.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .safetensors file or a folder (default profile.safetensors); with --compare a folder (runs/study).",
+        ),
+    ] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = None,
+) -> None:
+    """Watch which experts the router uses on the data: one pass without gradients.
+
+    With several data sets and --compare: how skewed each is, by layer and depth, how the hot experts overlap, and how
+    robust they are, beside what MoE-Sieve published.
+    """
+    chosen = [*(sources or ()), *(data or ())]
+    if not chosen:
+        raise typer.BadParameter("give a data set", param_hint="--data")
+    if compare:
+        _compare(
+            chosen,
+            model,
+            output or Path("runs/study"),
+            limit=limit,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+        )
+        return
+    if len(chosen) > 1:
+        raise DataError(f"{', '.join(chosen)} are {len(chosen)} data sets: add --compare to study them together.")
+    if model is None:
+        raise typer.BadParameter("give the model to profile", param_hint="--model")
+    output = output or Path("profile.safetensors")
+    from .data import load_examples
+    from .models import load_model, load_tokenizer
+    from .quantize import experts_in
+    from .run import profile_data
+
+    (source,) = chosen
+    tokenizer = load_tokenizer(model)
+    examples = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
+    base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+    result = profile_data(base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length)
+    result.save(output)
+    table = Table(title=f"Routing of {model} on {source}: {result.num_tokens:,} tokens")
+    for column in ("layer", "CV", "cold experts", "coverage of the top 25%", "entropy"):
+        table.add_column(column, justify="right")
+    rows = zip(
+        result.layers,
+        result.layer_cv(),
+        result.cold_share(),
+        result.coverage(fraction=0.25),
+        result.entropy(),
+        strict=True,
+    )
+    for layer, cv, cold, coverage, entropy in rows:
+        table.add_row(str(layer), f"{cv:.2f}", f"{cold:.0%}", f"{coverage:.0%}", f"{entropy:.3f}")
+    out.print(table)
+    out.print(f"mean layer CV {result.mean_layer_cv():.2f}, global CV {result.global_cv():.2f}")
+    out.print(f"profile: {output}")
+
+
+def _compare(
+    sources: list[str],
+    model: str | None,
+    output: Path,
+    *,
+    limit: int | None,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    dtype: str,
+    device: str,
+    quantize: int | None,
+) -> None:
+    from .study_report import write_study
+    from .study_run import run_study
+
+    def tell(text: str) -> None:
+        err.print(text, highlight=False, markup=False)
+
+    result, profiles = run_study(
+        sources,
+        model,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        tell=tell,
+    )
+    page = write_study(result, profiles, output, shlex.join(["hotlora", *sys.argv[1:]]))
+    table = Table(title=f"Routing of {result['model']['name']} on {len(profiles)} data sets")
+    table.add_column("data set", no_wrap=True)
+    columns = ("tokens", "CV", "global", "ratio", "cold", "covered", "sample")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in result["datasets"].items():
+        stable = f"{row['stability']['mean']:.2f}" if "stability" in row else "–"
+        table.add_row(
+            name, f"{row['tokens']:,}", f"{row['layer_cv']:.2f}", f"{row['global_cv']:.2f}", f"{row['ratio']:.1f}",
+            f"{row['cold_share']:.0%}", f"{row['coverage']:.0%}", stable,
+        )  # fmt: skip
+    out.print(table)
+    out.print(f"page: {page}", soft_wrap=True)

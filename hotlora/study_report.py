@@ -1,0 +1,276 @@
+"""A study's numbers and pictures -> one Markdown page, with the paper's numbers beside. Loads no model."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from . import study_figures as figures
+from .files import atomic_path, write_json, write_text
+from .published import MODELS, OLMOE_SPIDER, SPIDER_EXPERTS_FOR_60
+from .routing import RoutingProfile
+from .study import Study, load_study, thirds
+from .study_claims import claims
+
+NONE = "–"
+DPI = 110
+_OVERLAP = "Jaccard of the hot experts of two data sets"
+
+Cell = Callable[[Any], str]
+
+
+def write_study(
+    result: Study, profiles: Mapping[str, RoutingProfile], folder: str | os.PathLike[str], command: str
+) -> Path:
+    """Writes study.json, profiles/NAME.safetensors, pictures and the page study.md; returns the page's path.
+
+    Each file is whole or absent; the page comes last.
+    """
+    folder = Path(folder)
+    result["command"] = command
+    write_json(folder / "study.json", result)
+    for name, profile in profiles.items():
+        profile.save(folder / "profiles" / f"{name}.safetensors")
+    return write_page(folder)
+
+
+def write_page(folder: str | os.PathLike[str]) -> Path:
+    """The pictures and the page again, from the study.json and the profiles in `folder`."""
+    folder = Path(folder)
+    result = load_study(folder / "study.json")
+    profiles = {name: RoutingProfile.load(folder / "profiles" / f"{name}.safetensors") for name in result["datasets"]}
+    for name, figure in pictures(result, profiles).items():
+        with atomic_path(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=DPI, metadata={"Software": None})  # the same bytes every time
+    write_text(folder / "study.md", page(result))
+    return folder / "study.md"
+
+
+def pictures(result: Study, profiles: Mapping[str, RoutingProfile]) -> dict[str, Figure]:
+    """File name -> figure."""
+    found = {
+        "heat-maps": figures.heat_maps(profiles),
+        "coverage": figures.coverage_curves(profiles, result["settings"]["experts_per_layer"]),
+        "by-layer": figures.by_layer(result),
+        "robustness": figures.robustness(result),
+    }
+    names, layered = result["overlap"]["names"], result["overlap"]["by_layer"]
+    if 2 <= len(names) <= 3:
+        pairs = {f"{names[j]} ~ {names[i]}": layered[j][i] for i in range(len(names)) for j in range(i)}
+        found["overlap-by-layer"] = figures.layer_overlap(pairs, result["model"]["layers"])
+    if len(names) > 2:
+        found["overlap"] = figures.overlap_map(result)
+    return found
+
+
+def page(result: Study, *, pictures_in: str = "", title: str | None = None, preface: str = "") -> str:
+    """The whole page as Markdown.
+
+    Args:
+        pictures_in: the pictures' folder, as seen from the page.
+        title, preface: in place of the plain title; what to say of the model first.
+    """
+    model, rows = result["model"], result["datasets"]
+    picture = _picture(pictures_in)
+    counted = sum(row["tokens"] for row in rows.values())
+    plain = f"Routing of {model['name']} on {len(rows)} data sets"
+    shared = f" and {model['shared']:g} shared" if model["shared"] else ", no shared ones"
+    parts = [
+        f"# {title or plain}",
+        preface,
+        f"The profiling study of MoE-Sieve (section 3, appendix A): {len(model['layers'])} MoE layers of "
+        f"{model['num_experts']} routed experts{shared}, {model['num_experts_per_tok']} a token; {len(rows)} data "
+        f"sets, {counted:,} tokens. Made by",
+        f"    {result['command']}" if result.get("command") else "",
+        "which wrote the numbers (`study.json`), the profiles, the pictures and this page. CV is std / mean of the "
+        "counts; *cold* is below half of the uniform share; *covered* is the share of a layer's assignments that go "
+        f"to its hot {result['settings']['fraction']:.0%}, {result['settings']['experts_per_layer']} experts. Numbers "
+        "are means over layers, and in the first table over data sets.",
+        _examples_words(result),
+        "## How skewed",
+        _table(("", *_MODEL_COLUMNS), _model_rows(result)),
+        "Rows without a mark are MoE-Sieve's (table 2, sections 3.2 and 3.3).",
+        _table(("data set", *_DATASET_COLUMNS), _dataset_rows(result)),
+        "*60% in* is the number of a layer's experts that take 60% of its assignments: mean (lowest to highest "
+        f"layer). OLMoE on Spider: {SPIDER_EXPERTS_FOR_60['mean']} ({SPIDER_EXPERTS_FOR_60['min']} to "
+        f"{SPIDER_EXPERTS_FOR_60['max']}) of {MODELS['OLMoE-1B-7B']['num_experts']}.",
+        picture("coverage", "Share of the routing that a layer's busiest experts take, mean over layers."),
+        picture("heat-maps", "Layers and experts; 1× is the uniform share."),
+        "## Depth",
+        _table(("", "metric", "early", "middle", "late"), _depth_rows(result)),
+        picture("by-layer", "CV and coverage in each layer; dotted: OLMoE on Spider, from the paper's table 7."),
+    ]
+    if len(rows) > 1:
+        parts += ["## Overlap of the hot experts"]
+        if len(rows) > 2:
+            parts += [picture("overlap", f"{_OVERLAP}, mean over layers; ordered by average-linkage clustering.")]
+        if len(rows) <= 3:
+            parts += [picture("overlap-by-layer", f"{_OVERLAP}, in each layer.")]
+        parts += [_nearest(result)]
+    parts += [
+        "## How robust",
+        _stability_words(result),
+        _table(("data set", *_ROBUST_COLUMNS), _robust_rows(result)),
+        picture("robustness", "The same in a picture."),
+        "## The paper's claims",
+        "Each claim of section 3 that one model can decide, by a rule that code applies to the numbers above.",
+        _table(("section", "the paper says", "decided by", "here", ""), _claim_rows(result)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_MODEL_COLUMNS = (
+    "global CV",
+    "layer CV",
+    "ratio",
+    "cold",
+    "covered",
+    "with shared experts",
+    "10% subsample, Jaccard",
+    "count ~ mass, Jaccard",
+)
+_DATASET_COLUMNS = ("examples", "tokens", "global CV", "layer CV", "ratio", "cold", "covered", "entropy", "60% in")
+_ROBUST_COLUMNS = (
+    "subsample",
+    "Jaccard, mean",
+    "lowest draw",
+    "count ~ mass, Jaccard",
+    "Spearman",
+)
+
+
+def _model_rows(result: Study) -> Iterable[tuple[str, ...]]:
+    formats: dict[str, Cell] = {
+        "global_cv": _three, "layer_cv": _three, "ratio": _one, "cold_share": _percent, "coverage": _percent,
+        "coverage_with_shared": "{:.0%}".format, "stability": _three, "signals_jaccard": _three,
+    }  # fmt: skip
+    for name, row in {f"**{result['model']['name']}** (here)": result["mean"], **MODELS}.items():
+        yield name, *(show(row[key]) if row.get(key) is not None else NONE for key, show in formats.items())
+
+
+def _dataset_rows(result: Study) -> Iterable[tuple[str, ...]]:
+    for name, row in result["datasets"].items():
+        needed = [value for value in row["by_layer"]["experts_for_60"] if value is not None]
+        yield (
+            name,
+            f"{row['examples']:,}" if row.get("examples") else NONE,
+            f"{row['tokens']:,}",
+            _three(row["global_cv"]),
+            _three(row["layer_cv"]),
+            _one(row["ratio"]),
+            _percent(row["cold_share"]),
+            _percent(row["coverage"]),
+            _three(row["entropy"]),
+            f"{_one(row['experts_for_60'])} ({min(needed):.0f}–{max(needed):.0f})" if needed else NONE,
+        )
+
+
+def _depth_rows(result: Study) -> Iterable[tuple[str, ...]]:
+    """Means over data sets of each third of the layers, the most skewed data set, and OLMoE's from table 7."""
+    metrics: dict[str, tuple[str, Cell]] = {
+        "cv": ("layer CV", _two), "cold_share": ("cold", _percent), "coverage": ("covered", _percent),
+        "entropy": ("entropy", _three),
+    }  # fmt: skip
+    rows = result["datasets"]
+    third_names = list(thirds(len(result["model"]["layers"])))
+    pad = (NONE,) * (3 - len(third_names))
+    groups = {f"mean of {len(rows)}": list(rows)} | ({"spider": ["spider"]} if "spider" in rows else {})
+    for group, names in groups.items():
+        for metric, (label, show) in metrics.items():
+            values = [_mean([rows[name]["by_depth"][third][metric] for name in names]) for third in third_names]
+            yield group, label, *(show(value) for value in values), *pad
+    if "spider" in rows:
+        for metric, (label, show) in metrics.items():
+            column = OLMOE_SPIDER[metric]
+            parts = thirds(len(column)).values()
+            yield "OLMoE on spider (paper)", label, *(show(_mean([column[i] for i in part])) for part in parts)
+
+
+def _robust_rows(result: Study) -> Iterable[tuple[str, ...]]:
+    for name, row in result["datasets"].items():
+        found = row.get("stability")
+        yield (
+            name,
+            f"{found['subsample']} of {found['examples']}" if found else NONE,
+            _three(found["mean"]) if found else NONE,
+            _three(found["min"]) if found else NONE,
+            _three(row["signals"]["jaccard"]),
+            _three(row["signals"]["spearman"]),
+        )
+
+
+def _stability_words(result: Study) -> str:
+    settings = result["settings"]
+    if not any("stability" in row for row in result["datasets"].values()):
+        return "Count against mass, by which experts can be ranked. Profiles hold no examples, so no subsamples."
+    return (
+        f"Hot experts of {settings['draws']} random {settings['subsample']:.0%} subsamples of the examples against "
+        "those of all (from each example's own counts, in one pass); and hot experts by count against those by gate "
+        "mass."
+    )
+
+
+def _examples_words(result: Study) -> str:
+    settings = result["settings"]
+    if "max_length" not in settings:
+        return ""
+    some = f"at most {settings['limit']} of each, drawn by seed {settings['seed']}" if settings["limit"] else "all"
+    return (
+        f"Examples are of the training splits, {some}, prompt and response. They are cut at {settings['max_length']} "
+        "tokens; those whose prompt alone is that long are left out."
+    )
+
+
+def _claim_rows(result: Study) -> Iterable[tuple[str, ...]]:
+    verdicts = {True: "agrees", False: "**does not**", None: "not tested"}
+    for claim in claims(result):
+        yield claim.section, claim.says, claim.rule, claim.here or NONE, verdicts[claim.holds]
+
+
+def _nearest(result: Study) -> str:
+    """Which two are the nearest, and which the furthest."""
+    matrix, names = result["overlap"]["jaccard"], result["overlap"]["names"]
+    pairs = sorted((matrix[i][j], names[j], names[i]) for i in range(len(names)) for j in range(i))
+    if len(pairs) == 1:
+        return ""
+    told = [f"{a} ~ {b} ({value:.2f})" for value, a, b in pairs]
+    return f"Nearest: {', '.join(told[:-4:-1])}. Furthest: {', '.join(told[:3])}."
+
+
+def _picture(folder: str) -> Callable[[str, str], str]:
+    def link(name: str, caption: str) -> str:
+        return f"![{caption}]({folder + '/' if folder else ''}{name}.png)\n\n*{caption}*"
+
+    return link
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; columns of numbers stand on the right."""
+    head, body = list(head), [list(row) for row in rows]
+    numbers = [all(row[i][:1].isdigit() or row[i] in (NONE, "nan") for row in body) for i in range(len(head))]
+    lines = [head, ["---:" if right else "---" for right in numbers], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean(values: list[Any]) -> float | None:
+    """Over those that are there: JSON has null for a layer without a single count."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _one(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f}"
+
+
+def _two(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _three(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1%}"

@@ -1,0 +1,376 @@
+"""The profiling study: numbers by hand and against scipy, the page and pictures, the command, the paper's claims."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from scipy import stats as scipy_stats
+from tiny import tiny_model
+from tiny_tokenizer import byte_tokenizer
+from typer.testing import CliRunner
+
+from hotlora.cli_profile import profile as profile_command
+from hotlora.errors import DataError, FileError, PlanError
+from hotlora.plan import select_experts
+from hotlora.published import DATASETS, MODELS, OLMOE_SPIDER
+from hotlora.routing import RoutingProfile, jaccard
+from hotlora.study import clusters, experts_for, hot_mask, load_study, overlap, stability, study, thirds
+from hotlora.study_claims import claims
+from hotlora.study_figures import layer_overlap
+from hotlora.study_report import page, write_page, write_study
+from hotlora.study_run import names_of, run_study, shared_experts
+from hotlora.tasks import TASKS
+
+E, L = 8, 4
+
+
+def a_profile(seed=0, counts=None, layers=L, experts=E, **source):
+    """A profile of `layers` x `experts`; mass ranks experts nearly as counts do."""
+    random = np.random.default_rng(seed)
+    if counts is None:
+        counts = torch.from_numpy(random.integers(1, 1000, (layers, experts)))
+    mass = counts.double() * torch.from_numpy(random.uniform(0.2, 0.4, tuple(counts.shape)))
+    origin = {"model": "m", "fingerprint": "f", **source}
+    return RoutingProfile(tuple(range(len(counts))), counts, mass, 100, 2, origin)
+
+
+# --- numbers ---
+
+
+def test_hot_sets_are_the_plans_with_ties_too():
+    counts = torch.tensor([[3, 5, 5, 5, 0, 0, 5, 1], [0, 0, 0, 0, 0, 0, 0, 0]])
+    profile = a_profile(counts=counts)
+    for kept in (1, 2, 3, 5, 8):
+        mask = hot_mask(profile.counts, kept)
+        plan = select_experts(profile, experts_per_layer=kept)
+        assert [row.nonzero()[:, 0].tolist() for row in mask] == [list(plan.experts[i]) for i in range(2)]
+    several = torch.stack([counts, counts.flip(1)])
+    assert torch.equal(hot_mask(several, 2)[1], hot_mask(counts.flip(1), 2))
+
+
+def test_experts_for_a_share():
+    counts = torch.tensor([[60, 40, 0, 0], [30, 30, 30, 10], [25, 25, 25, 25], [0, 0, 0, 0]])
+    assert experts_for(a_profile(counts=counts)).tolist()[:3] == [1, 2, 3]
+    assert experts_for(a_profile(counts=counts))[3].isnan()
+    assert experts_for(a_profile(counts=torch.tensor([[7, 93]])), 0.93).tolist() == [1]
+    assert experts_for(a_profile(counts=torch.tensor([[93, 7]])), 1.0).tolist() == [2]
+
+
+def test_thirds_name_every_layer_once():
+    assert thirds(6) == {"early": [0, 1], "middle": [2, 3], "late": [4, 5]}
+    assert {name: len(rows) for name, rows in thirds(16).items()} == {"early": 6, "middle": 5, "late": 5}
+    assert thirds(2) == {"early": [0], "middle": [1]}
+
+
+def test_metrics_of_a_data_set_are_the_profiles():
+    profile = a_profile(layers=6)
+    found = study({"a": profile}, shared=3)["datasets"]["a"]
+    assert found["layer_cv"] == pytest.approx(profile.mean_layer_cv())
+    assert found["ratio"] == pytest.approx(profile.mean_layer_cv() / profile.global_cv())
+    coverage = profile.coverage(fraction=0.25)
+    assert found["by_layer"]["coverage"] == coverage.tolist()
+    assert found["coverage_with_shared"] == pytest.approx((3 + 2 * coverage.mean().item()) / 5)
+    assert found["by_depth"]["late"]["entropy"] == pytest.approx(profile.entropy()[4:].mean().item())
+    assert study({"a": profile})["datasets"]["a"]["coverage_with_shared"] == pytest.approx(coverage.mean().item())
+
+
+def test_means_are_over_data_sets_and_the_ratio_is_of_means():
+    one, other = a_profile(1), a_profile(2)
+    mean = study({"a": one, "b": other})["mean"]
+    layer, over_all = ([f(p) for p in (one, other)] for f in (RoutingProfile.mean_layer_cv, RoutingProfile.global_cv))
+    assert mean["layer_cv"] == pytest.approx(sum(layer) / 2)
+    assert mean["ratio"] == pytest.approx(sum(layer) / sum(over_all))
+    assert "stability" not in mean
+
+
+def test_count_against_mass():
+    profile = a_profile(3)
+    found = study({"a": profile})["datasets"]["a"]["signals"]
+    plans = [select_experts(profile, fraction=0.25, signal=signal) for signal in ("count", "mass")]
+    assert found["jaccard"] == pytest.approx(jaccard(*plans))
+    expected = [scipy_stats.spearmanr(c, m).statistic for c, m in zip(profile.counts, profile.mass, strict=True)]
+    np.testing.assert_allclose(found["by_layer"]["spearman"], expected)
+    assert found["spearman"] == pytest.approx(np.mean(expected))
+
+
+def test_a_layer_without_counts_is_left_out_of_means(tmp_path):
+    counts = torch.tensor([[0] * E, [9, 5, 1, 1, 1, 1, 1, 1], [4, 4, 4, 4, 1, 1, 1, 1]])
+    profile = a_profile(counts=counts)
+    result = study({"a": profile})
+    found = result["datasets"]["a"]
+    assert found["layer_cv"] == pytest.approx(profile.layer_cv()[1:].mean().item())
+    assert math.isnan(found["by_layer"]["cv"][0]) and math.isnan(found["signals"]["by_layer"]["spearman"][0])
+    write_study(result, {"a": profile}, tmp_path, "hotlora")
+    assert load_study(tmp_path / "study.json")["datasets"]["a"]["by_layer"]["cv"][0] is None
+
+
+def test_stability_against_a_plain_loop():
+    random = np.random.default_rng(0)
+    examples = torch.from_numpy(random.poisson(random.gamma(1.0, 4.0, (1, L, E)), (40, L, E))).int()
+    found = stability(examples, 2, seed=5)
+    assert (found["examples"], found["subsample"], found["draws"]) == (40, 4, 50)
+    again, scores = np.random.default_rng(5), []
+    hot = {layer: set(np.argsort(-examples.numpy().sum(0)[layer], kind="stable")[:2].tolist()) for layer in range(L)}
+    for _ in range(50):
+        some = examples.numpy()[np.sort(again.choice(40, 4, replace=False))].sum(0)
+        ours = {layer: set(np.argsort(-some[layer], kind="stable")[:2].tolist()) for layer in range(L)}
+        scores.append(jaccard(hot, ours))
+    assert found["mean"] == pytest.approx(np.mean(scores)) and 0.2 < found["mean"] < 1
+    assert (found["min"], found["max"]) == pytest.approx((min(scores), max(scores)))
+    assert np.mean(found["by_layer"]) == pytest.approx(found["mean"])
+    assert stability(examples, 2, seed=6)["mean"] != found["mean"]
+
+
+def test_stability_of_examples_that_are_alike_is_one():
+    examples = torch.arange(L * E, dtype=torch.int32).view(1, L, E).repeat(30, 1, 1)
+    found = stability(examples, 3)
+    assert (found["mean"], found["min"], found["max"], found["subsample"]) == (1, 1, 1, 3)
+    assert stability(examples[:4], 3)["subsample"] == 1
+    with pytest.raises(DataError, match="1 examples have no subsample"):
+        stability(examples[:1], 3)
+
+
+def test_overlap_of_two_profiles_by_hand():
+    a = a_profile(counts=torch.tensor([[9, 8, 1, 1], [5, 4, 3, 2]]))
+    b = a_profile(counts=torch.tensor([[1, 8, 9, 1], [50, 40, 3, 2]]))
+    assert overlap(a, b, experts_per_layer=2).tolist() == [pytest.approx(1 / 3), 1.0]
+    assert overlap(a, b).tolist() == [0.0, 1.0]  # 25%: one expert
+    with pytest.raises(PlanError, match=r"2 layers of 4 experts and 4 of 8"):
+        overlap(a, a_profile())
+    figure = layer_overlap({"a ~ b": overlap(a, b), "a ~ a": overlap(a, a)}, a.layers)
+    assert [len(axes.patches) for axes in figure.axes] == [2, 2]
+    assert figure.axes[1].get_title(loc="left") == "a ~ a: mean 1.00"
+
+
+def test_overlap_matrix_and_clusters():
+    base = torch.arange(L * E).view(L, E) * 10
+    profiles = {
+        "text": a_profile(counts=base.flip(1) + 1),
+        "code": a_profile(counts=base + 1),
+        "math": a_profile(7),
+        "sql": a_profile(counts=base + 2),
+    }
+    found = study(profiles)["overlap"]
+    plans = {name: select_experts(profile, fraction=0.25) for name, profile in profiles.items()}
+    for i, a in enumerate(profiles):
+        for j, b in enumerate(profiles):
+            assert found["jaccard"][i][j] == pytest.approx(jaccard(plans[a], plans[b]))
+            assert found["by_layer"][i][j] == overlap(profiles[a], profiles[b]).tolist()
+    assert clusters(found)[0] == {"code", "sql"} and clusters(found)[-1] == set(profiles)
+    assert sorted(found["order"]) == [0, 1, 2, 3]
+    places = [found["order"].index(i) for i in (1, 3)]
+    assert abs(places[0] - places[1]) == 1
+    assert study({"a": a_profile()})["overlap"]["order"] == [0] and clusters(study({"a": a_profile()})["overlap"]) == []
+
+
+def test_profiles_of_two_models_are_refused():
+    with pytest.raises(DataError, match=r"a was profiled on 4 layers of 8 .* \(f\), b on 3 layers of 8"):
+        study({"a": a_profile(), "b": a_profile(layers=3)})
+    with pytest.raises(DataError, match=r"\(f\), b on .* \(g\)"):
+        study({"a": a_profile(), "b": a_profile(fingerprint="g")})
+    with pytest.raises(DataError, match="no profile to study"):
+        study({})
+    with pytest.raises(DataError, match="examples of b, but profiles of a"):
+        study({"a": a_profile()}, {"b": torch.zeros(3, L, E)})
+
+
+# --- the paper ---
+
+
+def test_published_numbers_agree_with_each_other():
+    for model in MODELS.values():
+        assert model["layer_cv"] / model["global_cv"] == pytest.approx(model["ratio"], abs=0.06)
+        shared, top_k = model["shared"], model["num_experts_per_tok"]
+        assert shared + top_k == 8  # section 3.1: all activate eight
+        with_shared = (shared + top_k * model["coverage"]) / (shared + top_k)
+        assert with_shared == pytest.approx(model["coverage_with_shared"], abs=0.006)
+    assert {len(column) for column in OLMOE_SPIDER.values()} == {MODELS["OLMoE-1B-7B"]["layers"]}
+    assert set(DATASETS) <= set(TASKS)
+
+
+def papers_world(**changes):
+    """A study of the ten data sets in which every claim holds."""
+    random = np.random.default_rng(0)
+    depth = 24  # enough layers of their own to even out the sum over them
+    skew = torch.cat([torch.linspace(0.8, 1.6, depth // 3), torch.full((depth - depth // 3,), 1.7)])
+    domains = {
+        "spider": 0, "codealpaca": 0, "mbpp": 0, "gsm8k": 1, "arc_challenge": 2, "mmlu": 2, "boolq": 3,
+        "piqa": 4, "hellaswag": 4, "wikitext2": 3,
+    }  # fmt: skip
+    profiles, examples = {}, {}
+    for name, domain in (domains | changes).items():
+        ranks = torch.stack(
+            [torch.from_numpy(np.random.default_rng([domain, layer]).permutation(32)) for layer in range(depth)]
+        )
+        power = skew[:, None] * (1.3 if domain == 0 else 1.0)
+        weights = (ranks + 1.0) ** -power
+        counts = (weights / weights.sum(dim=1, keepdim=True) * 1e6).long() + torch.from_numpy(
+            random.integers(0, 3, (depth, 32))
+        )
+        profiles[name] = RoutingProfile(tuple(range(depth)), counts, counts.double() / 4, 1000, 4, {"model": "m"})
+        examples[name] = (counts[None] // 40).int().repeat(40, 1, 1)
+    return study(profiles, examples)
+
+
+def test_claims_hold_where_they_should_and_fail_where_they_should():
+    held = {claim.says: claim for claim in claims(papers_world())}
+    assert all(claim.holds is not False for claim in held.values()), [c for c in held.values() if c.holds is False]
+    assert sum(claim.holds is True for claim in held.values()) >= 10 and all(c.here for c in held.values() if c.holds)
+    # Code spread over domains: the claims on code fail, those on skew stay.
+    other = {claim.says: claim.holds for claim in claims(papers_world(mbpp=3, spider=4, wikitext2=0))}
+    fallen = {says for says, holds in other.items() if holds is False}
+    assert fallen >= {
+        "Code has the lowest entropy over experts, broad text a higher one.",
+        "Hot experts overlap within a domain, and little across domains.",
+        "Code data sets cluster together.",
+    }
+    assert other["A quarter of the experts takes far more than a quarter of the routing."]
+
+
+def test_claims_on_uniform_routing_fail_or_are_not_tested():
+    profile = a_profile(counts=torch.full((6, E), 100))
+    by_says = {claim.says: claim.holds for claim in claims(study({"a": profile, "b": profile}))}
+    assert True not in by_says.values() or by_says == {}
+    assert None in by_says.values() and False in by_says.values()
+
+
+# --- files, page, command ---
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("qwen2_moe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path):
+    found = []
+    for name, text in (("sums", "{i} + {i} ="), ("names", "Ada number {i} is"), ("letters", "abc" * 7)):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [{"prompt": text.format(i=i), "completion": f" {2 * i}"} for i in range(20)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found.append(str(file))
+    return found
+
+
+def test_a_run_of_the_study_from_data_and_from_profiles(model_folder, files, tmp_path):
+    told = []
+    result, profiles = run_study(files, str(model_folder), limit=15, tell=told.append)
+    assert list(profiles) == ["sums", "names", "letters"] and len(told) == 3
+    assert [row["examples"] for row in result["datasets"].values()] == [15] * 3
+    assert all(row["stability"]["examples"] == 15 for row in result["datasets"].values())
+    # tiny qwen2_moe: a shared expert of width 24, experts of width 16
+    assert result["model"]["shared"] == 1.5 == shared_experts(tiny_model("qwen2_moe"))
+    assert shared_experts(tiny_model("olmoe")) == 0
+    write_study(result, profiles, tmp_path / "out", "hotlora profile")
+    saved = [str(tmp_path / "out" / "profiles" / f"{name}.safetensors") for name in profiles]
+    again, _ = run_study(saved)
+    assert again["overlap"] == result["overlap"] and again["model"] == result["model"]
+    assert "stability" not in again["datasets"]["sums"] and again["datasets"]["sums"]["layer_cv"] > 0
+    with pytest.raises(DataError, match=r"sums\.jsonl is no profile made before, so a model is needed"):
+        run_study([*saved[1:], files[0]])
+
+
+def test_the_page_is_made_again_from_files_alone(tmp_path):
+    profiles = {name: a_profile(seed, examples=30) for seed, name in enumerate(("spider", "gsm8k", "text"))}
+    examples = {name: torch.stack([p.counts.int() for _ in range(30)]) for name, p in profiles.items()}
+    write_study(study(profiles, examples), profiles, tmp_path / "s", "hotlora profile a b c --compare")
+    names = {"study.json", "study.md", "profiles", "heat-maps.png", "coverage.png", "by-layer.png"}
+    assert {path.name for path in (tmp_path / "s").iterdir()} == names | {
+        "overlap.png",
+        "overlap-by-layer.png",
+        "robustness.png",
+    }
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.*") if path.is_file()}
+    assert write_page(tmp_path / "s") == tmp_path / "s" / "study.md"
+    assert before == {path: path.read_bytes() for path in before}
+    text = (tmp_path / "s" / "study.md").read_text()
+    for said in ("    hotlora profile a b c --compare", "| OLMoE-1B-7B | 0.216 | 0.869 |", "| 3 of 30 |", "not tested"):
+        assert said in text
+    for link in ("heat-maps", "coverage", "by-layer", "overlap", "robustness"):
+        assert f"({link}.png)" in text and f"(../x/{link}.png)" in page(
+            load_study(tmp_path / "s/study.json"), pictures_in="../x"
+        )
+
+
+def test_two_data_sets_get_the_overlap_by_layer_and_one_gets_none(tmp_path):
+    profiles = {"base": a_profile(1), "warm": a_profile(2)}
+    write_study(study(profiles), profiles, tmp_path / "two", "hotlora")
+    text = (tmp_path / "two" / "study.md").read_text()
+    assert "(overlap-by-layer.png)" in text and (tmp_path / "two" / "overlap-by-layer.png").is_file()
+    assert not (tmp_path / "two" / "overlap.png").exists() and "(overlap.png)" not in text
+    write_study(study({"a": a_profile()}), {"a": a_profile()}, tmp_path / "one", "hotlora")
+    assert "## Overlap" not in (tmp_path / "one" / "study.md").read_text()
+    assert not (tmp_path / "one" / "overlap.png").exists()
+
+
+def test_a_foreign_file_is_no_study(tmp_path):
+    (tmp_path / "study.json").write_text('{"format": "other"}')
+    with pytest.raises(FileError, match=r"is no study of version 1 .* `hotlora profile --compare`"):
+        load_study(tmp_path / "study.json")
+    with pytest.raises(FileError, match="does not exist"):
+        write_page(tmp_path / "none")
+
+
+def test_names_of_sources(tmp_path):
+    a_profile().save(tmp_path / "warm")
+    a_profile().save(tmp_path / "base.safetensors")
+    sources = [
+        "gsm8k:/data/gsm8k",
+        "my/rows.jsonl",
+        "openai/math:main",
+        f"{tmp_path}/warm",
+        f"{tmp_path}/base.safetensors",
+    ]
+    assert names_of(sources) == ["gsm8k", "rows", "math", "warm", "base"]
+    assert names_of([f"{tmp_path}/warm/profile.safetensors"]) == ["warm"]
+    with pytest.raises(DataError, match=r"a/x\.jsonl and b/x\.jsonl have the same name, x"):
+        names_of(["a/x.jsonl", "b/x.jsonl"])
+
+
+def test_the_command(model_folder, files, tmp_path, monkeypatch):
+    app, runner = typer.Typer(), CliRunner()
+    app.command()(profile_command)
+    one = ["--model", str(model_folder), "--data", files[0], "-o", str(tmp_path / "p.safetensors")]
+    result = runner.invoke(app, one)
+    assert result.exit_code == 0, result.output
+    assert "coverage of the top 25%" in result.output
+    assert RoutingProfile.load(tmp_path / "p.safetensors").source["examples"] == 20
+    out = tmp_path / "study"
+    words = [*files[:2], "--data", files[2], "--compare", "-m", str(model_folder), "--limit", "10", "-o", str(out)]
+    monkeypatch.setattr("sys.argv", ["hotlora", "profile", *words])
+    result = runner.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    found = load_study(out / "study.json")
+    assert list(found["datasets"]) == ["sums", "names", "letters"] and "page:" in result.output
+    assert found["command"].startswith("hotlora profile") and "--compare" in found["command"]
+    for wrong, says in (([], "give a data set"), ([files[0]], "give the model")):
+        result = runner.invoke(app, wrong)
+        assert result.exit_code == 2 and says in result.output
+    result = runner.invoke(app, [*files, "-m", str(model_folder)])
+    assert isinstance(result.exception, DataError) and "add --compare" in str(result.exception)
+
+
+def test_the_committed_page_is_what_its_numbers_say():
+    import importlib.util
+
+    file = Path(__file__).parents[1] / "scripts" / "study.py"
+    spec = importlib.util.spec_from_file_location("study_script", file)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page()
+    result = load_study(script.RESULTS / "study.json")
+    profiles = {
+        name: RoutingProfile.load(script.RESULTS / "profiles" / f"{name}.safetensors") for name in result["datasets"]
+    }
+    assert set(profiles) == set(DATASETS)
+    for name, profile in profiles.items():
+        assert profile.hash == result["datasets"][name]["profile_hash"]
+        assert profile.mean_layer_cv() == pytest.approx(result["datasets"][name]["layer_cv"])
