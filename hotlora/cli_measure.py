@@ -9,14 +9,34 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_options import AsJson, Attention, Device, ExpertsPerLayer, Fraction, Rank, Router, Seed, Shared, err, out
+from .cli_options import (
+    AsJson,
+    Attention,
+    Device,
+    ExpertsPerLayer,
+    Fraction,
+    Rank,
+    Router,
+    Seed,
+    Shared,
+    err,
+    number_list,
+    out,
+)
 from .errors import HotLoraError
+from .methods import METHODS, PLACEMENTS, counted_options
 
 
 def params(
     config: Annotated[str, typer.Argument(help="A model's config.json, its folder, or nano.")],
     experts_per_layer: ExpertsPerLayer = None,
     fraction: Fraction = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(METHODS)} (default: LoRA on what the budget says).")
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PLACEMENTS)}: all; experts and router; experts alone.")
+    ] = None,
     r: Rank = 32,
     train_attention: Attention = True,
     train_router: Router = True,
@@ -67,7 +87,12 @@ def params(
         "train_router": train_router,
         "train_shared": train_shared,
     }
-    counts: dict[str, Any] = dict(parameters_from_config(config, **options))
+    named = counted_options(method, placement)
+    if experts_per_layer is not None or fraction is not None:
+        named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
+    counts: dict[str, Any] = dict(parameters_from_config(config, **{**options, **named}))
+    if estimate and named:
+        raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
         import torch
 
@@ -88,7 +113,7 @@ def params(
     if as_json:
         print(json.dumps(counts))
         return
-    table = Table(title=f"Trainable parameters at rank {r}")
+    table = Table(title=f"Trainable parameters at rank {r}" + (f", {method}" if method else ""))
     table.add_column("part")
     table.add_column("parameters", justify="right")
     for part in ("attention", "router", "shared", "experts"):
@@ -162,7 +187,7 @@ def bench(
         device=device,
         cv=cv,
         contenders=tuple(contenders.split(",")),
-        fractions=_numbers("fractions", fractions, float),
+        fractions=number_list("fractions", fractions, float),
         rounds=rounds,
         seed=seed,
     )
@@ -173,7 +198,7 @@ def bench(
     if grow is None:
         result = run_bench(config, tell=tell)
     else:
-        result = run_growth(config, grow, None if values is None else _numbers("values", values, int), tell=tell)
+        result = run_growth(config, grow, None if values is None else number_list("values", values, int), tell=tell)
     result["command"] = shlex.join(["hotlora", *sys.argv[1:]])
     for run in result.get("runs", ()):
         run["command"] = result["command"]
@@ -189,10 +214,3 @@ def bench(
         out.print(summary_table(run))
     if output is not None:
         out.print(f"result: {output}", soft_wrap=True)
-
-
-def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise HotLoraError(f"--{name} is {text!r}: give numbers with commas between, such as 1,2.") from None

@@ -1,9 +1,12 @@
 """What several commands share: their options and their consoles."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from .errors import HotLoraError
 
 out = Console()
 err = Console(stderr=True)
@@ -18,6 +21,10 @@ Data = Annotated[
         "prompt and completion, or messages.",
     ),
 ]
+OnTopOf = Annotated[
+    list[Path] | None,
+    typer.Option(help="An adapter of an earlier task, merged into the model first; may be given several times."),
+]
 Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
 Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
 Quantize = Annotated[
@@ -27,7 +34,12 @@ Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, d
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]
 Rule = Annotated[
-    str, typer.Option(rich_help_panel="Which experts", help="How experts are chosen: hot, all, random or cold.")
+    str,
+    typer.Option(
+        rich_help_panel="Which experts",
+        help="How experts are chosen: hot, all, random, cold, global, greedy, coverage, cumulative, hot+random, "
+        "scores or auto.",
+    ),
 ]
 Fraction = Annotated[
     float | None,
@@ -35,6 +47,25 @@ Fraction = Annotated[
 ]
 ExpertsPerLayer = Annotated[
     int | None, typer.Option(rich_help_panel="Which experts", help="Their number, in place of --fraction.")
+]
+Share = Annotated[
+    float | None,
+    typer.Option(
+        "--p",
+        rich_help_panel="Which experts",
+        help="Share of each layer's routing to reach: coverage (default 0.6), cumulative (0.2; by mass 0.1).",
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(rich_help_panel="Which experts", help="greedy: experts over all layers, in place of --fraction."),
+]
+Fillers = Annotated[
+    int | None,
+    typer.Option(rich_help_panel="Which experts", help="hot+random: how many are random (default half)."),
+]
+Scores = Annotated[
+    Path | None, typer.Option(rich_help_panel="Which experts", help="scores: a JSON file of each expert's score.")
 ]
 Signal = Annotated[
     str,
@@ -58,3 +89,11 @@ Shared = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def number_list(name: str, text: str, kind: type) -> tuple[Any, ...]:
+    """The numbers of an option that takes several."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise HotLoraError(f"--{name} is {text!r}: give numbers with commas between, such as 1,2.") from None

@@ -32,10 +32,12 @@ class TrainConfig:
     """Peak rate of AdamW."""
     lr_scheduler: str = "constant_with_warmup"
     """constant, constant_with_warmup, linear or cosine (the last two fall to 0)."""
-    warmup: float = 0.03
+    warmup_ratio: float = 0.03
     """Share of all steps over which the rate rises from 0; not used by "constant"."""
     weight_decay: float = 0.0
     """AdamW's decoupled decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second moment decays by it; ESFT has 0.95."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     max_length: int = 512
@@ -62,6 +64,16 @@ class TrainConfig:
     """Adapt the router."""
     train_shared: bool = True
     """Adapt shared experts."""
+    use_rslora: bool = False
+    """Scale by lora_alpha over the root of r."""
+    use_dora: bool = False
+    """A magnitude for each output, too (DoRA)."""
+    train_a: bool = True
+    """False freezes A (LoRA-FA, LoRI); it is drawn from a_seed and not saved."""
+    a_seed: int | None = None
+    """Of a frozen A; None: the mask's, or 0."""
+    train_full_experts: bool = False
+    """Train the planned experts' own weights in place of low-rank updates (ESFT)."""
     report_to: str = "none"
     """Where transformers also sends the metrics: none, wandb, trackio, tensorboard, …"""
 
@@ -80,7 +92,8 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm", "aux_loss_coef", "seed"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("max_length", self.max_length >= 2, "2 or more")
-        self._check("warmup", 0 <= self.warmup < 1, "a share in [0, 1)")
+        self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
+        self._check("adam_beta2", 0 < self.adam_beta2 < 1, "in (0, 1)")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
 

@@ -18,7 +18,7 @@ TEST_EXAMPLES = 500
 
 # Enough steps for LoRA on all experts to learn the tasks, few enough that a difference can show; the same for all.
 CONFIG = TrainConfig(
-    max_steps=100, batch_size=24, learning_rate=2e-3, warmup=0.1, lr_scheduler="linear", r=8, lora_alpha=16,
+    max_steps=100, batch_size=24, learning_rate=2e-3, warmup_ratio=0.1, lr_scheduler="linear", r=8, lora_alpha=16,
     max_length=256, save_steps=50,
 )  # fmt: skip
 TASKS = ("nano-math", "nano-sql", "nano-choice")

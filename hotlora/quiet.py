@@ -13,7 +13,9 @@ def quiet() -> Iterator[None]:
     import datasets
 
     level, bars_off = transformers_logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    theirs = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
@@ -24,5 +26,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
+        if theirs:
+            transformers_logging.enable_progress_bar()
         if not bars_off:
             datasets.enable_progress_bars()

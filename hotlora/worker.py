@@ -1,11 +1,11 @@
 """What one of `bench`'s processes does: builds one contender, counts what a step costs, and times steps."""
 
 import gc
-import threading
 import time
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +35,6 @@ class Worker:
         vocabulary = self.config_of_model.get_text_config().vocab_size
         shape = (config.tokens // config.length, config.length)
         self.input_ids = torch.randint(vocabulary, shape, generator=generator).to(self.device)
-        self._resting = psutil.Process().memory_info().rss
         self._base: RandomModel | None = None
 
     def ready(self) -> bool:
@@ -115,16 +114,19 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _peak_memory(self) -> int:
-        """Of a step: all that the model, its adapters and the step take; on the CPU above what the process had
-        before it built a model."""
+        """The most that tensors take during a step: the model, its adapters, AdamW's state, and all that the step
+        makes. What an allocator or a matrix library holds besides is not in it."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.step()
             return torch.cuda.max_memory_allocated(self.device)
-        with _PeakRss() as peak:
-            self.step()
-        return peak.bytes - self._resting
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        resting = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+            for t in (*self.model.parameters(), *self.model.buffers(), *state)
+        }
+        return sum(resting.values()) + _peak_allocated(self.step)
 
     def _saved_bytes(self, blocks: list[nn.Module]) -> int:
         """What autograd keeps of the forwards of the MoE blocks."""
@@ -203,24 +205,14 @@ class _Clock:
         return [a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in spans]
 
 
-class _PeakRss:
-    """The most resident memory that the process has inside. By looking often: not every kernel keeps a peak that
-    can be set back."""
-
-    def __enter__(self) -> "_PeakRss":
-        self._process, self._over = psutil.Process(), threading.Event()
-        self.bytes = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.002):
-            self.bytes = max(self.bytes, self._process.memory_info().rss)
+def _peak_allocated(run: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator hands out during `run`, above what it had before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    found.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in found), initial=0))
 
 
 class _CountOperations(TorchDispatchMode):

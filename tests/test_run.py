@@ -120,6 +120,15 @@ def test_a_data_set_that_is_no_task_cannot_be_scored(model_folder: str):
         run_training(model_folder, "nano-math", "never", profile_fraction=2)
 
 
+def test_data_without_a_scorer_is_trained_on_and_has_a_loss(model_folder: str, tmp_path: Path):
+    (tmp_path / "train.txt").write_text("".join(f"Sentence {i} is here .\n" for i in range(12)))
+    (tmp_path / "test.txt").write_text("Sentence 99 is here .\n")
+    record = run_training(model_folder, f"wikitext2:{tmp_path}", tmp_path / "run", config=CONFIG)
+    assert record["status"] == "done" and record["training"]["test_loss"] > 0 and not record.get("evaluation")
+    with pytest.raises(DataError, match="wikitext2 has no scorer"):
+        run_evaluation(model_folder, f"wikitext2:{tmp_path}")
+
+
 def test_merged_is_a_plain_checkpoint_with_the_adapters_logits(model_folder: str, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))

@@ -1,0 +1,129 @@
+"""The papers' methods and hyperparameters by name, as options of a run. Imports nothing heavy.
+
+HELLoRA's table 1 and section 4, MoE-Sieve's section 4, LoRI (arXiv 2504.07448, appendix), ESFT (arXiv 2407.01906).
+Any option given beside a name comes before what the name stands for.
+"""
+
+import dataclasses
+from typing import Any
+
+from .config import TrainConfig
+from .errors import HotLoraError
+
+_FROZEN_A = {"train_a": False}
+_SPARSE = {**_FROZEN_A, "keep": 0.1}
+# HELLoRA's k is the model's own K: 8 of OLMoE's 64, 2 of Mixtral's 8.
+_HELLORA = {"rule": "hot", "experts_per_layer": "top_k"}
+_EXPERTS_ONLY = {"train_attention": False, "train_router": False, "train_shared": False}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fft": {"full": True},
+    "lora": {"rule": "all"},
+    "dora": {"rule": "all", "use_dora": True},
+    "lori-d": {"rule": "all", **_FROZEN_A},
+    "lori-s": {"rule": "all", **_SPARSE},
+    "hellora": _HELLORA,
+    "hellori-d": {**_HELLORA, **_FROZEN_A},
+    "hellori-s": {**_HELLORA, **_SPARSE},
+    "sieve": {"rule": "hot", "fraction": 0.25, "lora_dropout": 0.05},
+    "esft": {"rule": "cumulative", "train_full_experts": True, **_EXPERTS_ONLY},
+}
+"""method -> options of `stages.run_method`"""
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "gate": {"train_attention": False, "train_shared": False},
+    "pure": _EXPERTS_ONLY,
+}
+"""What is adapted beside the planned experts: what the method has; the router alone; nothing (HELLoRA s4.5.2)."""
+
+_AS_HELLORA: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 128}
+_AS_LORI: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 32}
+_DOMAINS = {"math": (3, 4e-4, 4e-5), "code": (2, 2e-3, 2e-4), "safety": (1, 4e-4, 2e-5)}
+"""domain -> epochs, learning rate, and that of full fine-tuning"""
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    presets: dict[str, dict[str, Any]] = {}
+    for domain, (epochs, rate, full_rate) in _DOMAINS.items():
+        for method in ("lora", "dora", "hellora", "hellori-d", "hellori-s"):
+            presets[f"{method}-{domain}"] = {"method": method, "epochs": epochs, "learning_rate": rate, **_AS_HELLORA}
+        presets[f"fft-{domain}"] = {
+            "method": "fft", "epochs": epochs, "learning_rate": full_rate, **_AS_HELLORA, "batch_size": 256,
+        }  # fmt: skip
+        presets[f"lori-d-{domain}"] = {"method": "lori-d", "epochs": epochs, "learning_rate": 5e-5, **_AS_LORI}
+        presets[f"lori-s-{domain}"] = {
+            "method": "lori-s", "epochs": epochs, "learning_rate": 5e-4, "dense_learning_rate": 5e-5, **_AS_LORI,
+        }  # fmt: skip
+    presets["sieve"] = {"method": "sieve", "epochs": 3, "batch_size": 64}
+    for name, signal in (("token", "count"), ("gate", "mass")):
+        presets[f"esft-{name}"] = {
+            "method": "esft", "signal": signal, "learning_rate": 1e-5, "lr_scheduler": "constant",
+            "adam_beta2": 0.95, "weight_decay": 0.1,
+        }  # fmt: skip
+    return presets
+
+
+PRESETS = _presets()
+"""preset -> its method, and the hyperparameters as published"""
+_NOT_PUBLISHED = {"sieve": ("learning_rate",)}
+
+
+def resolve(
+    method: str | None = None, *, preset: str | None = None, placement: str | None = None, **given: Any
+) -> dict[str, Any]:
+    """The options of `stages.run_method`, its `config` among them, that a method, a preset and a placement stand for.
+
+    Args:
+        method, preset, placement: names from METHODS, PRESETS and PLACEMENTS. A preset has its own method.
+        given: options of a run and of `TrainConfig`; they come before the names'.
+
+    Raises:
+        HotLoraError: a name that does not exist, two methods, or a preset whose paper leaves a value open that is
+        not given either.
+    """
+    options: dict[str, Any] = {}
+    if preset is not None:
+        options |= _named("preset", PRESETS, preset)
+        own = options.pop("method")
+        if method not in (None, own):
+            raise HotLoraError(
+                f"preset {preset!r} is for method {own!r}, and method is {method!r}: leave one of them out."
+            )
+        method = own
+        if missing := [name for name in _NOT_PUBLISHED.get(preset, ()) if name not in given]:
+            raise HotLoraError(f"preset {preset!r} has no {missing[0]}, for its paper states none: give one.")
+    if method is not None:
+        options = _named("method", METHODS, method) | options
+    if placement is not None:
+        options |= _named("placement", PLACEMENTS, placement)
+    if {"fraction", "experts_per_layer", "budget"} & given.keys() or "plan" in given:  # the budget is the user's
+        options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
+    if "rule" in given and given["rule"] != options.get("rule"):
+        options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
+    options |= given
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: options.pop(name) for name in fields if name in options})
+    if method is not None:
+        suffix = "" if placement in (None, "full") else f"-{placement}"
+        options["condition"] = f"{method}{suffix}"
+    return {"config": config, **options}
+
+
+def counted_options(method: str | None, placement: str | None) -> dict[str, Any]:
+    """What a method's and a placement's names mean to `count.parameters_from_config`."""
+    options = _named("method", METHODS, method) if method else {}
+    options |= _named("placement", PLACEMENTS, placement) if placement else {}
+    rule = options.pop("rule", None)
+    options.pop("lora_dropout", None)
+    if rule == "cumulative":
+        raise HotLoraError(
+            f"method {method!r} trains as many experts as the data's routing says: count another method."
+        )
+    return options
+
+
+def _named(kind: str, known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    if name not in known:
+        raise HotLoraError(f"{kind} {name!r} does not exist: choose one of {', '.join(known)}.")
+    return dict(known[name])

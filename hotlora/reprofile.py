@@ -1,0 +1,254 @@
+"""Hot experts drawn again while an adapter trains, for routers that move with it.
+
+Every so many steps the adapted model is profiled and experts are selected anew. An expert that stays keeps its factors
+and AdamW's state; one that comes starts at a zero update; what one that goes has learned is dropped, or merged into
+its frozen weights and kept for the saved adapter.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .adapter import HotLoraConfig
+from .errors import HotLoraError, PlanError
+from .factors import uniform
+from .files import atomic_path, read_json_lines, write_text
+from .layers import HotLoraExperts
+from .models import moe_layers
+from .plan import ExpertPlan
+from .routing import RoutingProfile, jaccard
+
+LEFT = ("drop", "merge")
+STATE_FILE = "reprofile.safetensors"
+_NAMES = HotLoraExperts.adapter_layer_names[:4]
+
+
+@dataclass
+class _Left:
+    """What one expert had learned when it left, and its frozen weights as they were before anything was merged."""
+
+    layer: int
+    expert: int
+    factors: list[Tensor]
+    """A and B of gate and up, and of down."""
+
+
+@dataclass
+class Reprofiling(TrainerCallback):
+    """Replaces the planned experts of `model`'s adapter every `every` steps.
+
+    Args:
+        model: a `PeftModel` with a plain HotLoRA adapter: one rank, A trained, no DoRA.
+        profile: profiles the model as it is.
+        select: a profile -> a plan, with as many experts in each layer every time.
+        log: gets a JSON line each time: step, Jaccard to the plan before and to the first, experts that came and went.
+        left: what becomes of the experts that go: "drop" or "merge".
+        seed: of the A of experts that come.
+    """
+
+    model: PeftModel
+    profile: Callable[[], RoutingProfile]
+    select: Callable[[RoutingProfile], ExpertPlan]
+    every: int
+    log: Path
+    left: str = "drop"
+    seed: int = 0
+    gone: list[_Left] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise HotLoraError(f"reprofile_every is {self.every}: it must be 1 or more steps.")
+        if self.left not in LEFT:
+            raise HotLoraError(f"left is {self.left!r}: choose one of {', '.join(LEFT)}.")
+        config = self._config()
+        if not config.train_a or config.use_dora or config.train_full_experts or self._plan().ranks:
+            raise HotLoraError(
+                "re-profiling moves plain LoRA factors only: leave out DoRA, a frozen A, full experts and ranks."
+            )
+        self.first = self._plan()
+        base = self.model.get_base_model()
+        self._layers: dict[int, HotLoraExperts] = {
+            layer.layer: module
+            for layer in moe_layers(base)
+            if isinstance(module := base.get_submodule(layer.experts), HotLoraExperts)
+        }
+        self._frozen: dict[tuple[int, int], list[Tensor]] = {}
+        """(layer, expert) -> its frozen weights, where something has been merged into them"""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a resume the factors are a checkpoint's: so must the plan be, and what was merged."""
+        rows = [row for row in self.drift() if row["step"] <= state.global_step]
+        write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        if state.global_step and file.is_file():
+            with safe_open(file, "pt") as stored:
+                meta = json.loads((stored.metadata() or {})["json"])
+                gone = [
+                    _Left(layer, expert, [stored.get_tensor(f"{i}.{name}") for name in _NAMES])
+                    for i, (layer, expert) in enumerate(meta["gone"])
+                ]
+            for left in gone:
+                self._merge(left)
+            self._set_plan(ExpertPlan.from_dict(meta["plan"]))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        meta = {"plan": self._plan().to_dict(), "gone": [(left.layer, left.expert) for left in self.gone]}
+        tensors = {
+            f"{i}.{name}": factor.contiguous()
+            for i, left in enumerate(self.gone)
+            for name, factor in zip(_NAMES, left.factors, strict=True)
+        }
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        with atomic_path(file) as temporary:
+            save_file(tensors or {"none": torch.zeros(1)}, temporary, {"json": json.dumps(meta)})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.move(self.select(self.profile()), optimizer, state.global_step)
+
+    @torch.no_grad()
+    def move(self, plan: ExpertPlan, optimizer: Any, step: int) -> None:
+        """Makes `plan` the adapter's. `optimizer`: the one whose state goes with the factors, or None."""
+        before = self._plan()
+        if {layer: len(ids) for layer, ids in plan.experts.items()} != {
+            layer: len(ids) for layer, ids in before.experts.items()
+        }:
+            raise PlanError(
+                f"re-profiling needs a rule that keeps the number of experts of each layer, and {plan.rule!r} has "
+                "changed it: choose hot, cold, random or global."
+            )
+        came = went = 0
+        for layer, module in self._layers.items():
+            old, new = before.experts[layer], plan.experts[layer]
+            slots = {expert: n for n, expert in enumerate(old)}
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_009 + layer)
+            for expert in (e for e in old if e not in new):
+                went += 1
+                if self.left == "merge":
+                    factors = [p["default"][slots[expert]].clone() for p in self._held(module)]
+                    self._merge(_Left(layer, expert, factors))
+            came += sum(expert not in slots for expert in new)
+            for name, held in zip(_NAMES, self._held(module), strict=True):
+                parameter = held["default"]
+                fresh = torch.zeros_like(parameter[0])
+                if "_A_" in name:
+                    fresh = uniform(tuple(fresh.shape), generator).to(fresh)
+                _take(parameter, [slots.get(expert) for expert in new], fresh)
+                for value in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        _take(value, [slots.get(expert) for expert in new], torch.zeros_like(value[0]))
+        self._set_plan(plan)
+        row = {"step": step, "jaccard": jaccard(before, plan), "jaccard_to_first": jaccard(self.first, plan)}
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"came": came, "went": went, "plan_hash": plan.hash}) + "\n")
+
+    def drift(self) -> list[dict[str, Any]]:
+        """What `log` holds: how far the plan moved each time."""
+        return read_json_lines(self.log, "step", "jaccard", "jaccard_to_first") if self.log.is_file() else []
+
+    def finish(self) -> None:
+        """After training: frozen weights as they were, and all that was merged into them in the adapter, whose plan
+        then has every expert that was ever trained, at a multiple of r where one has come back."""
+        if not self.gone:
+            return
+        config, plan = self._config(), self._plan()
+        held: dict[tuple[int, int], list[list[Tensor]]] = {}
+        for left in self.gone:
+            held.setdefault((left.layer, left.expert), []).append(left.factors)
+        for layer, module in self._layers.items():
+            for n, expert in enumerate(plan.experts[layer]):
+                factors = [p["default"][n].detach().clone() for p in self._held(module)]
+                held.setdefault((layer, expert), []).append(factors)
+        for (layer, expert), weights in self._frozen.items():
+            for (weight, _), frozen in zip(self._layers[layer]._merged_into("default"), weights, strict=True):
+                weight.data[expert] = frozen
+        experts = {i: tuple(sorted(e for layer, e in held if layer == i)) for i in plan.experts}
+        ranks = {i: tuple(config.r * len(held[i, e]) for e in ids) for i, ids in experts.items()}
+        whole = dataclasses.replace(plan, experts=experts, ranks=ranks)
+        others = {
+            name: p.detach().clone()
+            for name, p in self.model.named_parameters()
+            if "lora_" in name and not any(f".{n}." in name for n in _NAMES)
+        }
+        base = self.model.get_base_model()
+        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+        fields |= {"plan": whole, "target_modules": None, "target_parameters": None}
+        self.model.delete_adapter("default")
+        self.model.add_adapter("default", HotLoraConfig(**fields))
+        self.model.set_adapter("default")
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in others.items():
+                parameters[name].copy_(value)
+            for found in moe_layers(base):
+                adapted = base.get_submodule(found.experts)
+                if isinstance(adapted, HotLoraExperts):
+                    _fill(adapted, {e: held[found.layer, e] for e in adapted.expert_ids["default"]})
+
+    def _merge(self, left: _Left) -> None:
+        """Adds what the expert learned to its frozen weights, and remembers both."""
+        module = self._layers[left.layer]
+        key = (left.layer, left.expert)
+        A_up, B_up, A_down, B_down = (factor.float() for factor in left.factors)
+        parts = A_up.shape[0] // A_down.shape[0]
+        up = torch.cat([B @ A for B, A in zip(B_up.chunk(parts), A_up.chunk(parts), strict=True)])
+        scaling = module.scaling["default"]
+        deltas = module._own_layout((up * scaling).unsqueeze(0), (B_down @ A_down * scaling).unsqueeze(0))
+        weights = [weight for weight, _ in module._merged_into("default")]
+        self._frozen.setdefault(key, [weight.data[left.expert].clone() for weight in weights])
+        for weight, delta in zip(weights, deltas, strict=True):
+            weight.data[left.expert] = (weight.data[left.expert].to(delta.dtype) + delta[0].to(weight.device)).to(
+                weight.dtype
+            )
+        self.gone.append(left)
+
+    def _set_plan(self, plan: ExpertPlan) -> None:
+        for layer, module in self._layers.items():
+            module.move("default", plan.experts[layer])
+        self._config().plan = plan.to_dict()
+
+    def _held(self, module: HotLoraExperts) -> list[Any]:
+        return [getattr(module, name) for name in _NAMES]
+
+    def _config(self) -> HotLoraConfig:
+        config = self.model.peft_config["default"]
+        assert isinstance(config, HotLoraConfig)
+        return config
+
+    def _plan(self) -> ExpertPlan:
+        return ExpertPlan.from_dict(self._config().plan)
+
+
+def _take(tensor: Tensor, slots: list[int | None], fresh: Tensor) -> None:
+    """Row n becomes the row of `slots[n]`, or `fresh`."""
+    rows = tensor.detach().clone()
+    for n, slot in enumerate(slots):
+        tensor.data[n] = fresh if slot is None else rows[slot]
+
+
+def _fill(module: HotLoraExperts, held: dict[int, list[list[Tensor]]]) -> None:
+    """Each expert's factors one after another, at the rank of all of them together."""
+    for (expert, part), (A, B) in module.factor_pairs("default", folded=False).items():
+        start = 0
+        # The scaling of a rank of its own is another: B makes up for it.
+        scale = module.scaling["default"] / module.scaling_of("default", expert)
+        for A_up, B_up, A_down, B_down in held[expert]:
+            parts = A_up.shape[0] // A_down.shape[0]
+            n = parts - 1 if part == "up" else 0
+            A_mine, B_mine = (A_down, B_down) if part == "down" else (A_up.chunk(parts)[n], B_up.chunk(parts)[n])
+            end = start + A_mine.shape[0]
+            A[start:end].copy_(A_mine)
+            B[:, start:end].copy_(B_mine * scale)
+            start = end

@@ -1,0 +1,214 @@
+"""Conditions x seeds -> one run record each: a study in one Python file, its runs one after another or side by side.
+
+Started again, it goes on: what is done is left alone, what was stopped continues from its last checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import re
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from .config import TrainConfig
+from .crew import Job, default_processes, run_jobs
+from .data import test_source
+from .errors import DataError, FileError, HotLoraError
+from .methods import resolve
+from .stages import run_method
+from .sweep_runs import TRAINING, keep_failure, make_profile, score_base, train_run
+from .sweep_table import progress_table, state, title
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PROFILES = "profiles"
+
+_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
+_DEFAULT = TrainConfig()
+_FIELDS = dataclasses.asdict(_DEFAULT)
+_NAMES = (*inspect.signature(resolve).parameters, *inspect.signature(run_method).parameters, *TRAINING, *_FIELDS)
+_OPTIONS = {*_NAMES} - {"given", "options", "output", "config", "seed", "progress"}
+# What a profile depends on, besides the training examples and the length at which they are cut.
+_PROFILE = ("model", "data", "limit", "profile_fraction", "dtype", "device", "quantize")
+# By these, a run profiles another model than the base, or none.
+_OWN_PROFILE = ("plan", "profile", "on_top_of", "full")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to train, run once for each seed.
+
+    options: what sets it apart, in the words of `hotlora train`: `methods.resolve`'s names, the options of
+        `stages.run_method` and `run.run_training`, and fields of `TrainConfig`.
+    train: False scores the model as it is, once.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Conditions times seeds on one model and data set; a condition's options may name others.
+
+    config, options: for all conditions, as if given in each; a condition's own come first. Of `config` what differs
+        from TrainConfig's defaults is meant.
+
+    HotLoraError: a name that is no folder's, or is given twice; no condition, no seed; an option that does not exist
+        or is out of range.
+    """
+
+    name: str
+    model: str
+    data: str
+    conditions: Sequence[Condition]
+    seeds: Sequence[int] = (0,)
+    config: TrainConfig = _DEFAULT
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [condition.name for condition in self.conditions]
+        for name in (self.name, *names):
+            if not _NAME.fullmatch(name) or name.split("/")[0] == PROFILES:
+                raise HotLoraError(
+                    f"{name!r} cannot name a sweep or condition: use letters, digits and _ . + -, with / for a folder "
+                    f"inside another, and not {PROFILES!r}."
+                )
+        for what, values in (("condition", names), ("seed", [str(seed) for seed in self.seeds])):
+            if not values:
+                raise HotLoraError(f"the sweep {self.name} has no {what}: give at least one.")
+            if twice := {value for value in values if values.count(value) > 1}:
+                raise HotLoraError(f"the sweep {self.name} has the {what} {min(twice)} twice.")
+        if wrong := [seed for seed in self.seeds if not isinstance(seed, int) or seed < 0]:
+            raise HotLoraError(f"the sweep {self.name} has the seed {wrong[0]!r}: seeds are integers from 0.")
+        for condition in self.conditions:
+            options = self.options_of(condition)
+            _check_options(options, f"{self.name}: {condition.name}")
+            try:
+                resolve(**options)
+            except HotLoraError as error:
+                raise HotLoraError(f"{self.name}: {condition.name}: {error}") from error
+
+    def options_of(self, condition: Condition) -> dict[str, Any]:
+        """All that is given for a condition, the model and the data among it."""
+        changed = {name: value for name, value in dataclasses.asdict(self.config).items() if value != _FIELDS[name]}
+        changed.pop("seed", None)
+        return {"model": self.model, "data": self.data, **changed, **self.options, **condition.options}
+
+
+def load_sweep(file_or_name: str | os.PathLike[str]) -> Sweep:
+    """The `SWEEP` that a Python file defines, or one of the recipes that come with hotlora, by name.
+
+    FileError: there is no such file or recipe. HotLoraError: the file fails, or defines no SWEEP.
+    """
+    path = Path(file_or_name)
+    if path.suffix != ".py":
+        path = RECIPES / f"{file_or_name}.py"
+    if not path.is_file():
+        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py"))) or "none here"
+        raise FileError(f"{file_or_name} is no Python file and no recipe: give FILE.py, or a recipe ({names}).")
+    try:
+        found = runpy.run_path(str(path)).get("SWEEP")
+    except HotLoraError as error:
+        raise HotLoraError(f"{path}: {error}") from error
+    except Exception as error:
+        raise HotLoraError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Sweep):
+        raise HotLoraError(f"{path} defines no SWEEP: end it with SWEEP = Sweep(name, model, data, conditions).")
+    return found
+
+
+def run_sweep(
+    sweep: Sweep,
+    output: str | os.PathLike[str],
+    *,
+    processes: int | None = None,
+    console: Console | None = None,
+) -> list[Job]:
+    """Makes every run, in OUTPUT/CONDITION/seedK, and gives back what became of each; failures do not stop it.
+
+    Runs with the same model, data and profile settings share one profile, in OUTPUT/profiles.
+
+    processes: runs at a time, each in a process of its own; None: one for each GPU, on the CPU one.
+    console: shows a live table; where it is no terminal, a line for each run that ends.
+    """
+    if processes is not None and processes < 1:
+        raise HotLoraError(f"processes is {processes}: it must be 1 or more.")
+    jobs = sweep_jobs(sweep, output)
+    console = console or Console(quiet=True)
+
+    def ended(job: Job) -> None:
+        if job.status == "failed" and job.function is not make_profile:
+            keep_failure(job)
+        if not console.is_terminal:
+            console.print(f"{title(job)}: {job.error or state(job)}", highlight=False, markup=False, soft_wrap=True)
+
+    with Live(console=console, get_renderable=lambda: progress_table(sweep.name, jobs), refresh_per_second=2):
+        run_jobs(jobs, processes or default_processes(), ended)
+    return jobs
+
+
+def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
+    """A sweep's profiles and runs, in their order. Nothing is run."""
+    output = Path(output)
+    profiles: dict[Path, Job] = {}
+    jobs: list[Job] = []
+    for condition in sweep.conditions:
+        given = sweep.options_of(condition)
+        folder = output / condition.name
+        kept = {"sweep": {"name": sweep.name, "condition": condition.name}}
+        if not condition.train:
+            jobs.append(Job(condition.name, folder, score_base, _scoring(resolve(**given), folder, kept)))
+            continue
+        needs = _profile_job(resolve(**given), output)
+        if needs is not None:
+            needs = profiles.setdefault(needs.folder, needs)
+            given["profile"] = needs.folder / "profile.safetensors"
+        for seed in sweep.seeds:
+            at = folder / f"seed{seed}"
+            arguments = {**resolve(**given, seed=seed), "output": at, "kept": kept}
+            jobs.append(Job(condition.name, at, train_run, arguments, needs, seed))
+    return [*profiles.values(), *jobs]
+
+
+def _check_options(options: Mapping[str, Any], where: str) -> None:
+    if unknown := sorted(set(options) - _OPTIONS):
+        allowed = ", ".join(sorted(_OPTIONS))
+        raise HotLoraError(f"{where} has the options {', '.join(unknown)}, which do not exist. There are: {allowed}.")
+    try:
+        json.dumps(options, default=os.fspath)
+    except (TypeError, ValueError) as error:
+        raise HotLoraError(f"{where}: options must be plain values, such as JSON holds ({error}).") from error
+
+
+def _scoring(arguments: Mapping[str, Any], folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """`run_evaluation`'s arguments, such that it scores what `run_training` would."""
+    names = {"test_limit": "limit", "eval_batch_size": "batch_size"}
+    taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", "quantize")
+    scoring = {names.get(name, name): arguments[name] for name in taken if name in arguments}
+    data = test_source(arguments["data"], arguments.get("test_data"))
+    if data is None:
+        raise DataError(f"{arguments['data']} has no test examples of its own to score: give test_data.")
+    return {"model": arguments["model"], "data": data, "output": folder, "kept": kept, **scoring}
+
+
+def _profile_job(options: Mapping[str, Any], output: Path) -> Job | None:
+    """What makes the profile that runs share; None where a run has its own."""
+    if any(options.get(name) for name in _OWN_PROFILE) or options.get("warmup", "none") != "none":
+        return None
+    config = options["config"]
+    settings = {name: options.get(name, TRAINING[name].default) for name in _PROFILE}
+    settings["max_length"] = config.max_length
+    digest = hashlib.sha256(json.dumps(settings, default=os.fspath).encode()).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["data"])).stem).strip("-")
+    folder = output / PROFILES / f"{name}-{digest}"
+    settings |= {"path": folder / "profile.safetensors", "batch_size": config.batch_size}
+    return Job(f"profile of {settings['data']}", folder, make_profile, settings)

@@ -1,0 +1,74 @@
+"""What a sweep's processes do: profiles, trainings, and the scores of the model as it is."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .crew import Job
+from .data import data_hash, load_examples
+from .errors import FileError
+from .models import load_model, load_tokenizer
+from .quantize import experts_in
+from .records import Record, new_record, read_record, write_record
+from .routing import RoutingProfile
+from .run import profile_data, profile_sample, run_evaluation, run_training
+from .stages import run_method
+
+TRAINING = inspect.signature(run_training).parameters
+
+
+def train_run(kept: Mapping[str, Any], **arguments: Any) -> Record:
+    """`run_method`, and `kept` beside it in the record."""
+    return _mark(run_method(**arguments), arguments["output"], kept)
+
+
+def score_base(kept: Mapping[str, Any], **arguments: Any) -> Record:
+    """`run_evaluation` of a model as it is, and `kept` beside it in the record."""
+    return _mark(run_evaluation(**arguments)[0], arguments["output"], kept)
+
+
+def make_profile(
+    path: Path,
+    model: str,
+    data: str,
+    limit: int | None,
+    profile_fraction: float,
+    dtype: str,
+    device: str,
+    quantize: int | None,
+    max_length: int,
+    batch_size: int,
+) -> None:
+    """Writes the routing profile that `run_training` would make of these options, unless it is there."""
+    tokenizer = load_tokenizer(model)
+    examples = profile_sample(load_examples(data, "train", limit=limit, tokenizer=tokenizer), profile_fraction)
+    try:
+        if RoutingProfile.load(path).source.get("data_hash") == data_hash(examples):
+            return
+    except FileError:
+        pass  # none yet
+    base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+    profile_data(base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length).save(path)
+
+
+def keep_failure(job: Job) -> None:
+    """Says in the run's record that it failed, where the run could not say so itself."""
+    arguments = job.arguments
+    try:
+        record = read_record(job.folder)
+    except FileError:
+        rule = arguments.get("rule", TRAINING["rule"].default) if job.function is train_run else "base"
+        record = new_record(
+            name=job.name, condition=arguments.get("condition", rule), seed=job.seed or 0,
+            model={"name": arguments["model"], "fingerprint": ""}, data={"name": arguments["data"]},
+        )  # fmt: skip
+    if record["status"] != "done":  # a run with other options, which is left as it is
+        write_record(job.folder, {**record, **arguments["kept"], "status": "failed", "error": job.error})
+
+
+def _mark(record: Record, output: Path, kept: Mapping[str, Any]) -> Record:
+    if {**record, **kept} != record:
+        record |= kept
+        write_record(output, record)
+    return record

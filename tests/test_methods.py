@@ -1,0 +1,105 @@
+"""Methods, presets and placements by name: what they stand for, what they train, what comes before them."""
+
+import json
+
+import pytest
+
+from hotlora.count import parameters_from_config
+from hotlora.errors import HotLoraError
+from hotlora.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
+
+OLMOE = {
+    "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "num_hidden_layers": 16, "num_experts": 64, "num_experts_per_tok": 8,
+    "vocab_size": 50304,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "placement", "trainable", "percent"),
+    [
+        ("lora", None, 311_459_840, 4.3075),
+        ("hellora", None, 47_218_688, 0.6778),
+        ("hellora", "pure", 37_748_736, 0.5426),
+        ("hellora", "gate", 38_830_080, 0.5581),
+        ("lori-d", None, 138_444_800, 1.9147),
+        ("lori-s", None, 13_844_480, 0.1915),
+        ("hellori-d", None, 21_004_288, 0.3015),
+        ("hellori-s", None, 2_100_429, 0.0302),
+        ("hellori-d", "pure", 16_777_216, 0.2412),
+        ("hellori-d", "gate", 16_809_984, 0.2416),
+        ("sieve", None, 84_967_424, 1.2131),
+        ("fft", None, 6_919_161_856, 100.0),
+        # Of each expert's projections and of attention's: an output has one magnitude.
+        ("dora", None, 311_459_840 + 16 * (64 * (1024 + 1024 + 2048) + 4 * 2048 + 64), 4.3647),
+    ],
+)
+def test_the_papers_counts_from_olmoes_config(tmp_path, method, placement, trainable, percent):
+    (tmp_path / "config.json").write_text(json.dumps(OLMOE))
+    options = counted_options(method, placement)
+    counts = parameters_from_config(tmp_path, **options)
+    assert counts["trainable"] == trainable
+    assert round(counts["percent"], 4) == percent
+
+
+def test_what_depends_on_the_data_is_not_counted():
+    with pytest.raises(HotLoraError, match="as many experts as the data's routing says"):
+        counted_options("esft", None)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resolves(name):
+    options = resolve(name)
+    assert options["condition"] == name
+    assert resolve(name, placement="pure")["config"].train_attention is False
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves(name):
+    options = resolve(preset=name, learning_rate=1e-3)
+    assert options["config"].learning_rate == 1e-3
+    assert options["condition"] in METHODS and name.startswith(options["condition"])
+
+
+def test_the_published_hyperparameters():
+    hellora = resolve(preset="hellora-code")
+    config = hellora["config"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 64, 0.0)
+    assert (config.learning_rate, config.epochs, config.batch_size) == (2e-3, 2, 128)
+    assert (hellora["rule"], hellora["experts_per_layer"]) == ("hot", "top_k")
+    assert resolve(preset="fft-safety")["config"].learning_rate == 2e-5
+    assert resolve(preset="fft-math")["config"].batch_size == 256
+    lori = resolve(preset="lori-s-math")
+    assert (lori["config"].learning_rate, lori["dense_learning_rate"], lori["keep"]) == (5e-4, 5e-5, 0.1)
+    assert lori["config"].train_a is False and lori["config"].batch_size == 32
+    esft = resolve(preset="esft-gate")
+    assert (esft["signal"], esft["config"].adam_beta2, esft["config"].weight_decay) == ("mass", 0.95, 0.1)
+    sieve = resolve(preset="sieve", learning_rate=1e-4)
+    assert (sieve["fraction"], sieve["config"].lora_dropout, sieve["config"].batch_size) == (0.25, 0.05, 64)
+
+
+def test_what_is_given_comes_first():
+    assert resolve("sieve", lora_dropout=0.0)["config"].lora_dropout == 0.0
+    assert "fraction" not in resolve("sieve", experts_per_layer=3)
+    assert "experts_per_layer" not in resolve("hellora", fraction=0.5)
+    assert "experts_per_layer" not in resolve("hellora", rule="coverage", p=0.5)
+    assert resolve("hellora", rule="coverage", p=0.5)["rule"] == "coverage"
+    assert resolve(preset="hellora-math", epochs=1)["config"].epochs == 1
+    assert resolve("lora", placement="gate")["condition"] == "lora-gate"
+    assert "condition" not in resolve(rule="cold")
+    assert PLACEMENTS["full"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "qlora"}, "method 'qlora' does not exist: choose one of fft, lora"),
+        ({"preset": "hellora-poetry"}, "preset 'hellora-poetry' does not exist"),
+        ({"placement": "left"}, "placement 'left' does not exist: choose one of full, gate, pure"),
+        ({"preset": "sieve"}, "preset 'sieve' has no learning_rate, for its paper states none"),
+        ({"preset": "hellora-math", "method": "lora"}, "is for method 'hellora', and method is 'lora'"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(HotLoraError, match=message):
+        resolve(**options)

@@ -1,0 +1,257 @@
+"""Methods that take more than one training, and plans that move while one runs: on a tiny model, end to end."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import CONFIG, EXAMPLES, TOKENIZER
+from tiny import tiny_model
+
+from hotlora.config import TrainConfig
+from hotlora.data import batches, tokenize
+from hotlora.errors import HotLoraError, PlanError
+from hotlora.load import load_adapter
+from hotlora.mask import SparseMask
+from hotlora.methods import METHODS, resolve
+from hotlora.models import load_model
+from hotlora.plan import ExpertPlan
+from hotlora.records import read_record
+from hotlora.routing import RoutingProfile, jaccard
+from hotlora.run import export_saved, load_base, run_evaluation, run_training
+from hotlora.stages import run_method
+
+SHORT = {
+    "max_steps": 3,
+    "batch_size": 4,
+    "save_steps": 2,
+    "r": 4,
+    "lora_alpha": 8,
+    "max_length": 64,
+    "learning_rate": 3e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))
+    return str(file)
+
+
+def logits(model):
+    batch = next(iter(batches(tokenize(EXAMPLES[:4], TOKENIZER, 64), TOKENIZER, 4)))
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fft", "lori-s", "hellori-s")])
+def test_each_method_trains_saves_loads_and_merges(method, model_folder, data, tmp_path):
+    record = run_method(model_folder, data, tmp_path / "run", **resolve(method, **SHORT))
+    assert record["status"] == "done" and record["condition"] == method
+    assert record["training"]["loss_last"] < record["training"]["loss_first"]
+    adapted = load_adapter(load_model(model_folder), tmp_path / "run" / "adapter")
+    expected = logits(adapted)
+    assert not torch.allclose(expected, logits(load_model(model_folder)), atol=1e-4)
+    merged = export_saved(model_folder, tmp_path / "run" / "adapter", tmp_path / "merged", format="merged")
+    torch.testing.assert_close(logits(load_model(str(merged))), expected, rtol=1e-3, atol=1e-3)
+    held = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert sum(t.numel() for t in held.values()) == record["parameters"]["trainable"]
+    assert record["parameters"]["adapter_bytes"] == pytest.approx(4 * record["parameters"]["trainable"], rel=0.25)
+
+
+def test_full_fine_tuning_saves_a_model(model_folder, data, tmp_path):
+    record = run_method(model_folder, data, tmp_path / "run", **resolve("fft", **SHORT))
+    base = load_model(model_folder)
+    assert record["parameters"]["trainable"] == base.num_parameters() and "plan" not in record
+    assert record["training"]["loss_last"] < record["training"]["loss_first"]
+    tuned = load_model(str(tmp_path / "run" / "model"))
+    changed = [not torch.equal(a, b) for a, b in zip(base.parameters(), tuned.parameters(), strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+    run_evaluation(str(tmp_path / "run" / "model"), "nano-choice", limit=2)
+    with pytest.raises(HotLoraError, match="no plan, mask or re-profiling"):
+        run_training(model_folder, data, tmp_path / "other", config=CONFIG, full=True, reprofile_every=2)
+
+
+def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp_path):
+    options = resolve("hellori-s", **SHORT, dense_learning_rate=1e-3)
+    record = run_method(model_folder, data, tmp_path / "run", **options)
+    dense = read_record(tmp_path / "run" / "dense")
+    assert dense["config"]["learning_rate"] == 1e-3 and record["config"]["learning_rate"] == 3e-3
+    assert record["plan"]["hash"] == dense["plan"]["hash"] and record["condition"] == "hellori-s"
+    share = record["parameters"]["trainable"] / dense["parameters"]["trainable"]
+    assert share == pytest.approx(0.1, abs=0.01)
+    mask = SparseMask.load(tmp_path / "run")
+    assert sum(mask.num_kept().values()) == record["parameters"]["trainable"]
+    expected = logits(load_adapter(load_model(model_folder), tmp_path / "run" / "adapter"))
+    merged = export_saved(model_folder, tmp_path / "run" / "adapter", tmp_path / "merged", format="merged")
+    torch.testing.assert_close(logits(load_model(str(merged))), expected, rtol=1e-3, atol=1e-3)
+
+    # Run again: nothing is trained twice. Another run may take the mask; another A is another start.
+    assert run_method(model_folder, data, tmp_path / "run", **options) == record
+    plan = tmp_path / "run" / "plan.json"
+    given = resolve("hellori-s", **SHORT, mask=tmp_path / "run" / "mask.safetensors", plan=plan, rule="hot")
+    again = run_method(model_folder, data, tmp_path / "again", **given)
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "again")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    assert again["config"]["mask_hash"] == record["config"]["mask_hash"]
+    shutil.copytree(tmp_path / "run" / "dense", tmp_path / "fresh" / "dense")
+    fresh = run_method(model_folder, data, tmp_path / "fresh", **options, fresh_a=True)
+    assert fresh["config"]["a_seed"] == 1 and fresh["training"]["loss_last"] != record["training"]["loss_last"]
+
+
+def test_a_warm_up_comes_before_the_profile(model_folder, data, tmp_path):
+    options = resolve("hellora", **SHORT, warmup="lora")
+    record = run_method(model_folder, data, tmp_path / "run", **options)
+    warm = RoutingProfile.load(tmp_path / "run" / "warmup" / "warm-profile.safetensors")
+    base = RoutingProfile.load(tmp_path / "run" / "warmup" / "profile.safetensors")
+    assert record["profile"]["hash"] == warm.hash != base.hash
+    assert read_record(tmp_path / "run" / "warmup")["plan"]["rule"] == "all"
+    plan = ExpertPlan.load(tmp_path / "run")
+    found = record["warmup"]["top_k"]
+    assert found["experts_per_layer"] == 2 == len(plan.experts[0])
+    order = base.counts.sort(dim=1, descending=True, stable=True).indices[:, :2].tolist()
+    assert found["jaccard"] == pytest.approx(jaccard(plan, dict(enumerate(order))))
+    assert read_record(tmp_path / "run") == record
+    with pytest.raises(HotLoraError, match="warmup 'fft' does not exist"):
+        run_method(model_folder, data, tmp_path / "other", config=CONFIG, warmup="fft")
+    with pytest.raises(HotLoraError, match="there to make a profile"):
+        run_method(model_folder, data, tmp_path / "other", config=CONFIG, warmup="lora", plan=tmp_path / "run")
+
+
+def test_a_task_on_top_of_another(model_folder, data, tmp_path):
+    run_method(model_folder, data, tmp_path / "one", **resolve("sieve", **SHORT))
+    first = tmp_path / "one" / "adapter"
+    rows = tmp_path / "other.jsonl"
+    rows.write_text(Path(data).read_text().replace("make", "give"))
+    other = run_method(model_folder, str(rows), tmp_path / "two", **resolve("sieve", **SHORT), on_top_of=[first])
+    assert len(other["config"]["on_top_of"]) == 1
+    base = load_base(model_folder, [first])
+    torch.testing.assert_close(
+        logits(base), logits(load_adapter(load_model(model_folder), first)), rtol=1e-3, atol=1e-3
+    )
+    both = load_adapter(base, tmp_path / "two" / "adapter")
+    merged = export_saved(
+        model_folder, tmp_path / "two" / "adapter", tmp_path / "merged", format="merged", on_top_of=[first]
+    )
+    torch.testing.assert_close(logits(load_model(str(merged))), logits(both), rtol=1e-3, atol=1e-3)
+
+
+# Plans that move
+
+
+@pytest.mark.parametrize("left", ["drop", "merge"])
+def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_path, monkeypatch):
+    config = replace(CONFIG, max_steps=6, save_steps=3, learning_rate=0.1)
+    options = {"config": config, "experts_per_layer": 2, "reprofile_every": 2, "reprofile_left": left}
+    calm = run_training(model_folder, data, tmp_path / "calm", **options)
+    drift = calm["reprofile"]
+    assert [row["step"] for row in drift] == [2, 4] and min(row["jaccard"] for row in drift) < 1
+    assert all(row["came"] == row["went"] for row in drift)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hotlora.reprofile.Reprofiling.move", stop_after(3, stop))
+        with pytest.raises(Stopped):
+            run_training(model_folder, data, tmp_path / "killed", **options)
+    record = run_training(model_folder, data, tmp_path / "killed", **options)
+    assert record["training"]["resumed_from"] == 3
+    assert [r["plan_hash"] for r in record["reprofile"]] == [r["plan_hash"] for r in drift]
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("calm", "killed")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    adapted = load_adapter(load_model(model_folder), tmp_path / "calm" / "adapter")
+    plan = ExpertPlan.from_dict(adapted.peft_config["default"].plan)
+    assert (plan.ranks is not None) == (left == "merge")
+
+
+def stop_after(step, stop):
+    """`Reprofiling.move`, until a step."""
+    from hotlora.reprofile import Reprofiling
+
+    move = Reprofiling.move
+
+    def wrapped(self, plan, optimizer, at):
+        return stop() if at > step else move(self, plan, optimizer, at)
+
+    return wrapped
+
+
+def test_what_stays_keeps_its_factors_and_what_goes_is_in_the_saved_adapter(tmp_path):
+    """Moves by hand: {1, 3} -> {3, 5} -> {1, 5} with merging. The model computes the same before and after a move
+    that only takes experts away, and the finished adapter computes what the moved model computed."""
+    from peft import get_peft_model
+    from tiny import fill, tiny_plan
+
+    from hotlora.adapter import HotLoraConfig
+    from hotlora.reprofile import Reprofiling
+
+    def plan_of(model, ids):
+        return ExpertPlan.from_dict(tiny_plan(model, {0: ids, 1: ids}))
+
+    base = tiny_model(vocab_size=259, max_position_embeddings=512)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    model = get_peft_model(base, HotLoraConfig(plan=plan_of(base, [1, 3]), r=4, lora_alpha=8)).eval()
+    fill(model, 0)
+    moving = Reprofiling(model, lambda: None, lambda profile: None, 1, tmp_path / "log.jsonl", left="merge")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
+    optimizer.step()
+    layer = model.get_base_model().model.layers[0].mlp.experts
+    kept = layer.lora_B_down["default"][1].clone()
+    moment = optimizer.state[layer.lora_B_down["default"]]["exp_avg"][1].clone()
+    expected = logits(model)
+    moving.move(plan_of(base, [3, 5]), optimizer, 1)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)  # 1 is merged, 5 starts at zero
+    assert layer.expert_ids["default"] == (3, 5)
+    assert torch.equal(layer.lora_B_down["default"][0], kept) and not layer.lora_B_down["default"][1].any()
+    state = optimizer.state[layer.lora_B_down["default"]]["exp_avg"]
+    assert torch.equal(state[0], moment) and not state[1].any()
+    with torch.no_grad():
+        layer.lora_B_down["default"][1].add_(0.1)
+    expected = logits(model)
+    moving.move(plan_of(base, [1, 5]), optimizer, 2)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.lora_B_down["default"][0].add_(0.1)  # 1 is back, and learns more
+    expected = logits(model)
+    moving.finish()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    plan = ExpertPlan.from_dict(model.peft_config["default"].plan)
+    assert plan.experts[0] == (1, 3, 5) and plan.ranks is not None and plan.ranks[0] == (8, 4, 4)
+    for name, weight in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(weight, before[name.replace("base_layer.", "")])
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_adapter(tiny_model(vocab_size=259, max_position_embeddings=512), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reprofile_every": 0}, HotLoraError, "reprofile_every is 0"),
+        ({"reprofile_every": 2, "reprofile_left": "keep"}, HotLoraError, "left is 'keep'"),
+        ({"reprofile_every": 2, "config": TrainConfig(train_a=False, max_steps=4)}, HotLoraError, "moves plain LoRA"),
+        ({"reprofile_every": 1, "rule": "auto"}, PlanError, "keeps the number of experts"),
+    ],
+)
+def test_reprofiling_says_what_is_wrong(options, error, message, model_folder, data, tmp_path):
+    options = {"config": replace(CONFIG, max_steps=4, learning_rate=0.3), **options}
+    with pytest.raises(error, match=message):
+        run_training(model_folder, data, tmp_path / "run", **options)

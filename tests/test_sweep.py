@@ -1,0 +1,276 @@
+"""Sweeps: what a file defines, what is run of it, and what is left when it fails or is killed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from tiny import tiny_model
+from tiny_tokenizer import byte_tokenizer
+from typer.testing import CliRunner
+
+from hotlora.cli_sweep import sweep as sweep_command
+from hotlora.config import TrainConfig
+from hotlora.crew import worker_environment
+from hotlora.errors import HotLoraError
+from hotlora.records import find_records
+from hotlora.routing import RoutingProfile
+from hotlora.run import run_training
+from hotlora.sweep import RECIPES, Condition, Sweep, load_sweep, sweep_jobs
+from hotlora.sweep_runs import make_profile, score_base, train_run
+from hotlora.sweep_table import progress_table
+
+APP = typer.Typer()
+APP.command()(sweep_command)
+
+
+def make_sweep(*conditions: Condition, **changes) -> Sweep:
+    return Sweep(**{"name": "s", "model": "nano", "data": "nano-math", "conditions": conditions, **changes})
+
+
+def call(*words: object) -> tuple[int, str]:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(APP, [str(word) for word in words])
+    assert not isinstance(done.exception, AssertionError | TypeError), done.exc_info
+    return done.exit_code, done.output
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_conditions_times_seeds_and_their_shared_profiles(tmp_path: Path):
+    sweep = make_sweep(
+        Condition("base", train=False),
+        Condition("hot"),
+        Condition("small/lower", {"learning_rate": 1e-4, "fraction": 0.125}),
+        Condition("long", {"max_length": 99}),
+        Condition("sql", {"data": "nano-sql"}),
+        Condition("given", {"plan": "plan.json"}),
+        Condition("warm", {"warmup": "lora"}),
+        seeds=(3, 1),
+        config=TrainConfig(max_steps=7),
+        options={"test_limit": 5, "limit": 9},
+    )
+    jobs = sweep_jobs(sweep, tmp_path)
+    profiles = [job for job in jobs if job.function is make_profile]
+    runs = {job.folder.relative_to(tmp_path).as_posix(): job for job in jobs if job not in profiles}
+    names = ("hot", "small/lower", "long", "sql", "given", "warm")
+    assert list(runs) == ["base", *(f"{name}/seed{seed}" for name in names for seed in (3, 1))]
+    assert [job.arguments["data"] for job in profiles] == ["nano-math", "nano-math", "nano-sql"]
+    assert [job.arguments["max_length"] for job in profiles] == [512, 99, 512]
+    needs = [runs[f"{name}/seed3"].needs for name in names]
+    assert needs == [profiles[0], profiles[0], profiles[1], profiles[2], None, None]
+    assert runs["hot/seed1"].arguments["profile"] == profiles[0].arguments["path"]
+    assert "profile" not in runs["given/seed3"].arguments and "profile" not in runs["warm/seed3"].arguments
+    lower = runs["small/lower/seed1"]
+    assert lower.arguments["config"] == TrainConfig(max_steps=7, learning_rate=1e-4, seed=1)
+    assert lower.arguments["fraction"] == 0.125 and lower.arguments["limit"] == 9 and lower.function is train_run
+    base = runs["base"]
+    assert base.function is score_base and base.seed is None
+    assert base.arguments["data"] == "nano-math" and base.arguments["limit"] == 5
+
+
+def test_a_condition_has_the_words_of_train(tmp_path: Path):
+    sweep = make_sweep(
+        Condition("sieve", {"method": "sieve", "placement": "pure"}),
+        Condition("preset", {"preset": "hellora-math", "batch_size": 2}),
+        config=TrainConfig(max_steps=7, learning_rate=2e-3, seed=9),
+    )
+    by_name = {job.name: job.arguments for job in sweep_jobs(sweep, tmp_path) if job.function is train_run}
+    config = by_name["sieve"]["config"]
+    assert (config.lora_dropout, config.train_attention, config.max_steps, config.seed) == (0.05, False, 7, 0)
+    assert by_name["sieve"]["fraction"] == 0.25 and by_name["sieve"]["condition"] == "sieve-pure"
+    config = by_name["preset"]["config"]
+    assert (config.learning_rate, config.lr_scheduler, config.batch_size) == (2e-3, "constant", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"conditions": ()}, "the sweep s has no condition"),
+        ({"seeds": ()}, "the sweep s has no seed"),
+        ({"seeds": (1, 2, 1)}, "has the seed 1 twice"),
+        ({"seeds": (-1,)}, "has the seed -1: seeds are integers from 0"),
+        ({"seeds": ("a",)}, "has the seed 'a'"),
+        ({"conditions": [Condition("a"), Condition("a")]}, "has the condition a twice"),
+        ({"conditions": [Condition("../a")]}, r"'\.\./a' cannot name"),
+        ({"conditions": [Condition("a b")]}, "'a b' cannot name"),
+        ({"conditions": [Condition("profiles/a")]}, "'profiles/a' cannot name"),
+        ({"name": ""}, "'' cannot name"),
+        (
+            {"conditions": [Condition("a", {"fractoin": 0.5})]},
+            "options fractoin, which do not exist.*fract",
+        ),
+        ({"conditions": [Condition("a", {"seed": 1})]}, "s: a has the options seed"),
+        ({"conditions": [Condition("a", {"output": "b"})]}, "s: a has the options output"),
+        ({"options": {"config": TrainConfig()}}, "s: a has the options config"),
+        ({"options": {"scores": torch.ones(2)}}, "s: a: options must be plain values"),
+        ({"options": {"r": 0}}, "s: a: r = 0 is out of range"),
+        ({"options": {"method": "loar"}}, "s: a: method 'loar' does not exist"),
+    ],
+)
+def test_a_wrong_sweep_is_named(change, says):
+    with pytest.raises(HotLoraError, match=says):
+        make_sweep(**{"conditions": [Condition("a")], **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("SWEEPS = 1", "defines no SWEEP"),
+        ("SWEEP = 1", "defines no SWEEP"),
+        ("1 / 0", "cannot be run: ZeroDivisionError: division by zero"),
+        ("SWEEP = (", "cannot be run: SyntaxError"),
+        ("from hotlora.sweep import Sweep\nSWEEP = Sweep('s', 'nano', 'nano-math', [])", "has no condition"),
+        (None, "is no Python file and no recipe: give FILE.py, or a recipe"),
+    ],
+)
+def test_a_file_that_defines_no_sweep_is_named(tmp_path: Path, text, says):
+    path = tmp_path / "study.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(HotLoraError, match=says) as caught:
+        load_sweep(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_recipe_builds(recipe: Path, tmp_path: Path):
+    sweep = load_sweep(recipe.stem)
+    jobs = sweep_jobs(sweep, tmp_path)
+    assert len({job.folder for job in jobs}) == len(jobs) > 1
+    assert progress_table(sweep.name, jobs).row_count >= len(sweep.conditions)
+    with pytest.raises(HotLoraError, match=f"or a recipe .*{recipe.stem}"):
+        load_sweep("no-such-recipe")
+
+
+def test_each_worker_has_its_gpu_or_its_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [worker_environment(i, 3, 2)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [worker_environment(i, 2, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["4", "6"]
+    assert worker_environment(0, 1, 0) == {}
+    assert worker_environment(0, 2, 0) == {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert worker_environment(0, 2, 0) == {}
+
+
+def test_a_shared_profile_is_made_again_only_for_other_data(model_folder: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    settings = {
+        "path": tmp_path / "p" / "profile.safetensors", "model": str(model_folder), "data": str(rows), "limit": None,
+        "profile_fraction": 0.5, "dtype": "auto", "device": "cpu", "quantize": None, "max_length": 64, "batch_size": 4,
+    }  # fmt: skip
+    seen = []
+    for end in ("!", "!", "?"):
+        rows.write_text("".join(json.dumps({"prompt": f"{i}", "completion": end}) + "\n" for i in range(200)))
+        make_profile(**settings)
+        seen.append(RoutingProfile.load(tmp_path / "p").source["data_hash"])
+        times = settings["path"].stat().st_mtime_ns
+        make_profile(**settings)
+        assert settings["path"].stat().st_mtime_ns == times
+    assert seen[0] == seen[1] != seen[2]
+    config = TrainConfig(max_steps=1, batch_size=4, r=2, max_length=64)
+    options = {"profile_fraction": 0.5, "device": "cpu", "evaluate": False}
+    record = run_training(str(model_folder), str(rows), tmp_path / "run", config=config, **options)
+    assert record["profile"]["hash"] == RoutingProfile.load(tmp_path / "p").hash  # what a run makes by itself
+
+
+FILE = """
+from hotlora.config import TrainConfig
+from hotlora.sweep import Condition, Sweep
+
+SWEEP = Sweep(
+    "study", {model!r}, "nano-choice",
+    [
+        Condition("base", train=False),
+        Condition("greedy", {{"rule": "greedy", "budget": 1}}),
+        Condition("wrong", {{"rule": "coverage", "p": 2}}),
+    ],
+    seeds=(0, 1), config=TrainConfig(max_steps=2, batch_size=2, r=2, max_length=256),
+    options={{"limit": 8, "test_limit": 4}},
+)
+"""
+
+
+def test_the_command_runs_two_at_a_time_and_tells_what_failed(model_folder: Path, tmp_path: Path):
+    file, output = tmp_path / "study.py", tmp_path / "out"
+    file.write_text(FILE.format(model=str(model_folder)))
+    code, text = call(file, "-o", output, "--dry-run")
+    assert code == 0 and text.count(" new ") == 5 and not output.exists()
+
+    code, text = call(file, "-o", output, "--processes", 2)
+    assert code == 1 and "study: 3 of 5 runs done, 2 failed" in text
+    assert text.count("failed: PlanError: p is 2: it must be above 0 and at most 1") == 2
+    assert str(output / "wrong" / "seed1" / "log.txt") in text and f"hotlora report {output}" in text
+    records = {folder.relative_to(output).as_posix(): record for folder, record in find_records(output).items()}
+    assert {name: record["status"] for name, record in records.items()} == {
+        "base": "done", "greedy/seed0": "done", "greedy/seed1": "done",
+        "wrong/seed0": "failed", "wrong/seed1": "failed",
+    }  # fmt: skip
+    assert "PlanError" in (output / "wrong" / "seed0" / "log.txt").read_text()
+    assert {records[f"greedy/seed{seed}"]["profile"]["hash"] for seed in (0, 1)} == {
+        RoutingProfile.load(path).hash for path in (output / "profiles").rglob("*.safetensors")
+    }
+    for name, record in records.items():
+        assert record["sweep"] == {"name": "study", "condition": name.split("/")[0]}
+    greedy = json.loads((output / "greedy" / "seed0" / "plan.json").read_text())["experts"]
+    assert sorted(map(len, greedy.values())) == [0, 1]  # a layer without an adapted expert trains, too
+    assert records["base"]["evaluation"]["nano-choice"]["n"] == 4
+    assert f"{records['base']['evaluation']['nano-choice']['accuracy']:.1%}" in text
+
+    code, text = call(file, "-o", output, "--dry-run")
+    assert text.count("done, ") == 3 and text.count("failed") == 2
+
+
+def test_processes_and_files_are_checked(tmp_path: Path):
+    file = tmp_path / "study.py"
+    file.write_text(FILE.format(model="nano"))
+    done = CliRunner().invoke(APP, [str(file), "-o", str(tmp_path / "out"), "--processes", "0"])
+    assert isinstance(done.exception, HotLoraError) and "processes is 0" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills processes by signal")
+def test_killed_twice_it_ends_with_the_records_of_a_calm_sweep(tmp_path: Path):
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(tests / "killed_sweep.py"), str(tmp_path)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    statuses = {"hot/seed0": "done", "hot/seed1": "done", "wrong/seed0": "failed", "wrong/seed1": "failed"}
+    assert report["codes"] == [2, -9, -9, 2, 2] and report["records"] == statuses  # two fail in each sweep
+    assert report["gone"] == [True, True], "a killed sweep's workers end by themselves"
+    assert report["same"] and min(report["resumed"]) > 0 and report["left_alone"] == [True, True]
+    # A worker that is killed is one failed run; the next start mends it.
+    assert report["worker"]["code"] == 3 and report["worker"]["hot/seed1"] == ["done", None]
+    status, error = report["worker"]["hot/seed0"]
+    assert status == "failed" and "its process ended with exit code -9" in error and report["mended"]
+    assert report["other"] == 4 and report["kept"]
+
+
+def test_the_guides_sweep_builds(tmp_path: Path):
+    guide = (Path(__file__).parents[1] / "docs" / "sweep.md").read_text()
+    (tmp_path / "placement.py").write_text(re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[0])
+    jobs = sweep_jobs(load_sweep(tmp_path / "placement.py"), tmp_path)
+    assert len(jobs) == 1 + 1 + 4 * 8 and jobs[0].function is make_profile
+
+
+def test_fields_of_the_config_are_options():
+    for name, value in asdict(TrainConfig()).items():
+        if name == "seed":
+            continue
+        sweep = make_sweep(Condition("a", {name: value}))
+        assert sweep.options_of(sweep.conditions[0])[name] == value
