@@ -8,6 +8,7 @@ model in memory at a time.
 import dataclasses
 import math
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -243,6 +244,7 @@ class _Process:
 @contextmanager
 def _processes(config: BenchConfig, contenders: list[Contender]) -> "Iterator[list[_Process]]":
     crew: list[_Process] = []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the processes': torch's profiler tells that it starts
     try:
         crew += [_Process(config, contender) for contender in contenders]
         yield crew

@@ -30,6 +30,7 @@ from .routing import experts_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
+_LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
 _PROBED = (64, 192)  # tokens
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
 
@@ -329,9 +330,10 @@ def _workspace(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.
     """Short-lived at the peak: the loss's tile of logits, or the gradients of one layer's rows."""
     config = cast(PreTrainedConfig, model.config).get_text_config()
     rows, columns = min(tokens, _LOSS_TILE[0]), min(config.vocab_size, _LOSS_TILE[1])
-    logits = rows * columns * dtype.itemsize
-    if device.type == "cpu":  # where TRL has no kernel: float32 copies of the tile, and of its part of the head
-        logits += rows * columns * 12 + (columns * config.hidden_size * 4 if dtype != torch.float32 else 0)
+    logits = rows * _LOSS_TILE[1] * dtype.itemsize  # its buffer has this width whatever the vocabulary
+    if device.type == "cpu":
+        logits += rows * columns * 4 * _LOSS_COPIES
+        logits += columns * config.hidden_size * 4 if dtype != torch.float32 else 0
     experts = _experts(model)[0]
     width, expert_width = expert_widths(experts)
     row = 2 * width + (3 if experts.has_gate else 2) * expert_width

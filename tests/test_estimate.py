@@ -9,10 +9,12 @@ from trl.trainer.utils import add_fused_lm_head
 from zoo import zoo_model
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.contenders import BenchConfig, Contender
 from hotlora.errors import HotLoraError
 from hotlora.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
 from hotlora.plan import select_experts
-from hotlora.routing import profile_routing
+from hotlora.routing import RoutingProfile, profile_routing
+from hotlora.worker import Worker
 
 BATCH, LENGTH = 4, 64
 
@@ -153,3 +155,23 @@ def test_peak_on_a_gpu(fraction, write):
         path, batch_size=8, max_length=2048, fraction=fraction, train_router=False, train_shared=False, device="cuda"
     )
     assert found["memory"]["total"] == pytest.approx(row["peak_memory_bytes"], rel=0.15)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("hot", "float32"), ("all", "float32"), ("hot", "bfloat16")])
+def test_the_peak_of_a_step_is_within_15_percent(kind, dtype):
+    """nano, 4 x 256 tokens: all that tensors take at the most, weights and loss included."""
+    fraction = 0.25 if kind == "hot" else None
+    config = BenchConfig(tokens=1024, length=256, dtype=dtype, device="cpu", fractions=(0.25,), r=8)
+    worker = Worker(config, Contender(kind, fraction))
+    common = worker.calibrate()
+    peak = worker.prepare(common["spreads"], common["plans"][worker.contender.name])["peak_memory_bytes"]
+    coverage = float(RoutingProfile(**_tensors(common["profile"])).coverage(fraction=fraction or 1.0).mean())
+    found = estimate(
+        "nano", batch_size=4, max_length=256, fraction=fraction, coverage=coverage, r=8, dtype=dtype,
+        train_router=False, train_shared=False,
+    )  # fmt: skip
+    assert 0.85 <= found["memory"]["total"] / peak <= 1.15
+
+
+def _tensors(values):
+    return {name: torch.tensor(v) if isinstance(v, list) and name != "layers" else v for name, v in values.items()}
