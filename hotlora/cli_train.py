@@ -219,6 +219,9 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
             f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
             highlight=False,
         )
+        passes = [f"{name} {value:.1%}" for name, value in result.items() if name.startswith("pass@")]
+        if passes:
+            out.print(f"  {', '.join(passes)}", highlight=False)
         if output is not None:
             out.print(f"  every example: {output / result['results']}", highlight=False, soft_wrap=True)
 

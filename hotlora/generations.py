@@ -8,7 +8,6 @@
 A completion is judged as it is: what a model would have stopped at is cut by whoever generates.
 """
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,24 +15,12 @@ from typing import Any
 
 from .errors import DataError
 from .evaluate import Evaluation, example_id, judge
-from .stats import proportion_interval
+from .stats import pass_at_k, proportion_interval
 from .tasks import Example, Task
 from .tasks.rows import Row, need_text, read_rows
 
 KS = (1, 5, 10)  # of pass@k, where every example has that many completions
 _NAMED = 5  # examples that an error names
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Chance that `k` of `n` completions, drawn without putting back, hold one of the `correct` ones.
-
-    The unbiased estimator of Chen et al. 2021 (2107.03374, equation 1): 1 − C(n−c, k) / C(n, k).
-
-    DataError: k above n or below 1, or correct outside 0..n.
-    """
-    if not (1 <= k <= n and 0 <= correct <= n):
-        raise DataError(f"pass@{k} of {correct} correct among {n}: k must be from 1 to {n}, correct from 0 to {n}.")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def read_generations(

@@ -197,12 +197,16 @@ def _drop_rights(uid: int | None) -> None:
 
 
 def _spare_uid() -> int | None:
-    """A user that nobody is: root's own limit of processes does not hold. None where root is the only user there is."""
-    try:
-        first, _, count = map(int, Path("/proc/self/uid_map").read_text().splitlines()[-1].split())
-    except (OSError, ValueError, IndexError):
-        return None
-    return first + count - 3 - os.getpid() % 10_000 if count > 20_000 else None
+    """For root: a user that nobody is, as the limit of processes does not hold for root.
+
+    None where root is only a name, and an ordinary user outside. OSError where it is really root, without a spare user.
+    """
+    first, outside, count = map(int, Path("/proc/self/uid_map").read_text().splitlines()[-1].split())
+    if count > 20_000:
+        return first + count - 3 - os.getpid() % 10_000
+    if not outside:
+        raise OSError("this is root, and there is no other user to run it as")
+    return None
 
 
 def _unshare(with_user: bool) -> None:
@@ -218,29 +222,29 @@ def _unshare(with_user: bool) -> None:
 
 
 def _new_root(folder: str) -> None:
-    """Changes into a root in memory with the interpreter's libraries, read-only, and an empty /tmp; no /proc."""
+    """Changes into a read-only root with the interpreter's libraries and an empty /tmp in memory; no /proc."""
     _mount("none", "/", None, _REC | _PRIVATE)
-    options = f"size={MAX_DISK_MB}m,nr_inodes=8192,mode=755"
-    _mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, options)
+    _mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
     for source in libraries():
         _bind(source, folder + source)
-        # struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
-        attributes = (ctypes.c_uint64 * 4)(_ATTR_READ_ONLY | _ATTR_NOSUID | _ATTR_NODEV, 0, 0, 0)
-        path = os.fsencode(folder + source)
-        _check(
-            _libc.syscall(
-                _SYS_MOUNT_SETATTR, _AT_FDCWD, path, _AT_RECURSIVE, ctypes.byref(attributes), ctypes.sizeof(attributes)
-            )
-        )
+        _seal(folder + source, _ATTR_READ_ONLY | _ATTR_NOSUID | _ATTR_NODEV)
     for device in ("/dev/null", "/dev/urandom"):
         _bind(device, folder + device)
-    for name, mode in (("tmp", 0o1777), ("old", 0o700)):
+    for name in ("tmp", "old"):
         os.mkdir(f"{folder}/{name}")
-        os.chmod(f"{folder}/{name}", mode)
+    _mount("tmpfs", f"{folder}/tmp", "tmpfs", _NOSUID | _NODEV, f"size={MAX_DISK_MB}m,nr_inodes=8192,mode=1777")
     _check(_libc.pivot_root(os.fsencode(folder), os.fsencode(f"{folder}/old")))
     os.chdir("/")
     _check(_libc.umount2(b"/old", _DETACH))
     os.rmdir("/old")
+    _seal("/", _ATTR_READ_ONLY, flags=0)
+
+
+def _seal(path: str, attributes: int, flags: int = _AT_RECURSIVE) -> None:
+    # struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
+    words = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(words))
+    _check(_libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), flags, ctypes.byref(words), size), path)
 
 
 def _bind(source: str, target: str) -> None:

@@ -43,7 +43,7 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
     "evaluation": {},
     "environment": {},
 }
-_EVALUATION: dict[str, Kind] = {"metric": str, "accuracy": (int, float), "n": int, "correct": int}
+_EVALUATION: dict[str, Kind] = {"metric": str, "accuracy": (int, float), "n": int, "correct": (int, float)}
 
 Record = dict[str, Any]
 
@@ -88,14 +88,17 @@ def read_record(path: str | os.PathLike[str]) -> Record:
 
 
 def find_records(folder: str | os.PathLike[str]) -> dict[Path, Record]:
-    """Every run.json in `folder` and below, by the run's folder, in the order of the paths.
+    """Every run.json in `folder` and below, by the run's folder, in the order of the paths. A run inside of another
+    run's folder is a stage of that (a warm-up, LoRI's dense run), and is left out.
 
     FileError: the folder does not exist, or a record in it is broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder: give the folder that holds the runs")
-    return {file.parent: read_record(file) for file in sorted(folder.rglob("run.json"))}
+    runs = {file.parent for file in folder.rglob("run.json")}
+    whole = [run for run in sorted(runs) if not runs & set(run.parents)]
+    return {run: read_record(run) for run in whole}
 
 
 def validate(record: Mapping[str, Any], where: str) -> Record:

@@ -24,6 +24,7 @@ from .errors import DataError, HotLoraError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss
 from .export import check_export, export_adapter
 from .files import atomic_folder, file_in, sha256_file
+from .generations import read_generations, score_generations
 from .load import WEIGHTS_FILE, load_adapter
 from .models import checkpoint_dtype, fingerprint, load_model, load_tokenizer
 from .plan import ExpertPlan, select_experts
@@ -284,6 +285,44 @@ def run_evaluation(
             assert weights is not None
             record["parameters"]["adapter_bytes"] = weights.stat().st_size
         evaluation = evaluate_task(net, tokenizer, task, test, batch_size=batch_size, progress=progress)
+        record["evaluation"] = _save_evaluation(evaluation, Path(output) if output else None)
+    return record, evaluation
+
+
+def run_generations(
+    data: str,
+    generations: str | Path,
+    output: str | Path | None = None,
+    *,
+    allow_missing: bool = False,
+    limit: int | None = None,
+    progress: bool = False,
+) -> tuple[Record, Evaluation | None]:
+    """Scores completions that were made elsewhere, on a task's test split; loads no model.
+
+    Args:
+        data, output, limit: as `run_evaluation` takes them.
+        generations: JSON lines, as `generations.read_generations` reads them.
+        allow_missing: whether an example without a completion counts as wrong, and is no error.
+
+    Returns:
+        the record, and the evaluation; None in its place where `output` held the same one, done.
+    """
+    task = _need_task(data)
+    test = load_examples(data, "test", limit=limit)
+    completions = read_generations(generations, task, test, allow_missing=allow_missing)
+    options = {
+        "data": data, "test_hash": data_hash(test), "generations": str(generations),
+        "generations_hash": sha256_file(Path(generations)), "allow_missing": allow_missing,
+    }  # fmt: skip
+    if output is not None and (done := _finished(Path(output), options)) is not None:
+        return done, None
+    record = new_record(
+        name="generations", condition="generations", config=options, model={"name": "", "fingerprint": ""},
+        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
+    )  # fmt: skip
+    with _recorded(record, Path(output) if output else None):
+        evaluation = score_generations(task, test, completions, progress=progress)
         record["evaluation"] = _save_evaluation(evaluation, Path(output) if output else None)
     return record, evaluation
 

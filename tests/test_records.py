@@ -55,6 +55,9 @@ def test_find_records_by_folder(tmp_path):
     assert list(find_records(tmp_path)) == [tmp_path / "a" / "deep", tmp_path / "b"]
     (tmp_path / "empty").mkdir()
     assert find_records(tmp_path / "empty") == {}
+    write_record(tmp_path / "b" / "warmup", make())  # a stage of b
+    assert list(find_records(tmp_path)) == [tmp_path / "a" / "deep", tmp_path / "b"]
+    assert list(find_records(tmp_path / "b")) == [tmp_path / "b"]
     with pytest.raises(FileError, match="none is not a folder"):
         find_records(tmp_path / "none")
     (tmp_path / "b" / "run.json").write_text('{"version": 1')

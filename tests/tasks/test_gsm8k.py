@@ -45,6 +45,34 @@ def test_score_compares_strings_without_commas():
     assert not score(example, "#### 1072.0") and not score(example, "1072")
 
 
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" 48/2 = <<48/2=24>>24\n#### 1072", True),
+        ("#### 1,072", True),
+        ("#### 1072.", True),
+        ("#### 1072..", True),  # lm-eval removes one dot only
+        ("#### 1,0,7,2,", True),
+        ("#### 1072 dollars", True),
+        ("#### 1072/2", True),  # the expression ends at the slash
+        ("#### 1072\n\nQuestion: another\nAnswer: #### 5", True),  # the first counts
+        ("#### 1073\n#### 1072", False),
+        ("#### -1072", False),
+        ("#### 1072.00", False),  # compared as text
+        ("#### $1,072", False),  # no number after the mark, by the published expression
+        ("####1072", False),
+        ("####  1072", False),
+        ("#### \n1072", False),
+        ("####\u00a01072", False),
+        ("The answer is 1072.", False),  # lm-eval's flexible match would take it
+        ("#### .", False),
+        ("", False),
+    ],
+)
+def test_score_is_lm_evals_strict_match(text: str, right: bool):
+    assert score(gsm8k.example(Row("here", ROW)), text) is right
+
+
 def test_a_row_without_its_answer_says_where(tmp_path: Path):
     (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n\n" + json.dumps({"question": "?"}) + "\n")
     with pytest.raises(DataError, match=r"train\.jsonl line 3 has no field 'answer'; it has question"):

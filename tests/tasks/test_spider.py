@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from published import ABSENT, DATA
 
 from hotlora.errors import DataError
+from hotlora.sandbox import SqlSandbox
 from hotlora.tasks import spider
-from hotlora.tasks.spider import TASK, database_schema, normalise, same_answer, score, table_schemas
+from hotlora.tasks.spider import TASK, database_schema, databases, normalise, same_answer, score, table_schemas
 
 REAL = DATA / "spider"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"Spider: {ABSENT}")
@@ -156,13 +157,93 @@ def test_same_answer_takes_no_factorial_time_for_equal_columns():
     assert same_answer([("x",) * 12] * 5, [("x",) * 12] * 5, ordered=True)
 
 
+@pytest.fixture(scope="module")
+def published() -> list[spider.Example]:
+    return TASK.load("test", str(REAL), None, 0)
+
+
 @real
-def test_published_gold_queries_are_right():
-    examples = TASK.load("test", str(REAL), None, 0)
-    assert len(examples) == 972  # 62 of the 1,034 ask about a database that this copy lacks
-    assert TASK.metric_name(examples) == "execution_accuracy"
-    for example in random.Random(0).sample(examples, 50):
-        assert score(example, example.completion), example.completion
+def test_published_gold_queries_are_right(published: list[spider.Example]):
+    assert len(published) == 972  # 62 of the 1,034 ask about a database that this copy lacks
+    assert TASK.metric_name(published) == "execution_accuracy"
+    assert [example.completion for example in published if not score(example, example.completion)] == []
+
+
+@real
+def test_rewrites_of_published_queries_pass_and_wrong_ones_fail(published: list[spider.Example]):
+    """On a third of them: other columns' order, names and rows' order; then a row too few, each row twice."""
+    passed = []
+    with SqlSandbox() as sandbox:
+        for example in published[::3]:
+            gold = example.meta["query"].rstrip("; ")
+            rows = sandbox.run(databases(Path(example.meta["folder"]))[0], normalise(gold)).rows
+            assert rows is not None
+            columns = [f"c{i}" for i in range(len(rows[0]) if rows else 1)]
+            turned = ", ".join(f"{name} AS other_{name}" for name in reversed(columns))
+            if rows:
+                renamed = f"WITH answer({', '.join(columns)}) AS ({gold}) SELECT {turned} FROM answer"
+                assert score(example, renamed, sandbox), renamed
+                few = f"SELECT * FROM ({gold}) LIMIT {len(rows) - 1}"
+                twice = f"SELECT * FROM ({gold}) UNION ALL SELECT * FROM ({gold})"
+                assert not score(example, few, sandbox) and not score(example, twice, sandbox), gold
+            if "order by" not in gold.lower():
+                passed.append(score(example, f"SELECT * FROM ({gold}) ORDER BY random()", sandbox))
+    assert all(passed) and len(passed) > 200
+
+
+JOINED = (
+    "SELECT T2.name ,  count(*) FROM concert AS T1 JOIN stadium AS T2 ON T1.stadium_id  =  T2.stadium_id "
+    "GROUP BY T1.stadium_id"
+)
+ORDERED = "SELECT name ,  country ,  age FROM singer ORDER BY age DESC"
+OLDER = "SELECT DISTINCT country FROM singer WHERE age  >  20"
+YEARS = "SELECT count(*) FROM concert WHERE YEAR  =  2014 OR YEAR  =  2015"
+
+
+@real
+@pytest.mark.parametrize(
+    ("gold", "predicted", "right"),
+    [
+        (
+            JOINED,
+            "select count(*), s.name from stadium s, concert c where s.stadium_id = c.stadium_id "
+            "group by s.stadium_id, s.name",
+            True,
+        ),
+        (
+            JOINED,
+            "SELECT s.name AS place, (SELECT count(*) FROM concert c WHERE c.stadium_id = s.stadium_id) AS n "
+            "FROM stadium s WHERE s.stadium_id IN (SELECT stadium_id FROM concert)",
+            True,
+        ),
+        (JOINED, JOINED.replace("ON T1.stadium_id  =  T2.stadium_id ", ""), False),
+        (JOINED, JOINED.replace("T2.stadium_id GROUP", "T1.stadium_id GROUP"), False),
+        (
+            JOINED,
+            "SELECT s.name, count(*) FROM stadium AS s LEFT JOIN concert AS c ON c.stadium_id = s.stadium_id "
+            "GROUP BY s.stadium_id",
+            False,
+        ),
+        (JOINED, f"{JOINED} LIMIT 2", False),
+        (JOINED, JOINED.replace(",  count(*)", ""), False),  # a column too few
+        (ORDERED, "SELECT age a, name n, country c FROM singer ORDER BY -age", True),
+        (ORDERED, ORDERED.replace(" DESC", ""), False),
+        (ORDERED, ORDERED.replace(" ORDER BY age DESC", ""), False),
+        (ORDERED, f"{ORDERED} LIMIT 5", False),
+        (OLDER, "SELECT country FROM singer WHERE NOT age <= 20 ORDER BY 1 DESC", True),
+        (OLDER, OLDER.replace("20", "41"), False),
+        (
+            YEARS,
+            "SELECT sum(n) FROM (SELECT count(*) n FROM concert WHERE Year IN ('2014', '2015') GROUP BY Year)",
+            True,
+        ),
+        (YEARS, YEARS.replace("2015", "2013"), False),
+        (YEARS, "SELECT '6'", False),  # the right number, as text
+    ],
+)
+def test_rewrites_and_mistakes_by_hand(published: list[spider.Example], gold: str, predicted: str, right: bool):
+    example = next(example for example in published if example.meta["query"] == gold)
+    assert score(example, predicted) is right
 
 
 @real
