@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from . import __version__
+from .cli_compare import compare
 from .cli_measure import bench, params
 from .cli_options import (
     AsJson,
@@ -129,10 +130,25 @@ app.command()(train)
 
 @app.command()
 def evaluate(
-    model: Model,
-    data: Annotated[str, typer.Option("--data", "-d", help="A task, or a task and its files (gsm8k:DIR).")],
+    data: Annotated[str, typer.Option("--data", "-d", "--task", help="A task, or a task and its files (gsm8k:DIR).")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A saved adapter; none: the model as it is.")] = None,
     on_top_of: OnTopOf = None,
+    generations: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel="Without a model",
+            help="JSON lines with index or task_id, and completion: score these. Several of an example give pass@k.",
+        ),
+    ] = None,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            rich_help_panel="Without a model",
+            help="Examples without a completion count as wrong; else they are an error.",
+        ),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep run.json and every example's result here.")
     ] = None,
@@ -143,22 +159,33 @@ def evaluate(
     quantize: Quantize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model, or a model with an adapter, on a task's test split."""
-    from .run import run_evaluation
+    """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split.
 
-    record, _ = run_evaluation(
-        model,
-        data,
-        output,
-        adapter=adapter,
-        on_top_of=on_top_of or (),
-        limit=limit,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
-        progress=True,
-    )
+    humaneval runs Python that the model wrote, as far apart from all else as the system allows: docs/evaluation.md.
+    """
+    from .run import run_evaluation, run_generations
+
+    if (model is None) == (generations is None) or (generations is not None and (adapter or on_top_of)):
+        raise HotLoraError("Give --model (and an adapter), which answers, or --generations, which holds the answers.")
+    if model is None:
+        assert generations is not None
+        record, _ = run_generations(
+            data, generations, output, allow_missing=allow_missing, limit=limit, progress=not as_json
+        )
+    else:
+        record, _ = run_evaluation(
+            model,
+            data,
+            output,
+            adapter=adapter,
+            on_top_of=on_top_of or (),
+            limit=limit,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            progress=True,
+        )
     if as_json:
         print(json.dumps(record["evaluation"]))
     else:
@@ -257,6 +284,7 @@ def report(
     out.print(f"page: {page}", soft_wrap=True)
 
 
+app.command()(compare)
 app.command()(params)
 app.command()(bench)
 

@@ -1,4 +1,4 @@
-"""What MoE-Sieve (section 3, appendix A) published of OLMoE, Qwen and DeepSeek. Numbers lost in its text are left out.
+"""What MoE-Sieve (sections 3 and 7, appendices A and B) published. Numbers lost in its text are left out.
 
 Shares are fractions of 1. Names of models and data sets are the paper's; the data sets are spelled as our tasks.
 """
@@ -71,3 +71,32 @@ OLMOE_SPIDER: dict[str, list[float]] = {
 HELLORA_OVERLAP = {"same": 11, "layers": 16, "experts_per_layer": 8}
 """HELLoRA section 4.1, figure 3: on OLMoE a 10% warm-up finds the real eight hot experts in 11 of 16 layers, and all
 but one of them in the other five"""
+
+SEEDS = 8
+"""section 5.1: of every condition of MoE-Sieve; its tables of LoRA on 25% of the experts against all follow"""
+
+# Table 8 (appendix B): absolute paired mean difference in points, TOST p by bound in points, p of the paired t test.
+# The text keeps neither signs nor "<": .001 is "less than .001". The intervals are those that its sentences repeat
+# (section 5.2, appendix B), with Qwen's on Spider mirrored as its difference is.
+EQUIVALENCE: dict[tuple[str, str], dict[str, Any]] = {
+    ("OLMoE-1B-7B", "gsm8k"): {"difference": 0.08, "tost": {1: 0.003, 2: 0.001, 3: 0.001}, "t_test": 0.753},
+    ("OLMoE-1B-7B", "hellaswag"): {"difference": 0.17, "tost": {1: 0.001, 2: 0.001, 3: 0.001}, "t_test": 0.243},
+    ("OLMoE-1B-7B", "spider"): {
+        "difference": 0.30, "tost": {1: 0.251, 2: 0.065, 3: 0.015}, "t_test": 0.771, "interval": (-2.04, 2.64),
+    },
+    ("Qwen1.5-MoE-A2.7B", "gsm8k"): {"difference": 0.20, "tost": {1: 0.006, 2: 0.001, 3: 0.001}, "t_test": 0.425},
+    ("Qwen1.5-MoE-A2.7B", "hellaswag"): {"difference": 0.73, "tost": {1: 0.001, 2: 0.001, 3: 0.001}, "t_test": 0.001},
+    ("Qwen1.5-MoE-A2.7B", "spider"): {
+        "difference": 0.93, "tost": {1: 0.429, 2: 0.016, 3: 0.001}, "t_test": 0.055, "interval": (-0.03, 1.88),
+    },
+}  # fmt: skip
+
+# Table 6 (section 7.1): standard deviation over seeds of all experts and of 25%, as shares, and the ratio as printed.
+SEED_SD: dict[tuple[str, str], tuple[float, float, float]] = {
+    ("OLMoE-1B-7B", "spider"): (0.026, 0.015, 0.57),
+    ("OLMoE-1B-7B", "gsm8k"): (0.011, 0.006, 0.58),
+    ("OLMoE-1B-7B", "hellaswag"): (0.005, 0.008, 1.68),
+    ("Qwen1.5-MoE-A2.7B", "spider"): (0.014, 0.005, 0.36),
+    ("Qwen1.5-MoE-A2.7B", "gsm8k"): (0.011, 0.007, 0.59),
+    ("Qwen1.5-MoE-A2.7B", "hellaswag"): (0.002, 0.001, 0.67),
+}

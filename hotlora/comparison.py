@@ -1,0 +1,349 @@
+"""A sweep's run records -> each condition against a reference, paired by seed. Loads no model.
+
+What differs, what is equivalent, and what the seeds cannot tell; `docs/statistics.md` explains each number.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import DataError
+from .records import Record, find_records
+from .stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
+
+METRICS = ("score", "test_loss")
+MARGINS = (1.0, 2.0, 3.0)
+"""points of a score; a loss has no such convention"""
+ALPHA = 0.05
+
+# Sweep, model, and the task or, for a loss, the held-out data.
+_Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Against:
+    """A condition against the reference, over the seeds that both have.
+
+    Attributes:
+        seeds: the pairs.
+        test: of condition minus reference, in points of a score or in the loss's unit.
+        p_holm, tost_holm: `test.p` and `test.tost` corrected over the table's conditions; None without correction.
+        sd_ratio: the condition's standard deviation over seeds by the reference's.
+        verdict: what the p values say at 0.05, the corrected ones where there are any.
+    """
+
+    reference: str
+    seeds: tuple[int, ...]
+    test: PairedTest
+    sd_ratio: SdRatio
+    p_holm: float | None = None
+    tost_holm: Mapping[float, float | None] | None = None
+    verdict: str = ""
+
+    @property
+    def p(self) -> float | None:
+        return self.test.p if self.tost_holm is None else self.p_holm
+
+    @property
+    def tost(self) -> Mapping[float, float | None]:
+        return self.test.tost if self.tost_holm is None else self.tost_holm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition.
+
+    Attributes:
+        values: seed -> points of the score, or the loss. A model that is scored as it is has one, and no seed: None.
+        trainable_percent, tokens_per_second: means over the seeds.
+        against: None for the reference itself, and where it or a common seed is missing.
+    """
+
+    condition: str
+    values: Mapping[int | None, float]
+    summary: MeanSd
+    trainable_percent: float | None
+    tokens_per_second: float | None
+    against: Against | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One sweep on one task and model."""
+
+    sweep: str
+    model: str
+    task: str
+    measure: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    """missing seeds, conditions without a partner, scores that are not of the same examples"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    reference: str
+    metric: str
+    margins: tuple[float, ...]
+    holm: bool
+    tables: tuple[Table, ...]
+    left_out: tuple[str, ...]
+    """runs that failed or did not end, and records that are no sweep's, in words"""
+
+
+def compare_runs(
+    runs: str | os.PathLike[str] | Mapping[Path, Record],
+    reference: str = "all",
+    *,
+    metric: str = "score",
+    margins: Sequence[float] | None = None,
+    holm: bool = False,
+) -> Comparison:
+    """Every condition of the sweeps in a folder against one of them, by task.
+
+    Args:
+        runs: a folder with runs in it and below, or what `find_records` returns.
+        reference: a condition's name. For conditions inside a folder, such as gsm8k/hot, the one of that name beside
+            them, gsm8k/all, comes first.
+        metric: "score" (points, 100 times the accuracy) or "test_loss" (held-out response loss, nats a token).
+        margins: bounds of equivalence, in the metric's unit. None: 1, 2 and 3 points for a score, none for a loss.
+        holm: correct p values over the conditions of a table.
+
+    Raises:
+        DataError: no run of a sweep that is done and has the metric, no such reference, or a condition with one seed
+            twice. FileError: a broken record, or no such folder.
+    """
+    if metric not in METRICS:
+        raise DataError(f"the metric {metric!r} does not exist: there are {' and '.join(METRICS)}.")
+    bounds = (MARGINS if metric == "score" else ()) if margins is None else tuple(sorted(set(margins)))
+    records = runs if isinstance(runs, Mapping) else find_records(runs)
+    groups: dict[_Key, dict[str, dict[int | None, Record]]] = {}
+    folders: dict[tuple[_Key, str, int | None], Path] = {}
+    left_out: list[str] = []
+    lacking: dict[tuple[str, str, int], str] = {}
+    for folder, record in records.items():
+        sweep = record.get("sweep")
+        if not sweep:
+            if not any(parent in records for parent in folder.parents):  # else a run's warm-up, or another stage
+                left_out.append(_outside(folder, record))
+            continue
+        condition, seed = sweep["condition"], record["seed"]
+        if record["status"] != "done":
+            error = " ".join((record.get("error") or "no error kept").split())
+            state = f"failed: {error}" if record["status"] == "failed" else "not ended"
+            left_out.append(f"{condition}, seed {seed} ({folder}): {state}")
+            lacking[sweep["name"], condition, seed] = state
+            continue
+        place = seed if record.get("training") else None
+        for task in _tasks(record, metric):
+            key = (sweep["name"], record["model"]["name"], task)
+            if (twin := folders.setdefault((key, condition, place), folder)) != folder:
+                raise DataError(
+                    f"{twin} and {folder} are both {condition} of the sweep {sweep['name']} with the seed {seed}: "
+                    "compare a folder that holds one of them."
+                )
+            groups.setdefault(key, {}).setdefault(condition, {})[place] = record
+    if not groups:
+        told = "; ".join(left_out[:3])
+        raise DataError(
+            f"no run of a sweep here is done and has a {metric.replace('_', ' ')}"
+            f"{f' ({told})' if told else ''}: `hotlora sweep` makes such runs."
+        )
+    names = {name for conditions in groups.values() for name in conditions}
+    if not any(_reference_of(name, reference, names) for name in names):
+        raise DataError(f"no condition is called {reference!r}: there are {', '.join(sorted(names))}.")
+    tables = tuple(
+        _table(key, groups[key], reference, metric, bounds, holm, lacking) for key in sorted(groups, key=_in_order)
+    )
+    return Comparison(reference, metric, bounds, holm, tables, tuple(left_out))
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Plain values for JSON: seeds and bounds as text, None where there is no number."""
+    return _plain(comparison)
+
+
+def _table(
+    key: _Key,
+    conditions: Mapping[str, Mapping[int | None, Record]],
+    reference: str,
+    metric: str,
+    bounds: Sequence[float],
+    corrected: bool,
+    lacking: Mapping[tuple[str, str, int], str],
+) -> Table:
+    sweep, model, task = key
+    values = {
+        name: {seed: _value(record, task, metric) for seed, record in by_seed.items()}
+        for name, by_seed in conditions.items()
+    }
+    notes = [*_missing_seeds(sweep, values, lacking), *_other_examples(conditions, task, metric)]
+    rows = []
+    for name, by_seed in conditions.items():
+        partner = _reference_of(name, reference, conditions)
+        against = None
+        if partner is None:
+            notes.append(f"{name}: no done run of {reference} to compare it with.")
+        elif partner != name:
+            against = _against(partner, values[name], values[partner], bounds)
+            if against is None:
+                notes.append(f"{name}: no seed in common with {partner}.")
+            elif against.test.reason:
+                notes.append(f"{name} against {partner}: {against.test.reason}.")
+        own = list(by_seed.values())
+        rows.append(
+            Row(
+                name, values[name], mean_sd(list(values[name].values())),
+                _mean([(record.get("parameters") or {}).get("percent") for record in own]),
+                _mean([(record.get("training") or {}).get("tokens_per_second") for record in own]),
+                against,
+            )
+        )  # fmt: skip
+    if corrected:
+        rows = _correct(rows, bounds)
+    unit = " points" if metric == "score" else ""
+    rows = [
+        dataclasses.replace(row, against=dataclasses.replace(row.against, verdict=verdict(row.against, unit)))
+        if row.against
+        else row
+        for row in rows
+    ]
+    rows.sort(key=lambda row: _place(row, reference))
+    return Table(sweep, model, task, _measure(conditions, task, metric), tuple(rows), tuple(notes))
+
+
+def verdict(against: Against, unit: str) -> str:
+    """What the p values say at 0.05: a small difference can be both certain and within a bound."""
+    said = []
+    if against.p is not None and against.p < ALPHA:
+        said.append("differs")
+    # A larger bound's p is never higher: the smallest that passes stands for those above it.
+    if within := [bound for bound, p in sorted(against.tost.items()) if p is not None and p < ALPHA]:
+        said.append(f"equivalent within {within[0]:g}{unit[:-1] if within[0] == 1 else unit}")
+    return ", but ".join(said) or "cannot tell"
+
+
+def _against(
+    reference: str, ours: Mapping[int | None, float], theirs: Mapping[int | None, float], bounds: Sequence[float]
+) -> Against | None:
+    """None without a common seed. A model as it is has the same value at every seed."""
+    seeds = sorted(seed for seed in {*ours, *theirs} if seed is not None and _all_have(seed, ours, theirs))
+    pairs: list[int | None] = [*seeds] or ([None] if None in ours and None in theirs else [])
+    if not pairs:
+        return None
+    a, b = ([side[seed if seed in side else None] for seed in pairs] for side in (ours, theirs))
+    test = paired_test(a, b, bounds=bounds)
+    return Against(
+        reference, tuple(seeds), test, sd_ratio(mean_sd(list(ours.values())), mean_sd(list(theirs.values())))
+    )
+
+
+def _all_have(seed: int, *sides: Mapping[int | None, float]) -> bool:
+    return all(seed in side or None in side for side in sides)
+
+
+def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
+    """Holm over the table's conditions: of the t tests, and of the TOSTs of each bound."""
+    found = [(i, row.against) for i, row in enumerate(rows) if row.against]
+    p_values = holm([against.test.p for _, against in found])
+    by_bound = {bound: holm([against.test.tost[bound] for _, against in found]) for bound in bounds}
+    corrected = list(rows)
+    for place, (i, against) in enumerate(found):
+        tost = {bound: by_bound[bound][place] for bound in bounds}
+        changed = dataclasses.replace(against, p_holm=p_values[place], tost_holm=tost)
+        corrected[i] = dataclasses.replace(rows[i], against=changed)
+    return corrected
+
+
+def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping[str, Any] | set[str]) -> str | None:
+    beside = str(PurePosixPath(condition).parent / reference)
+    return beside if beside in names else reference if reference in names else None
+
+
+def _tasks(record: Record, metric: str) -> list[str]:
+    if metric == "score":
+        return list(record.get("evaluation") or {})
+    if (record.get("training") or {}).get("test_loss") is None:
+        return []
+    return [(record.get("config") or {}).get("test_data") or record["data"]["name"]]
+
+
+def _value(record: Record, task: str, metric: str) -> float:
+    if metric == "score":
+        return 100 * float(record["evaluation"][task]["accuracy"])
+    return float(record["training"]["test_loss"])
+
+
+def _measure(conditions: Mapping[str, Mapping[int | None, Record]], task: str, metric: str) -> str:
+    if metric == "test_loss":
+        return "held-out loss"
+    names = [record["evaluation"][task]["metric"] for runs in conditions.values() for record in runs.values()]
+    return " and ".join(dict.fromkeys(name.replace("_", " ") for name in names)) + ", %"
+
+
+def _missing_seeds(
+    sweep: str, values: Mapping[str, Mapping[int | None, float]], lacking: Mapping[tuple[str, str, int], str]
+) -> list[str]:
+    seeds = {seed for by_seed in values.values() for seed in by_seed if seed is not None}
+    return [
+        f"{name}: seed {seed} is missing ({lacking.get((sweep, name, seed), 'no such run with this metric')})."
+        for name, by_seed in values.items()
+        if None not in by_seed
+        for seed in sorted(seeds - {*by_seed})
+    ]
+
+
+def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task: str, metric: str) -> list[str]:
+    """Says so where runs were not measured on the same examples, in the same way."""
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for name, runs in conditions.items():
+        for record in runs.values():
+            result = record["evaluation"][task] if metric == "score" else {}
+            examples = (record.get("config") or {}).get("test_hash")
+            kind = (result.get("metric"), result.get("n"), examples)
+            kinds.setdefault(kind, []).append(name)
+    if len(kinds) == 1:
+        return []
+    told = "; ".join(
+        f"{', '.join(dict.fromkeys(names))}" + (f" on {n} examples by {kind}" if n is not None else "")
+        for (kind, n, _), names in kinds.items()
+    )
+    return [f"These were not measured on the same examples by the same measure, so they are not paired: {told}."]
+
+
+def _outside(folder: Path, record: Record) -> str:
+    why = "still running" if record["status"] == "running" else "not of a sweep"
+    return f"{record['name']}, seed {record['seed']} ({folder}): left out, {why}"
+
+
+def _place(row: Row, reference: str) -> tuple[str, int, str]:
+    """In each folder of conditions first what was not trained, then the reference."""
+    path = PurePosixPath(row.condition)
+    return str(path.parent), 0 if None in row.values else 1 if path.name == reference else 2, row.condition
+
+
+def _in_order(key: _Key) -> tuple[str, str, str]:
+    sweep, model, task = key
+    return sweep, task, model
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return list(value)
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {_name(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _name(key: Any) -> str:
+    return "none" if key is None else f"{key:g}" if isinstance(key, float) else str(key)

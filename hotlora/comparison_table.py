@@ -1,0 +1,181 @@
+"""A comparison as tables: for the terminal, as CSV, Markdown and LaTeX (booktabs). The words are the same in each."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .comparison import Comparison, Row, Table
+from .stats import Interval
+
+NONE = "–"
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": "$<$", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "δ": r"$\delta$",
+}  # fmt: skip
+
+
+def terminal_tables(comparison: Comparison) -> Group:
+    """Two tables for each task, in 80 columns: the conditions, and each against the reference."""
+    parts: list[Any] = []
+    for table in comparison.tables:
+        rows = [cells(row, comparison) for row in table.rows]
+        columns = _columns(comparison)
+        own, against = columns[:6], [columns[0], *columns[6:]]
+        parts.append(Text(f"{_title(table)}: {table.measure}", style="bold"))
+        parts.append(_rich(own, ([row[name] for name in own] for row in rows)))
+        parts.append(_rich(against, ([r[name] for name in against] for r in rows if r["reference"] != NONE)))
+        parts += [Text(f"! {note}", style="yellow") for note in table.notes]
+    parts += [Text(f"! {told}", style="red") for told in comparison.left_out]
+    return Group(*parts)
+
+
+def markdown(comparison: Comparison) -> str:
+    """A heading and one table for each task, then what is missing."""
+    lines: list[str] = []
+    columns = _columns(comparison)
+    for table in comparison.tables:
+        lines += [f"### {_title(table)}: {table.measure}", "", _line(columns)]
+        lines.append(_line(["---", *("---:" for _ in columns[1:-1]), "---"]))
+        lines += [_line(_picked(row, columns, comparison)) for row in table.rows]
+        lines += ["", *map(_item, table.notes), *([""] if table.notes else [])]
+    if comparison.left_out:
+        lines += ["Left out:", "", *map(_item, comparison.left_out), ""]
+    return "\n".join(lines)
+
+
+def latex(comparison: Comparison) -> str:
+    """One `tabular` for each task, for \\usepackage{booktabs}; notes are comments above it."""
+    columns = _columns(comparison)
+    lines: list[str] = []
+    for table in comparison.tables:
+        lines += [f"% {text}" for text in (f"{_title(table)}: {table.measure}", *table.notes)]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 2)}l}}", r"\toprule", _latex_line(columns), r"\midrule"]
+        lines += [_latex_line(_picked(row, columns, comparison)) for row in table.rows]
+        lines += [r"\bottomrule", r"\end{tabular}", ""]
+    lines += [f"% left out: {told}" for told in comparison.left_out]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line a condition and task, with the numbers as they are; what is None is empty."""
+    rows = [_numbers(table, row, comparison) for table in comparison.tables for row in table.rows]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def cells(row: Row, comparison: Comparison) -> dict[str, str]:
+    """Column -> text; "–" where there is no number."""
+    digits = 2 if comparison.metric == "score" else 4
+    columns = _columns(comparison)
+    found = dict.fromkeys(columns, NONE) | {"reference": NONE}
+    found["condition"] = row.condition
+    found["seeds"] = NONE if None in row.values else str(len(row.values))
+    spread = "" if row.summary.sd is None else f" ± {row.summary.sd:.{digits}f}"
+    found["mean ± sd"] = f"{row.summary.mean:.{digits}f}{spread}"
+    if row.trainable_percent is not None:
+        found["trained, %"] = f"{row.trainable_percent:.{1 if row.trainable_percent >= 10 else 2}f}"
+    if row.tokens_per_second is not None:
+        found["tokens/s"] = f"{row.tokens_per_second:,.0f}"
+    if (against := row.against) is None:
+        return found
+    found["reference"] = against.reference
+    found["Δ"] = _signed(against.test.mean, digits)
+    found["95% interval"] = _range(against.test.interval, digits)
+    p, *tosts = columns[8:-1]
+    found[p] = _p(against.p)
+    for name, bound in zip(tosts, comparison.margins, strict=True):
+        found[name] = _p(against.tost[bound])
+    if against.sd_ratio.ratio is not None:
+        found["sd ratio"] = f"{against.sd_ratio.ratio:.2f}"
+    found["verdict"] = against.verdict
+    return found
+
+
+def _columns(comparison: Comparison) -> list[str]:
+    mark = " (Holm)" if comparison.holm else ""
+    tosts = [f"TOST {bound:g}" for bound in comparison.margins]
+    own = ["condition", "seeds", "mean ± sd", "sd ratio", "trained, %", "tokens/s"]
+    return [*own, "Δ", "95% interval", f"p{mark}", *(f"{name}{mark}" for name in tosts), "verdict"]
+
+
+def _picked(row: Row, columns: list[str], comparison: Comparison) -> list[str]:
+    found = cells(row, comparison)
+    return [found[name] for name in columns]
+
+
+def _numbers(table: Table, row: Row, comparison: Comparison) -> dict[str, Any]:
+    against = row.against
+    test, ratio = (against.test, against.sd_ratio) if against else (None, None)
+    found: dict[str, Any] = {
+        "sweep": table.sweep, "model": table.model, "task": table.task, "metric": comparison.metric,
+        "condition": row.condition, "n": len(row.values), "mean": row.summary.mean, "sd": row.summary.sd,
+        "trainable_percent": row.trainable_percent, "tokens_per_second": row.tokens_per_second,
+        "reference": against.reference if against else None, "pairs": test.n if test else None,
+        "difference": test.mean if test else None, "difference_sd": test.sd if test else None,
+        **_ends("ci95", test.interval if test else None), **_ends("ci90", test.interval90 if test else None),
+        "p": test.p if test else None, "p_holm": against.p_holm if against else None,
+    }  # fmt: skip
+    for bound in comparison.margins:
+        found[f"tost_{bound:g}"] = test.tost[bound] if test else None
+        found[f"tost_{bound:g}_holm"] = (against.tost_holm or {}).get(bound) if against else None
+    found |= {"sd_ratio": ratio.ratio if ratio else None, **_ends("sd_ratio", ratio.interval if ratio else None)}
+    return found | {"verdict": against.verdict if against else None, "reason": test.reason if test else None}
+
+
+def _ends(name: str, interval: Interval | None) -> Mapping[str, float | None]:
+    low, high = interval or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def _title(table: Table) -> str:
+    return f"{table.sweep}, {table.task}, {table.model}"
+
+
+def _rich(columns: list[str], rows: Iterable[list[str]]) -> RichTable:
+    table = RichTable(box=SIMPLE_HEAD, padding=0)
+    for name in columns:
+        if name in ("condition", "verdict"):
+            table.add_column(name, min_width=10, overflow="fold")
+        else:
+            header = name.replace("TOST ", "TOST\n").replace(" (", "\n(")
+            table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _line(row: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+def _item(text: str) -> str:
+    return "- " + text.replace("<", "\\<")
+
+
+def _latex_line(row: list[str]) -> str:
+    return " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no minus before zero
+
+
+def _range(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return NONE
+    return "[" + ", ".join(_signed(end, digits).removeprefix("+") for end in interval) + "]"
+
+
+def _p(p: float | None) -> str:
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
