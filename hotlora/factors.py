@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import HotLoraError
+
 
 class SeededFactor(nn.Module):
     """A factor that does not train and is not saved: its seed and its name give it back."""
@@ -49,7 +51,7 @@ class SparseFactor(nn.Module):
 
     def __init__(self, shape: torch.Size | tuple[int, ...], num_kept: int, device: torch.device) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self._is_checked = tuple(shape), False
         self.values = nn.Parameter(torch.zeros(1, num_kept, device=device))
         bits = torch.zeros(1, -(-math.prod(self.shape) // 8), dtype=torch.uint8, device=device)
         self.register_buffer("kept", bits)
@@ -59,7 +61,16 @@ class SparseFactor(nn.Module):
         """The whole factor, made anew; gradients reach the kept entries alone.
 
         Low-rank products take it dense: a tenth of the entries, scattered, is too many for a sparse product to pay.
+
+        HotLoraError: where the entries stand was not loaded with the values.
         """
+        if not self._is_checked and self.kept.device.type != "meta":  # once, for the device is waited for
+            if int(unpack(self.kept, self.shape).sum()) != self.values.shape[1]:
+                raise HotLoraError(
+                    "a sparse factor was loaded without its mask, as transformers' own load_adapter does: use "
+                    "hotlora.load_adapter or peft.PeftModel.from_pretrained."
+                )
+            self._is_checked = True
         dense: Tensor = _Scatter.apply(self.values, self.kept, self.shape)
         return dense
 

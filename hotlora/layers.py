@@ -430,7 +430,8 @@ class HotLoraExperts(HotExperts):
         parts, scaling = A_gate_up.shape[1] // A_down.shape[1], self._scaling(adapter, group)
         ups, downs = [], []
         for n, expert in enumerate(group.ids):
-            up, down = (_at_least_float32(weight[0]) for weight in self._base_weights([expert]))
+            # On the factors' device: they have no values yet where a saved adapter is about to be loaded.
+            up, down = (_at_least_float32(weight[0]).to(A_down.device) for weight in self._base_weights([expert]))
             As, Bs = A_gate_up[n].to(up.dtype).chunk(parts), B_gate_up[n].to(up.dtype).chunk(parts)
             update = torch.cat([B @ A for B, A in zip(Bs, As, strict=True)])
             ups.append(torch.linalg.vector_norm(up.add_(update, alpha=scaling), dim=1))
@@ -546,8 +547,8 @@ class HotLoraWeights(MergeableLayer):
     def _norms(self, adapter: str, name: str) -> Tensor:
         """Of the rows of W + scaling * B @ A; DoRA's norm carries no gradient (its section 4.3)."""
         low_rank = self._low_rank(adapter, name)
-        weight = self.get_base_layer().get_parameter(self._weights[name])
-        return torch.linalg.vector_norm(weight.to(low_rank.dtype) + low_rank, dim=-1)
+        weight = self.get_base_layer().get_parameter(self._weights[name]).to(low_rank.device, low_rank.dtype)
+        return torch.linalg.vector_norm(weight + low_rank, dim=-1)
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
         for name, (weight, rows) in zip(self._weights, self._merged_into(adapter), strict=True):

@@ -50,7 +50,9 @@ def same_after_saving(model, folder, make_base):
     model.save_pretrained(folder)
     expected = logits(model)
     assert torch.equal(logits(load_adapter(make_base(), folder)), expected)
-    assert torch.equal(logits(PeftModel.from_pretrained(make_base(), folder).eval()), expected)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(make_base(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert torch.equal(logits(loaded.eval()), expected)
 
 
 def merges_and_comes_out_again(model):
@@ -334,6 +336,10 @@ def test_sparse_training_is_masked_dense_training_bit_for_bit(ranks, tmp_path):
     assert not torch.equal(logits(sparse), logits(tiny_model()))
     same_after_saving(sparse, tmp_path / "adapter", tiny_model)
     merges_and_comes_out_again(sparse)
+    by_transformers = tiny_model()
+    by_transformers.load_adapter(str(tmp_path / "adapter"))
+    with pytest.raises(HotLoraError, match="loaded without its mask"):
+        logits(by_transformers)
 
 
 def state_bytes(model, optimizer):
