@@ -53,6 +53,7 @@ class Layer:
         config = AutoConfig.for_model(
             "olmoe", vocab_size=64, hidden_size=sizes.hidden, intermediate_size=sizes.expert_width, num_hidden_layers=1,
             num_attention_heads=8, num_experts=sizes.experts, num_experts_per_tok=sizes.top_k, pad_token_id=0,
+            eos_token_id=1,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.experts = model.model.layers[0].mlp.experts.to(device).requires_grad_(False)

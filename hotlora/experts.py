@@ -16,7 +16,7 @@ of activations, never of weights, so nothing of the size of an expert is formed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ def plain_routed_experts(
     ends_E = torch.searchsorted(expert_S, local_E, right=True, out_int32=True)
     elsewhere_S1 = (expert_S >= experts.num_experts).unsqueeze(1) if _may_be_elsewhere(experts) else None
     rows = _Rows(expert_S, Groups(ends_E, elsewhere_S1))
-    count_is_free = expert_S.device.type == "cpu"
+    count_is_free = expert_S.device.type == "cpu" and not torch.compiler.is_compiling()
     hots = [
         _HotRows(*hot_rows(expert_S, ends_E, f.expert_ids_N, count_is_free), f)
         for f in factors
@@ -178,6 +178,8 @@ def up_projection(experts: Any) -> str:
 
 def grouped_linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:
     """`y[s] = weight[group of s] @ x[s]`, `[S, O]`; past the last group zero, here and in x's grad."""
+    if torch.compiler.is_compiling():  # `grouped` has the operation
+        return cast(Tensor, torch.ops.hotlora.grouped_linear(x_SI, weight_GOI, groups.ends_G))
     if groups.tail_S1 is not None:
         x_SI = x_SI.masked_fill(groups.tail_S1, 0)
     if _grouped_mm_takes(x_SI, weight_GOI):

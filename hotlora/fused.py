@@ -40,8 +40,9 @@ def routed_experts(
     return output
 
 
-# The frozen base on the same code path: `model.set_experts_implementation("hotlora")`.
-ALL_EXPERTS_FUNCTIONS.register("hotlora", routed_experts)
+IMPLEMENTATION = "hotlora"
+"""The frozen base on the same code path: `model.set_experts_implementation("hotlora")`."""
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_experts)
 
 
 def _is_fusable(experts: Any) -> bool:

@@ -25,7 +25,7 @@ from .experts import Groups, HotFactors, grouped_linear, grouped_outer, hot_rows
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
 # products (pytorch#161407, pytorch#194227). There torch's is taken until ours is measured beside it:
-# `python -m hotlora.kernels.bench`.
+# `python benchmarks/time_kernels.py`.
 _TORCH_HAS_A_KERNEL = (9, 10)
 
 
@@ -73,6 +73,7 @@ class Hot:
     def __init__(self, factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> None:
         self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
         self.scaling, self.p, self.dtype = factors.scaling, factors.dropout, dtype
+        self.trains_A = tensors[0].requires_grad
         self.rows_H, self.groups = hot_rows(rows.expert_S, rows.ends_E, factors.expert_ids_N, count_is_free=False)
 
     def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor, seed: int) -> None:
@@ -91,16 +92,16 @@ class Hot:
 
     def down_backward(
         self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B; adds the input's, not yet times the routing weights, to `u`, and the routing weights'
-        to `dweight`: <g, B A h> is <B^T g, A h>."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradients of A, where it trains, and B; adds the input's, not yet times the routing weights, to `u`, and the
+        routing weights' to `dweight`: <g, B A h> is <B^T g, A h>."""
         act_HF, g_HD = _dropped(self._pick(act_SF), self.p, seed), self._pick(grad_SD)
         weight_H1 = weight_S1.index_select(0, self.rows_H)
         g_HR = _linear(g_HD, self.B_down.transpose(1, 2), self.groups) * self.scaling
         z_HR = _linear(act_HF, self.A_down, self.groups)
         wide = dweight_S.dtype
         dweight_S.index_add_(0, self.rows_H, torch.linalg.vecdot(g_HR.to(wide), z_HR.to(wide)))
-        dA = _outer((g_HR * weight_H1).to(self.dtype), act_HF, self.groups)
+        dA = _outer((g_HR * weight_H1).to(self.dtype), act_HF, self.groups) if self.trains_A else None
         dB = _outer(g_HD, (z_HR * (weight_H1 * self.scaling)).to(self.dtype), self.groups)
         du_HF = _dropped(_linear(g_HR, self.A_down.transpose(1, 2), self.groups), self.p, seed)
         u_SF.index_add_(0, self.rows_H, du_HF.to(u_SF.dtype))
@@ -108,8 +109,8 @@ class Hot:
 
     def up_backward(
         self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor, token_S: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B; adds the input's to `dx`."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """Gradients of A, where it trains, and B; adds the input's to `dx`."""
         token_H = token_S.index_select(0, self.rows_H)
         x_HD = _dropped(hidden_TD.index_select(0, token_H).to(self.dtype), self.p, seed)
         z_HPR = _linear(x_HD, self.A_up, self.groups) * self.scaling
@@ -119,7 +120,7 @@ class Hot:
         pairs = zip(parts, self._split(self.B_up), strict=True)
         g_parts = [_linear(part, B.transpose(1, 2), self.groups) for part, B in pairs]
         g_HPR = torch.cat(g_parts, dim=1) * self.scaling
-        dA = _outer(g_HPR, x_HD, self.groups)
+        dA = _outer(g_HPR, x_HD, self.groups) if self.trains_A else None
         dx_HD = _dropped(_linear(g_HPR, self.A_up.transpose(1, 2), self.groups), self.p, seed)
         dx_SD.index_add_(0, self.rows_H, dx_HD.to(dx_SD.dtype))
         return dA, dB
@@ -139,6 +140,7 @@ class SlotHot:
     def __init__(self, factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> None:
         self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
         self.scaling, self.p, self.dtype = factors.scaling, factors.dropout, dtype
+        self.trains_A = tensors[0].requires_grad
         self.ends_E, self.expert_ids_N = rows.ends_E, factors.expert_ids_N
         ids_N = factors.expert_ids_N
         slot_N = torch.arange(len(ids_N), dtype=torch.int32, device=ids_N.device)
@@ -158,21 +160,21 @@ class SlotHot:
 
     def down_backward(
         self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """As `Hot.down_backward`."""
         act_SF, grad_SD = _dropped(act_SF.to(self.dtype), self.p, seed), grad_SD.to(self.dtype)
         g_SR = self._product(grad_SD, self.B_down.transpose(1, 2), scaling=self.scaling)
         z_SR = self._product(act_SF, self.A_down)
         wide = dweight_S.dtype
         dweight_S += torch.linalg.vecdot(g_SR.to(wide), z_SR.to(wide))
-        dA = self._outer((g_SR * weight_S1).to(self.dtype), act_SF)
+        dA = self._outer((g_SR * weight_S1).to(self.dtype), act_SF) if self.trains_A else None
         dB = self._outer(grad_SD, (z_SR * (weight_S1 * self.scaling)).to(self.dtype))
         self._add_dropped_product(u_SF, g_SR, self.A_down, seed)
         return dA, dB
 
     def up_backward(
         self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor, token_S: Tensor, seed: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """As `Hot.up_backward`."""
         x, row_S = hidden_TD.to(self.dtype), None if self.p else token_S
         if self.p:  # each row has a mask of its own
@@ -183,7 +185,7 @@ class SlotHot:
         pairs = zip(parts, self._split(self.B_up), strict=True)
         g_parts = [self._product(part, B.transpose(1, 2), scaling=self.scaling) for part, B in pairs]
         g_SPR = torch.cat(g_parts, dim=1)
-        dA = self._outer(g_SPR, x, row_S)
+        dA = self._outer(g_SPR, x, row_S) if self.trains_A else None
         self._add_dropped_product(dx_SD, g_SPR, self.A_up, seed)
         return dA, dB
 
@@ -220,7 +222,8 @@ def _outer(y_SO: Tensor, x_SI: Tensor, groups: Groups) -> Tensor:
     return grouped_outer(y_SO, x_SI, groups)
 
 
-# What torch.compile puts into its graph as one operation: it knows torch's grouped product in bfloat16 only.
+# What torch.compile puts into its graph as one operation: it knows torch's grouped product in bfloat16 only. The plain
+# path calls it by its name, and needs its gradient.
 @torch.library.custom_op("hotlora::grouped_linear", mutates_args=())
 def _opaque_linear(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     tail_S = torch.arange(x_SI.shape[0], device=x_SI.device) >= ends_G[-1]
@@ -235,6 +238,19 @@ def _(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
 @torch.library.custom_op("hotlora::grouped_outer", mutates_args=())
 def _opaque_outer(y_SO: Tensor, x_SI: Tensor, ends_G: Tensor) -> Tensor:
     return _outer(y_SO, x_SI, Groups(ends_G))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _opaque_linear_backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:
+    x_SI, weight_GOI, ends_G = ctx.saved_tensors
+    dx_SI = _opaque_linear(grad_SO, weight_GOI.transpose(1, 2), ends_G) if ctx.needs_input_grad[0] else None
+    return dx_SI, _opaque_outer(grad_SO, x_SI, ends_G) if ctx.needs_input_grad[1] else None, None
+
+
+_opaque_linear.register_autograd(_opaque_linear_backward, setup_context=_save)
 
 
 @_opaque_outer.register_fake

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import HotLoraError, ModelError
 from .experts import Groups, grouped_linear
+from .fused import IMPLEMENTATION
 from .models import moe_layers, unwrap
 
 _BLOCK = 64
@@ -331,7 +332,7 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _finish(model: PreTrainedModel) -> None:
-    model.set_experts_implementation("hotlora")
+    model.set_experts_implementation(IMPLEMENTATION)
     # On the instance: PeftModel's own save_pretrained, which saves the adapter, stays as it is.
     model.__dict__["save_pretrained"] = _refuse_to_save
 

@@ -18,11 +18,9 @@ from hotlora.models import moe_layers
 from hotlora.train import make_trainer
 
 PLAIN = {"use_reentrant": False}
-# topk; topk within groups; topk on biased scores and a fixed table; the largest, twice; topk with values in use.
-KINDS = ("mixtral", "deepseek_v3", "deepseek_v4", "phimoe", "gpt_oss")
 
 
-@pytest.mark.parametrize("family", [f if f in KINDS else pytest.param(f, marks=pytest.mark.slow) for f in families()])
+@pytest.mark.parametrize("family", families())
 def test_a_second_run_that_scores_otherwise_chooses_the_same_experts(family):
     """Every router's scores are turned round between the two runs: that flips every routing that is chosen again."""
     model = zoo_model(family).train()

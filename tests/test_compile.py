@@ -47,6 +47,22 @@ def test_the_layer_is_one_graph(layout, dtype):
     assert_same(ours, output_and_gradients(routed_experts, experts, *inputs, factors), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_is_the_plain_path(dtype):
+    """Of weights that train: their gradients too."""
+    experts, inputs = make_experts(dtype), make_inputs(dtype)
+    experts.down_proj.requires_grad_(True)
+    factors = make_factors([1, 3, 6], 8, dtype)
+    compiled = torch.compile(routed_experts, fullgraph=True, backend=BACKEND)
+    gradients = []
+    for function in (routed_experts, compiled):
+        output = function(experts, *inputs, [factors])
+        leaves = [experts.down_proj, inputs[0], inputs[2], factors.A_down, factors.B_gate_up]
+        gradients.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for expected, ours in zip(*gradients, strict=True):
+        assert relative(ours, expected) < 1e-6
+
+
 def test_two_adapters_and_dropout_draw_the_masks_that_they_draw_without():
     experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
     one, other = make_factors([1, 3, 6], 8, torch.float32), make_factors([3, 5], 4, torch.float32, seed=2)

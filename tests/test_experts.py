@@ -402,3 +402,19 @@ def test_on_a_gpu_without_a_host_sync(routed_experts):
         torch.cuda.set_sync_debug_mode("default")
     for name, value in zip(["output", "hidden", "weights", *FACTORS], [output, *gradients], strict=True):
         assert relative(value.cpu(), truth[name]) < 0.03, name
+
+
+@both
+def test_a_frozen_A_gets_no_gradient_and_changes_no_other(routed_experts):
+    experts, results = make_experts(), []
+    for trains_A in (True, False):
+        (hidden, index, weights), factors = make_inputs(), make_factors([1, 3, 6], 4)
+        frozen = {} if trains_A else {name: getattr(factors, name).detach() for name in ("A_gate_up", "A_down")}
+        factors = replace(factors, **frozen)
+        leaves = [hidden, weights, factors.B_gate_up, factors.B_down]
+        output = routed_experts(experts, hidden, index, weights, [factors])
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
+        results.append([output, *torch.autograd.grad(output, leaves, probe)])
+        assert factors.A_down.requires_grad is trains_A
+    for free, fixed in zip(*results, strict=True):
+        assert torch.equal(free, fixed)

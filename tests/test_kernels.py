@@ -1,8 +1,11 @@
 """Our Triton kernels against plain products: on a GPU where there is one, else on the CPU by Triton's interpreter."""
 
+import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -306,6 +309,22 @@ def test_a_compiled_layer_calls_our_kernels(monkeypatch):
     assert calls
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_nothing_waits(dtype):
+    """After a first run, in which block sizes are timed."""
+    experts, inputs = make_experts(dtype).to(DEVICE), list(map(on_device, make_inputs(dtype)))
+    factors = on_device(make_factors([1, 3, 6], 16, dtype))
+    leaves = [inputs[0], inputs[2], *(getattr(factors, name) for name in FACTORS)]
+    probe = randn(T, D, dtype=dtype)
+    torch.autograd.grad(layer(experts, *inputs, [factors]), leaves, probe)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(layer(experts, *inputs, [factors]), leaves, probe)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_no_tokens():
     experts, factors, empty = make_experts(torch.float32), make_factors([1], 8, torch.float32), torch.zeros(0, K)
     arguments = (torch.zeros(0, D, requires_grad=True), empty.long(), empty)
@@ -344,3 +363,33 @@ def test_which_products_are_ours(monkeypatch):
     monkeypatch.setenv("HOTLORA_KERNELS", "cuda")
     with pytest.raises(HotLoraError, match="'cuda': it must be torch or triton"):
         ours()
+
+
+def run_script(*command: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *command], cwd=Path(__file__).parent.parent, env=os.environ | environment, capture_output=True
+    )
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    return result.stdout.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_a_gpu(capability):
+    lines = run_script("tests/compiled_kernels.py", str(capability), TRITON_INTERPRET="0").splitlines()
+    kernels = [json.loads(line) for line in lines]
+    assert [k["kernel"] for k in kernels] == ["_linear_kernel", "_outer_kernel", "_low_rank_kernel", "_low_rank_kernel"]
+    for kernel in kernels:
+        assert kernel["tensor_cores"] and kernel["machine_code"], kernel
+        assert kernel["shared"] <= {80: 163, 90: 227}[capability] * 1024, kernel  # what a block may have
+
+
+@pytest.mark.slow
+def test_the_script_that_times_them_runs(tmp_path):
+    sizes = {"tokens": 24, "hidden": 64, "expert-width": 32, "experts": 4, "top-k": 2, "hot": 2, "r": 8}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    run_script("benchmarks/time_kernels.py", *options, "--dtype", "float32", "--output", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results) == 8
+    for name, result in results.items():
+        assert result["difference"] < 1e-5 and result["ours_ms"] > 0, name

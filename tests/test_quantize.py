@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import subprocess
 import sys
 from pathlib import Path
 
@@ -438,3 +439,14 @@ def test_experts_that_bitsandbytes_left_alone(loaded_in_4_bits, recwarn):
     model(**batch, labels=batch["input_ids"]).loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_quantizing_needs_no_other_import():
+    """The implementation of experts that a quantized model runs on comes with `quantize_experts` itself."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import hotlora\nfrom tiny import tiny_batch, tiny_model\n"
+        "model = hotlora.quantize_experts(tiny_model(hidden_size=64, intermediate_size=64), 4)\n"
+        "assert model(**tiny_batch()).logits.isfinite().all()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True, capture_output=True)

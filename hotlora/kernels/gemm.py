@@ -182,7 +182,7 @@ def _tuned(kernel: Any) -> Any:
         return kernel
     sizes = [
         (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (64, 64, 32, 4, 4),
-        (32, 128, 64, 4, 3), (16, 128, 64, 4, 3), (32, 32, 32, 4, 3),
+        (32, 128, 64, 4, 3), (32, 32, 32, 4, 3),
     ]  # fmt: skip
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
