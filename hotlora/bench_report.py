@@ -72,7 +72,7 @@ def summary_table(result: Result) -> Table:
 def markdown(result: Result) -> str:
     """What was run, where and when, and one row a contender."""
     if result["kind"] == "growth":
-        return "\n\n".join(markdown(run) for run in result["runs"])
+        return _growth_markdown(result)
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "peft", "trl", "python"))
     head = [f"**{_heading(result)}**", "", f"{result['started']}, {environment['device']}; {versions}."]
@@ -88,12 +88,43 @@ def markdown(result: Result) -> str:
     return "\n".join(head + ["| " + " | ".join(_cells(row)) + " |" for row in result["contenders"]])
 
 
+def _growth_markdown(result: Result) -> str:
+    """Seconds of a step, a row for each value of what grew."""
+    first, lines = result["runs"][-1], growth_lines(result)
+    values = result["values"]
+    head = [
+        f"**Growth with {_AXES[result['axis']]}, else {_heading(first)}**", "",
+        f"{first['started']}, {first['environment']['device']}. `{first.get('command', '')}` "
+        f"Median seconds of a step (quartiles), {len(_first_times(first))} rounds.", "",
+        f"| {_AXES[result['axis']]} | " + " | ".join(lines) + " |",
+        "|---:" * (len(lines) + 1) + "|",
+    ]  # fmt: skip
+    for value in values:
+        cells = []
+        for points in lines.values():
+            found = next((p for p in points if p[0] == value), None)
+            cells.append("–" if found is None else f"{found[1]:.3g} ({found[2]:.3g}–{found[3]:.3g})")
+        head.append(f"| {value} | " + " | ".join(cells) + " |")
+    return "\n".join(head)
+
+
 def speed_tables(folder: str | os.PathLike[str]) -> str:
     """Markdown of all results in a folder, in the order of their names; for docs/speed.md."""
     files = sorted(Path(folder).glob("*.json"))
     if not files:
         return "No result is stored yet."
-    return "\n\n".join(f"### {file.stem}\n\n{markdown(read_result(file))}" for file in files)
+    pages = []
+    for file in files:
+        result = read_result(file)
+        picture = file.with_suffix(".png")
+        shown = f"\n\n![Step time by {result['axis']}.](../{_with_folder(picture)})" if picture.is_file() else ""
+        pages.append(f"### {file.stem}\n\n{markdown(result)}{shown}")
+    return "\n\n".join(pages)
+
+
+def _with_folder(path: Path) -> str:
+    """The file's name with its folder's."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def growth_lines(result: Result) -> dict[str, list[tuple[float, float, float, float]]]:

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -130,10 +130,40 @@ app.command()(train)
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Option("--data", "-d", "--task", help="A task, or a task and its files (gsm8k:DIR).")],
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", "--task", help="A task, or a task and its files (gsm8k:DIR).")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A saved adapter; none: the model as it is.")] = None,
     on_top_of: OnTopOf = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold the adapter into the weights first, in memory: faster.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
+    samples: Annotated[
+        int, typer.Option(rich_help_panel="Sampling", help="Answers to each prompt, for pass@k (with a temperature).")
+    ] = 1,
+    temperature: Annotated[float, typer.Option(rich_help_panel="Sampling", help="0: greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(rich_help_panel="Sampling", help="Draw from this share of the probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(rich_help_panel="Sampling", help="Of the draws.")] = 0,
+    harness: Annotated[
+        str | None, typer.Option(rich_help_panel="lm-eval", help="lm-eval: its prompts, metrics and filters.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="lm-eval",
+            help="Its tasks, with commas between; gsm8k:DIR and hellaswag:DIR read local files.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(rich_help_panel="lm-eval", help="Examples in the prompt (default: the task's).")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(rich_help_panel="lm-eval", help="A folder with task configs of your own.")
+    ] = None,
     generations: Annotated[
         Path | None,
         typer.Option(
@@ -161,11 +191,41 @@ def evaluate(
 ) -> None:
     """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split.
 
+    With --output, an evaluation that was stopped goes on where it was.
+
     humaneval runs Python that the model wrote, as far apart from all else as the system allows: docs/evaluation.md.
     """
-    from .run import run_evaluation, run_generations
+    from .generate import Sampling
+    from .run_evaluate import run_evaluation, run_generations, run_harness
 
-    if (model is None) == (generations is None) or (generations is not None and (adapter or on_top_of)):
+    if harness is not None or tasks is not None:
+        if harness != "lm-eval" or not tasks or data or not model or generations:
+            raise HotLoraError("Give --harness lm-eval with --tasks and --model (and an adapter), and no --data.")
+        if samples != 1 or temperature or top_p != 1 or engine != "transformers":
+            raise HotLoraError("lm-eval's tasks say how answers are drawn: leave the engine and the sampling out.")
+        names = [name.strip() for name in tasks.split(",")]
+        record = run_harness(
+            model,
+            names,
+            output,
+            adapter=adapter,
+            on_top_of=on_top_of or (),
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            merge=merge,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+        )
+        _show_evaluation(record, output, as_json)
+        return
+    if data is None or num_fewshot is not None or include_path is not None:
+        raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
+    sampling = Sampling(samples, temperature, top_p, seed)
+    answering = adapter or on_top_of or merge or engine != "transformers" or sampling != Sampling()
+    if (model is None) == (generations is None) or (generations is not None and answering):
         raise HotLoraError("Give --model (and an adapter), which answers, or --generations, which holds the answers.")
     if model is None:
         assert generations is not None
@@ -181,11 +241,18 @@ def evaluate(
             on_top_of=on_top_of or (),
             limit=limit,
             batch_size=batch_size,
+            sampling=sampling,
+            merge=merge,
+            engine=engine,
             dtype=dtype,
             device=device,
             quantize=quantize,
             progress=True,
         )
+    _show_evaluation(record, output, as_json)
+
+
+def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record["evaluation"]))
     else:
@@ -202,7 +269,7 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
-    from .run import export_saved
+    from .run_export import export_saved
 
     export_saved(model, adapter, output, format="merged", on_top_of=on_top_of or (), dtype=dtype, device=device)
     out.print(f"merged model: {output}", soft_wrap=True)
@@ -229,7 +296,7 @@ def export(
 
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
     """
-    from .run import export_saved
+    from .run_export import export_saved
 
     export_saved(
         model,
@@ -261,7 +328,7 @@ def combine(
     device: Device = "auto",
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
-    from .run import combine_saved
+    from .run_export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
     combine_saved(model, adapters, output, weights=numbers, how=how, device=device)

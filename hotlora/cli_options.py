@@ -28,7 +28,7 @@ OnTopOf = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
 Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
 Quantize = Annotated[
-    int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).")
+    int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora\\[quantize]).")
 ]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]

@@ -9,7 +9,8 @@ from .config import TrainConfig
 from .errors import DataError
 from .records import find_records
 from .report import conditions_table, write_report
-from .run import run_evaluation, run_training
+from .run import run_training
+from .run_evaluate import run_evaluation
 
 CONDITIONS = ("all", "hot", "random", "cold")
 FRACTION = 0.25  # MoE-Sieve s4

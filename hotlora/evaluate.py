@@ -1,27 +1,33 @@
-"""Scores a model on a task: greedy answers, or the likelihood of each choice; every result is kept."""
+"""Scores a model on a task: its answers, or the likelihood of each choice; every result is kept."""
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import GenerationConfig, StoppingCriteria
 
 from .data import IGNORE, batches, encode_completion, encode_prompt, pad
-from .errors import DataError
-from .files import atomic_path
-from .stats import proportion_interval
+from .errors import DataError, FileError
+from .files import atomic_path, read_json_lines
+from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, generate, inference, track
+from .stats import pass_at_k, proportion_interval
 from .tasks import Example, Task
 
+__all__ = ["Evaluation", "choice_scores", "evaluate_answers", "evaluate_task", "generate", "response_loss"]
+
+KS = (1, 5, 10)  # of pass@k, where every example has that many answers
 _CHUNK = 2048  # tokens whose float32 logits are held at once
 _JUDGES = min(4, os.cpu_count() or 1)  # answers judged at once: each may wait for a process of its own
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +35,13 @@ class Evaluation:
     """A task's score, its 95% Wilson interval, and what each example came to.
 
     Attributes:
-        metric: "exact_match", "execution_accuracy", "test_suite_accuracy", "pass@1", "acc" or "acc_norm".
+        metric: "exact_match", "execution_accuracy", "test_suite_accuracy", "pass@1", "acc", "acc_norm" or
+            "refusal_rate", where an example is right if it is refused.
         correct: the examples answered right; where an example has several answers, it counts by their right share.
         results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
             `prediction` (the text, or the index of the choice), `correct`; for choices also `scores`, as
-            `choice_scores`; for several answers, lists, as `generations` says.
-        seconds: wall-clock time of the whole evaluation.
+            `choice_scores`; for several answers, the lists `predictions` and `passed`.
+        seconds: wall-clock time, of what was not done before.
         pass_at_k: by k, the mean chance that k answers hold a right one; empty where each example has one answer.
     """
 
@@ -58,7 +65,7 @@ class Evaluation:
     def write_results(self, path: str | os.PathLike[str]) -> None:
         """One JSON line an example; the file is whole or absent."""
         with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in self.results)
+            file.writelines(map(_line, self.results))
 
 
 def evaluate_task(
@@ -68,53 +75,125 @@ def evaluate_task(
     examples: Sequence[Example],
     *,
     batch_size: int = 64,
+    sampling: Sampling = GREEDY,
+    results: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Runs every example through the model, greedily and without few-shot examples.
+    """Runs every example through the model, without few-shot examples; greedily, unless `sampling` says otherwise.
 
     Args:
-        batch_size: prompts generated at once, or sequences (an example's choices count each) scored at once.
+        batch_size: prompts generated at once (of the longest; more of shorter ones), or examples whose choices are
+            scored together, so many sequences at once.
+        results: a file that each example's result is appended to when it is there, in the order of the work. What it
+            holds from an evaluation that was stopped is not made again. Give the same options: it cannot tell.
         progress: whether to show a progress bar.
 
     Raises:
         DataError: no examples, a batch size below 1, an example that the task cannot judge, or data without a
-            scorer.
+            scorer; several samples of a choice.
+        FileError: `results` holds other examples' results.
     """
     task.check_scored()
-    _check(examples, batch_size)
-    started = time.perf_counter()
-    outcomes: list[dict[str, Any]]
-    if task.kind == "choice":
-        scores = choice_scores(
-            model, tokenizer, examples,
-            per_character=task.metric == "acc_norm", batch_size=batch_size, progress=progress,
+    check_batches(examples, batch_size)
+
+    def answers(done: Collection[int]) -> Iterator[list[Answer]]:
+        return answer_batches(
+            model, tokenizer, examples, max_new_tokens=task.max_new_tokens, stop=task.stop,
+            batch_size=batch_size, sampling=sampling, done=done, progress=progress,
         )  # fmt: skip
-        outcomes = []
-        for example, values in zip(examples, scores, strict=True):
-            best = max(range(len(values)), key=values.__getitem__)  # a tie goes to the lower index
-            outcomes.append({"prediction": best, "correct": best == example.label, "scores": values})
-    else:
-        texts = generate(
-            model, tokenizer, examples,
-            max_new_tokens=task.max_new_tokens, stop=task.stop, batch_size=batch_size, progress=progress,
-        )  # fmt: skip
-        right = judge(task, examples, texts, progress=progress)
-        outcomes = [{"prediction": text, "correct": correct} for text, correct in zip(texts, right, strict=True)]
-    results = [
-        {"index": i, "id": example_id(example), **outcome}
-        for i, (example, outcome) in enumerate(zip(examples, outcomes, strict=True))
-    ]
-    correct, n = sum(outcome["correct"] for outcome in outcomes), len(examples)
+
+    if task.kind != "choice":
+        return evaluate_answers(task, examples, answers, samples=sampling.samples, results=results)
+    if sampling != GREEDY:
+        raise DataError(f"{task.name} ranks choices, and nothing is drawn: leave samples and temperature out.")
+
+    def scored(done: Collection[int]) -> Iterator[list[Result]]:
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
+        for group in track(list(_groups(order, batch_size)), "scoring", progress):
+            picked = sorted(group)
+            if not set(picked).issubset(done):
+                some = [examples[i] for i in picked]
+                per_character = task.metric == "acc_norm"
+                values = choice_scores(model, tokenizer, some, per_character=per_character, batch_size=batch_size)
+                yield [_choice_result(i, examples[i], v) for i, v in zip(picked, values, strict=True)]
+
+    return _evaluate(task, examples, scored, results)
+
+
+def evaluate_answers(
+    task: Task,
+    examples: Sequence[Example],
+    answers: Callable[[Collection[int]], Iterable[Sequence[Answer]]],
+    *,
+    samples: int = 1,
+    results: str | os.PathLike[str] | None = None,
+) -> Evaluation:
+    """Judges answers as they come; `evaluate_task` for answers of any engine.
+
+    Args:
+        answers: given the examples that are done, batches of answers; others than the missing ones are left out.
+        samples: answers that each example gets.
+        results: as of `evaluate_task`.
+    """
+
+    def judged(done: Collection[int]) -> Iterator[list[Result]]:
+        waiting: dict[int, dict[int, str]] = {}
+        for batch in answers(done):
+            for answer in batch:
+                waiting.setdefault(answer.index, {})[answer.sample] = answer.text
+            whole = sorted(i for i, texts in waiting.items() if len(texts) == samples)
+            texts = {i: [waiting[i][sample] for sample in range(samples)] for i in whole}
+            for i in whole:
+                del waiting[i]
+            yield results_of(task, examples, {i: t for i, t in texts.items() if i not in done}, several=samples > 1)
+
+    return _evaluate(task, examples, judged, results)
+
+
+def results_of(
+    task: Task,
+    examples: Sequence[Example],
+    texts: Mapping[int, Sequence[str]],
+    *,
+    several: bool,
+    progress: bool = False,
+) -> list[Result]:
+    """The judged results of some examples, by their index; with `several` texts each, as lists."""
+    pairs = [(examples[i], text) for i, some in texts.items() for text in some]
+    verdicts = iter(judge(task, [e for e, _ in pairs], [text for _, text in pairs], progress=progress))
+    results = []
+    for i, some in texts.items():
+        right = [next(verdicts) for _ in some]
+        result = _named(i, examples[i])
+        if several:
+            result |= {"predictions": list(some), "passed": right, "correct": sum(right) / len(right) if right else 0.0}
+        else:
+            result |= {"prediction": some[0] if some else None, "correct": bool(right and right[0])}
+        results.append(result)
+    return results
+
+
+def summarize(task: Task, examples: Sequence[Example], results: list[Result], seconds: float) -> Evaluation:
+    """The evaluation that the results of all examples, in order, come to."""
+    correct, n = sum(result["correct"] for result in results), len(examples)
+    passed = [result["passed"] for result in results if "passed" in result]
+    fewest = min((len(right) for right in passed if right), default=0)
+    passes = {
+        k: sum(pass_at_k(len(right), sum(right), k) if right else 0.0 for right in passed) / n
+        for k in KS
+        if k <= fewest
+    }
     low, high = proportion_interval(correct, n)
-    seconds = time.perf_counter() - started
-    return Evaluation(task.name, task.metric_name(examples), correct / n, n, correct, low, high, results, seconds)
+    return Evaluation(
+        task.name, task.metric_name(examples), correct / n, n, correct, low, high, results, seconds, passes
+    )
 
 
 def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], *, progress: bool = False) -> list[bool]:
     """Whether each text answers its example, by the task's scorer; some are judged at once, as far as it allows."""
     assert task.score is not None
     with ThreadPoolExecutor(_JUDGES) as pool:
-        return list(_track(pool.map(task.score, examples, texts), "judging", progress, len(texts)))
+        return list(track(pool.map(task.score, examples, texts), "judging", progress, len(texts)))
 
 
 def example_id(example: Example) -> str:
@@ -122,43 +201,55 @@ def example_id(example: Example) -> str:
     return hashlib.sha256(example.prompt.encode()).hexdigest()[:16]
 
 
-def generate(
-    model: Any,
-    tokenizer: Any,
+def _evaluate(
+    task: Task,
     examples: Sequence[Example],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[str]:
-    """The model's greedy continuation of every prompt, up to the end-of-text token or the first of `stop`.
+    work: Callable[[Collection[int]], Iterable[list[Result]]],
+    path: str | os.PathLike[str] | None,
+) -> Evaluation:
+    """The results of `work` on what is not done, and of what is; each is in the file as soon as it is there."""
+    started = time.perf_counter()
+    results = {} if path is None else _kept(Path(path), examples)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if path is None else open(path, "a", encoding="utf-8") as file:
+        if len(results) < len(examples):
+            for batch in work(frozenset(results)):
+                fresh = [result for result in batch if result["index"] not in results]
+                results |= {result["index"]: result for result in fresh}
+                if file is not None and fresh:
+                    file.write("".join(_line(result) for result in fresh))
+                    file.flush()
+    seconds = time.perf_counter() - started
+    return summarize(task, examples, [results[i] for i in range(len(examples))], seconds)
 
-    Prompts of similar length go together, padded on the left, the longest first: a batch that does not fit in
-    memory fails at once.
-    """
-    _check(examples, batch_size)
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
-        eos_token_id=_end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
-    )  # fmt: skip
-    texts = [""] * len(prompts)
-    with _inference(model):
-        for picked in _track(list(_groups(order, batch_size)), "generating", progress):
-            ids = [torch.tensor(prompts[i]) for i in picked]
-            width = max(len(row) for row in ids)
-            output = model.generate(
-                input_ids=pad(ids, tokenizer.pad_token_id, "left").to(model.device),
-                attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(model.device),
-                generation_config=config,
-                stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,
+
+def _kept(path: Path, examples: Sequence[Example]) -> dict[int, Result]:
+    """The results that a file holds, by index. A last line that a kill cut short is cut off."""
+    if not path.is_file():
+        return {}
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    rows = {row["index"]: row for row in read_json_lines(path, "index", "id", "correct")}
+    for index, row in rows.items():
+        if index not in range(len(examples)) or row["id"] != example_id(examples[index]):
+            raise FileError(
+                f"{path} holds results of other examples (index {index}): give another folder, or delete it."
             )
-            decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for i, text in zip(picked, decoded, strict=True):
-                texts[i] = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
-    return texts
+    return rows
+
+
+def _line(result: Result) -> str:
+    return json.dumps(result, ensure_ascii=False) + "\n"
+
+
+def _named(index: int, example: Example) -> Result:
+    named = {"task_id": example.meta["task_id"]} if "task_id" in example.meta else {}
+    return {"index": index, "id": example_id(example), **named}
+
+
+def _choice_result(index: int, example: Example, scores: list[float]) -> Result:
+    best = max(range(len(scores)), key=scores.__getitem__)  # a tie goes to the lower index
+    return {**_named(index, example), "prediction": best, "correct": best == example.label, "scores": scores}
 
 
 def choice_scores(
@@ -175,7 +266,7 @@ def choice_scores(
     Args:
         per_character: over the choice's length, as acc_norm ranks choices; acc ranks them by the whole.
     """
-    _check(examples, batch_size)
+    check_batches(examples, batch_size)
     rows = []  # (example, choice, token ids, number of prompt tokens)
     for i, example in enumerate(examples):
         prompt = encode_prompt(example, tokenizer)
@@ -186,8 +277,8 @@ def choice_scores(
             rows.append((i, j, torch.tensor(prompt + completion), len(prompt)))
     scores = [[0.0] * len(example.choices) for example in examples]
     order = sorted(range(len(rows)), key=lambda r: (-len(rows[r][2]), -rows[r][3]))
-    with _inference(model):
-        for picked in _track(list(_groups(order, batch_size)), "scoring", progress):
+    with inference(model):
+        for picked in track(list(_groups(order, batch_size)), "scoring", progress):
             labels = [rows[r][2].index_fill(0, torch.arange(rows[r][3]), IGNORE) for r in picked]
             ids = [rows[r][2] for r in picked]
             batch = {
@@ -207,8 +298,8 @@ def response_loss(
     """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once."""
     total, num_tokens = 0.0, 0
     num_batches = -(-len(dataset) // batch_size) if batch_size > 0 else None
-    with _inference(model):
-        for batch in _track(batches(dataset, tokenizer, batch_size), "loss", progress, num_batches):
+    with inference(model):
+        for batch in track(batches(dataset, tokenizer, batch_size), "loss", progress, num_batches):
             total -= _log_likelihood(model, batch).sum().item()
             num_tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
     if not num_tokens:
@@ -237,52 +328,5 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return values.sum(1)
 
 
-class _StopTexts(StoppingCriteria):
-    """Ends a row at a text in what it generated. transformers' own first reads the whole vocabulary."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
-        self.tokenizer, self.stop, self.prompt_width = tokenizer, tuple(stop), prompt_width
-        self.window = max(len(text) for text in stop) + 4  # a token has a character or more, but for split ones
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        tail = input_ids[:, max(self.prompt_width, input_ids.shape[1] - self.window) :]
-        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
-        done = [any(stop in text for stop in self.stop) for text in texts]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end-of-text token and those of the generation config: a chat model has several."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None})
-
-
-@contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the training flag comes back, also after an error."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (order[start : start + size] for start in range(0, len(order), size))
-
-
-def _track(items: Iterable, description: str, progress: bool, total: int | None = None) -> Iterable:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, description, total=total, transient=True, console=Console(stderr=True)) if progress else items
-
-
-def _check(examples: Sequence[Example], batch_size: int) -> None:
-    if not examples:
-        raise DataError("There are no examples to evaluate; give at least one.")
-    if batch_size < 1:
-        raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")

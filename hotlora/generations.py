@@ -11,15 +11,12 @@ A completion is judged as it is: what a model would have stopped at is cut by wh
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from .errors import DataError
-from .evaluate import Evaluation, example_id, judge
-from .stats import pass_at_k, proportion_interval
+from .evaluate import Evaluation, results_of, summarize
 from .tasks import Example, Task
 from .tasks.rows import Row, need_text, read_rows
 
-KS = (1, 5, 10)  # of pass@k, where every example has that many completions
 _NAMED = 5  # examples that an error names
 
 
@@ -69,37 +66,13 @@ def score_generations(
         completions: for each example its texts; any number, none included.
     """
     started = time.perf_counter()
-    flat = [(example, text) for example, texts in zip(examples, completions, strict=True) for text in texts]
-    if not flat:
+    if not any(completions):
         raise DataError("There are no completions to score; give at least one.")
-    verdicts = iter(judge(task, [example for example, _ in flat], [text for _, text in flat], progress=progress))
-    passed = [[next(verdicts) for _ in texts] for texts in completions]
     several = max(map(len, completions)) > 1
-    results: list[dict[str, Any]] = []
-    for i, (example, texts, right) in enumerate(zip(examples, completions, passed, strict=True)):
-        named = {"task_id": example.meta["task_id"]} if "task_id" in example.meta else {}
-        result: dict[str, Any] = {"index": i, "id": example_id(example), **named}
-        if several:
-            result |= {"predictions": list(texts), "passed": right, "correct": _share(right)}
-        else:
-            result |= {"prediction": texts[0] if texts else None, "correct": bool(right and right[0])}
-        results.append(result)
-    correct, n = sum(result["correct"] for result in results), len(examples)
-    fewest = min(len(texts) for texts in completions if texts)
-    passes = {
-        k: sum(pass_at_k(len(right), sum(right), k) if right else 0.0 for right in passed) / n
-        for k in KS
-        if several and k <= fewest
-    }
-    low, high = proportion_interval(correct, n)
-    seconds = time.perf_counter() - started
-    return Evaluation(
-        task.name, task.metric_name(examples), correct / n, n, correct, low, high, results, seconds, passes
-    )
-
-
-def _share(right: Sequence[bool]) -> float:
-    return sum(right) / len(right) if right else 0.0
+    texts = dict(enumerate(completions))
+    assert len(texts) == len(examples), "completions are those of the examples"
+    results = results_of(task, examples, texts, several=several, progress=progress)
+    return summarize(task, examples, results, time.perf_counter() - started)
 
 
 def _index(row: Row, task: Task, count: int, by_name: dict[str, int]) -> int:

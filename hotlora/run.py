@@ -6,34 +6,30 @@ Run again with the same options, it goes on from where it was stopped; once done
 import dataclasses
 import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import get_peft_model
 from transformers import set_seed
 
-from . import checkpoints
 from .adapter import HotLoraConfig
-from .config import FREE_OPTIONS, PROFILE_FRACTION, TrainConfig
+from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .errors import DataError, HotLoraError, PlanError
-from .evaluate import Evaluation, evaluate_task, response_loss
-from .export import check_export, export_adapter
+from .evaluate import evaluate_task, response_loss
 from .files import atomic_folder, file_in, sha256_file
-from .generations import read_generations, score_generations
-from .load import WEIGHTS_FILE, load_adapter
-from .models import checkpoint_dtype, fingerprint, load_model, load_tokenizer
+from .load import WEIGHTS_FILE
+from .models import fingerprint, load_tokenizer
 from .plan import ExpertPlan, select_experts
-from .quantize import experts_in, quantized_parameters
+from .quantize import quantized_parameters
 from .quiet import quiet
-from .records import Record, new_record, read_record, write_record
+from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
-from .tasks import Example, Task
+from .run_folder import finished, load_base, recorded, save_evaluation
+from .tasks import Example
 from .train import train
 
 _log = logging.getLogger(__name__)
@@ -154,7 +150,7 @@ def run_training(
         "reprofile_every": reprofile_every, "reprofile_left": reprofile_left,
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize,
     }  # fmt: skip
-    if (done := _finished(output, options)) is not None:
+    if (done := finished(output, options)) is not None:
         return done
 
     condition = condition or ("fft" if full else given.rule if given else rule)
@@ -163,7 +159,7 @@ def run_training(
         model={"name": model, "fingerprint": ""},
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
-    with _recorded(record, output):
+    with recorded(record, output):
         base = load_base(model, on_top_of, dtype=dtype, device=device, quantize=quantize)
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
@@ -200,7 +196,8 @@ def run_training(
                 )
         write_record(output, record)
         dataset = tokenize(examples, tokenizer, config.max_length)
-        held = tokenize(test, tokenizer, config.max_length) if test else None
+        # Requests to refuse have no answer that a loss could be taken of.
+        held = tokenize(test, tokenizer, config.max_length) if any(e.completion for e in test) else None
         before = held and response_loss(adapted, tokenizer, held, batch_size=eval_batch_size, progress=progress)
         identity = {"model": model, "data_hash": options["data_hash"], "plan_hash": record.get("plan", {}).get("hash")}
         callbacks = [] if moving is None else [moving]
@@ -226,215 +223,8 @@ def run_training(
         task = task_of(held_out) if held_out else None
         if task is not None and task.kind != "text" and evaluate:
             evaluation = evaluate_task(adapted, tokenizer, task, test, batch_size=eval_batch_size, progress=progress)
-            record["evaluation"] = _save_evaluation(evaluation, output)
+            record["evaluation"] = save_evaluation(evaluation, output)
     return record
-
-
-def run_evaluation(
-    model: str,
-    data: str,
-    output: str | Path | None = None,
-    *,
-    adapter: str | Path | None = None,
-    on_top_of: Sequence[str | Path] = (),
-    limit: int | None = None,
-    batch_size: int = 64,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: int | None = None,
-    progress: bool = False,
-) -> tuple[Record, Evaluation | None]:
-    """Scores a model, or a model with a saved adapter, on a task's test split.
-
-    Args:
-        data: a task, or a task and its files (`gsm8k:DIR`).
-        output: gets run.json and results-TASK.jsonl; None keeps nothing.
-        on_top_of: saved adapters that are merged into the model, in this order, under `adapter`.
-        limit: at most so many examples, the same ones every time.
-
-    Returns:
-        the record, and the evaluation; None in its place where `output` held the same one, done.
-
-    Raises:
-        DataError: `data` names no task, so nothing says what a right answer is.
-    """
-    task = _need_task(data)
-    tokenizer = load_tokenizer(model)
-    test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
-    weights = Path(adapter) / WEIGHTS_FILE if adapter else None
-    options = {
-        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype, "quantize": quantize,
-        "adapter": str(adapter) if adapter else None,
-        "adapter_hash": sha256_file(weights) if weights else None,
-        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
-    }  # fmt: skip
-    if output is not None and (done := _finished(Path(output), options)) is not None:
-        return done, None
-    condition = "adapter" if adapter else "base"
-    record = new_record(
-        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
-        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
-    )  # fmt: skip
-    with _recorded(record, Path(output) if output else None):
-        net = load_base(model, on_top_of, dtype=dtype, device=device, quantize=quantize)
-        num_parameters = net.num_parameters() + quantized_parameters(net)
-        record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
-        record["parameters"] = {"trainable": 0, "total": num_parameters, "percent": 0.0}
-        if adapter:
-            net = load_adapter(net, adapter)
-            assert weights is not None
-            record["parameters"]["adapter_bytes"] = weights.stat().st_size
-        evaluation = evaluate_task(net, tokenizer, task, test, batch_size=batch_size, progress=progress)
-        record["evaluation"] = _save_evaluation(evaluation, Path(output) if output else None)
-    return record, evaluation
-
-
-def run_generations(
-    data: str,
-    generations: str | Path,
-    output: str | Path | None = None,
-    *,
-    allow_missing: bool = False,
-    limit: int | None = None,
-    progress: bool = False,
-) -> tuple[Record, Evaluation | None]:
-    """Scores completions that were made elsewhere, on a task's test split; loads no model.
-
-    Args:
-        data, output, limit: as `run_evaluation` takes them.
-        generations: JSON lines, as `generations.read_generations` reads them.
-        allow_missing: whether an example without a completion counts as wrong, and is no error.
-
-    Returns:
-        the record, and the evaluation; None in its place where `output` held the same one, done.
-    """
-    task = _need_task(data)
-    test = load_examples(data, "test", limit=limit)
-    completions = read_generations(generations, task, test, allow_missing=allow_missing)
-    options = {
-        "data": data, "test_hash": data_hash(test), "generations": str(generations),
-        "generations_hash": sha256_file(Path(generations)), "allow_missing": allow_missing,
-    }  # fmt: skip
-    if output is not None and (done := _finished(Path(output), options)) is not None:
-        return done, None
-    record = new_record(
-        name="generations", condition="generations", config=options, model={"name": "", "fingerprint": ""},
-        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
-    )  # fmt: skip
-    with _recorded(record, Path(output) if output else None):
-        evaluation = score_generations(task, test, completions, progress=progress)
-        record["evaluation"] = _save_evaluation(evaluation, Path(output) if output else None)
-    return record, evaluation
-
-
-def export_saved(
-    model: str,
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    format: str,
-    on_top_of: Sequence[str | Path] = (),
-    merge_router: bool = False,
-    drop_router: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> Path:
-    """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer.
-
-    Args:
-        on_top_of: saved adapters that are merged into the model, in this order, before.
-        dtype: "auto" is the base checkpoint's own; sums are made in float32 at least.
-
-    Raises:
-        HotLoraError, FileError: as `export_adapter`. PlanError: the adapter is another model's.
-    """
-    check_export(format, output)  # before a model is loaded
-    tokenizer = load_tokenizer(model)
-    own = checkpoint_dtype(model) if dtype == "auto" else dtype
-    adapted = load_adapter(load_base(model, on_top_of, dtype=own, device=device), adapter)
-    return export_adapter(
-        adapted, output, format=format, merge_router=merge_router, drop_router=drop_router, tokenizer=tokenizer
-    )
-
-
-def combine_saved(
-    model: str,
-    adapters: Sequence[str | Path],
-    output: str | Path,
-    *,
-    weights: Sequence[float] | None = None,
-    how: str = "cat",
-    device: str = "auto",
-) -> Path:
-    """One adapter out of several tasks', by `add_weighted_adapter`: what LoRI calls merging (its section 4.3).
-
-    Args:
-        weights: of each adapter; None: 1.0 each.
-        how: "cat" adds the updates exactly, with the sum of the ranks; "linear" adds the factors.
-
-    Raises:
-        HotLoraError: fewer than two adapters, other than one weight each, or adapters that cannot be combined.
-        FileError: `output` is taken. PlanError: an adapter is another model's.
-    """
-    output = check_export("peft", output)
-    weights = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(adapters) < 2 or len(weights) != len(adapters):
-        raise HotLoraError(
-            f"{len(adapters)} adapters and {len(weights)} weights: give two adapters or more, a weight each."
-        )
-    names = [f"task{i}" for i in range(len(adapters))]
-    combined: Any = load_base(model, device=device)
-    for name, folder in zip(names, adapters, strict=True):
-        combined = load_adapter(combined, folder, name)
-    combined.add_weighted_adapter(names, weights, "default", combination_type=how)
-    with atomic_folder(output) as beside, quiet():
-        combined.peft_config["default"].base_model_name_or_path = model
-        combined.save_pretrained(beside, selected_adapters=["default"], save_embedding_layers=False)
-    return output
-
-
-def _need_task(data: str) -> Task:
-    task = task_of(data)
-    if task is None:
-        raise DataError(
-            f"{data!r} names no task, so nothing says what a right answer is: give a task's name, or a task "
-            "and its files, as in gsm8k:DIR."
-        )
-    task.check_scored()
-    return task
-
-
-def _finished(output: Path, options: dict[str, Any]) -> Record | None:
-    """The record in `output` if it is done with the same options; an error if other work would be lost."""
-    if not (output / "run.json").is_file():
-        return None
-    record = read_record(output)
-    done = record["status"] == "done"
-    if done or checkpoints.last_complete(output / "checkpoints"):
-        old, new = ({k: v for k, v in o.items() if k not in FREE_OPTIONS} for o in (record["config"], options))
-        checkpoints.check_same(old, new, output)
-    if done:
-        _log.info("%s is done already", output)
-    return record if done else None
-
-
-@contextmanager
-def _recorded(record: Record, output: Path | None) -> Iterator[None]:
-    """Writes the record when the run starts, and when it ends, well or not."""
-    started = time.perf_counter()
-    if output is not None:
-        write_record(output, record)
-    try:
-        yield
-    except BaseException as error:
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        raise
-    else:
-        record["status"] = "done"
-    finally:
-        record["seconds"] = round(time.perf_counter() - started, 3)
-        if output is not None:
-            write_record(output, record)
 
 
 def _profile_source(
@@ -490,15 +280,6 @@ def profile_sample(examples: Sequence[Example], fraction: float) -> list[Example
     return [examples[int(i * stride)] for i in range(num)]
 
 
-def load_base(model: str, on_top_of: Sequence[str | Path] = (), *, quantize: int | None = None, **options: Any) -> Any:
-    """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it."""
-    base: Any = load_model(model, quantization_config=experts_in(quantize), **options)
-    for folder in on_top_of:
-        with quiet():
-            base = cast(Any, load_adapter(base, folder)).merge_and_unload()
-    return base
-
-
 def _select(routing: RoutingProfile, selection: dict[str, Any], seed: int) -> ExpertPlan:
     if selection["experts_per_layer"] == "top_k":
         selection = selection | {"experts_per_layer": routing.num_experts_per_tok}
@@ -529,14 +310,6 @@ def _save_adapter(model: Any, folder: Path, model_name: str) -> int:
         # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
         model.save_pretrained(beside, save_embedding_layers=False)
     return (folder / WEIGHTS_FILE).stat().st_size
-
-
-def _save_evaluation(evaluation: Evaluation, output: Path | None) -> dict[str, Any]:
-    summary = evaluation.summary()
-    if output is not None:
-        summary["results"] = f"results-{evaluation.task}.jsonl"
-        evaluation.write_results(output / summary["results"])
-    return {evaluation.task: summary}
 
 
 def _describe(condition: str, plan: ExpertPlan) -> str:

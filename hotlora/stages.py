@@ -16,7 +16,8 @@ from .models import load_tokenizer
 from .plan import select_experts
 from .records import Record, read_record, write_record
 from .routing import RoutingProfile, jaccard
-from .run import load_base, profile_data, run_training
+from .run import profile_data, run_training
+from .run_folder import load_base
 
 WARMUPS = ("none", "lora")
 _MIN_WARMED_ON = 64

@@ -12,7 +12,8 @@ from .models import load_model, load_tokenizer
 from .quantize import experts_in
 from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile
-from .run import profile_data, profile_sample, run_evaluation, run_training
+from .run import profile_data, profile_sample, run_training
+from .run_evaluate import run_evaluation
 from .stages import run_method
 
 TRAINING = inspect.signature(run_training).parameters

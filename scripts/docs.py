@@ -15,6 +15,7 @@ from pathlib import Path
 
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
+from results import auto_table
 from study import PAGE as STUDY_PAGE
 from study import page as study_page
 
@@ -28,6 +29,7 @@ PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
 DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
 EXPERTS_ONLY_MARK = "<!-- made by scripts/docs.py from docs/demo-experts-only -->"
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
+AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
 END = "<!-- end -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
@@ -110,10 +112,11 @@ def main() -> None:
             take_over(runs, into)
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
     text = filled(readme.read_text(encoding="utf-8"), DEMO_MARK, runs_table(DEMO))
-    speed = ROOT / "docs" / "speed.md"
+    speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
+        method: filled(method.read_text(encoding="utf-8"), AUTO_MARK, auto_table(ROOT / "results" / "nano" / "auto_k")),
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
         speed: filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks")),

@@ -9,10 +9,10 @@ import pytest
 
 from hotlora import cli
 from hotlora.errors import DataError, HotLoraError
-from hotlora.generations import pass_at_k, read_generations, score_generations
+from hotlora.generations import read_generations, score_generations
 from hotlora.records import read_record
-from hotlora.run import run_generations
-from hotlora.stats import proportion_interval
+from hotlora.run_evaluate import run_generations
+from hotlora.stats import pass_at_k, proportion_interval
 from hotlora.tasks import Example, Task, get_task, gsm8k
 from hotlora.tasks.rows import Row
 

@@ -18,7 +18,9 @@ from hotlora.load import load_adapter
 from hotlora.models import load_model
 from hotlora.records import read_record
 from hotlora.routing import RoutingProfile
-from hotlora.run import export_saved, profile_data, run_evaluation, run_training
+from hotlora.run import profile_data, run_training
+from hotlora.run_evaluate import run_evaluation
+from hotlora.run_export import export_saved
 from hotlora.tasks import Example
 
 TOKENIZER = byte_tokenizer()

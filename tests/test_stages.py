@@ -21,7 +21,10 @@ from hotlora.models import load_model
 from hotlora.plan import ExpertPlan
 from hotlora.records import read_record
 from hotlora.routing import RoutingProfile, jaccard
-from hotlora.run import export_saved, load_base, run_evaluation, run_training
+from hotlora.run import run_training
+from hotlora.run_evaluate import run_evaluation
+from hotlora.run_export import export_saved
+from hotlora.run_folder import load_base
 from hotlora.stages import run_method
 
 SHORT = {

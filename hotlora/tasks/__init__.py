@@ -14,6 +14,8 @@ from . import (
     nano_math,
     nano_sql,
     piqa,
+    refusal,
+    saferpaca,
     spider,
     wikitext2,
 )
@@ -21,8 +23,22 @@ from .task import Example, Task
 
 __all__ = ["TASKS", "Example", "Task", "get_task"]
 
-_PUBLISHED = (gsm8k, spider, hellaswag, humaneval, arc_challenge, piqa, boolq, mmlu, codealpaca, mbpp, wikitext2)
+_PUBLISHED = (
+    gsm8k,
+    spider,
+    hellaswag,
+    humaneval,
+    arc_challenge,
+    piqa,
+    boolq,
+    mmlu,
+    codealpaca,
+    saferpaca,
+    mbpp,
+    wikitext2,
+)
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (nano_math, nano_sql, nano_choice, *_PUBLISHED)}
+TASKS |= refusal.TASKS
 
 
 def get_task(name: str) -> Task:

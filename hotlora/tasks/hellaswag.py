@@ -20,7 +20,7 @@ from .rows import Row, load_rows, need, need_text
 from .task import Example, Task
 
 HUB_ID = "Rowan/hellaswag"
-_FILES = {
+FILES = {
     "train": ["hellaswag_train.jsonl", "hellaswag_train.jsonl.gz", "train.jsonl", "train.jsonl.gz"],
     "test": ["hellaswag_val.jsonl", "hellaswag_val.jsonl.gz", "validation.jsonl", "val.jsonl", "test.jsonl"],
 }
@@ -49,7 +49,7 @@ def example(row: Row) -> Example:
 def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
     """39,905 train and 10,042 validation rows from the hub, a file, or a folder with the published files."""
     TASK.check_split(split)
-    rows = load_rows("hellaswag", source, HUB_ID, None, _FILES[split], {"test": "validation"}.get(split, split))
+    rows = load_rows("hellaswag", source, HUB_ID, None, FILES[split], {"test": "validation"}.get(split, split))
     return [example(row) for row in rows]
 
 

@@ -38,7 +38,7 @@ class Task:
         kind: "generate" (greedy text, judged by `score`), "choice" (log-likelihood of each choice), or "text"
             (no scorer: data to profile a router and to train on, of which the response loss can be taken).
         metric: "exact_match", "execution_accuracy", "acc" (the likeliest choice), "acc_norm" (the likeliest
-            per character), or "loss" for kind "text".
+            per character), "refusal_rate" (the share declined, by keywords), or "loss" for kind "text".
         load: `(split, source, limit, seed)` to examples. `source` is a folder, a file or a hub id; None is the
             task's own. A generated task draws `limit` rows by `seed`; a published one gives all its rows.
         score: whether a generated text answers the example; None for the other kinds.

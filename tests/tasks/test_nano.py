@@ -30,7 +30,11 @@ def test_the_gold_answers_are_right_and_others_are_not(name: str):
 
 def test_names():
     benchmarks = {"gsm8k", "spider", "hellaswag", "arc_challenge", "piqa", "boolq", "mmlu"}
-    assert set(TASKS) == {*NANO, *benchmarks, "humaneval", "codealpaca", "mbpp", "wikitext2"}
+    refusals, unscored = (
+        {"hexphi", "advbench", "malicious_instructions"},
+        {"codealpaca", "saferpaca", "mbpp", "wikitext2"},
+    )
+    assert set(TASKS) == {*NANO, *benchmarks, *refusals, *unscored, "humaneval"}
     with pytest.raises(DataError, match="no task 'gsm9k'; the tasks are nano-math, nano-sql"):
         get_task("gsm9k")
     with pytest.raises(DataError, match="no split 'dev'"):

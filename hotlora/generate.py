@@ -1,0 +1,241 @@
+"""Answers to prompts: greedy or sampled, in batches of similar length, with a KV cache.
+
+What a prompt is answered does not depend on what was answered before: batches are the same for the same examples and
+options, and every sample draws from a seed of its own. So an evaluation that was stopped goes on to the same end.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .data import encode_prompt, pad
+from .errors import DataError, HotLoraError
+from .tasks import Example
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: greedily, one each, unless said otherwise.
+
+    Attributes:
+        samples: answers to each prompt, for pass@k.
+        temperature: what logits are divided by; 0 takes the likeliest token.
+        top_p: the share of the probability that is drawn from, the likeliest tokens first.
+        seed: of the draws; sample i of a prompt is the same whatever else is answered.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise HotLoraError(f"samples = {self.samples} is out of range: it must be 1 or more.")
+        if not self.temperature >= 0:
+            raise HotLoraError(f"temperature = {self.temperature} is out of range: it must be 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise HotLoraError(f"top_p = {self.top_p} is out of range: it must be in (0, 1].")
+        if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
+            raise HotLoraError(
+                "Greedy answers to a prompt are all the same: give a temperature above 0 (--temperature 0.2), or leave "
+                "samples and top_p out."
+            )
+
+    def seed_of(self, example: Example, sample: int) -> int:
+        """A seed by the prompt and the sample's number, below 2^63."""
+        text = f"{self.seed}/{sample}/{example.prompt}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One text: the example's index, the sample's number from 0, and what the model wrote."""
+
+    index: int
+    sample: int
+    text: str
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """The model's greedy continuation of every prompt, up to the end-of-text token or the first of `stop`."""
+    texts = [""] * len(examples)
+    batches = answer_batches(
+        model, tokenizer, examples, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, progress=progress
+    )
+    for batch in batches:
+        for answer in batch:
+            texts[answer.index] = answer.text
+    return texts
+
+
+def answer_batches(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_size: int = 64,
+    sampling: Sampling = GREEDY,
+    done: Collection[int] = (),
+    progress: bool = False,
+) -> Iterator[list[Answer]]:
+    """Answers as they come, a batch at a time: each up to the end-of-text token or the first of `stop`.
+
+    Prompts of similar length go together, padded on the left, the longest first: what does not fit in memory fails at
+    once. A batch has as many tokens as `batch_size` of the longest prompts with their answers, so batches of shorter
+    prompts have more rows.
+
+    Args:
+        done: indices of examples that need no answer. A batch is left out where it has no other: the rest is made in
+            the same batches as without `done`, so that its numbers are the same to the last bit.
+
+    Raises:
+        DataError: no examples, or a batch size below 1.
+    """
+    check_batches(examples, batch_size)
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    rows = [(i, sample) for i in order for sample in range(sampling.samples)]
+    groups = list(_by_tokens(rows, [len(prompt) + max_new_tokens for prompt in prompts], batch_size))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
+        eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
+    )  # fmt: skip
+    missing = set(range(len(examples))).difference(done)
+    for group in track(groups, "generating", progress):
+        if not any(i in missing for i, _ in group):
+            continue
+        ids = [torch.tensor(prompts[i]) for i, _ in group]
+        width = max(len(row) for row in ids)
+        drawing: list[LogitsProcessor] = []
+        if sampling.temperature > 0:
+            seeds = [sampling.seed_of(examples[i], sample) for i, sample in group]
+            drawing = [
+                TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p),
+                _Draw(seeds, width, max_new_tokens),
+            ]  # fmt: skip
+        with inference(model):
+            output = model.generate(
+                input_ids=pad(ids, tokenizer.pad_token_id, "left").to(model.device),
+                attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(drawing),
+                stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,
+            )
+        decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        yield [Answer(i, sample, cut(text, stop)) for (i, sample), text in zip(group, decoded, strict=True)]
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of `stop`."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end-of-text token and those of the generation config: a chat model has several."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None})
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the training flag comes back, also after an error."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def track(items: Iterable, description: str, progress: bool, total: int | None = None) -> Iterable:
+    """The items, with a progress bar on standard error if asked for."""
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    return bar(items, description, total=total, transient=True, console=Console(stderr=True)) if progress else items
+
+
+def check_batches(examples: Sequence[Example], batch_size: int) -> None:
+    if not examples:
+        raise DataError("There are no examples to evaluate; give at least one.")
+    if batch_size < 1:
+        raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
+
+
+def _by_tokens(
+    rows: Sequence[tuple[int, int]], lengths: Sequence[int], batch_size: int
+) -> Iterator[Sequence[tuple[int, int]]]:
+    """Rows in batches of at most as many tokens as the first `batch_size` have; the longest come first."""
+    budget = batch_size * lengths[rows[0][0]]
+    start = 0
+    while start < len(rows):
+        size = budget // lengths[rows[start][0]]
+        yield rows[start : start + size]
+        start += size
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends a row at a text in what it generated. transformers' own first reads the whole vocabulary."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
+        self.tokenizer, self.stop, self.prompt_width = tokenizer, tuple(stop), prompt_width
+        self.window = max(len(text) for text in stop) + 4  # a token has a character or more, but for split ones
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        tail = input_ids[:, max(self.prompt_width, input_ids.shape[1] - self.window) :]
+        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+        done = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn by the row's own random numbers: the inverse of the cumulative probability.
+
+    transformers' own sampling draws a whole batch from one generator, so a row would depend on its neighbours.
+    """
+
+    def __init__(self, seeds: Sequence[int], prompt_width: int, max_new_tokens: int) -> None:
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        self.uniform = torch.stack(draws)  # [B, max_new_tokens]
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_width
+        # In float64, where there is one: a GPU's sums differ in their last bits from time to time.
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64
+        cumulative = scores.to(dtype).softmax(-1).cumsum(-1)  # [B, V]
+        # Scaled by the sum as it came out, and below it: the draw is never past the last token of any probability.
+        total = cumulative[:, -1:]
+        at = self.uniform[:, step, None].to(total) * total
+        at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
+        drawn = torch.searchsorted(cumulative, at, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

@@ -1,0 +1,79 @@
+"""Saved adapters in other forms: another format, a merged checkpoint, one adapter of several."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import HotLoraError
+from .export import check_export, export_adapter
+from .files import atomic_folder
+from .load import load_adapter
+from .models import checkpoint_dtype, load_tokenizer
+from .quiet import quiet
+from .run_folder import load_base
+
+
+def export_saved(
+    model: str,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    format: str,
+    on_top_of: Sequence[str | Path] = (),
+    merge_router: bool = False,
+    drop_router: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Path:
+    """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer.
+
+    Args:
+        on_top_of: saved adapters that are merged into the model, in this order, before.
+        dtype: "auto" is the base checkpoint's own; sums are made in float32 at least.
+
+    Raises:
+        HotLoraError, FileError: as `export_adapter`. PlanError: the adapter is another model's.
+    """
+    check_export(format, output)  # before a model is loaded
+    tokenizer = load_tokenizer(model)
+    own = checkpoint_dtype(model) if dtype == "auto" else dtype
+    adapted = load_adapter(load_base(model, on_top_of, dtype=own, device=device), adapter)
+    return export_adapter(
+        adapted, output, format=format, merge_router=merge_router, drop_router=drop_router, tokenizer=tokenizer
+    )
+
+
+def combine_saved(
+    model: str,
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    how: str = "cat",
+    device: str = "auto",
+) -> Path:
+    """One adapter out of several tasks', by `add_weighted_adapter`: what LoRI calls merging (its section 4.3).
+
+    Args:
+        weights: of each adapter; None: 1.0 each.
+        how: "cat" adds the updates exactly, with the sum of the ranks; "linear" adds the factors.
+
+    Raises:
+        HotLoraError: fewer than two adapters, other than one weight each, or adapters that cannot be combined.
+        FileError: `output` is taken. PlanError: an adapter is another model's.
+    """
+    output = check_export("peft", output)
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(adapters) < 2 or len(weights) != len(adapters):
+        raise HotLoraError(
+            f"{len(adapters)} adapters and {len(weights)} weights: give two adapters or more, a weight each."
+        )
+    names = [f"task{i}" for i in range(len(adapters))]
+    combined: Any = load_base(model, device=device)
+    for name, folder in zip(names, adapters, strict=True):
+        combined = load_adapter(combined, folder, name)
+    combined.add_weighted_adapter(names, weights, "default", combination_type=how)
+    with atomic_folder(output) as beside, quiet():
+        combined.peft_config["default"].base_model_name_or_path = model
+        combined.save_pretrained(beside, selected_adapters=["default"], save_embedding_layers=False)
+    return output

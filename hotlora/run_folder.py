@@ -1,0 +1,78 @@
+"""What every kind of run shares: the base model it starts from, its folder, its record."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from . import checkpoints
+from .config import FREE_OPTIONS
+from .evaluate import Evaluation
+from .load import load_adapter
+from .models import load_model
+from .quantize import experts_in
+from .quiet import quiet
+from .records import Record, read_record, write_record
+
+_log = logging.getLogger(__name__)
+
+
+def load_base(model: str, on_top_of: Sequence[str | Path] = (), *, quantize: int | None = None, **options: Any) -> Any:
+    """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it."""
+    base: Any = load_model(model, quantization_config=experts_in(quantize), **options)
+    for folder in on_top_of:
+        with quiet():
+            base = cast(Any, load_adapter(base, folder)).merge_and_unload()
+    return base
+
+
+def finished(output: Path, options: dict[str, Any], results: Path | None = None) -> Record | None:
+    """The record in `output` if it is done with the same options; an error if other work would be lost.
+
+    Args:
+        results: a file of results that this work goes on from; without a record, nothing says what they are of.
+    """
+    if not (output / "run.json").is_file():
+        if results is not None:
+            results.unlink(missing_ok=True)
+        return None
+    record = read_record(output)
+    done = record["status"] == "done"
+    begun = results is not None and results.is_file()
+    if done or begun or checkpoints.last_complete(output / "checkpoints"):
+        # The size of a batch can change the last bits, so the rest of an evaluation is made in the same batches.
+        free = (*FREE_OPTIONS, "eval_batch_size") if done else FREE_OPTIONS
+        old, new = ({k: v for k, v in o.items() if k not in free} for o in (record["config"], options))
+        checkpoints.check_same(old, new, output)
+    if done:
+        _log.info("%s is done already", output)
+    return record if done else None
+
+
+@contextmanager
+def recorded(record: Record, output: Path | None) -> Iterator[None]:
+    """Writes the record when the run starts, and when it ends, well or not."""
+    started = time.perf_counter()
+    if output is not None:
+        write_record(output, record)
+    try:
+        yield
+    except BaseException as error:
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        raise
+    else:
+        record["status"] = "done"
+    finally:
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        if output is not None:
+            write_record(output, record)
+
+
+def save_evaluation(evaluation: Evaluation, output: Path | None) -> dict[str, Any]:
+    summary = evaluation.summary()
+    if output is not None:
+        summary["results"] = f"results-{evaluation.task}.jsonl"
+        evaluation.write_results(output / summary["results"])
+    return {evaluation.task: summary}

@@ -1,0 +1,82 @@
+"""Answers by vLLM, where it is installed: the same prompts, token by token, and the adapter as `export` writes it.
+
+vLLM's own kernels and batches round differently, so answers may differ from transformers' in places. Its samples are
+seeded by prompt and number, too, and are others than transformers' for the same seed.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import encode_prompt
+from .errors import HotLoraError
+from .files import read_json
+from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
+from .load import CONFIG_FILE
+from .tasks import Example
+
+_AT_ONCE = 512  # answers given to the engine together: so many are lost at most where it is stopped
+
+
+def check_vllm() -> None:
+    """Raises HotLoraError where vLLM is not installed."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise HotLoraError(
+            f"the engine vllm cannot be used ({error}): pip install vllm, which needs a GPU that it supports, or leave "
+            "--engine out."
+        ) from error
+
+
+def load_engine(model: str, adapter: str | Path | None = None, *, dtype: str = "auto") -> tuple[Any, Any]:
+    """A vLLM engine and the request for its adapter, which is None without one.
+
+    Args:
+        model: a folder or a hub id.
+        adapter: the folder of an adapter that was exported in the format "vllm".
+    """
+    check_vllm()
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    if adapter is None:
+        return LLM(model=model, dtype=dtype), None
+    rank = max(8, read_json(Path(adapter) / CONFIG_FILE)["r"])
+    room = 1 << (rank - 1).bit_length()  # vLLM takes powers of two
+    engine = LLM(model=model, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=room)
+    return engine, LoRARequest("hotlora", 1, str(adapter))
+
+
+def vllm_answers(
+    engine: Any,
+    request: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    done: Collection[int] = (),
+    progress: bool = False,
+) -> Iterator[list[Answer]]:
+    """Answers as they come, as of `generate.answer_batches`; the engine makes its own batches."""
+    from vllm import SamplingParams
+
+    check_batches(examples, 1)
+    rows = [(i, sample) for i in range(len(examples)) if i not in done for sample in range(sampling.samples)]
+    for start in track(range(0, len(rows), _AT_ONCE), "generating", progress):
+        some = rows[start : start + _AT_ONCE]
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed_of(examples[i], sample) if sampling.temperature else None,
+                max_tokens=max_new_tokens,
+                stop=list(stop) or None,
+            )
+            for i, sample in some
+        ]
+        prompts = [{"prompt_token_ids": encode_prompt(examples[i], tokenizer)} for i, _ in some]
+        outputs = engine.generate(prompts, params, lora_request=request, use_tqdm=False)
+        yield [Answer(i, s, cut(out.outputs[0].text, stop)) for (i, s), out in zip(some, outputs, strict=True)]

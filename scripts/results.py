@@ -1,0 +1,67 @@
+"""Keep a sweep's records under results/, without its weights.
+
+python scripts/results.py runs/auto_k results/nano/auto_k
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from hotlora.plan import ExpertPlan
+from hotlora.records import find_records
+
+KEPT = ("run.json", "plan.json")
+
+
+def take_over(runs: Path, into: Path) -> int:
+    records = find_records(runs)
+    for folder in records:
+        target = into / folder.relative_to(runs)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / name)
+    return len(records)
+
+
+def auto_table(folder: Path) -> str:
+    """Where `auto` lands: experts kept, score and held-out loss of each condition, the mean over its seeds."""
+    found: dict[str, dict[str, list]] = {}
+    for run, record in find_records(folder).items():
+        if record["status"] != "done":
+            continue
+        task, _, condition = record["sweep"]["condition"].partition("/")
+        plan = ExpertPlan.load(run)
+        share = sum(map(len, plan.experts.values())) / (plan.num_experts * len(plan.experts))
+        result = next(iter(record["evaluation"].values()))
+        found.setdefault(condition, {}).setdefault(task, []).append(
+            (share, result["accuracy"], record["training"]["test_loss"])
+        )
+    tasks = sorted({task for rows in found.values() for task in rows})
+    lines = ["| experts | " + " | ".join(f"{task}: kept | score, % | loss" for task in tasks) + " |"]
+    lines += ["|---" + "|---:" * (3 * len(tasks)) + "|"]
+    order = sorted(found, key=lambda name: (name == "auto", name == "all", name))
+    for condition in order:
+        cells = []
+        for task in tasks:
+            runs = found[condition].get(task, [])
+            if not runs:
+                cells += ["–"] * 3
+                continue
+            shares, scores, losses = zip(*runs, strict=True)
+            each = ", ".join(f"{100 * score:.1f}" for score in scores)
+            cells += [f"{shares[0]:.0%}", each, f"{sum(losses) / len(losses):.3f}"]
+        lines.append(f"| {condition} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("into", type=Path)
+    args = parser.parse_args()
+    print(f"{take_over(args.runs, args.into)} records in {args.into}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""lm-eval on models in memory, with its data from local files; skipped where lm-eval is not installed."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from published import ABSENT, DATA
+from tiny import fill, tiny_model, tiny_plan
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora import HotLoraConfig, cli
+from hotlora.errors import DataError, HotLoraError
+from hotlora.evaluate import example_id
+from hotlora.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
+from hotlora.records import read_record
+from hotlora.tasks import get_task, gsm8k, hellaswag
+from hotlora.tasks.rows import Row
+
+try:
+    import lm_eval
+except ImportError:
+    lm_eval = None
+harness = pytest.mark.skipif(lm_eval is None, reason="lm-eval: pip install hotlora[eval]")
+HELLASWAG = {
+    "activity_label": "Kite [substeps] work", "ctx_a": "A man folds a kite.", "ctx_b": "he",
+    "endings": ["[title] flies it.", "eats it.", "paints the whole of it red.", "sleeps."],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """GSM8K's and HellaSwag's folders, with few and invented rows."""
+    for name in ("gsm8k", "hellaswag"):
+        (tmp_path / name).mkdir()
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"{i}+{i}\n#### {2 * i}"} for i in range(6)]
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    endings = [{**HELLASWAG, "label": str(i % 4)} for i in range(4)]
+    endings.insert(1, {"query": "Kite: A man. He", "endings": ["runs.", "a", "b", "c"], "label": 0})
+    (tmp_path / "hellaswag" / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in endings))
+    return tmp_path
+
+
+def told(texts: dict[str, str]):
+    """A model that gives each prompt the text that was written for it."""
+    from lm_eval.api.model import LM
+
+    class Told(LM):
+        def generate_until(self, requests, **_):
+            return [texts[request.args[0]] for request in requests]
+
+        def loglikelihood(self, requests, **_):
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    return Told()
+
+
+def variants(answer: str, draw: random.Random) -> str:
+    """A generation that ends in `answer`, another number or none, in one of the ways in which models write it."""
+    wrong = [str(draw.randrange(-20, 5000)), answer + "0", "-" + answer, f"{answer}.0"]
+    number = draw.choice([answer] * 6 + wrong)
+    shown = draw.choice(
+        [number, f"{int(float(number)):,}", f"{number}.", f"${number}", f"{number} cakes", f"{number},"]
+    )
+    form = draw.choice(
+        ["It is so.\n#### {}", " 1+1\n#### {}\n", "#### {}\n\n#### 5", "The answer is {}.", "####{}", "#### {} #### 7",
+         "####  {}", "#### {}/2", "", "{}", "so\n#### {} ", "#### #### {}"]
+    )  # fmt: skip
+    return form.format(shown)
+
+
+@harness
+@pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"GSM8K: {ABSENT}")
+def test_gsm8k_agrees_with_lm_eval_on_200_generations(tmp_path: Path):
+    examples = get_task("gsm8k").load("test", str(DATA / "gsm8k"), None, 0)[:200]
+    draw = random.Random(0)
+    texts = {e.prompt: variants(gsm8k.final_answer(e.meta["answer"]), draw) for e in examples}
+    report, (evaluation,) = evaluate_by_lm_eval(
+        told(texts), None, [f"gsm8k:{DATA / 'gsm8k'}"], num_fewshot=0, limit=200
+    )
+    ours = [gsm8k.score(example, texts[example.prompt]) for example in examples]
+    assert [r["correct"] for r in evaluation.results] == ours and 50 < sum(ours) < 150
+    assert [r["id"] for r in evaluation.results] == [example_id(e) for e in examples]
+    assert [r["prediction"] for r in evaluation.results] == [texts[e.prompt] for e in examples]
+    assert report["results"]["gsm8k"]["exact_match,strict-match"] == evaluation.accuracy == sum(ours) / 200
+    assert (evaluation.metric, evaluation.n) == ("exact_match", 200)
+
+
+@harness
+def test_the_one_known_difference_in_gsm8k(folder: Path):
+    """lm-eval removes one trailing dot, hotlora all."""
+    examples = [
+        gsm8k.example(Row("", json.loads(line))) for line in (folder / "gsm8k" / "test.jsonl").read_text().splitlines()
+    ]
+    texts = {e.prompt: f"#### {2 * i}{'.' * i}" for i, e in enumerate(examples)}
+    _, (evaluation,) = evaluate_by_lm_eval(told(texts), None, [f"gsm8k:{folder}/gsm8k"], num_fewshot=0)
+    assert [r["correct"] for r in evaluation.results] == [True, True, False, False, False, False]
+    assert all(gsm8k.score(example, texts[example.prompt]) for example in examples)
+
+
+@harness
+def test_an_adapted_model_in_memory(folder: Path):
+    from hotlora.evaluate import evaluate_task, generate
+
+    tokenizer = byte_tokenizer()
+    base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=1024)
+    import peft
+
+    model = peft.get_peft_model(base, HotLoraConfig(plan=tiny_plan(base), r=4)).eval()
+    options = {"num_fewshot": 0, "batch_size": 2}
+    _, before = evaluate_by_lm_eval(model, tokenizer, [f"hellaswag:{folder}/hellaswag"], **options)
+    fill(model, seed=1, scale=1.0)
+    tasks = [f"gsm8k:{folder}/gsm8k", f"hellaswag:{folder}/hellaswag"]
+    report, after = evaluate_by_lm_eval(model, tokenizer, tasks, limit=3, **options)
+    assert [e.task for e in after] == ["gsm8k", "hellaswag"] and [e.metric for e in after] == [
+        "exact_match",
+        "acc_norm",
+    ]
+    assert before[0].results[:3] != after[1].results, "the adapter takes part"
+    examples = get_task("gsm8k").load("test", str(folder / "gsm8k"), None, 0)[:3]
+    ours = generate(model, tokenizer, examples, max_new_tokens=256, stop=("Question:",))
+    assert [r["prediction"] for r in after[0].results] == ours
+    examples = get_task("hellaswag").load("test", str(folder / "hellaswag"), None, 0)[:3]
+    found = evaluate_task(model, tokenizer, get_task("hellaswag"), examples)
+    assert [r["id"] for r in after[1].results] == [r["id"] for r in found.results]
+    assert [r["correct"] for r in after[1].results] == [r["correct"] for r in found.results]
+    assert report["results"]["hellaswag"]["acc_norm,none"] == found.accuracy
+    for theirs, mine, example in zip(after[1].results, found.results, examples, strict=True):
+        whole = [value * len(choice) for value, choice in zip(mine["scores"], example.choices, strict=True)]
+        assert [float(pair[0]) for pair in theirs["prediction"]] == pytest.approx(whole, rel=1e-4)
+    json.dumps(report)
+
+
+@harness
+def test_the_command_keeps_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["hotlora", "evaluate", "--harness", "lm-eval", *map(str, words)])
+        with pytest.raises(SystemExit):
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    model, out = folder / "model", folder / "run"
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=1024).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    words = ("--model", model, "--tasks", f"hellaswag:{folder}/hellaswag", "-o", out, "--limit", 3)
+    assert "hellaswag: acc_norm" in call(*words)
+    record = read_record(out)
+    assert record["harness"] == {"name": "lm-eval", "version": lm_eval_version(), "results": "results-lm-eval.json"}
+    assert record["evaluation"]["hellaswag"]["n"] == 3 == record["data"]["test"]
+    report = json.loads((out / "results-lm-eval.json").read_text())
+    assert report["results"]["hellaswag"]["acc_norm,none"] == record["evaluation"]["hellaswag"]["accuracy"]
+    assert len((out / "results-hellaswag.jsonl").read_text().splitlines()) == 3
+    assert "hellaswag: acc_norm" in call(*words)  # done already
+    assert "limit was 3 and is 2" in call(*words[:-1], 2)
+    assert "leave the engine and the sampling out" in call(*words, "--samples", 2, "--temperature", 1)
+    assert "Give --harness lm-eval with --tasks" in call("--model", model, "--data", "gsm8k")
+
+
+@harness
+@pytest.mark.slow  # all of lm-eval's configs are read
+def test_a_task_that_lm_eval_does_not_have():
+    with pytest.raises(DataError, match="lm-eval has no task 'no-such'"):
+        evaluate_by_lm_eval(told({}), None, ["no-such"])
+
+
+@harness
+def test_local_files_that_cannot_be_read(tmp_path: Path, folder: Path):
+    with pytest.raises(DataError, match="piqa cannot be read from here for lm-eval; gsm8k and hellaswag can"):
+        write_local_task("piqa", "here", tmp_path)
+    with pytest.raises(DataError, match="is not a folder; lm-eval's gsm8k needs the folder"):
+        write_local_task("gsm8k", folder / "gsm8k" / "test.jsonl", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds none of hellaswag_val\.jsonl"):
+        write_local_task("hellaswag", tmp_path / "empty", tmp_path)
+    (folder / "gsm8k" / "test.jsonl").write_text('{"question": "?"}\n')
+    with pytest.raises(DataError, match=r"test\.jsonl line 1 has no field 'answer'"):
+        write_local_task("gsm8k", folder / "gsm8k", tmp_path)
+    assert hellaswag.FILES["test"][0] == "hellaswag_val.jsonl"
+
+
+@pytest.mark.skipif(lm_eval is not None, reason="lm-eval is installed")
+def test_without_lm_eval_the_error_names_the_extra():
+    with pytest.raises(HotLoraError, match=r"lm-eval cannot be used .*: pip install hotlora\[eval\]"):
+        evaluate_by_lm_eval(None, None, ["gsm8k"])
