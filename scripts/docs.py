@@ -15,13 +15,13 @@ from pathlib import Path
 
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
-from results import auto_table
 from study import PAGE as STUDY_PAGE
 from study import page as study_page
 
 from hotlora.bench_report import speed_tables
 from hotlora.records import find_records
 from hotlora.tables import COLUMNS, read_sections, table_rows
+from results import auto_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, EXPERTS_ONLY = ROOT / "docs" / "demo", ROOT / "docs" / "demo-experts-only"

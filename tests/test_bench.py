@@ -373,6 +373,8 @@ def test_growth(olmoe_file, in_here):
     found = {name: [point[0] for point in points] for name, points in lines.items()}
     assert found == {"floor": [2, 8], "hotlora": [2, 8]}
     assert growth_figure(result).axes[0].get_xlabel() == "adapted experts of a layer"
+    rows = markdown(result).splitlines()
+    assert rows[-4].startswith("| adapted experts of a layer | floor | hotlora |") and rows[-2].startswith("| 2 | ")
     layers = run_growth(config, "layers")
     assert [run["model"]["layers"] for run in layers["runs"]] == layers["values"] == [1, 2]
     (tokens,) = run_growth(config, "tokens", [12])["runs"]
