@@ -225,14 +225,15 @@ def _new_root(folder: str) -> None:
     """Changes into a read-only root with the interpreter's libraries and an empty /tmp in memory; no /proc."""
     _mount("none", "/", None, _REC | _PRIVATE)
     _mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    for name in ("tmp", "old"):
+        os.mkdir(f"{folder}/{name}")
+    # First: an interpreter may itself lie under /tmp.
+    _mount("tmpfs", f"{folder}/tmp", "tmpfs", _NOSUID | _NODEV, f"size={MAX_DISK_MB}m,nr_inodes=8192,mode=1777")
     for source in libraries():
         _bind(source, folder + source)
         _seal(folder + source, _ATTR_READ_ONLY | _ATTR_NOSUID | _ATTR_NODEV)
     for device in ("/dev/null", "/dev/urandom"):
         _bind(device, folder + device)
-    for name in ("tmp", "old"):
-        os.mkdir(f"{folder}/{name}")
-    _mount("tmpfs", f"{folder}/tmp", "tmpfs", _NOSUID | _NODEV, f"size={MAX_DISK_MB}m,nr_inodes=8192,mode=1777")
     _check(_libc.pivot_root(os.fsencode(folder), os.fsencode(f"{folder}/old")))
     os.chdir("/")
     _check(_libc.umount2(b"/old", _DETACH))

@@ -144,8 +144,8 @@ def _command(level: Level, folder: str, timeout_s: float, memory_mb: int) -> lis
         raise _NoSuchLevelError("bwrap is not installed")
     seen = [sys.base_prefix, sys.prefix, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"]
     binds = [word for path in seen for word in ("--ro-bind-try", path, path)]
-    words = ["--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev", *binds]
+    words = ["--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev"]
     return [
-        bwrap, *words, "--bind", folder, "/tmp", "--ro-bind", str(_JAIL), "/jail.py",
+        bwrap, *words, "--bind", folder, "/tmp", *binds, "--ro-bind", str(_JAIL), "/jail.py",
         *python, "/jail.py", "limits", *limits, "/tmp",
     ]  # fmt: skip

@@ -252,10 +252,12 @@ open('/tmp/mine', 'w').write('x')
 
 
 def test_a_program_sees_no_files_but_pythons(run: Run, level: Level, apart: None):
+    # An interpreter that lies under /tmp itself stays in sight.
+    pythons = sorted({Path(path).parts[2] for path in (sys.prefix, sys.base_prefix) if path.startswith("/tmp/")})
     program = f"""
 import os
 assert not os.path.exists({__file__!r}) and not os.path.exists('/etc/passwd') and not os.path.exists('/proc/1/environ')
-assert os.getcwd() == '/tmp' and os.listdir('/tmp') == [], os.listdir('/tmp')
+assert os.getcwd() == '/tmp' and os.listdir('/tmp') == {pythons!r}, os.listdir('/tmp')
 """
     assert run(program) == PythonResult(True)
 
