@@ -216,12 +216,9 @@ class HotLoraModel(LoraModel):
 
     def _hold_factors(self, config: HotLoraConfig, adapter_name: str) -> None:
         """A from its seed, and of B the kept entries alone, where the config says so."""
-        slots = [
-            slot
-            for path, module in self.model.named_modules()
-            if isinstance(module, LoraLayer) and adapter_name in module.scaling
-            for slot in factor_slots(path, module, adapter_name)
-        ]
+        if config.train_a and config.mask is None:
+            return
+        slots = list(factor_slots(self.model, adapter_name))
         if not config.train_a:
             assert config.a_seed is not None
             for slot in slots:

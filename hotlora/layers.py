@@ -406,12 +406,9 @@ class HotLoraExperts(HotExperts):
 
     def _low_rank(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor]:
         """scaling * B @ A, `[N, P*F, D]` and `[N, D, F]`, in float32 at least."""
-        A_gate_up, B_gate_up, A_down, B_down = map(_at_least_float32, self._tensors_of(adapter, group))
-        parts = A_gate_up.shape[1] // A_down.shape[1]
-        pairs = zip(B_gate_up.chunk(parts, dim=1), A_gate_up.chunk(parts, dim=1), strict=True)
-        gate_up = torch.cat([B @ A for B, A in pairs], dim=1)
+        gate_up, down = low_rank_products(*self._tensors_of(adapter, group))
         scaling = self._scaling(adapter, group)
-        return gate_up * scaling, B_down @ A_down * scaling
+        return gate_up * scaling, down * scaling
 
     def _dora_scales(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor] | None:
         """Magnitude over norm: `[N, P*F]` and `[N, D]`. The norm carries no gradient (DoRA, section 4.3)."""
@@ -426,17 +423,14 @@ class HotLoraExperts(HotExperts):
     @torch.no_grad()
     def _norms(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor]:
         """Of the rows of W + scaling * B @ A, expert by expert: no more than one expert is held in float32."""
-        A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
-        parts, scaling = A_gate_up.shape[1] // A_down.shape[1], self._scaling(adapter, group)
+        factors, scaling = self._tensors_of(adapter, group), self._scaling(adapter, group)
         ups, downs = [], []
         for n, expert in enumerate(group.ids):
+            update_up, update_down = low_rank_products(*(factor[n] for factor in factors))
             # On the factors' device: they have no values yet where a saved adapter is about to be loaded.
-            up, down = (_at_least_float32(weight[0]).to(A_down.device) for weight in self._base_weights([expert]))
-            As, Bs = A_gate_up[n].to(up.dtype).chunk(parts), B_gate_up[n].to(up.dtype).chunk(parts)
-            update = torch.cat([B @ A for B, A in zip(Bs, As, strict=True)])
-            ups.append(torch.linalg.vector_norm(up.add_(update, alpha=scaling), dim=1))
-            update = B_down[n].to(down.dtype) @ A_down[n].to(down.dtype)
-            downs.append(torch.linalg.vector_norm(down.add_(update, alpha=scaling), dim=1))
+            up, down = (_at_least_float32(weight[0]).to(update_up.device) for weight in self._base_weights([expert]))
+            ups.append(torch.linalg.vector_norm(up.add_(update_up, alpha=scaling), dim=1))
+            downs.append(torch.linalg.vector_norm(down.add_(update_down, alpha=scaling), dim=1))
         return torch.stack(ups), torch.stack(downs)
 
 
@@ -579,17 +573,28 @@ class HotLoraRouter(HotLoraWeights):
         return {"weight": weight}
 
 
-def factor_slots(path: str, layer: LoraLayer, adapter: str) -> Iterator[Slot]:
-    """The low-rank factors of `adapter` in one layer, ours or PEFT's Linear."""
-    if isinstance(layer, HotLoraExperts):
-        yield from layer.slots(path, adapter)
-    elif isinstance(layer, HotLoraWeights):
-        for name in ("lora_A", "lora_B"):
-            for key in getattr(layer, name)[adapter]:
-                yield Slot(f"{path}.{name}.{key}", name == "lora_A", getattr(layer, name)[adapter], key)
-    elif not isinstance(layer, HotFullExperts):
-        for name in ("lora_A", "lora_B"):
-            yield Slot(f"{path}.{name}.weight", name == "lora_A", getattr(layer, name), adapter)
+def factor_slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
+    """The low-rank factors of `adapter` in all layers of an adapted base model, ours and PEFT's Linears."""
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
+            continue
+        if isinstance(layer, HotLoraExperts):
+            yield from layer.slots(path, adapter)
+        elif isinstance(layer, HotLoraWeights):
+            for name in ("lora_A", "lora_B"):
+                for key in getattr(layer, name)[adapter]:
+                    yield Slot(f"{path}.{name}.{key}", name == "lora_A", getattr(layer, name)[adapter], key)
+        elif not isinstance(layer, HotFullExperts):
+            for name in ("lora_A", "lora_B"):
+                yield Slot(f"{path}.{name}.weight", name == "lora_A", getattr(layer, name), adapter)
+
+
+def low_rank_products(A_gate_up: Tensor, B_gate_up: Tensor, A_down: Tensor, B_down: Tensor) -> tuple[Tensor, Tensor]:
+    """B @ A of gate and up `[..., P*F, D]`, and of down `[..., D, F]`, in float32 at least: of an expert, or many."""
+    A_gate_up, B_gate_up, A_down, B_down = map(_at_least_float32, (A_gate_up, B_gate_up, A_down, B_down))
+    parts = A_gate_up.shape[-2] // A_down.shape[-2]
+    pairs = zip(B_gate_up.chunk(parts, dim=-2), A_gate_up.chunk(parts, dim=-2), strict=True)
+    return torch.cat([B @ A for B, A in pairs], dim=-2), B_down @ A_down
 
 
 def _tensors(held: Any) -> list[Tensor]:

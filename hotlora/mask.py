@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -115,12 +114,7 @@ def draw_mask(
         raise HotLoraError(f"keep is {keep}: it must be above 0 and at most 1, such as 0.1.")
     if granularity not in GRANULARITIES:
         raise HotLoraError(f"granularity {granularity!r} does not exist: choose one of {', '.join(GRANULARITIES)}.")
-    slots = [
-        slot
-        for path, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling
-        for slot in factor_slots(path, module, adapter_name)
-    ]
+    slots = list(factor_slots(model.get_base_model(), adapter_name))
     seeds = {slot.held[slot.key].seed for slot in slots if isinstance(slot.held[slot.key], SeededFactor)}
     if len(seeds) != 1:
         raise HotLoraError(

@@ -23,7 +23,7 @@ from .adapter import HotLoraConfig
 from .errors import HotLoraError, PlanError
 from .factors import uniform
 from .files import atomic_path, read_json_lines, write_text
-from .layers import HotLoraExperts
+from .layers import HotLoraExperts, low_rank_products
 from .models import moe_layers
 from .plan import ExpertPlan
 from .routing import RoutingProfile, jaccard
@@ -201,11 +201,9 @@ class Reprofiling(TrainerCallback):
         """Adds what the expert learned to its frozen weights, and remembers both."""
         module = self._layers[left.layer]
         key = (left.layer, left.expert)
-        A_up, B_up, A_down, B_down = (factor.float() for factor in left.factors)
-        parts = A_up.shape[0] // A_down.shape[0]
-        up = torch.cat([B @ A for B, A in zip(B_up.chunk(parts), A_up.chunk(parts), strict=True)])
         scaling = module.scaling["default"]
-        deltas = module._own_layout((up * scaling).unsqueeze(0), (B_down @ A_down * scaling).unsqueeze(0))
+        up, down = (product.unsqueeze(0) * scaling for product in low_rank_products(*left.factors))
+        deltas = module._own_layout(up, down)
         weights = [weight for weight, _ in module._merged_into("default")]
         self._frozen.setdefault(key, [weight.data[left.expert].clone() for weight in weights])
         for weight, delta in zip(weights, deltas, strict=True):

@@ -16,11 +16,10 @@ from .models import load_tokenizer
 from .plan import select_experts
 from .records import Record, read_record, write_record
 from .routing import RoutingProfile, jaccard
-from .run import profile_data, run_training
+from .run import profile_data, profile_sample, run_training
 from .run_folder import load_base
 
 WARMUPS = ("none", "lora")
-_MIN_WARMED_ON = 64
 
 
 def run_method(
@@ -120,7 +119,7 @@ def _warm_up(
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=options.get("limit"), tokenizer=tokenizer)
     share = options.get("profile_fraction", PROFILE_FRACTION)
-    number = min(len(examples), max(_MIN_WARMED_ON, round(share * len(examples))))
+    number = len(profile_sample(examples, share))
     names = ("on_top_of", "test_data", "dtype", "device", "quantize", "progress")
     run_training(
         model,
