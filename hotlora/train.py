@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from . import checkpoints
 from .checkpointing import checkpoint_kwargs
 from .config import FREE_OPTIONS, TrainConfig
+from .data import IGNORE
 from .errors import DataError, HotLoraError
 from .files import read_json, write_json
 from .quiet import quiet
@@ -172,7 +173,7 @@ def make_trainer(
         disable_tqdm=True,
     )
     with quiet():
-        trainer = _Trainer(
+        trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
             args=arguments,
             train_dataset=dataset,
@@ -193,6 +194,33 @@ class _Trainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+
+class _CpuTrainer(_Trainer):
+    """Without Triton, TRL takes the LM head and the loss at every position, the prompt's and the padding too: two
+    fifths of a small model's step. This one takes the positions where some row has a label next."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if return_outputs:  # evaluation inside the trainer, which is not ours
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        positions = (labels != IGNORE).any(0).nonzero()[:, 0]
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, use_cache=False, logits_to_keep=positions)
+        labels = labels[:, positions]
+        found = labels != IGNORE
+        loss = torch.nn.functional.cross_entropy(outputs.logits[found].float(), labels[found], reduction="sum")
+        loss = loss / torch.as_tensor(found.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        if self.aux_loss_enabled:
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is of every process, and DDP averages
+        return loss
 
 
 class _KeepRouting(TrainerCallback):

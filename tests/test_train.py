@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
+from trl import SFTTrainer
 
 from hotlora import checkpoints
 from hotlora.adapter import HotLoraConfig
@@ -54,6 +55,22 @@ def test_only_the_response_carries_loss(tmp_path: Path):
         loss = trainer.compute_loss(model, dict(batch))
         plain = model(**batch).loss
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"aux_loss_coef": 0.1}, {"packing": True}, {"gradient_accumulation_steps": 2}])
+def test_the_loss_at_the_labels_alone_is_the_trl_trainers_own(tmp_path: Path, options: dict[str, object]):
+    trainer = make_trainer(adapted(), TOKENIZER, dataset(), replace(CONFIG, **options), tmp_path)
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    found = {}
+    for cls in (SFTTrainer, type(trainer)):
+        trainer.model.zero_grad()
+        loss = cls.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=torch.tensor(77))
+        loss.backward()
+        found[cls] = loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+    trl, ours = found[SFTTrainer], found[type(trainer)]
+    assert SFTTrainer.compute_loss is not type(trainer).compute_loss
+    torch.testing.assert_close(ours, trl, rtol=1e-4, atol=1e-6)
 
 
 def test_training_lowers_the_loss_and_moves_only_the_adapter(tmp_path: Path):
