@@ -1,5 +1,6 @@
 """What several commands share: their options and their consoles."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,3 +98,14 @@ def number_list(name: str, text: str, kind: type) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise HotLoraError(f"--{name} is {text!r}: give numbers with commas between, such as 1,2.") from None
+
+
+def named(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
+    """NAME=VALUE, some times, as a dictionary."""
+    found = {}
+    for pair in pairs or ():
+        name, sign, value = pair.partition("=")
+        if not (name and sign and value):
+            raise HotLoraError(f"{option} {pair} is not NAME=VALUE: give it as in {option} gsm8k=data/gsm8k.")
+        found[name] = value
+    return found

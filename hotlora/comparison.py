@@ -137,7 +137,7 @@ def compare_runs(
             left_out.append(f"{condition}, seed {seed} ({folder}): {state}")
             lacking[sweep["name"], condition, seed] = state
             continue
-        place = seed if record.get("training") else None
+        place = seed if record.get("training") or sweep.get("scores") else None
         for task in _tasks(record, metric):
             key = (sweep["name"], record["model"]["name"], task)
             if (twin := folders.setdefault((key, condition, place), folder)) != folder:

@@ -24,16 +24,17 @@ from .data import test_source
 from .errors import DataError, FileError, HotLoraError
 from .methods import resolve
 from .stages import run_method
-from .sweep_runs import TRAINING, keep_failure, make_profile, score_base, train_run
+from .sweep_runs import SAMPLING, TRAINING, keep_failure, make_profile, score_adapter, score_base, train_run
 from .sweep_table import progress_table, state, title
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 PROFILES = "profiles"
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
 _DEFAULT = TrainConfig()
 _FIELDS = dataclasses.asdict(_DEFAULT)
-_NAMES = (*inspect.signature(resolve).parameters, *inspect.signature(run_method).parameters, *TRAINING, *_FIELDS)
+_NAMES = (
+    *inspect.signature(resolve).parameters, *inspect.signature(run_method).parameters, *TRAINING, *_FIELDS, *SAMPLING
+)  # fmt: skip
 _OPTIONS = {*_NAMES} - {"given", "options", "output", "config", "seed", "progress"}
 # What a profile depends on, besides the training examples and the length at which they are cut.
 _PROFILE = ("model", "data", "limit", "profile_fraction", "dtype", "device", "quantize")
@@ -48,11 +49,14 @@ class Condition:
     options: what sets it apart, in the words of `hotlora train`: `methods.resolve`'s names, the options of
         `stages.run_method` and `run.run_training`, and fields of `TrainConfig`.
     train: False scores the model as it is, once.
+    scores: the name of a condition before this one, whose adapters are scored on this one's data, seed by seed, in
+        place of a training.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     train: bool = True
+    scores: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,17 @@ class Sweep:
                 raise HotLoraError(f"the sweep {self.name} has the {what} {min(twice)} twice.")
         if wrong := [seed for seed in self.seeds if not isinstance(seed, int) or seed < 0]:
             raise HotLoraError(f"the sweep {self.name} has the seed {wrong[0]!r}: seeds are integers from 0.")
+        trained: set[str] = set()
         for condition in self.conditions:
             options = self.options_of(condition)
             _check_options(options, f"{self.name}: {condition.name}")
+            if condition.scores is not None and condition.scores not in trained:
+                raise HotLoraError(
+                    f"{self.name}: {condition.name} scores the adapters of {condition.scores!r}, which is no condition "
+                    f"that trains before it ({', '.join(sorted(trained)) or 'none does'})."
+                )
+            if condition.train and condition.scores is None:
+                trained.add(condition.name)
             try:
                 resolve(**options)
             except HotLoraError as error:
@@ -104,17 +116,14 @@ class Sweep:
         return {"model": self.model, "data": self.data, **changed, **self.options, **condition.options}
 
 
-def load_sweep(file_or_name: str | os.PathLike[str]) -> Sweep:
-    """The `SWEEP` that a Python file defines, or one of the recipes that come with hotlora, by name.
+def load_sweep(file: str | os.PathLike[str]) -> Sweep:
+    """The `SWEEP` that a Python file defines.
 
-    FileError: there is no such file or recipe. HotLoraError: the file fails, or defines no SWEEP.
+    FileError: there is no such file. HotLoraError: the file fails, or defines no SWEEP.
     """
-    path = Path(file_or_name)
-    if path.suffix != ".py":
-        path = RECIPES / f"{file_or_name}.py"
+    path = Path(file)
     if not path.is_file():
-        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.py"))) or "none here"
-        raise FileError(f"{file_or_name} is no Python file and no recipe: give FILE.py, or a recipe ({names}).")
+        raise FileError(f"{path} does not exist: give a Python file that defines SWEEP.")
     try:
         found = runpy.run_path(str(path)).get("SWEEP")
     except HotLoraError as error:
@@ -168,6 +177,14 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
         if not condition.train:
             jobs.append(Job(condition.name, folder, score_base, _scoring(resolve(**given), folder, kept)))
             continue
+        if condition.scores is not None:
+            for seed in sweep.seeds:
+                at = folder / f"seed{seed}"
+                trained = next(job for job in jobs if (job.name, job.seed) == (condition.scores, seed))
+                mark = {"sweep": {**kept["sweep"], "scores": condition.scores}}
+                arguments = _scoring(resolve(**given), at, mark) | {"trained": trained.folder, "seed": seed}
+                jobs.append(Job(condition.name, at, score_adapter, arguments, trained, seed))
+            continue
         needs = _profile_job(resolve(**given), output)
         if needs is not None:
             needs = profiles.setdefault(needs.folder, needs)
@@ -192,7 +209,7 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
 def _scoring(arguments: Mapping[str, Any], folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
     """`run_evaluation`'s arguments, such that it scores what `run_training` would."""
     names = {"test_limit": "limit", "eval_batch_size": "batch_size"}
-    taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", "quantize")
+    taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", "quantize", *SAMPLING)
     scoring = {names.get(name, name): arguments[name] for name in taken if name in arguments}
     data = test_source(arguments["data"], arguments.get("test_data"))
     if data is None:

@@ -1,5 +1,6 @@
 """What a sweep's processes do: profiles, trainings, and the scores of the model as it is."""
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from .crew import Job
 from .data import data_hash, load_examples
 from .errors import FileError
+from .generate import Sampling
 from .models import load_model, load_tokenizer
 from .quantize import experts_in
 from .records import Record, new_record, read_record, write_record
@@ -16,6 +18,7 @@ from .run import profile_data, profile_sample, run_training
 from .run_evaluate import run_evaluation
 from .stages import run_method
 
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
 TRAINING = inspect.signature(run_training).parameters
 
 
@@ -26,7 +29,19 @@ def train_run(kept: Mapping[str, Any], **arguments: Any) -> Record:
 
 def score_base(kept: Mapping[str, Any], **arguments: Any) -> Record:
     """`run_evaluation` of a model as it is, and `kept` beside it in the record."""
-    return _mark(run_evaluation(**arguments)[0], arguments["output"], kept)
+    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
+    return _mark(run_evaluation(**arguments, sampling=sampling)[0], arguments["output"], kept)
+
+
+def score_adapter(kept: Mapping[str, Any], trained: Path, seed: int, **arguments: Any) -> Record:
+    """The adapter, or the model, that the run in `trained` left, on other data."""
+    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
+    if (trained / "model").is_dir():
+        arguments["model"] = str(trained / "model")
+    else:
+        arguments["adapter"] = trained / "adapter"
+    record = run_evaluation(**arguments, sampling=sampling)[0]
+    return _mark(record, arguments["output"], {**kept, "seed": seed})
 
 
 def make_profile(

@@ -4,17 +4,19 @@ hotlora sweep auto_k --processes 2
 hotlora report runs/auto_k
 """
 
+from typing import Any
+
 from hotlora.demo import CONFIG, TASKS, TRAIN_EXAMPLES
 from hotlora.sweep import Condition, Sweep
 
-CONDITIONS = [
+CONDITIONS: list[dict[str, Any]] = [
     *({"rule": "hot", "fraction": fraction} for fraction in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)),
     {"rule": "all"},
     {"rule": "auto"},
 ]
 
 
-def name(options: dict) -> str:
+def name(options: dict[str, Any]) -> str:
     return f"{options['rule']}-{options['fraction']:g}" if "fraction" in options else options["rule"]
 
 

@@ -1,0 +1,135 @@
+"""What a table or figure of a paper is made from: its rows are ways to train, its columns models and tasks."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import HotLoraError
+from ..sweep import Condition, Sweep
+
+STORE = "papers"
+"""All recipes' runs have one place, and a run that two tables show is made once."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model on a task.
+
+    Attributes:
+        name: the paper's for the task, or the paper's model and task.
+        data: what is trained on, as `hotlora train` takes it.
+        domain: whose hyperparameters HELLoRA has for it: math, code or safety.
+        options: of every run in this column.
+        scored: other data than `data` to score by a run of its own (a Condition's options); None: the data's own
+            test split, after training.
+    """
+
+    name: str
+    model: str
+    data: str
+    domain: str = "math"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scored: Mapping[str, Any] | None = None
+
+    @property
+    def folder(self) -> str:
+        task = self.data.partition(":")[0]
+        return f"{_slug(Path(self.model).name)}/{_slug(task)}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train.
+
+    Attributes:
+        name: its runs' folder inside the column's.
+        label: as the paper prints it.
+        method: from `methods.METHODS`; None: the model as it is.
+        options: beside the method's own.
+        published: column name -> what the paper prints there, a score in points, or several (pass@1, 5, 10).
+        only: names of the columns that have this row; empty: all.
+    """
+
+    name: str
+    label: str
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, float | tuple[float, ...] | None] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A table or figure that trainings make.
+
+    Attributes:
+        name: such as hellora-table-2.
+        title: what it shows.
+        where: the paper and its section.
+        across: (row, other column) pairs that are scored besides: adapters of the row on another task's data.
+        view: how the report lays it out: "scores" (rows by columns), "curve" (the same over a budget), "across", or
+            "pairs", "spread" and "equivalence" (MoE-Sieve's tables 3, 6 and 8: the last row against the reference).
+        reference: name of the row that others are compared with.
+    """
+
+    name: str
+    title: str
+    where: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    options: Mapping[tuple[str, str], Mapping[str, Any]]
+    """(row, column) -> hyperparameters"""
+    view: str = "scores"
+    reference: str | None = None
+    across: bool = False
+
+    def sweep(self) -> Sweep:
+        """Every run of the table, in its order."""
+        conditions: list[Condition] = []
+        for column in self.columns:
+            for row in self.rows:
+                if not row.only or column.name in row.only:
+                    conditions += self._conditions(row, column)
+        return Sweep(STORE, self.columns[0].model, self.columns[0].data, conditions, seeds=self.seeds)
+
+    def _conditions(self, row: Row, column: Column) -> list[Condition]:
+        name = condition_name(row, column)
+        at = {"model": column.model, "data": column.data, **column.options}
+        if row.method is None:
+            return [Condition(name, {**at, **(column.scored or {})}, train=False)]
+        trained = Condition(name, {**at, **self.options[row.name, column.name]})
+        found = [trained]
+        if column.scored is not None:
+            scored = {"model": column.model, **column.options, **column.scored}
+            found.append(Condition(scored_name(row, column), scored, scores=name))
+        others = [other for other in self.columns if self.across and other.name != column.name]
+        for other in others:
+            scored = {"model": other.model, "data": other.data, **other.options, **(other.scored or {})}
+            found.append(Condition(across_name(row, column, other), scored, scores=name))
+        return found
+
+
+def condition_name(row: Row, column: Column) -> str:
+    """The folder of a row's runs in a column."""
+    return f"{column.folder}/{row.name}"
+
+
+def scored_name(row: Row, column: Column) -> str:
+    """The folder of their scores, where the column's data has none of its own."""
+    once = column.scored is None or row.method is None
+    return condition_name(row, column) + ("" if once else "-scored")
+
+
+def across_name(row: Row, column: Column, other: Column) -> str:
+    """The folder of their scores on another column's data."""
+    return f"{condition_name(row, column)}-on-{other.folder.split('/')[1]}"
+
+
+def _slug(text: str) -> str:
+    found = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.")
+    if not found:
+        raise HotLoraError(f"{text!r} cannot name a folder: give a model or data set with letters in its name.")
+    return found

@@ -1,0 +1,107 @@
+"""On what a paper's tables are made: its models, tasks and hyperparameters, or nano and its own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import HotLoraError
+from ..methods import METHODS
+from .recipe import Column, Recipe, Row
+
+OLMOE = "allenai/OLMoE-1B-7B-0924"
+MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
+QWEN = "Qwen/Qwen1.5-MoE-A2.7B"
+NANO = "nano"
+
+# LoRI's protocol, which HELLoRA's numbers appear to come from.
+_SAMPLED = {"samples": 20, "temperature": 0.2, "top_p": 0.95}
+HELLORA_TASKS = {
+    "GSM8K": Column("GSM8K", OLMOE, "gsm8k-lori", "math"),
+    "HUMAN": Column("HUMAN", OLMOE, "codealpaca", "code", scored={"data": "humaneval-lori", **_SAMPLED}),
+    "SAFE": Column("SAFE", OLMOE, "saferpaca", "safety", scored={"data": "hexphi-lori"}),
+}
+SIEVE_TASKS = {name: Column(name, OLMOE, name.lower()) for name in ("Spider", "GSM8K", "HellaSwag")}
+NANO_TASKS = {"math": "nano-math", "sql": "nano-sql", "choice": "nano-choice"}
+_STANDS_FOR = {
+    "GSM8K": "nano-math", "HUMAN": "nano-sql", "SAFE": "nano-choice", "Spider": "nano-sql", "HellaSwag": "nano-choice",
+}  # fmt: skip
+
+HELLORA_SEEDS = 10  # its table 1
+SIEVE_SEEDS = 8  # its section 5.1
+NANO_SEEDS = {"hellora": 3, "moe-sieve": 8}
+
+# The best held-out loss of a grid on nano-math with a seed of its own (docs/log.md): 60 steps tell methods apart.
+NANO_RATES = {
+    "fft": 1e-3, "lora": 8e-3, "dora": 8e-3, "lori-d": 1.6e-2, "lori-s": 6.4e-2, "hellora": 8e-3, "hellori-d": 1.6e-2,
+    "hellori-s": 6.4e-2, "sieve": 8e-3, "esft": 3e-3,
+}  # fmt: skip
+_NANO = {
+    "max_steps": 60, "batch_size": 16, "lr_scheduler": "linear", "warmup_ratio": 0.1, "r": 8, "lora_alpha": 16,
+    "max_length": 256, "save_steps": 60, "limit": 2000, "test_limit": 200, "profile_fraction": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a user may say of a recipe.
+
+    Attributes:
+        model: in place of the paper's; "nano" brings its own tasks, hyperparameters and number of seeds.
+        sources: task name -> local files or a hub id, for those that are not on the hub under their own name.
+        seeds: how many; None: as many as the paper has.
+        options: of every run, before everything else (MoE-Sieve's learning rate, which it does not state).
+    """
+
+    model: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    seeds: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_nano(self) -> bool:
+        return self.model == NANO
+
+
+def make(
+    paper: str, setting: Setting, name: str, title: str, where: str, columns: Sequence[Column], rows: Sequence[Row],
+    **rest: Any,
+) -> Recipe:  # fmt: skip
+    """A recipe in a setting: its columns on the setting's model and data, and each cell's hyperparameters."""
+    columns = [_placed(column, setting) for column in columns]
+    published = HELLORA_SEEDS if paper == "hellora" else SIEVE_SEEDS
+    seeds = setting.seeds or (NANO_SEEDS[paper] if setting.is_nano else published)
+    options = {
+        (row.name, column.name): _options(paper, row, column, setting)
+        for row in rows for column in columns if row.method is not None
+    }  # fmt: skip
+    return Recipe(f"{paper}-{name}", title, where, columns, rows, range(seeds), options, **rest)
+
+
+def _placed(column: Column, setting: Setting) -> Column:
+    if setting.is_nano:
+        return replace(column, model=NANO, data=_STANDS_FOR[column.name.split()[-1]], scored=None)
+    scored = column.scored and {**column.scored, "data": _source(column.scored["data"], setting)}
+    model = setting.model or column.model
+    return replace(column, model=model, data=_source(column.data, setting), scored=scored)
+
+
+def _source(data: str, setting: Setting) -> str:
+    source = setting.sources.get(data)
+    return data if source is None else f"{data}:{source}"
+
+
+def _options(paper: str, row: Row, column: Column, setting: Setting) -> dict[str, Any]:
+    assert row.method is not None
+    if setting.is_nano:
+        given = {"method": row.method, **_NANO, "learning_rate": NANO_RATES[row.method]}
+        if METHODS[row.method].get("keep"):
+            given["dense_learning_rate"] = NANO_RATES[row.method.removesuffix("-s") + "-d"]
+    elif paper == "hellora":
+        given = {"preset": f"{row.method}-{column.domain}"}
+    elif "learning_rate" not in setting.options:
+        raise HotLoraError(
+            "MoE-Sieve does not state its learning rate, so its tables need one: give --set learning_rate=RATE."
+        )
+    else:
+        given = {"method": row.method, "epochs": 3, "batch_size": 64}
+    return {**given, **row.options, **setting.options}
