@@ -7,18 +7,20 @@ own `lora.Linear`; the planned experts and the routers get the layers in `layers
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import transformers_weight_conversion
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
 from torch import Tensor, nn
 
 from .combine import combine, factor_pairs
 from .errors import HotLoraError, ModelError, PlanError
 from .factors import SeededFactor, SparseFactor
+from .files import read_json, sha256_file, write_json
 from .layers import (
     HotExperts,
     HotFullExperts,
@@ -38,6 +40,8 @@ from .models import (
 from .plan import ExpertPlan
 from .quantize import check_mergeable, warn_if_experts_unquantized
 
+WEIGHTS_HASH = "weights_sha256"
+"""Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""
 _SWITCHES = ("train_attention", "train_router", "train_shared")
 
 # LoraConfig's options that the layers below do not implement, with the value that leaves each one off.
@@ -141,6 +145,14 @@ class HotLoraConfig(LoraConfig):
         """What `adapter_config.json` holds; the targets in order, so that equal adapters give equal files."""
         data = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT calls it when the weights are written: their hash goes beside the options, so that `load_adapter` knows
+        them again."""
+        super().save_pretrained(save_directory, **kwargs)
+        weights, file = (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
+        if weights.is_file():
+            write_json(file, {**read_json(file), WEIGHTS_HASH: sha256_file(weights)})
 
     def bind(self, model: nn.Module) -> None:
         """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it
@@ -359,8 +371,8 @@ class _SavedLoraConfig(LoraConfig):
 
 def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
     """The targets that were saved are left out: they are worked out again, for the model at hand."""
-    targets = ("target_modules", "target_parameters")
-    return HotLoraConfig(**{name: value for name, value in saved.items() if name not in targets})
+    others = ("target_modules", "target_parameters", WEIGHTS_HASH)
+    return HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
 
 
 def _keep_names(

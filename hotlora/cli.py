@@ -40,7 +40,8 @@ from .cli_options import (
 from .cli_profile import profile
 from .cli_sweep import sweep
 from .cli_train import print_evaluation, train
-from .errors import HotLoraError
+from .errors import HotLoraError, Stopped
+from .stopping import on_sigterm, stop
 
 app = typer.Typer(
     name="hotlora",
@@ -361,7 +362,11 @@ def main() -> None:
     # PEFT imports it where it is installed, and it says that an optional kernel is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        with on_sigterm(stop):
+            app()
+    except Stopped as stopped:
+        err.print(escape(stopped.message), highlight=False, soft_wrap=True)
+        sys.exit(stopped.code)
     except HotLoraError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .comparison import Comparison, Row, Table
+from .paired import PairedRuns, PairedTask
 from .stats import Interval
 
 NONE = "–"
@@ -35,6 +36,26 @@ def terminal_tables(comparison: Comparison) -> Group:
         parts += [Text(f"! {note}", style="yellow") for note in table.notes]
     parts += [Text(f"! {told}", style="red") for told in comparison.left_out]
     return Group(*parts)
+
+
+def paired_table(runs: PairedRuns) -> Group:
+    """Two runs example by example: one line a task, in 80 columns."""
+    table = RichTable(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("task", min_width=9, overflow="fold")
+    for name in ("n", "A", "B", "A − B", "95% interval", "only\nA", "only\nB", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=7, overflow="fold")
+    for task in runs.tasks:
+        table.add_row(escape(task.task), *_paired_cells(task))
+    title = Text(f"A: {runs.a}\nB: {runs.b}\n{', '.join(dict.fromkeys(task.metric for task in runs.tasks))}, %", "bold")
+    notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
+    return Group(title, table, *(Text(f"! {note}", style="yellow") for note in notes))
+
+
+def _paired_cells(task: PairedTask) -> list[str]:
+    only = [NONE] * 3 if (m := task.mcnemar) is None else [str(m.only_a), str(m.only_b), _p(m.p)]
+    scores = [f"{task.n:,}", f"{task.a:.2f}", f"{task.b:.2f}", _signed(task.difference, 2), _range(task.interval, 2)]
+    return [*scores, *only, task.verdict]
 
 
 def markdown(comparison: Comparison) -> str:

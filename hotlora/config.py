@@ -1,6 +1,9 @@
 """The options of one fine-tuning. Imports nothing heavy: the command line shows these defaults."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import HotLoraError
 
@@ -9,6 +12,7 @@ PROFILE_FRACTION = 0.1
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Changing these changes nothing of what is learned, so a run may go on under others.
 FREE_OPTIONS = ("save_steps", "report_to")
+_BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,12 @@ class TrainConfig:
     def _check(self, name: str, good: bool, allowed: str) -> None:
         if not good:
             raise HotLoraError(f"{name} = {getattr(self, name)!r} is out of range: it must be {allowed}.")
+
+
+def same_run(options: Mapping[str, Any], free: tuple[str, ...] = FREE_OPTIONS) -> dict[str, Any]:
+    """The options that must be equal for a run to go on: without `free` ones; and of the batches only how many examples
+    a step has, however many processes have them, at once or one after another."""
+    kept = {name: value for name, value in options.items() if name not in free}
+    if all(isinstance(kept.get(name), int) for name in _BATCH[:2]):
+        kept["examples_per_step"] = math.prod(kept.pop(name, 1) for name in _BATCH)
+    return kept

@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
+from .errors import Stopped
+from .stopping import on_sigterm, stop
+
 LOG = "log.txt"
 START = "spawn"  # a fork would inherit locks and threads of torch
-PATIENCE = 10  # seconds, for a worker that was asked to end
+PATIENCE = 30  # seconds, for a worker that was asked to end: it may be saving a checkpoint
 
 
 @dataclass(eq=False)
@@ -73,6 +76,10 @@ def run_jobs(jobs: Sequence[Job], processes: int, ended: Callable[[Job], None]) 
                     workers.remove(worker)
                     worker.end()
                 ended(job)
+    except Stopped:
+        for worker in workers:  # a training saves a checkpoint, and ends
+            worker.process.terminate()
+        raise
     finally:
         for worker in workers:
             worker.end()
@@ -181,7 +188,8 @@ def _work(connection: Connection) -> None:
                 function, arguments = connection.recv()  # imports what the function needs
                 if not gc.get_freeze_count():
                     gc.freeze()  # a run collects garbage more than once; what was imported is none
-                answer = True, function(**arguments)
+                with on_sigterm(stop):
+                    answer = True, function(**arguments)
             except KeyboardInterrupt:
                 return
             except Exception as error:

@@ -148,7 +148,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Da
 
     Returns:
         A data set with `input_ids`, `completion_mask` (0 prompt, 1 response and the end-of-text token after
-        it), and `cut` (whether the example was cut).
+        it), `cut` (whether the example was cut) and `index` (its place among `examples`).
 
     Raises:
         DataError: no examples, a tokenizer without an end-of-text token, or no response left in any example.
@@ -157,9 +157,9 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Da
         raise DataError("There are no examples to tokenize; give at least one.")
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end-of-text token (eos_token); set one, so that answers end.")
-    rows: dict[str, list] = {"input_ids": [], "completion_mask": [], "cut": []}
+    rows: dict[str, list] = {"input_ids": [], "completion_mask": [], "cut": [], "index": []}
     num_without = 0
-    for example in examples:
+    for index, example in enumerate(examples):
         prompt = encode_prompt(example, tokenizer)
         ids = [
             *prompt,
@@ -173,6 +173,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Da
         rows["input_ids"].append(ids[:max_length])
         rows["completion_mask"].append(mask[:max_length])
         rows["cut"].append(len(ids) > max_length)
+        rows["index"].append(index)
     if not rows["input_ids"]:
         raise DataError(f"Every prompt has {max_length} tokens (max_length) or more: give a larger max_length.")
     if num_cut := sum(rows["cut"]):

@@ -19,3 +19,15 @@ class PlanError(HotLoraError):
 
 class FileError(HotLoraError):
     """A file that is missing, truncated, or not what its name says."""
+
+
+class Stopped(SystemExit):
+    """The system asked the process to end (SIGTERM): what was done is saved, and the same command goes on. Exit code
+    143, as of a process that the signal ends."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

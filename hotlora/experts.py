@@ -171,6 +171,22 @@ def _biases(experts: Any, name: str, expert_S: Tensor) -> Tensor:
     return bias_SO
 
 
+def local_weight(experts: Any, name: str) -> Any:
+    """The weights, or of weights that are spread over processes by expert those that are here."""
+    weight = getattr(experts, name)
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def ids_here(experts: Any) -> range:
+    """The experts whose weights this process has: all, but for expert parallelism, which gives each process a run."""
+    number = int(experts.num_experts)
+    mesh = getattr(experts.down_proj, "device_mesh", None)
+    if mesh is None or not getattr(experts, "_is_expert_parallel", False):
+        return range(number)
+    start = mesh.get_local_rank("ep") * number
+    return range(start, start + number)
+
+
 def up_projection(experts: Any) -> str:
     """The name of the weights that lead into an expert."""
     return "gate_up_proj" if experts.has_gate else "up_proj"

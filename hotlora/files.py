@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside, then renamed; read with a word on what is wrong."""
 
+import errno
 import hashlib
 import json
 import math
@@ -8,47 +9,93 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import FileError
 
 _NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+,\s*)*-?[\d.eE+-]+)\n\s*\]")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors and torch put what the system says into errors of their own.
+_FULL_TEXT = re.compile(r"os error (27|28|122)\b|No space left|inline_container.*unexpected pos")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{12}-.+")
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; it takes `path`'s place on success and is removed on failure.
 
-    Makes the parent folders. The temporary name keeps the suffix, by which some writers choose a format.
+    Makes the parent folders. The temporary name keeps the suffix, by which some writers choose a format. FileError,
+    naming `path`, where it cannot be written: a full disk, no permission.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The same for a folder: yields a new name beside `path`, whose folder replaces `path`'s on success."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:
+    if not path.name:
+        raise FileError(f"{str(path)!r} has no name that could be written: give a file or a folder")
     return path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Tells what the system refuses to write as one FileError with the path."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise FileError(f"{path} cannot be written: {full_disk(path)}; what was there is as it was") from error
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise FileError(f"{path} cannot be written ({reason}): check the path and its permissions") from error
+        raise
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed because the disk, a quota or the allowed size of a file is used up."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    return not isinstance(error, FileError) and _FULL_TEXT.search(str(error)) is not None
+
+
+def full_disk(path: Path) -> str:
+    """What to say of it: how much is free where `path` is, and the mend."""
+    there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
+    free = shutil.disk_usage(there).free / 1e6
+    return f"its disk (or a quota) is full, {free:,.1f} MB are free; free some room, or write to another disk"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what processes that were killed had half written beside files of `folder`. Nobody else may be writing
+    there."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def file_in(path: str | os.PathLike[str], name: str) -> Path:

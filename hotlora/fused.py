@@ -9,8 +9,9 @@ a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
 layer in it, without a break: forward and backward are traced, and each grouped product is one operation of the graph.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import grouped, spans
-from .experts import HotFactors, HotWeights, compute_dtype, has_norm_after, plain_routed_experts, up_projection
+from .experts import (
+    HotFactors,
+    HotWeights,
+    compute_dtype,
+    has_norm_after,
+    local_weight,
+    plain_routed_experts,
+    up_projection,
+)
 
 
 def routed_experts(
@@ -43,6 +52,33 @@ def routed_experts(
 IMPLEMENTATION = "hotlora"
 """The frozen base on the same code path: `model.set_experts_implementation("hotlora")`."""
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_experts)
+_WITH_FACTORS = "hotlora_with_factors"
+
+
+def has_own_forward(experts: Any) -> bool:
+    """Whether something must happen around the experts' own forward: tokens that go to other processes (expert
+    parallelism), or weights that are gathered for it (FSDP)."""
+    return "forward" in vars(experts) or hasattr(experts, "unshard")
+
+
+@contextmanager
+def adapted(experts: Any, factors: Sequence[HotFactors | HotWeights]) -> Iterator[None]:
+    """Inside, the experts' own forward computes `routed_experts` with `factors`, on what reaches it."""
+    config = experts.config
+    experts.config = SimpleNamespace(_experts_implementation=_WITH_FACTORS)
+    experts.hotlora_factors = factors
+    try:
+        yield
+    finally:
+        experts.config = config
+        del experts.hotlora_factors
+
+
+def _with_factors(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+    return routed_experts(experts, hidden_TD, top_k_index_TK, top_k_weights_TK, experts.hotlora_factors)
+
+
+ALL_EXPERTS_FUNCTIONS.register(_WITH_FACTORS, _with_factors)
 
 
 def _is_fusable(experts: Any) -> bool:
@@ -121,7 +157,8 @@ def _down_backward(
     wide = torch.promote_types(u_SF.dtype, torch.float32)
     dweight_S = torch.linalg.vecdot(u_SF.to(wide), act_SF.to(wide))
     if experts.has_bias:
-        dweight_S += rows.dot_bias(grad_SD, experts.down_proj_bias.to(grad_SD.dtype)).to(wide)
+        bias_EO = local_weight(experts, "down_proj_bias").to(grad_SD.dtype)
+        dweight_S += rows.dot_bias(grad_SD, bias_EO).to(wide)
     down_grads = [
         hot.down_backward(u_SF, dweight_S, act_SF, grad_SD, weight_S1, seed)
         for hot, (_, seed) in zip(hots, ctx.seeds, strict=True)
@@ -162,16 +199,18 @@ def _activation_and_pull_back(experts: Any, up_SPF: Tensor) -> tuple[Tensor, Cal
 
 def _base_linear(experts: Any, name: str, x_SI: Tensor, rows: Any) -> Tensor:
     """The frozen product of one projection with its bias `[S, O]`; zeros in rows of no expert here."""
-    weight_EIO = getattr(experts, name) if experts.is_transposed else getattr(experts, name).transpose(1, 2)
+    weight = local_weight(experts, name)
+    weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
     y_SO: Tensor = rows.product(x_SI.to(weight_EIO.dtype), weight_EIO)
     if experts.has_bias:
-        rows.add_bias(y_SO, getattr(experts, f"{name}_bias"))
+        rows.add_bias(y_SO, local_weight(experts, f"{name}_bias"))
     return y_SO
 
 
 def _base_linear_backward(experts: Any, name: str, grad_SO: Tensor, rows: Any) -> Tensor:
     """The gradient of the projection's input `[S, I]`; zeros in rows of no expert here."""
-    weight_EOI = getattr(experts, name).transpose(1, 2) if experts.is_transposed else getattr(experts, name)
+    weight = local_weight(experts, name)
+    weight_EOI = weight.transpose(1, 2) if experts.is_transposed else weight
     grad_SI: Tensor = rows.product(grad_SO.to(weight_EOI.dtype), weight_EOI)
     return grad_SI
 

@@ -5,6 +5,7 @@ works on its Linear's scores before it returns.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -16,9 +17,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
-from .experts import HotFactors, HotWeights, up_projection
+from .experts import HotFactors, HotWeights, ids_here, up_projection
 from .factors import factor_values, new_factor
-from .fused import routed_experts
+from .fused import adapted, has_own_forward, routed_experts
 from .models import expert_widths
 
 
@@ -164,7 +165,16 @@ class HotExperts(MergeableLayer):
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         factors = [f for name in active for f in self.factors(name)]
-        return routed_experts(self.get_base_layer(), hidden_states, top_k_index, top_k_weights, factors)
+        experts: Any = self.get_base_layer()
+        if not has_own_forward(experts):
+            return routed_experts(experts, hidden_states, top_k_index, top_k_weights, factors)
+        with adapted(experts, factors):
+            output: Tensor = experts(hidden_states, top_k_index, top_k_weights)
+        if len(ids_here(experts)) == self._num_experts():
+            return output
+        # A factor of experts that are elsewhere gets a gradient here, too: zeros, for processes to add up in step.
+        parts = [tensor for name in active for tensor in self._trained(name)]
+        return output + sum((tensor.flatten()[:0].sum().to(output.dtype) for tensor in parts), output.new_zeros(()))
 
     def factors(self, adapter: str) -> Sequence[HotFactors | HotWeights]:
         """What `adapter` adds, as the mathematics takes it; dropout is 0 outside training."""
@@ -209,6 +219,11 @@ class HotExperts(MergeableLayer):
     def _base_weights(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The frozen weights of some experts, copied: `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]`."""
         experts: Any = self.get_base_layer()
+        if hasattr(experts.down_proj, "to_local"):
+            raise HotLoraError(
+                "DoRA and full experts read the experts' own weights, and those are spread over processes: train "
+                "without FSDP and expert parallelism, or without DoRA and full experts."
+            )
         up, down = (getattr(experts, name).detach()[list(ids)] for name in (up_projection(experts), "down_proj"))
         if experts.is_transposed:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
@@ -223,6 +238,14 @@ class HotExperts(MergeableLayer):
             with torch.inference_mode(False):  # a tensor born in inference mode could not be used in training later
                 self._ids_on_device[key] = torch.tensor(ids, device=device)
         return self._ids_on_device[key]
+
+    def _num_experts(self) -> int:
+        """E, of all processes."""
+        return int(cast(Any, self.get_base_layer()).down_proj.shape[0])
+
+    def _trained(self, adapter: str) -> list[Tensor]:
+        held = [getattr(self, name)[adapter] for name in self.adapter_layer_names if adapter in getattr(self, name)]
+        return [p for some in held for p in ([some] if isinstance(some, Tensor) else some.parameters())]
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
         return None, None
@@ -302,15 +325,21 @@ class HotLoraExperts(HotExperts):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def factors(self, adapter: str) -> list[HotFactors]:
-        """One for each rank."""
+        """One for each rank; of the experts that this process has."""
         dropout = cast(nn.Dropout, self.lora_dropout[adapter])
+        here = ids_here(self.get_base_layer())
         found = []
         for group in self._groups[adapter]:
             A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
             up, down = self._dora_scales(adapter, group) or (None, None)
+            ids = group.ids
+            if len(here) < self._num_experts():
+                some = slice(bisect_left(ids, here.start), bisect_left(ids, here.stop))
+                A_gate_up, B_gate_up, A_down, B_down = A_gate_up[some], B_gate_up[some], A_down[some], B_down[some]
+                ids = tuple(e - here.start for e in ids[some])
             found.append(
                 HotFactors(
-                    self._ids_tensor(group.ids, A_gate_up.device),
+                    self._ids_tensor(ids, A_gate_up.device),
                     A_gate_up,
                     B_gate_up,
                     A_down,

@@ -1,6 +1,7 @@
 """A saved HotLoRA adapter, read back onto a base model."""
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -9,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapter import HotLoraConfig, from_saved
+from .adapter import WEIGHTS_HASH, HotLoraConfig, from_saved
 from .errors import FileError, HotLoraError, PlanError
-from .files import read_json
+from .files import read_json, sha256_file
 from .quiet import quiet
 
 CONFIG_FILE = "adapter_config.json"
@@ -27,13 +28,15 @@ def load_adapter(
     added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
 
     Raises:
-        FileError: no such folder, not a hotlora adapter, a truncated file, or weights that do not fit the
-        config. PlanError: the adapter was made for another model.
+        FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
+        or that do not fit the config. PlanError: the adapter was made for another model.
     """
     folder = Path(path).expanduser()
-    config = _read_config(folder)
+    data = _read_config(folder)
+    saved_hash = data.get(WEIGHTS_HASH)
+    config = _config(folder / CONFIG_FILE, data)
     config.inference_mode = not is_trainable
-    weights = read_weights(folder / WEIGHTS_FILE)
+    weights = read_weights(folder / WEIGHTS_FILE, saved_hash)
     if isinstance(base_model, PeftModel):
         if adapter_name in base_model.peft_config:
             raise HotLoraError(
@@ -58,7 +61,7 @@ def load_adapter(
     return model if is_trainable else model.eval()
 
 
-def _read_config(folder: Path) -> HotLoraConfig:
+def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder. Give the folder that save_pretrained wrote the adapter to.")
     file = folder / CONFIG_FILE
@@ -66,6 +69,10 @@ def _read_config(folder: Path) -> HotLoraConfig:
     if not isinstance(data.get("plan"), dict):
         raise FileError(f"{file} holds no expert plan, so it is not a hotlora adapter. Load it with peft.PeftModel.")
     data["base_model_name_or_path"] = None  # PEFT notes the model that it is loaded onto
+    return data
+
+
+def _config(file: Path, data: dict[str, Any]) -> HotLoraConfig:
     try:
         return from_saved(data)
     except PlanError as error:
@@ -74,13 +81,20 @@ def _read_config(folder: Path) -> HotLoraConfig:
         raise FileError(f"{file} is not a hotlora adapter's config: {error} Save the adapter again.") from error
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path, saved_hash: str | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors. FileError: no such file, or not a whole one, or not the one with this SHA-256."""
     if not file.is_file():
         raise FileError(f"{file} does not exist. Give the folder that save_pretrained wrote the adapter to.")
     try:
-        return load_file(file)
+        weights = load_file(file)
     except (SafetensorError, OSError) as error:
         raise FileError(f"{file} is truncated or is not a safetensors file: {error}. Save it again.") from error
+    if saved_hash is not None and sha256_file(file) != saved_hash:
+        raise FileError(
+            f"{file} is damaged: it is not the file that was saved (another SHA-256 than {CONFIG_FILE} has). Restore a "
+            f"copy or train again; if you have changed it yourself, take {WEIGHTS_HASH!r} out of {CONFIG_FILE}."
+        )
+    return weights
 
 
 def _mismatch(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:

@@ -4,7 +4,6 @@ Drawn from a trained adapter whose A is frozen (LoRI-D), for a second training f
 kept entries alone.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,14 +12,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import FileError, HotLoraError
 from .factors import SeededFactor, pack, unpack
-from .files import atomic_path, file_in
+from .files import file_in
 from .layers import Slot, factor_slots
+from .tensor_files import load_tensors, save_tensors
 
 GRANULARITIES = ("model", "module", "projection", "layer", "matrix")
 DEFAULT_KEEP = 0.1
@@ -63,27 +61,20 @@ class SparseMask:
             "a_seed": self.a_seed,
             "source": self.source,
         }
-        with atomic_path(file_in(path, "mask.safetensors")) as temporary:
-            save_file(self.packed, temporary, {"format": _FORMAT, "version": _VERSION, "json": json.dumps(meta)})
+        save_tensors(file_in(path, "mask.safetensors"), self.packed, meta, format=_FORMAT, version=_VERSION)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SparseMask":
-        """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short or foreign."""
+        """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short, altered or foreign."""
         file = file_in(path, "mask.safetensors")
         mend = "make it again with `hotlora train --method lori-s`"
-        if not file.is_file():
-            raise FileError(f"{file} does not exist: check the path, or {mend}")
+        packed, meta = load_tensors(file, format=_FORMAT, version=_VERSION, what="mask", mend=mend)
         try:
-            with safe_open(file, "pt") as stored:
-                head = stored.metadata() or {}
-                if head.get("format") != _FORMAT or head.get("version") != _VERSION:
-                    raise FileError(f"{file} is no mask of version {_VERSION}: {mend}")
-                meta = json.loads(head["json"])
-                shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
-                packed = {name: stored.get_tensor(name) for name in shapes}
+            shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+            packed = {name: packed[name] for name in shapes}
             mask = cls(packed, shapes, meta["keep"], meta["granularity"], meta["a_seed"], meta["source"])
             mask.num_kept()
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise FileError(f"{file} is not a whole mask ({error}): {mend}") from error
         return mask
 

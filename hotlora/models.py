@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from .distributed import own_device
 from .errors import FileError, ModelError
 
 NANO = "nano"
@@ -89,7 +90,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         for path, module in inside.items():
             if not is_experts(module) or "vision" in path:
                 continue
-            num_experts = cast(int, module.num_experts)
+            num_experts = _num_experts(module)
             router, router_weight = _router(path, inside, num_experts)
             layers.append(
                 MoELayer(
@@ -149,6 +150,13 @@ def fingerprint(model: nn.Module) -> str:
     return f"{config.model_type}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
 
 
+def _num_experts(experts: Any) -> int:
+    """E, of all processes: under expert parallelism `num_experts` counts this process's own."""
+    if getattr(experts, "_is_expert_parallel", False):
+        return int(experts.down_proj.shape[0])
+    return int(experts.num_experts)
+
+
 def expert_widths(experts: Any) -> tuple[int, int]:
     """D and F of transformers' experts module."""
     _, rows, columns = experts.down_proj.shape  # [E, D, F], or [E, F, D]
@@ -173,6 +181,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     quantization_config: Any = None,
+    distributed_config: Any = None,
 ) -> PreTrainedModel:
     """Loads a causal language model with MoE layers, in eval mode.
 
@@ -182,12 +191,16 @@ def load_model(
         device: "auto" is cuda if there is one, else the CPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
+        distributed_config: transformers' DistributedConfig: how the weights, which are frozen then, are spread over
+            processes, each of which reads its own part.
 
     Raises:
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
     source = _source(name_or_path)
     target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if target.type == "cuda" and target.index is None:
+        target = own_device() or target
     if dtype == "auto" and target.type == "cpu":
         dtype = torch.float32
     try:
@@ -198,9 +211,11 @@ def load_model(
             config=config,
             dtype=dtype,
             trust_remote_code=False,
-            device_map={"": target},
             quantization_config=quantization_config,
+            **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
         )
+        if distributed_config:  # now: what FSDP has gathered for a forward is frozen only if its shards were
+            model.requires_grad_(False)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:

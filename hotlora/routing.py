@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import DataError, FileError, ModelError, PlanError
-from .files import atomic_path, file_in
+from .files import file_in
+from .tensor_files import load_tensors, save_tensors
 
 FORMAT = "hotlora.profile"
 VERSION = "1"
@@ -124,36 +123,25 @@ class RoutingProfile:
             "source": self.source,
         }
         tensors = {"counts": self.counts.contiguous(), "mass": self.mass.contiguous()}
-        with atomic_path(file_in(path, "profile.safetensors")) as temporary:
-            save_file(tensors, temporary, {"format": FORMAT, "version": VERSION, "json": json.dumps(meta)})
+        save_tensors(file_in(path, "profile.safetensors"), tensors, meta, format=FORMAT, version=VERSION)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "RoutingProfile":
-        """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short or foreign."""
+        """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short, altered or foreign."""
         file = file_in(path, "profile.safetensors")
-        mend = "make it again with `hotlora profile`"
-        if not file.is_file():
-            raise FileError(f"{file} does not exist: check the path, or {mend}")
+        what, mend = "routing profile", "make it again with `hotlora profile`"
+        tensors, meta = load_tensors(file, format=FORMAT, version=VERSION, what=what, mend=mend)
         try:
-            with safe_open(file, "pt") as stored:
-                head = stored.metadata() or {}
-                if head.get("format") != FORMAT:
-                    raise FileError(f"{file} is a safetensors file, but not a routing profile: {mend}")
-                if head.get("version") != VERSION:
-                    version = head.get("version")
-                    raise FileError(f"{file} has version {version!r}, this hotlora reads {VERSION!r}: {mend}")
-                meta = json.loads(head["json"])
-                counts, mass = stored.get_tensor("counts"), stored.get_tensor("mass")
             return cls(
                 layers=tuple(meta["layers"]),
-                counts=counts,
-                mass=mass,
+                counts=tensors["counts"],
+                mass=tensors["mass"],
                 num_tokens=meta["num_tokens"],
                 num_experts_per_tok=meta["num_experts_per_tok"],
                 source=meta["source"],
             )
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, DataError) as error:
-            raise FileError(f"{file} is not a whole routing profile ({error}): {mend}") from error
+        except (KeyError, TypeError, DataError) as error:
+            raise FileError(f"{file} is not a whole {what} ({error}): {mend}") from error
 
 
 def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: int | None) -> int:
@@ -198,6 +186,7 @@ def profile_routing(
     *,
     progress: bool = False,
     source: Mapping[str, Any] | None = None,
+    share_out: bool = False,
 ) -> RoutingProfile:
     """Counts, without gradients, where a model's router sends the tokens of `batches` (MoE-Sieve s4, step 1).
 
@@ -207,11 +196,13 @@ def profile_routing(
 
     batches: dicts with input_ids [B, S] and attention_mask [B, S] (1 token, 0 padding; absent = all ones).
     progress: show a bar on stderr. source: what to remember of data and model, in plain JSON values.
+    share_out: for several processes (torchrun), all of which call this with the same batches: each runs its share of
+    them, and gets the profile of all, which is the profile that one process makes, bit for bit.
 
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
     device, or gate weights that are not finite.
     """
-    return _profile(model, batches, progress, source, per_example=False)[0]
+    return _profile(model, batches, progress, source, per_example=False, share_out=share_out)[0]
 
 
 def profile_examples(
@@ -236,16 +227,17 @@ def _profile(
     source: Mapping[str, Any] | None,
     *,
     per_example: bool,
+    share_out: bool = False,
 ) -> tuple[RoutingProfile, Tensor]:
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
-    from . import models  # here, since reading a profile needs no transformers
+    from . import distributed, models  # here, since reading a profile needs no transformers
 
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
     if len(sizes) > 1:
         raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
     device = _input_device(model)
-    run = _decoder(model)
+    run, options = _decoder(model)
     counters = [_Counter(layer.num_experts, per_example) for layer in layers]
     num_tokens = 0
     with ExitStack() as stack:
@@ -257,14 +249,19 @@ def _profile(
             stack.callback(handle.remove)
         if progress:
             batches = track(batches, description="Profiling", console=Console(stderr=True))
-        for index, batch in enumerate(batches):
+        turns = distributed.shared_out(batches) if share_out else ((batch, True) for batch in batches)
+        for index, (batch, is_mine) in enumerate(turns):
             input_ids, mask = _checked(batch, index)
-            num_tokens += int(mask.sum())
-            masks = {mask.device: mask.flatten()}
+            counted = mask & is_mine
+            num_tokens += int(counted.sum())
+            masks = {mask.device: counted.flatten()}
             for counter in counters:
                 counter.masks = masks
                 counter.num_rows = len(mask)
-            run(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            run(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False, **options)
+    if share_out:
+        _sum_over_processes(counters)
+        num_tokens = sum(distributed.all_objects(num_tokens))
     if num_tokens == 0:
         raise DataError("no token to profile on: give at least one batch with a token that is not padding")
     top_k = models.num_experts_per_tok(model)
@@ -275,7 +272,7 @@ def _profile(
         raise ModelError(
             f"{bad} gate weights are not finite, so the model overflows in its dtype: load it in bfloat16 or float32"
         )
-    # Under expert parallelism the assignments to other ranks' experts carry an index out of range.
+    # A router of expert parallelism may hand on other ranks' experts as an index out of range.
     partial = any(counter.is_expert_parallel for counter in counters)
     whole = counts.sum(dim=1) + skipped == num_tokens * top_k
     assert partial or whole.all(), "a row must sum to tokens x K"
@@ -365,10 +362,30 @@ def _cv(counts: Tensor) -> Tensor:
     return values.std(dim=1, correction=0) / values.mean(dim=1)
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    """The model without its language-model head, whose logits over the vocabulary nobody reads here."""
+def _sum_over_processes(counters: Sequence[_Counter]) -> None:
+    """Gives every process the sums of all, in integers: exact, whatever the order."""
+    from . import distributed
+
+    held = [(counter.sums, counter.bad, counter.skipped) for counter in counters]
+    if distributed.num_processes() == 1 or any(sums is None for sums, _, _ in held):
+        return  # no batch at all, in any of them
+    sums = distributed.summed(torch.stack([some for some, _, _ in held]).cpu())
+    rest = distributed.summed(torch.tensor([[int(bad), int(skipped)] for _, bad, skipped in held]))
+    for counter, total, (bad, skipped) in zip(counters, sums, rest, strict=True):
+        counter.sums, counter.bad, counter.skipped = total, bad, skipped
+
+
+def _decoder(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """(the model without its language-model head, whose logits over the vocabulary nobody reads here; options).
+
+    A model that is spread over processes gathers its weights from its top: it is run in whole, with few logits.
+    """
+    from . import distributed
+
+    if distributed.is_sharded(model):
+        return model, {"logits_to_keep": 1}
     get_decoder = getattr(model, "get_decoder", None)
-    return get_decoder() if callable(get_decoder) else model
+    return (get_decoder() if callable(get_decoder) else model), {}
 
 
 def _input_device(model: nn.Module) -> torch.device:

@@ -3,14 +3,16 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoints
 from .config import FREE_OPTIONS
+from .errors import FileError
 from .evaluate import Evaluation
 from .load import load_adapter
+from .lock import locked
 from .models import load_model
 from .quantize import experts_in
 from .quiet import quiet
@@ -53,21 +55,25 @@ def finished(output: Path, options: dict[str, Any], results: Path | None = None)
 
 @contextmanager
 def recorded(record: Record, output: Path | None) -> Iterator[None]:
-    """Writes the record when the run starts, and when it ends, well or not."""
+    """Writes the record when the run starts, and when it ends, well or not. Meanwhile no other process may run there."""
     started = time.perf_counter()
-    if output is not None:
-        write_record(output, record)
-    try:
-        yield
-    except BaseException as error:
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        raise
-    else:
-        record["status"] = "done"
-    finally:
-        record["seconds"] = round(time.perf_counter() - started, 3)
+
+    def write() -> None:
         if output is not None:
             write_record(output, record)
+
+    with locked(output) if output is not None else nullcontext():
+        write()
+        try:
+            yield
+        except BaseException as error:
+            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            record["seconds"] = round(time.perf_counter() - started, 3)
+            with suppress(FileError):  # on a full disk: what came first is told
+                write()
+            raise
+        record |= {"status": "done", "seconds": round(time.perf_counter() - started, 3)}
+        write()
 
 
 def save_evaluation(evaluation: Evaluation, output: Path | None) -> dict[str, Any]:

@@ -14,14 +14,17 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from . import checkpoints
+from . import checkpoints, guard
 from .checkpointing import checkpoint_kwargs
-from .config import FREE_OPTIONS, TrainConfig
+from .config import TrainConfig, same_run
 from .data import IGNORE
-from .errors import DataError, HotLoraError
+from .distributed import is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
+from .errors import DataError, HotLoraError, Stopped
 from .files import read_json, write_json
+from .lock import locked
 from .quiet import quiet
 from .records import peak_memory_bytes, reset_peak_memory
+from .stopping import on_sigterm
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +71,9 @@ def train(
     """Trains a model's trainable parameters on `dataset`, in place.
 
     Called again with the same arguments and a freshly made model, it goes on from the last whole checkpoint
-    in `output_dir` and ends where a run that was never killed ends: exactly so on one CPU.
+    in `output_dir` and ends where a run that was never killed ends: exactly so on one CPU. Called by several processes
+    (torchrun), each with the same arguments, it trains over all of them; the first one writes the files. A checkpoint
+    is for any number of processes, as long as a step has as many examples.
 
     Args:
         model: a PEFT model, or any causal LM with trainable parameters.
@@ -79,32 +84,61 @@ def train(
         progress: whether to show a progress bar.
 
     Raises:
-        HotLoraError: `output_dir` has checkpoints of a run with other options (each is named).
+        HotLoraError: `output_dir` has checkpoints of a run with other options (each is named), or another process
+            trains in it; a loss or gradients that are no finite numbers (step and examples are named); a full disk.
+            The checkpoints that were whole stay.
+        Stopped: SIGTERM came. There is a checkpoint of the last step.
     """
-    output = Path(output_dir)
+    with locked(output_dir):
+        return _train(
+            model,
+            tokenizer,
+            dataset,
+            config,
+            Path(output_dir),
+            identity=identity,
+            callbacks=callbacks,
+            progress=progress,
+        )
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    config: TrainConfig,
+    output: Path,
+    *,
+    identity: dict[str, Any] | None,
+    callbacks: Sequence[TrainerCallback],
+    progress: bool,
+) -> TrainResult:
     folder, metrics = output / "checkpoints", output / "metrics.jsonl"
     if not len(dataset):
         raise DataError("The training data has no examples; give at least one.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise HotLoraError("The model has no trainable parameter: put an adapter on it first.")
     resolved = {**dataclasses.asdict(config), **(identity or {}), "examples": len(dataset)}
-    for name in FREE_OPTIONS:
-        resolved.pop(name)
-    checkpoint = checkpoints.last_complete(folder)
+    resolved["processes"] = num_processes()
+    checkpoint = checkpoints.last_whole(folder)
     if checkpoint is not None:
-        checkpoints.check_same(read_json(output / "train.json"), resolved, output)
+        checkpoints.check_same(same_run(read_json(output / "train.json")), same_run(resolved), output)
         _log.info("going on from %s", checkpoint)
-    checkpoints.remove_incomplete(folder)
-    write_json(output / "train.json", resolved)
     start = checkpoints.step_of(checkpoint)
     rows = checkpoints.read_metrics(metrics, start)
-    checkpoints.write_metrics(metrics, rows)
+    wait_for_all()  # until each has read what was there
+    if is_main():
+        checkpoints.remove_incomplete(folder, checkpoint)
+        write_json(output / "train.json", resolved)
+        checkpoints.write_metrics(metrics, rows)
+    wait_for_all()
 
     reset_peak_memory()
     recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
-    ours: list[TrainerCallback] = [recorder, *([_ProgressBar()] if progress else [])]
+    stopping = guard.StopOnSignal()
+    ours: list[TrainerCallback] = [recorder, stopping, *([_ProgressBar()] if progress else [])]
     trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
-    with quiet():
+    with quiet(), on_sigterm(stopping.ask), checkpoints.told_when_full(folder):
         if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
             # Killed after the last step. transformers would train one step more.
             trainer._load_from_checkpoint(str(checkpoint), trainer.model)
@@ -114,6 +148,13 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
+    if stopping.asked:
+        state = trainer.state
+        raise Stopped(
+            f"stopped by SIGTERM after step {state.global_step} of {state.max_steps}: {checkpoints.going_on(folder)}."
+        )
+
+    wait_for_all()  # until the main process has written the last row
     rows = checkpoints.read_metrics(metrics)
     if not rows:
         raise HotLoraError(f"{metrics} holds no steps though training ended: delete {output} and train again.")
@@ -136,7 +177,8 @@ def make_trainer(
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = model.device.type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
-    checkpointing: dict[str, Any] = {_CHECKPOINTING: config.gradient_checkpointing}
+    recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
     arguments = SFTConfig(
         **checkpointing,
         output_dir=str(folder),
@@ -164,6 +206,8 @@ def make_trainer(
         # Every step is written, so that a resumed run averages over the same steps as one that was not
         # killed.
         logging_steps=1,
+        # It would write a mean of the losses before in place of a NaN, and wait for the device to find one.
+        logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         save_strategy="steps",
         save_steps=config.save_steps,
@@ -171,6 +215,9 @@ def make_trainer(
         save_total_limit=2,
         report_to=config.report_to,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
+        save_only_model=sharded,
     )
     with quiet():
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
@@ -180,14 +227,52 @@ def make_trainer(
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+    # transformers refuses to save the optimizer of a model that is spread over processes. Ours has the adapter's
+    # parameters alone, and those are whole in each.
+    trainer.args.save_only_model = False
+    trainer.examples = dataset
     trainer.remove_callback(PrinterCallback)
-    if config.gradient_checkpointing:
+    if recomputes:
         trainer.add_callback(_KeepRouting())
     return trainer
 
 
 class _Trainer(SFTTrainer):
-    """TRL's, which writes a card into every checkpoint and reports usage to its makers; this one does not."""
+    """TRL's, which writes a card into every checkpoint and reports usage to its makers; this one does not. It ends at a
+    step whose loss or gradients are no finite numbers, before that step is saved."""
+
+    examples: Dataset
+    batches: list[Any]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.batches, count = super().get_batch_samples(*args, **kwargs)
+        return self.batches, count
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Every process has the same numbers here, since they are logged.
+        wrong = guard.not_finite(logs) if "loss" in logs and not self.accelerator.optimizer_step_was_skipped else None
+        if wrong:
+            self._end(f"{wrong}, in the batch of")
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if broken := guard.broken_weights(model):
+            self._end(f"{broken} trained tensors hold numbers that are not finite, after the batch of")
+        super()._save_checkpoint(model, trial)
+
+    def _end(self, what: str) -> None:
+        named = guard.name_examples(guard.examples_of(self.batches, self.examples))
+        last = checkpoints.last_complete(Path(str(self.args.output_dir)))
+        raise HotLoraError(
+            f"step {self.state.global_step}: {what} the training examples {named} (counted from 0). This step is not "
+            f"saved; {f'the last good adapter is in {last}' if last else 'there was no checkpoint before it'}. Look at "
+            "these examples, or begin anew in another folder with a smaller learning rate, more warm-up or another dtype."
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is None and is_sharded(self.model):  # or PEFT would gather the whole base model, to leave it out
+            state_dict = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
+        super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -255,6 +340,7 @@ class _Recorder(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_all()  # each writes the state of its random numbers
         if state.is_world_process_zero:
             checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 

@@ -314,9 +314,15 @@ def test_load_errors(tmp_path):
         tensors = load_file(folder / weights)
         change(tensors)
         save_file(tensors, folder / weights)
+        edit_config(folder, weights_sha256=None)  # as the message of a file that was changed has it
 
     def cut(path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def flip(path):  # one bit of a value
+        data = bytearray(path.read_bytes())
+        data[-7] ^= 4
+        path.write_bytes(data)
 
     key = "base_model.model.model.layers.1.mlp.experts.lora_A_down"
     cases = [
@@ -338,6 +344,7 @@ def test_load_errors(tmp_path):
             FileError,
             "unknown, such as x",
         ),
+        (broken("11", lambda f: flip(f / weights)), FileError, r"safetensors is damaged.*another SHA-256"),
         (broken("10", lambda f: edit_config(f, r=8)), FileError, r"is \[3, 4, 16\] where \[3, 8, 16\]|where"),
     ]
     for folder, error, message in cases:

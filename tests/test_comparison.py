@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 
 from hotlora.cli_compare import compare
 from hotlora.comparison import as_dict, compare_runs
-from hotlora.comparison_table import csv_text, latex, markdown, terminal_tables
-from hotlora.errors import DataError, FileError
+from hotlora.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
+from hotlora.errors import DataError, FileError, HotLoraError
+from hotlora.paired import as_dict as paired_dict
+from hotlora.paired import compare_examples
 from hotlora.records import new_record, write_record
+from hotlora.stats import McNemar, paired_difference
 
 APP = typer.Typer()
 APP.command()(compare)
@@ -360,3 +363,127 @@ def test_the_page_shows_what_compare_writes(runs: Path):
 def test_comparing_loads_no_model():
     code = "import sys, hotlora.comparison_table; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+A_RIGHT = [1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+B_RIGHT = [1, 1, 1, 0, 0, 0, 0, 1, 0, 0]
+
+
+def write_results(folder: Path, scores: list[float], task="gsm8k", ids=None, n=None, **changes) -> Path:
+    """A run's folder as `hotlora evaluate --output` leaves it; called again it adds a task."""
+    rows = [{"index": i, "id": str(i if ids is None else ids[i]), "correct": s} for i, s in enumerate(scores)]
+    result = {
+        "metric": changes.pop("metric", "exact_match"), "accuracy": sum(scores) / len(scores), "n": n or len(scores),
+        "correct": sum(scores), "results": f"results-{task}.jsonl",
+    }  # fmt: skip
+    there = json.loads((folder / "run.json").read_text())["evaluation"] if folder.exists() else {}
+    record = new_record(
+        name="adapter", condition="adapter", model={"name": "m", "fingerprint": "f"}, data={"name": task},
+        evaluation=there | {task: result},
+    )  # fmt: skip
+    write_record(folder, {**record, "status": "done", **changes})
+    (folder / result["results"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_two_runs_example_by_example(tmp_path: Path):
+    a, b = write_results(tmp_path / "a", A_RIGHT), write_results(tmp_path / "b", B_RIGHT)
+    (task,) = compare_examples(a, b).tasks
+    assert (task.task, task.metric, task.n, task.notes) == ("gsm8k", "exact match", 10, ())
+    assert (task.a, task.b, task.difference) == (70, 40, 30)
+    assert task.mcnemar == McNemar(10, 4, 1, pytest.approx(2 * (5 + 1) / 2**5))  # 4 or more of 5, on both sides
+    assert task.interval == pytest.approx([100 * end for end in paired_difference(A_RIGHT, B_RIGHT)[1:]])
+    assert task.verdict == "cannot tell"
+    (back,) = compare_examples(b, a).tasks
+    assert (back.difference, back.mcnemar.only_a, back.mcnemar.p) == (-30, 1, task.mcnemar.p)
+
+
+def test_a_split_that_chance_does_not_make_differs(tmp_path: Path):
+    a, b = write_results(tmp_path / "a", [1] * 8 + [0] * 92), write_results(tmp_path / "b", [0] * 99 + [1])
+    (task,) = compare_examples(a, b).tasks
+    assert task.mcnemar.p == pytest.approx(2 * (9 + 1) / 2**9) and task.verdict == "differs"
+    (same,) = compare_examples(a, a).tasks
+    assert (same.difference, same.interval, same.mcnemar.p, same.verdict) == (0, (0, 0), 1, "cannot tell")
+
+
+def test_examples_pair_by_what_they_ask(tmp_path: Path):
+    """In any order, with other examples beside them, and with questions that are asked twice."""
+    a = write_results(tmp_path / "a", [1, 0, 1, 1, 0], ids="xyzxw")
+    b = write_results(tmp_path / "b", [0, 1, 1, 0], ids="zxyx")
+    (task,) = compare_examples(a, b).tasks
+    assert (task.n, task.a, task.b) == (4, 75, 50)  # x 1 1, y 0 1, z 1 0, the second x 1 0
+    assert (task.mcnemar.only_a, task.mcnemar.only_b) == (2, 1)
+    assert task.notes == (f"gsm8k: 1 of 5 examples of {a} are not among the other's: left out.",)
+    with pytest.raises(DataError, match="have no example in common"):
+        compare_examples(a, write_results(tmp_path / "c", [1], ids="q"))
+
+
+def test_several_answers_an_example_have_no_mcnemar(tmp_path: Path):
+    a = write_results(tmp_path / "a", [0.5, 1, 0.25, 0.75, 1.0, 0.5], metric="pass@1")
+    b = write_results(tmp_path / "b", [0.0, 0.5, 0, 0.25, 0.5, 0], metric="pass@1")
+    (task,) = compare_examples(a, b).tasks
+    assert task.mcnemar is None and task.verdict == "differs"  # at least a quarter more in each
+    assert task.difference == pytest.approx(100 * 2.75 / 6) and task.interval.low > 25
+    assert "no McNemar test" in task.notes[0] and "cannot tell" not in show_paired(a, b)
+    (one,) = compare_examples(write_results(tmp_path / "c", [1]), write_results(tmp_path / "d", [0])).tasks
+    assert (one.interval, one.mcnemar.p, one.verdict) == (None, 1, "cannot tell")
+
+
+def show_paired(a: Path, b: Path) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(paired_table(compare_examples(a, b)), highlight=False)
+    return console.file.getvalue()
+
+
+def test_two_runs_on_several_tasks(tmp_path: Path):
+    a, b = write_results(tmp_path / "a", A_RIGHT), write_results(tmp_path / "b", B_RIGHT, metric="strict_match")
+    for folder, scores in ((a, [1] * 1200), (b, [1, 0] * 600)):
+        write_results(folder, scores, task="hellaswag", metric="acc_norm")
+    write_results(b, [1, 0], task="spider")
+    runs = compare_examples(a, b)
+    assert [task.task for task in runs.tasks] == ["gsm8k", "hellaswag"]
+    assert runs.tasks[0].metric == "exact match and strict match"
+    assert runs.tasks[0].notes == ("gsm8k: measured in two ways, exact match and strict match.",)
+    assert runs.left_out == (f"spider: only {b} was scored on it.",)
+    text = show_paired(a, b)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text and "! spider: only" in text
+    (row,) = [line.split() for line in text.splitlines() if line.strip().startswith("hellaswag")]
+    assert row[:5] == ["hellaswag", "1,200", "100.00", "50.00", "+50.00"]
+    assert row[7:] == ["600", "0", "<0.001", "differs"]
+    parsed = json.loads(json.dumps(paired_dict(runs), allow_nan=False))
+    assert parsed["tasks"][0]["mcnemar"] == {"n": 10, "only_a": 4, "only_b": 1, "p": 0.375}
+    assert parsed["tasks"][1]["verdict"] == "differs" and parsed["tasks"][1]["interval"] == list(runs.tasks[1].interval)
+
+
+def test_two_runs_that_cannot_be_compared(tmp_path: Path, runs: Path):
+    a, b = write_results(tmp_path / "a", A_RIGHT), write_results(tmp_path / "b", B_RIGHT, task="spider")
+    with pytest.raises(DataError, match=r"no task in common \(.*a on gsm8k and .*b on spider\)"):
+        compare_examples(a, b)
+    with pytest.raises(DataError, match=r"runs is no run's folder: it has no run\.json"):
+        compare_examples(a, runs)
+    with pytest.raises(DataError, match=r"is not done \(its status is failed\)"):
+        compare_examples(a, write_results(tmp_path / "c", B_RIGHT, status="failed"))
+    with pytest.raises(FileError, match="holds 10 of 11 examples"):
+        compare_examples(a, write_results(tmp_path / "d", B_RIGHT, n=11))
+    (a / "results-gsm8k.jsonl").unlink()
+    with pytest.raises(FileError, match="cannot be read"):
+        compare_examples(a, write_results(tmp_path / "e", B_RIGHT))
+    kept_nothing = write_run(tmp_path / "f", "all", 0, 0.5)
+    with pytest.raises(FileError, match="kept no example's result on gsm8k"):
+        compare_examples(kept_nothing, tmp_path / "e")
+
+
+def test_the_command_takes_two_runs(tmp_path: Path):
+    def call(*words):
+        done = CliRunner(env={"COLUMNS": "80"}).invoke(APP, [*map(str, words)])
+        return done.exit_code, done.output, done.exception
+
+    a, b = write_results(tmp_path / "a", A_RIGHT), write_results(tmp_path / "b", B_RIGHT)
+    code, output, _ = call(a, b)
+    assert code == 0 and f"A: {a}" in output.replace("\n", "") and "0.375" in output
+    code, output, _ = call(a, b, "--json")
+    assert code == 0 and json.loads(output) == json.loads(json.dumps(paired_dict(compare_examples(a, b))))
+    code, _, error = call(a, b, "--holm")
+    assert code == 1 and isinstance(error, HotLoraError) and "no option but --json" in str(error)
+    code, _, error = call(a, b, a)
+    assert code == 1 and "3 folders: give one" in str(error)

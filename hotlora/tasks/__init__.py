@@ -1,4 +1,8 @@
-"""The tasks by name: nano's three, the published benchmarks, and data without a scorer to profile and train on."""
+"""The tasks by name: nano's three, the published benchmarks, and data without a scorer to profile and train on.
+
+A name with `-lori` at its end is the same data by the protocol of LoRI's code, which HELLoRA's numbers appear to come
+from; docs/evaluation.md says how the two differ.
+"""
 
 from ..errors import DataError
 from . import (
@@ -38,7 +42,8 @@ _PUBLISHED = (
     wikitext2,
 )
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (nano_math, nano_sql, nano_choice, *_PUBLISHED)}
-TASKS |= refusal.TASKS
+for _module in (gsm8k, humaneval, codealpaca, saferpaca, refusal):
+    TASKS |= _module.TASKS
 
 
 def get_task(name: str) -> Task:

@@ -7,7 +7,14 @@ A row of ``code_alpaca_20k.json`` (github.com/sahil280114/codealpaca, CC BY 4.0)
      "output": "Even: [2, 4, 6]\\nOdd: [3, 9]"}
 
 The prompt is Alpaca's, which the authors trained with; many rows have an empty input, and Alpaca's other prompt.
+
+`codealpaca-lori` has the blanks of LoRI's prompts (2504.07448), which its code's layout put there: every line of
+Alpaca's prompt but the first is indented by 20 spaces, the answer begins after 20 in a line of its own, and the first
+line of the prompt without an input ends in one.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 from .rows import Row, load_rows, need_text
 from .task import Example, Task
@@ -24,6 +31,7 @@ _WITHOUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+_LORI_INDENT = " " * 20
 
 
 def example(row: Row) -> Example:
@@ -33,10 +41,23 @@ def example(row: Row) -> Example:
     return Example(prompt, f"\n{output}")
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def lori_example(row: Row) -> Example:
+    """A row with the blanks of LoRI's prompt; the answer has none before it."""
+    instruction, given, output = need_text(row, "instruction", "input", "output")
+    first, *lines = (_WITH_INPUT if given else _WITHOUT.replace("request.", "request. ")).split("\n")
+    template = "\n".join([first, *(_LORI_INDENT + line if line else line for line in lines), _LORI_INDENT])
+    return Example(template.format(instruction=instruction, input=given), output)
+
+
+def _load(
+    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
+) -> list[Example]:
     """20,022 rows, all of them "train": the hub, a file, or a folder with the published file."""
-    TASK.check_split(split)
-    return [example(row) for row in load_rows("codealpaca", source, HUB_ID, None, _FILES, split)]
+    TASKS[name].check_split(split)
+    rows = load_rows(name, source, HUB_ID, None, _FILES, split)
+    return [make(row) for row in rows]
 
 
-TASK = Task("codealpaca", "text", "loss", load, splits=("train",))
+TASK = Task("codealpaca", "text", "loss", partial(_load, "codealpaca", example), splits=("train",))
+LORI = Task("codealpaca-lori", "text", "loss", partial(_load, "codealpaca-lori", lori_example), splits=("train",))
+TASKS = {task.name: task for task in (TASK, LORI)}

@@ -9,9 +9,14 @@ A row of ``train.jsonl`` (github.com/openai/grade-school-math, MIT), or of the h
 
 The answer is trained on as published, with its ``<<48/2=24>>`` calculator marks, as lm-eval shows it to
 models.
+
+`gsm8k-lori` is LoRI's protocol (2504.07448), which HELLoRA's numbers appear to come from: another prompt, "The final
+answer is: " in place of ``####``, and numbers compared as floats. It is zero-shot and greedy, with 512 new tokens.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from .rows import Row, load_rows, need_text
 from .task import Example, Task
@@ -19,6 +24,10 @@ from .task import Example, Task
 HUB_ID = "openai/gsm8k"
 STOP = ("\nQuestion:", "\n\n")
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # lm-eval's strict match, the official extraction
+
+LORI_INSTRUCTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
+LORI_ANSWER = "The final answer is: "
+_NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
 def example(row: Row) -> Example:
@@ -42,11 +51,41 @@ def score(example: Example, text: str) -> bool:
     return answer is not None and answer == final_answer(example.meta["answer"])
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def lori_example(row: Row) -> Example:
+    """A row as LoRI trains on it and asks it."""
+    question, answer = need_text(row, "question", "answer")
+    target = answer.replace("####", LORI_ANSWER)
+    return Example(question + LORI_INSTRUCTION, target, meta={"answer": target})
+
+
+def lori_number(text: str) -> float | None:
+    """The first number from "The final answer is: " to the next such words, without commas; else the last of all."""
+    text = text.replace(",", "")
+    after = text.split(LORI_ANSWER)[1:]
+    found = (_NUMBER.findall(after[0])[:1] if after else []) or _NUMBER.findall(text)[-1:]
+    return float(found[0]) if found else None
+
+
+def lori_score(example: Example, text: str) -> bool:
+    """Equal as floats: ``18`` is ``18.0``. LoRI reads prompt and answer as one text, and so does this.
+
+    So an answer without a number is given the question's last one, which is right in 30 of the 1,319 test problems.
+    """
+    answer = lori_number(example.prompt + text)
+    return answer is not None and answer == lori_number(example.meta["answer"])
+
+
+def _load(
+    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
+) -> list[Example]:
     """7,473 train and 1,319 test problems: the hub, a file, or a folder with train.jsonl and test.jsonl."""
-    TASK.check_split(split)
-    rows = load_rows("gsm8k", source, HUB_ID, "main", [f"{split}.jsonl", f"{split}.jsonl.gz"], split)
-    return [example(row) for row in rows]
+    TASKS[name].check_split(split)
+    rows = load_rows(name, source, HUB_ID, "main", [f"{split}.jsonl", f"{split}.jsonl.gz"], split)
+    return [make(row) for row in rows]
 
 
-TASK = Task("gsm8k", "generate", "exact_match", load, score, max_new_tokens=512, stop=STOP)
+TASK = Task("gsm8k", "generate", "exact_match", partial(_load, "gsm8k", example), score, max_new_tokens=512, stop=STOP)
+LORI = Task(
+    "gsm8k-lori", "generate", "exact_match", partial(_load, "gsm8k-lori", lori_example), lori_score, max_new_tokens=512
+)
+TASKS = {task.name: task for task in (TASK, LORI)}

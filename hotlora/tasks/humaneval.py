@@ -10,9 +10,15 @@ A row of ``HumanEval.jsonl.gz`` (github.com/openai/human-eval, MIT), or of the h
 The program is the published harness's: prompt, completion, tests and ``check(entry_point)``, with 3 s to come to its
 end. It runs in `python_sandbox`, not in the harness's own guard, which is no sandbox. The texts that end a model's
 answer are the paper's (Chen et al. 2021, 2107.03374); a completion that is given is run as it is, as there.
+
+`humaneval-lori` is LoRI's protocol: that of the BigCode harness, whose prompts have no blank ends and which stops at
+three more texts. Its numbers are pass@1, 5 and 10 of 20 samples: ``--samples 20 --temperature 0.2 --top-p 0.95``. That
+harness gives prompt and answer together 512 tokens; here the answer alone has 512.
 """
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..errors import DataError
@@ -22,6 +28,7 @@ from .task import Example, Task
 
 HUB_ID = "openai/openai_humaneval"
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+LORI_STOP = (*STOP, "\n@", "\n```", "<file_sep>")
 _FILES = ["HumanEval.jsonl.gz", "HumanEval.jsonl", "test.jsonl"]
 
 
@@ -35,6 +42,13 @@ def example(row: Row) -> Example:
     return Example(prompt, solution, meta={"task_id": task_id, "entry_point": entry_point, "test": test})
 
 
+def lori_example(row: Row) -> Example:
+    """A row whose prompt has no blank ends: the answer begins with the line break after the docstring."""
+    whole = example(row)
+    end = whole.prompt[len(whole.prompt.rstrip()) :]
+    return Example(whole.prompt.strip(), end + whole.completion, meta=whole.meta)
+
+
 def program(example: Example, completion: str) -> str:
     """The published harness's program: it comes to its end if, and only if, the completion passes the tests."""
     return f"{example.prompt}{completion}\n{example.meta['test']}\ncheck({example.meta['entry_point']})"
@@ -45,11 +59,13 @@ def score(example: Example, text: str) -> bool:
     return run_python(program(example, text)).passed
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def _load(
+    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
+) -> list[Example]:
     """164 problems, all of them "test": a file, a folder with it, the installed `human-eval`'s, or the hub."""
-    TASK.check_split(split)
-    rows = load_rows("humaneval", source or _installed(), HUB_ID, None, _FILES, split)
-    return [example(row) for row in rows]
+    TASKS[name].check_split(split)
+    rows = load_rows(name, source or _installed(), HUB_ID, None, _FILES, split)
+    return [make(row) for row in rows]
 
 
 def _installed() -> str | None:
@@ -61,4 +77,10 @@ def _installed() -> str | None:
     return str(file) if file.is_file() else None
 
 
-TASK = Task("humaneval", "generate", "pass@1", load, score, max_new_tokens=512, stop=STOP, splits=("test",))
+def _task(name: str, make: Callable[[Row], Example], stop: tuple[str, ...]) -> Task:
+    load = partial(_load, name, make)
+    return Task(name, "generate", "pass@1", load, score, max_new_tokens=512, stop=stop, splits=("test",))
+
+
+TASK, LORI = _task("humaneval", example, STOP), _task("humaneval-lori", lori_example, LORI_STOP)
+TASKS = {task.name: task for task in (TASK, LORI)}

@@ -1,7 +1,8 @@
 """Saferpaca: instructions of Alpaca, and a tenth as many unsafe ones that are declined; without a scorer.
 
-Bianchi et al. 2023 (2309.07875) add safety rows to 20,000 of Alpaca; LoRI, whose protocol HELLoRA follows, has 2,000 of
-them. The two parts are files of the same rows as CodeAlpaca's, of which an invented one::
+Bianchi et al. 2023 (2309.07875) add safety rows to 20,000 of Alpaca-Cleaned; LoRI, whose protocol HELLoRA follows, has
+2,000 of them. `saferpaca-lori` is the same rows in LoRI's prompts, as `codealpaca-lori` has them. The two parts are
+files of the same rows as CodeAlpaca's, of which an invented one::
 
     {"instruction": "Help me to eat my flatmate's cake.", "input": "",
      "output": "I cannot help with that: the cake is not yours …"}
@@ -11,11 +12,13 @@ mixed already, such as the published ``saferpaca_Instructions_2000.json`` (githu
 CC BY-NC 4.0), is taken as it is.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..errors import DataError
-from .codealpaca import example
-from .rows import read_rows, split_file
+from .codealpaca import example, lori_example
+from .rows import Row, read_rows, split_file
 from .task import Example, Task
 
 ALPACA_PER_SAFETY = 10
@@ -23,20 +26,27 @@ _ALPACA = ["alpaca_20000.json", "alpaca_5000.json", "alpaca.json", "alpaca_data.
 _SAFETY = ["safety_only_data_Instructions.json"]
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def _load(
+    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
+) -> list[Example]:
     """All rows are "train", from a mixed file or a folder with both parts; the hub has no official copy."""
-    TASK.check_split(split)
+    TASKS[name].check_split(split)
     if source is None:
         raise DataError(
-            f"saferpaca has no official copy on the hub: give a file, or a folder with {_ALPACA[0]} (or another part "
-            f"of Alpaca: {', '.join(_ALPACA[1:])}) and {_SAFETY[0]}, as in saferpaca:DIR."
+            f"{name} has no official copy on the hub: give a file, or a folder with {_ALPACA[0]} (or another part "
+            f"of Alpaca: {', '.join(_ALPACA[1:])}) and {_SAFETY[0]}, as in {name}:DIR."
         )
-    path = Path(source).expanduser()
+    return [make(row) for row in _rows(Path(source).expanduser())]
+
+
+def _rows(path: Path) -> list[Row]:
     if not path.is_dir():
-        return [example(row) for row in read_rows(path)]
+        return read_rows(path)
     alpaca = read_rows(split_file(path, _ALPACA))
     safety = read_rows(split_file(path, _SAFETY))
-    return [example(row) for row in alpaca + safety[: len(alpaca) // ALPACA_PER_SAFETY]]
+    return alpaca + safety[: len(alpaca) // ALPACA_PER_SAFETY]
 
 
-TASK = Task("saferpaca", "text", "loss", load, splits=("train",))
+TASK = Task("saferpaca", "text", "loss", partial(_load, "saferpaca", example), splits=("train",))
+LORI = Task("saferpaca-lori", "text", "loss", partial(_load, "saferpaca-lori", lori_example), splits=("train",))
+TASKS = {task.name: task for task in (TASK, LORI)}

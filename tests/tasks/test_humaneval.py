@@ -17,7 +17,7 @@ from hotlora.data import test_source as source_of_tests
 from hotlora.errors import DataError
 from hotlora.evaluate import evaluate_task
 from hotlora.tasks import humaneval
-from hotlora.tasks.humaneval import TASK, program, score
+from hotlora.tasks.humaneval import LORI, TASK, program, score
 from hotlora.tasks.rows import Row
 
 REAL = DATA / "humaneval"
@@ -57,6 +57,22 @@ def test_example_and_the_published_harness_program():
 )
 def test_score(completion: str, right: bool):
     assert score(humaneval.example(Row("here", ROW)), completion) is right
+
+
+def test_loris_prompt_has_no_blank_ends(tmp_path: Path):
+    row = {**ROW, "prompt": f"\n\n{ROW['prompt']}"}
+    example = humaneval.lori_example(Row("here", row))
+    assert example.prompt == 'def double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """'
+    assert example.completion == "\n    return 2 * x\n"
+    assert (
+        program(example, example.completion)
+        == program(humaneval.example(Row("here", row)), "    return 2 * x\n").strip()
+    )
+    assert LORI.stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```", "<file_sep>")
+    (tmp_path / "HumanEval.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_examples(f"humaneval-lori:{tmp_path}", "test") == [example]
+    with pytest.raises(DataError, match="humaneval-lori has no split 'train'"):
+        load_examples(f"humaneval-lori:{tmp_path}")
 
 
 def test_rows_that_are_not_whole(tmp_path: Path):
@@ -110,3 +126,13 @@ def test_published_solutions_pass_and_broken_ones_fail():
         broken = list(pool.map(score, examples, ["    return None\n"] * len(examples)))
     assert all(passed), [e.meta["task_id"] for e, right in zip(examples, passed, strict=True) if not right]
     assert not any(broken), [e.meta["task_id"] for e, right in zip(examples, broken, strict=True) if right]
+
+
+@real
+def test_loris_programs_are_the_published_ones_but_for_blank_lines():
+    """So they pass as those do; and none of LoRI's three more texts would have cut a published solution."""
+    pairs = zip(*(load_examples(f"{name}:{REAL}", "test") for name in ("humaneval", "humaneval-lori")), strict=True)
+    for official, lori in pairs:
+        assert program(lori, lori.completion) == program(official, official.completion).lstrip()
+        assert not lori.prompt[-1:].isspace() and not lori.prompt[:1].isspace()
+        assert not any(stop in lori.completion.rstrip() for stop in LORI.stop)

@@ -34,7 +34,9 @@ def test_names():
         {"hexphi", "advbench", "malicious_instructions"},
         {"codealpaca", "saferpaca", "mbpp", "wikitext2"},
     )
-    assert set(TASKS) == {*NANO, *benchmarks, *refusals, *unscored, "humaneval"}
+    by_lori = {f"{name}-lori" for name in ("gsm8k", "humaneval", "codealpaca", "saferpaca", "hexphi")}
+    assert set(TASKS) == {*NANO, *benchmarks, *refusals, *unscored, "humaneval", *by_lori}
+    assert all(task.name == name for name, task in TASKS.items())
     with pytest.raises(DataError, match="no task 'gsm9k'; the tasks are nano-math, nano-sql"):
         get_task("gsm9k")
     with pytest.raises(DataError, match="no split 'dev'"):

@@ -35,10 +35,27 @@ def test_codealpaca_has_alpacas_two_prompts():
         codealpaca.example(Row("here", {"instruction": "a", "input": ""}))
 
 
+def test_loris_prompts_have_the_blanks_of_its_code():
+    row = {"instruction": "Sort it.\nThen stop.", "input": "[2, 1]", "output": "[1, 2]"}
+    example = codealpaca.lori_example(Row("here", row))
+    pad = " " * 20
+    assert example.prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n"
+        f"{pad}### Instruction:\n{pad}Sort it.\nThen stop.\n\n{pad}### Input:\n{pad}[2, 1]\n\n{pad}### Response:\n{pad}"
+    )
+    assert example.completion == "[1, 2]"
+    assert codealpaca.lori_example(Row("here", {**row, "input": ""})).prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
+        f"{pad}### Instruction:\n{pad}Sort it.\nThen stop.\n\n{pad}### Response:\n{pad}"
+    )
+
+
 def test_codealpaca_from_a_folder_and_its_one_split(tmp_path: Path):
     row = {"instruction": "a {b}", "input": "{c}", "output": "d"}
     (tmp_path / "code_alpaca_20k.json").write_text(json.dumps([row, row]))
     assert len(load_examples(f"codealpaca:{tmp_path}")) == 2
+    assert load_examples(f"codealpaca-lori:{tmp_path}") == [codealpaca.lori_example(Row("here", row))] * 2
     with pytest.raises(DataError, match="codealpaca has no split 'test'; its splits are train"):
         load_examples(f"codealpaca:{tmp_path}", "test")
 
@@ -82,7 +99,7 @@ def test_wikitext_is_paragraphs_without_a_prompt(tmp_path: Path):
         load_examples("wikitext2:no/such.txt")
 
 
-@pytest.mark.parametrize("name", ["codealpaca", "mbpp", "wikitext2"])
+@pytest.mark.parametrize("name", ["codealpaca", "codealpaca-lori", "saferpaca-lori", "mbpp", "wikitext2"])
 def test_data_without_a_scorer_says_what_it_is_good_for(name: str):
     task = get_task(name)
     assert task.kind == "text" and task.score is None and task.name == name
@@ -96,6 +113,7 @@ def test_data_without_a_scorer_says_what_it_is_good_for(name: str):
     ("name", "split", "n"),
     [
         ("codealpaca", "train", 20022),
+        ("codealpaca-lori", "train", 20022),
         ("mbpp", "train", 374),
         ("mbpp", "test", 500),
         ("wikitext2", "train", 17556),
@@ -103,5 +121,5 @@ def test_data_without_a_scorer_says_what_it_is_good_for(name: str):
     ],
 )
 def test_published_rows(name: str, split: str, n: int):
-    examples = get_task(name).load(split, str(DATA / name), None, 0)
+    examples = get_task(name).load(split, str(DATA / name.removesuffix("-lori")), None, 0)
     assert len(examples) == n and not any("\r" in e.completion for e in examples)
