@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -63,9 +63,9 @@ def markdown(comparison: Comparison) -> str:
     lines: list[str] = []
     columns = _columns(comparison)
     for table in comparison.tables:
-        lines += [f"### {_title(table)}: {table.measure}", "", _line(columns)]
-        lines.append(_line(["---", *("---:" for _ in columns[1:-1]), "---"]))
-        lines += [_line(_picked(row, columns, comparison)) for row in table.rows]
+        lines += [f"### {_title(table)}: {table.measure}", "", markdown_line(columns)]
+        lines.append(markdown_line(["---", *("---:" for _ in columns[1:-1]), "---"]))
+        lines += [markdown_line(_picked(row, columns, comparison)) for row in table.rows]
         lines += ["", *map(_item, table.notes), *([""] if table.notes else [])]
     if comparison.left_out:
         lines += ["Left out:", "", *map(_item, comparison.left_out), ""]
@@ -78,8 +78,8 @@ def latex(comparison: Comparison) -> str:
     lines: list[str] = []
     for table in comparison.tables:
         lines += [f"% {text}" for text in (f"{_title(table)}: {table.measure}", *table.notes)]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 2)}l}}", r"\toprule", _latex_line(columns), r"\midrule"]
-        lines += [_latex_line(_picked(row, columns, comparison)) for row in table.rows]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 2)}l}}", r"\toprule", latex_line(columns), r"\midrule"]
+        lines += [latex_line(_picked(row, columns, comparison)) for row in table.rows]
         lines += [r"\bottomrule", r"\end{tabular}", ""]
     lines += [f"% left out: {told}" for told in comparison.left_out]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -176,7 +176,8 @@ def _rich(columns: list[str], rows: Iterable[list[str]]) -> RichTable:
     return table
 
 
-def _line(row: list[str]) -> str:
+def markdown_line(row: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
@@ -184,7 +185,8 @@ def _item(text: str) -> str:
     return "- " + text.replace("<", "\\<")
 
 
-def _latex_line(row: list[str]) -> str:
+def latex_line(row: Sequence[str]) -> str:
+    """A row of a `tabular`, with LaTeX's own signs escaped."""
     return " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"
 
 

@@ -1,7 +1,7 @@
 """What a table or figure of a paper is made from: its rows are ways to train, its columns models and tasks."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class Recipe:
     columns: Sequence[Column]
     rows: Sequence[Row]
     seeds: Sequence[int]
-    options: Mapping[tuple[str, str], Mapping[str, Any]]
-    """(row, column) -> hyperparameters"""
+    options: Callable[[Row, Column], Mapping[str, Any]]
+    """a run's method and hyperparameters"""
     view: str = "scores"
     reference: str | None = None
     across: bool = False
@@ -100,7 +100,7 @@ class Recipe:
         at = {"model": column.model, "data": column.data, **column.options}
         if row.method is None:
             return [Condition(name, {**at, **(column.scored or {})}, train=False)]
-        trained = Condition(name, {**at, **self.options[row.name, column.name]})
+        trained = Condition(name, {**at, **self.options(row, column)})
         found = [trained]
         if column.scored is not None:
             scored = {"model": column.model, **column.options, **column.scored}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..errors import HotLoraError
@@ -71,10 +72,7 @@ def make(
     columns = [_placed(column, setting) for column in columns]
     published = HELLORA_SEEDS if paper == "hellora" else SIEVE_SEEDS
     seeds = setting.seeds or (NANO_SEEDS[paper] if setting.is_nano else published)
-    options = {
-        (row.name, column.name): _options(paper, row, column, setting)
-        for row in rows for column in columns if row.method is not None
-    }  # fmt: skip
+    options = partial(_options, paper, setting)
     return Recipe(f"{paper}-{name}", title, where, columns, rows, range(seeds), options, **rest)
 
 
@@ -91,7 +89,7 @@ def _source(data: str, setting: Setting) -> str:
     return data if source is None else f"{data}:{source}"
 
 
-def _options(paper: str, row: Row, column: Column, setting: Setting) -> dict[str, Any]:
+def _options(paper: str, setting: Setting, row: Row, column: Column) -> dict[str, Any]:
     assert row.method is not None
     if setting.is_nano:
         steps = _NANO_STEPS[column.data]

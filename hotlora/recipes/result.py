@@ -1,0 +1,96 @@
+"""A table or figure as it is shown: ours beside the published numbers, as CSV, LaTeX, Markdown and PNG."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..comparison_table import latex_line, markdown_line
+from ..files import atomic_path, write_text
+
+NONE = "–"
+DPI = 120
+
+Number = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One table or figure.
+
+    Attributes:
+        name: the recipe's, and of the files.
+        title, where: what it shows; paper and section.
+        columns, rows: the table as text; "–" where there is no number.
+        numbers: the same as plain numbers, a line each, for the CSV: column -> value; None is empty.
+        notes: what a reader must know: seeds that are missing, what a rule counts.
+        figures: file name's end -> picture; "" for the only one.
+    """
+
+    name: str
+    title: str
+    where: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[Mapping[str, Number]]
+    notes: Sequence[str] = ()
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        """A heading, the table, the notes and the pictures, which lie beside."""
+        lines = [f"## {self.title}", "", f"{self.where}.", ""]
+        if self.rows:
+            lines += [markdown_line(self.columns), markdown_line(["---", *("---:" for _ in self.columns[1:])])]
+            lines += [*map(markdown_line, self.rows), ""]
+        for note in self.notes:
+            lines += [f"- {note}"]
+        lines += [""] if self.notes else []
+        for end in self.figures:
+            lines += [f"![{self.title}]({self.picture(end)})", ""]
+        return "\n".join(lines)
+
+    def latex(self) -> str:
+        """A `tabular` for \\usepackage{booktabs}; title and notes are comments above it."""
+        lines = [f"% {text}" for text in (f"{self.title}. {self.where}", *self.notes)]
+        lines += [rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}", r"\toprule", latex_line(self.columns)]
+        lines += [r"\midrule", *map(latex_line, self.rows), r"\bottomrule", r"\end{tabular}"]
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        file = io.StringIO()
+        writer = csv.DictWriter(
+            file, list(dict.fromkeys(key for row in self.numbers for key in row)), lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(self.numbers)
+        return file.getvalue()
+
+    def picture(self, end: str) -> str:
+        """A picture's file name."""
+        return f"{self.name}-{end}.png" if end else f"{self.name}.png"
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """NAME.csv, NAME.tex and NAME.png in `folder`, each whole or absent."""
+        folder = Path(folder)
+        if self.rows:
+            write_text(folder / f"{self.name}.csv", self.csv())
+            write_text(folder / f"{self.name}.tex", self.latex())
+        for end, figure in self.figures.items():
+            with atomic_path(folder / self.picture(end)) as temporary:
+                figure.savefig(
+                    temporary, format="png", dpi=DPI, metadata={"Software": None}
+                )  # the same bytes each time
+
+
+def write_results(results: Sequence[Result], folder: str | os.PathLike[str], title: str, preface: str = "") -> Path:
+    """Every result's files, and tables.md with all of them; returns the page's path."""
+    folder = Path(folder)
+    for result in results:
+        result.write(folder)
+    parts = [f"# {title}", preface, *(result.markdown() for result in results)]
+    write_text(folder / "tables.md", "\n\n".join(part.strip("\n") for part in parts if part) + "\n")
+    return folder / "tables.md"
