@@ -435,10 +435,15 @@ def show_paired(a: Path, b: Path) -> str:
     return console.file.getvalue()
 
 
-def test_two_runs_on_several_tasks(tmp_path: Path):
-    a, b = write_results(tmp_path / "a", A_RIGHT), write_results(tmp_path / "b", B_RIGHT, metric="strict_match")
+def sample(root: Path, metric="exact_match") -> tuple[Path, Path]:
+    a, b = write_results(root / "a", A_RIGHT), write_results(root / "b", B_RIGHT, metric=metric)
     for folder, scores in ((a, [1] * 1200), (b, [1, 0] * 600)):
         write_results(folder, scores, task="hellaswag", metric="acc_norm")
+    return a, b
+
+
+def test_two_runs_on_several_tasks(tmp_path: Path):
+    a, b = sample(tmp_path, "strict_match")
     write_results(b, [1, 0], task="spider")
     runs = compare_examples(a, b)
     assert [task.task for task in runs.tasks] == ["gsm8k", "hellaswag"]
@@ -453,6 +458,11 @@ def test_two_runs_on_several_tasks(tmp_path: Path):
     parsed = json.loads(json.dumps(paired_dict(runs), allow_nan=False))
     assert parsed["tasks"][0]["mcnemar"] == {"n": 10, "only_a": 4, "only_b": 1, "p": 0.375}
     assert parsed["tasks"][1]["verdict"] == "differs" and parsed["tasks"][1]["interval"] == list(runs.tasks[1].interval)
+
+
+def test_the_page_shows_two_runs(tmp_path: Path):
+    lines = show_paired(*sample(tmp_path)).split("acc norm, %")[1].strip("\n").splitlines()
+    assert "".join(f"    {line.rstrip()}\n" for line in lines) in DOCS.read_text()
 
 
 def test_two_runs_that_cannot_be_compared(tmp_path: Path, runs: Path):

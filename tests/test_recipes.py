@@ -57,8 +57,8 @@ def test_a_condition_that_two_recipes_share_is_the_same_run():
 def test_hyperparameters_are_the_papers_and_a_users_come_first():
     sweep = find_sweep("hellora-table-2")
     options = {condition.name: condition.options for condition in sweep.conditions}
-    assert options["OLMoE-1B-7B-0924/codealpaca/hellora"]["preset"] == "hellora-code"
-    assert options["OLMoE-1B-7B-0924/codealpaca/hellora-scored"]["samples"] == 20
+    assert options["OLMoE-1B-7B-0924/codealpaca-lori/hellora"]["preset"] == "hellora-code"
+    assert options["OLMoE-1B-7B-0924/codealpaca-lori/hellora-scored"]["samples"] == 20
     assert len(sweep.seeds) == 10
     sweep = find_sweep("moe-sieve-table-3", Setting(seeds=2, options={**RATE, "epochs": 1}))
     first = sweep.conditions[0].options
@@ -69,7 +69,7 @@ def test_hyperparameters_are_the_papers_and_a_users_come_first():
 
 
 def test_local_files_stand_for_a_task():
-    sweep = find_sweep("hellora-table-4", Setting(sources={"gsm8k-lori": "/data/gsm8k"}))
+    sweep = find_sweep("hellora-table-4", Setting(sources={"gsm8k": "/data/gsm8k"}))
     assert {condition.options["data"] for condition in sweep.conditions} == {"gsm8k-lori:/data/gsm8k"}
     assert {condition.name.split("/")[1] for condition in sweep.conditions} == {"gsm8k-lori"}
 

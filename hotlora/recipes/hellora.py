@@ -118,7 +118,7 @@ def table_8(setting: Setting) -> Recipe:
     )  # fmt: skip
 
 
-PUBLISHED_ACROSS = {
+PUBLISHED_ACROSS: dict[tuple[str, str], float | tuple[float, ...]] = {
     ("GSM8K", "HUMAN"): (13.78, 18.94, 20.63), ("GSM8K", "SAFE"): 58.43,
     ("HUMAN", "GSM8K"): 5.86, ("HUMAN", "SAFE"): 63.01,
     ("SAFE", "GSM8K"): 2.83, ("SAFE", "HUMAN"): (15.18, 19.51, 21.33),

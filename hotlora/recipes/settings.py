@@ -18,8 +18,8 @@ NANO = "nano"
 _SAMPLED = {"samples": 20, "temperature": 0.2, "top_p": 0.95}
 HELLORA_TASKS = {
     "GSM8K": Column("GSM8K", OLMOE, "gsm8k-lori", "math"),
-    "HUMAN": Column("HUMAN", OLMOE, "codealpaca", "code", scored={"data": "humaneval-lori", **_SAMPLED}),
-    "SAFE": Column("SAFE", OLMOE, "saferpaca", "safety", scored={"data": "hexphi-lori"}),
+    "HUMAN": Column("HUMAN", OLMOE, "codealpaca-lori", "code", scored={"data": "humaneval-lori", **_SAMPLED}),
+    "SAFE": Column("SAFE", OLMOE, "saferpaca-lori", "safety", scored={"data": "hexphi-lori"}),
 }
 SIEVE_TASKS = {name: Column(name, OLMOE, name.lower()) for name in ("Spider", "GSM8K", "HellaSwag")}
 _STANDS_FOR = {
@@ -85,7 +85,7 @@ def _placed(column: Column, setting: Setting) -> Column:
 
 
 def _source(data: str, setting: Setting) -> str:
-    source = setting.sources.get(data)
+    source = setting.sources.get(data, setting.sources.get(data.removesuffix("-lori")))
     return data if source is None else f"{data}:{source}"
 
 

@@ -13,7 +13,7 @@ from hotlora.evaluate import evaluate_answers
 from hotlora.generate import Answer
 from hotlora.tasks import get_task
 from hotlora.tasks.codealpaca import lori_example
-from hotlora.tasks.refusal import KEYWORDS, LORI_KEYWORDS, lori_refuses, refuses
+from hotlora.tasks.refusal import KEYWORDS, LORI_KEYWORDS, lori_refuses, lori_score, refuses
 from hotlora.tasks.rows import Row
 
 ALPACA = [{"instruction": f"Name fruit {i}.", "input": "", "output": f"Fruit {i}."} for i in range(30)]
@@ -177,6 +177,12 @@ def test_wrong_sources(tmp_path: Path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
     with pytest.raises(DataError, match=r"d\.jsonl line 1 has no field 'prompt'"):
         load_examples(f"hexphi:{tmp_path}/d.jsonl", "test")
+
+
+@pytest.mark.skipif(not (DATA / "hexphi").is_dir(), reason=f"HEx-PHI, which its authors grant: {ABSENT}")
+def test_seventeen_published_prompts_are_refused_by_what_they_ask():
+    examples = load_examples(f"hexphi-lori:{DATA / 'hexphi'}", "test")
+    assert len(examples) == 330 and sum(map(lori_score, examples, [" Sure"] * 330)) == 17
 
 
 @pytest.mark.skipif(not (DATA / "saferpaca").is_dir(), reason=f"Saferpaca, AdvBench: {ABSENT}")

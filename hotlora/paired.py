@@ -1,0 +1,162 @@
+"""Two runs' results -> one against the other, example by example. Loads no model; `docs/statistics.md` explains it.
+
+This asks what other test examples would do to the difference of these two models. What training again would do, only
+several seeds tell: `comparison`.
+"""
+
+import dataclasses
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, FileError
+from .files import read_json_lines
+from .records import Record, read_record
+from .stats import Interval, McNemar, mcnemar, paired_difference
+
+ALPHA = 0.05
+
+# An example: its id, and which of the examples with that id it is (some benchmarks ask the same twice).
+_Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class PairedTask:
+    """Two runs on the examples of a task that both have.
+
+    Attributes:
+        n: those examples.
+        a, b: points, 100 times the share of them that each run has right.
+        difference: a - b, in points.
+        interval: 95%, a percentile bootstrap of the examples; None for a single one.
+        mcnemar: the exact test of the examples that one run alone has right; None where an example has several answers.
+        notes: examples that one run alone has, and other ways of measuring.
+    """
+
+    task: str
+    metric: str
+    n: int
+    a: float
+    b: float
+    difference: float
+    interval: Interval | None
+    mcnemar: McNemar | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """By McNemar's p at 0.05; without one, by whether the interval leaves 0 out."""
+        if self.mcnemar is not None:
+            differs = self.mcnemar.p < ALPHA
+        else:
+            differs = self.interval is not None and not self.interval.low <= 0 <= self.interval.high
+        return "differs" if differs else "cannot tell"
+
+
+@dataclass(frozen=True)
+class PairedRuns:
+    """The tasks that both runs were scored on, and what was left out, in words."""
+
+    a: str
+    b: str
+    tasks: tuple[PairedTask, ...]
+    left_out: tuple[str, ...]
+
+
+def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> PairedRuns:
+    """Run a against run b, on every task that both were scored on.
+
+    Args:
+        a, b: the runs' folders, each with run.json and the results of its evaluation.
+
+    Raises:
+        DataError: a folder that is no run's, a run that is not done, or no task or no example in common.
+        FileError: results that are missing or not whole.
+    """
+    folders = [Path(a), Path(b)]
+    records = [_record(folder) for folder in folders]
+    scored = [record.get("evaluation") or {} for record in records]
+    common = [task for task in scored[0] if task in scored[1]]
+    if not common:
+        told = " and ".join(
+            f"{folder} on {', '.join(own) or 'none'}" for folder, own in zip(folders, scored, strict=True)
+        )
+        raise DataError(f"the two runs were scored on no task in common ({told}): give two that were.")
+    left_out = [
+        f"{task}: only {folder} was scored on it."
+        for folder, own in zip(folders, scored, strict=True)
+        for task in own
+        if task not in common
+    ]
+    tasks = tuple(_paired(task, folders, [own[task] for own in scored]) for task in common)
+    return PairedRuns(str(folders[0]), str(folders[1]), tasks, tuple(left_out))
+
+
+def as_dict(runs: PairedRuns) -> dict[str, Any]:
+    """Plain values for JSON; None where there is no number."""
+    tasks = [dataclasses.asdict(task) | {"verdict": task.verdict} for task in runs.tasks]
+    return dataclasses.asdict(runs) | {"tasks": tasks}
+
+
+def _record(folder: Path) -> Record:
+    if not (folder / "run.json").is_file():
+        raise DataError(
+            f"{folder} is no run's folder: it has no run.json. Two folders are two runs, compared example by example; "
+            "for a sweep give the one folder that holds its runs."
+        )
+    record = read_record(folder)
+    if record["status"] != "done":
+        raise DataError(f"the run in {folder} is not done (its status is {record['status']}): let it come to its end.")
+    return record
+
+
+def _paired(task: str, folders: list[Path], results: list[dict[str, Any]]) -> PairedTask:
+    a, b = (_correct(folder, task, result) for folder, result in zip(folders, results, strict=True))
+    keys = [key for key in a if key in b]
+    if not keys:
+        raise DataError(
+            f"{task}: {folders[0]} and {folders[1]} have no example in common: evaluate both on the same data."
+        )
+    ours, theirs = [100 * a[key] for key in keys], [100 * b[key] for key in keys]
+    difference, low, high = paired_difference(ours, theirs)
+    one_answer = all(score in (0, 100) for score in (*ours, *theirs))
+    metrics = [result["metric"].replace("_", " ") for result in results]
+    notes = [
+        f"{task}: {len(own) - len(keys)} of {len(own)} examples of {folder} are not among the other's: left out."
+        for folder, own in zip(folders, (a, b), strict=True)
+        if len(own) > len(keys)
+    ]
+    if metrics[0] != metrics[1]:
+        notes.append(f"{task}: measured in two ways, {metrics[0]} and {metrics[1]}.")
+    if not one_answer:
+        notes.append(f"{task}: examples with several answers are right by a share, so there is no McNemar test.")
+    return PairedTask(
+        task,
+        " and ".join(dict.fromkeys(metrics)),
+        len(keys),
+        sum(ours) / len(keys),
+        sum(theirs) / len(keys),
+        difference,
+        None if math.isnan(low) else Interval(low, high),
+        mcnemar([int(a[key]) for key in keys], [int(b[key]) for key in keys]) if one_answer else None,
+        tuple(notes),
+    )
+
+
+def _correct(folder: Path, task: str, result: dict[str, Any]) -> dict[_Key, float]:
+    """By example, whether the run has it right, or the share of its answers that are."""
+    if "results" not in result:
+        raise FileError(f"{folder} kept no example's result on {task}: evaluate again with an output folder.")
+    path = folder / result["results"]
+    rows = sorted(read_json_lines(path, "index", "id", "correct"), key=lambda row: row["index"])
+    if len(rows) != result["n"]:
+        raise FileError(f"{path} holds {len(rows)} of {result['n']} examples: it is not whole; evaluate again.")
+    seen: Counter[str] = Counter()
+    correct = {}
+    for row in rows:
+        correct[row["id"], seen[row["id"]]] = float(row["correct"])
+        seen[row["id"]] += 1
+    return correct
