@@ -343,13 +343,21 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Where the page goes (default: into RUNS).")
     ] = None,
 ) -> None:
-    """Make one page with tables and pictures from the runs' records alone."""
+    """Make one page with tables and pictures from the runs' records alone.
+
+    Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
+    """
+    from .recipes.page import has_recipes, write_tables
     from .records import find_records
     from .report import conditions_table, write_report
 
+    records = find_records(runs)
     page = write_report(runs, output or runs)
-    out.print(conditions_table(find_records(runs)))
+    out.print(conditions_table(records))
     out.print(f"page: {page}", soft_wrap=True)
+    if has_recipes(records.values()):
+        for tables in write_tables(runs, output or runs):
+            out.print(f"tables: {tables}", soft_wrap=True)
 
 
 app.command()(compare)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 from matplotlib.figure import Figure
 
 from ..comparison_table import latex_line, markdown_line
@@ -29,6 +30,7 @@ class Result:
         numbers: the same as plain numbers, a line each, for the CSV: column -> value; None is empty.
         notes: what a reader must know: seeds that are missing, what a rule counts.
         figures: file name's end -> picture; "" for the only one.
+        texts: so many columns, the first ones, are words and not numbers.
     """
 
     name: str
@@ -39,12 +41,13 @@ class Result:
     numbers: Sequence[Mapping[str, Number]]
     notes: Sequence[str] = ()
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    texts: int = 1
 
     def markdown(self) -> str:
         """A heading, the table, the notes and the pictures, which lie beside."""
         lines = [f"## {self.title}", "", f"{self.where}.", ""]
         if self.rows:
-            lines += [markdown_line(self.columns), markdown_line(["---", *("---:" for _ in self.columns[1:])])]
+            lines += [markdown_line(self.columns), markdown_line(self._sides("---", "---:"))]
             lines += [*map(markdown_line, self.rows), ""]
         for note in self.notes:
             lines += [f"- {note}"]
@@ -56,7 +59,7 @@ class Result:
     def latex(self) -> str:
         """A `tabular` for \\usepackage{booktabs}; title and notes are comments above it."""
         lines = [f"% {text}" for text in (f"{self.title}. {self.where}", *self.notes)]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}", r"\toprule", latex_line(self.columns)]
+        lines += [rf"\begin{{tabular}}{{{''.join(self._sides('l', 'r'))}}}", r"\toprule", latex_line(self.columns)]
         lines += [r"\midrule", *map(latex_line, self.rows), r"\bottomrule", r"\end{tabular}"]
         return "\n".join(lines) + "\n"
 
@@ -68,6 +71,9 @@ class Result:
         writer.writeheader()
         writer.writerows(self.numbers)
         return file.getvalue()
+
+    def _sides(self, left: str, right: str) -> list[str]:
+        return [left if place < self.texts else right for place in range(len(self.columns))]
 
     def picture(self, end: str) -> str:
         """A picture's file name."""
@@ -87,10 +93,17 @@ class Result:
 
 
 def write_results(results: Sequence[Result], folder: str | os.PathLike[str], title: str, preface: str = "") -> Path:
-    """Every result's files, and tables.md with all of them; returns the page's path."""
+    """Every result's files, and all of them as tables.md and tables.html; returns the latter's path."""
     folder = Path(folder)
     for result in results:
         result.write(folder)
     parts = [f"# {title}", preface, *(result.markdown() for result in results)]
     write_text(folder / "tables.md", "\n\n".join(part.strip("\n") for part in parts if part) + "\n")
-    return folder / "tables.md"
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([here, here.parent]),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("tables.html.j2").render(title=title, preface=preface, results=results)
+    write_text(folder / "tables.html", page)
+    return folder / "tables.html"

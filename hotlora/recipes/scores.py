@@ -244,7 +244,7 @@ def _across(recipe: Recipe, folder: Path) -> Result | None:
             )  # fmt: skip
     if not rows:
         return None
-    return Result(recipe.name, recipe.title, recipe.where, columns, rows, numbers)
+    return Result(recipe.name, recipe.title, recipe.where, columns, rows, numbers, texts=2)
 
 
 def _numbers(recipe: Recipe, cells: Mapping[tuple[str, str], Cell]) -> list[dict[str, Number]]:
@@ -267,16 +267,18 @@ def _numbers(recipe: Recipe, cells: Mapping[tuple[str, str], Cell]) -> list[dict
 
 def _missing(recipe: Recipe, cells: Mapping[tuple[str, str], Cell]) -> list[str]:
     """What the table lacks, in words."""
-    notes = []
+    absent, fewer = [], []
     for column in recipe.columns:
         for row in recipe.rows:
             if row.only and column.name not in row.only:
                 continue
             cell = cells.get((row.name, column.name))
             if cell is None:
-                notes.append(f"{row.label} on {task_name(column)}: no run is done.")
+                absent.append(f"{row.label} on {task_name(column)}")
             elif row.method and (lacking := [seed for seed in recipe.seeds if seed not in cell.values]):
-                notes.append(f"{row.label} on {task_name(column)}: seeds {', '.join(map(str, lacking))} are missing.")
+                fewer.append(f"{row.label} on {task_name(column)} lacks {', '.join(map(str, lacking))}")
+    notes = [f"No run is done of {'; '.join(absent)}."] if absent else []
+    notes += [f"Seeds are missing: {'; '.join(fewer)}."] if fewer else []
     seeds = f"{len(recipe.seeds)} seeds a cell; mean ± standard deviation over seeds, in points; intervals are 95%"
     told = "" if recipe.columns[0].model != "nano" else " Published numbers are of the papers' own models and tasks."
     return [f"{seeds}.{told}", *notes]

@@ -1,0 +1,57 @@
+"""A store of recipes' runs -> every table and figure that they make, model by model. Loads no model."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import DataError
+from ..records import Record, find_records
+from . import RECIPES
+from .claims import claims_result
+from .recipe import STORE, Recipe
+from .result import Result, write_results
+from .scores import result
+from .settings import MIXTRAL, NANO, OLMOE, QWEN, Setting
+
+_PAPERS_OWN = (OLMOE, MIXTRAL, QWEN)
+
+
+def has_recipes(records: Iterable[Record]) -> bool:
+    """Whether some of the runs are a recipe's."""
+    return any((record.get("sweep") or {}).get("name") == STORE for record in records)
+
+
+def write_tables(runs: str | os.PathLike[str], output: str | os.PathLike[str]) -> list[Path]:
+    """OUTPUT/tables-MODEL/ with every table and figure that the runs make, as HTML, Markdown, CSV, LaTeX and PNG.
+
+    Returns the HTML pages, one for each model; the papers' own models share one.
+
+    DataError: no recipe has a run that is done.
+    """
+    runs, output = Path(runs), Path(output)
+    used = {str(record["model"]["name"]) for record in find_records(runs).values() if has_recipes([record])}
+    others = sorted(used - set(_PAPERS_OWN))
+    settings = [*([Setting()] if used & set(_PAPERS_OWN) else []), *(Setting(model) for model in others)]
+    pages = []
+    for setting in settings:
+        if results := table_results(setting, runs):
+            name = setting.model or "papers"
+            preface = "Made from the runs' records alone, beside what the papers print."
+            if setting.model == NANO:
+                preface += (
+                    " nano is a small model on small tasks: it compares methods, and proves nothing of large models."
+                )
+            folder = output / f"tables-{Path(name).name}"
+            pages.append(write_results(results, folder, f"The papers' tables on {name}", preface))
+    if not pages:
+        raise DataError(f"no recipe has a run that is done in {runs}: run `hotlora sweep NAME` first.")
+    return pages
+
+
+def table_results(setting: Setting, runs: Path) -> list[Result]:
+    """What is there of every recipe in a setting; the claims come first."""
+    recipes = {name: make(setting) for name, make in RECIPES.items()}
+    trainings = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, Recipe)}
+    claims = claims_result(trainings, runs)
+    found = [result(recipe, runs) for recipe in trainings.values()]
+    return [some for some in [claims, *found] if some is not None]
