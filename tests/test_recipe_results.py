@@ -1,0 +1,172 @@
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_cli import run
+
+from hotlora.errors import DataError
+from hotlora.plan import ExpertPlan
+from hotlora.recipes import RECIPES, Setting
+from hotlora.recipes.claims import CLAIMS, claims_result, decide
+from hotlora.recipes.page import table_results, write_tables
+from hotlora.recipes.recipe import STORE, Column, Row
+from hotlora.recipes.scores import Cell, read_cells, result
+from hotlora.records import new_record, write_record
+
+NANO = Setting("nano")
+ALL = [0.90, 0.88, 0.91, 0.86, 0.89, 0.93, 0.90, 0.87]
+HOT = [0.89, 0.89, 0.90, 0.86, 0.90, 0.91, 0.90, 0.88]
+
+
+def write_run(folder: Path, accuracy: float, seed: int | None, *, experts: int = 8, **evaluation: float) -> None:
+    record = new_record(
+        name="run", condition="hot", seed=seed or 0, model={"name": "nano", "fingerprint": "x"},
+        data={"name": "nano-math"}, parameters={"trainable": 100, "total": 10000, "percent": 1.0},
+        training={"seconds": 12.0},
+        evaluation={
+            "nano-math": {"metric": "exact_match", "accuracy": accuracy, "n": 200, "correct": 200 * accuracy, **evaluation}
+        },
+        sweep={"name": STORE, "condition": folder.name},
+    )  # fmt: skip
+    at = folder if seed is None else folder / f"seed{seed}"
+    write_record(at, record | {"status": "done"})
+    some = tuple(range(experts))
+    ExpertPlan({0: some, 1: some}, num_experts=32, rule="hot", params={}).save(at / "plan.json")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    for seed, (everything, hot) in enumerate(zip(ALL, HOT, strict=True)):
+        write_run(tmp_path / "nano/nano-math/sieve-all", everything, seed)
+        write_run(tmp_path / "nano/nano-math/sieve", hot, seed)
+    return tmp_path
+
+
+def numbers(found) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(found.csv())))
+
+
+def test_the_tables_numbers_are_scipys(store: Path):
+    table = result(RECIPES["moe-sieve-table-3"](NANO), store)
+    everything, hot = numbers(table)
+    differences = 100 * (np.array(HOT) - np.array(ALL))
+    assert float(everything["mean"]) == pytest.approx(100 * np.mean(ALL))
+    assert float(hot["sd"]) == pytest.approx(100 * np.std(HOT, ddof=1))
+    assert float(hot["difference"]) == pytest.approx(differences.mean())
+    interval = stats.t.interval(0.95, 7, differences.mean(), stats.sem(differences))
+    assert (float(hot["difference_low"]), float(hot["difference_high"])) == pytest.approx(interval)
+    assert float(hot["p"]) == pytest.approx(stats.ttest_rel(HOT, ALL).pvalue)
+    upper = stats.ttest_1samp(differences, 2, alternative="less").pvalue
+    lower = stats.ttest_1samp(differences, -2, alternative="greater").pvalue
+    assert float(hot["tost_2"]) == pytest.approx(max(upper, lower))
+    row = next(row for row in table.rows if "nano-math" in row[0])
+    scores = [f"{100 * np.mean(some):.1f} ± {100 * np.std(some, ddof=1):.1f}" for some in (ALL, HOT)]
+    low, high = interval
+    assert row[1:6] == [*scores, f"{differences.mean():+.2f}", f"[{low:.1f}, {high:.1f}]", "yes"] and row[6] == "±0.08"
+    assert "No run is done of all experts on Spider (nano-sql)" in table.notes[1]
+
+
+def test_the_other_views_of_the_same_runs(store: Path):
+    spread = result(RECIPES["moe-sieve-table-6"](NANO), store)
+    row = next(row for row in spread.rows if "nano-math" in row[0])
+    assert row[3] == f"{np.std(HOT, ddof=1) / np.std(ALL, ddof=1):.2f}" and row[-1] == "0.58"
+    tests = result(RECIPES["moe-sieve-table-8"](NANO), store)
+    row = next(row for row in tests.rows if "nano-math" in row[0])
+    p = stats.ttest_rel(HOT, ALL).pvalue
+    assert row[-1] == "±0.08; 0.003, 0.001, 0.001; 0.753" and row[5] == f"{p:.3f}"
+
+
+def test_the_curve_is_over_the_plans_experts(store: Path):
+    recipe = RECIPES["moe-sieve-figure-4"](NANO)
+    write_run(store / "nano/nano-math/sieve-4of64", 0.5, 0, experts=2)
+    cells = read_cells(recipe, store)
+    assert cells["sieve-4of64", "GSM8K"].experts == 2 and cells["sieve", "GSM8K"].experts == 8
+    (axes,) = result(recipe, store).figures[""].axes
+    line = axes.lines[-1]
+    assert list(line.get_xdata()) == [2, 8, 8] and line.get_ydata()[0] == 50
+
+
+def test_missing_seeds_and_runs_that_failed_are_told(store: Path):
+    (store / "nano/nano-math/sieve/seed3/run.json").unlink()
+    table = result(RECIPES["moe-sieve-table-3"](NANO), store)
+    assert "hot 25% on GSM8K (nano-math) lacks 3" in table.notes[-1]
+    assert numbers(table)[1]["n"] == "7"
+    assert result(RECIPES["hellora-table-3"](NANO), store) is None, "none of its runs is there"
+
+
+def test_scores_at_several_k_and_across_tasks(tmp_path: Path):
+    recipe = RECIPES["hellora-table-2"](Setting("some/moe"))
+    human = next(column for column in recipe.columns if column.name == "HUMAN")
+    for seed in (0, 1):
+        passes = {"pass@1": 0.2 + seed / 10, "pass@5": 0.3, "pass@10": 0.4}
+        write_run(tmp_path / human.folder / "hellora", 0.5, seed)
+        write_run(tmp_path / human.folder / "hellora-scored", 0.2 + seed / 10, seed, **passes)
+    cell = read_cells(recipe, tmp_path)["hellora", "HUMAN"]
+    assert cell.values == {0: 20.0, 1: pytest.approx(30.0)} and list(cell.several.values()) == pytest.approx(
+        [25, 30, 40]
+    )
+    line = next(row for row in result(recipe, tmp_path).rows if row[0] == "HELLoRA")
+    assert "25.00/30.00/40.00" in line and "17.87/22.04/23.82" in line
+
+    across = RECIPES["hellora-table-8"](NANO)
+    write_run(tmp_path / "nano/nano-sql/base", 0.10, None)
+    for seed in (0, 1, 2):
+        write_run(tmp_path / "nano/nano-math/hellora-on-nano-sql", 0.12 + seed / 100, seed)
+    (line,) = result(across, tmp_path).rows
+    assert (
+        line[2:5] == ["10.00", "13.0 ± 1.0", "+3.00 [0.5, 5.5]"] and line[5] == "13.41/16.81/18.17, 13.78/18.94/20.63"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "ours", "theirs", "holds"),
+    [
+        ("above", [12, 13, 14], [1, 2, 4], True),
+        ("above", [1, 2, 4], [12, 13, 14], False),
+        ("above", [1, 5, 3], [3, 1, 5], None),
+        ("below", [1, 2, 4], [12, 13, 14], True),
+        ("as good", [5.1, 6.0, 7.1], [5.0, 6.1, 7.0], True),
+        ("as good", [1, 2, 4], [12, 13, 14], False),
+        ("as good", [1, 9, 3], [3, 1, 9], None),
+        ("equivalent", [5.1, 6.0, 7.1], [5.0, 6.1, 7.0], True),
+        ("equivalent", [1, 2, 4], [12, 13, 14], False),
+        ("spread", [5.0, 5.1, 5.0, 5.1, 5.0, 5.1], [1, 9, 2, 8, 3, 7], True),
+        ("spread", [1, 9, 2, 8, 3, 7], [5.0, 5.1, 5.0, 5.1, 5.0, 5.1], False),
+        ("spread", [1, 2, 3], [3, 2, 1], None),
+        ("above", [2], [1], None),
+    ],
+)
+def test_each_rule_of_a_claim(rule: str, ours: list[float], theirs: list[float], holds: bool | None):
+    row, column = Row("a", "a"), Column("GSM8K", "nano", "nano-math")
+    a, b = (Cell(row, column, dict(enumerate(values)), {}) for values in (ours, theirs))
+    assert decide(rule, a, b)[1] is holds
+
+
+def test_every_claim_has_its_rows_in_its_recipe(store: Path):
+    for claim in CLAIMS:
+        rows = {row.name for row in RECIPES[claim.recipe](NANO).rows}
+        assert {claim.row, claim.reference} <= rows, claim.says
+    found = claims_result({claim.recipe: RECIPES[claim.recipe](NANO) for claim in CLAIMS}, store)
+    assert [(row[1], row[-1]) for row in found.rows] == [
+        ("A quarter of the experts is equivalent to all.", "agrees"),
+        ("A quarter of the experts makes seeds differ less.", "cannot tell"),
+    ]
+
+
+def test_the_pages_and_files(store: Path, tmp_path: Path):
+    (page,) = write_tables(store, tmp_path / "out")
+    assert page == tmp_path / "out/tables-nano/tables.html"
+    names = {path.name for path in page.parent.iterdir()}
+    for result_ in table_results(NANO, store):
+        assert {f"{result_.name}.csv", f"{result_.name}.tex"} <= names
+        assert {result_.picture(end) for end in result_.figures} <= names
+        assert f'id="{result_.name}"' in page.read_text() and result_.title in (page.parent / "tables.md").read_text()
+    before = {path: path.read_bytes() for path in page.parent.iterdir()}
+    write_tables(store, tmp_path / "out")
+    assert before == {path: path.read_bytes() for path in page.parent.iterdir()}, "the same bytes again"
+    assert "tables.html" in run("report", store, "-o", tmp_path / "again")
+    with pytest.raises(DataError, match="no recipe has a run"):
+        write_tables(tmp_path / "out", tmp_path / "none")
