@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .contenders import BenchConfig, Contender
+from .contenders import KINDS, BenchConfig, Contender
 from .errors import HotLoraError, ModelError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
@@ -163,7 +163,7 @@ def _add_arithmetic(
     everything = dict.fromkeys(profile.layers, 1.0)
     for row in rows.values():
         kind, fraction = row["kind"], row["fraction"]
-        if row["status"] == "missing":
+        if row["status"] == "missing" or kind not in KINDS:  # the formulas do not know the papers' methods
             continue
         coverage = everything if kind != "floor" else {}
         if kind == "hot":

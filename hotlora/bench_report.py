@@ -62,7 +62,7 @@ def summary_table(result: Result) -> Table:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['peak_memory_bytes'] / 1e9:.2f}",
             f"{row['saved_bytes_per_token_layer'] / 1000:.1f}",
-            f"{row['share_of_rate']:.0%}",
+            _share(row),
         )
     absent = [f"{row['name']}: {row['reason']}" for row in result["contenders"] if row["status"] != "done"]
     table.caption = "kept: bytes for backward, a token and MoE layer" + "".join(f"\n{escape(text)}" for text in absent)
@@ -185,8 +185,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         f"{row['saved_bytes_per_token_layer'] / 1000:.1f} kB",
         f"{row['operations']:,}",
-        f"{row['share_of_rate']:.0%}",
+        _share(row),
     ]
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    return f"{row['share_of_rate']:.0%}" if "share_of_rate" in row else "–"
 
 
 def _first_times(result: Result) -> list[float]:

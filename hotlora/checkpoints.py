@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FileError, HotLoraError
-from .files import atomic_path, full_disk, is_full, read_json, sha256_file, write_json
+from .files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
 
 _MARK = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -41,7 +41,7 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that has a mark, by its files' hashes; None where it is whole."""
     try:
         mark = read_json(checkpoint / _MARK)
-        hashes = mark.get("sha256", {})  # none in marks of before 0.2
+        hashes = mark.get("sha256", {})  # older marks have none
         for name, size in mark["files"].items():
             if not (file := checkpoint / name).is_file():
                 return f"{name} is missing"
@@ -151,7 +151,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
             step = row["step"]
             if not isinstance(step, int):
                 raise TypeError(f"the step is {step!r}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (*JSON_ERRORS, KeyError, TypeError) as error:
             raise FileError(
                 f"{path}, line {len(rows) + 1} is no row of metrics ({error}): the file was damaged; mend the line, or "
                 "delete the run's folder and train again"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,9 +63,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in ("train", "profile"):
+        raise HotLoraError(
+            f"hotlora {context.invoked_subcommand} runs in one process: call it without torchrun or accelerate. "
+            "`train` and `profile` run in several."
+        )
 
 
 @app.command()
@@ -376,8 +382,40 @@ def main() -> None:
         err.print(escape(stopped.message), highlight=False, soft_wrap=True)
         sys.exit(stopped.code)
     except HotLoraError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if _is_told_here(error):
+            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a path that cannot be one, a disk that is full
+        if _is_told_here(error):
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            err.print(f"[bold red]error:[/] {escape(what)}; check the path", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except Exception as error:
+        if not _is_told_here(error):  # it waited for another process, whose error has been told
+            sys.exit(1)
+        raise
     except KeyboardInterrupt:
         err.print("stopped; run the same words again to go on")
         sys.exit(130)
+    except SystemExit as ended:  # how a command that went well ends
+        if not ended.code:
+            _leave()
+        raise
+
+
+def _leave() -> None:
+    if "WORLD_SIZE" in os.environ:
+        from .distributed import leave
+
+        leave()
+
+
+def _is_told_here(error: Exception) -> bool:
+    """Of several processes, whether this one failed first; where they do not know of each other yet, the first one."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from .distributed import first_failure, num_processes
+
+    if num_processes() == 1:
+        return os.environ.get("RANK", "0") == "0"
+    return first_failure(f"{type(error).__name__}: {error}")[1]

@@ -155,7 +155,11 @@ def bench(
     device: Device = "auto",
     cv: Annotated[float, typer.Option(help="Skew routers until each layer's counts have this CV.")] = 1.0,
     contenders: Annotated[
-        str, typer.Option(help="Of floor, hot, all, peft, loop, unsloth, axolotl; with commas between.")
+        str,
+        typer.Option(
+            help="Of floor, hot, all, peft, loop, unsloth, axolotl, and the papers' methods (hellora, lori-s-pure, "
+            "fft, …); with commas between."
+        ),
     ] = "floor,hot,all,peft,loop,unsloth,axolotl",
     fractions: Annotated[str, typer.Option(help="Shares of experts that hot takes part with.")] = "0.125,0.25",
     rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 5,

@@ -31,6 +31,9 @@ Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the 
 Quantize = Annotated[
     int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora\\[quantize]).")
 ]
+ExpertParallel = Annotated[
+    int, typer.Option(help="Processes that share out each layer's experts (torchrun, accelerate launch).")
+]
 Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
 BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]

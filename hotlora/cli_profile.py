@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .cli_options import BatchSize, Device, Dtype, Limit, MaxLength, Quantize, Seed, err, out
+from .cli_options import BatchSize, Device, Dtype, ExpertParallel, Limit, MaxLength, Quantize, Seed, err, out
 from .errors import DataError
 
 
@@ -49,6 +49,7 @@ def profile(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
+    expert_parallel: ExpertParallel = 1,
 ) -> None:
     """Watch which experts the router uses on the data: one pass without gradients.
 
@@ -78,15 +79,19 @@ def profile(
         raise typer.BadParameter("give the model to profile", param_hint="--model")
     output = output or Path("profile.safetensors")
     from .data import load_examples
-    from .models import load_model, load_tokenizer
-    from .quantize import experts_in
+    from .distributed import is_main, start
+    from .models import load_tokenizer
     from .run import profile_data
+    from .run_folder import load_base
 
     (source,) = chosen
+    start(device)
     tokenizer = load_tokenizer(model)
     examples = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
-    base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+    base = load_base(model, dtype=dtype, device=device, quantize=quantize, expert_parallel=expert_parallel)
     result = profile_data(base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length)
+    if not is_main():
+        return
     result.save(output)
     table = Table(title=f"Routing of {model} on {source}: {result.num_tokens:,} tokens")
     for column in ("layer", "CV", "cold experts", "coverage of the top 25%", "entropy"):

@@ -1,19 +1,25 @@
-"""The command `sweep`: conditions x seeds from one file."""
+"""The command `sweep`: conditions x seeds from one file, or a recipe of the papers' tables and figures."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from .cli_options import err, named, out
+
+if TYPE_CHECKING:
+    from .recipes import Direct
+    from .sweep import Sweep
 
 
 def sweep(
     file: Annotated[str, typer.Argument(metavar="FILE.py|NAME", help="A file that defines SWEEP, or a recipe's name.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the runs go (default runs/ and the sweep's name).")
+        Path | None,
+        typer.Option("--output", "-o", help="Where the runs go (default runs/ and the sweep's name; recipes: papers)."),
     ] = None,
     processes: Annotated[int | None, typer.Option(help="Runs at a time (default one a GPU; on the CPU one).")] = None,
     model: Annotated[
@@ -26,21 +32,42 @@ def sweep(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="For a recipe: an option of every run.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how far they are; run none.")] = False,
+    tflops: Annotated[
+        float | None, typer.Option(help="What the machine gets through, in 10^12 FLOP/s, to foresee the hours.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it needs, list the runs and how far they are; run none.")
+    ] = False,
 ) -> None:
     """Train every condition of a study with every seed; run again to go on after a stop.
+
+    A NAME is one of the papers' tables or figures, which trainings, profiles, benches or configs make; it says what
+    it needs first.
 
     Each run's record, adapter and log lie in OUTPUT/CONDITION/seedK. A run that fails is told at the end, and tried
     again the next time.
     """
+    from .recipes import Direct, Setting, find_recipe
+
+    setting = Setting(model, named("--data", data), seeds, {k: _plain(v) for k, v in named("--set", settings).items()})
+    found = find_recipe(file, setting)
+    if isinstance(found, Direct):
+        _direct(found, output, tflops, dry_run)
+    else:
+        _trainings(found, output, processes, tflops, dry_run, tell_needs=dry_run or not file.endswith(".py"))
+
+
+def _trainings(
+    study: "Sweep", output: Path | None, processes: int | None, tflops: float | None, dry_run: bool, tell_needs: bool
+) -> None:
     from .crew import LOG
-    from .recipes import Setting, find_sweep
+    from .recipes.needs import sweep_needs
     from .sweep import run_sweep, sweep_jobs
     from .sweep_table import runs_table, title
 
-    setting = Setting(model, named("--data", data), seeds, {k: _plain(v) for k, v in named("--set", settings).items()})
-    study = find_sweep(file, setting)
     output = output or Path("runs") / study.name
+    if tell_needs:
+        _tell(sweep_needs(study, tflops))
     if dry_run:
         out.print(runs_table(sweep_jobs(study, output)))
         return
@@ -54,6 +81,40 @@ def sweep(
     out.print(f"one page of all runs: hotlora report {output}", highlight=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _direct(recipe: "Direct", output: Path | None, tflops: float | None, dry_run: bool) -> None:
+    """A recipe without trainings: what is missing is made, then its table and pictures."""
+    from .recipes.recipe import STORE
+
+    output = output or Path("runs") / STORE
+    _tell(recipe.needs(tflops))
+    if dry_run:
+        table = Table("what", "where", "state")
+        for what, where, state in recipe.state(output):
+            table.add_row(escape(what), escape(str(where)), state)
+        out.print(table)
+        return
+    recipe.run(output, lambda text: err.print(text, highlight=False, markup=False))
+    result = recipe.result(output)
+    assert result is not None, "what has just been made can be shown"
+    folder = output / "tables"
+    result.write(folder)
+    table = Table(title=escape(f"{result.title}. {result.where}"))
+    for column in result.columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in result.rows:
+        table.add_row(*map(escape, row))
+    out.print(table)
+    for note in result.notes:
+        out.print(f"- {note}", highlight=False, markup=False)
+    out.print(f"files: {folder}/{result.name}*", highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell(needs: list[str]) -> None:
+    err.print("needs:", style="bold")
+    for line in needs:
+        err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _plain(value: str) -> object:

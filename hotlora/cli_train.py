@@ -14,6 +14,7 @@ from .cli_options import (
     Data,
     Device,
     Dtype,
+    ExpertParallel,
     ExpertsPerLayer,
     Fillers,
     Fraction,
@@ -188,11 +189,15 @@ def train(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
+    expert_parallel: ExpertParallel = 1,
 ) -> None:
     """Profile the router, choose experts, train their adapter, evaluate. Run again to go on after a stop.
 
     `hotlora train --model MODEL --data FILE.jsonl` is enough: hot experts, a quarter of each layer's.
+
+    Over several GPUs: `accelerate launch --config_file configs/fsdp2.yaml -m hotlora train …`, or torchrun.
     """
+    from .distributed import is_main, start
     from .stages import run_method
 
     values = locals()
@@ -208,8 +213,12 @@ def train(
     options = resolve(method, preset=preset, placement=placement, **given)
     name = preset or options.get("condition") or rule
     output = output or Path("runs") / "-".join(_slug(part) for part in (model, data, name, f"seed{seed}"))
-    err.print(f"training {model} on {data} into {output}", highlight=False)
-    print_run(run_method(model, data, output, progress=True, **options), output)
+    start(device)
+    if is_main():
+        err.print(f"training {model} on {data} into {output}", highlight=False)
+    record = run_method(model, data, output, progress=True, **options)
+    if is_main():
+        print_run(record, output)
 
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:

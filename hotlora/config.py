@@ -11,7 +11,7 @@ PROFILE_FRACTION = 0.1
 """Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Changing these changes nothing of what is learned, so a run may go on under others.
-FREE_OPTIONS = ("save_steps", "report_to")
+FREE_OPTIONS = ("save_steps", "report_to", "expert_parallel")
 _BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
 
 

@@ -1,9 +1,10 @@
 """What `bench` compares: one model of random weights, its router skewed, and the adapters that are put on it.
 
-All adapt attention in the same way, with PEFT's own LoRA, and leave routers and shared experts alone: they differ in
-the experts only. No dropout.
+Floor, hot, all, peft and loop adapt attention in the same way, with PEFT's own LoRA, and leave routers and shared
+experts alone: they differ in the experts only. The papers' methods adapt what they say. No dropout.
 """
 
+import copy
 import importlib.util
 import math
 import re
@@ -21,34 +22,70 @@ from .adapter import HotLoraConfig
 from .errors import HotLoraError
 from .estimate import model_class
 from .experts import has_norm_after
+from .factors import pack
+from .layers import factor_slots
+from .mask import SparseMask
+from .methods import METHODS, PLACEMENTS
 from .models import attention_modules, moe_layers, unwrap
-from .plan import ExpertPlan
+from .plan import ExpertPlan, select_experts
 from .quiet import quiet
-from .routing import profile_routing
+from .routing import RoutingProfile, profile_routing
 
 _LARGE = 2**20  # elements: larger parameters are filled by copying, and given back between turns
 _TILE = 2**20 - 3  # odd, so that the rows of a matrix differ
 _LOWEST_TO_HIGHEST = 4.0  # widest spread of the routers' rows, in powers of e
 KINDS = ("floor", "hot", "all", "peft", "loop", "unsloth", "axolotl")
 _ELSEWHERE = ("unsloth", "axolotl")
+_METHODS = tuple(name for name in METHODS if name != "esft")  # how much esft trains depends on the data
+_ADAPTER = ("train_attention", "train_router", "train_shared", "train_a", "use_dora")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to adapt the model. `fraction` is of hot experts, else None."""
+    """One way to adapt the model. `fraction` is of hot experts, else None.
+
+    kind: one of KINDS; or a method, alone or with a placement (`hellora`, `lori-s-pure`), from `methods`.
+    """
 
     kind: str
     fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise HotLoraError(f"contender {self.kind!r} does not exist: choose from {', '.join(KINDS)}.")
+        if self.kind not in KINDS and self._method()[0] not in _METHODS:
+            raise HotLoraError(
+                f"contender {self.kind!r} does not exist: choose from {', '.join(KINDS)}, or a method: "
+                f"{', '.join(_METHODS)}, each also with -pure or -gate."
+            )
         if (self.kind == "hot") != (self.fraction is not None):
             raise HotLoraError(f"contender {self.kind!r} with fraction {self.fraction}: hot has one, others none.")
 
     @property
     def name(self) -> str:
         return self.kind if self.fraction is None else f"hot {100 * self.fraction:g}%"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """A method's, as `methods` has them; empty for what is not by hotlora."""
+        if self.kind in ("hot", "all"):
+            return {"rule": self.kind, "fraction": self.fraction, "train_router": False, "train_shared": False}
+        if self.kind in KINDS:
+            return {}
+        method, placement = self._method()
+        return {**METHODS[method], **PLACEMENTS[placement]}
+
+    def plan(self, profile: RoutingProfile) -> ExpertPlan | None:
+        """The experts to adapt, where the contender has such."""
+        options = self.options
+        if "rule" not in options:
+            return None
+        number = options.get("experts_per_layer")
+        number = profile.num_experts_per_tok if number == "top_k" else number
+        return select_experts(profile, rule=options["rule"], fraction=options.get("fraction"), experts_per_layer=number)
+
+    def _method(self) -> tuple[str, str]:
+        """(method, placement)"""
+        method, _, placement = self.kind.rpartition("-")
+        return (method, placement) if placement in PLACEMENTS else (self.kind, "full")
 
     @property
     def missing(self) -> str | None:
@@ -170,12 +207,22 @@ def spreads_for(model: PreTrainedModel, input_ids: Tensor, cv: float, seed: int)
     return [(a + b) / 2 for a, b in zip(low, high, strict=True)]
 
 
-def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | None, r: int) -> PeftModel:
-    """`model` with the contender's adapters, in training mode. `plan`: of hot or all experts."""
+def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | None, r: int) -> nn.Module:
+    """`model` with the contender's adapters, or as it is where all its weights train; in training mode.
+
+    plan: of the contender's experts, where it has such.
+    """
+    options = contender.options
+    if options.get("full"):
+        return model.requires_grad_(True).train()
     attention = attention_modules(model)
     with quiet():
-        if contender.kind in ("hot", "all"):
-            config: LoraConfig = HotLoraConfig(plan=plan, r=r, lora_alpha=2 * r, train_router=False, train_shared=False)
+        if "rule" in options:
+            own = {name: options[name] for name in _ADAPTER if name in options}
+            config: LoraConfig = HotLoraConfig(plan=plan, r=r, lora_alpha=2 * r, **own)
+            if "keep" in options:
+                mask = random_mask(model, config, options["keep"])
+                config = HotLoraConfig(plan=plan, r=r, lora_alpha=2 * r, mask=mask, **own)
         else:
             modules = [re.escape(path) for path in attention]
             parameters: list[str] | None = None
@@ -191,6 +238,20 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
                 task_type="CAUSAL_LM",
             )
         return cast(PeftModel, get_peft_model(model, config)).train()
+
+
+def random_mask(model: PreTrainedModel, config: LoraConfig, keep: float) -> SparseMask:
+    """A mask as large as LoRI-S's: which entries stay does not matter to time and memory."""
+    with torch.device("meta"), quiet():
+        empty = get_peft_model(model_class(model.config)._from_config(copy.deepcopy(model.config)), config)
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+    for slot in factor_slots(empty.get_base_model(), "default"):
+        if not slot.is_A:
+            kept[slot.name] = torch.rand(slot.values.shape, generator=generator) < keep
+            kept[slot.name].view(-1)[0] = True
+    packed = {name: pack(mask) for name, mask in kept.items()}
+    return SparseMask(packed, {name: tuple(mask.shape) for name, mask in kept.items()}, keep, "matrix", a_seed=0)
 
 
 def unroll_experts(model: PreTrainedModel) -> list[str]:

@@ -75,6 +75,7 @@ def estimate(
     train_shared: bool = True,
     dtype: str = "auto",
     quantize: int | None = None,
+    keep_hot: bool = False,
     gradient_checkpointing: bool = False,
     device: str | torch.device = "cpu",
     flops_per_second: float | None = None,
@@ -88,6 +89,7 @@ def estimate(
         coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
         dtype: of the base, and of what is computed; auto: the config's own. Adapters are float32.
         quantize: bits of the routed experts, 8 or 4.
+        keep_hot: leave the adapted experts as they are; needs `quantize`.
         device: where one layer's experts are tried out; what is kept differs a little by device.
         flops_per_second: what the machine gets through; None: no time is estimated. `hotlora bench` measures it.
 
@@ -125,7 +127,8 @@ def estimate(
         train_shared=train_shared,
     )
     weights = sum(p.numel() for p in meta.parameters())
-    experts = sum(p.numel() for x in _experts(meta) for p in x.parameters())
+    experts = [sum(p.numel() for p in x.parameters()) for x in _experts(meta)]
+    dense = sum(n * k / layer.num_experts for n, k, layer in zip(experts, kept, found, strict=True)) if keep_hot else 0
     forward = forward_flops(meta, max_length)
     adapter = expert_adapter_flops(meta, r, {layer.layer: coverage for layer in found})
     adapter += attention_adapter_flops(meta, r) if train_attention else 0.0
@@ -147,12 +150,15 @@ def estimate(
         num_layers = cut.get_text_config().num_hidden_layers
         activations = tokens * width * num_layers + activations // num_layers
     memory = {
-        "weights": (weights - experts) * compute.itemsize + int(experts * _bytes_of_expert_weight(quantize, compute)),
+        "weights": int(
+            (weights - sum(experts) + dense) * compute.itemsize
+            + (sum(experts) - dense) * _bytes_of_expert_weight(quantize, compute)
+        ),
         "adapter": trained * 4 + casts,
         "gradients": trained * 4,
         "optimizer": trained * 8,
         "activations": activations,
-        "workspace": _workspace(meta, tokens, compute, torch.device(device)),
+        "workspace": workspace_bytes(meta, tokens, compute, torch.device(device)),
     }
     result: dict[str, Any] = {
         "memory": memory | {"total": sum(memory.values())},
@@ -326,7 +332,7 @@ def _bytes_of_expert_weight(bits: int | None, dtype: torch.dtype) -> float:
     return float(dtype.itemsize) if bits is None else bits / 8 + _SCALES
 
 
-def _workspace(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def workspace_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """Short-lived at the peak: the loss's tile of logits, or the gradients of one layer's rows."""
     config = cast(PreTrainedConfig, model.config).get_text_config()
     rows, columns = min(tokens, _LOSS_TILE[0]), min(config.vocab_size, _LOSS_TILE[1])

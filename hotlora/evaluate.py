@@ -15,9 +15,11 @@ import torch
 from datasets import Dataset
 
 from .data import IGNORE, batches, encode_completion, encode_prompt, pad
+from .distributed import all_objects, device_of, num_processes, rank, shared_out
 from .errors import DataError, FileError
-from .files import atomic_path, read_json_lines
+from .files import atomic_path
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, generate, inference, track
+from .records import read_results
 from .stats import pass_at_k, proportion_interval
 from .tasks import Example, Task
 
@@ -229,7 +231,7 @@ def _kept(path: Path, examples: Sequence[Example]) -> dict[int, Result]:
     if not path.is_file():
         return {}
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    rows = {row["index"]: row for row in read_json_lines(path, "index", "id", "correct")}
+    rows = {row["index"]: row for row in read_results(path, "index", "id")}
     for index, row in rows.items():
         if index not in range(len(examples)) or row["id"] != example_id(examples[index]):
             raise FileError(
@@ -293,15 +295,32 @@ def choice_scores(
 
 
 def response_loss(
-    model: Any, tokenizer: Any, dataset: Dataset, *, batch_size: int = 32, progress: bool = False
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+    share_out: bool = False,
 ) -> float:
-    """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once."""
-    total, num_tokens = 0.0, 0
-    num_batches = -(-len(dataset) // batch_size) if batch_size > 0 else None
+    """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once.
+
+    share_out: for several processes, all of which call this with the same data: each takes its share, and gets the
+    mean of all.
+    """
+    found: list[tuple[int, float, int]] = []  # batch, its loss, its tokens
+    all_batches = batches(dataset, tokenizer, batch_size)
+    turns = shared_out(all_batches) if share_out else ((batch, True) for batch in all_batches)
+    many = num_processes() if share_out else 1
+    num_turns = -(-len(dataset) // (batch_size * many)) if batch_size > 0 else None
     with inference(model):
-        for batch in track(batches(dataset, tokenizer, batch_size), "loss", progress, num_batches):
-            total -= _log_likelihood(model, batch).sum().item()
-            num_tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
+        for turn, (batch, is_mine) in enumerate(track(turns, "loss", progress, num_turns)):
+            loss = -_log_likelihood(model, batch).sum().item()
+            if is_mine:
+                found.append((turn * many + rank(), loss, int((batch["labels"][:, 1:] != IGNORE).sum())))
+    if share_out:
+        found = sorted(part for some in all_objects(found) for part in some)
+    total, num_tokens = sum(loss for _, loss, _ in found), sum(tokens for *_, tokens in found)
     if not num_tokens:
         raise DataError("The data has no response tokens, so it has no loss; check its completions.")
     return total / num_tokens
@@ -312,7 +331,7 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
     The LM head runs only where some row has a label next, and float32 logits are held a chunk at a time.
     """
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     positions = (labels != IGNORE).any(0).nonzero()[:, 0]
     logits = model(**batch, use_cache=False, logits_to_keep=positions).logits  # [B, positions, V]

@@ -18,7 +18,11 @@ from .errors import FileError
 _NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+,\s*)*-?[\d.eE+-]+)\n\s*\]")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch put what the system says into errors of their own.
-_FULL_TEXT = re.compile(r"os error (27|28|122)\b|No space left|inline_container.*unexpected pos")
+_FULL_TEXT = re.compile(
+    r"os error (27|28|122)\b|No space left|inline_container.*unexpected pos|PytorchStreamWriter failed|iostream error"
+)
+# JSON may also nest deeper than Python goes, or hold a number of more digits than Python reads.
+JSON_ERRORS = (ValueError, RecursionError)
 _TEMPORARY = re.compile(r"\.[0-9a-f]{12}-.+")
 
 
@@ -87,7 +91,10 @@ def full_disk(path: Path) -> str:
     """What to say of it: how much is free where `path` is, and the mend."""
     there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(there).free / 1e6
-    return f"its disk (or a quota) is full, {free:,.1f} MB are free; free some room, or write to another disk"
+    return (
+        f"the disk or a quota is full, or a file has the largest size that is allowed ({free:,.1f} MB are free); make "
+        "room, or write to another disk"
+    )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -126,7 +133,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileError(f"{path} does not exist: check the path, or run the step that writes it") from None
     except OSError as error:
         raise FileError(f"{path} cannot be read ({error.strerror}): give a readable JSON file") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except JSON_ERRORS as error:
         raise FileError(
             f"{path} is not whole JSON ({error}): it was cut short or is another kind of file; "
             "write it again or restore a copy"
@@ -153,7 +160,7 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
                 rows.append(row)
     except OSError as error:
         raise FileError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except ValueError as error:
+    except JSON_ERRORS as error:
         raise FileError(f"{path}, line {len(rows) + 1}: {error}; write the file again") from error
     return rows
 

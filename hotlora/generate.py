@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from .data import encode_prompt, pad
+from .distributed import device_of
 from .errors import DataError, HotLoraError
 from .tasks import Example
 
@@ -142,8 +143,8 @@ def answer_batches(
             ]  # fmt: skip
         with inference(model):
             output = model.generate(
-                input_ids=pad(ids, tokenizer.pad_token_id, "left").to(model.device),
-                attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(model.device),
+                input_ids=pad(ids, tokenizer.pad_token_id, "left").to(device_of(model)),
+                attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(device_of(model)),
                 generation_config=config,
                 logits_processor=LogitsProcessorList(drawing),
                 stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,

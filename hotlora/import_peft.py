@@ -20,7 +20,7 @@ from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError
 from .export import PREFIX, expert_parameters, interleaved, loaded_by_peft, uniform
 from .files import read_json
-from .load import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
@@ -51,7 +51,7 @@ def import_adapter(
     try:  # what PEFT does on loading: adapters of transformers 4 had a pair for each expert
         convert_peft_config_for_transformers(config, cast(Any, base_model), None)
         weights = loaded_by_peft(base_model, weights, config)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise FileError(f"{folder} cannot be brought to this model's layout: {error}") from error
     pairs = _pairs(weights, folder)
     experts = {layer.layer: _read_experts(base_model, layer, config, pairs, folder) for layer in layers}
@@ -95,9 +95,13 @@ def import_adapter(
         model = cast(PeftModel, get_peft_model(cast(Any, base_model), hot_config, adapter_name=adapter_name))
     state = _hot_state(layers, experts, {**linears, **routers}, r)
     # What PEFT's adapter did not train keeps B = 0: an update of zero.
-    loaded: Any = set_peft_model_state_dict(
-        model, {PREFIX + key: tensor for key, tensor in state.items()}, adapter_name=adapter_name
-    )
+    try:
+        loaded: Any = set_peft_model_state_dict(
+            model, {PREFIX + key: tensor for key, tensor in state.items()}, adapter_name=adapter_name
+        )
+    except RuntimeError as error:  # other shapes
+        model.unload()
+        raise FileError(f"{folder / WEIGHTS_FILE} does not fit this model: {str(error).splitlines()[-1]}") from error
     assert not loaded.unexpected_keys, loaded.unexpected_keys
     return model if is_trainable else model.eval()
 
@@ -117,7 +121,12 @@ def _read_plain_config(folder: Path) -> LoraConfig:
     if data.get("bias", "none") != "none":
         raise FileError(f"{file} has bias {data['bias']!r}, which a hotlora adapter does not hold.")
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules")
-    return LoraConfig(**{name: data[name] for name in names if data.get(name) is not None})
+    try:
+        config = LoraConfig(**{name: data[name] for name in names if data.get(name) is not None})
+        check_kinds(config, LoraConfig().to_dict())
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{file} is not a LoRA adapter's config: {error} Save the adapter again.") from error
+    return config
 
 
 def _pairs(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -125,12 +134,12 @@ def _pairs(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, 
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match is None or tensor.ndim != 2:
+        if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
             raise FileError(f"{folder / WEIGHTS_FILE} holds {key}, which is not a LoRA matrix that can be imported.")
         found[match[1]][match[2]] = tensor
     if halves := [path for path, pair in found.items() if len(pair) != 2]:
         raise FileError(f"{folder / WEIGHTS_FILE} has only one of lora_A and lora_B for {halves[0]}. Save it again.")
-    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+    return {path: (pair["A"], pair["B"].to(pair["A"].dtype)) for path, pair in found.items()}
 
 
 def _read_experts(

@@ -150,6 +150,7 @@ class HotExperts(MergeableLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.expert_ids: dict[str, tuple[int, ...]] = {}
+        self._groups: dict[str, list[_Group]] = {}
         self._ids_on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @property
@@ -164,17 +165,17 @@ class HotExperts(MergeableLayer):
         active = self._active_here(adapter_names)
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        factors = [f for name in active for f in self.factors(name)]
+        factors: Sequence[HotFactors | HotWeights] = [f for name in active for f in self.factors(name)]
         experts: Any = self.get_base_layer()
         if not has_own_forward(experts):
             return routed_experts(experts, hidden_states, top_k_index, top_k_weights, factors)
+        here = ids_here(experts)
+        if len(here) < experts.down_proj.shape[0]:
+            ids = [group.ids for name in active for group in self._groups[name]]
+            hidden_states, factors = _factors_here(here, ids, hidden_states, cast(Any, factors))
         with adapted(experts, factors):
             output: Tensor = experts(hidden_states, top_k_index, top_k_weights)
-        if len(ids_here(experts)) == self._num_experts():
-            return output
-        # A factor of experts that are elsewhere gets a gradient here, too: zeros, for processes to add up in step.
-        parts = [tensor for name in active for tensor in self._trained(name)]
-        return output + sum((tensor.flatten()[:0].sum().to(output.dtype) for tensor in parts), output.new_zeros(()))
+        return output
 
     def factors(self, adapter: str) -> Sequence[HotFactors | HotWeights]:
         """What `adapter` adds, as the mathematics takes it; dropout is 0 outside training."""
@@ -239,19 +240,39 @@ class HotExperts(MergeableLayer):
                 self._ids_on_device[key] = torch.tensor(ids, device=device)
         return self._ids_on_device[key]
 
-    def _num_experts(self) -> int:
-        """E, of all processes."""
-        return int(cast(Any, self.get_base_layer()).down_proj.shape[0])
-
-    def _trained(self, adapter: str) -> list[Tensor]:
-        held = [getattr(self, name)[adapter] for name in self.adapter_layer_names if adapter in getattr(self, name)]
-        return [p for some in held for p in ([some] if isinstance(some, Tensor) else some.parameters())]
-
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
         return None, None
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         return base_layer.down_proj.device, base_layer.down_proj.dtype
+
+
+def _factors_here(
+    here: range, ids: Sequence[tuple[int, ...]], hidden_TD: Tensor, factors: Sequence[HotFactors]
+) -> tuple[Tensor, list[HotFactors]]:
+    """Of each adapter's factors, whose experts are `ids`, those of the experts that this process has, numbered as they
+    are here; and the input, through which they hang together for the backward pass."""
+    names = ("A_gate_up", "B_gate_up", "A_down", "B_down")
+    hidden_TD, *tensors = _InStep.apply(hidden_TD, *(getattr(f, name) for f in factors for name in names))
+    parts = []
+    for i, (its, factor) in enumerate(zip(ids, factors, strict=True)):
+        some = slice(bisect_left(its, here.start), bisect_left(its, here.stop))
+        own = {name: tensor[some] for name, tensor in zip(names, tensors[4 * i : 4 * i + 4], strict=True)}
+        parts.append(replace(factor, expert_ids_N=factor.expert_ids_N[some] - here.start, **own))
+    return hidden_TD, parts
+
+
+class _InStep(torch.autograd.Function):
+    """Hands everything on. Backward, every factor has its gradient at the same place on every process, be it zeros:
+    under expert parallelism a process may have none of an adapter's experts, and gradients are summed one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grads
 
 
 @dataclass(frozen=True)
@@ -288,10 +309,6 @@ class HotLoraExperts(HotExperts):
     lora_magnitude_gate_up: nn.ParameterDict
     lora_magnitude_down: nn.ParameterDict
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._groups: dict[str, list[_Group]] = {}
-
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
         ids = self._ids_planned(config, path)
@@ -325,21 +342,15 @@ class HotLoraExperts(HotExperts):
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def factors(self, adapter: str) -> list[HotFactors]:
-        """One for each rank; of the experts that this process has."""
+        """One for each rank."""
         dropout = cast(nn.Dropout, self.lora_dropout[adapter])
-        here = ids_here(self.get_base_layer())
         found = []
         for group in self._groups[adapter]:
             A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
             up, down = self._dora_scales(adapter, group) or (None, None)
-            ids = group.ids
-            if len(here) < self._num_experts():
-                some = slice(bisect_left(ids, here.start), bisect_left(ids, here.stop))
-                A_gate_up, B_gate_up, A_down, B_down = A_gate_up[some], B_gate_up[some], A_down[some], B_down[some]
-                ids = tuple(e - here.start for e in ids[some])
             found.append(
                 HotFactors(
-                    self._ids_tensor(ids, A_gate_up.device),
+                    self._ids_tensor(group.ids, A_gate_up.device),
                     A_gate_up,
                     B_gate_up,
                     A_down,
@@ -539,6 +550,10 @@ class HotLoraWeights(MergeableLayer):
         active = self._active_here(adapter_names)
         if not active:
             return self.base_layer(*args, **kwargs)
+        base: Any = self.get_base_layer()
+        if hasattr(base, "unshard"):  # FSDP has it by itself, in a dtype of its own: it is read before its forward
+            base.set_reshard_after_forward(False)
+            base.unshard()
         adapted = {}
         for name, weight in self._weights.items():
             parameter = self.get_base_layer().get_parameter(weight)

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -48,8 +49,15 @@ def load_adapter(
             model.set_requires_grad(adapter_name)
     else:
         peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        with quiet():
-            model = peft_model(base_model, config, adapter_name=adapter_name)
+        try:
+            with quiet():
+                model = peft_model(base_model, config, adapter_name=adapter_name)
+        except HotLoraError:
+            raise
+        except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+            _take_off(base_model)
+            reason = f"{type(error).__name__}: {error}"
+            raise FileError(f"{folder / CONFIG_FILE} has an option that PEFT cannot carry out ({reason}).") from error
     problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
     if problem:
         if model is base_model:
@@ -59,6 +67,14 @@ def load_adapter(
         raise FileError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again.")
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     return model if is_trainable else model.eval()
+
+
+def _take_off(base_model: nn.Module) -> None:
+    """Puts back what PEFT had replaced when it failed."""
+    for name, module in list(base_model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(base_model.get_submodule(parent), child, module.get_base_layer())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -74,11 +90,36 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _config(file: Path, data: dict[str, Any]) -> HotLoraConfig:
     try:
-        return from_saved(data)
+        config = from_saved(data)
+        _check_own(config)
+        return config
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:
         raise FileError(f"{file} is not a hotlora adapter's config: {error} Save the adapter again.") from error
+
+
+def check_kinds(config: LoraConfig, defaults: dict[str, Any]) -> None:
+    """TypeError where an option is of another kind than its default: PEFT takes it, and trips over it later."""
+    for name, default in defaults.items():
+        value = getattr(config, name, None)
+        kind: Any = {dict: dict, str: str, bool: bool, int: (int, float), float: (int, float)}.get(type(default))
+        if value is not None and kind is not None and not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}, where {default!r} is of the right kind.")
+        if name.endswith("_pattern") and not all(isinstance(number, int | float) for number in (value or {}).values()):
+            raise TypeError(f"{name} is {value!r}; its values must be numbers.")
+
+
+def _check_own(config: HotLoraConfig) -> None:
+    """The same for what only a HotLoraConfig has."""
+    check_kinds(config, HotLoraConfig(plan=config.plan).to_dict())
+    if config.trainable_token_indices is not None:
+        raise TypeError("trainable_token_indices are not loaded here: use peft.PeftModel.from_pretrained.")
+    mask = config.mask or {}
+    if not isinstance(mask, dict) or not all(isinstance(kept, int) and kept >= 0 for kept in mask.values()):
+        raise TypeError(f"mask is {mask!r}; it must have the number of entries that each B keeps.")
+    if config.a_seed is not None and (not isinstance(config.a_seed, int) or config.a_seed < 0):
+        raise TypeError(f"a_seed is {config.a_seed!r}; it must be an integer from 0.")
 
 
 def read_weights(file: Path, saved_hash: str | None = None) -> dict[str, Tensor]:

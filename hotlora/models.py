@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .distributed import own_device
-from .errors import FileError, ModelError
+from .errors import FileError, HotLoraError, ModelError
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"
@@ -198,7 +197,10 @@ def load_model(
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
     source = _source(name_or_path)
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    try:
+        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ModelError(f"device {str(device)!r} does not exist: give auto, cpu, cuda or cuda:0.") from error
     if target.type == "cuda" and target.index is None:
         target = own_device() or target
     if dtype == "auto" and target.type == "cpu":
@@ -218,10 +220,14 @@ def load_model(
             model.requires_grad_(False)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of every kind: a broken file is told by whatever trips over it
+        mend = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
+        if distributed_config:
+            mend += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."
         raise ModelError(
-            f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} "
-            'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
+            f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {mend}"
         ) from error
     return model.eval()
 
@@ -234,7 +240,9 @@ def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
     """
     try:
         config = AutoConfig.from_pretrained(_source(name_or_path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except HotLoraError:
+        raise
+    except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
     return config.get_text_config().dtype or torch.float32
 
@@ -247,7 +255,9 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(_source(name_or_path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except HotLoraError:
+        raise
+    except Exception as error:  # tokenizers knows no other kind
         raise ModelError(
             f"no tokenizer could be loaded from {str(name_or_path)!r}: {_first_line(error)} "
             'Give a folder with tokenizer.json, a name on the Hub, or "nano".'
@@ -272,7 +282,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
         raise FileError(f"{file} does not exist. Give a model's config.json, or the folder that holds it.")
     try:
         config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise FileError(
             f"{file} is not a config.json that transformers knows: {_first_line(error)} "
             "It must be JSON with a `model_type`."

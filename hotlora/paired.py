@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, FileError
-from .files import read_json_lines
-from .records import Record, read_record
+from .records import Record, read_record, read_results
 from .stats import Interval, McNemar, mcnemar, paired_difference
 
 ALPHA = 0.05
@@ -151,7 +150,7 @@ def _correct(folder: Path, task: str, result: dict[str, Any]) -> dict[_Key, floa
     if "results" not in result:
         raise FileError(f"{folder} kept no example's result on {task}: evaluate again with an output folder.")
     path = folder / result["results"]
-    rows = sorted(read_json_lines(path, "index", "id", "correct"), key=lambda row: row["index"])
+    rows = sorted(read_results(path, "index", "id"), key=lambda row: row["index"])
     if len(rows) != result["n"]:
         raise FileError(f"{path} holds {len(rows)} of {result['n']} examples: it is not whole; evaluate again.")
     seen: Counter[str] = Counter()

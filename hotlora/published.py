@@ -100,3 +100,26 @@ SEED_SD: dict[tuple[str, str], tuple[float, float, float]] = {
     ("Qwen1.5-MoE-A2.7B", "gsm8k"): (0.011, 0.007, 0.59),
     ("Qwen1.5-MoE-A2.7B", "hellaswag"): (0.002, 0.001, 0.67),
 }
+
+EXPERT_TO_FFN = {"OLMoE-1B-7B": 1.0, "Qwen1.5-MoE-A2.7B": 0.25, "DeepSeek-MoE-16B": 0.13}
+"""section 3.1, its first table: an expert's width over a dense feed-forward layer's"""
+
+# Table 9 (appendix C), OLMoE on GSM8K, from layer 0 to 15: coverage of 16 experts in percent; the greedy budget's
+# number of experts, and their coverage.
+UNIFORM_COVERAGE = [48.5, 48.0, 52.8, 52.4, 57.5, 58.7, 66.6, 58.2, 60.5, 58.8, 55.4, 62.5, 60.3, 59.5, 51.0, 56.1]
+GREEDY_EXPERTS = [15, 14, 16, 19, 16, 15, 17, 17, 15, 12, 15, 12, 15, 16, 20, 22]
+GREEDY_COVERAGE = [46.8, 44.5, 52.8, 57.8, 57.5, 56.9, 68.4, 60.0, 58.8, 51.9, 53.6, 55.7, 58.6, 59.5, 58.3, 67.7]
+
+# Table 4 (section 5.2): all experts and the hot 25%.
+COST: dict[str, dict[str, tuple[float, float]]] = {
+    "OLMoE-1B-7B": {"parameters": (311.5e6, 85.0e6), "bytes": (1.25e9, 340e6), "seconds": (6480, 3240)},
+    "Qwen1.5-MoE-A2.7B": {"parameters": (509.7e6, 151.3e6), "bytes": (2.04e9, 606e6), "seconds": (12180, 6240)},
+}
+
+# HELLoRA, table 6: samples a second of _pure, _gate and all, OLMoE on GSM8K, two A100.
+THROUGHPUT = {
+    "lora": (10.01, 11.97, 10.44), "lori-d": (10.95, 10.98, 10.65), "lori-s": (10.77, 10.91, 10.00),
+    "hellora": (19.60, 19.20, 19.08), "hellori-d": (18.41, 19.03, 19.11), "hellori-s": (19.45, 19.02, 19.07),
+}  # fmt: skip
+HELLORA_SPEEDUP = {"lora": 1.62, "fft": 3.5}
+"""HELLoRA, section 4.4: its throughput over LoRA's, the warm-up counted, and over full fine-tuning's"""

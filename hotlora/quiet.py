@@ -23,6 +23,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Could not find a config file")
             warnings.filterwarnings("ignore", message="Unable to fetch remote file")
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             yield
     finally:
         transformers_logging.set_verbosity(level)

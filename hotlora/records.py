@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .errors import FileError
-from .files import file_in, read_json, write_json
+from .files import file_in, read_json, read_json_lines, write_json
 
 VERSION = 1
 STATUSES = ("running", "done", "failed")
@@ -42,7 +42,20 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
     "training": {},
     "evaluation": {},
     "environment": {},
+    "sweep": {"name": str, "condition": str},
 }
+# Those that may be there, or null.
+_OPTIONAL: dict[str, dict[str, Kind]] = {
+    "config": {"test_hash": str, "test_data": str},
+    "parameters": {"percent": (int, float), "adapter_bytes": int},
+    "training": {
+        **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "test_loss", "seconds"), (int, float)),
+        **dict.fromkeys(("steps", "tokens", "peak_memory_bytes"), int),
+        "metrics": str,
+    },
+}
+_TOP: dict[str, Kind] = {"seconds": (int, float), "error": str}
+_RESULT: dict[str, Kind] = {"ci_low": (int, float), "ci_high": (int, float), "results": str}
 _EVALUATION: dict[str, Kind] = {"metric": str, "accuracy": (int, float), "n": int, "correct": (int, float)}
 
 Record = dict[str, Any]
@@ -87,6 +100,24 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     return validate(read_json(file), str(file))
 
 
+def read_results(path: str | os.PathLike[str], *keys: str) -> list[dict[str, Any]]:
+    """An evaluation's results, one dict an example, each with `correct` and `keys`.
+
+    FileError, naming file and line: `correct` is neither true, false nor a share, `index` no number, `id` no text.
+    """
+    rows = read_json_lines(path, "correct", *keys)
+    for number, row in enumerate(rows, start=1):
+        share, index, example = row["correct"], row.get("index", 0), row.get("id", "")
+        if not (isinstance(share, int | float) and 0 <= share <= 1 and isinstance(index, int)):
+            raise FileError(
+                f"{path}, line {number}: correct is {share!r} and index {index!r}; correct must be true, false or a "
+                "share, and index a number: evaluate again"
+            )
+        if not isinstance(example, str):
+            raise FileError(f"{path}, line {number}: id is {example!r}; it must be text: evaluate again")
+    return rows
+
+
 def find_records(folder: str | os.PathLike[str]) -> dict[Path, Record]:
     """Every run.json in `folder` and below, by the run's folder, in the order of the paths. A run inside of another
     run's folder is a stage of that (a warm-up, LoRI's dense run), and is left out.
@@ -116,10 +147,13 @@ def validate(record: Mapping[str, Any], where: str) -> Record:
         if not isinstance(value, Mapping):
             raise FileError(f"{where}: {section} is {value!r}; it must be an object")
         _check(value, keys, f"{where}: {section}")
+        _check_present(value, _OPTIONAL.get(section, {}), f"{where}: {section}")
     for task, result in (record.get("evaluation") or {}).items():
         if not isinstance(result, Mapping):
             raise FileError(f"{where}: evaluation of {task} is {result!r}; it must be an object")
         _check(result, _EVALUATION, f"{where}: evaluation of {task}")
+        _check_present(result, _RESULT, f"{where}: evaluation of {task}")
+    _check_present(record, _TOP, where)
     return dict(record)
 
 
@@ -173,6 +207,13 @@ def _check(record: Mapping[str, Any], keys: Mapping[str, Kind], where: str) -> N
         if not isinstance(record[key], kind) or isinstance(record[key], bool):
             names = "number" if isinstance(kind, tuple) else kind.__name__
             raise FileError(f"{where}: {key} is {record[key]!r}; it must be of type {names}")
+        if isinstance(record[key], int) and abs(record[key]) > sys.float_info.max:
+            digits = len(str(record[key]))
+            raise FileError(f"{where}: {key} has {digits} digits; it must be a number that a float holds")
+
+
+def _check_present(record: Mapping[str, Any], keys: Mapping[str, Kind], where: str) -> None:
+    _check(record, {key: kind for key, kind in keys.items() if record.get(key) is not None}, where)
 
 
 def _cpu_name() -> str:

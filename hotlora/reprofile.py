@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .adapter import HotLoraConfig
+from .distributed import is_main, wait_for_all
 from .errors import HotLoraError, PlanError
 from .factors import uniform
 from .files import atomic_path, read_json_lines, write_text
@@ -88,7 +89,9 @@ class Reprofiling(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a resume the factors are a checkpoint's: so must the plan be, and what was merged."""
         rows = [row for row in self.drift() if row["step"] <= state.global_step]
-        write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
+        wait_for_all()  # until each has read them
+        if is_main():
+            write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step and file.is_file():
             with safe_open(file, "pt") as stored:
@@ -151,8 +154,9 @@ class Reprofiling(TrainerCallback):
                         _take(value, [slots.get(expert) for expert in new], torch.zeros_like(value[0]))
         self._set_plan(plan)
         row = {"step": step, "jaccard": jaccard(before, plan), "jaccard_to_first": jaccard(self.first, plan)}
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"came": came, "went": went, "plan_hash": plan.hash}) + "\n")
+        if is_main():
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"came": came, "went": went, "plan_hash": plan.hash}) + "\n")
 
     def drift(self) -> list[dict[str, Any]]:
         """What `log` holds: how far the plan moved each time."""

@@ -138,9 +138,9 @@ class RoutingProfile:
                 mass=tensors["mass"],
                 num_tokens=meta["num_tokens"],
                 num_experts_per_tok=meta["num_experts_per_tok"],
-                source=meta["source"],
+                source=dict(meta["source"]),
             )
-        except (KeyError, TypeError, DataError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{file} is not a whole {what} ({error}): {mend}") from error
 
 
@@ -369,8 +369,8 @@ def _sum_over_processes(counters: Sequence[_Counter]) -> None:
     held = [(counter.sums, counter.bad, counter.skipped) for counter in counters]
     if distributed.num_processes() == 1 or any(sums is None for sums, _, _ in held):
         return  # no batch at all, in any of them
-    sums = distributed.summed(torch.stack([some for some, _, _ in held]).cpu())
-    rest = distributed.summed(torch.tensor([[int(bad), int(skipped)] for _, bad, skipped in held]))
+    sums = distributed.summed(torch.stack([sums.cpu() for sums, _, _ in held if sums is not None]))
+    rest = distributed.summed(torch.tensor([[int(bad or 0), int(skipped)] for _, bad, skipped in held]))
     for counter, total, (bad, skipped) in zip(counters, sums, rest, strict=True):
         counter.sums, counter.bad, counter.skipped = total, bad, skipped
 

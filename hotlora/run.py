@@ -17,8 +17,21 @@ from .adapter import HotLoraConfig
 from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
+from .distributed import (
+    all_objects,
+    gathered,
+    is_main,
+    is_sharded,
+    num_processes,
+    own_device,
+    rank,
+    sharding,
+    start,
+    uses_deepspeed,
+    wait_for_all,
+)
 from .errors import DataError, HotLoraError, PlanError
-from .evaluate import evaluate_task, response_loss
+from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .files import atomic_folder, file_in, sha256_file
 from .load import WEIGHTS_FILE
 from .models import fingerprint, load_tokenizer
@@ -29,7 +42,7 @@ from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
 from .run_folder import finished, load_base, recorded, save_evaluation
-from .tasks import Example
+from .tasks import Example, Task
 from .train import train
 
 _log = logging.getLogger(__name__)
@@ -49,10 +62,11 @@ def profile_data(
     max_length: int = 512,
     progress: bool = False,
 ) -> RoutingProfile:
-    """The model's routing on prompts and responses, with where it came from in `source`."""
+    """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it."""
     dataset = tokenize(examples, tokenizer, max_length)
     source = _profile_source(model, examples, data, model_name, max_length)
-    return profile_routing(model, batches(dataset, tokenizer, batch_size), progress=progress, source=source)
+    some = batches(dataset, tokenizer, batch_size)
+    return profile_routing(model, some, progress=progress, source=source, share_out=True)
 
 
 def run_training(
@@ -87,6 +101,7 @@ def run_training(
     dtype: str = "auto",
     device: str = "auto",
     quantize: int | None = None,
+    expert_parallel: int = 1,
     progress: bool = False,
 ) -> Record:
     """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
@@ -110,12 +125,17 @@ def run_training(
         test_data: held-out data; a task has its own. Its response loss is taken, and its task's score.
         limit, test_limit: at most so many examples, the same ones for every seed.
         evaluate: whether to score the task after training.
+        expert_parallel: processes that share out each layer's experts; 1: none do.
+
+    Several processes that torchrun or `accelerate launch` started call this with the same arguments and do it
+    together; `distributed.sharding` has how the model is spread over them.
 
     Raises:
         HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The
         record then has the status "failed" and the message.
     """
-    output = Path(output)
+    start(device)
+    output, progress = Path(output), progress and is_main()
     if not 0 < profile_fraction <= 1:
         raise DataError(f"profile_fraction = {profile_fraction} is out of range: it must be in (0, 1].")
     selection = {
@@ -131,6 +151,12 @@ def run_training(
         )
     if plan is not None and reprofile_every is not None:
         raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
+    spread = sharding(expert_parallel) or uses_deepspeed()
+    if spread and (full or reprofile_every or config.use_dora or config.train_full_experts):
+        raise HotLoraError(
+            "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
+            "or launch without FSDP, DeepSpeed and expert parallelism."
+        )
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer)
     held_out = test_source(data, test_data)
@@ -149,9 +175,11 @@ def run_training(
         "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
         "reprofile_every": reprofile_every, "reprofile_left": reprofile_left,
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize,
+        "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
     if (done := finished(output, options)) is not None:
         return done
+    wait_for_all()  # until each has seen what was there
 
     condition = condition or ("fft" if full else given.rule if given else rule)
     record = new_record(
@@ -160,7 +188,9 @@ def run_training(
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
     with recorded(record, output):
-        base = load_base(model, on_top_of, dtype=dtype, device=device, quantize=quantize)
+        base = load_base(
+            model, on_top_of, dtype=dtype, device=device, quantize=quantize, expert_parallel=expert_parallel
+        )
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         moving: Reprofiling | None = None
@@ -178,7 +208,8 @@ def run_training(
                     "path": os.path.relpath(file, output), "hash": routing.hash, "num_tokens": routing.num_tokens
                 }  # fmt: skip
                 chosen = _select(routing, selection, seed)
-            chosen.save(output / "plan.json")
+            if is_main():
+                chosen.save(output / "plan.json")
             record["plan"] = {"path": "plan.json", "hash": chosen.hash, "rule": chosen.rule, "params": chosen.params}
             record["name"] = _describe(condition, chosen)
             adapted = _adapt(base, chosen, config, mask)
@@ -187,18 +218,22 @@ def run_training(
                 some = tokenize(profile_sample(examples, profile_fraction), tokenizer, config.max_length)
                 moving = Reprofiling(
                     adapted,
-                    profile=lambda: profile_routing(adapted, batches(some, tokenizer, config.batch_size)),
+                    profile=lambda: profile_routing(
+                        adapted, batches(some, tokenizer, config.batch_size), share_out=True
+                    ),
                     select=lambda routing: _select(routing, selection, seed),
                     every=reprofile_every,
                     left=reprofile_left,
                     seed=config.seed,
                     log=output / "reprofile.jsonl",
                 )
-        write_record(output, record)
+        if is_main():
+            write_record(output, record)
         dataset = tokenize(examples, tokenizer, config.max_length)
         # Requests to refuse have no answer that a loss could be taken of.
         held = tokenize(test, tokenizer, config.max_length) if any(e.completion for e in test) else None
-        before = held and response_loss(adapted, tokenizer, held, batch_size=eval_batch_size, progress=progress)
+        scoring: dict[str, Any] = {"batch_size": eval_batch_size, "progress": progress}
+        before = held and response_loss(adapted, tokenizer, held, share_out=True, **scoring)
         identity = {"model": model, "data_hash": options["data_hash"], "plan_hash": record.get("plan", {}).get("hash")}
         callbacks = [] if moving is None else [moving]
         result = train(
@@ -215,14 +250,15 @@ def run_training(
             _save_model(adapted, tokenizer, output / "model")
         else:
             record["parameters"]["adapter_bytes"] = _save_adapter(adapted, output / "adapter", model)
-        write_record(output, record)
+        if is_main():
+            write_record(output, record)
 
         if held is not None:
-            after = response_loss(adapted, tokenizer, held, batch_size=eval_batch_size, progress=progress)
+            after = response_loss(adapted, tokenizer, held, share_out=True, **scoring)
             record["training"] |= {"test_loss_before": before, "test_loss": after}
         task = task_of(held_out) if held_out else None
         if task is not None and task.kind != "text" and evaluate:
-            evaluation = evaluate_task(adapted, tokenizer, task, test, batch_size=eval_batch_size, progress=progress)
+            evaluation = _evaluate(adapted, tokenizer, task, test, **scoring)
             record["evaluation"] = save_evaluation(evaluation, output)
     return record
 
@@ -269,7 +305,8 @@ def _profile(
         model, tokenizer, some, data, model_name,
         batch_size=config.batch_size, max_length=config.max_length, progress=progress,
     )  # fmt: skip
-    routing.save(file)
+    if is_main():
+        routing.save(file)
     return routing, file
 
 
@@ -292,11 +329,34 @@ def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig, mask: str | Path |
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names}
     set_seed(config.seed)
     with quiet():
-        adapted = get_peft_model(model, HotLoraConfig(plan=plan, mask=mask, **options))
+        adapted: Any = get_peft_model(model, HotLoraConfig(plan=plan, mask=mask, **options))
+    if is_sharded(model) and (device := own_device()):  # where the base computes, and not where its shards may wait
+        for name, tensor in (*adapted.named_parameters(), *adapted.named_buffers()):
+            if "lora_" in name:
+                tensor.data = tensor.data.to(device)
     return adapted
 
 
+def _evaluate(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], **options: Any) -> Evaluation:
+    """The task's score; of several processes each does a share. Where the model is spread over them, each does all: a
+    text is longer than another, and all processes must go step by step."""
+    many = num_processes()
+    if many == 1 or is_sharded(model) or len(examples) < many:
+        return evaluate_task(model, tokenizer, task, examples, **options)
+    part = evaluate_task(model, tokenizer, task, examples[rank() :: many], **options)
+    found = all_objects((part.results, part.seconds))
+    results = [
+        {**result, "index": result["index"] * many + process}
+        for process, (some, _) in enumerate(found)
+        for result in some
+    ]
+    results.sort(key=lambda result: result["index"])
+    return summarize(task, examples, results, max(seconds for _, seconds in found))
+
+
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    if not is_main():
+        return
     with atomic_folder(folder) as beside, quiet():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
@@ -306,9 +366,13 @@ def _save_adapter(model: Any, folder: Path, model_name: str) -> int:
     """Saves the adapter; returns the size of its weights in bytes."""
     # As the user calls it: the embedded model's folder is another one on every machine.
     model.peft_config["default"].base_model_name_or_path = model_name
-    with atomic_folder(folder) as beside, quiet():
-        # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
-        model.save_pretrained(beside, save_embedding_layers=False)
+    with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
+        if is_main():  # each process has all of the adapter, whatever of the base
+            ours = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+            with atomic_folder(folder) as beside, quiet():
+                # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
+                model.save_pretrained(beside, save_embedding_layers=False, state_dict=ours)
+    wait_for_all()
     return (folder / WEIGHTS_FILE).stat().st_size
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoints
-from .config import FREE_OPTIONS
-from .errors import FileError
+from .config import FREE_OPTIONS, same_run
+from .distributed import first_failure, is_main, sharding, wait_for_all
+from .errors import FileError, HotLoraError
 from .evaluate import Evaluation
 from .load import load_adapter
 from .lock import locked
@@ -21,9 +22,27 @@ from .records import Record, read_record, write_record
 _log = logging.getLogger(__name__)
 
 
-def load_base(model: str, on_top_of: Sequence[str | Path] = (), *, quantize: int | None = None, **options: Any) -> Any:
-    """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it."""
-    base: Any = load_model(model, quantization_config=experts_in(quantize), **options)
+def load_base(
+    model: str,
+    on_top_of: Sequence[str | Path] = (),
+    *,
+    quantize: int | None = None,
+    expert_parallel: int = 1,
+    **options: Any,
+) -> Any:
+    """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
+
+    expert_parallel: as `distributed.sharding` takes it.
+    """
+    spread = sharding(expert_parallel)
+    if spread and (quantize or on_top_of):
+        raise HotLoraError(
+            "weights that are spread over processes cannot be quantized or merged into: leave out --quantize and "
+            "--on-top-of, or launch without FSDP and expert parallelism."
+        )
+    base: Any = load_model(
+        model, quantization_config=experts_in(quantize), **({"distributed_config": spread} if spread else {}), **options
+    )
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()
@@ -46,8 +65,7 @@ def finished(output: Path, options: dict[str, Any], results: Path | None = None)
     if done or begun or checkpoints.last_complete(output / "checkpoints"):
         # The size of a batch can change the last bits, so the rest of an evaluation is made in the same batches.
         free = (*FREE_OPTIONS, "eval_batch_size") if done else FREE_OPTIONS
-        old, new = ({k: v for k, v in o.items() if k not in free} for o in (record["config"], options))
-        checkpoints.check_same(old, new, output)
+        checkpoints.check_same(same_run(record["config"], free), same_run(options, free), output)
     if done:
         _log.info("%s is done already", output)
     return record if done else None
@@ -55,11 +73,14 @@ def finished(output: Path, options: dict[str, Any], results: Path | None = None)
 
 @contextmanager
 def recorded(record: Record, output: Path | None) -> Iterator[None]:
-    """Writes the record when the run starts, and when it ends, well or not. Meanwhile no other process may run there."""
+    """Writes the record when the run starts, and when it ends, well or not. Meanwhile no other run may be there.
+
+    Of several processes the first writes; each leaves when all are done.
+    """
     started = time.perf_counter()
 
     def write() -> None:
-        if output is not None:
+        if output is not None and is_main():
             write_record(output, record)
 
     with locked(output) if output is not None else nullcontext():
@@ -67,18 +88,20 @@ def recorded(record: Record, output: Path | None) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            record |= {"status": "failed", "error": first_failure(f"{type(error).__name__}: {error}")[0]}
             record["seconds"] = round(time.perf_counter() - started, 3)
             with suppress(FileError):  # on a full disk: what came first is told
                 write()
             raise
         record |= {"status": "done", "seconds": round(time.perf_counter() - started, 3)}
         write()
+        wait_for_all()
 
 
 def save_evaluation(evaluation: Evaluation, output: Path | None) -> dict[str, Any]:
     summary = evaluation.summary()
     if output is not None:
         summary["results"] = f"results-{evaluation.task}.jsonl"
-        evaluation.write_results(output / summary["results"])
+        if is_main():
+            evaluation.write_results(output / summary["results"])
     return {evaluation.task: summary}

@@ -9,6 +9,7 @@ from typing import Any
 
 from .config import PROFILE_FRACTION, TrainConfig
 from .data import load_examples
+from .distributed import is_main, wait_for_all
 from .errors import HotLoraError
 from .load import load_adapter
 from .mask import SparseMask, draw_mask
@@ -69,7 +70,8 @@ def run_method(
     record = run_training(model, data, output, config=config, mask=mask, profile=profile, **options)
     if warmed is not None and "warmup" not in record:
         record["warmup"] = warmed
-        write_record(output, record)
+        if is_main():
+            write_record(output, record)
     return record
 
 
@@ -102,12 +104,14 @@ def _drawn(
             return file
     trained = load_adapter(_base(model, options), output / "dense" / "adapter")
     mask = draw_mask(trained, keep=keep, granularity=granularity, source=source)
-    mask.save(file)
+    if is_main():
+        mask.save(file)
+    wait_for_all()
     return file
 
 
 def _base(model: str, options: dict[str, Any]) -> Any:
-    names = ("on_top_of", "dtype", "device", "quantize")
+    names = ("on_top_of", "dtype", "device", "quantize", "expert_parallel")
     return load_base(model, **{name: options[name] for name in names if name in options})
 
 
@@ -120,7 +124,7 @@ def _warm_up(
     examples = load_examples(data, "train", limit=options.get("limit"), tokenizer=tokenizer)
     share = options.get("profile_fraction", PROFILE_FRACTION)
     number = len(profile_sample(examples, share))
-    names = ("on_top_of", "test_data", "dtype", "device", "quantize", "progress")
+    names = ("on_top_of", "test_data", "dtype", "device", "quantize", "expert_parallel", "progress")
     run_training(
         model,
         data,
@@ -141,7 +145,9 @@ def _warm_up(
             load_adapter(_base(model, options), output / "adapter"), tokenizer, some, data, model,
             batch_size=config.batch_size, max_length=config.max_length, progress=options.get("progress", False),
         )  # fmt: skip
-        warmed.save(file)
+        if is_main():
+            warmed.save(file)
+    wait_for_all()
     return file, _overlap(RoutingProfile.load(before), RoutingProfile.load(file), read_record(output))
 
 

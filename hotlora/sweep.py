@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .crew import Job, default_processes, run_jobs
 from .data import test_source
 from .errors import DataError, FileError, HotLoraError
+from .lock import locked
 from .methods import resolve
 from .stages import run_method
 from .sweep_runs import SAMPLING, TRAINING, keep_failure, make_profile, score_adapter, score_base, train_run
@@ -160,7 +161,8 @@ def run_sweep(
         if not console.is_terminal:
             console.print(f"{title(job)}: {job.error or state(job)}", highlight=False, markup=False, soft_wrap=True)
 
-    with Live(console=console, get_renderable=lambda: progress_table(sweep.name, jobs), refresh_per_second=2):
+    table = Live(console=console, get_renderable=lambda: progress_table(sweep.name, jobs), refresh_per_second=2)
+    with locked(output), table:
         run_jobs(jobs, processes or default_processes(), ended)
     return jobs
 

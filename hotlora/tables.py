@@ -10,9 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from .errors import FileError
-from .files import read_json_lines
 from .plan import ExpertPlan
-from .records import Record
+from .records import Record, read_results
 from .routing import RoutingProfile
 from .stats import Difference, paired_difference, proportion_interval
 
@@ -226,7 +225,7 @@ def _results(section: Section, folder: Path, task: str) -> list[dict[str, Any]] 
     """One dict an example, with `id` and `correct`; None where the file is gone."""
     name = section.records[folder]["evaluation"][task].get("results")
     path = folder / name if name else None
-    return read_json_lines(path, "correct") if path and path.is_file() else None
+    return read_results(path) if path and path.is_file() else None
 
 
 def _read_routing(section: Section) -> None:

@@ -18,7 +18,7 @@ from . import checkpoints, guard
 from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
 from .data import IGNORE
-from .distributed import is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
+from .distributed import device_of, is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
 from .errors import DataError, HotLoraError, Stopped
 from .files import read_json, write_json
 from .lock import locked
@@ -175,7 +175,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] | None = None,
 ) -> "SFTTrainer":
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
-    on_cpu = model.device.type == "cpu"
+    on_cpu = device_of(model).type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
     recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
@@ -266,12 +266,13 @@ class _Trainer(SFTTrainer):
         raise HotLoraError(
             f"step {self.state.global_step}: {what} the training examples {named} (counted from 0). This step is not "
             f"saved; {f'the last good adapter is in {last}' if last else 'there was no checkpoint before it'}. Look at "
-            "these examples, or begin anew in another folder with a smaller learning rate, more warm-up or another dtype."
+            "these examples, or begin anew in another folder: a smaller learning rate, more warm-up, another dtype."
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None and is_sharded(self.model):  # or PEFT would gather the whole base model, to leave it out
-            state_dict = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
+        model: Any = self.model
+        if state_dict is None and is_sharded(model):  # or PEFT would gather the whole base model, to leave it out
+            state_dict = {name: value for name, value in model.state_dict().items() if "lora_" in name}
         super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
 from .estimate import SavedBytes, autocast, sized_config, torch_dtype
 from .models import attention_modules, moe_layers
-from .plan import ExpertPlan, select_experts
+from .plan import ExpertPlan
 from .routing import profile_routing
 
 PARTS = ("step", "forward", "backward", "optimizer")
@@ -49,11 +49,8 @@ class Worker:
         spreads = spreads_for(model, some, self.config.cv, self.config.seed)
         skew_routers(model, spreads, self.config.seed)
         profile = profile_routing(model, [{"input_ids": self.input_ids}])
-        plans = {
-            contender.name: select_experts(profile, rule=contender.kind, fraction=contender.fraction).to_dict()
-            for contender in self.config.all_contenders()
-            if contender.kind in ("hot", "all")
-        }
+        chosen = {contender.name: contender.plan(profile) for contender in self.config.all_contenders()}
+        plans = {name: plan.to_dict() for name, plan in chosen.items() if plan is not None}
         plain = {name: getattr(profile, name) for name in ("layers", "num_tokens", "num_experts_per_tok")}
         plain |= {"counts": profile.counts.tolist(), "mass": profile.mass.tolist()}
         return {"rate": rate, "spreads": spreads, "plans": plans, "profile": plain}

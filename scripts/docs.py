@@ -15,6 +15,8 @@ from pathlib import Path
 
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
+from reliability import PAGE as RELIABILITY_PAGE
+from reliability import page as reliability_page
 from study import PAGE as STUDY_PAGE
 from study import page as study_page
 
@@ -119,6 +121,7 @@ def main() -> None:
         method: filled(method.read_text(encoding="utf-8"), AUTO_MARK, auto_table(ROOT / "results" / "nano" / "auto_k")),
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
+        RELIABILITY_PAGE: reliability_page(),
         speed: filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks")),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }

@@ -16,6 +16,7 @@ from hotlora import bench, worker
 from hotlora.bench import BenchConfig, run_bench, run_growth
 from hotlora.bench_report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
 from hotlora.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
+from hotlora.count import parameters_from_config
 from hotlora.errors import FileError, HotLoraError, ModelError
 from hotlora.estimate import SavedBytes
 from hotlora.files import write_json
@@ -27,6 +28,7 @@ from hotlora.flops import (
     step_flops,
 )
 from hotlora.layers import HotLoraExperts
+from hotlora.methods import counted_options
 from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan, select_experts
 from hotlora.routing import profile_routing
@@ -353,6 +355,26 @@ def test_result(olmoe_file, tmp_path, in_here):
     assert f"### result\n\n{markdown(result)}" == speed_tables(path.parent)
     assert summary_table(result).row_count == 3
     assert speed_tables(tmp_path / "none") == "No result is stored yet."
+
+
+PAPER = ["fft", "lora", "dora", "lori-d", "lori-s", "hellora-pure", "hellori-s", "hellori-s-gate", "sieve"]
+
+
+def test_the_papers_methods_take_part(olmoe_file, in_here):
+    """Each trains as many parameters as `params` counts; LoRI-S, whose mask is drawn here at random, about as many."""
+    config = BenchConfig(olmoe_file, tokens=32, r=R, device="cpu", contenders=tuple(PAPER), rounds=1)
+    result = run_bench(config)
+    rows = {row["name"]: row for row in result["contenders"]}
+    assert list(rows) == PAPER and {row["status"] for row in rows.values()} == {"done"}
+    for name, row in rows.items():
+        method, _, placement = name.rpartition("-") if name.endswith(("pure", "gate")) else (name, "", None)
+        counted = parameters_from_config(olmoe_file, r=R, **counted_options(method, placement))["trainable"]
+        assert row["trainable"] == pytest.approx(counted, rel=0.15 if method.endswith("-s") else 0)
+        assert row["seconds"]["step"]["median"] > 0 and "share_of_rate" not in row
+    assert "| hellori-s-gate |" in markdown(result) and summary_table(result).row_count == len(PAPER)
+    for wrong in ("esft", "hellora-none"):
+        with pytest.raises(HotLoraError, match=f"'{wrong}' does not exist.*or a method: fft, lora"):
+            Contender(wrong)
 
 
 def test_none_can_be_run(olmoe_file, in_here, monkeypatch):

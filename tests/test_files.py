@@ -1,13 +1,24 @@
 """Files are whole or absent, and a broken one is named."""
 
+import errno
 import hashlib
 import json
 import math
 
 import pytest
+from safetensors import SafetensorError
 
 from hotlora.errors import FileError
-from hotlora.files import atomic_path, file_in, read_json, read_json_lines, sha256_file, write_json
+from hotlora.files import (
+    atomic_path,
+    file_in,
+    is_full,
+    read_json,
+    read_json_lines,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+)
 
 
 def test_atomic_path_replaces_on_success_and_makes_folders(tmp_path):
@@ -28,6 +39,41 @@ def test_atomic_path_leaves_the_old_file_on_failure(tmp_path):
         raise RuntimeError("stop")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        # As safetensors and torch say it.
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_full_disk_is_known_whoever_tells_of_it(tmp_path, error, full):
+    assert is_full(error) is full
+    with pytest.raises(FileError if full or isinstance(error, OSError) else type(error)) as caught:
+        with atomic_path(tmp_path / "x.pt") as temporary:
+            temporary.write_text("half")
+            raise error
+    assert not full or "x.pt cannot be written: the disk or a quota is full" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x.json", tmp_path / ("a" * 300), "/"):
+        with pytest.raises(FileError, match="written"):
+            write_json(path, {})
+    (tmp_path / ".0123456789ab-x.json").write_text("half")
+    (tmp_path / ".0123456789ab-adapter").mkdir()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_json_round_trip_keeps_number_lists_on_one_line(tmp_path):

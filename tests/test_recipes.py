@@ -2,7 +2,7 @@ import pytest
 
 from hotlora.crew import Job
 from hotlora.errors import HotLoraError
-from hotlora.recipes import RECIPES, Setting, find_sweep, names
+from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, find_sweep, names
 from hotlora.recipes.recipe import across_name, condition_name, scored_name
 from hotlora.sweep import Sweep, sweep_jobs
 
@@ -18,11 +18,39 @@ def jobs_of(sweep: Sweep, tmp_path) -> list[Job]:
     return sweep_jobs(sweep, tmp_path)
 
 
+def trainings() -> dict[str, Recipe]:
+    """nano's, by name."""
+    made = {name: make(setting_of(name, "nano")) for name, make in RECIPES.items()}
+    return {name: recipe for name, recipe in made.items() if isinstance(recipe, Recipe)}
+
+
+def test_every_table_and_figure_of_both_papers_has_a_recipe():
+    """HELLoRA's figure 2 is a drawing of the method; MoE-Sieve has experiments in sections, without a table."""
+    hellora = {f"hellora-table-{n}" for n in range(1, 9)} | {f"hellora-figure-{n}" for n in (1, 3, 4, 5, 6)}
+    sieve = {f"moe-sieve-table-{n}" for n in range(1, 11)} | {f"moe-sieve-figure-{n}" for n in range(1, 7)}
+    assert {name for name in RECIPES if "section" not in name} == hellora | sieve
+
+
 @pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(trainings())))
+def test_every_recipe_without_trainings_can_be_built(name: str, model: str | None, tmp_path):
+    recipe = find_recipe(name, Setting(model))
+    assert isinstance(recipe, Direct) and recipe.name == name and recipe.title
+    assert recipe.where.split(",")[0] == ("HELLoRA" if name.startswith("hellora") else "MoE-Sieve")
+    made = recipe.state(tmp_path)
+    assert {state for *_, state in made} <= {"new"} and len({folder for _, folder, _ in made}) == len(made)
+    for what, folder, _ in made:
+        assert folder.is_relative_to(tmp_path) and (model is None or model in what or what == "warm-up")
+    assert (recipe.result(tmp_path) is None) == bool(made)  # what is made of nothing is there at once
+    with pytest.raises(HotLoraError, match=f"{name} is made without trainings"):
+        find_sweep(name, Setting(model))
+
+
+@pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
+@pytest.mark.parametrize("name", [*trainings(), "auto_k"])
 def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
     if name not in RECIPES:
-        assert jobs_of(find_sweep(name), tmp_path)
+        assert jobs_of(find_sweep(name), tmp_path) and set(names()) == {*RECIPES, name}
         return
     setting = setting_of(name, model)
     if model == "some/other-moe" and name.startswith("moe-sieve"):
@@ -30,6 +58,7 @@ def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
             find_sweep(name, setting)
         setting = Setting(model, options=RATE)
     recipe, sweep = RECIPES[name](setting), find_sweep(name, setting)
+    assert isinstance(recipe, Recipe)
     jobs = jobs_of(sweep, tmp_path)
     found = {job.name for job in jobs}
     for row in recipe.rows:
@@ -46,8 +75,8 @@ def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
 
 def test_a_condition_that_two_recipes_share_is_the_same_run():
     runs: dict[str, dict] = {}
-    for name, recipe in RECIPES.items():
-        sweep = recipe(setting_of(name, "nano")).sweep()
+    for recipe in trainings().values():
+        sweep = recipe.sweep()
         for condition in sweep.conditions:
             options = sweep.options_of(condition)
             assert runs.setdefault(condition.name, options) == options, condition.name

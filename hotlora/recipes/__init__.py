@@ -6,28 +6,34 @@ from pathlib import Path
 
 from ..errors import FileError, HotLoraError
 from ..sweep import Sweep, load_sweep
-from . import hellora, moe_sieve
+from . import benches, configs, hellora, moe_sieve, profiles
+from .direct import Direct
 from .recipe import Recipe
 from .settings import Setting
 
-__all__ = ["RECIPES", "Recipe", "Setting", "find_sweep"]
+__all__ = ["RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "find_sweep", "names"]
 
-RECIPES: Mapping[str, Callable[[Setting], Recipe]] = {
-    **{f"hellora-{name}": recipe for name, recipe in hellora.RECIPES.items()},
-    **{f"moe-sieve-{name}": recipe for name, recipe in moe_sieve.RECIPES.items()},
-}
+RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
+    **{f"hellora-{name}": make for part in (hellora.RECIPES, configs.HELLORA, profiles.HELLORA, benches.HELLORA)
+       for name, make in part.items()},
+    **{f"moe-sieve-{name}": make
+       for part in (moe_sieve.RECIPES, configs.MOE_SIEVE, profiles.MOE_SIEVE, benches.MOE_SIEVE)
+       for name, make in part.items()},
+}  # fmt: skip
 _STUDIES = ("auto_k",)
 _DEFAULT = Setting()
 
 
-def find_sweep(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAULT) -> Sweep:
-    """The sweep of a recipe in a setting; or the `SWEEP` of a Python file, or of a study by name.
+def find_recipe(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAULT) -> Sweep | Direct:
+    """What a recipe runs in a setting: a sweep of trainings, or by itself; or a sweep as `find_sweep` finds it.
 
-    FileError: there is no such file or recipe. HotLoraError: the file fails, or a setting for what has none.
+    Raises:
+        FileError, HotLoraError: as `find_sweep`.
     """
     name = str(file_or_name)
     if name in RECIPES:
-        return RECIPES[name](setting).sweep()
+        recipe = RECIPES[name](setting)
+        return recipe.sweep() if isinstance(recipe, Recipe) else recipe
     if name in _STUDIES:
         path = Path(__file__).parent / f"{name}.py"
     elif name.endswith(".py"):
@@ -37,6 +43,18 @@ def find_sweep(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAULT
     if setting != _DEFAULT:
         raise HotLoraError(f"{name} says itself what it runs: leave out --model, --seeds, --data and --set.")
     return load_sweep(path)
+
+
+def find_sweep(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAULT) -> Sweep:
+    """The sweep of a recipe in a setting; or the `SWEEP` of a Python file, or of a study by name.
+
+    FileError: there is no such file or recipe. HotLoraError: the file fails, the recipe needs no trainings, or a
+    setting for what has none.
+    """
+    found = find_recipe(file_or_name, setting)
+    if isinstance(found, Direct):
+        raise HotLoraError(f"{found.name} is made without trainings, so it is no sweep: use find_recipe.")
+    return found
 
 
 def names() -> list[str]:

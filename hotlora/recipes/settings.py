@@ -79,12 +79,13 @@ def make(
 def _placed(column: Column, setting: Setting) -> Column:
     if setting.is_nano:
         return replace(column, model=NANO, data=_STANDS_FOR[column.name.split()[-1]], scored=None)
-    scored = column.scored and {**column.scored, "data": _source(column.scored["data"], setting)}
+    scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     model = setting.model or column.model
-    return replace(column, model=model, data=_source(column.data, setting), scored=scored)
+    return replace(column, model=model, data=source_of(column.data, setting), scored=scored)
 
 
-def _source(data: str, setting: Setting) -> str:
+def source_of(data: str, setting: Setting) -> str:
+    """A task with the user's files for it, as `load_examples` takes it."""
     source = setting.sources.get(data, setting.sources.get(data.removesuffix("-lori")))
     return data if source is None else f"{data}:{source}"
 

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import JSON_ERRORS
 from . import codealpaca
 from .rows import Row, need_text, read_rows, split_file
 from .task import Example, Task
@@ -114,7 +115,7 @@ def read_requests(path: Path) -> list[Row]:
     if path.suffix == ".json" and path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, *JSON_ERRORS) as error:
             raise DataError(f"{path} cannot be read ({error}); it must be JSON.") from error
         if isinstance(found, dict) and isinstance(found.get("instructions"), list):
             return [Row(f"{path} instruction {n}", {"prompt": text}) for n, text in enumerate(found["instructions"], 1)]

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
+from ..files import JSON_ERRORS
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
@@ -31,7 +33,7 @@ def read_rows(path: str | Path) -> list[Row]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}); it must be UTF-8 text, or gzipped UTF-8 text.") from error
     rows = list(_parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text))
     if not rows:
@@ -48,22 +50,24 @@ def _parse_lines(path: Path, text: str) -> Iterator[Row]:
         if line.strip():
             try:
                 yield Row(f"{path} line {number}", json.loads(line))
-            except json.JSONDecodeError as error:
+            except JSON_ERRORS as error:
                 raise DataError(
-                    f"{path} line {number} is not valid JSON ({error.msg} at column {error.colno}); "
-                    "each line must be one whole JSON object."
+                    f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
                 ) from error
 
 
 def _parse_list(path: Path, text: str) -> Iterator[Row]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {error.lineno} is not valid JSON ({error.msg} at column {error.colno})."
-        ) from error
+    except JSON_ERRORS as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{line} is not valid JSON ({_why(error)}).") from error
     for number, row in enumerate(values, start=1):
         yield Row(f"{path} row {number}", row)
+
+
+def _why(error: Exception) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..sandbox import SqlSandbox
-from .rows import Row, need_text, read_rows, split_file
+from .rows import Row, need, need_text, read_rows, split_file
 from .task import Example, Task
 
 STOP = ("\n\n", "\nQuestion:", "\nDatabase:", ";")
@@ -72,14 +72,19 @@ def table_schemas(path: Path) -> dict[str, str]:
     """The same lines for every database of a ``tables.json``, by db_id."""
     schemas = {}
     for row in read_rows(path):
-        tables: list[list[str]] = [[] for _ in row.values["table_names_original"]]
-        for table, column in row.values["column_names_original"]:
-            if table >= 0:  # -1 is *
-                tables[table].append(column)
-        names = row.values["table_names_original"]
-        schemas[row.values["db_id"]] = "\n".join(
-            f"{name}({', '.join(columns)})" for name, columns in zip(names, tables, strict=True)
-        )
+        (db_id,) = need_text(row, "db_id")
+        names, described = need(row, "table_names_original", "column_names_original")
+        try:
+            tables: list[list[str]] = [[] for _ in names]
+            for table, column in described:
+                if table >= 0:  # -1 is *
+                    tables[table].append(column)
+            schemas[db_id] = "\n".join(f"{n}({', '.join(columns)})" for n, columns in zip(names, tables, strict=True))
+        except (TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{row.place}: the tables of {db_id!r} are not as Spider has them ({error}): a list of names, and of "
+                "[table's number, column's name]."
+            ) from error
     return schemas
 
 

@@ -1,0 +1,192 @@
+"""Recipes that need no run: hyperparameters, and models' shapes from their configs."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import PROFILE_FRACTION
+from ..errors import HotLoraError
+from ..estimate import meta_model, sized_config
+from ..files import read_json, write_json
+from ..methods import METHODS, resolve
+from ..models import expert_widths, moe_layers, num_experts_per_tok, unwrap
+from ..published import EXPERT_TO_FFN, MODELS
+from ..study_run import shared_experts
+from . import hellora
+from .direct import Direct, Tell
+from .needs import config_file
+from .recipe import Column, Recipe
+from .result import NONE, Number, Result
+from .settings import OLMOE, QWEN, Setting
+
+FOLDER = "configs"
+_NUMBERS = ("layers", "num_experts", "shared", "num_experts_per_tok")
+
+
+@dataclass(frozen=True)
+class HyperparameterTable(Direct):
+    """HELLoRA's table 1, beside what its recipes train with."""
+
+    trainings: Recipe | None = None
+
+    def needs(self, tflops: float | None = None) -> list[str]:
+        return ["nothing: no run, no network"]
+
+    def state(self, output: Path) -> list[tuple[str, Path, str]]:
+        return []
+
+    def run(self, output: Path, tell: Tell) -> None:
+        pass
+
+    def result(self, folder: Path) -> Result:
+        rows = [[name, published, here] for name, published, here in self._lines()]
+        numbers: list[dict[str, Number]] = [
+            {"name": name, "published": published, "here": here} for name, published, here in self._lines()
+        ]
+        note = "LoRI's own hyperparameters stand for its methods here (arXiv 2504.07448); the table has them as others."
+        return Result(self.name, self.title, self.where, ["", "published", "here"], rows, numbers, [note], texts=3)
+
+    def _lines(self) -> list[tuple[str, str, str]]:
+        def of(column: int, get: Callable[[Mapping[str, Any]], Any]) -> str:
+            return _grouped({label: get(options) for label, options in self._options(column).items()})
+
+        def field_of(name: str, column: int = 0) -> str:
+            return of(column, lambda options: getattr(options["config"], name))
+
+        assert self.trainings is not None
+        epochs = "max_steps" if self._options(0)["LoRA"]["config"].max_steps is not None else "epochs"
+        told = "steps" if epochs == "max_steps" else "epochs"
+        k = METHODS["hellora"]["experts_per_layer"]
+        return [
+            ("adapter rank", "32", field_of("r")),
+            ("batch size", "256 for FFT, 128 for others", field_of("batch_size")),
+            ("learning rate, math", "4e-05 for FFT, 0.0004 for others", field_of("learning_rate")),
+            ("learning rate, code", "0.0002 for FFT, 0.002 for others", field_of("learning_rate", 1)),
+            ("learning rate, safety", "2e-05 for FFT, 0.0004 for others", field_of("learning_rate", 2)),
+            (f"{told}, math", "3 epochs", field_of(epochs)),
+            (f"{told}, code", "2 epochs", field_of(epochs, 1)),
+            (f"{told}, safety", "1 epoch", field_of(epochs, 2)),
+            (
+                "samples to find hot experts",
+                "10%",
+                of(0, lambda options: f"{options.get('profile_fraction', PROFILE_FRACTION):.0%}"),
+            ),
+            ("hot experts of a layer", "8", "the router's own K" if k == "top_k" else str(k)),
+            ("scaling α", "64", field_of("lora_alpha")),
+            ("seeds", "10", str(len(self.trainings.seeds))),
+        ]
+
+    def _options(self, column: int) -> dict[str, dict[str, Any]]:
+        """A method's label -> a run's resolved options."""
+        assert self.trainings is not None
+        place = self.trainings.columns[column]
+        return {row.label: resolve(**self.trainings.options(row, place)) for row in self.trainings.rows if row.method}
+
+
+@dataclass(frozen=True)
+class ShapeTable(Direct):
+    """MoE-Sieve's table of models."""
+
+    models: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.check_options(())
+
+    def needs(self, tflops: float | None = None) -> list[str]:
+        lines = ["no run, only configs"]
+        for model in self.models:
+            try:
+                lines.append(f"{model}: {config_file(model)}")
+            except HotLoraError as error:
+                lines.append(str(error))
+        return lines
+
+    def state(self, output: Path) -> list[tuple[str, Path, str]]:
+        files = [(model, _file(output, model)) for model in self.models]
+        return [(f"shape of {model}", file, "done" if file.is_file() else "new") for model, file in files]
+
+    def run(self, output: Path, tell: Tell) -> None:
+        for model in self.models:
+            if not (file := _file(output, model)).is_file():
+                tell(f"shape of {model}")
+                write_json(file, shape(config_file(model)))
+
+    def result(self, folder: Path) -> Result | None:
+        there = {model: read_json(file) for model in self.models if (file := _file(folder, model)).is_file()}
+        if not there:
+            return None
+        lines = [(f"{Path(model).name} (here)", found) for model, found in there.items()]
+        lines += [(f"{name} (paper)", {**row, "expert_to_ffn": EXPERT_TO_FFN[name]}) for name, row in MODELS.items()]
+        rows = [
+            [label, *(f"{found[key]:g}" for key in _NUMBERS), _ratio(found["expert_to_ffn"])] for label, found in lines
+        ]
+        numbers = [
+            {"model": label, **{key: found[key] for key in (*_NUMBERS, "expert_to_ffn")}} for label, found in lines
+        ]
+        columns = ["", "MoE layers", "routed", "shared", "top-K", "expert / FFN"]
+        notes = [
+            "Shared experts are counted in routed ones' widths. Expert / FFN is an expert's width over the config's "
+            "intermediate_size; OLMoE's experts are its whole FFN.",
+            "DeepSeek-MoE-16B needs code of its own, which hotlora does not run.",
+        ]
+        return Result(self.name, self.title, self.where, columns, rows, numbers, notes)
+
+
+def shape(file: str) -> dict[str, float | None]:
+    """A model's MoE layers, from its config alone."""
+    config = sized_config(file)
+    model = meta_model(config)
+    layers = moe_layers(model)
+    width = expert_widths(unwrap(model.get_submodule(layers[0].experts)))[1]
+    ffn = getattr(config.get_text_config(), "intermediate_size", None)
+    return {
+        "layers": len(layers),
+        "num_experts": layers[0].num_experts,
+        "shared": shared_experts(model),
+        "num_experts_per_tok": num_experts_per_tok(model),
+        "expert_to_ffn": width / ffn if ffn else None,
+    }
+
+
+def _grouped(values: Mapping[str, Any]) -> str:
+    """ "4e-05 for FFT, 0.0004 for others": the most frequent value is the others'."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    groups: dict[Any, list[str]] = {}
+    for label, value in values.items():
+        if value != common:
+            groups.setdefault(value, []).append(label)
+    told = [f"{_plain(value)} for {' and '.join(labels)}" for value, labels in groups.items()]
+    return ", ".join([*told, f"{_plain(common)} for others"]) if told else _plain(common)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _ratio(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _file(output: Path, model: str) -> Path:
+    return output / FOLDER / f"{Column('', model, 'config').folder.split('/')[0]}.json"
+
+
+def hellora_table_1(setting: Setting) -> HyperparameterTable:
+    """Hyperparameters."""
+    return HyperparameterTable(
+        "hellora-table-1", "Hyperparameters", "HELLoRA, section 4.1, table 1", {}, hellora.table_2(setting)
+    )
+
+
+def sieve_table_1(setting: Setting) -> ShapeTable:
+    """The models' shapes."""
+    models = (OLMOE, QWEN) if setting.model is None else (setting.model,)
+    return ShapeTable(
+        "moe-sieve-table-1", "The models", "MoE-Sieve, section 3.1, its first table", setting.options, models
+    )
+
+
+HELLORA = {"table-1": hellora_table_1}
+MOE_SIEVE = {"table-1": sieve_table_1}

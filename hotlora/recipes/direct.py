@@ -1,0 +1,52 @@
+"""What all recipes have in common that need no sweep of trainings."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import HotLoraError
+from .result import Result
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Direct(ABC):
+    """A table or figure made by profiles, benches or configs.
+
+    Attributes:
+        name: such as hellora-figure-1.
+        title: what it shows.
+        where: the paper and its section.
+        options: the user's, of every profile or bench.
+    """
+
+    name: str
+    title: str
+    where: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @abstractmethod
+    def needs(self, tflops: float | None = None) -> list[str]:
+        """What it needs before it starts, a line each. Downloads no data and no weights."""
+
+    @abstractmethod
+    def state(self, output: Path) -> list[tuple[str, Path, str]]:
+        """(what, where, "done" or "new") of all that it makes in a store."""
+
+    @abstractmethod
+    def run(self, output: Path, tell: Tell) -> None:
+        """Makes what is missing in the store `output`; tell hears what is going on, in a line."""
+
+    @abstractmethod
+    def result(self, folder: Path) -> Result | None:
+        """The table or figure from the store in `folder`; None where nothing of it is made. Loads no model."""
+
+    def check_options(self, allowed: Collection[str]) -> None:
+        """HotLoraError where the user gives an option that does not exist here."""
+        if unknown := sorted(set(self.options) - set(allowed)):
+            raise HotLoraError(
+                f"{self.name} has no option {unknown[0]!r}: --set takes {', '.join(sorted(allowed)) or 'none here'}."
+            )

@@ -1,0 +1,296 @@
+"""Recipes that routing profiles make. A model is profiled once on a data set, and all recipes read that.
+
+Shape suffixes as in `study`: L MoE layers, E experts, X examples.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import PROFILE_FRACTION, TrainConfig
+from ..data import load_examples
+from ..errors import HotLoraError
+from ..files import write_json
+from ..load import load_adapter
+from ..methods import resolve
+from ..models import load_tokenizer
+from ..published import DATASETS
+from ..records import read_record
+from ..routing import RoutingProfile
+from ..run import profile_data, profile_sample, run_training
+from ..run_folder import load_base
+from ..study import Study, load_study, study
+from ..study_run import run_study
+from . import hellora
+from . import profile_tables as tables
+from .direct import Direct, Tell
+from .needs import profile_needs
+from .profile_tables import Profiled, Shown, WarmUp
+from .recipe import Column
+from .result import Result
+from .settings import HELLORA_TASKS, MIXTRAL, NANO, OLMOE, QWEN, Setting, source_of
+
+FOLDER = "profiles"
+_STUDY, _PROFILE, _WARMED, _SLICE = "study.json", "profile.safetensors", "warmed-up.safetensors", "profile.safetensors"
+_PROFILING = ("limit", "batch_size", "max_length", "dtype", "device", "quantize")
+_NANO_LIMIT = {"limit": 2000}  # as its trainings
+_STANDS_FOR = {
+    "gsm8k": "nano-math", "spider": "nano-sql", "codealpaca": "nano-sql", "saferpaca": "nano-choice",
+    "hellaswag": "nano-choice",
+}  # fmt: skip
+_HELLORA_TASKS = tuple(column.data for column in HELLORA_TASKS.values())
+# DeepSeek-MoE-16B, the third of MoE-Sieve's models, has code of its own, which hotlora does not run.
+_SIEVE_MODELS = (OLMOE, QWEN)
+
+
+@dataclass(frozen=True)
+class ProfileRecipe(Direct):
+    """A table or figure of routing.
+
+    Attributes:
+        models: each is profiled on all of the tasks.
+        tasks: the papers' data sets.
+        stand_ins: the tasks of nano that stand for them; empty on other models.
+        sources: task -> what `run` profiles, as `hotlora profile` takes it.
+        show: what of the profiles is shown.
+        warm_up: the training of HELLoRA's figure 3, of the first model on the first task: options of a run.
+    """
+
+    models: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    stand_ins: Sequence[str] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    show: Callable[[Sequence[Profiled]], Shown] = tables.skew
+    warm_up: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        trained = [field.name for field in dataclasses.fields(TrainConfig)] if self.warm_up is not None else []
+        self.check_options({*_PROFILING, *trained})
+
+    def needs(self, tflops: float | None = None) -> list[str]:
+        lines = profile_needs(self.models, list(self.sources.values()), self._profiling(), tflops)
+        if self.warm_up is not None:
+            lines.append("and a warm-up: LoRA on all experts for an epoch of a tenth of the data.")
+        return lines
+
+    def state(self, output: Path) -> list[tuple[str, Path, str]]:
+        found = [
+            (f"{model} on {task}", _folder(output, model, task), _STUDY)
+            for model in self.models for task in self.sources
+        ]  # fmt: skip
+        if self.warm_up is not None:
+            found.append(("warm-up", self._warm_up_folder(output, next(iter(self.sources))), _WARMED))
+        return [(what, folder, "done" if (folder / file).is_file() else "new") for what, folder, file in found]
+
+    def run(self, output: Path, tell: Tell) -> None:
+        for model in self.models:
+            for task, source in self.sources.items():
+                _profile(model, source, _folder(output, model, task), self._profiling(), tell)
+        if self.warm_up is not None:
+            self._run_warm_up(output, tell)
+
+    def result(self, folder: Path) -> Result | None:
+        tasks = self._tasks_in(folder)
+        found = [_read(folder, model, tasks) for model in self.models] if tasks else []
+        there = [some for some in found if some is not None]
+        if not there:
+            return None
+        if self.warm_up is not None:
+            warmed = self._read_warm_up(folder, tasks[0])
+            there = [dataclasses.replace(there[0], warm_up=warmed)]
+        shown = self.show(there)
+        notes = [*shown.notes, *self._missing(folder, tasks)]
+        return Result(
+            self.name, self.title, self.where, shown.columns, shown.rows, shown.numbers, notes, shown.figures,
+            shown.texts,
+        )  # fmt: skip
+
+    def _profiling(self) -> dict[str, Any]:
+        given = {name: value for name, value in self.options.items() if name in _PROFILING}
+        return {**(_NANO_LIMIT if NANO in self.models else {}), **given}
+
+    def _tasks_in(self, folder: Path) -> list[str]:
+        """The tasks of which a store has profiles: the papers' if it has all of them, else nano's."""
+        for tasks in (list(self.tasks), list(self.stand_ins)):
+            if tasks and all(_is_there(folder, model, task) for model in self.models for task in tasks):
+                return tasks
+        return [task for task in self.tasks if any(_is_there(folder, model, task) for model in self.models)]
+
+    def _missing(self, folder: Path, tasks: Sequence[str]) -> list[str]:
+        wanted = self.tasks if set(tasks) & set(self.tasks) else tasks
+        pairs = [(model, task) for model in self.models for task in wanted]
+        return [f"{model} on {task}: no profile." for model, task in pairs if not _is_there(folder, model, task)]
+
+    def _warm_up_folder(self, output: Path, task: str) -> Path:
+        return _folder(output, self.models[0], f"{task}-warm-up")
+
+    def _run_warm_up(self, output: Path, tell: Tell) -> None:
+        """A tenth of the data by the base, and by the model after an epoch of LoRA on all experts (HELLoRA s4.1)."""
+        assert self.warm_up is not None
+        model, (task, source) = self.models[0], next(iter(self.sources.items()))
+        folder = self._warm_up_folder(output, task)
+        if (folder / _WARMED).is_file():
+            return
+        options = resolve(**self.warm_up)
+        config: TrainConfig = dataclasses.replace(options["config"], epochs=1, max_steps=None)
+        load = {name: options[name] for name in ("dtype", "device", "quantize") if name in options}
+        tokenizer = load_tokenizer(model)
+        examples = load_examples(source, "train", limit=options.get("limit"), tokenizer=tokenizer)
+        number = len(profile_sample(examples, PROFILE_FRACTION))
+        tell(f"warm-up of {model} on {number} examples of {task}")
+        run_training(
+            model, source, folder, config=config, rule="all", limit=number, profile_fraction=1.0, evaluate=False,
+            condition="warm-up", **load,
+        )  # fmt: skip
+        some = load_examples(source, "train", limit=number, tokenizer=tokenizer)
+        warmed = load_adapter(load_base(model, **load), folder / "adapter")
+        profile = profile_data(
+            warmed, tokenizer, some, source, model, batch_size=config.batch_size, max_length=config.max_length
+        )
+        profile.save(folder / _WARMED)
+
+    def _read_warm_up(self, folder: Path, task: str) -> WarmUp | None:
+        made = self._warm_up_folder(folder, task)
+        if not (made / _WARMED).is_file():
+            return None
+        rate = read_record(made)["config"]["learning_rate"]
+        return WarmUp(RoutingProfile.load(made / _SLICE), RoutingProfile.load(made / _WARMED), rate)
+
+
+def _folder(output: Path, model: str, task: str) -> Path:
+    return output / FOLDER / Column(task, model, task).folder
+
+
+def _is_there(output: Path, model: str, task: str) -> bool:
+    return (_folder(output, model, task) / _STUDY).is_file()
+
+
+def _profile(model: str, source: str, folder: Path, options: Mapping[str, Any], tell: Tell) -> None:
+    """The profile and, of one data set, the study, which holds how stable subsamples are."""
+    if (folder / _STUDY).is_file():
+        _check_same(folder, model, source, options)
+        return
+    tell(f"profiling {model} on {source}")
+    found, profiles = run_study([source], model, tell=tell, **options)
+    (profile,) = profiles.values()
+    profile.save(folder / _PROFILE)
+    write_json(folder / _STUDY, found)
+
+
+def _check_same(folder: Path, model: str, source: str, options: Mapping[str, Any]) -> None:
+    found = load_study(folder / _STUDY)
+    (row,) = found["datasets"].values()
+    given = inspect.signature(run_study).parameters
+    asked = {name: options.get(name, given[name].default) for name in ("limit", "max_length")}
+    here = {name: found["settings"][name] for name in asked}
+    asked |= {"model": model, "data": source}
+    here |= {"model": found["model"]["name"], "data": row["data"]}
+    for name, value in asked.items():
+        if here[name] != value:
+            raise HotLoraError(
+                f"{folder} holds a profile with {name} {here[name]!r}, and {value!r} is asked for: delete the folder, "
+                "or give another --output."
+            )
+
+
+def _read(output: Path, model: str, tasks: Sequence[str]) -> Profiled | None:
+    there = [task for task in tasks if _is_there(output, model, task)]
+    if not there:
+        return None
+    parts = {task: load_study(_folder(output, model, task) / _STUDY) for task in there}
+    profiles = {task: RoutingProfile.load(_folder(output, model, task) / _PROFILE) for task in there}
+    whole: Study = study(profiles, shared=max(part["model"]["shared"] for part in parts.values()))
+    for task, part in parts.items():
+        (whole["datasets"][task],) = part["datasets"].values()
+    return Profiled(Path(model).name, whole, profiles)
+
+
+def _make(
+    paper: str, setting: Setting, name: str, title: str, where: str, models: Sequence[str], tasks: Sequence[str],
+    show: Callable[[Sequence[Profiled]], Shown], **rest: Any,
+) -> ProfileRecipe:  # fmt: skip
+    models = models if setting.model is None else (setting.model,)
+    if not setting.is_nano:
+        sources, stand_ins = {task: source_of(task, setting) for task in tasks}, []
+    else:
+        tasks = [task.removesuffix("-lori") for task in tasks]
+        stand_ins = list(dict.fromkeys(_STANDS_FOR[task] for task in tasks if task in _STANDS_FOR))
+        given = {task: setting.sources.get(task) or setting.sources.get(f"{task}-lori") for task in tasks}
+        own = {task: task for task in stand_ins}
+        sources = {task: f"{task}:{path}" for task, path in given.items()} if all(given.values()) else own
+    return ProfileRecipe(
+        f"{paper}-{name}", title, where, setting.options, models, tasks, stand_ins, sources, show, **rest
+    )
+
+
+def hellora_figure_1(setting: Setting) -> ProfileRecipe:
+    """One layer's load against that of all layers."""
+    return _make(
+        "hellora", setting, "figure-1", "Load of a layer's experts, and by index over all layers",
+        "HELLoRA, section 1, figure 1", [OLMOE], _HELLORA_TASKS[:1], tables.layer_and_global,
+    )  # fmt: skip
+
+
+def hellora_figure_3(setting: Setting) -> ProfileRecipe:
+    """Hot experts of the warm-up against the real ones."""
+    lora = hellora.table_2(setting)
+    row = next(row for row in lora.rows if row.name == "lora")
+    return _make(
+        "hellora", setting, "figure-3", "Hot experts of the warm-up against the real ones",
+        "HELLoRA, section 4.1, figure 3", [OLMOE], _HELLORA_TASKS[:1], tables.warm_up,
+        warm_up=lora.options(row, lora.columns[0]),
+    )  # fmt: skip
+
+
+def hellora_figure_4(setting: Setting) -> ProfileRecipe:
+    """Loads of five layers on three tasks."""
+    return _make(
+        "hellora", setting, "figure-4", "Loads of experts in five layers on three tasks",
+        "HELLoRA, section 4.2, figure 4", [OLMOE], _HELLORA_TASKS, tables.five_layers,
+    )  # fmt: skip
+
+
+def hellora_figure_6(setting: Setting) -> ProfileRecipe:
+    """The same of Mixtral."""
+    return _make(
+        "hellora", setting, "figure-6", "Loads of experts in five layers on three tasks, Mixtral",
+        "HELLoRA, appendix B, figure 6", [MIXTRAL], _HELLORA_TASKS, tables.five_layers,
+    )  # fmt: skip
+
+
+def _sieve(
+    name: str, title: str, where: str, show: Callable[[Sequence[Profiled]], Shown],
+    models: Sequence[str] = _SIEVE_MODELS, tasks: Sequence[str] = DATASETS,
+) -> Callable[[Setting], ProfileRecipe]:  # fmt: skip
+    def make(setting: Setting) -> ProfileRecipe:
+        return _make("moe-sieve", setting, name, title, f"MoE-Sieve, {where}", models, tasks, show)
+
+    return make
+
+
+HELLORA = {
+    "figure-1": hellora_figure_1, "figure-3": hellora_figure_3, "figure-4": hellora_figure_4,
+    "figure-6": hellora_figure_6,
+}  # fmt: skip
+MOE_SIEVE = {
+    "table-2": _sieve("table-2", "Skew inside layers and over all layers", "section 3.1, table 2", tables.skew),
+    "table-7": _sieve(
+        "table-7", "Layer by layer on Spider", "appendix A.1, table 7", tables.by_layer, [OLMOE], ["spider"]
+    ),
+    "table-9": _sieve(
+        "table-9", "The same number of experts in each layer, or greedily spread", "appendix C, table 9",
+        tables.greedy, [OLMOE], ["gsm8k"],
+    ),
+    "figure-1": _sieve("figure-1", "Layer CV over global CV", "section 3.1, figure 1", tables.ratios),
+    "figure-2": _sieve("figure-2", "Coverage of a token by the busiest experts", "section 3.2, figure 2",
+                       tables.coverage),
+    "figure-3": _sieve("figure-3", "Overlap of the hot experts of two data sets", "section 3.2, figure 3",
+                       tables.overlaps, [OLMOE]),
+    "figure-5": _sieve("figure-5", "Load of all experts on all data sets", "appendix A.2, figure 5",
+                       tables.heat_maps, [OLMOE]),
+    "figure-6": _sieve("figure-6", "Hot experts of a tenth of the examples", "appendix A.3, figure 6",
+                       tables.stability),
+}  # fmt: skip

@@ -1,0 +1,327 @@
+"""A training step on many GPUs, on paper: memory, traffic and time of each GPU, by formula from a model's config.
+
+What one GPU needs for its own tokens is `estimate`'s. Here it is spread over GPUs in one of these layouts:
+
+- ddp: every GPU holds the whole model; the adapter's gradients are summed.
+- fsdp: the frozen weights are in N parts, and each layer is gathered for its forward and again for its backward. The
+  adapter is whole on every GPU.
+- ep: the GPUs of a node hold whole experts each, and tokens go to them; all other weights as in fsdp. The GPUs of
+  different nodes that have the same experts hold parts of them, as in fsdp.
+- ep-wide: the experts are dealt out over all nodes, as far as there are enough of them.
+- sharded: as fsdp, and the adapter with its gradients and AdamW's state in N parts too (DeepSpeed's ZeRO-3).
+
+Every GPU has a batch of its own, so that the tokens of a step grow with the GPUs. Bytes are what one GPU sends.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import HotLoraError
+from .estimate import estimate, meta_model, sized_config, torch_dtype, workspace_bytes
+from .flops import expert_adapter_flops
+from .models import expert_widths, moe_layers, num_experts_per_tok, unwrap
+
+LAYOUTS = ("ddp", "fsdp", "ep", "ep-wide", "sharded")
+NODE = 8
+"""GPUs of a node."""
+_LAYER = re.compile(r"(.*\.layers\.\d+)\.")
+_ADAM_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes all but the gradient, float32
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs as their maker specifies them, in nodes; and the share of that which is counted on."""
+
+    name: str
+    memory: float
+    """Bytes of a GPU."""
+    flops: float
+    """Dense bfloat16 matrix products, FLOP/s at the peak."""
+    bandwidth: float
+    """Of a GPU's own memory, bytes/s."""
+    link: float
+    """From a GPU to those of its node, bytes/s each way."""
+    network: float
+    """From a GPU to other nodes, bytes/s each way."""
+    compute_share: float = 0.4
+    """Of the peak that a training step gets; assumed."""
+    link_share: float = 0.8
+    """Of links and network; assumed."""
+
+
+H100 = Machine("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9)
+H200 = Machine("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model needs, and what one GPU's own batch does. Sizes in bytes, work in FLOP a step."""
+
+    tokens: int
+    num_experts: int
+    top_k: int
+    moe_layers: int
+    row: int
+    """One token's hidden state."""
+    experts: int
+    """Weights of all routed experts."""
+    dense: int
+    """All other weights."""
+    largest_layer: int
+    """Weights of the largest decoder layer."""
+    largest_dense: int
+    """The same without routed experts."""
+    head: int
+    """Weights of the LM head, which stay gathered from forward to backward."""
+    trainable: int
+    """Parameters that train."""
+    casts: int
+    """The experts' factors in the base's dtype."""
+    activations: int
+    expert_row: int
+    """What the experts of a layer keep, a token."""
+    live_layers: int
+    """MoE layers whose experts' activations are there at the peak: one under gradient checkpointing, else all."""
+    workspace: int
+    passes: int
+    """Times a weight is read in a step: forward, backward, and again under gradient checkpointing."""
+    expert_flops: float
+    other_flops: float
+
+    @property
+    def weights(self) -> int:
+        return self.experts + self.dense
+
+    @property
+    def flops(self) -> float:
+        return self.expert_flops + self.other_flops
+
+
+def work(
+    config: str | Path,
+    *,
+    batch_size: int,
+    max_length: int,
+    fraction: float | None = None,
+    gradient_checkpointing: bool = True,
+    coverage: float | None = None,
+    r: int = 32,
+    dtype: str = "auto",
+    quantize: int | None = None,
+    keep_hot: bool = False,
+    device: str = "cuda",
+    **options: Any,
+) -> Work:
+    """What `estimate` says of one GPU, taken apart for `memory`, `traffic` and `seconds`.
+
+    Args:
+        device: whose loss and kernels the short-lived workspace is for; activations are tried out on the CPU, since
+            there may be no GPU here.
+        options: further ones of `estimate`.
+
+    Raises:
+        As `estimate`.
+    """
+    found = estimate(
+        config, batch_size=batch_size, max_length=max_length, fraction=fraction, coverage=coverage, r=r, dtype=dtype,
+        quantize=quantize, keep_hot=keep_hot, gradient_checkpointing=gradient_checkpointing, **options,
+    )  # fmt: skip
+    cut = sized_config(config, options.get("layers"))
+    meta, compute = meta_model(cut), torch_dtype(dtype, cut)
+    layers = moe_layers(meta)
+    modules = [unwrap(meta.get_submodule(layer.experts)) for layer in layers]
+    of_experts = {id(p) for module in modules for p in module.parameters()}
+    dense = sum(p.numel() for p in meta.parameters() if id(p) not in of_experts) * compute.itemsize
+    # Quantized experts are smaller than their layer's parameters say.
+    scale = (found["memory"]["weights"] - dense) / sum(p.numel() for m in modules for p in m.parameters())
+    largest: dict[str, list[float]] = {}
+    for name, parameter in meta.named_parameters():
+        if match := _LAYER.match(name):
+            sizes = largest.setdefault(match[1], [0.0, 0.0])
+            sizes[id(parameter) not in of_experts] += parameter.numel()
+    memory, flops, tokens = found["memory"], found["flops"], found["tokens"]
+    adapter = expert_adapter_flops(meta, r, {layer.layer: found["coverage"] for layer in layers})
+    experts = 2 * flops["forward_per_token"]["experts"] + 3 * adapter
+    total = flops["step"] / tokens
+    again = gradient_checkpointing
+    if again:
+        experts += flops["forward_per_token"]["experts"] + adapter
+        total += sum(flops["forward_per_token"].values()) + flops["adapter_per_token"]
+    head = meta.get_output_embeddings()
+    return Work(
+        tokens=tokens,
+        num_experts=layers[0].num_experts,
+        top_k=num_experts_per_tok(meta),
+        moe_layers=len(layers),
+        row=expert_widths(modules[0])[0] * compute.itemsize,
+        experts=memory["weights"] - dense,
+        dense=dense,
+        largest_layer=round(max(scale * e + compute.itemsize * d for e, d in largest.values())),
+        largest_dense=round(max(compute.itemsize * d for _, d in largest.values())),
+        head=head.weight.numel() * compute.itemsize,
+        trainable=found["trainable"],
+        casts=memory["adapter"] - 4 * found["trainable"],
+        activations=memory["activations"],
+        expert_row=found["expert_bytes_per_token_layer"],
+        live_layers=1 if again else len(layers),
+        workspace=workspace_bytes(meta, tokens, compute, torch.device(device)),
+        passes=3 if again else 2,
+        expert_flops=experts * tokens,
+        other_flops=(total - experts) * tokens,
+    )
+
+
+def expert_groups(num_experts: int, gpus: int, layout: str) -> tuple[int, int]:
+    """(GPUs that share out the experts, GPUs that hold the same ones): as many of the first as there can be."""
+    parts = math.gcd(num_experts, gpus) if layout.startswith("ep") else 1
+    if layout == "ep":
+        parts = math.gcd(parts, NODE)
+    return parts, gpus // parts
+
+
+@cache
+def imbalance(num_experts: int, parts: int, cv: float = 1.0) -> float:
+    """Rows of the busiest part over the mean, expected, where the experts' loads are lognormal with this CV.
+
+    All wait for the busiest at each layer. Drawn with a fixed seed.
+    """
+    if num_experts % parts:
+        raise HotLoraError(f"parts is {parts}: it must divide {num_experts}, the number of experts.")
+    sigma = math.sqrt(math.log1p(cv * cv))
+    drawn = torch.randn(_DRAWS, num_experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loads = (sigma * drawn).exp().view(_DRAWS, parts, -1).sum(2)
+    return float((loads.amax(1) / loads.mean(1)).mean())
+
+
+def memory(work: Work, gpus: int, layout: str, cv: float = 1.0) -> dict[str, float]:
+    """Bytes on the fullest GPU, by kind, and in all. `gathered`: of other GPUs' weights, the layer that computes and
+    the one after it."""
+    _check(gpus, layout)
+    weights, gathered, extra, casts = float(work.weights), 0.0, 0.0, float(work.casts)
+    state = work.trainable * (1 / gpus if layout == "sharded" else 1.0)
+    if gpus > 1 and layout in ("fsdp", "sharded"):
+        weights, gathered = work.weights / gpus, 2.0 * work.largest_layer + work.head
+    elif gpus > 1 and layout.startswith("ep"):
+        parts, same = expert_groups(work.num_experts, gpus, layout)
+        busiest = imbalance(work.num_experts, parts, cv)
+        weights, gathered = work.weights / gpus, 2.0 * work.largest_dense + work.head
+        if same > 1:
+            gathered += 2 * (work.experts / work.moe_layers) / parts
+        casts /= parts
+        if parts > 1:
+            # Rows that come from elsewhere are kept as they arrive and as they leave; the busiest has most of them.
+            received = busiest * (work.expert_row + 2 * work.top_k * work.row) - work.expert_row
+            extra = work.tokens * work.live_layers * received
+    kinds = {
+        "weights": weights,
+        "gathered": gathered,
+        "adapter": 4 * state + casts,
+        # Torch's DDP holds what it sums in buckets of its own.
+        "gradients": 4 * state * (2 if gpus > 1 and layout == "ddp" else 1),
+        "optimizer": 8 * state,
+        "activations": work.activations + extra,
+        "workspace": float(work.workspace),
+    }
+    return kinds | {"total": sum(kinds.values())}
+
+
+def traffic(work: Work, gpus: int, layout: str) -> dict[str, float]:
+    """Bytes that one GPU sends in a step: `gather` of weights, `exchange` of tokens, `reduce` of gradients."""
+    _check(gpus, layout)
+    share = (gpus - 1) / gpus
+    found = {"gather": 0.0, "exchange": 0.0, "reduce": 2 * share * 4 * work.trainable}
+    if layout in ("fsdp", "sharded"):
+        found["gather"] = share * _gathered_twice(work.weights, work)
+    if layout == "sharded":
+        # Adapters are gathered in float32 as weights are; one reduce-scatter is half of an all-reduce.
+        found["gather"] += share * 2 * 4 * work.trainable
+        found["reduce"] /= 2
+    if layout.startswith("ep"):
+        parts, _ = expert_groups(work.num_experts, gpus, layout)
+        found["gather"] = share * _gathered_twice(work.dense, work) + _experts_gathered(work, gpus, layout)
+        found["exchange"] = _exchanged(work) * (parts - 1) / parts
+    return found
+
+
+def seconds(work: Work, machine: Machine, gpus: int, layout: str, cv: float = 1.0) -> dict[str, float]:
+    """Of a step: `compute`, `gather`, `exchange`, `reduce`, `optimizer`, and the whole `step`.
+
+    Weights are gathered and gradients summed while layers compute; tokens and the optimizer are waited for. Latency,
+    kernel launches and the data are left out.
+    """
+    _check(gpus, layout)
+    parts, _ = expert_groups(work.num_experts, gpus, layout)
+    busiest = imbalance(work.num_experts, parts, cv)
+    sent = traffic(work, gpus, layout)
+    held = work.dense + work.experts / parts
+    matrix = (work.other_flops + busiest * work.expert_flops) / (machine.flops * machine.compute_share)
+    compute = max(matrix, work.passes * held / machine.bandwidth)
+    # GPUs with the same experts are in different nodes, and each has a network of its own.
+    of_experts = _experts_gathered(work, gpus, layout) if parts > 1 else 0.0
+    way = machine.network if gpus > NODE else machine.link
+    state = work.trainable / (gpus if layout == "sharded" else 1)
+    times = {
+        "compute": compute,
+        "gather": _collective(sent["gather"] - of_experts, machine, gpus) + of_experts / (way * machine.link_share),
+        "exchange": busiest * _all_to_all(_exchanged(work), machine, parts) if parts > 1 else 0.0,
+        "reduce": _collective(sent["reduce"], machine, gpus),
+        "optimizer": state * _ADAM_BYTES / machine.bandwidth,
+    }
+    step = max(compute, times["gather"] + times["reduce"]) + times["exchange"] + times["optimizer"]
+    return times | {"step": step}
+
+
+def smallest(work: Work, machine: Machine, layout: str, numbers: tuple[int, ...]) -> int | None:
+    """The fewest GPUs of `numbers` on which it fits; None: on none of them."""
+    return next((n for n in numbers if memory(work, n, layout)["total"] <= machine.memory), None)
+
+
+def _gathered_twice(size: float, work: Work) -> float:
+    """All weights for forward and for backward; the head once."""
+    return 2.0 * size - work.head
+
+
+def _experts_gathered(work: Work, gpus: int, layout: str) -> float:
+    """Bytes of experts that a GPU sends to those that hold the same ones."""
+    parts, same = expert_groups(work.num_experts, gpus, layout)
+    return 2.0 * work.experts / parts * (same - 1) / same
+
+
+def _exchanged(work: Work) -> float:
+    """Bytes of rows that a GPU's tokens make: to the experts and back, in forward, in backward, and when a layer is
+    computed again."""
+    return 2.0 * work.passes * work.moe_layers * work.tokens * work.top_k * work.row
+
+
+def _collective(size: float, machine: Machine, gpus: int) -> float:
+    """Seconds of gathers and reductions in which each GPU sends `size`: within nodes over links, between nodes over
+    all of a node's network at once, and both at a time."""
+    if gpus == 1:
+        return 0.0
+    inside = size / machine.link
+    nodes = math.ceil(gpus / NODE)
+    whole = size * gpus / (gpus - 1)
+    between = whole * (nodes - 1) / nodes / (machine.network * min(gpus, NODE)) if nodes > 1 else 0.0
+    return max(inside, between) / machine.link_share
+
+
+def _all_to_all(size: float, machine: Machine, gpus: int) -> float:
+    """Seconds in which each GPU sends `size` in equal parts to all, itself included: to other nodes over its own
+    network."""
+    near = min(gpus, NODE)
+    inside, between = size * (near - 1) / gpus / machine.link, size * (gpus - near) / gpus / machine.network
+    return max(inside, between) / machine.link_share
+
+
+def _check(gpus: int, layout: str) -> None:
+    if gpus < 1:
+        raise HotLoraError(f"gpus is {gpus}: it must be 1 or more.")
+    if layout not in LAYOUTS:
+        raise HotLoraError(f"layout {layout!r} does not exist: choose one of {', '.join(LAYOUTS)}.")

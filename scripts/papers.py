@@ -1,0 +1,108 @@
+"""Write docs/papers.md: the list of recipes, and what nano's runs say of the papers' claims.
+
+python scripts/papers.py runs/papers   # first take the runs' records over into results/nano/papers, without weights
+python scripts/papers.py               # the tables and pictures from the records there, and the page
+python scripts/papers.py --check       # fail if the page is not what would be written
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hotlora.files import write_text
+from hotlora.recipes import RECIPES, Recipe, Setting
+from hotlora.recipes.page import table_results, write_tables
+from hotlora.recipes.result import Result
+from hotlora.records import Record, find_records
+from hotlora.tables import human_seconds
+from results import take_over
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "nano" / "papers"
+PAGE = ROOT / "docs" / "papers.md"
+RECIPES_MARK = "<!-- made by scripts/papers.py from the recipes -->"
+NANO_MARK = "<!-- made by scripts/papers.py from results/nano/papers -->"
+END = "<!-- end -->"
+
+
+def page() -> str:
+    """docs/papers.md, with what is made between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    for mark, made in ((RECIPES_MARK, recipes_table()), (NANO_MARK, nano())):
+        head, rest = text.split(mark)
+        text = f"{head}{mark}\n{made}\n{END}{rest.split(END, 1)[1]}"
+    return text
+
+
+def recipes_table() -> str:
+    """Every recipe: its name, what it shows, and what makes it."""
+    setting = Setting("nano")
+    lines = ["| `hotlora sweep` | shows | of | made by |", "| --- | --- | --- | --- |"]
+    for name, make in RECIPES.items():
+        recipe = make(setting)
+        made = "trainings" if isinstance(recipe, Recipe) else recipe.made_by
+        lines.append(f"| `{name}` | {recipe.title} | {recipe.where} | {made} |")
+    return "\n".join(lines)
+
+
+def nano() -> str:
+    """How many runs there were, and the claims; the other tables lie beside the records."""
+    records = find_records(RESULTS)
+    results = table_results(Setting("nano"), RESULTS)
+    claims = next(result for result in results if result.name == "claims")
+    lines = [_runs(records), "", f"**{claims.title}.**"]
+    lines += [line for line in claims.markdown().splitlines() if line.startswith(("|", "- "))]
+    lines[3:3] = [""]
+    return "\n".join(_spaced(lines)) + "\n\n" + _tables(results)
+
+
+def _runs(records: dict[Path, Record]) -> str:
+    trained = [record for record in records.values() if record.get("training")]
+    seconds = sum(record["training"]["seconds"] for record in trained)
+    device = trained[0]["environment"]["device"]
+    failed = sum(record["status"] != "done" for record in records.values())
+    return (
+        f"{len(records)} runs, {len(trained)} of them trainings, which took {human_seconds(seconds)} in all on {device} "
+        f"each, two side by side, with other work beside them; {failed} failed. Every run that was made is in the tables "
+        "([results/nano/papers](../results/nano/papers)), and what was not made is named there."
+    )
+
+
+def _tables(results: list[Result]) -> str:
+    folder = "../results/nano/papers/tables-nano"
+    lines = [f"All tables with their pictures are in [tables.md]({folder}/tables.md):", ""]
+    lines += [
+        f"- {result.title} ({result.where}): [CSV]({folder}/{result.name}.csv)" for result in results if result.rows
+    ]
+    return "\n".join(lines)
+
+
+def _spaced(lines: list[str]) -> list[str]:
+    """An empty line wherever a table begins or ends."""
+    spaced: list[str] = []
+    for line in lines:
+        if spaced and spaced[-1] and spaced[-1].startswith("|") != line.startswith("|"):
+            spaced.append("")
+        spaced.append(line)
+    return spaced
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="?")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    if args.check:
+        if PAGE.read_text(encoding="utf-8") != page():
+            sys.exit(f"{PAGE.relative_to(ROOT)} is not up to date; run `python scripts/papers.py`")
+        return
+    if args.runs:
+        print(f"{take_over(args.runs, RESULTS)} records in {RESULTS.relative_to(ROOT)}")
+    for tables in write_tables(RESULTS, RESULTS):
+        print(f"wrote {tables.relative_to(ROOT)}")
+    write_text(PAGE, page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
