@@ -11,7 +11,7 @@ weights with a float32 scale each. Shape suffixes: E experts, G groups of rows, 
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +22,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import HotLoraError, ModelError
+from .errors import HotLoraError, ModelError, PlanError
 from .experts import Groups, grouped_linear
 from .fused import IMPLEMENTATION
 from .models import moe_layers, unwrap
@@ -32,7 +32,6 @@ _BLOCK = 64
 _MOST_AT_ONCE = 2**30
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _METHOD = "hotlora_experts"
-_ALL = slice(None)
 
 
 class QuantizedExperts(nn.Module):
@@ -43,30 +42,42 @@ class QuantizedExperts(nn.Module):
     """
 
     packed: Tensor
-    """uint8 `[E, bytes of an expert]`."""
+    """uint8 `[E - n, bytes of an expert]`."""
     scale_bits: Tensor
-    """int32 `[E, blocks of an expert]`: float32 scales by their bits, so that `.to(bfloat16)` does not round them."""
-    _like: Tensor
-    """Empty; carries dtype and device through `.to()`."""
+    """int32 `[E - n, blocks of an expert]`: float32 scales by their bits, which `.to(bfloat16)` does not round."""
+    kept: Tensor
+    """`[n, ., .]`: the weights of the experts that are left as they were; n may be 0. It carries the dtype."""
+    _kept_index: Tensor
+    _cold_index: Tensor
 
-    def __init__(self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, dtype: torch.dtype, bits: int) -> None:
+    def __init__(
+        self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, bits: int, kept: Tensor, kept_ids: Sequence[int]
+    ) -> None:
         super().__init__()
-        self.shape, self.bits = shape, bits
+        self.shape, self.bits, self.kept_ids = shape, bits, tuple(kept_ids)
+        self._cold_ids = tuple(expert for expert in range(shape[0]) if expert not in self.kept_ids)
         self.register_buffer("packed", packed)
         self.register_buffer("scale_bits", scale_bits)
-        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=packed.device), persistent=False)
+        self.register_buffer("kept", kept)
+        for name, ids in (("_kept_index", self.kept_ids), ("_cold_index", self._cold_ids)):
+            index = torch.tensor(ids, dtype=torch.int64, device=packed.device)
+            self.register_buffer(name, index, persistent=False)
 
     @classmethod
     @torch.no_grad()
-    def from_weight(cls, weight: Tensor, bits: int) -> "QuantizedExperts":
-        """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result."""
-        experts = [_quantize(expert.reshape(-1), bits) for expert in weight.detach()]
+    def from_weight(cls, weight: Tensor, bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
+        """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result.
+
+        keep: experts that are left as they are, ascending; not all of them.
+        """
+        weight = weight.detach()
+        experts = [_quantize(weight[e].reshape(-1), bits) for e in range(len(weight)) if e not in keep]
         packed, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
-        return cls(packed, scales.view(torch.int32), weight.shape, weight.dtype, bits)
+        return cls(packed, scales.view(torch.int32), weight.shape, bits, weight[list(keep)], keep)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._like.dtype
+        return self.kept.dtype
 
     @property
     def device(self) -> torch.device:
@@ -74,16 +85,32 @@ class QuantizedExperts(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + self.scale_bits.nbytes
+        return self.packed.nbytes + self.scale_bits.nbytes + self.kept.nbytes
 
     def numel(self) -> int:
         """How many weights it stands for."""
         return self.shape.numel()
 
     @torch.no_grad()
-    def dequantize(self, experts: Tensor | slice = _ALL) -> Tensor:
-        """Dense weights of the experts given, by ids `[n]` or as a slice: `[n, *shape[1:]]` in `dtype`."""
-        packed, scales = self.packed[experts], self.scale_bits.view(torch.float32)[experts]
+    def dequantize(self) -> Tensor:
+        """Dense weights of all experts, `shape` in `dtype`."""
+        cold = self._dense(slice(None))
+        if not self.kept_ids:
+            return cold
+        dense = cold.new_empty(self.shape)
+        return dense.index_copy_(0, self._cold_index, cold).index_copy_(0, self._kept_index, self.kept)
+
+    @torch.no_grad()
+    def expert(self, number: int) -> Tensor:
+        """Dense weights of one expert, `shape[1:]` in `dtype`."""
+        if number in self.kept_ids:
+            return self.kept[self.kept_ids.index(number)]
+        place = self._cold_ids.index(number)
+        return self._dense(slice(place, place + 1))[0]
+
+    def _dense(self, places: slice) -> Tensor:
+        """Of the quantized experts that lie there."""
+        packed, scales = self.packed[places], self.scale_bits.view(torch.float32)[places]
         # bitsandbytes has no float64.
         dtype = self.dtype if self.dtype in _FLOATS else torch.float32
         per_expert = scales.shape[1] * _BLOCK
@@ -108,10 +135,13 @@ class QuantizedExperts(nn.Module):
         return cast(Tensor, _QuantizedLinear.apply(x_SI, self, groups, transposed))
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}"
+        kept = f", kept={self.kept_ids}" if self.kept_ids else ""
+        return f"{tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}{kept}"
 
 
-def quantize_experts(model: nn.Module, bits: Literal[4, 8] = 4) -> nn.Module:
+def quantize_experts(
+    model: nn.Module, bits: Literal[4, 8] = 4, keep: Mapping[int, Sequence[int]] | None = None
+) -> nn.Module:
     """Stores the routed experts of `model` in `bits` bits, in place, and returns `model`.
 
     Only routed experts: attention, shared experts and embeddings keep their dtype, or what bitsandbytes has made of
@@ -119,14 +149,19 @@ def quantize_experts(model: nn.Module, bits: Literal[4, 8] = 4) -> nn.Module:
     adapters only, and cannot be saved as a whole. Quantizing needs the memory of one projection of one layer more
     than the model has; `ExpertsQuantization` quantizes while it loads.
 
+    Args:
+        keep: decoder layer -> experts that are left as they are, such as `ExpertPlan.experts`: the cold ones alone are
+            quantized then. A layer all of whose experts are kept is left alone.
+
     Raises:
+        PlanError: `keep` names a layer or an expert that is not there.
         ModelError: no MoE layer, quantized already, with a merged adapter, on the meta device, or not in a 16- or
         32-bit float.
         HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
     """
     _check_bits(bits)
     _bitsandbytes()
-    modules = _experts_modules(model)
+    modules, kept = _experts_modules(model), _kept_ids(model, keep)
     if (there := quantized_bits(model)) is not None:
         raise ModelError(f"the experts are quantized to {there} bits already. Load the model again to change that.")
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
@@ -140,9 +175,9 @@ def quantize_experts(model: nn.Module, bits: Literal[4, 8] = 4) -> nn.Module:
                     f"{path}.{name} is {type(weight).__name__} of {weight.dtype}, and can be quantized from float32, "
                     "bfloat16 or float16. Load the model in one of them, without other quantization of its experts."
                 )
-    for experts in modules.values():
-        for name in [name for name, _ in _dense_weights(experts)]:
-            _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits))
+    for path, experts in modules.items():
+        for name in [name for name, weight in _dense_weights(experts) if len(kept[path]) < len(weight)]:
+            _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
     _finish(_transformers_model(model))
     return model
 
@@ -232,7 +267,7 @@ def _grouped_product(x_SI: Tensor, holder: QuantizedExperts, groups: Groups, tra
     start = 0
     for group, end in enumerate(groups.ends_G.tolist()):
         if end > start:
-            weight = holder.dequantize(slice(group, group + 1))[0]
+            weight = holder.expert(group)
             # `out` because autocast would touch a plain product, and it does not know grouped_mm either.
             torch.mm(x_SI[start:end], weight if transposed else weight.T, out=y_SO[start:end])
             del weight  # before the next one is made
@@ -245,20 +280,23 @@ class ExpertsQuantization(QuantizationConfigMixin):
     """`from_pretrained(..., quantization_config=ExpertsQuantization(4))` quantizes experts while it loads: at no time
     more than one projection of one layer is dense, and its parts while transformers stacks them.
 
+    bits, keep: as `quantize_experts` takes them.
+
     Raises:
         HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
     """
 
-    def __init__(self, bits: int = 4, **_: Any) -> None:
+    def __init__(self, bits: int = 4, keep: Mapping[int, Sequence[int]] | None = None, **_: Any) -> None:
         _check_bits(bits)
         _bitsandbytes()
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
-        self.bits = bits
+        self.bits, self.keep = bits, keep
 
 
-def experts_in(bits: int | None) -> ExpertsQuantization | None:
-    """What `load_model` takes for experts in `bits` bits; None leaves them as the checkpoint has them."""
-    return None if bits is None else ExpertsQuantization(bits)
+def experts_in(bits: int | None, keep: Mapping[int, Sequence[int]] | None = None) -> ExpertsQuantization | None:
+    """What `load_model` takes for experts in `bits` bits, but for those in `keep`; None leaves all as the checkpoint
+    has them."""
+    return None if bits is None else ExpertsQuantization(bits, keep)
 
 
 @register_quantizer(_METHOD)
@@ -266,8 +304,13 @@ class _ExpertsQuantizer(HfQuantizer):
     """transformers' hooks into loading. The model that comes out is as `quantize_experts` leaves it."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        modules = _experts_modules(model)
-        self.names = {f"{path}.{name}" for path, experts in modules.items() for name, _ in _dense_weights(experts)}
+        kept = _kept_ids(model, cast(ExpertsQuantization, self.quantization_config).keep)
+        self.names = {
+            f"{path}.{name}": kept[path]
+            for path, experts in _experts_modules(model).items()
+            for name, weight in _dense_weights(experts)
+            if len(kept[path]) < len(weight)
+        }
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.names
@@ -292,15 +335,16 @@ class _ExpertsQuantizer(HfQuantizer):
 
 
 class _QuantizeOnLoad(ConversionOps):
-    def __init__(self, names: set[str], bits: int) -> None:
+    def __init__(self, names: Mapping[str, Sequence[int]], bits: int) -> None:
         self.names, self.bits = names, bits
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Puts the holders where they belong, and leaves to transformers what is not to be quantized."""
-        for name in self.names & input_dict.keys():
+        for name in self.names.keys() & input_dict.keys():
             value = input_dict.pop(name)
-            holder = QuantizedExperts.from_weight(value[0] if isinstance(value, list) else value, self.bits)
+            weight = value[0] if isinstance(value, list) else value
+            holder = QuantizedExperts.from_weight(weight, self.bits, self.names[name])
             path, _, attribute = name.rpartition(".")
             _replace(kwargs["model"].get_submodule(path), attribute, holder)
             kwargs["missing_keys"].discard(name)
@@ -309,6 +353,17 @@ class _QuantizeOnLoad(ConversionOps):
 
 def _experts_modules(model: nn.Module) -> dict[str, Any]:
     return {layer.experts: unwrap(model.get_submodule(layer.experts)) for layer in moe_layers(model)}
+
+
+def _kept_ids(model: nn.Module, keep: Mapping[int, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
+    """Path of each experts module -> the experts that are left as they are, ascending."""
+    keep, layers = keep or {}, {layer.layer: layer for layer in moe_layers(model)}
+    for number, ids in keep.items():
+        if number not in layers:
+            raise PlanError(f"keep names layer {number}, which has no experts: there are {list(layers)}.")
+        if wrong := [e for e in ids if not 0 <= e < layers[number].num_experts]:
+            raise PlanError(f"keep names expert {wrong[0]} of layer {number}, of {layers[number].num_experts} experts.")
+    return {layer.experts: tuple(sorted(set(keep.get(number, ())))) for number, layer in layers.items()}
 
 
 def _dense_weights(experts: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -54,6 +54,12 @@ class Machine:
     """Of the peak that a training step gets; assumed."""
     link_share: float = 0.8
     """Of links and network; assumed."""
+    memory_share: float = 0.9
+    """Of a GPU's memory; fragmentation and the CUDA context have the rest; assumed."""
+
+    def holds(self, size: float) -> bool:
+        """Whether a GPU has room for so many bytes of tensors."""
+        return size <= self.memory * self.memory_share
 
 
 H100 = Machine("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9)
@@ -280,7 +286,7 @@ def seconds(work: Work, machine: Machine, gpus: int, layout: str, cv: float = 1.
 
 def smallest(work: Work, machine: Machine, layout: str, numbers: tuple[int, ...]) -> int | None:
     """The fewest GPUs of `numbers` on which it fits; None: on none of them."""
-    return next((n for n in numbers if memory(work, n, layout)["total"] <= machine.memory), None)
+    return next((n for n in numbers if machine.holds(memory(work, n, layout)["total"])), None)
 
 
 def _gathered_twice(size: float, work: Work) -> float:

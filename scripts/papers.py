@@ -6,12 +6,16 @@ python scripts/papers.py --check       # fail if the page is not what would be w
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 from hotlora.files import write_text
 from hotlora.recipes import RECIPES, Recipe, Setting
+from hotlora.recipes.benches import BenchRecipe
+from hotlora.recipes.configs import HyperparameterTable, ShapeTable
 from hotlora.recipes.page import table_results, write_tables
+from hotlora.recipes.profiles import ProfileRecipe
 from hotlora.recipes.result import Result
 from hotlora.records import Record, find_records
 from hotlora.tables import human_seconds
@@ -23,6 +27,9 @@ PAGE = ROOT / "docs" / "papers.md"
 RECIPES_MARK = "<!-- made by scripts/papers.py from the recipes -->"
 NANO_MARK = "<!-- made by scripts/papers.py from results/nano/papers -->"
 END = "<!-- end -->"
+MADE_BY = {ProfileRecipe: "profiles", BenchRecipe: "benches", HyperparameterTable: "presets", ShapeTable: "configs"}
+# Of a store, beside the runs' records and plans.
+KEPT = ("profiles/*/*/study.json", "profiles/*/*/*.safetensors", "benches/*/*.json", "configs/*.json")
 
 
 def page() -> str:
@@ -40,7 +47,7 @@ def recipes_table() -> str:
     lines = ["| `hotlora sweep` | shows | of | made by |", "| --- | --- | --- | --- |"]
     for name, make in RECIPES.items():
         recipe = make(setting)
-        made = "trainings" if isinstance(recipe, Recipe) else recipe.made_by
+        made = "trainings" if isinstance(recipe, Recipe) else MADE_BY[type(recipe)]
         lines.append(f"| `{name}` | {recipe.title} | {recipe.where} | {made} |")
     return "\n".join(lines)
 
@@ -62,9 +69,9 @@ def _runs(records: dict[Path, Record]) -> str:
     device = trained[0]["environment"]["device"]
     failed = sum(record["status"] != "done" for record in records.values())
     return (
-        f"{len(records)} runs, {len(trained)} of them trainings, which took {human_seconds(seconds)} in all on {device} "
-        f"each, two side by side, with other work beside them; {failed} failed. Every run that was made is in the tables "
-        "([results/nano/papers](../results/nano/papers)), and what was not made is named there."
+        f"{len(records)} runs, {len(trained)} of them trainings that took {human_seconds(seconds)} in all on "
+        f"{device} each, two side by side and with other work beside them; {failed} failed. Every run made is in the "
+        "tables ([results/nano/papers](../results/nano/papers)), and what was not made is named there."
     )
 
 
@@ -98,6 +105,10 @@ def main() -> None:
         return
     if args.runs:
         print(f"{take_over(args.runs, RESULTS)} records in {RESULTS.relative_to(ROOT)}")
+        for file in (file for pattern in KEPT for file in args.runs.glob(pattern)):
+            target = RESULTS / file.relative_to(args.runs)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
     for tables in write_tables(RESULTS, RESULTS):
         print(f"wrote {tables.relative_to(ROOT)}")
     write_text(PAGE, page())

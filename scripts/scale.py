@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from traffic import measure
 
 from hotlora.figures import INK, MUTED, SERIES, style
@@ -34,7 +35,7 @@ from hotlora.scale import (
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.png"
 BENCHMARKS = ROOT / "benchmarks"
-TRAFFIC = BENCHMARKS / "traffic-nano.json"
+TRAFFIC = BENCHMARKS / "traffic" / "nano.json"
 MODELS = {
     "Mixtral-8x7B": "mixtral-8x7b",
     "Qwen3-30B-A3B": "qwen3-30b-a3b",
@@ -83,9 +84,10 @@ def page(text: str, found: Works) -> str:
 
 def settings() -> str:
     return (
-        f"LoRA of rank {RANK} on all experts, and on the hot {FRACTION:.0%} of each layer; {BATCH} × {LENGTH:,} tokens a "
-        f"GPU, with gradient checkpointing. **Assumed:** {H100.compute_share:.0%} of the peak rate in matrix products, "
-        f"{H100.link_share:.0%} of the links; experts' loads with a CV of 1."
+        f"LoRA of rank {RANK} on all experts, and on the hot {FRACTION:.0%} of each layer; {BATCH} × {LENGTH:,} tokens "
+        f"a GPU, with gradient checkpointing. **Assumed:** {H100.compute_share:.0%} of the peak rate in matrix "
+        f"products, {H100.link_share:.0%} of the links, {H100.memory_share:.0%} of the memory; experts' loads with a "
+        "CV of 1."
     )
 
 
@@ -255,6 +257,9 @@ def picture(found: Works) -> Figure:
                     own.plot(GPUS, points, dashes, color=COLOURS[layout], linewidth=1.8, marker="o", markersize=3)
             own.set_xscale("log", base=2)
             own.set_yscale("log")
+            own.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            own.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            own.yaxis.set_minor_locator(NullLocator())
             own.set_xticks(GPUS, [str(n) for n in GPUS])
             style(own)
         for machine in (H100, H200):
@@ -277,13 +282,13 @@ def total_memory(one: Work, gpus: int, layout: str) -> float:
 
 def step_time(one: Work, gpus: int, layout: str) -> float:
     """Nothing where no GPU of these holds it."""
-    fits = memory(one, gpus, layout)["total"] <= H200.memory
+    fits = H200.holds(memory(one, gpus, layout)["total"])
     return seconds(one, H100, gpus, layout)["step"] if fits else float("nan")
 
 
 def fitting(one: Work, gpus: int, layout: str) -> str:
     size = memory(one, gpus, layout)["total"]
-    return f"**{gb(size)}**" if size <= H200.memory else gb(size)
+    return f"**{gb(size)}**" if H200.holds(size) else gb(size)
 
 
 def timed(one: Work, gpus: int, layout: str) -> str:

@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def _run(layout: str, many: int, checkpointing: bool, folder: Path) -> list[dict
 
 
 def _child(layout: str, checkpointing: bool, output: Path) -> None:
+    warnings.simplefilter("ignore")
     if layout == "fsdp":
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     distributed.start("cpu")
@@ -153,7 +155,7 @@ class Sent(TorchDispatchMode):
             self._exchange(args[1], ProcessGroup.unbox(args[2]), args[4])
         elif name == "all_to_all_single":  # input, sizes to receive, sizes to send, group's name
             self._exchange(args[0], _resolve_process_group(args[3]), args[2])
-        elif name not in ("wait_tensor", "barrier"):
+        elif name not in ("wait_tensor", "_wrap_tensor_autograd", "barrier"):
             raise RuntimeError(f"a collective that is not counted: {name}")
 
     def _exchange(self, tensor: Any, group: Any, sizes: list[int]) -> None:

@@ -16,7 +16,7 @@ from zoo import families, zoo_model
 
 from hotlora.adapter import HotLoraConfig
 from hotlora.count import count_parameters
-from hotlora.errors import HotLoraError, ModelError
+from hotlora.errors import HotLoraError, ModelError, PlanError
 from hotlora.experts import Groups
 from hotlora.load import load_adapter
 from hotlora.models import load_model, moe_layers
@@ -76,10 +76,9 @@ def test_every_weight_comes_back(bits, shape):
 def test_single_experts(bits):
     holder = QuantizedExperts.from_weight(random_weight(6, 24, 16), bits)
     dense = holder.dequantize()
-    assert torch.equal(holder.dequantize(torch.tensor([4, 0])), dense[[4, 0]])
-    assert holder.dequantize(torch.tensor([], dtype=torch.int64)).shape == (0, 24, 16)
+    assert torch.equal(holder.expert(4), dense[4]) and torch.equal(holder.expert(0), dense[0])
     alone = QuantizedExperts.from_weight(random_weight(6, 24, 16)[2:3], bits)
-    assert torch.equal(alone.dequantize()[0], dense[2])  # an expert's numbers do not depend on its neighbours
+    assert torch.equal(alone.expert(0), dense[2])  # an expert's numbers do not depend on its neighbours
 
 
 @pytest.mark.parametrize(("bits", "bytes_each"), [(4, 0.5625), (8, 1.0625)])
@@ -93,12 +92,12 @@ def test_bytes(bits, bytes_each):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_to_dtype_changes_what_comes_out_and_not_what_is_kept(bits, dtype):
     holder = QuantizedExperts.from_weight(random_weight(4, 32, 16), bits)
-    exact, kept = holder.dequantize(), holder.state_dict()
-    kept = {name: tensor.clone() for name, tensor in kept.items()}
+    exact = holder.dequantize()
+    stored = {name: tensor.clone() for name, tensor in holder.state_dict().items() if name != "kept"}
     holder.to(dtype)
     assert holder.dtype == holder.dequantize().dtype == dtype
     assert torch.equal(holder.dequantize(), exact.to(dtype))
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in holder.state_dict().items())
+    assert all(torch.equal(holder.state_dict()[name], tensor) for name, tensor in stored.items())
     assert torch.equal(holder.float().dequantize(), exact)
 
 
@@ -177,7 +176,8 @@ def test_no_dense_weight_outlives_the_product():
         y = holder.grouped_linear(x, Groups(torch.tensor([2, 4, 6, 8], dtype=torch.int32)))
     alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
     for tensor in (*saved, *alive):
-        assert not (tensor.is_floating_point() and tensor.shape[-2:] in (shape[1:], shape[:0:-1])), tensor.shape
+        is_dense = tensor.is_floating_point() and tensor.shape[-2:] in (shape[1:], shape[:0:-1])
+        assert not (is_dense and tensor.numel()), tensor.shape
     y.sum().backward()
     assert x.grad is not None
 
@@ -243,17 +243,100 @@ def test_loading_keeps_one_projection_dense_at_most(tmp_path, monkeypatch):
     most = 0
     quantize = QuantizedExperts.from_weight.__func__
 
-    def watch(cls, weight, bits):
+    def watch(cls, weight, bits, keep):
         nonlocal most
         known = {id(t) for t in before}
         alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and id(t) not in known]
         dense = [t for t in alive if tuple(t.shape) in shapes and t.is_floating_point() and t.device.type == "cpu"]
         most = max(most, len({t.data_ptr() for t in dense}))
-        return quantize(cls, weight, bits)
+        return quantize(cls, weight, bits, keep)
 
     monkeypatch.setattr(QuantizedExperts, "from_weight", classmethod(watch))
     load_model(tmp_path, device="cpu", quantization_config=ExpertsQuantization(4))
     assert most == 1
+
+
+@bits_4_8
+@pytest.mark.parametrize("keep", [(2,), (0, 3, 5), (0, 1, 2, 3, 4)])
+def test_kept_experts_are_bitwise_what_they_were(bits, keep):
+    weight = random_weight(6, 24, 16)
+    holder, whole = QuantizedExperts.from_weight(weight, bits, keep), QuantizedExperts.from_weight(weight, bits)
+    for expert in range(6):
+        wanted = weight[expert] if expert in keep else whole.expert(expert)
+        assert torch.equal(holder.expert(expert), wanted) and torch.equal(holder.dequantize()[expert], wanted)
+    # By formula: 16 or 32 bits of what is kept, and what is quantized as without it.
+    assert holder.nbytes == len(keep) * 24 * 16 * 4 + (6 - len(keep)) * 24 * 16 * (bits / 8 + 1 / 16)
+    assert holder.numel() == weight.numel() and holder.to(torch.bfloat16).dequantize().dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_linear_with_kept_experts(transposed):
+    shape = (5, 16, 24) if transposed else (5, 24, 16)
+    weight, groups = random_weight(*shape), Groups(torch.tensor([3, 3, 7, 8, 9], dtype=torch.int32))
+    holder = QuantizedExperts.from_weight(weight, 4, (2, 4))
+    x, grad = random_weight(9, 16, seed=1), random_weight(9, 24, seed=2)
+    got_x, want_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got = holder.grouped_linear(got_x, groups, transposed=transposed)
+    dense = holder.dequantize().transpose(1, 2) if transposed else holder.dequantize()
+    expert = torch.tensor([0, 0, 0, 2, 2, 2, 2, 3, 4])
+    want = torch.stack([dense[e] @ row for e, row in zip(expert, want_x, strict=True)])
+    for y in (got, want):
+        y.backward(grad)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got_x.grad, want_x.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_only_cold_experts_are_quantized(family):
+    """A token whose experts are all kept computes as without quantization; memory is that of the formula."""
+    model = zoo_model(family)
+    dense, before = copy.deepcopy(model), expert_bytes(model)
+    layers = moe_layers(model)
+    keep = {layer.layer: tuple(range(layer.num_experts // 2)) for layer in layers}
+    quantize_experts(model, 4, keep)
+    biases = sum(p.nbytes for e in experts_of(dense) for n, p in e.named_parameters(recurse=False) if "bias" in n)
+    assert biases >= 0 and expert_bytes(model) == pytest.approx(before * (0.5 + 0.5 * (4 / 8 + 1 / 16) / 4))
+    for layer, plain, quantized in zip(layers, experts_of(dense), experts_of(model), strict=True):
+        for name, holder in quantized.named_children():
+            if isinstance(holder, QuantizedExperts):
+                half, weight = layer.num_experts // 2, getattr(plain, name)
+                assert torch.equal(holder.dequantize()[:half], weight[:half])
+                assert 0 < relative(holder.dequantize()[half:], weight[half:]) < 0.2
+        width = plain.down_proj.shape[2 if plain.is_transposed else 1]
+        x = random_weight(7, width, seed=3)
+        hot, mixed = torch.zeros(7, 2, dtype=torch.int64), torch.arange(14).view(7, 2) % layer.num_experts
+        weights = torch.full((7, 2), 0.5)
+        with torch.no_grad():
+            torch.testing.assert_close(quantized(x, hot, weights), plain(x, hot, weights), rtol=1e-5, atol=1e-6)
+            assert relative(quantized(x, mixed, weights), plain(x, mixed, weights)) > 1e-3
+
+
+def test_a_layer_that_is_kept_in_whole_stays_as_it_was():
+    model = tiny_model()
+    layers = moe_layers(model)
+    quantize_experts(model, 8, {layers[0].layer: tuple(range(layers[0].num_experts))})
+    first, second = experts_of(model)
+    assert isinstance(first.down_proj, Tensor) and isinstance(second.down_proj, QuantizedExperts)
+    assert model(**tiny_batch()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("keep", [{9: (0,)}, {0: (99,)}, {0: (-1,)}])
+def test_kept_experts_that_are_not_there(keep):
+    model = tiny_model()
+    with pytest.raises(PlanError, match="keep names"):
+        quantize_experts(model, 4, keep)
+    assert quantized_bits(model) is None
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_cold_experts_quantized_while_loading(tmp_path, family):
+    tiny_model(family).save_pretrained(tmp_path)
+    keep = {0: (1, 2), 1: (0,)}
+    model = load_model(tmp_path, device="cpu", quantization_config=ExpertsQuantization(4, keep))
+    expected = quantize_experts(load_model(tmp_path, device="cpu"), 4, keep)
+    state, want = model.state_dict(), expected.state_dict()
+    assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
+    assert torch.equal(model(**tiny_batch()).logits, expected(**tiny_batch()).logits)
 
 
 def test_nano_loads_quantized():

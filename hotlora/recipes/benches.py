@@ -99,6 +99,7 @@ class BenchRecipe(Direct):
         made = {"table": self._throughput, "figure": self._figure, "cost": self._cost}[self.view](found)
         columns, rows, numbers, figures = made
         notes = [_words(key, result) for key, result in found.items()]
+        notes += ["Checkpoints are counted at four bytes a parameter."] if self.view == "cost" else []
         lacking = [f"{model}, {name}: no bench." for model in self.models for name in self.benches
                    if (model, name) not in found]  # fmt: skip
         failed = [
@@ -257,8 +258,7 @@ def _words(key: tuple[str, str], result: Row) -> str:
         f"{key[0]}, bench {key[1]}: {result['environment']['device']}, {settings['dtype']}, {settings['tokens']:,} "
         f"tokens a step in sequences of {settings['length']}, rank {settings['r']}, {rounds} rounds in turn, random "
         "weights, no dropout, routers skewed to a CV of "
-        f"{result['routing']['cv']:.2f}. Ratios are medians over rounds. Checkpoints are counted at four bytes a "
-        "parameter."
+        f"{result['routing']['cv']:.2f}. Ratios are medians over rounds."
     )
 
 

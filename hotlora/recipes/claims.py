@@ -80,6 +80,17 @@ CLAIMS = (
           "moe-sieve-section-7.3", "sieve-half-random", "below", "sieve"),
     Claim("MoE-Sieve 7.3", "Cold fillers add noise: hot ones alone make seeds differ less.", "moe-sieve-section-7.3",
           "sieve", "spread", "sieve-half-random"),
+    *(
+        Claim(where, says, "moe-sieve-experts-alone", f"sieve-pure-{name}", "below", "sieve-pure-hot")
+        for name, where, says in (
+            ("random", "MoE-Sieve 6.1", "Random is worse, with adapters on experts alone."),
+            ("cold", "HELLoRA 4.5.1", "Cold is worse, with adapters on experts alone."),
+            ("global", "HELLoRA 4.5.1", "Hot over all layers is worse, with adapters on experts alone."),
+            ("hot+random", "MoE-Sieve 7.3", "Hot and random are worse than hot, with adapters on experts alone."),
+        )
+    ),
+    Claim("MoE-Sieve 6.2", "Greedy does not improve on uniform, with adapters on experts alone.",
+          "moe-sieve-experts-alone", "sieve-pure-hot", "as good", "sieve-pure-greedy"),
 )  # fmt: skip
 
 

@@ -113,6 +113,28 @@ def section_7_3(setting: Setting) -> Recipe:
     )  # fmt: skip
 
 
+def experts_alone(setting: Setting) -> Recipe:
+    """Ours: which experts, where nothing else is adapted, so that attention and router cannot make up for them."""
+    rules = {
+        "random": "random 25%", "hot+random": "hot 12.5% + random 12.5%", "greedy": "greedy, as many in all",
+        "global": "hot by index over layers, 25%", "cold": "cold 25%",
+    }  # fmt: skip
+    rows = [
+        _alone("hot", "hot 25%", fraction=0.25),
+        *(_alone(rule, label, rule=rule, fraction=0.25) for rule, label in rules.items()),
+        _alone("all", "all experts", rule="all"),
+    ]
+    return make(
+        "moe-sieve", setting, "experts-alone", "Which experts, with adapters on experts alone",
+        "Not in the papers: MoE-Sieve's sections 6 and 7.3 without adapters on attention and router",
+        _GSM8K, rows, reference="sieve-pure-hot",
+    )  # fmt: skip
+
+
+def _alone(name: str, label: str, **options: Any) -> Row:
+    return Row(f"sieve-pure-{name}", label, "sieve", {"placement": "pure", **options})
+
+
 def figure_4(setting: Setting) -> Recipe:
     """Accuracy over the number of experts."""
     rows = [_hot(4), _hot(8, GSM8K=29.1), _HOT, _hot(32), _hot(48), _ALL]
@@ -138,4 +160,4 @@ def _only(row: Row, columns: tuple[str, ...]) -> Row:
 
 RECIPES = {"table-3": table_3, "table-5": table_5, "table-6": table_6, "table-8": table_8, "table-10": table_10,
            "figure-4": figure_4, "section-6.1": section_6_1, "section-6.2": section_6_2,
-           "section-7.3": section_7_3}  # fmt: skip
+           "section-7.3": section_7_3, "experts-alone": experts_alone}  # fmt: skip

@@ -50,8 +50,8 @@ def write_tables(runs: str | os.PathLike[str], output: str | os.PathLike[str]) -
 
 def table_results(setting: Setting, runs: Path) -> list[Result]:
     """What is there of every recipe in a setting; the claims come first."""
-    recipes = {name: make(setting) for name, make in RECIPES.items()}
-    trainings = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, Recipe)}
+    recipes = [make(setting) for make in RECIPES.values()]
+    trainings = {recipe.name: recipe for recipe in recipes if isinstance(recipe, Recipe)}
     claims = claims_result(trainings, runs)
-    found = [result(recipe, runs) for recipe in trainings.values()]
+    found = [result(recipe, runs) if isinstance(recipe, Recipe) else recipe.result(runs) for recipe in recipes]
     return [some for some in [claims, *found] if some is not None]
