@@ -1,0 +1,265 @@
+"""Before a model is loaded: whether a training step fits into the memory that is free, and which options make it fit.
+
+It is the estimate (`estimate.py`), spread over processes as `scale.py` has it, against the device's free memory.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers.utils import cached_file
+
+from . import scale
+from .config import TrainConfig
+from .distributed import num_processes, own_device, uses_deepspeed
+from .errors import FileError, HotLoraError, ModelError
+from .models import NANO
+from .plan import DEFAULT_FRACTION, ExpertPlan
+from .rules import READS
+
+ROOM = 0.9
+"""Share of the free memory that is counted on; the estimate is good to 15%, and leaves out fragmentation."""
+_MOST_REMEDIES = 3
+_FIXED = ("weights", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
+_DEFAULT = TrainConfig()
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found. Sizes in bytes, of the fullest process's device."""
+
+    device: str
+    free: int
+    needed: int
+    """At the peak of a step of full batches; 0 where it is not known."""
+    fixed: int = 0
+    """Of it whatever the batch: weights, the adapter, its gradients, AdamW's state."""
+    batch: str = ""
+    remedies: tuple[tuple[str, int], ...] = ()
+    """(flags, bytes needed with them), where it does not fit."""
+    unknown: str = ""
+    """Why nothing is known."""
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= ROOM * self.free
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether not even the model and the adapter's state find room. On a CPU swapping may carry it through."""
+        return self.fixed > self.free and self.device != "cpu"
+
+    def __str__(self) -> str:
+        if self.unknown:
+            return f"memory: whether it fits is not known ({self.unknown})"
+        has = f"{_size(self.free)} are free on {self.device}"
+        if self.fits:
+            return f"memory: a step of {self.batch} tokens needs about {_size(self.needed)}; {has}"
+        if self.is_hopeless:
+            start = f"this does not fit: the model and the adapter's state alone need {_size(self.fixed)}, and {has}."
+        else:
+            start = f"a step of {self.batch} tokens needs about {_size(self.needed)}, and {has}: it may not fit."
+        options = "; ".join(f"{flags} ({_size(size)})" for flags, size in self.remedies)
+        if options:
+            return f"{start} Each of these would: {options}."
+        return (
+            f"{start} No option makes it fit here: spread the model over several GPUs (configs/fsdp2.yaml), or give a "
+            "smaller --max-length."
+        )
+
+
+def preflight(
+    model: str,
+    *,
+    config: TrainConfig = _DEFAULT,
+    rule: str = "hot",
+    fraction: float | None = None,
+    experts_per_layer: int | str | None = None,
+    budget: int | None = None,
+    plan: str | Path | None = None,
+    full: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: int | None = None,
+    keep_hot: bool = False,
+    expert_parallel: int = 1,
+    free: int | None = None,
+    **others: Any,
+) -> Preflight | None:
+    """Whether a step of `run.run_training` with these options fits. Nothing of the model's weights is read.
+
+    free: bytes; None: what the device says. others: further options of a run, which change nothing here.
+
+    None where there is no such model, device or plan, of which the run tells better.
+    """
+    try:
+        where, there = _device(device)
+        path = _config_file(model)
+        kept = _experts(rule, fraction, experts_per_layer, budget, plan)
+    except (HotLoraError, OSError, RuntimeError):
+        return None
+    free = there if free is None else free
+    settings = _Settings(config, kept, quantize)
+    unknown = Preflight(str(where), free, 0)
+    for name, is_asked in (
+        ("full fine-tuning", full),
+        ("full experts", config.train_full_experts),
+        ("DoRA", config.use_dora),
+    ):
+        if is_asked:
+            return replace(unknown, unknown=f"the estimate does not know {name}")
+    common: dict[str, Any] = {
+        "path": path, "dtype": "float32" if dtype == "auto" and where.type == "cpu" else dtype,
+        "device": where.type, "keep_hot": keep_hot, "layout": _layout(expert_parallel),
+    }  # fmt: skip
+    try:
+        memory = _memory(settings, **common)
+    except ModelError as error:  # a family whose forward asks the values of its tensors
+        return replace(unknown, unknown=str(error).rstrip("."))
+    except HotLoraError:
+        return None
+    found = replace(
+        unknown,
+        needed=round(memory["total"]),
+        fixed=round(sum(memory[kind] for kind in _FIXED)),
+        batch=f"{config.batch_size} × {config.max_length:,}",
+    )
+    if found.fits:
+        return found
+    return replace(found, remedies=_remedies(settings, ROOM * free, common))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What remedies change."""
+
+    config: TrainConfig
+    experts: dict[str, Any]
+    quantize: int | None
+
+
+def _memory(
+    settings: _Settings, *, path: str, dtype: str, device: str, keep_hot: bool, layout: str
+) -> dict[str, float]:
+    config = settings.config
+    work = scale.work(
+        path,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        gradient_checkpointing=config.gradient_checkpointing,
+        r=config.r,
+        train_attention=config.train_attention,
+        train_router=config.train_router,
+        train_shared=config.train_shared,
+        dtype=dtype,
+        quantize=settings.quantize,
+        keep_hot=keep_hot,
+        device=device,
+        **settings.experts,
+    )
+    return scale.memory(work, num_processes(), layout)
+
+
+def _remedies(settings: _Settings, room: float, common: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The first few that make it fit, those that change nothing of what is learned before those that do."""
+    found: list[tuple[str, int]] = []
+    for flags, changed in _changes(settings, common["layout"]):
+        try:
+            size = round(_memory(changed, **common)["total"])
+        except HotLoraError:
+            continue
+        if size <= room and not any(flags.startswith(f"{known} ") for known, _ in found):
+            found.append((flags, size))
+        if len(found) == _MOST_REMEDIES:
+            break
+    return tuple(found)
+
+
+def _changes(settings: _Settings, layout: str) -> Iterator[tuple[str, _Settings]]:
+    config = settings.config
+    recomputing = replace(settings, config=replace(config, gradient_checkpointing=True))
+    flag = "--gradient-checkpointing"
+    if not config.gradient_checkpointing:
+        yield flag, recomputing
+    for size in (config.batch_size // 2, 1):
+        if 0 < size < config.batch_size:
+            again = config.gradient_accumulation_steps * -(-config.batch_size // size)
+            flags = f"--batch-size {size} --gradient-accumulation-steps {again}"
+            smaller = {"batch_size": size, "gradient_accumulation_steps": again}
+            yield flags, replace(settings, config=replace(config, **smaller))
+            if not config.gradient_checkpointing:
+                yield f"{flag} {flags}", replace(recomputing, config=replace(recomputing.config, **smaller))
+    if settings.quantize is None and layout == "ddp":  # weights that are spread over processes cannot be quantized
+        for bits in (8, 4):
+            yield f"--quantize {bits}", replace(settings, quantize=bits)
+        smaller = {"batch_size": 1, "gradient_accumulation_steps": config.batch_size}
+        least = replace(recomputing.config, **smaller)
+        flags = f"--gradient-checkpointing --batch-size 1 --gradient-accumulation-steps {config.batch_size}"
+        yield f"--quantize 4 {flags}", replace(settings, config=least, quantize=4)
+    if not settings.experts:
+        yield "--rule hot --fraction 0.25", replace(settings, experts={"fraction": 0.25})
+    if config.max_length >= 2 * 64:
+        half = config.max_length // 2
+        yield f"--max-length {half}", replace(settings, config=replace(config, max_length=half))
+
+
+def _experts(
+    rule: str, fraction: float | None, experts_per_layer: int | str | None, budget: int | None, plan: str | Path | None
+) -> dict[str, Any]:
+    """The budget as `estimate` takes it; none is all, which is also what a rule may choose at most that goes by the
+    data."""
+    if plan is not None:
+        return {"experts_per_layer": max(map(len, ExpertPlan.load(plan).experts.values()))}
+    if "fraction" not in READS.get(rule, ()) or budget is not None:
+        return {}
+    if isinstance(experts_per_layer, str):  # top_k, which is never more than a quarter of a model's experts
+        return {"fraction": DEFAULT_FRACTION}
+    if experts_per_layer is not None:
+        return {"experts_per_layer": experts_per_layer}
+    return {"fraction": DEFAULT_FRACTION if fraction is None else fraction}
+
+
+def _layout(expert_parallel: int) -> str:
+    if uses_deepspeed():
+        return "sharded"
+    if expert_parallel > 1:
+        return "ep"
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return "fsdp" if is_fsdp and num_processes() > 1 else "ddp"
+
+
+def _config_file(model: str) -> str:
+    """nano, a folder, or the config.json of a model on the Hub, which is all that is fetched."""
+    if model == NANO or Path(model).expanduser().exists():
+        return model
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise FileError(f"{model} does not exist.")
+    return str(cached_file(model, "config.json"))
+
+
+def _device(name: str) -> tuple[torch.device, int]:
+    """The device that this process loads the model onto, and the bytes that are free there."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        device = own_device() or device
+        return device, torch.cuda.mem_get_info(device)[0]
+    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if num_processes() > 1 else 1
+    return device, min(psutil.virtual_memory().available, _left_in_container()) // shared_by
+
+
+def _left_in_container() -> int:
+    """Bytes that this process's container may still take (Linux, cgroup 2); more than any machine has elsewhere."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, taken = (folder.joinpath(name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return int(limit) - int(taken) if limit != "max" else 1 << 62
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
