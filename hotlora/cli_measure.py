@@ -55,6 +55,9 @@ def params(
     quantize: Annotated[
         int | None, typer.Option(rich_help_panel="Estimate", help="Bits of the routed experts: 8 or 4.")
     ] = None,
+    keep_hot: Annotated[
+        bool, typer.Option("--keep-hot", rich_help_panel="Estimate", help="With --quantize: of the others only.")
+    ] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", rich_help_panel="Estimate", help="Less memory, slower.")
     ] = False,
@@ -106,6 +109,7 @@ def params(
             coverage=coverage,
             dtype=dtype,
             quantize=quantize,
+            keep_hot=keep_hot,
             gradient_checkpointing=gradient_checkpointing,
             device="cuda" if torch.cuda.is_available() else "cpu",
             flops_per_second=None if tflops is None else tflops * 1e12,

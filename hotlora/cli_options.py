@@ -31,6 +31,9 @@ Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the 
 Quantize = Annotated[
     int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora\\[quantize]).")
 ]
+KeepHot = Annotated[
+    bool, typer.Option("--keep-hot", help="With --quantize: store the cold experts so, and leave the adapted ones.")
+]
 ExpertParallel = Annotated[
     int, typer.Option(help="Processes that share out each layer's experts (torchrun, accelerate launch).")
 ]

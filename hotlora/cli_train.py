@@ -18,6 +18,7 @@ from .cli_options import (
     ExpertsPerLayer,
     Fillers,
     Fraction,
+    KeepHot,
     Limit,
     MaxLength,
     Model,
@@ -35,6 +36,7 @@ from .cli_options import (
     out,
 )
 from .config import PROFILE_FRACTION, TrainConfig
+from .errors import HotLoraError
 from .methods import METHODS, PLACEMENTS, resolve
 
 DEFAULTS = TrainConfig()
@@ -189,7 +191,12 @@ def train(
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
+    keep_hot: KeepHot = False,
     expert_parallel: ExpertParallel = 1,
+    preflight: Annotated[
+        bool,
+        typer.Option("--preflight/--no-preflight", help="Say first whether it fits into memory; stop if it cannot."),
+    ] = True,
 ) -> None:
     """Profile the router, choose experts, train their adapter, evaluate. Run again to go on after a stop.
 
@@ -208,7 +215,7 @@ def train(
     }
     if given.pop("lora_fa", False):
         given["train_a"] = False
-    for name in ("model", "data", "output", "method", "preset", "placement"):
+    for name in ("model", "data", "output", "method", "preset", "placement", "preflight"):
         given.pop(name, None)
     options = resolve(method, preset=preset, placement=placement, **given)
     name = preset or options.get("condition") or rule
@@ -216,9 +223,25 @@ def train(
     start(device)
     if is_main():
         err.print(f"training {model} on {data} into {output}", highlight=False)
+    if preflight:
+        _check_memory(model, options)
     record = run_method(model, data, output, progress=True, **options)
     if is_main():
         print_run(record, output)
+
+
+def _check_memory(model: str, options: dict[str, Any]) -> None:
+    """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
+    from .distributed import all_objects, is_main
+    from .preflight import preflight
+
+    found = all_objects(preflight(model, **options) if is_main() else None)[0]
+    if found is None:
+        return
+    if found.is_hopeless:
+        raise HotLoraError(f"{found} --no-preflight tries it all the same.")
+    if is_main():
+        err.print(str(found), style=None if found.fits else "yellow", highlight=False, markup=False)
 
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:

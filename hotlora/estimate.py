@@ -29,7 +29,7 @@ from .quiet import quiet
 from .routing import experts_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
+LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
 _PROBED = (64, 192)  # tokens
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
@@ -152,7 +152,7 @@ def estimate(
     memory = {
         "weights": int(
             (weights - sum(experts) + dense) * compute.itemsize
-            + (sum(experts) - dense) * _bytes_of_expert_weight(quantize, compute)
+            + (sum(experts) - dense) * (quantized_bytes(quantize) if quantize else compute.itemsize)
         ),
         "adapter": trained * 4 + casts,
         "gradients": trained * 4,
@@ -328,15 +328,16 @@ def _unpacked() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = asked
 
 
-def _bytes_of_expert_weight(bits: int | None, dtype: torch.dtype) -> float:
-    return float(dtype.itemsize) if bits is None else bits / 8 + _SCALES
+def quantized_bytes(bits: int) -> float:
+    """Of a weight in `bits` bits, its share of the scales included."""
+    return bits / 8 + _SCALES
 
 
 def workspace_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
     """Short-lived at the peak: the loss's tile of logits, or the gradients of one layer's rows."""
     config = cast(PreTrainedConfig, model.config).get_text_config()
-    rows, columns = min(tokens, _LOSS_TILE[0]), min(config.vocab_size, _LOSS_TILE[1])
-    logits = rows * _LOSS_TILE[1] * dtype.itemsize  # its buffer has this width whatever the vocabulary
+    rows, columns = min(tokens, LOSS_TILE[0]), min(config.vocab_size, LOSS_TILE[1])
+    logits = rows * LOSS_TILE[1] * dtype.itemsize  # its buffer has this width whatever the vocabulary
     if device.type == "cpu":
         logits += rows * columns * 4 * _LOSS_COPIES
         logits += columns * config.hidden_size * 4 if dtype != torch.float32 else 0

@@ -4,8 +4,9 @@ It is the estimate (`estimate.py`), spread over processes as `scale.py` has it, 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from transformers.utils import cached_file
 from . import scale
 from .config import TrainConfig
 from .distributed import num_processes, own_device, uses_deepspeed
-from .errors import FileError, HotLoraError, ModelError
+from .errors import FileError, HotLoraError
+from .estimate import LOSS_TILE, quantized_bytes, sized_config, torch_dtype
 from .models import NANO
 from .plan import DEFAULT_FRACTION, ExpertPlan
 from .rules import READS
+from .scale import Work
 
 ROOM = 0.9
 """Share of the free memory that is counted on; the estimate is good to 15%, and leaves out fragmentation."""
 _MOST_REMEDIES = 3
+_RECOMPUTE = "--gradient-checkpointing"
+_SHORTEST = 64  # tokens that an example is not to be cut to less than
 _FIXED = ("weights", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
 _DEFAULT = TrainConfig()
 
@@ -103,7 +108,6 @@ def preflight(
     except (HotLoraError, OSError, RuntimeError):
         return None
     free = there if free is None else free
-    settings = _Settings(config, kept, quantize)
     unknown = Preflight(str(where), free, 0)
     for name, is_asked in (
         ("full fine-tuning", full),
@@ -112,99 +116,98 @@ def preflight(
     ):
         if is_asked:
             return replace(unknown, unknown=f"the estimate does not know {name}")
-    common: dict[str, Any] = {
-        "path": path, "dtype": "float32" if dtype == "auto" and where.type == "cpu" else dtype,
-        "device": where.type, "keep_hot": keep_hot, "layout": _layout(expert_parallel),
-    }  # fmt: skip
+    compute = "float32" if dtype == "auto" and where.type == "cpu" else dtype
+    layout = _layout(expert_parallel)
+
+    def work(config: TrainConfig, experts: dict[str, Any]) -> Work:
+        return scale.work(
+            path, batch_size=config.batch_size, max_length=config.max_length,
+            gradient_checkpointing=config.gradient_checkpointing, r=config.r, train_attention=config.train_attention,
+            train_router=config.train_router, train_shared=config.train_shared, dtype=compute, quantize=quantize,
+            keep_hot=keep_hot, device=where.type, **experts,
+        )  # fmt: skip
+
     try:
-        memory = _memory(settings, **common)
-    except ModelError as error:  # a family whose forward asks the values of its tensors
-        return replace(unknown, unknown=str(error).rstrip("."))
-    except HotLoraError:
+        plain = work(config, kept)
+        memory = scale.memory(plain, num_processes(), layout)
+        found = replace(
+            unknown,
+            needed=round(memory["total"]),
+            fixed=round(sum(memory[kind] for kind in _FIXED)),
+            batch=f"{config.batch_size} × {config.max_length:,}",
+        )
+        if found.fits:
+            return found
+        changes = _changes(config, kept, plain, work)
+        if quantize is None and layout == "ddp":  # weights that are spread over processes cannot be quantized
+            itemsize = torch_dtype(compute, sized_config(path)).itemsize
+            changes = chain(changes, _quantized(config, plain, work, kept, itemsize))
+        return replace(found, remedies=_remedies(changes, layout, ROOM * free))
+    except FileError:
         return None
-    found = replace(
-        unknown,
-        needed=round(memory["total"]),
-        fixed=round(sum(memory[kind] for kind in _FIXED)),
-        batch=f"{config.batch_size} × {config.max_length:,}",
-    )
-    if found.fits:
-        return found
-    return replace(found, remedies=_remedies(settings, ROOM * free, common))
+    except Exception as error:  # of whatever kind: a run is not to end because nothing could be said before it
+        return replace(unknown, unknown=str(error).strip().split("\n")[0].rstrip("."))
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What remedies change."""
-
-    config: TrainConfig
-    experts: dict[str, Any]
-    quantize: int | None
-
-
-def _memory(
-    settings: _Settings, *, path: str, dtype: str, device: str, keep_hot: bool, layout: str
-) -> dict[str, float]:
-    config = settings.config
-    work = scale.work(
-        path,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        gradient_checkpointing=config.gradient_checkpointing,
-        r=config.r,
-        train_attention=config.train_attention,
-        train_router=config.train_router,
-        train_shared=config.train_shared,
-        dtype=dtype,
-        quantize=settings.quantize,
-        keep_hot=keep_hot,
-        device=device,
-        **settings.experts,
-    )
-    return scale.memory(work, num_processes(), layout)
-
-
-def _remedies(settings: _Settings, room: float, common: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    """The first few that make it fit, those that change nothing of what is learned before those that do."""
+def _remedies(changes: Iterable[tuple[str, Work]], layout: str, room: float) -> tuple[tuple[str, int], ...]:
+    """The first few that make it fit, without those that have another one in them."""
     found: list[tuple[str, int]] = []
-    for flags, changed in _changes(settings, common["layout"]):
-        try:
-            size = round(_memory(changed, **common)["total"])
-        except HotLoraError:
-            continue
-        if size <= room and not any(flags.startswith(f"{known} ") for known, _ in found):
+    for flags, changed in changes:
+        size = round(scale.memory(changed, num_processes(), layout)["total"])
+        if size <= room and not any(set(known.split()) <= set(flags.split()) for known, _ in found):
             found.append((flags, size))
         if len(found) == _MOST_REMEDIES:
             break
     return tuple(found)
 
 
-def _changes(settings: _Settings, layout: str) -> Iterator[tuple[str, _Settings]]:
-    config = settings.config
-    recomputing = replace(settings, config=replace(config, gradient_checkpointing=True))
-    flag = "--gradient-checkpointing"
-    if not config.gradient_checkpointing:
-        yield flag, recomputing
+def _changes(
+    config: TrainConfig, experts: dict[str, Any], plain: Work, work: Callable[[TrainConfig, dict[str, Any]], Work]
+) -> Iterator[tuple[str, Work]]:
+    """(flags, what there is to do with them): first those that change nothing of what is learned."""
+    recomputed = None if config.gradient_checkpointing else work(replace(config, gradient_checkpointing=True), experts)
+    if recomputed:
+        yield _RECOMPUTE, recomputed
     for size in (config.batch_size // 2, 1):
         if 0 < size < config.batch_size:
-            again = config.gradient_accumulation_steps * -(-config.batch_size // size)
-            flags = f"--batch-size {size} --gradient-accumulation-steps {again}"
-            smaller = {"batch_size": size, "gradient_accumulation_steps": again}
-            yield flags, replace(settings, config=replace(config, **smaller))
-            if not config.gradient_checkpointing:
-                yield f"{flag} {flags}", replace(recomputing, config=replace(recomputing.config, **smaller))
-    if settings.quantize is None and layout == "ddp":  # weights that are spread over processes cannot be quantized
-        for bits in (8, 4):
-            yield f"--quantize {bits}", replace(settings, quantize=bits)
-        smaller = {"batch_size": 1, "gradient_accumulation_steps": config.batch_size}
-        least = replace(recomputing.config, **smaller)
-        flags = f"--gradient-checkpointing --batch-size 1 --gradient-accumulation-steps {config.batch_size}"
-        yield f"--quantize 4 {flags}", replace(settings, config=least, quantize=4)
-    if not settings.experts:
-        yield "--rule hot --fraction 0.25", replace(settings, experts={"fraction": 0.25})
-    if config.max_length >= 2 * 64:
-        half = config.max_length // 2
-        yield f"--max-length {half}", replace(settings, config=replace(config, max_length=half))
+            flags, share = _smaller_batch(config, size), size / config.batch_size
+            yield flags, _of_tokens(plain, share)
+            if recomputed:
+                yield f"{_RECOMPUTE} {flags}", _of_tokens(recomputed, share)
+    if not experts:
+        yield f"--rule hot --fraction {DEFAULT_FRACTION}", work(config, {"fraction": DEFAULT_FRACTION})
+    if config.max_length >= 2 * _SHORTEST:
+        yield f"--max-length {config.max_length // 2}", _of_tokens(plain, 0.5)
+
+
+def _quantized(
+    config: TrainConfig, plain: Work, work: Callable[..., Work], experts: dict[str, Any], itemsize: int
+) -> Iterator[tuple[str, Work]]:
+    """The same with the routed experts in 8 or 4 bits; and the least of all."""
+    for bits in (8, 4):
+        yield f"--quantize {bits}", _in_bits(plain, bits, itemsize)
+    least = work(replace(config, gradient_checkpointing=True), experts)
+    flags = f"--quantize 4 {_RECOMPUTE}"
+    if config.batch_size > 1:
+        flags += f" {_smaller_batch(config, 1)}"
+    yield flags, _in_bits(_of_tokens(least, 1 / config.batch_size), 4, itemsize)
+
+
+def _smaller_batch(config: TrainConfig, size: int) -> str:
+    """As many examples a step as before."""
+    again = config.gradient_accumulation_steps * -(-config.batch_size // size)
+    return f"--batch-size {size} --gradient-accumulation-steps {again}"
+
+
+def _of_tokens(work: Work, share: float) -> Work:
+    """With that share of the tokens: activations grow with them, and so does the workspace up to the loss's tile."""
+    tokens, most = round(work.tokens * share), LOSS_TILE[0]
+    workspace = round(work.workspace * min(tokens, most) / min(work.tokens, most))
+    return replace(work, tokens=tokens, activations=round(work.activations * share), workspace=workspace)
+
+
+def _in_bits(work: Work, bits: int, itemsize: int) -> Work:
+    return replace(work, experts=round(work.experts * quantized_bytes(bits) / itemsize))
 
 
 def _experts(
@@ -214,7 +217,7 @@ def _experts(
     data."""
     if plan is not None:
         return {"experts_per_layer": max(map(len, ExpertPlan.load(plan).experts.values()))}
-    if "fraction" not in READS.get(rule, ()) or budget is not None:
+    if rule == "all" or "fraction" not in READS.get(rule, ()) or budget is not None:
         return {}
     if isinstance(experts_per_layer, str):  # top_k, which is never more than a quarter of a model's experts
         return {"fraction": DEFAULT_FRACTION}
@@ -262,4 +265,4 @@ def _left_in_container() -> int:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"

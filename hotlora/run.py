@@ -101,6 +101,7 @@ def run_training(
     dtype: str = "auto",
     device: str = "auto",
     quantize: int | None = None,
+    keep_hot: bool = False,
     expert_parallel: int = 1,
     progress: bool = False,
 ) -> Record:
@@ -125,6 +126,9 @@ def run_training(
         test_data: held-out data; a task has its own. Its response loss is taken, and its task's score.
         limit, test_limit: at most so many examples, the same ones for every seed.
         evaluate: whether to score the task after training.
+        quantize: bits in which the routed experts are stored, 8 or 4.
+        keep_hot: the chosen experts are not quantized. The model is profiled with all of them quantized, and loaded
+            again when they are known.
         expert_parallel: processes that share out each layer's experts; 1: none do.
 
     Several processes that torchrun or `accelerate launch` started call this with the same arguments and do it
@@ -149,6 +153,8 @@ def run_training(
         raise HotLoraError(
             "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
         )
+    if keep_hot and (not quantize or reprofile_every):
+        raise HotLoraError("keep_hot is for quantized experts that stay chosen: give quantize, and no reprofile_every.")
     if plan is not None and reprofile_every is not None:
         raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
     spread = sharding(expert_parallel) or uses_deepspeed()
@@ -174,7 +180,7 @@ def run_training(
         "mask_hash": sha256_file(file_in(mask, "mask.safetensors")) if mask is not None else None,
         "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
         "reprofile_every": reprofile_every, "reprofile_left": reprofile_left,
-        "evaluate": evaluate, "dtype": dtype, "quantize": quantize,
+        "evaluate": evaluate, "dtype": dtype, "quantize": quantize, "keep_hot": keep_hot or None,
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
     if (done := finished(output, options)) is not None:
@@ -188,9 +194,10 @@ def run_training(
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
     with recorded(record, output):
-        base = load_base(
-            model, on_top_of, dtype=dtype, device=device, quantize=quantize, expert_parallel=expert_parallel
-        )
+        loading: dict[str, Any] = {
+            "dtype": dtype, "device": device, "quantize": quantize, "expert_parallel": expert_parallel
+        }  # fmt: skip
+        base = load_base(model, on_top_of, keep=given.experts if keep_hot and given else None, **loading)
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         moving: Reprofiling | None = None
@@ -208,6 +215,9 @@ def run_training(
                     "path": os.path.relpath(file, output), "hash": routing.hash, "num_tokens": routing.num_tokens
                 }  # fmt: skip
                 chosen = _select(routing, selection, seed)
+                if keep_hot:
+                    del base
+                    base = load_base(model, on_top_of, keep=chosen.experts, **loading)
             if is_main():
                 chosen.save(output / "plan.json")
             record["plan"] = {"path": "plan.json", "hash": chosen.hash, "rule": chosen.rule, "params": chosen.params}

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +27,13 @@ def load_base(
     on_top_of: Sequence[str | Path] = (),
     *,
     quantize: int | None = None,
+    keep: Mapping[int, Sequence[int]] | None = None,
     expert_parallel: int = 1,
     **options: Any,
 ) -> Any:
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
-    expert_parallel: as `distributed.sharding` takes it.
+    keep: as `quantize.quantize_experts` takes it. expert_parallel: as `distributed.sharding` takes it.
     """
     spread = sharding(expert_parallel)
     if spread and (quantize or on_top_of):
@@ -40,9 +41,9 @@ def load_base(
             "weights that are spread over processes cannot be quantized or merged into: leave out --quantize and "
             "--on-top-of, or launch without FSDP and expert parallelism."
         )
-    base: Any = load_model(
-        model, quantization_config=experts_in(quantize), **({"distributed_config": spread} if spread else {}), **options
-    )
+    if spread:
+        options["distributed_config"] = spread
+    base: Any = load_model(model, quantization_config=experts_in(quantize, keep), **options)
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()

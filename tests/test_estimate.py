@@ -84,6 +84,8 @@ def test_activations_follow_tokens_and_coverage(write):
     assert half["weights"] * 2 == whole["weights"] > cut["weights"]
     experts = 2 * 8 * 3 * 32 * 16
     assert whole["weights"] - found(quantize=4)["weights"] == experts * (4 - 0.5 - 4 / 64)
+    cold = found(quantize=4, keep_hot=True)["weights"]
+    assert whole["weights"] - cold == 0.75 * experts * (4 - 0.5 - 4 / 64)
 
 
 def test_olmoe(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,21 @@ import peft
 import pytest
 import torch
 from tiny import tiny_batch, tiny_model, tiny_plan
+from tiny_tokenizer import byte_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from zoo import families, zoo_model
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.config import TrainConfig
 from hotlora.count import count_parameters
+from hotlora.data import tokenize
 from hotlora.errors import HotLoraError, ModelError, PlanError
+from hotlora.evaluate import response_loss
 from hotlora.experts import Groups
 from hotlora.load import load_adapter
 from hotlora.models import load_model, moe_layers
+from hotlora.plan import ExpertPlan
 from hotlora.quantize import (
     ExpertsQuantization,
     QuantizedExperts,
@@ -30,6 +36,8 @@ from hotlora.quantize import (
     quantized_parameters,
     warn_if_experts_unquantized,
 )
+from hotlora.run import run_training
+from hotlora.tasks import Example
 
 # One of each layout: the usual one; transposed; transposed, interleaved, with biases; no gate; a norm after.
 LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())
@@ -337,6 +345,41 @@ def test_cold_experts_quantized_while_loading(tmp_path, family):
     state, want = model.state_dict(), expected.state_dict()
     assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
     assert torch.equal(model(**tiny_batch()).logits, expected(**tiny_batch()).logits)
+
+
+def test_a_run_with_only_cold_experts_quantized(tmp_path):
+    """What is scored is the adapter on a base whose chosen experts are as in the checkpoint."""
+    tiny_model(vocab_size=259, max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24)]
+    for name, some in (("train", rows[:16]), ("test", rows[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    config = TrainConfig(max_steps=3, batch_size=4, r=4, lora_alpha=8, max_length=64, learning_rate=3e-3)
+    files = {"model": str(tmp_path / "model"), "data": str(tmp_path / "train.jsonl"), "config": config, "device": "cpu"}
+    run = tmp_path / "run"
+    options = {"fraction": 0.5, "test_data": str(tmp_path / "test.jsonl"), "quantize": 4, "keep_hot": True}
+    record = run_training(**files, output=run, **options)
+    assert record["config"]["keep_hot"] is True
+
+    examples = [Example(row["prompt"], row["completion"]) for row in rows[16:]]
+    losses = {}
+    for name, keep in (("cold", ExpertPlan.load(run / "plan.json").experts), ("all", None)):
+        base = load_model(tmp_path / "model", device="cpu", quantization_config=ExpertsQuantization(4, keep))
+        adapted = load_adapter(base, run / "adapter")
+        losses[name] = response_loss(adapted, byte_tokenizer(), tokenize(examples, byte_tokenizer(), 64))
+    assert record["training"]["test_loss"] == pytest.approx(losses["cold"], rel=1e-6)
+    assert losses["cold"] != losses["all"]
+
+    # A plan that is given is kept from the start, and the run is the same.
+    given = run_training(
+        **files,
+        output=tmp_path / "given",
+        plan=run / "plan.json",
+        **{name: value for name, value in options.items() if name != "fraction"},
+    )
+    assert given["training"]["test_loss"] == record["training"]["test_loss"]
+    with pytest.raises(HotLoraError, match="give quantize"):
+        run_training(**files, output=tmp_path / "wrong", keep_hot=True)
 
 
 def test_nano_loads_quantized():

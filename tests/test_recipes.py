@@ -25,10 +25,12 @@ def trainings() -> dict[str, Recipe]:
 
 
 def test_every_table_and_figure_of_both_papers_has_a_recipe():
-    """HELLoRA's figure 2 is a drawing of the method; MoE-Sieve has experiments in sections, without a table."""
+    """HELLoRA's figure 2 is a drawing of the method; MoE-Sieve has experiments in sections, without a table,
+    and one is ours."""
     hellora = {f"hellora-table-{n}" for n in range(1, 9)} | {f"hellora-figure-{n}" for n in (1, 3, 4, 5, 6)}
     sieve = {f"moe-sieve-table-{n}" for n in range(1, 11)} | {f"moe-sieve-figure-{n}" for n in range(1, 7)}
-    assert {name for name in RECIPES if "section" not in name} == hellora | sieve
+    ours = {"moe-sieve-experts-alone"}
+    assert {name for name in RECIPES if "section" not in name} == hellora | sieve | ours
 
 
 @pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
@@ -47,10 +49,10 @@ def test_every_recipe_without_trainings_can_be_built(name: str, model: str | Non
 
 
 @pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
-@pytest.mark.parametrize("name", [*trainings(), "auto_k"])
+@pytest.mark.parametrize("name", [*trainings(), "auto_k", "quantized"])
 def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
     if name not in RECIPES:
-        assert jobs_of(find_sweep(name), tmp_path) and set(names()) == {*RECIPES, name}
+        assert jobs_of(find_sweep(name), tmp_path) and set(names()) == {*RECIPES, "auto_k", "quantized"}
         return
     setting = setting_of(name, model)
     if model == "some/other-moe" and name.startswith("moe-sieve"):

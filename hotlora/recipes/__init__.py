@@ -20,7 +20,7 @@ RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
        for part in (moe_sieve.RECIPES, configs.MOE_SIEVE, profiles.MOE_SIEVE, benches.MOE_SIEVE)
        for name, make in part.items()},
 }  # fmt: skip
-_STUDIES = ("auto_k",)
+_STUDIES = ("auto_k", "quantized")
 _DEFAULT = Setting()
 
 
