@@ -17,6 +17,7 @@ test-slow: $(INSTALLED)
 
 check: lint types $(INSTALLED)
 	$(BIN)/python scripts/docs.py --check
+	$(BIN)/python scripts/papers.py --check
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
