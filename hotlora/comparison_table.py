@@ -53,7 +53,7 @@ def paired_table(runs: PairedRuns) -> Group:
 
 
 def _paired_cells(task: PairedTask) -> list[str]:
-    only = [NONE] * 3 if (m := task.mcnemar) is None else [str(m.only_a), str(m.only_b), _p(m.p)]
+    only = [NONE] * 3 if (m := task.mcnemar) is None else [str(m.only_a), str(m.only_b), p_word(m.p)]
     scores = [f"{task.n:,}", f"{task.a:.2f}", f"{task.b:.2f}", _signed(task.difference, 2), _range(task.interval, 2)]
     return [*scores, *only, task.verdict]
 
@@ -114,9 +114,9 @@ def cells(row: Row, comparison: Comparison) -> dict[str, str]:
     found["Δ"] = _signed(against.test.mean, digits)
     found["95% interval"] = _range(against.test.interval, digits)
     p, *tosts = columns[8:-1]
-    found[p] = _p(against.p)
+    found[p] = p_word(against.p)
     for name, bound in zip(tosts, comparison.margins, strict=True):
-        found[name] = _p(against.tost[bound])
+        found[name] = p_word(against.tost[bound])
     if against.sd_ratio.ratio is not None:
         found["sd ratio"] = f"{against.sd_ratio.ratio:.2f}"
     found["verdict"] = against.verdict
@@ -144,17 +144,21 @@ def _numbers(table: Table, row: Row, comparison: Comparison) -> dict[str, Any]:
         "trainable_percent": row.trainable_percent, "tokens_per_second": row.tokens_per_second,
         "reference": against.reference if against else None, "pairs": test.n if test else None,
         "difference": test.mean if test else None, "difference_sd": test.sd if test else None,
-        **_ends("ci95", test.interval if test else None), **_ends("ci90", test.interval90 if test else None),
+        **ends("ci95", test.interval if test else None), **ends("ci90", test.interval90 if test else None),
         "p": test.p if test else None, "p_holm": against.p_holm if against else None,
     }  # fmt: skip
     for bound in comparison.margins:
         found[f"tost_{bound:g}"] = test.tost[bound] if test else None
         found[f"tost_{bound:g}_holm"] = (against.tost_holm or {}).get(bound) if against else None
-    found |= {"sd_ratio": ratio.ratio if ratio else None, **_ends("sd_ratio", ratio.interval if ratio else None)}
+    found |= {
+        "sd_ratio": ratio.ratio if ratio else None,
+        **ends("sd_ratio", ratio.interval if ratio else None),
+    }
     return found | {"verdict": against.verdict if against else None, "reason": test.reason if test else None}
 
 
-def _ends(name: str, interval: Interval | None) -> Mapping[str, float | None]:
+def ends(name: str, interval: Interval | None) -> Mapping[str, float | None]:
+    """NAME_low and NAME_high, for a table of plain numbers."""
     low, high = interval or (None, None)
     return {f"{name}_low": low, f"{name}_high": high}
 
@@ -200,5 +204,6 @@ def _range(interval: Interval | None, digits: int) -> str:
     return "[" + ", ".join(_signed(end, digits).removeprefix("+") for end in interval) + "]"
 
 
-def _p(p: float | None) -> str:
+def p_word(p: float | None) -> str:
+    """A p value as tables have it."""
     return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"

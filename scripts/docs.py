@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from marks import filled
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
 from reliability import PAGE as RELIABILITY_PAGE
@@ -33,7 +34,6 @@ EXPERTS_ONLY_MARK = "<!-- made by scripts/docs.py from docs/demo-experts-only --
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
 AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
-END = "<!-- end -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
 PICTURES = ("heat-map",)
@@ -82,12 +82,6 @@ def nano_table() -> str:
     lines += ["", "| held-out domain | loss, nats a token |", "|---|---:|"]
     lines += [f"| {domain} | {loss:.2f} |" for domain, loss in sorted(losses.items())]
     return "\n".join(lines)
-
-
-def filled(text: str, mark: str, table: str) -> str:
-    """``text`` with ``table`` between ``mark`` and the next end mark."""
-    head, rest = text.split(mark)
-    return f"{head}{mark}\n{table}\n{END}{rest.split(END, 1)[1]}"
 
 
 def take_over(runs: Path, into: Path) -> None:

@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from marks import filled
+
 from hotlora.files import write_text
 from hotlora.recipes import RECIPES, Recipe, Setting
 from hotlora.recipes.benches import BenchRecipe
@@ -26,7 +28,6 @@ RESULTS = ROOT / "results" / "nano" / "papers"
 PAGE = ROOT / "docs" / "papers.md"
 RECIPES_MARK = "<!-- made by scripts/papers.py from the recipes -->"
 NANO_MARK = "<!-- made by scripts/papers.py from results/nano/papers -->"
-END = "<!-- end -->"
 MADE_BY = {ProfileRecipe: "profiles", BenchRecipe: "benches", HyperparameterTable: "presets", ShapeTable: "configs"}
 # Of a store, beside the runs' records and plans.
 KEPT = ("profiles/*/*/study.json", "profiles/*/*/*.safetensors", "benches/*/*.json", "configs/*.json")
@@ -36,8 +37,7 @@ def page() -> str:
     """docs/papers.md, with what is made between its marks."""
     text = PAGE.read_text(encoding="utf-8")
     for mark, made in ((RECIPES_MARK, recipes_table()), (NANO_MARK, nano())):
-        head, rest = text.split(mark)
-        text = f"{head}{mark}\n{made}\n{END}{rest.split(END, 1)[1]}"
+        text = filled(text, mark, made)
     return text
 
 

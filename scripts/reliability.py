@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from marks import filled
+
 from hotlora.files import read_json, write_json, write_text
 from hotlora.records import environment
 
@@ -29,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 RESULTS = ROOT / "results" / "reliability"
 PAGE = ROOT / "docs" / "reliability.md"
-MARK, END = "<!-- made by scripts/reliability.py from results/reliability -->", "<!-- end -->"
+MARK = "<!-- made by scripts/reliability.py from results/reliability -->"
 KINDS = {
     "step": "milliseconds after a random step",
     "save": "in the middle of a save",
@@ -150,8 +152,7 @@ def page() -> str:
     dates = ", ".join(f"{name} {record['started'][:10]}" for name, record in kept.items())
     machines = sorted({record["environment"]["device"] for record in kept.values()})
     lines += ["", f"Made on {' and on '.join(machines)}: {dates}."]
-    head, rest = PAGE.read_text(encoding="utf-8").split(MARK)
-    return f"{head}{MARK}\n{chr(10).join(lines)}\n{END}{rest.split(END, 1)[1]}"
+    return filled(PAGE.read_text(encoding="utf-8"), MARK, "\n".join(lines))
 
 
 def main() -> None:

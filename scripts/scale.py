@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
+from marks import filled
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from traffic import measure
@@ -42,7 +43,7 @@ MODELS = {
     "gpt-oss-120b": "gpt-oss-120b",
     "DeepSeek-V3": "deepseek-v3",
 }
-MARK, END = "<!-- {}: made by scripts/scale.py -->", "<!-- end -->"
+MARK = "<!-- {}: made by scripts/scale.py -->"
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 BATCH, LENGTH, RANK, FRACTION = 4, 2048, 32, 0.25
 PLANS = {"all": None, "hot": FRACTION}
@@ -77,8 +78,7 @@ def page(text: str, found: Works) -> str:
         "traffic": traffic_checks(),
     }
     for name, block in made.items():
-        head, rest = text.split(MARK.format(name))
-        text = f"{head}{MARK.format(name)}\n{block}\n{END}{rest.split(END, 1)[1]}"
+        text = filled(text, MARK.format(name), block)
     return text
 
 

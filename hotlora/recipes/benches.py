@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ..bench import run_bench
 from ..bench_report import read_result
+from ..comparison_table import NONE
 from ..contenders import BenchConfig
 from ..count import parameters_from_config
 from ..figures import COLD, HOT, INK, WIDTH, style
@@ -24,7 +25,7 @@ from ..published import COST, HELLORA_SPEEDUP, THROUGHPUT
 from .direct import Direct, Tell
 from .needs import bench_needs, config_file, number_of
 from .recipe import Column
-from .result import NONE, Result
+from .result import Result
 from .settings import OLMOE, QWEN, Setting
 
 FOLDER = "benches"

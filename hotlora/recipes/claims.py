@@ -98,9 +98,9 @@ def claims_result(recipes: Mapping[str, Recipe], folder: Path) -> Result | None:
     """Every claim on every task that has the runs to decide it; None where none has."""
     rows: list[list[str]] = []
     numbers: list[dict[str, Number]] = []
+    runs = {name: read_cells(recipes[name], folder) for name in {claim.recipe for claim in CLAIMS}}
     for claim in CLAIMS:
-        recipe = recipes[claim.recipe]
-        cells = read_cells(recipe, folder)
+        recipe, cells = recipes[claim.recipe], runs[claim.recipe]
         for column in recipe.columns:
             pair = [cells.get((name, column.name)) for name in (claim.row, claim.reference)]
             if (claim.columns and column.name not in claim.columns) or pair[0] is None or pair[1] is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..comparison_table import NONE
 from ..config import PROFILE_FRACTION
 from ..errors import HotLoraError
 from ..estimate import meta_model, sized_config
@@ -18,7 +19,7 @@ from . import hellora
 from .direct import Direct, Tell
 from .needs import config_file
 from .recipe import Column, Recipe
-from .result import NONE, Number, Result
+from .result import Number, Result
 from .settings import OLMOE, QWEN, Setting
 
 FOLDER = "configs"

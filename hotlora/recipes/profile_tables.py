@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .. import study_figures
+from ..comparison_table import NONE
 from ..plan import select_experts
 from ..published import (
     DATASETS,
@@ -23,7 +24,7 @@ from ..routing import RoutingProfile, experts_kept
 from ..study import FRACTION, Study, hot_mask, overlap
 from ..study_claims import ACROSS, WITHIN
 from . import profile_figures as figures
-from .result import NONE, Number
+from .result import Number
 
 _HERE, _PAPER = "here", "paper"
 

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from ..comparison_table import latex_line, markdown_line
 from ..files import atomic_path, write_text
 
-NONE = "–"
 DPI = 120
 
 Number = str | float | int | None

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..comparison_table import NONE, ends, p_word
 from ..plan import ExpertPlan
 from ..published import EQUIVALENCE, SEED_SD
 from ..records import read_record
 from ..stats import Interval, MeanSd, PairedTest, mean_interval, mean_sd, paired_test, sd_ratio
 from .hellora import PUBLISHED_ACROSS
 from .recipe import Column, Recipe, Row, across_name, scored_name
-from .result import NONE, Number, Result
+from .result import Number, Result
 from .score_figures import curve, dots
 
 BOUNDS = (1.0, 2.0, 3.0)
@@ -142,8 +143,7 @@ def _scores(recipe: Recipe, cells: Mapping[tuple[str, str], Cell]) -> tuple[list
     """Rows by columns, each cell with its difference to the reference and the published number."""
     columns = ["", "trained"]
     for column in recipe.columns:
-        task = f"{column.name} ({column.data})" if column.model == "nano" else column.name
-        columns += [task, *(["Δ [95%]"] if recipe.reference else []), "published"]
+        columns += [task_name(column), *(["Δ [95%]"] if recipe.reference else []), "published"]
     rows = []
     for row in recipe.rows:
         mine = [cells.get((row.name, column.name)) for column in recipe.columns]
@@ -202,7 +202,11 @@ def _equivalence(recipe: Recipe, cells: Mapping[tuple[str, str], Cell]) -> tuple
         a, b = cells.get((first.name, column.name)), cells.get((last.name, column.name))
         test = against(b, a) if a and b else None
         line = [task_name(column)]
-        line += [NONE] * 5 if test is None else [f"{test.mean:+.2f}", *(_p(test.tost[x]) for x in BOUNDS), _p(test.p)]
+        line += (
+            [NONE] * 5
+            if test is None
+            else [f"{test.mean:+.2f}", *(p_word(test.tost[x]) for x in BOUNDS), p_word(test.p)]
+        )
         told = EQUIVALENCE.get(_key(column))
         ps = ", ".join(f"{told['tost'][bound]:.3f}" for bound in (1, 2, 3)) if told else ""
         rows.append([*line, f"±{told['difference']:.2f}; {ps}; {told['t_test']:.3f}" if told else NONE])
@@ -240,7 +244,7 @@ def _across(recipe: Recipe, folder: Path) -> Result | None:
             )
             numbers.append(
                 {"trained_on": column.data, "scored_on": other.data, "before": start, "after": after.summary.mean,
-                 "n": after.summary.n, "sd": after.summary.sd, "change": mean, **_ends("change", change)}
+                 "n": after.summary.n, "sd": after.summary.sd, "change": mean, **ends("change", change)}
             )  # fmt: skip
     if not rows:
         return None
@@ -257,7 +261,7 @@ def _numbers(recipe: Recipe, cells: Mapping[tuple[str, str], Cell]) -> list[dict
             "row": name, "label": cell.row.label, "model": cell.column.model, "data": cell.column.data,
             "n": summary.n, "mean": summary.mean, "sd": summary.sd, "trained_percent": cell.percent,
             "training_seconds": cell.seconds, "difference": test.mean if test else None,
-            **_ends("difference", test.interval if test else None), "p": test.p if test else None,
+            **ends("difference", test.interval if test else None), "p": test.p if test else None,
         }  # fmt: skip
         line |= {f"tost_{bound:g}": test.tost[bound] if test else None for bound in BOUNDS}
         line["published"] = published[0] if isinstance(published, tuple) else published
@@ -311,19 +315,10 @@ def _range(interval: Interval | None) -> str:
     return NONE if interval is None else f"[{interval.low:.1f}, {interval.high:.1f}]"
 
 
-def _ends(name: str, interval: Interval | None) -> dict[str, Number]:
-    low, high = interval or (None, None)
-    return {f"{name}_low": low, f"{name}_high": high}
-
-
 def _printed(value: float | Sequence[float] | None) -> str:
     if value is None:
         return NONE
     return f"{value:.2f}" if isinstance(value, float | int) else "/".join(f"{some:.2f}" for some in value)
-
-
-def _p(value: float | None) -> str:
-    return NONE if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _key(column: Column) -> tuple[str, str]:
