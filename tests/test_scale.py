@@ -196,12 +196,13 @@ def test_the_page_has_a_place_for_each_table_and_they_are_filled(script, nano):
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     new = script.page(text, found)
     assert "### nano" in new and "### Mixtral-8x7B" not in new
-    assert new.count(script.END) == text.count(script.END) == 10
+    end = importlib.import_module("marks").END
+    assert new.count(end) == text.count(end) == 10
     assert script.page(new, found) == new
     # What needs no model must be what is on the page.
     for name in ("settings", "machines", "memory", "time", "traffic"):
         mark = script.MARK.format(name)
-        assert text.split(mark)[1].split(script.END)[0] == new.split(mark)[1].split(script.END)[0], name
+        assert text.split(mark)[1].split(end)[0] == new.split(mark)[1].split(end)[0], name
 
 
 @pytest.mark.slow
