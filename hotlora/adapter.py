@@ -21,16 +21,10 @@ from .combine import combine, factor_pairs
 from .errors import HotLoraError, ModelError, PlanError
 from .factors import SeededFactor, SparseFactor
 from .files import read_json, sha256_file, write_json
-from .layers import (
-    HotExperts,
-    HotFullExperts,
-    HotLoraExperts,
-    HotLoraRouter,
-    HotLoraWeights,
-    MergeableLayer,
-    factor_slots,
-)
+from .hot_experts import HotExperts, HotFullExperts, HotLoraExperts
+from .hot_weights import HotLoraRouter, HotLoraWeights
 from .mask import SparseMask
+from .mergeable import MergeableLayer, factor_slots
 from .models import (
     attention_modules,
     fingerprint,
@@ -38,7 +32,7 @@ from .models import (
     unwrap,
 )
 from .plan import ExpertPlan
-from .quantize import check_mergeable, warn_if_experts_unquantized
+from .quantize import check_mergeable, quantization_of, warn_if_experts_unquantized
 
 WEIGHTS_HASH = "weights_sha256"
 """Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""
@@ -93,6 +87,9 @@ class HotLoraConfig(LoraConfig):
     that each B keeps."""
     train_full_experts: bool = False
     """Weights of their own for the planned experts in place of low-rank updates (ESFT)."""
+    base_quantization: dict[str, Any] | None = None
+    """How the experts of the base were quantized in training: `bits`, and by layer the experts to `keep`. It is set
+    when an adapter to train is put on a model; `load.base_quantization` reads it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,6 +250,10 @@ class HotLoraModel(LoraModel):
             return super()._prepare_adapter_config(peft_config, model_config)
         peft_config.bind(self.model)
         warn_if_experts_unquantized(self.model)
+        if not peft_config.inference_mode:  # one that is only loaded stays as it was trained
+            found = quantization_of(self.model)
+            keep = {str(layer): list(ids) for layer, ids in ((found and found.keep) or {}).items()}
+            peft_config.base_quantization = {"bits": found.bits, "keep": keep} if found else None
         return peft_config
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -345,7 +346,9 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     )
     r = sum(ranks) if how == "cat" else ranks[0]
     switches: dict[str, Any] = {name: any(getattr(c, name) for c in configs) for name in _SWITCHES}
-    return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, **switches)
+    bases = [config.base_quantization for config in configs]
+    base = bases[0] if all(found == bases[0] for found in bases) else None
+    return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, **switches)
 
 
 def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:

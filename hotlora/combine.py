@@ -6,7 +6,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from .layers import MergeableLayer
+from .mergeable import MergeableLayer
 
 
 def combine(module: LoraLayer, weights: dict[str, float], adapter_name: str, how: str) -> None:

@@ -23,8 +23,8 @@ from .errors import HotLoraError
 from .estimate import model_class
 from .experts import has_norm_after
 from .factors import pack
-from .layers import factor_slots
 from .mask import SparseMask
+from .mergeable import factor_slots
 from .methods import METHODS, PLACEMENTS
 from .models import attention_modules, moe_layers, unwrap
 from .plan import ExpertPlan, select_experts

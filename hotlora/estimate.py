@@ -22,7 +22,7 @@ from .adapter import HotLoraConfig
 from .count import count_parameters
 from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
-from .layers import HotLoraExperts
+from .hot_experts import HotLoraExperts
 from .models import auto_class, expert_widths, model_from_config, moe_layers, num_experts_per_tok, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet

@@ -25,8 +25,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError, ModelError
 from .files import atomic_folder, write_json
-from .layers import HotExperts, HotLoraExperts, HotLoraRouter, HotLoraWeights, MergeableLayer
+from .hot_experts import HotExperts, HotLoraExperts
+from .hot_weights import HotLoraRouter, HotLoraWeights
 from .load import CONFIG_FILE, WEIGHTS_FILE
+from .mergeable import MergeableLayer
 from .models import moe_layers
 from .plan import ExpertPlan
 from .quiet import quiet

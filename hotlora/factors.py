@@ -6,6 +6,7 @@ gives back is not saved, and of B only the kept entries are parameters, with gra
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,3 +143,38 @@ def _places(packed: Tensor, number: int) -> Tensor:
 
 def _bits(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one factor of an adapter is held, so that it can be held in another way."""
+
+    name: str
+    """As it is saved: the module's path, and its own name."""
+    is_A: bool
+    held: Any
+    """The ParameterDict or ModuleDict that holds it under `key`."""
+    key: str
+    parts: int = 1
+    """2 where gate and up lie one after the other."""
+
+    @property
+    def values(self) -> Tensor:
+        return factor_values(self.held[self.key])
+
+    def hold(self, factor: nn.Module) -> None:
+        """Holds `factor` in place of what is held now."""
+        del self.held[self.key]  # torch puts no module where a parameter is
+        self.held[self.key] = factor
+
+
+def low_rank_products(A_gate_up: Tensor, B_gate_up: Tensor, A_down: Tensor, B_down: Tensor) -> tuple[Tensor, Tensor]:
+    """B @ A of gate and up `[..., P*F, D]`, and of down `[..., D, F]`, in float32 at least: of an expert, or many."""
+    A_gate_up, B_gate_up, A_down, B_down = map(at_least_float32, (A_gate_up, B_gate_up, A_down, B_down))
+    parts = A_gate_up.shape[-2] // A_down.shape[-2]
+    pairs = zip(B_gate_up.chunk(parts, dim=-2), A_gate_up.chunk(parts, dim=-2), strict=True)
+    return torch.cat([B @ A for B, A in pairs], dim=-2), B_down @ A_down
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

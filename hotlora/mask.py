@@ -15,9 +15,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from .errors import FileError, HotLoraError
-from .factors import SeededFactor, pack, unpack
+from .factors import SeededFactor, Slot, pack, unpack
 from .files import file_in
-from .layers import Slot, factor_slots
+from .mergeable import factor_slots
 from .tensor_files import load_tensors, save_tensors
 
 GRANULARITIES = ("model", "module", "projection", "layer", "matrix")

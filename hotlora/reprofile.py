@@ -22,9 +22,9 @@ from transformers import TrainerCallback
 from .adapter import HotLoraConfig
 from .distributed import is_main, wait_for_all
 from .errors import HotLoraError, PlanError
-from .factors import uniform
+from .factors import low_rank_products, uniform
 from .files import atomic_path, read_json_lines, write_text
-from .layers import HotLoraExperts, low_rank_products
+from .hot_experts import HotLoraExperts
 from .models import moe_layers
 from .plan import ExpertPlan
 from .routing import RoutingProfile, jaccard

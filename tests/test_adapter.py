@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from hotlora.adapter import HotLoraConfig
 from hotlora.count import count_parameters
 from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.layers import HotLoraExperts, HotLoraRouter
+from hotlora.hot_experts import HotLoraExperts
+from hotlora.hot_weights import HotLoraRouter
 from hotlora.load import load_adapter
 from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan

@@ -27,7 +27,7 @@ from hotlora.flops import (
     forward_flops,
     step_flops,
 )
-from hotlora.layers import HotLoraExperts
+from hotlora.hot_experts import HotLoraExperts
 from hotlora.methods import counted_options
 from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan, select_experts

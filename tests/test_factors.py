@@ -16,7 +16,8 @@ from hotlora.count import count_parameters
 from hotlora.errors import FileError, HotLoraError, PlanError
 from hotlora.export import export_adapter
 from hotlora.factors import SeededFactor, SparseFactor, pack, unpack
-from hotlora.layers import HotExperts, HotFullExperts, HotLoraExperts, HotLoraWeights
+from hotlora.hot_experts import HotExperts, HotFullExperts, HotLoraExperts
+from hotlora.hot_weights import HotLoraWeights
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask, draw_mask
 from hotlora.models import moe_layers

@@ -13,7 +13,7 @@ from zoo import zoo_model
 
 from hotlora.adapter import HotLoraConfig
 from hotlora.errors import HotLoraError, PlanError
-from hotlora.layers import HotLoraExperts
+from hotlora.hot_experts import HotLoraExperts
 from hotlora.load import load_adapter
 from hotlora.models import moe_layers
 

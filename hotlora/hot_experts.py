@@ -1,8 +1,4 @@
-"""The PEFT layers of a HotLoRA adapter: around an experts module, and around a router.
-
-Neither is a Linear: experts hold all their weights in 3-D parameters, a router holds a raw `[E, D]` weight or
-works on its Linear's scores before it returns.
-"""
+"""The PEFT layers around an experts module, which holds all its experts' weights in 3-D parameters."""
 
 import math
 from bisect import bisect_left
@@ -13,132 +9,14 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
 from .experts import HotFactors, HotWeights, ids_here, up_projection
-from .factors import factor_values, new_factor
+from .factors import Slot, at_least_float32, factor_values, low_rank_products, new_factor
 from .fused import adapted, has_own_forward, routed_experts
+from .mergeable import MergeableLayer
 from .models import expert_widths
-
-
-class MergeableLayer(nn.Module, LoraLayer):
-    """What all share: an update that can go into the base layer's weights and come out again."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        r, lora_alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
-        super().__init__()
-        LoraLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.replaced: dict[str, list[Tensor]] = {}
-        """adapter -> what a merge has overwritten, where it cannot be subtracted again"""
-        self._prepare()
-        self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
-
-    def _prepare(self) -> None:
-        """Makes the containers of what `update_layer` adds."""
-
-    def _add_adapter(self, adapter: str, r: int, lora_alpha: int, config: LoraConfig) -> None:
-        """What PEFT keeps of every adapter, once its factors are in place."""
-        self.r[adapter] = r
-        self.lora_alpha[adapter] = lora_alpha
-        self.use_dora[adapter] = config.use_dora
-        self.use_rslora[adapter] = config.use_rslora
-        self.scaling[adapter] = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
-        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def factor_pairs(self, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
-        """The adapter's low-rank pairs, as views: A `[..., R, in]`, B `[..., out, R]`, under what each updates."""
-        raise NotImplementedError
-
-    def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
-        """(parameter, rows, what the adapter adds to them), in float32 at least and in the parameter's layout."""
-        raise NotImplementedError
-
-    def _active_here(self, adapter_names: list[str] | None) -> list[str]:
-        """Active adapters that have weights in this layer; none while the adapters are disabled or merged."""
-        if adapter_names is not None:
-            raise HotLoraError("adapter_names: several adapters in a batch are not supported. Use set_adapter.")
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return []
-        return [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
-
-    def _replaces(self, adapter: str) -> bool:
-        """Whether what the adapter adds depends on the base weights themselves, and not on its factors alone."""
-        return self.use_dora.get(adapter, False)
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the updates to the base weights. `safe_merge` refuses weights that would not be finite."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
-        if self.merged_adapters and any(map(self._replaces, names)):
-            raise HotLoraError(
-                f"adapters {self.merged_adapters} are merged already, and {names} must be worked out from the base's "
-                "own weights: unmerge, then merge them all at once."
-            )
-        deltas = {name: list(self._deltas(name)) for name in names}  # all of them of the base as it is
-        for name in names:
-            if self._replaces(name):
-                self.replaced[name] = [weight.data[rows].clone() for weight, rows, _ in deltas[name]]
-            self._add(name, deltas.pop(name), safe_merge)
-            self.merged_adapters.append(name)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes merged updates out again, up to the rounding of the base weights' dtype."""
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            before = self.replaced.pop(name, None)
-            if before is None:
-                self._add(name, [(weight, rows, -delta) for weight, rows, delta in self._deltas(name)], False)
-            else:
-                for (weight, rows), old in zip(self._merged_into(name), before, strict=True):
-                    weight.data[rows] = old
-
-    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
-        """(parameter, rows) of `_deltas`, without working out the deltas."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def _add(self, adapter: str, deltas: list[tuple[Tensor, list[int] | slice, Tensor]], safe: bool) -> None:
-        updated = [
-            (weight, rows, (weight.data[rows].to(delta.dtype) + delta).to(weight.dtype))
-            for weight, rows, delta in deltas
-        ]
-        if safe and not all(new.isfinite().all() for _, _, new in updated):
-            raise HotLoraError(
-                f"merging adapter {adapter!r} gives weights that are not finite: it is broken. Train it anew."
-            )
-        for weight, rows, new in updated:
-            weight.data[rows] = new
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one factor of an adapter is held, so that it can be held in another way."""
-
-    name: str
-    """As it is saved: the module's path, and its own name."""
-    is_A: bool
-    held: Any
-    """The ParameterDict or ModuleDict that holds it under `key`."""
-    key: str
-    parts: int = 1
-    """2 where gate and up lie one after the other."""
-
-    @property
-    def values(self) -> Tensor:
-        return factor_values(self.held[self.key])
-
-    def hold(self, factor: nn.Module) -> None:
-        """Holds `factor` in place of what is held now."""
-        del self.held[self.key]  # torch puts no module where a parameter is
-        self.held[self.key] = factor
 
 
 class HotExperts(MergeableLayer):
@@ -468,7 +346,7 @@ class HotLoraExperts(HotExperts):
         for n, expert in enumerate(group.ids):
             update_up, update_down = low_rank_products(*(factor[n] for factor in factors))
             # On the factors' device: they have no values yet where a saved adapter is about to be loaded.
-            up, down = (_at_least_float32(weight[0]).to(update_up.device) for weight in self._base_weights([expert]))
+            up, down = (at_least_float32(weight[0]).to(update_up.device) for weight in self._base_weights([expert]))
             ups.append(torch.linalg.vector_norm(up.add_(update_up, alpha=scaling), dim=1))
             downs.append(torch.linalg.vector_norm(down.add_(update_down, alpha=scaling), dim=1))
         return torch.stack(ups), torch.stack(downs)
@@ -501,144 +379,17 @@ class HotFullExperts(HotExperts):
         """What a merge adds to the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
         before up rows whatever the base's layout."""
         pairs = zip(self._weights(adapter), self._base_weights(self.expert_ids[adapter]), strict=True)
-        up, down = (_at_least_float32(new.detach()) - _at_least_float32(old) for new, old in pairs)
+        up, down = (at_least_float32(new.detach()) - at_least_float32(old) for new, old in pairs)
         return up, down
 
     def _replaces(self, adapter: str) -> bool:
         return True
 
+    def slots(self, path: str, adapter: str) -> Iterator[Slot]:
+        yield from ()  # whole weights, no factors
+
     def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.lora_full_gate_up[adapter], self.lora_full_down[adapter]
-
-
-class HotLoraWeights(MergeableLayer):
-    """LoRA made in the weights of a module that holds them raw: `forward` runs the module's own code on
-    W + scaling * B @ A.
-
-    For shared experts in 3-D parameters (inkling), and, by `HotLoraRouter`, for routers. The sum is rounded to the
-    weight's dtype, and dropout does not apply. With `use_dora` each row of the sum has a magnitude of its own.
-    """
-
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_magnitude")
-
-    def _prepare(self) -> None:
-        self._weights: dict[str, str] = {}
-        """name among the factors -> path of the parameter in the base layer"""
-        self.lora_magnitude = nn.ModuleDict()
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        path = kwargs["target_name"]
-        weights = getattr(config, "_raw_weights", {}).get(path)
-        if not weights:
-            raise PlanError(f"{path} takes adapters from a HotLoraConfig only.")
-        self._weights = self._names(weights)
-        factors: dict[str, nn.ParameterDict] = {"A": nn.ParameterDict(), "B": nn.ParameterDict()}
-        for name, weight in self._weights.items():
-            parameter = self.get_base_layer().get_parameter(weight)
-            *groups, out_features, in_features = parameter.shape
-            factors["A"][name] = new_factor((*groups, r, in_features), parameter.device)
-            is_zero = bool(config.init_lora_weights)
-            factors["B"][name] = new_factor((*groups, out_features, r), parameter.device, is_zero)
-        self.lora_A[adapter_name], self.lora_B[adapter_name] = factors["A"], factors["B"]  # type: ignore[assignment]
-        self._add_adapter(adapter_name, r, lora_alpha, config)
-        if config.use_dora:
-            magnitudes = {name: nn.Parameter(self._norms(adapter_name, name)) for name in self._weights}
-            self.lora_magnitude[adapter_name] = nn.ParameterDict(magnitudes)
-            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        active = self._active_here(adapter_names)
-        if not active:
-            return self.base_layer(*args, **kwargs)
-        base: Any = self.get_base_layer()
-        if hasattr(base, "unshard"):  # FSDP has it by itself, in a dtype of its own: it is read before its forward
-            base.set_reshard_after_forward(False)
-            base.unshard()
-        adapted = {}
-        for name, weight in self._weights.items():
-            parameter = self.get_base_layer().get_parameter(weight)
-            delta = torch.stack([self._delta(adapter, name) for adapter in active]).sum(0)
-            adapted[weight] = (parameter.to(delta.dtype) + delta).to(parameter.dtype)
-        return torch.func.functional_call(self.base_layer, adapted, args, kwargs)
-
-    def factor_pairs(self, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
-        A, B = cast(Any, self.lora_A[adapter]), cast(Any, self.lora_B[adapter])
-        return {name: (factor_values(A[name]), factor_values(B[name])) for name in self._weights}
-
-    def _names(self, weights: tuple[str, ...]) -> dict[str, str]:
-        return {weight.rpartition(".")[2]: weight for weight in weights}
-
-    def _delta(self, adapter: str, name: str) -> Tensor:
-        """What is added to the weight, in float32 at least."""
-        delta = self._low_rank(adapter, name)
-        if adapter not in self.lora_magnitude:
-            return delta
-        weight = self.get_base_layer().get_parameter(self._weights[name]).to(delta.dtype)
-        scale = cast(Any, self.lora_magnitude[adapter])[name] / self._norms(adapter, name)
-        return scale.unsqueeze(-1) * (weight + delta) - weight
-
-    def _low_rank(self, adapter: str, name: str) -> Tensor:
-        A, B = self.factor_pairs(adapter)[name]
-        return _at_least_float32(B) @ _at_least_float32(A) * self.scaling[adapter]
-
-    @torch.no_grad()
-    def _norms(self, adapter: str, name: str) -> Tensor:
-        """Of the rows of W + scaling * B @ A; DoRA's norm carries no gradient (its section 4.3)."""
-        low_rank = self._low_rank(adapter, name)
-        weight = self.get_base_layer().get_parameter(self._weights[name]).to(low_rank.device, low_rank.dtype)
-        return torch.linalg.vector_norm(weight + low_rank, dim=-1)
-
-    def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
-        for name, (weight, rows) in zip(self._weights, self._merged_into(adapter), strict=True):
-            yield weight, rows, self._delta(adapter, name)
-
-    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
-        for weight in self._weights.values():
-            yield self.get_base_layer().get_parameter(weight), slice(None)
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
-        return None, None
-
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        parameter = base_layer.get_parameter(next(iter(self._weights.values())))
-        return parameter.device, parameter.dtype
-
-
-class HotLoraRouter(HotLoraWeights):
-    """LoRA on the scores' weight `[E, D]` of a router, its own or that of a Linear inside of it: the family's
-    routing runs on W + scaling * B @ A."""
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """scaling * B @ A, `[E, D]`, in float32 at least."""
-        return self._delta(adapter, "weight")
-
-    def _names(self, weights: tuple[str, ...]) -> dict[str, str]:
-        (weight,) = weights
-        return {"weight": weight}
-
-
-def factor_slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
-    """The low-rank factors of `adapter` in all layers of an adapted base model, ours and PEFT's Linears."""
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
-            continue
-        if isinstance(layer, HotLoraExperts):
-            yield from layer.slots(path, adapter)
-        elif isinstance(layer, HotLoraWeights):
-            for name in ("lora_A", "lora_B"):
-                for key in getattr(layer, name)[adapter]:
-                    yield Slot(f"{path}.{name}.{key}", name == "lora_A", getattr(layer, name)[adapter], key)
-        elif not isinstance(layer, HotFullExperts):
-            for name in ("lora_A", "lora_B"):
-                yield Slot(f"{path}.{name}.weight", name == "lora_A", getattr(layer, name), adapter)
-
-
-def low_rank_products(A_gate_up: Tensor, B_gate_up: Tensor, A_down: Tensor, B_down: Tensor) -> tuple[Tensor, Tensor]:
-    """B @ A of gate and up `[..., P*F, D]`, and of down `[..., D, F]`, in float32 at least: of an expert, or many."""
-    A_gate_up, B_gate_up, A_down, B_down = map(_at_least_float32, (A_gate_up, B_gate_up, A_down, B_down))
-    parts = A_gate_up.shape[-2] // A_down.shape[-2]
-    pairs = zip(B_gate_up.chunk(parts, dim=-2), A_gate_up.chunk(parts, dim=-2), strict=True)
-    return torch.cat([B @ A for B, A in pairs], dim=-2), B_down @ A_down
 
 
 def _tensors(held: Any) -> list[Tensor]:
@@ -646,7 +397,3 @@ def _tensors(held: Any) -> list[Tensor]:
     if isinstance(held, Tensor):
         return [held]
     return list(held.state_dict(keep_vars=True).values())
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

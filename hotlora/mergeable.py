@@ -1,0 +1,125 @@
+"""What PEFT layers of ours share: an update that goes into the base layer's weights and comes out again."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from .errors import HotLoraError
+from .factors import Slot
+
+
+class MergeableLayer(nn.Module, LoraLayer):
+    """What all share: an update that can go into the base layer's weights and come out again."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        r, lora_alpha = kwargs.pop("r"), kwargs.pop("lora_alpha")
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.replaced: dict[str, list[Tensor]] = {}
+        """adapter -> what a merge has overwritten, where it cannot be subtracted again"""
+        self._prepare()
+        self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def _prepare(self) -> None:
+        """Makes the containers of what `update_layer` adds."""
+
+    def _add_adapter(self, adapter: str, r: int, lora_alpha: int, config: LoraConfig) -> None:
+        """What PEFT keeps of every adapter, once its factors are in place."""
+        self.r[adapter] = r
+        self.lora_alpha[adapter] = lora_alpha
+        self.use_dora[adapter] = config.use_dora
+        self.use_rslora[adapter] = config.use_rslora
+        self.scaling[adapter] = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factor_pairs(self, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
+        """The adapter's low-rank pairs, as views: A `[..., R, in]`, B `[..., out, R]`, under what each updates."""
+        raise NotImplementedError
+
+    def slots(self, path: str, adapter: str) -> Iterator[Slot]:
+        """Where the adapter's low-rank factors are held; `path` is the layer's own."""
+        raise NotImplementedError
+
+    def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
+        """(parameter, rows, what the adapter adds to them), in float32 at least and in the parameter's layout."""
+        raise NotImplementedError
+
+    def _active_here(self, adapter_names: list[str] | None) -> list[str]:
+        """Active adapters that have weights in this layer; none while the adapters are disabled or merged."""
+        if adapter_names is not None:
+            raise HotLoraError("adapter_names: several adapters in a batch are not supported. Use set_adapter.")
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return []
+        return [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
+
+    def _replaces(self, adapter: str) -> bool:
+        """Whether what the adapter adds depends on the base weights themselves, and not on its factors alone."""
+        return self.use_dora.get(adapter, False)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the updates to the base weights. `safe_merge` refuses weights that would not be finite."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
+        if self.merged_adapters and any(map(self._replaces, names)):
+            raise HotLoraError(
+                f"adapters {self.merged_adapters} are merged already, and {names} must be worked out from the base's "
+                "own weights: unmerge, then merge them all at once."
+            )
+        deltas = {name: list(self._deltas(name)) for name in names}  # all of them of the base as it is
+        for name in names:
+            if self._replaces(name):
+                self.replaced[name] = [weight.data[rows].clone() for weight, rows, _ in deltas[name]]
+            self._add(name, deltas.pop(name), safe_merge)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes merged updates out again, up to the rounding of the base weights' dtype."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            before = self.replaced.pop(name, None)
+            if before is None:
+                self._add(name, [(weight, rows, -delta) for weight, rows, delta in self._deltas(name)], False)
+            else:
+                for (weight, rows), old in zip(self._merged_into(name), before, strict=True):
+                    weight.data[rows] = old
+
+    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+        """(parameter, rows) of `_deltas`, without working out the deltas."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _add(self, adapter: str, deltas: list[tuple[Tensor, list[int] | slice, Tensor]], safe: bool) -> None:
+        updated = [
+            (weight, rows, (weight.data[rows].to(delta.dtype) + delta).to(weight.dtype))
+            for weight, rows, delta in deltas
+        ]
+        if safe and not all(new.isfinite().all() for _, _, new in updated):
+            raise HotLoraError(
+                f"merging adapter {adapter!r} gives weights that are not finite: it is broken. Train it anew."
+            )
+        for weight, rows, new in updated:
+            weight.data[rows] = new
+
+
+def factor_slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
+    """The low-rank factors of `adapter` in all layers of an adapted base model, ours and PEFT's Linears."""
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
+            continue
+        if isinstance(layer, MergeableLayer):
+            yield from layer.slots(path, adapter)
+        else:
+            for name in ("lora_A", "lora_B"):
+                yield Slot(f"{path}.{name}.weight", name == "lora_A", getattr(layer, name), adapter)
