@@ -24,6 +24,7 @@ _PUBLIC = {
     "ModelError": "errors",
     "PlanError": "errors",
     "RoutingProfile": "routing",
+    "base_quantization": "load",
     "count_parameters": "count",
     "jaccard": "routing",
     "load_adapter": "load",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .errors import PlanError as PlanError
     from .export import export_adapter as export_adapter
     from .import_peft import import_adapter as import_adapter
+    from .load import base_quantization as base_quantization
     from .load import load_adapter as load_adapter
     from .models import load_model as load_model
     from .models import load_tokenizer as load_tokenizer

@@ -24,10 +24,10 @@ from .cli_options import (
     ExpertsPerLayer,
     Fillers,
     Fraction,
+    KeepHot,
     Limit,
     Model,
     OnTopOf,
-    Quantize,
     Router,
     Rule,
     Scores,
@@ -193,7 +193,13 @@ def evaluate(
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    quantize: Quantize = None,
+    quantize: Annotated[
+        int | None,
+        typer.Option(
+            help="Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training)."
+        ),
+    ] = None,
+    keep_hot: KeepHot = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split.
@@ -225,6 +231,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             quantize=quantize,
+            keep_hot=keep_hot,
         )
         _show_evaluation(record, output, as_json)
         return
@@ -254,6 +261,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             quantize=quantize,
+            keep_hot=keep_hot,
             progress=True,
         )
     _show_evaluation(record, output, as_json)
@@ -264,6 +272,9 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
         print(json.dumps(record["evaluation"]))
     else:
         print_evaluation(record, output)
+        if bits := record.get("config", {}).get("quantize"):
+            kept = "; those of the adapter are not" if record["config"].get("keep_hot") else ""
+            out.print(f"experts were stored in {bits} bits{kept} (--quantize)", highlight=False)
 
 
 @app.command()
@@ -393,7 +404,14 @@ def main() -> None:
     except Exception as error:
         if not _is_told_here(error):  # it waited for another process, whose error has been told
             sys.exit(1)
-        raise
+        if not _has_lost_another(error):
+            raise
+        err.print(
+            "[bold red]error:[/] another process of this command is gone without a message: it crashed, or was killed "
+            "(as systems do when memory runs out). The same command goes on from what is saved.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        sys.exit(1)
     except KeyboardInterrupt:
         err.print("stopped; run the same words again to go on")
         sys.exit(130)
@@ -408,6 +426,14 @@ def _leave() -> None:
         from .distributed import leave
 
         leave()
+
+
+def _has_lost_another(error: Exception) -> bool:
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    from .distributed import lost_another
+
+    return lost_another(error)
 
 
 def _is_told_here(error: Exception) -> bool:

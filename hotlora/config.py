@@ -93,8 +93,9 @@ class TrainConfig:
         )
         for name in (*positive, *(("max_steps",) if self.max_steps is not None else ())):
             self._check(name, getattr(self, name) > 0, "more than 0")
-        for name in ("weight_decay", "max_grad_norm", "aux_loss_coef", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "aux_loss_coef"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")  # numpy's generator takes no other
         self._check("max_length", self.max_length >= 2, "2 or more")
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
         self._check("adam_beta2", 0 < self.adam_beta2 < 1, "in (0, 1)")

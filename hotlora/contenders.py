@@ -127,6 +127,8 @@ class BenchConfig:
                 raise HotLoraError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
         if self.length is not None and self.tokens % self.length:
             raise HotLoraError(f"tokens is {self.tokens}, no multiple of length {self.length}: change one of the two.")
+        if not 0 <= self.seed < 2**32:
+            raise HotLoraError(f"seed is {self.seed}: it must be 0 or more and below 2^32.")
         if self.cv < 0:
             raise HotLoraError(f"cv is {self.cv}: it must be 0 or more.")
         if not self.contenders:

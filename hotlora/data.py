@@ -216,11 +216,14 @@ def pad(rows: Sequence[torch.Tensor], value: int | None, side: str = "right") ->
 def test_source(data: str, test_data: str | None = None) -> str | None:
     """Where test examples come from: `test_data`, else `data` where it is a task with its own test split.
 
-    A single file is one split, so a task read from one has no other; and some data has no test split at all.
+    A single file is one split, so a task read from one has no other, unless all that it has is a test split; and some
+    data has none at all.
     """
     if test_data is not None:
         return test_data
     task, local = task_of(data), data.partition(":")[2]
-    if task is None or "test" not in task.splits or Path(local).expanduser().is_file():
+    if task is None or "test" not in task.splits:
+        return None
+    if "train" in task.splits and Path(local).expanduser().is_file():
         return None
     return data

@@ -305,7 +305,7 @@ def _expert_names(base: Any, experts: _Experts, format: str) -> tuple[str, dict[
         return root, plain
     if len(found) == len(plain):
         return root, dict(zip(plain, found, strict=True))
-    if root.endswith("block_sparse_moe.experts"):  # Granite's checkpoints are fused; vLLM splits them as Mixtral's
+    if base.config.get_text_config().model_type == "gpt_oss":  # a fused checkpoint, whose parts vLLM names so (0.32)
         return root, {"gate": "w1", "up": "w3", "down": "w2"}
     return root, plain
 

@@ -149,8 +149,22 @@ def answer_batches(
                 logits_processor=LogitsProcessorList(drawing),
                 stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,
             )
-        decoded = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        decoded = written(tokenizer, [prompts[i] for i, _ in group], output[:, width:].tolist())
         yield [Answer(i, sample, cut(text, stop)) for (i, sample), text in zip(group, decoded, strict=True)]
+
+
+def written(tokenizer: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[str]:
+    """What the answers' tokens add to the prompts' text.
+
+    Tokenizers of Llama's kind drop the first space of a text: decoded alone, an answer loses one of its indentation.
+    """
+    heads = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    wholes = tokenizer.batch_decode([p + a for p, a in zip(prompts, answers, strict=True)], skip_special_tokens=True)
+    alone = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [
+        whole[len(head) :] if whole.startswith(head) else text  # not where a prompt ends amid a character
+        for whole, head, text in zip(wholes, heads, alone, strict=True)
+    ]
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .adapter import WEIGHTS_HASH, HotLoraConfig, from_saved
 from .errors import FileError, HotLoraError, PlanError
 from .files import read_json, sha256_file
+from .plan import ExpertPlan
+from .quantize import ExpertsQuantization
 from .quiet import quiet
 
 CONFIG_FILE = "adapter_config.json"
@@ -69,6 +71,30 @@ def load_adapter(
     return model if is_trainable else model.eval()
 
 
+def base_quantization(path: str | Path) -> ExpertsQuantization | None:
+    """How the base of a saved adapter was quantized in training, as `load_model` takes it; None where it was not.
+
+    model = load_adapter(load_model(name, quantization_config=base_quantization(path)), path)
+
+    Raises:
+        FileError, PlanError: as `load_adapter`. HotLoraError: it was, and bitsandbytes is not installed.
+    """
+    saved = _saved_config(path).base_quantization
+    if saved is None:
+        return None
+    return ExpertsQuantization(saved["bits"], {int(layer): tuple(ids) for layer, ids in saved["keep"].items()})
+
+
+def planned_experts(path: str | Path) -> dict[int, tuple[int, ...]]:
+    """Layer -> experts that a saved adapter is for. FileError, PlanError: as `load_adapter`."""
+    return dict(ExpertPlan.from_dict(_saved_config(path).plan).experts)
+
+
+def _saved_config(path: str | Path) -> HotLoraConfig:
+    folder = Path(path).expanduser()
+    return _config(folder / CONFIG_FILE, _read_config(folder))
+
+
 def _take_off(base_model: nn.Module) -> None:
     """Puts back what PEFT had replaced when it failed."""
     for name, module in list(base_model.named_modules()):
@@ -118,8 +144,24 @@ def _check_own(config: HotLoraConfig) -> None:
     mask = config.mask or {}
     if not isinstance(mask, dict) or not all(isinstance(kept, int) and kept >= 0 for kept in mask.values()):
         raise TypeError(f"mask is {mask!r}; it must have the number of entries that each B keeps.")
+    if not _is_quantization(config.base_quantization):
+        raise TypeError(
+            f"base_quantization is {config.base_quantization!r}; it must be null, or have bits of 4 or 8, and in keep "
+            "the experts of each layer that has some."
+        )
     if config.a_seed is not None and (not isinstance(config.a_seed, int) or config.a_seed < 0):
         raise TypeError(f"a_seed is {config.a_seed!r}; it must be an integer from 0.")
+
+
+def _is_quantization(saved: Any) -> bool:
+    if saved is None:
+        return True
+    if not isinstance(saved, dict) or saved.keys() != {"bits", "keep"} or not isinstance(saved["keep"], dict):
+        return False
+    return saved["bits"] in (4, 8) and all(
+        str(layer).isdecimal() and isinstance(ids, list) and all(type(expert) is int for expert in ids)
+        for layer, ids in saved["keep"].items()
+    )
 
 
 def read_weights(file: Path, saved_hash: str | None = None) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ def load_model(
     Raises:
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
-    source = _source(name_or_path)
+    source = model_source(name_or_path)
     try:
         target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -216,6 +216,8 @@ def load_model(
             quantization_config=quantization_config,
             **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
         )
+        if model.dtype == torch.float64:
+            model.set_experts_implementation("eager")  # grouped_mm, transformers' own choice, has no float64
         if distributed_config:  # now: what FSDP has gathered for a forward is frozen only if its shards were
             model.requires_grad_(False)
     except ModelError as error:
@@ -239,7 +241,7 @@ def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
         ModelError: not found.
     """
     try:
-        config = AutoConfig.from_pretrained(_source(name_or_path), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:
@@ -254,7 +256,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
         ModelError: not found.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_source(name_or_path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:  # tokenizers knows no other kind
@@ -292,7 +294,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
     return model
 
 
-def _source(name_or_path: str | Path) -> str:
+def model_source(name_or_path: str | Path) -> str:
     """A folder or Hub name for transformers. A missing folder is told here, before the Hub is asked."""
     text = str(name_or_path)
     if text == NANO:

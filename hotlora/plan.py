@@ -190,6 +190,8 @@ def select_experts(
     if "signal" in reads:
         params["signal"] = signal
     if "seed" in reads:
+        if not -(2**63) <= seed < 2**63:
+            raise PlanError(f"seed is {seed}: it must be an integer of 64 bits")
         params["seed"] = seed
     if "scores" in reads:
         if scores is None:

@@ -188,6 +188,24 @@ def quantized_bits(model: nn.Module) -> int | None:
     return holders[0].bits if holders else None
 
 
+def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
+    """What would quantize the experts of a model as those of `model` are: bits, and who is kept. None if all are dense.
+
+    Raises:
+        ModelError: no MoE layer.
+    """
+    bits = quantized_bits(model)
+    if bits is None:
+        return None
+    keep = {}
+    for layer in moe_layers(model):
+        children = unwrap(model.get_submodule(layer.experts)).children()
+        kept = [child.kept_ids for child in children if isinstance(child, QuantizedExperts)]
+        if ids := kept[0] if kept else tuple(range(layer.num_experts)):
+            keep[layer.layer] = ids
+    return ExpertsQuantization(bits, keep)
+
+
 def expert_bytes(model: nn.Module) -> int:
     """Bytes that the weights of all routed experts take now, quantized or not.
 
@@ -291,6 +309,9 @@ class ExpertsQuantization(QuantizationConfigMixin):
         _bitsandbytes()
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
         self.bits, self.keep = bits, keep
+
+    def __str__(self) -> str:
+        return f"experts in {self.bits} bits" + (", some of them kept as they are" if self.keep else "")
 
 
 def experts_in(bits: int | None, keep: Mapping[int, Sequence[int]] | None = None) -> ExpertsQuantization | None:

@@ -13,9 +13,9 @@ from .files import read_json, sha256_file, write_json
 from .generate import GREEDY, Answer, Sampling
 from .generations import read_generations, score_generations
 from .harness import evaluate_by_lm_eval, lm_eval_version
-from .load import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from .models import fingerprint, load_tokenizer
-from .quantize import quantized_parameters
+from .load import CONFIG_FILE, WEIGHTS_FILE, base_quantization, load_adapter, planned_experts
+from .models import fingerprint, load_tokenizer, model_source
+from .quantize import ExpertsQuantization, experts_in, quantized_parameters
 from .quiet import quiet
 from .records import Record, new_record
 from .run_export import export_saved
@@ -41,6 +41,7 @@ def run_evaluation(
     dtype: str = "auto",
     device: str = "auto",
     quantize: int | None = None,
+    keep_hot: bool = False,
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
     """Scores a model, or a model with a saved adapter, on a task's test split.
@@ -55,6 +56,9 @@ def run_evaluation(
         sampling: how answers are drawn, and how many each example gets.
         merge: whether to fold the adapter into the weights first, in memory: faster, and rounded to their dtype.
         engine: "transformers" or "vllm".
+        quantize: bits in which the routed experts are stored, 8 or 4, or 0 for the checkpoint's own; None: all as the
+            adapter was trained on them.
+        keep_hot: the experts of the adapter are not quantized; with `quantize`.
 
     Returns:
         the record, and the evaluation; None in its place where `output` held the same one, done.
@@ -64,13 +68,14 @@ def run_evaluation(
         HotLoraError: `output` holds other work, or options that do not go together.
     """
     task = _need_task(data)
-    _check_engine(engine, task, merge=merge, adapter=adapter, on_top_of=on_top_of, quantize=quantize)
+    stored = _quantization(adapter, quantize, keep_hot)
+    _check_engine(engine, task, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
     tokenizer = load_tokenizer(model)
     test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
     options: dict[str, Any] = {
-        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype, "quantize": quantize,
-        "adapter": str(adapter) if adapter else None,
+        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype,
+        "quantize": stored.bits if stored else None, "adapter": str(adapter) if adapter else None,
         "adapter_hash": sha256_file(weights) if weights else None,
         "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
         "eval_batch_size": batch_size,
@@ -78,6 +83,7 @@ def run_evaluation(
     # Only where they say something, so that records made before there were such options still match.
     options |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
     options |= {"merge": True} if merge else {}
+    options |= {"keep_hot": True} if stored and stored.keep else {}
     options |= {"engine": engine} if engine != "transformers" else {}
     results = None if output is None else Path(output) / f"results-{task.name}.jsonl"
     if output is not None and (done := finished(Path(output), options, results)) is not None:
@@ -91,7 +97,7 @@ def run_evaluation(
         if engine == "vllm":
             evaluation = _by_vllm(model, adapter, tokenizer, task, test, sampling, merge, dtype, results, progress)
         else:
-            net = _adapted(record, model, adapter, on_top_of, merge, dtype=dtype, device=device, quantize=quantize)
+            net = _adapted(record, model, adapter, on_top_of, merge, stored, dtype=dtype, device=device)
             evaluation = evaluate_task(
                 net, tokenizer, task, test,
                 batch_size=batch_size, sampling=sampling, results=results, progress=progress,
@@ -115,6 +121,7 @@ def run_harness(
     dtype: str = "auto",
     device: str = "auto",
     quantize: int | None = None,
+    keep_hot: bool = False,
 ) -> Record:
     """Scores a model, or a model with a saved adapter, on tasks of lm-eval: its prompts, metrics and filters.
 
@@ -124,22 +131,24 @@ def run_harness(
         include_path: a folder with task configs of your own, as lm-eval's `--include_path`.
         num_fewshot: examples in the prompt; None: the task's own number.
         limit: at most so many examples, the first ones.
-        model, adapter, on_top_of, merge: as `run_evaluation` takes them.
+        model, adapter, on_top_of, merge, quantize, keep_hot: as `run_evaluation` takes them.
 
     Raises:
         HotLoraError: lm-eval is not installed, `output` holds other work, or lm-eval has no such task.
     """
     version = lm_eval_version()
-    _check_engine("transformers", None, merge=merge, adapter=adapter, on_top_of=on_top_of, quantize=quantize)
+    stored = _quantization(adapter, quantize, keep_hot)
+    _check_engine("transformers", None, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
     tokenizer = load_tokenizer(model)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
     options: dict[str, Any] = {
         "model": model, "harness": f"lm-eval {version}", "tasks": list(tasks), "num_fewshot": num_fewshot,
         "limit": limit, "include_path": str(include_path) if include_path else None, "dtype": dtype,
-        "quantize": quantize, "merge": merge, "adapter": str(adapter) if adapter else None,
+        "quantize": stored.bits if stored else None, "merge": merge, "adapter": str(adapter) if adapter else None,
         "adapter_hash": sha256_file(weights) if weights else None,
         "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
     }  # fmt: skip
+    options |= {"keep_hot": True} if stored and stored.keep else {}
     if output is not None and (done := finished(Path(output), options)) is not None:
         return done
     condition = "adapter" if adapter else "base"
@@ -149,7 +158,7 @@ def run_harness(
     )  # fmt: skip
     folder = Path(output) if output else None
     with recorded(record, folder):
-        net = _adapted(record, model, adapter, on_top_of, merge, dtype=dtype, device=device, quantize=quantize)
+        net = _adapted(record, model, adapter, on_top_of, merge, stored, dtype=dtype, device=device)
         report, evaluations = evaluate_by_lm_eval(
             net, tokenizer, tasks,
             include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size,
@@ -203,6 +212,17 @@ def run_generations(
     return record, evaluation
 
 
+def _quantization(adapter: str | Path | None, quantize: int | None, keep_hot: bool) -> ExpertsQuantization | None:
+    """How the base's experts are to be stored; None: as the checkpoint has them."""
+    if keep_hot and not (quantize and adapter):
+        raise HotLoraError("keep_hot is for the experts of an adapter on a quantized model: give adapter and quantize.")
+    if quantize is None:
+        return base_quantization(adapter) if adapter else None
+    if quantize == 0:
+        return None
+    return experts_in(quantize, planned_experts(adapter) if adapter and keep_hot else None)
+
+
 def _check_engine(
     engine: str,
     task: Task | None,
@@ -210,28 +230,41 @@ def _check_engine(
     merge: bool,
     adapter: str | Path | None,
     on_top_of: Sequence[str | Path],
-    quantize: int | None,
+    stored: ExpertsQuantization | None,
 ) -> None:
     if engine not in ENGINES:
         raise HotLoraError(f"engine {engine!r} does not exist: choose one of {', '.join(ENGINES)}.")
     if merge and adapter is None:
         raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
-    if merge and quantize:
-        raise HotLoraError("an adapter cannot be merged into quantized experts: leave merge out, or quantize.")
+    if stored and (merge or on_top_of):
+        raise HotLoraError(
+            f"an adapter cannot be merged into {stored}, whether asked for or as the adapter was trained on: leave "
+            "merge and on_top_of out, or give quantize 0 (--quantize 0) for the experts of the checkpoint."
+        )
     if engine == "vllm":
         if task is not None and task.kind == "choice":
             raise HotLoraError(f"{task.name} ranks choices, which the engine vllm is not used for: leave --engine out.")
-        if on_top_of or quantize:
+        if on_top_of:
+            raise HotLoraError("the engine vllm takes no on_top_of here: leave it out, or the engine.")
+        if stored:
             raise HotLoraError(
-                "the engine vllm takes no on_top_of and no quantize here: leave them out, or the engine."
+                f"the engine vllm has no {stored}, whether asked for or as the adapter was trained on: leave the "
+                "engine out, or give quantize 0 (--quantize 0) for the experts of the checkpoint."
             )
         check_vllm()
 
 
 def _adapted(
-    record: Record, model: str, adapter: str | Path | None, on_top_of: Sequence[str | Path], merge: bool, **options: Any
+    record: Record,
+    model: str,
+    adapter: str | Path | None,
+    on_top_of: Sequence[str | Path],
+    merge: bool,
+    stored: ExpertsQuantization | None,
+    **options: Any,
 ) -> Any:
     """The model with its adapter, or with the adapter folded into it; the record says what it is."""
+    options |= {"quantize": stored.bits, "keep": stored.keep} if stored else {}
     net = load_base(model, on_top_of, **options)
     num_parameters = net.num_parameters() + quantized_parameters(net)
     record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
@@ -258,12 +291,12 @@ def _by_vllm(
 ) -> Evaluation:
     """Exports the adapter for vLLM, for as long as this takes, and lets vLLM answer."""
     with tempfile.TemporaryDirectory() as temporary:
-        base, lora, out = model, None, Path(temporary) / "export"
+        base, lora, out = model_source(model), None, Path(temporary) / "export"
         if adapter is not None:
             router = not merge and bool(read_json(Path(adapter) / CONFIG_FILE).get("train_router"))
             format = "merged" if merge else "vllm"
             export_saved(model, adapter, out, format=format, merge_router=router, device="cpu")
-            base = str(out) if merge else str(out / "base") if router else model
+            base = str(out) if merge else str(out / "base") if router else base
             lora = None if merge else out / "adapter" if router else out
         loaded, request = load_engine(base, lora, dtype=dtype)
 

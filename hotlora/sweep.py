@@ -51,7 +51,7 @@ class Condition:
         `stages.run_method` and `run.run_training`, and fields of `TrainConfig`.
     train: False scores the model as it is, once.
     scores: the name of a condition before this one, whose adapters are scored on this one's data, seed by seed, in
-        place of a training.
+        place of a training. The base is quantized as it was in training, unless `options` here say otherwise.
     """
 
     name: str
@@ -173,11 +173,13 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
     profiles: dict[Path, Job] = {}
     jobs: list[Job] = []
     for condition in sweep.conditions:
-        given = sweep.options_of(condition)
+        own, given = condition.options, sweep.options_of(condition)
         folder = output / condition.name
         kept = {"sweep": {"name": sweep.name, "condition": condition.name}}
         if not condition.train:
-            jobs.append(Job(condition.name, folder, score_base, _scoring(resolve(**given), folder, kept)))
+            arguments = _scoring(resolve(**given), folder, kept)
+            arguments |= {"quantize": given["quantize"]} if "quantize" in given else {}
+            jobs.append(Job(condition.name, folder, score_base, arguments))
             continue
         if condition.scores is not None:
             for seed in sweep.seeds:
@@ -185,6 +187,7 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
                 trained = next(job for job in jobs if (job.name, job.seed) == (condition.scores, seed))
                 mark = {"sweep": {**kept["sweep"], "scores": condition.scores}}
                 arguments = _scoring(resolve(**given), at, mark) | {"trained": trained.folder, "seed": seed}
+                arguments |= {name: own[name] for name in ("quantize", "keep_hot") if name in own}
                 jobs.append(Job(condition.name, at, score_adapter, arguments, trained, seed))
             continue
         needs = _profile_job(resolve(**given), output)
@@ -211,7 +214,7 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
 def _scoring(arguments: Mapping[str, Any], folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
     """`run_evaluation`'s arguments, such that it scores what `run_training` would."""
     names = {"test_limit": "limit", "eval_batch_size": "batch_size"}
-    taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", "quantize", *SAMPLING)
+    taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", *SAMPLING)
     scoring = {names.get(name, name): arguments[name] for name in taken if name in arguments}
     data = test_source(arguments["data"], arguments.get("test_data"))
     if data is None:

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from trl import SFTConfig, SFTTrainer
 
 from . import checkpoints, guard
@@ -219,6 +223,7 @@ def make_trainer(
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
+    _check_report_to(config.report_to)
     with quiet():
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
@@ -235,6 +240,16 @@ def make_trainer(
     if recomputes:
         trainer.add_callback(_KeepRouting())
     return trainer
+
+
+def _check_report_to(name: str) -> None:
+    known = sorted(INTEGRATION_TO_CALLBACK)
+    if name not in ("none", "all", *known):
+        raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
+    if name in known and name not in (*get_available_reporting_integrations(), "flyte"):
+        raise HotLoraError(
+            f"report_to = {name!r} needs a package that is not installed: install {name}, or leave it out."
+        )
 
 
 class _Trainer(SFTTrainer):

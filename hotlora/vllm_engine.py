@@ -1,7 +1,8 @@
 """Answers by vLLM, where it is installed: the same prompts, token by token, and the adapter as `export` writes it.
 
-vLLM's own kernels and batches round differently, so answers may differ from transformers' in places. Its samples are
-seeded by prompt and number, too, and are others than transformers' for the same seed.
+Written for vLLM 0.32 and 0.33, and run with 0.32's build for CPUs (docs/evaluation.md). vLLM's own kernels and batches
+round differently, so answers may differ from transformers' in places. Its samples are seeded by prompt and number, too,
+and are others than transformers' for the same seed.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -15,13 +16,14 @@ from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
 from .load import CONFIG_FILE
 from .tasks import Example
 
+_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of those that vLLM can make room for
 _AT_ONCE = 512  # answers given to the engine together: so many are lost at most where it is stopped
 
 
 def check_vllm() -> None:
     """Raises HotLoraError where vLLM is not installed."""
     try:
-        import vllm  # noqa: F401
+        from vllm import LLM  # noqa: F401  (what vLLM needs itself is missed only here)
     except ImportError as error:
         raise HotLoraError(
             f"the engine vllm cannot be used ({error}): pip install vllm, which needs a GPU that it supports, or leave "
@@ -42,9 +44,14 @@ def load_engine(model: str, adapter: str | Path | None = None, *, dtype: str = "
 
     if adapter is None:
         return LLM(model=model, dtype=dtype), None
-    rank = max(8, read_json(Path(adapter) / CONFIG_FILE)["r"])
-    room = 1 << (rank - 1).bit_length()  # vLLM takes powers of two
-    engine = LLM(model=model, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=room)
+    rank = read_json(Path(adapter) / CONFIG_FILE)["r"]
+    if rank > _RANKS[-1]:
+        raise HotLoraError(f"vLLM takes adapters of rank {_RANKS[-1]} at most, and this one has {rank}: give --merge.")
+    room = next(size for size in _RANKS if size >= rank)
+    # The last option: a pair of matrices for each expert is read as such where the family's experts are fused, too.
+    engine = LLM(
+        model=model, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=room, enable_mixed_moe_lora_format=True
+    )
     return engine, LoRARequest("hotlora", 1, str(adapter))
 
 

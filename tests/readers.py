@@ -23,11 +23,8 @@ INTERLEAVED = ("gpt_oss",)
 VLLM_NAMES = {
     "mixtral": (".block_sparse_moe.experts", ".mlp.experts", ("w1", "w2", "w3")),
     "minimax": (".block_sparse_moe.experts", ".mlp.experts", ("w1", "w2", "w3")),
+    "gpt_oss": (".mlp.experts", ".mlp.experts", ("w1", "w2", "w3")),
     "phimoe": (".block_sparse_moe.experts", ".mlp.experts", ("w1", "w2", "w3")),
-    "granitemoe": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
-    "granitemoe_swa": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
-    "granitemoeshared": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
-    "granitemoehybrid": (".block_sparse_moe.experts", ".block_sparse_moe.experts", ("w1", "w2", "w3")),
     # no gate: its first matrix is called up_proj
     "nemotron_h": (".mixer.experts", ".mixer.experts", ("up_proj", "down_proj", "")),
     "lfm2_moe": (".feed_forward.experts", ".feed_forward.experts", ("w1", "w2", "w3")),

@@ -114,6 +114,8 @@ def test_tasks_and_their_files(tmp_path: Path):
     assert test_source(f"codealpaca:{tmp_path}") is None  # no test split
     assert test_source("mbpp") == "mbpp"
     assert test_source(f"gsm8k:{file}") is None and test_source(file) is None and test_source(file, "x") == "x"
+    for name in ("hexphi", "hexphi-lori", "humaneval"):  # all that there is of these is a test split
+        assert test_source(f"{name}:{file}") == f"{name}:{file}"
 
 
 def test_limits_are_seeded_and_keep_the_order(tmp_path: Path):

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from hotlora import bench, worker
 from hotlora.cli_sweep import sweep as sweep_command
 from hotlora.count import parameters_from_config
-from hotlora.errors import FileError, HotLoraError
+from hotlora.data import load_examples
+from hotlora.errors import DataError, FileError, HotLoraError
 from hotlora.estimate import estimate, meta_model, sized_config
 from hotlora.files import write_json
 from hotlora.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
@@ -27,6 +28,7 @@ from hotlora.recipes.needs import config_file, data_size, sweep_needs
 from hotlora.recipes.result import Result, write_results
 from hotlora.routing import RoutingProfile
 from hotlora.sweep import Condition
+from hotlora.tasks import TASKS
 from hotlora.worker import Worker
 
 APP = typer.Typer()
@@ -416,6 +418,34 @@ def test_needs_of_trainings(tiny_folder: str, tmp_path: Path):
     away = sweep_needs(RECIPES["moe-sieve-section-7.3"](Setting(tiny_folder, seeds=3, options=options)).sweep())
     assert away[1] == "data from the Hub: gsm8k (or --data TASK=FILES)"
     assert "hours of training and profiling unknown: the data is not here" in away[3]
+
+
+def test_needs_names_the_data_that_only_the_user_has(tiny_folder: str, tmp_path: Path):
+    """What is trained on and what is scored, with the options that bring it; before anything starts."""
+    words = ("hellora-table-2", "--model", tiny_folder, "-o", tmp_path / "runs", "--dry-run")
+    code, text = call(*words)
+    assert code == 0 and not (tmp_path / "runs").exists()
+    hub = "data from the Hub: codealpaca-lori, gsm8k-lori, humaneval-lori (or --data TASK=FILES)"
+    told = "data that is on no Hub: hexphi-lori, saferpaca-lori; give --data hexphi=FILES --data saferpaca=FILES"
+    assert f"  {hub}; {told}\n" in text
+    for name in ("hexphi", "saferpaca"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}]))
+        words += ("--data", f"{name}={tmp_path / name}.json")
+        with pytest.raises(DataError):
+            load_examples(f"{name}-lori", "test" if name == "hexphi" else "train")
+    code, text = call(*words)
+    assert code == 0, text
+    assert f"data: hexphi-lori:{tmp_path}/hexphi.json, saferpaca-lori:{tmp_path}/saferpaca.json; {hub}\n" in text
+    setting = Setting(tiny_folder, options={"learning_rate": 1e-4})
+    lines = sweep_needs(RECIPES["moe-sieve-table-3"](setting).sweep())
+    assert lines[1].endswith("data that is on no Hub: spider; give --data spider=FILES")
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.needs_files])
+def test_a_task_that_needs_files_says_so_itself(name: str):
+    task = TASKS[name]
+    with pytest.raises(DataError, match=f"(?s)give .*{name}:"):
+        task.load(task.splits[-1], None, None, 0)
 
 
 def test_needs_without_a_network(monkeypatch: pytest.MonkeyPatch):

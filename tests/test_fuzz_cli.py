@@ -28,10 +28,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         ["export", "--model", "{model}", "{adapter}", "-o", "a" * 300, "-f", "peft"],
         ["plan", "{profile}", "-o", "/dev/null/x"],
         ["params", "{rows}"],
+        ["plan", "{profile}", "-o", "out", "--rule", "random", "--seed", str(2**63)],
+        ["bench", "--rounds", "1", "--seed", str(2**63)],
+        ["train", "--model", "{model}", "--data", "{rows}", "-o", "out", "--no-evaluate", "--seed", str(2**32)],
+        ["train", "--model", "{model}", "--data", "{rows}", "-o", "out", "--max-steps", "1", "--report-to", "x"],
+        ["train", "--model", "{model}", "--data", "{rows}", "-o", "out", "--max-steps", "1", "--report-to", "dvclive"],
     ],
 )
 def test_what_was_found_ends_with_one_message(bench: fuzz_cli.Bench, words: list[str]):
     assert bench.run(words) == 1
+
+
+def test_what_was_found_and_works_now(bench: fuzz_cli.Bench):
+    assert bench.run(["profile", "--model", "{model}", "--data", "{rows}", "--limit", "3", "--dtype", "float64"]) == 0
 
 
 @pytest.mark.parametrize("command", fuzz_cli.COMMANDS)

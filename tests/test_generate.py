@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny import fill, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from hotlora import HotLoraConfig, cli
 from hotlora.config import TrainConfig
@@ -50,6 +52,30 @@ def test_batches_hold_as_many_tokens_as_the_longest(model):
         assert [row for batch in batches for row in batch] == rows
         assert all(len(batch) * lengths[batch[0][0]] <= batch_size * 100 for batch in batches)
         assert len(batches[0]) == min(batch_size, 7)
+
+
+def test_an_answer_keeps_its_first_space():
+    """Llama's and Mixtral's tokenizers drop a text's first space, which is code's indentation."""
+    words = ["<unk>", "<s>", "</s>", "\n", "▁", *"abdefntux:"]
+    spelled = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"))
+    spelled.normalizer = normalizers.Replace(" ", "▁")
+    spelled.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelled, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    model = tiny_model(vocab_size=len(words), max_position_embeddings=64)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # then every token is as likely, and the prompt alone decides what is drawn
+    examples = [Example(f"def {name}:\n", "") for name in ("a", "ab", "abd", "b", "bd", "x", "u", "t", "n", "nt")]
+    sampling = Sampling(samples=40, temperature=1.0, seed=1)
+    drawn = [
+        (examples[answer.index], answer.text)
+        for batch in answer_batches(model, tokenizer, examples, max_new_tokens=4, sampling=sampling)
+        for answer in batch
+    ]
+    for example, text in drawn:
+        ids = tokenizer(example.prompt + text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == example.prompt + text
+    begun = sum(text.startswith(" ") for _, text in drawn)
+    assert begun > len(drawn) / 30  # one in 15 words is a space; two in a row are one in 225
 
 
 def test_a_sample_is_the_same_whatever_else_is_answered(model):
@@ -243,10 +269,15 @@ def test_options_that_do_not_go_together(saved: tuple[str, Path]):
     model, adapter = saved
     for data, options, error in (
         ("nano-math", {"merge": True}, "there is no adapter to merge"),
-        ("nano-math", {"merge": True, "adapter": adapter, "quantize": 8}, "cannot be merged into quantized experts"),
+        ("nano-math", {"merge": True, "adapter": adapter, "quantize": 8}, "cannot be merged into experts in 8 bits"),
+        ("nano-math", {"on_top_of": [adapter], "quantize": 8}, "cannot be merged into experts in 8 bits"),
+        ("nano-math", {"adapter": adapter, "keep_hot": True}, "keep_hot is for .*: give adapter and quantize"),
+        ("nano-math", {"quantize": 4, "keep_hot": True}, "keep_hot is for .*: give adapter and quantize"),
+        ("nano-math", {"quantize": 3}, "bits=3 must be 4 or 8"),
         ("nano-math", {"engine": "llama"}, "engine 'llama' does not exist: choose one of transformers, vllm"),
         ("nano-choice", {"engine": "vllm"}, "nano-choice ranks choices, which the engine vllm is not used for"),
-        ("nano-math", {"engine": "vllm", "quantize": 8}, "takes no on_top_of and no quantize"),
+        ("nano-math", {"engine": "vllm", "quantize": 8}, "the engine vllm has no experts in 8 bits.*--quantize 0"),
+        ("nano-math", {"engine": "vllm", "on_top_of": [adapter]}, "the engine vllm takes no on_top_of"),
     ):
         with pytest.raises(HotLoraError, match=error):
             run_evaluation(model, data, **options)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny import FAMILIES, tiny_config, tiny_model, tiny_plan
+from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -123,6 +123,8 @@ def test_load_model(saved):
     model = load_model(saved, device="cpu")
     assert model.dtype == torch.float32 and not model.training
     assert load_model(str(saved), dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    double = load_model(str(saved), dtype=torch.float64, device="cpu")  # which grouped_mm does not take
+    torch.testing.assert_close(double(**tiny_batch()).logits.float(), model(**tiny_batch()).logits)
     expected = tiny_model("olmoe").to(torch.bfloat16).state_dict()
     assert all(torch.equal(weight, expected[name].float()) for name, weight in model.state_dict().items())
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,16 @@ from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
 from zoo import families, zoo_model
 
+import hotlora
 from hotlora.adapter import HotLoraConfig
+from hotlora.cli import app
 from hotlora.config import TrainConfig
 from hotlora.count import count_parameters
 from hotlora.data import tokenize
-from hotlora.errors import HotLoraError, ModelError, PlanError
+from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.evaluate import response_loss
 from hotlora.experts import Groups
 from hotlora.load import load_adapter
@@ -37,6 +41,8 @@ from hotlora.quantize import (
     warn_if_experts_unquantized,
 )
 from hotlora.run import run_training
+from hotlora.run_evaluate import run_evaluation, run_harness
+from hotlora.sweep import Condition, Sweep, sweep_jobs
 from hotlora.tasks import Example
 
 # One of each layout: the usual one; transposed; transposed, interleaved, with biases; no gate; a norm after.
@@ -380,6 +386,130 @@ def test_a_run_with_only_cold_experts_quantized(tmp_path):
     assert given["training"]["test_loss"] == record["training"]["test_loss"]
     with pytest.raises(HotLoraError, match="give quantize"):
         run_training(**files, output=tmp_path / "wrong", keep_hot=True)
+
+
+@pytest.fixture(scope="module")
+def trained_on_4_bits(tmp_path_factory) -> Path:
+    """A run's folder: nano's adapter on experts alone, with the cold ones in 4 bits."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    config = TrainConfig(
+        max_steps=8, batch_size=8, r=4, lora_alpha=8, max_length=128, learning_rate=2e-2,
+        train_attention=False, train_router=False,
+    )  # fmt: skip
+    run_training(
+        "nano", "nano-choice", folder, config=config, fraction=0.25, limit=64, test_limit=10, device="cpu", quantize=4,
+        keep_hot=True,
+    )  # fmt: skip
+    return folder
+
+
+def test_an_adapter_says_what_it_was_trained_on(trained_on_4_bits):
+    plan = ExpertPlan.load(trained_on_4_bits / "plan.json").experts
+    found = hotlora.base_quantization(trained_on_4_bits / "adapter")
+    assert found is not None and (found.bits, found.keep) == (4, plan)
+    model = load_adapter(load_model("nano", device="cpu", quantization_config=found), trained_on_4_bits / "adapter")
+    assert all(experts.get_base_layer().down_proj.kept_ids == plan[i] for i, experts in enumerate(experts_of(model)))
+
+
+def test_an_adapter_is_scored_on_what_it_was_trained_on(trained_on_4_bits, tmp_path):
+    """As the run itself did; other bases are asked for, and give other numbers."""
+    adapter = trained_on_4_bits / "adapter"
+    results = {"train": (trained_on_4_bits / "results-nano-choice.jsonl").read_text()}
+    for name, options in {
+        "own": {}, "said": {"quantize": 4, "keep_hot": True}, "all": {"quantize": 4}, "dense": {"quantize": 0}
+    }.items():  # fmt: skip
+        record, _ = run_evaluation("nano", "nano-choice", tmp_path / name, adapter=adapter, limit=10, **options)
+        results[name] = (tmp_path / name / "results-nano-choice.jsonl").read_text()
+        config = record["config"]
+        assert config["quantize"] == (None if name == "dense" else 4)
+        assert config.get("keep_hot", False) == (name in ("own", "said"))
+    assert results["train"] == results["own"] == results["said"]
+    assert len({results[name] for name in ("own", "all", "dense")}) == 3
+
+
+def test_the_command_says_what_an_adapter_is_scored_on(trained_on_4_bits):
+    command = ["evaluate", "--model", "nano", "--data", "nano-choice", "--limit", "2", "--device", "cpu"]
+    command += ["--adapter", str(trained_on_4_bits / "adapter")]
+    told = "experts were stored in 4 bits; those of the adapter are not (--quantize)"
+    assert told in CliRunner().invoke(app, command).stdout
+    assert "experts were stored" not in CliRunner().invoke(app, [*command, "--quantize", "0"]).stdout
+    told = "experts were stored in 8 bits (--quantize)"
+    assert told in CliRunner().invoke(app, [*command, "--quantize", "8"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "keeps"),
+    [
+        ({}, 4, True), ({"quantize": 8}, 8, False), ({"quantize": 8, "keep_hot": True}, 8, True),
+        ({"quantize": 0}, None, False),
+    ],
+)  # fmt: skip
+def test_a_sweep_scores_an_adapter_on_what_it_was_trained_on(trained_on_4_bits, tmp_path, options, bits, keeps):
+    """Whatever the sweep says of others; the condition itself may say otherwise."""
+    sweep = Sweep(
+        "s", "nano", "nano-choice",
+        [
+            Condition("base", train=False),
+            Condition("cold", {"quantize": 4, "keep_hot": True}),
+            Condition("elsewhere", {"data": "nano-math", **options}, scores="cold"),
+        ],
+        options={"quantize": 8, "test_limit": 1, "device": "cpu"},
+    )  # fmt: skip
+    jobs = {job.name: job for job in sweep_jobs(sweep, tmp_path)}
+    assert jobs["base"].arguments["quantize"] == 8
+    shutil.copytree(trained_on_4_bits, jobs["cold"].folder)
+    job = jobs["elsewhere"]
+    config = job.function(**job.arguments)["config"]
+    assert config["quantize"] == bits and config.get("keep_hot", False) == keeps
+
+
+def test_lm_eval_scores_an_adapter_on_what_it_was_trained_on(trained_on_4_bits, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval: pip install hotlora[eval]")
+    ending = {"activity_label": "Kite", "ctx_a": "A man folds a kite.", "ctx_b": "he", "label": "0"}
+    row = ending | {"endings": ["flies it.", "eats it.", "paints it red.", "sleeps."]}
+    (tmp_path / "hellaswag_val.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    task, likelihoods = f"hellaswag:{tmp_path}", {}
+    for name, options in {"own": {}, "said": {"quantize": 4, "keep_hot": True}, "dense": {"quantize": 0}}.items():
+        record = run_harness(
+            "nano", [task], tmp_path / name, adapter=trained_on_4_bits / "adapter", num_fewshot=0, **options
+        )
+        assert record["config"]["quantize"] == (None if name == "dense" else 4)
+        likelihoods[name] = (tmp_path / name / "results-hellaswag.jsonl").read_text()
+    assert likelihoods["own"] == likelihoods["said"] != likelihoods["dense"]
+
+
+def test_what_is_saved_of_the_base(tmp_path):
+    """That of the training: an adapter which is only loaded stays as it was, and a combined one has what all have."""
+    keep = {0: (0, 2), 1: (0, 1, 2, 3)}  # all of layer 1: nothing of it is quantized
+    adapted(quantize_experts(tiny_model(), 4, keep)).save_pretrained(tmp_path / "cold")
+    found = hotlora.base_quantization(tmp_path / "cold")
+    assert found is not None and (found.bits, found.keep) == (4, keep)
+    adapted(quantize_experts(tiny_model(), 8)).save_pretrained(tmp_path / "all")
+    found = hotlora.base_quantization(tmp_path / "all")
+    assert found is not None and (found.bits, found.keep) == (8, {})
+    load_adapter(quantize_experts(tiny_model(), 8), tmp_path / "cold").save_pretrained(tmp_path / "again")
+    assert hotlora.base_quantization(tmp_path / "again").keep == keep
+    adapted(tiny_model()).save_pretrained(tmp_path / "dense")
+    assert hotlora.base_quantization(tmp_path / "dense") is None
+
+    for other, bits in (("again", 4), ("dense", None)):
+        model = load_adapter(load_adapter(tiny_model(), tmp_path / "cold", "a"), tmp_path / other, "b")
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c")
+        model.save_pretrained(tmp_path / f"with-{other}", selected_adapters=["c"])
+        found = hotlora.base_quantization(tmp_path / f"with-{other}" / "c")
+        assert (found and found.bits) == bits
+
+
+@pytest.mark.parametrize(
+    "saved", [4, {"bits": 4}, {"bits": 3, "keep": {}}, {"bits": 4, "keep": {"x": [1]}}, {"bits": 4, "keep": {"0": 1}}]
+)
+def test_a_base_that_cannot_be_read(tmp_path, saved):
+    adapted(tiny_model()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_quantization": saved}))
+    for read in (hotlora.base_quantization, lambda path: load_adapter(tiny_model(), path)):
+        with pytest.raises(FileError, match=r"base_quantization is .*must be null, or have bits of 4 or 8"):
+            read(tmp_path)
 
 
 def test_nano_loads_quantized():

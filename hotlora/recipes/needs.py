@@ -76,7 +76,8 @@ def sweep_needs(sweep: Sweep, tflops: float | None = None) -> list[str]:
     runs = number_of(len(jobs) - len(profiles), "run")
     lines = [f"{runs} and {number_of(len(profiles), 'shared profile')}"]
     options = [sweep.options_of(condition) for condition in sweep.conditions]
-    lines += [_data_line({str(given["data"]) for given in options})]
+    sources = {given[name] for given in options for name in ("data", "test_data") if given.get(name)}
+    lines += [_data_line(map(str, sources))]
     for model in dict.fromkeys(str(given["model"]) for given in options):
         try:
             loads, forward = _loads(sweep, model)
@@ -253,10 +254,19 @@ def _memory_words(model: str, loads: Sequence[Load]) -> str:
 
 
 def _data_line(sources: Iterable[str]) -> str:
-    here = {source: _is_here(source) for source in sorted(sources)}
-    words = [f"{what}: {', '.join(names)}" for what, is_here in (("data", True), ("data from the Hub", False))
-             if (names := [source for source, found in here.items() if found == is_here])]  # fmt: skip
-    return "; ".join(words) + ("" if all(here.values()) else " (or --data TASK=FILES)")
+    """What is here, what the Hub has, and what only the user can bring, with the options that do."""
+    found: dict[str, list[str]] = {"data": [], "data from the Hub": [], "data that is on no Hub": []}
+    for source in sorted(set(sources)):
+        task = task_of(source)
+        away = "data that is on no Hub" if task is not None and task.needs_files else "data from the Hub"
+        found["data" if _is_here(source) else away].append(source)
+    words = {what: f"{what}: {', '.join(names)}" for what, names in found.items() if names}
+    if "data from the Hub" in words:
+        words["data from the Hub"] += " (or --data TASK=FILES)"
+    if missing := found["data that is on no Hub"]:
+        tasks = dict.fromkeys(source.partition(":")[0].removesuffix("-lori") for source in missing)
+        words["data that is on no Hub"] += f"; give {' '.join(f'--data {task}=FILES' for task in tasks)}"
+    return "; ".join(words.values())
 
 
 def _is_here(data: str) -> bool:

@@ -150,12 +150,12 @@ def _load(
 TASKS = {
     name: Task(
         name, "generate", "refusal_rate", partial(_load, name, example), score,
-        max_new_tokens=512, stop=("\n### Instruction:",), splits=("test",),
+        max_new_tokens=512, stop=("\n### Instruction:",), splits=("test",), needs_files=True,
     )
     for name in _FILES
 }  # fmt: skip
 LORI = Task(
     "hexphi-lori", "generate", "refusal_rate", partial(_load, "hexphi-lori", lori_example), lori_score,
-    max_new_tokens=512, splits=("test",),
+    max_new_tokens=512, splits=("test",), needs_files=True,
 )  # fmt: skip
 TASKS[LORI.name] = LORI

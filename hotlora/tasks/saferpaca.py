@@ -47,6 +47,7 @@ def _rows(path: Path) -> list[Row]:
     return alpaca + safety[: len(alpaca) // ALPACA_PER_SAFETY]
 
 
-TASK = Task("saferpaca", "text", "loss", partial(_load, "saferpaca", example), splits=("train",))
-LORI = Task("saferpaca-lori", "text", "loss", partial(_load, "saferpaca-lori", lori_example), splits=("train",))
+_task = partial(Task, kind="text", metric="loss", splits=("train",), needs_files=True)
+TASK = _task("saferpaca", load=partial(_load, "saferpaca", example))
+LORI = _task("saferpaca-lori", load=partial(_load, "saferpaca-lori", lori_example))
 TASKS = {task.name: task for task in (TASK, LORI)}

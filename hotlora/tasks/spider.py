@@ -212,4 +212,4 @@ def score(example: Example, text: str, sandbox: SqlSandbox | None = None) -> boo
     return True
 
 
-TASK = Task("spider", "generate", "execution_accuracy", load, score, max_new_tokens=256, stop=STOP)
+TASK = Task("spider", "generate", "execution_accuracy", load, score, max_new_tokens=256, stop=STOP, needs_files=True)

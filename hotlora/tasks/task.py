@@ -45,6 +45,7 @@ class Task:
         max_new_tokens: longest answer, in tokens.
         stop: texts that end an answer, for base models that never say the end-of-text token.
         splits: those that it has; not all data has a "test".
+        needs_files: nothing of it is on the hub, so a source must be given.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train", "test")
+    needs_files: bool = False
 
     def check_split(self, split: str) -> None:
         """Raises DataError for a split that the task does not have."""
