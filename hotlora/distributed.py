@@ -22,6 +22,8 @@ T = TypeVar("T")
 # A process may wait for another that loads, saves or judges answers: longer than torch's ten minutes.
 _PATIENCE = timedelta(hours=2)
 _FAILURE = "hotlora/failure"
+# What gloo and NCCL say where the other end is gone.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exiting prematurely")
 _wishes: set[str] = set()
 """What the launcher's configuration asks for, and is not to be asked for a second time."""
 
@@ -117,9 +119,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 
@@ -187,12 +189,19 @@ def first_failure(text: str) -> tuple[str, bool]:
     """
     if not _are_many():
         return text, True
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it starts all again
     try:
-        found = dist.distributed_c10d._get_default_store().compare_set(_FAILURE, "", f"{rank()} {text}").decode()
+        store = dist.distributed_c10d._get_default_store()
+        found = store.compare_set(f"{_FAILURE}/{attempt}", "", f"{rank()} {text}").decode()
     except RuntimeError:  # the process that keeps the store is gone, and has told
         return text, False
     number, _, first = found.partition(" ")
     return first, int(number) == rank()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether the error is that another process has gone while all did something together."""
+    return _are_many() and isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
 
 
 def leave() -> None:

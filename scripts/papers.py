@@ -1,8 +1,9 @@
 """Write docs/papers.md: the list of recipes, and what nano's runs say of the papers' claims.
 
-python scripts/papers.py runs/papers   # first take the runs' records over into results/nano/papers, without weights
-python scripts/papers.py               # the tables and pictures from the records there, and the page
-python scripts/papers.py --check       # fail if the page is not what would be written
+python scripts/papers.py runs/papers          # first take the records over into results/nano/papers, without weights
+python scripts/papers.py runs/papers-longer   # the same into results/nano/papers-longer
+python scripts/papers.py                      # the tables and pictures from the records there, and the page
+python scripts/papers.py --check              # fail if the page is not what would be written
 """
 
 import argparse
@@ -24,10 +25,11 @@ from hotlora.tables import human_seconds
 from results import take_over
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "nano" / "papers"
+RESULTS = ROOT / "results" / "nano"
+STORES = ("papers", "papers-longer")
 PAGE = ROOT / "docs" / "papers.md"
 RECIPES_MARK = "<!-- made by scripts/papers.py from the recipes -->"
-NANO_MARK = "<!-- made by scripts/papers.py from results/nano/papers -->"
+NANO_MARK = "<!-- made by scripts/papers.py from results/nano/{} -->"
 MADE_BY = {ProfileRecipe: "profiles", BenchRecipe: "benches", HyperparameterTable: "presets", ShapeTable: "configs"}
 # Of a store, beside the runs' records and plans.
 KEPT = ("profiles/*/*/study.json", "profiles/*/*/*.safetensors", "benches/*/*.json", "configs/*.json")
@@ -36,8 +38,9 @@ KEPT = ("profiles/*/*/study.json", "profiles/*/*/*.safetensors", "benches/*/*.js
 def page() -> str:
     """docs/papers.md, with what is made between its marks."""
     text = PAGE.read_text(encoding="utf-8")
-    for mark, made in ((RECIPES_MARK, recipes_table()), (NANO_MARK, nano())):
-        text = filled(text, mark, made)
+    text = filled(text, RECIPES_MARK, recipes_table())
+    for store in STORES:
+        text = filled(text, NANO_MARK.format(store), nano(store))
     return text
 
 
@@ -52,18 +55,18 @@ def recipes_table() -> str:
     return "\n".join(lines)
 
 
-def nano() -> str:
+def nano(store: str) -> str:
     """How many runs there were, and the claims; the other tables lie beside the records."""
-    records = find_records(RESULTS)
-    results = table_results(Setting("nano"), RESULTS)
+    records = find_records(RESULTS / store)
+    results = table_results(Setting("nano"), RESULTS / store)
     claims = next(result for result in results if result.name == "claims")
-    lines = [_runs(records), "", f"**{claims.title}.**"]
+    lines = [_runs(store, records), "", f"**{claims.title}.**"]
     lines += [line for line in claims.markdown().splitlines() if line.startswith(("|", "- "))]
     lines[3:3] = [""]
-    return "\n".join(_spaced(lines)) + "\n\n" + _tables(results)
+    return "\n".join(_spaced(lines)) + "\n\n" + _tables(store, results)
 
 
-def _runs(records: dict[Path, Record]) -> str:
+def _runs(store: str, records: dict[Path, Record]) -> str:
     trained = [record for record in records.values() if record.get("training")]
     seconds = sum(record["training"]["seconds"] for record in trained)
     device = trained[0]["environment"]["device"]
@@ -71,12 +74,12 @@ def _runs(records: dict[Path, Record]) -> str:
     return (
         f"{len(records)} runs, {len(trained)} of them trainings that took {human_seconds(seconds)} in all on "
         f"{device} each, two side by side and with other work beside them; {failed} failed. Every run made is in the "
-        "tables ([results/nano/papers](../results/nano/papers)), and what was not made is named there."
+        f"tables ([results/nano/{store}](../results/nano/{store})), and what was not made is named there."
     )
 
 
-def _tables(results: list[Result]) -> str:
-    folder = "../results/nano/papers/tables-nano"
+def _tables(store: str, results: list[Result]) -> str:
+    folder = f"../results/nano/{store}/tables-nano"
     lines = [f"All tables with their pictures are in [tables.md]({folder}/tables.md):", ""]
     lines += [
         f"- {result.title} ({result.where}): [CSV]({folder}/{result.name}.csv)" for result in results if result.rows
@@ -104,13 +107,17 @@ def main() -> None:
             sys.exit(f"{PAGE.relative_to(ROOT)} is not up to date; run `python scripts/papers.py`")
         return
     if args.runs:
-        print(f"{take_over(args.runs, RESULTS)} records in {RESULTS.relative_to(ROOT)}")
+        if args.runs.name not in STORES:
+            sys.exit(f"the runs' folder is {args.runs.name}, and must be one of {', '.join(STORES)}")
+        into = RESULTS / args.runs.name
+        print(f"{take_over(args.runs, into)} records in {into.relative_to(ROOT)}")
         for file in (file for pattern in KEPT for file in args.runs.glob(pattern)):
-            target = RESULTS / file.relative_to(args.runs)
+            target = into / file.relative_to(args.runs)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    for tables in write_tables(RESULTS, RESULTS):
-        print(f"wrote {tables.relative_to(ROOT)}")
+    for store in STORES:
+        for tables in write_tables(RESULTS / store, RESULTS / store):
+            print(f"wrote {tables.relative_to(ROOT)}")
     write_text(PAGE, page())
     print(f"wrote {PAGE.relative_to(ROOT)}")
 

@@ -5,6 +5,7 @@ python scripts/results.py runs/auto_k results/nano/auto_k
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from hotlora.plan import ExpertPlan
@@ -25,7 +26,17 @@ def take_over(runs: Path, into: Path) -> int:
 
 
 def auto_table(folder: Path) -> str:
-    """Where `auto` lands: experts kept, score and held-out loss of each condition, the mean over its seeds."""
+    """Where `auto` lands: experts kept, score and held-out loss of each condition."""
+    return study_table(folder, sorted_last=("all", "auto"), kept=True)
+
+
+def quantized_table(folder: Path) -> str:
+    """What quantized experts cost: score and held-out loss of each condition."""
+    return study_table(folder, sorted_last=(), kept=False)
+
+
+def study_table(folder: Path, sorted_last: Sequence[str], kept: bool) -> str:
+    """Conditions by tasks: a score for each seed, the mean of the held-out loss, and the share of experts `kept`."""
     found: dict[str, dict[str, list]] = {}
     for run, record in find_records(folder).items():
         if record["status"] != "done":
@@ -38,19 +49,20 @@ def auto_table(folder: Path) -> str:
             (share, result["accuracy"], record["training"]["test_loss"])
         )
     tasks = sorted({task for rows in found.values() for task in rows})
-    lines = ["| experts | " + " | ".join(f"{task}: kept | score, % | loss" for task in tasks) + " |"]
-    lines += ["|---" + "|---:" * (3 * len(tasks)) + "|"]
-    order = sorted(found, key=lambda name: (name == "auto", name == "all", name))
-    for condition in order:
+    width = 3 if kept else 2
+    head = [f"{task}: kept | score, % | loss" if kept else f"{task}: score, % | loss" for task in tasks]
+    lines = [f"| experts | {' | '.join(head)} |", "|---" + "|---:" * (width * len(tasks)) + "|"]
+    order = [name for name in sorted(found) if name not in sorted_last]
+    for condition in [*order, *(name for name in sorted_last if name in found)]:
         cells = []
         for task in tasks:
             runs = found[condition].get(task, [])
             if not runs:
-                cells += ["–"] * 3
+                cells += ["–"] * width
                 continue
             shares, scores, losses = zip(*runs, strict=True)
             each = ", ".join(f"{100 * score:.1f}" for score in scores)
-            cells += [f"{shares[0]:.0%}", each, f"{sum(losses) / len(losses):.3f}"]
+            cells += [f"{shares[0]:.0%}"] * kept + [each, f"{sum(losses) / len(losses):.3f}"]
         lines.append(f"| {condition} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,17 +54,17 @@ def whole_run(output: Path, **options) -> dict:
     )  # fmt: skip
 
 
-def ddp(output: Path) -> None:
-    whole_run(output)
+def ddp(output: Path, **options) -> None:
+    whole_run(output, **options)
 
 
 one = ddp
 
 
-def fsdp(output: Path) -> None:
+def fsdp(output: Path, **options) -> None:
     """As `accelerate launch` with configs/fsdp2.yaml says it to the processes."""
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
-    whole_run(output)
+    whole_run(output, **options)
 
 
 def fsdp_checkpointing(output: Path) -> None:
@@ -73,9 +74,9 @@ def fsdp_checkpointing(output: Path) -> None:
     whole_run(output)
 
 
-def experts(output: Path) -> None:
+def experts(output: Path, **options) -> None:
     """Each process has experts of its own; one of four has none that are hot."""
-    whole_run(output, expert_parallel=distributed_size())
+    whole_run(output, expert_parallel=distributed_size(), **options)
 
 
 def experts_twice(output: Path) -> None:
@@ -237,9 +238,8 @@ def distributed_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(scenario: str, many: int, folder: Path) -> list[int]:
-    """Exit codes of the processes, in their order."""
-    output = folder / f"{scenario}-{many}" if scenario != "resume" else folder / "resume"
+def fork_ranks(work: Callable[[], None], many: int, log: Path) -> list[int]:
+    """So many processes that do `work`, in the environment of a launcher's; LOG.RANK.log gets their stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -251,10 +251,9 @@ def start(scenario: str, many: int, folder: Path) -> list[int]:
             if many > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
                 os.environ |= {"WORLD_SIZE": str(many), "LOCAL_WORLD_SIZE": str(many), "MASTER_PORT": str(port)}
-            log = os.open(folder / f"{output.name}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 2)
+            os.dup2(os.open(f"{log}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
             try:
-                globals()[scenario](output)
+                work()
             except SystemExit as ended:
                 os._exit(ended.code or 0)
             except BaseException:
@@ -262,8 +261,13 @@ def start(scenario: str, many: int, folder: Path) -> list[int]:
                 os._exit(1)
             os._exit(0)
         children.append(child)
+    return children
+
+
+def exit_codes(children: list[int], patience: float = PATIENCE) -> list[int]:
+    """In their order; who has not ended after so many seconds is killed."""
     codes = []
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     for child in children:
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
             if time.monotonic() > deadline:
@@ -271,6 +275,12 @@ def start(scenario: str, many: int, folder: Path) -> list[int]:
             time.sleep(0.02)
         codes.append(os.waitstatus_to_exitcode(ended[1]))
     return codes
+
+
+def start(scenario: str, many: int, folder: Path) -> list[int]:
+    """Exit codes of the processes, in their order."""
+    output = folder / f"{scenario}-{many}" if scenario != "resume" else folder / "resume"
+    return exit_codes(fork_ranks(lambda: globals()[scenario](output), many, output))
 
 
 def main() -> None:

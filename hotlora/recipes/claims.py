@@ -114,8 +114,8 @@ def claims_result(recipes: Mapping[str, Recipe], folder: Path) -> Result | None:
             )  # fmt: skip
     if not rows:
         return None
-    counts = {word: sum(row[-1] == word for row in rows) for word in VERDICTS.values()}
-    told = ", ".join(f"{count} {word}" for word, count in counts.items())
+    agree, differ, untold = (sum(row[-1] == word for row in rows) for word in VERDICTS.values())
+    told = f"{agree} of {len(rows)} agree, {differ} differ, {untold} cannot be told"
     rules = [line.removeprefix("- ") for line in (__doc__ or "").splitlines() if line.startswith("- ")]
     return Result(
         "claims", f"The papers' claims: {told}", "Each claim is decided by a rule, on each task by itself",
