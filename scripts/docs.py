@@ -24,7 +24,7 @@ from study import page as study_page
 from hotlora.bench_report import speed_tables
 from hotlora.records import find_records
 from hotlora.tables import COLUMNS, read_sections, table_rows
-from results import auto_table
+from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, EXPERTS_ONLY = ROOT / "docs" / "demo", ROOT / "docs" / "demo-experts-only"
@@ -33,6 +33,7 @@ DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
 EXPERTS_ONLY_MARK = "<!-- made by scripts/docs.py from docs/demo-experts-only -->"
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
 AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
+QUANTIZED_MARK = "<!-- made by scripts/docs.py from results/nano/quantized -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
@@ -109,10 +110,12 @@ def main() -> None:
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
     text = filled(readme.read_text(encoding="utf-8"), DEMO_MARK, runs_table(DEMO))
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
+    studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
+    of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
-        method: filled(method.read_text(encoding="utf-8"), AUTO_MARK, auto_table(ROOT / "results" / "nano" / "auto_k")),
+        method: filled(of_method, QUANTIZED_MARK, quantized_table(studies / "quantized")),
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
         RELIABILITY_PAGE: reliability_page(),

@@ -1,6 +1,7 @@
 """Keep a sweep's records under results/, without its weights.
 
 python scripts/results.py runs/auto_k results/nano/auto_k
+python scripts/results.py runs/quantized results/nano/quantized
 """
 
 import argparse
@@ -32,7 +33,7 @@ def auto_table(folder: Path) -> str:
 
 def quantized_table(folder: Path) -> str:
     """What quantized experts cost: score and held-out loss of each condition."""
-    return study_table(folder, sorted_last=(), kept=False)
+    return study_table(folder, sorted_last=("8-bit", "8-bit-cold", "4-bit", "4-bit-cold"), kept=False)
 
 
 def study_table(folder: Path, sorted_last: Sequence[str], kept: bool) -> str:
