@@ -22,6 +22,7 @@ from ..figures import COLD, HOT, INK, WIDTH, style
 from ..files import write_json
 from ..methods import counted_options
 from ..published import COST, HELLORA_SPEEDUP, THROUGHPUT
+from ..tables import human_seconds
 from .direct import Direct, Tell
 from .needs import bench_needs, config_file, number_of
 from .recipe import Column
@@ -250,7 +251,9 @@ def _arrow(what: str, full: float | None, hot: float | None) -> str:
         return f"{full / 1e6:,.1f}M → {hot / 1e6:,.1f}M"
     if what == "bytes":
         return f"{full / 1e6:,.0f} MB → {hot / 1e6:,.0f} MB"
-    return f"{full:,.3g} s → {hot:,.3g} s"
+    if full >= 60:
+        return f"{human_seconds(full)} → {human_seconds(hot)}"
+    return f"{full:.3g} s → {hot:.3g} s"
 
 
 def _words(key: tuple[str, str], result: Row) -> str:
