@@ -41,7 +41,7 @@ def script(name: str, *words: object) -> dict:
 
 
 @posix
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_in_any_stage_a_run_ends_as_a_calm_one(tmp_path: Path, kills: int):
     report = script("killed_run.py", tmp_path, 0, kills)
     assert [kill["code"] for kill in report["kills"]] == [-9] * kills
