@@ -46,8 +46,11 @@ class HyperparameterTable(Direct):
         numbers: list[dict[str, Number]] = [
             {"name": name, "published": published, "here": here} for name, published, here in self._lines()
         ]
-        note = "LoRI's own hyperparameters stand for its methods here (arXiv 2504.07448); the table has them as others."
-        return Result(self.name, self.title, self.where, ["", "published", "here"], rows, numbers, [note], texts=3)
+        notes = [
+            "LoRI's own hyperparameters stand for its methods here (arXiv 2504.07448); the table has them as others.",
+            "Here: the recipes' own. What `--set` changed of runs is in their records.",
+        ]
+        return Result(self.name, self.title, self.where, ["", "published", "here"], rows, numbers, notes, texts=3)
 
     def _lines(self) -> list[tuple[str, str, str]]:
         def of(column: int, get: Callable[[Mapping[str, Any]], Any]) -> str:
