@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .cli_options import err, named, out
 
@@ -90,7 +90,7 @@ def _direct(recipe: "Direct", output: Path | None, tflops: float | None, dry_run
     output = output or Path("runs") / STORE
     _tell(recipe.needs(tflops))
     if dry_run:
-        table = Table("what", "where", "state")
+        table = Table("what", Column("where", overflow="fold"), "state")
         for what, where, state in recipe.state(output):
             table.add_row(escape(what), escape(str(where)), state)
         out.print(table)

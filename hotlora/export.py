@@ -157,6 +157,12 @@ def check_export(format: str, output: str | Path) -> Path:
     return output
 
 
+def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop_router: bool) -> None:
+    """HotLoraError for what `export_adapter` refuses by an adapter's config alone."""
+    _check_plain(config, format)
+    _check_router_choice(format, config.train_router, merge_router, drop_router)
+
+
 # What is in the model
 
 

@@ -79,7 +79,7 @@ def base_quantization(path: str | Path) -> ExpertsQuantization | None:
     Raises:
         FileError, PlanError: as `load_adapter`. HotLoraError: it was, and bitsandbytes is not installed.
     """
-    saved = _saved_config(path).base_quantization
+    saved = saved_config(path).base_quantization
     if saved is None:
         return None
     return ExpertsQuantization(saved["bits"], {int(layer): tuple(ids) for layer, ids in saved["keep"].items()})
@@ -87,10 +87,11 @@ def base_quantization(path: str | Path) -> ExpertsQuantization | None:
 
 def planned_experts(path: str | Path) -> dict[int, tuple[int, ...]]:
     """Layer -> experts that a saved adapter is for. FileError, PlanError: as `load_adapter`."""
-    return dict(ExpertPlan.from_dict(_saved_config(path).plan).experts)
+    return dict(ExpertPlan.from_dict(saved_config(path).plan).experts)
 
 
-def _saved_config(path: str | Path) -> HotLoraConfig:
+def saved_config(path: str | Path) -> HotLoraConfig:
+    """The config of a saved adapter, without its weights. FileError, PlanError: as `load_adapter`."""
     folder = Path(path).expanduser()
     return _config(folder / CONFIG_FILE, _read_config(folder))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .checkpoints import last_complete, step_of
 from .crew import Job
@@ -36,7 +36,7 @@ def progress_table(name: str, jobs: Sequence[Job]) -> Table:
 
 def runs_table(jobs: Sequence[Job]) -> Table:
     """Every run, where it lies, and how far it is on disk."""
-    table = Table("run", "folder", "state")
+    table = Table("run", Column("folder", overflow="fold"), "state")  # a path that is cut short helps nobody
     for job in jobs:
         if job.function is not make_profile:
             table.add_row(*map(escape, (title(job), str(job.folder), _on_disk(job.folder))))

@@ -1,5 +1,6 @@
 """Run records -> rows of text, for the page and for the terminal. Loads no model."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,11 @@ def read_sections(records: Records) -> list[Section]:
 def table_rows(section: Section, task: str) -> list[Row]:
     """One row a run: base, all, hot, random, cold, then others."""
     several_seeds = len({record["seed"] for record in section.records.values()}) > 1
+    named = {
+        folder: f"{record['name']}, seed {record['seed']}" if several_seeds else record["name"]
+        for folder, record in section.records.items()
+    }
+    times = Counter(named.values())
     rows = []
     for folder, record in section.records.items():
         result = (record.get("evaluation") or {}).get(task)
@@ -131,7 +137,9 @@ def table_rows(section: Section, task: str) -> list[Row]:
         ):
             if value:
                 cells[key] = text(value)
-        name = f"{record['name']}, seed {record['seed']}" if several_seeds else record["name"]
+        name = named[folder]
+        if times[name] > 1:
+            name += f" ({folder.parent.name}/{folder.name})"
         rows.append(Row(name, record["condition"], record["status"], cells, _note(record, result)))
     return rows
 

@@ -34,7 +34,7 @@ def script(name: str, *words: object) -> dict:
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(tests / name), *map(str, words)],
-        env=environment, capture_output=True, text=True, timeout=500,
+        env=environment, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

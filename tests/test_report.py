@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -231,6 +232,15 @@ def test_several_seeds_are_told_apart_and_compared_within_a_seed(tmp_path):
         ours, theirs = (float(r.cells["accuracy"].split()[0]) for r in (row, reference))
         shown = float(row.cells["difference"].split()[0].replace("−", "-"))
         assert shown == pytest.approx(ours - theirs, abs=0.11)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    write_runs(tmp_path / "a", conditions=("all", "hot"))
+    write_runs(tmp_path / "b", conditions=("hot",))
+    shutil.move(tmp_path / "b" / "nano-math" / "hot-0", tmp_path / "a" / "nano-math" / "again")
+    (section,) = read_sections(find_records(tmp_path / "a"))
+    names = [row.name for row in table_rows(section, "nano-math")]
+    assert sorted(names) == ["all", "hot 25% (nano-math/again)", "hot 25% (nano-math/hot-0)"]
 
 
 def test_the_terminal_shows_the_same_rows(runs):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
+from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
 from hotlora.errors import DataError, FileError, HotLoraError, PlanError
@@ -20,7 +22,7 @@ from hotlora.records import read_record
 from hotlora.routing import RoutingProfile
 from hotlora.run import profile_data, run_training
 from hotlora.run_evaluate import run_evaluation
-from hotlora.run_export import export_saved
+from hotlora.run_export import combine_saved, export_saved
 from hotlora.tasks import Example
 
 TOKENIZER = byte_tokenizer()
@@ -145,3 +147,17 @@ def test_merged_is_a_plain_checkpoint_with_the_adapters_logits(model_folder: str
     assert not torch.allclose(plain(ids).logits, unchanged, atol=1e-4)
     with pytest.raises(FileError, match="not empty: give a new folder"):
         export_saved(model_folder, tmp_path / "run" / "adapter", merged, format="merged")
+
+
+def test_what_the_adapters_config_forbids_is_said_before_a_model_is_looked_for(tmp_path: Path):
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    model = tiny_model()
+    get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=2)).save_pretrained(adapter)
+    with pytest.raises(HotLoraError, match="cannot hold the adapter's router updates"):
+        export_saved("no/such-model", adapter, out, format="vllm")
+    with pytest.raises(HotLoraError, match="holds the router: leave drop_router out"):
+        export_saved("no/such-model", adapter, out, format="peft", drop_router=True)
+    with pytest.raises(FileError, match="nowhere is not a folder"):
+        export_saved("no/such-model", tmp_path / "nowhere", out, format="merged")
+    with pytest.raises(FileError, match="nowhere is not a folder"):
+        combine_saved("no/such-model", [adapter, tmp_path / "nowhere"], out)

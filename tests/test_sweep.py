@@ -198,6 +198,7 @@ def test_the_command_runs_two_at_a_time_and_tells_what_failed(model_folder: Path
     file.write_text(FILE.format(model=str(model_folder)))
     code, text = call(file, "-o", output, "--dry-run")
     assert code == 0 and text.count(" new ") == 5 and not output.exists()
+    assert "…" not in text  # no path is cut short
 
     code, text = call(file, "-o", output, "--processes", 2)
     assert code == 1 and "study: 3 of 5 runs done, 2 failed" in text

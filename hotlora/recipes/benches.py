@@ -67,7 +67,10 @@ class BenchRecipe(Direct):
     def needs(self, tflops: float | None = None) -> list[str]:
         kinds = [kind for contenders in self.benches.values() for kind in contenders]
         benches = number_of(len(self.models) * len(self.benches), "bench", "benches")
-        lines = [f"{benches} of {len(kinds) * len(self.models)} contenders in all"]
+        lines = [
+            f"{benches} of {len(kinds) * len(self.models)} contenders in all",
+            "an idle machine, for what else runs is timed too; random weights, no data",
+        ]
         for model in self.models:
             lines += bench_needs(model, self._options(), kinds)
         return lines

@@ -119,8 +119,7 @@ def profile_needs(
 
 
 def bench_needs(model: str, options: Mapping[str, Any], kinds: Iterable[str]) -> list[str]:
-    """What timing contenders needs, a line each."""
-    lines = ["an idle machine, for what else runs is timed too; random weights, no data"]
+    """What timing contenders takes of memory, a line each."""
     try:
         file = config_file(model)
         tokens, length = int(options.get("tokens", 2048)), int(options.get("length") or 512)
@@ -130,8 +129,8 @@ def bench_needs(model: str, options: Mapping[str, Any], kinds: Iterable[str]) ->
         )  # fmt: skip
         weights = found["memory"]["weights"]
     except HotLoraError as error:
-        return [*lines, f"{model}: memory unknown: {error}"]
-    lines.append(f"{model}: {found['memory']['total'] / 1e9:,.2f} GB by LoRA on all experts")
+        return [f"{model}: memory unknown: {error}"]
+    lines = [f"{model}: {found['memory']['total'] / 1e9:,.2f} GB by LoRA on all experts"]
     if any(Contender(kind).options.get("full") for kind in kinds):
         lines.append(f"{model}: by full fine-tuning {4 * weights / 1e9:,.2f} GB and activations: weights, gradients "
                      "and AdamW's state in the model's dtype")  # fmt: skip
