@@ -9,6 +9,7 @@ middle of the next save. The runs are forked children, so that torch is imported
 
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -73,8 +74,12 @@ def steps_of(output: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for_step(output: Path, step: int, child: int) -> None:
-    while steps_of(output) < step and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+def wait_for_step(output: Path, step: int, child: int, seconds: float = math.inf) -> None:
+    """Or so long, or until the child has ended."""
+    end = time.monotonic() + seconds
+    while steps_of(output) < step and time.monotonic() < end:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
         time.sleep(0.002)
 
 
@@ -112,7 +117,9 @@ def main(folder: Path, seed: int, kills: int) -> None:
         before = steps_of(killed)
         child = start(folder, killed, steps, chance.choice(SAVES) if kind == "save" else None)
         if kind == "time":
-            time.sleep(chance.uniform(0, min(LONGEST, 0.5 * whole)))
+            # On a fast machine not past the steps that are a kill's own, or all would be done before the last one.
+            seconds = chance.uniform(0, min(LONGEST, 0.5 * whole))
+            wait_for_step(killed, before + STEPS_A_KILL, child, seconds)
         elif kind == "step":
             wait_for_step(killed, before + chance.randint(1, STEPS_A_KILL), child)
             time.sleep(chance.uniform(0, 0.03))
