@@ -2,7 +2,7 @@
 
 python scripts/reliability.py kills      # SIGKILL, 20 times in each of three runs: about 3 minutes
 python scripts/reliability.py ended      # SIGTERM, a second run, full disks: about 2 minutes
-python scripts/reliability.py ranks      # SIGKILL of one process of several, or of all, 21 times: about 6 minutes
+python scripts/reliability.py ranks      # SIGKILL of one process of several, or of all, 21 times: about a minute
 python scripts/reliability.py files      # every file format, 1,000 inputs each: about 15 minutes
 python scripts/reliability.py commands   # every command, 300 inputs each: about 10 minutes
 python scripts/reliability.py page       # docs/reliability.md from what these have kept
