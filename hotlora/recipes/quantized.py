@@ -8,33 +8,15 @@ hotlora report runs/quantized
 
 from typing import Any
 
-from hotlora.demo import CONFIG, TASKS, TRAIN_EXAMPLES
-from hotlora.sweep import Condition, Sweep
+from hotlora.recipes.experts_alone import experts_alone
 
+_HOT = {"rule": "hot", "fraction": 0.25}
 CONDITIONS: dict[str, dict[str, Any]] = {
-    "not-quantized": {},
-    "8-bit": {"quantize": 8},
-    "8-bit-cold": {"quantize": 8, "keep_hot": True},
-    "4-bit": {"quantize": 4},
-    "4-bit-cold": {"quantize": 4, "keep_hot": True},
+    "not-quantized": _HOT,
+    "8-bit": {**_HOT, "quantize": 8},
+    "8-bit-cold": {**_HOT, "quantize": 8, "keep_hot": True},
+    "4-bit": {**_HOT, "quantize": 4},
+    "4-bit-cold": {**_HOT, "quantize": 4, "keep_hot": True},
 }
 
-SWEEP = Sweep(
-    "quantized",
-    "nano",
-    TASKS[0],
-    [
-        Condition(f"{task}/{name}", {"data": task, "rule": "hot", "fraction": 0.25, **options})
-        for task in TASKS
-        for name, options in CONDITIONS.items()
-    ],
-    seeds=(0, 1, 2),
-    config=CONFIG,
-    options={
-        "train_attention": False,
-        "train_router": False,
-        "profile_fraction": 1.0,
-        "limit": TRAIN_EXAMPLES,
-        "test_limit": 200,
-    },
-)
+SWEEP = experts_alone("quantized", CONDITIONS, seeds=(0, 1, 2))
