@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotlora import grouped
-from hotlora.experts import HotFactors, grouped_linear, grouped_outer
+from hotlora.experts import CastFactors, HotFactors, grouped_linear, grouped_outer
 from hotlora.files import write_json
 from hotlora.fused import RoutedExperts
 from hotlora.kernels import gemm
@@ -93,17 +93,17 @@ def pairs(layer: Layer) -> dict[str, tuple[Callable[[], Any], Callable[[], Any],
         flops = 2.0 * num_rows * weight.shape[1] * weight.shape[2]
         return lambda: grouped_linear(x, weight, rows.groups), lambda: gemm.grouped_gemm(x, weight, ends), flops
 
-    hots = [kind(layer.factors, layer.tensors, rows, dtype) for kind in (grouped.Hot, grouped.SlotHot)]
-    torchs, ours = hots
-    z_SR = gemm.grouped_gemm(x_SD, torchs.A_up, ends, ours.slot_E)
-    low_rank = gemm.LowRank(torchs.A_up, torchs.B_up, ours.slot_E, 2.0)
+    factors = CastFactors(layer.factors, layer.tensors, dtype, seeds=(0, 0))
+    torchs, ours = grouped.Hot(factors, rows), grouped.SlotHot(factors, rows)
+    z_SR = gemm.grouped_gemm(x_SD, factors.A_up, ends, ours.slot_E)
+    low_rank = gemm.LowRank(factors.A_up, factors.B_up, ours.slot_E, 2.0)
     hot_rows = num_rows * layer.coverage
     r = layer.sizes.r
 
     def up_and_update(way: str, hot: Any) -> Tensor:
         os.environ["HOTLORA_KERNELS"] = way
         y_SPF = rows.product(x_SD, experts.gate_up_proj.transpose(1, 2))
-        hot.up(experts, y_SPF, x_SD, 0)
+        hot.up(experts, y_SPF, x_SD)
         return y_SPF
 
     def step(way: str) -> list[Tensor]:

@@ -16,6 +16,7 @@ of activations, never of weights, so nothing of the size of an expert is formed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -59,6 +60,43 @@ class HotFactors:
     def is_low_rank(self) -> bool:
         """Whether the update is B A x and nothing else."""
         return self.scale_up_NPF is None
+
+
+class CastFactors:
+    """What one pass, forward or backward, has of one adapter: its factors in the dtype of their products, what draws
+    its masks, and its gradients."""
+
+    def __init__(
+        self, factors: HotFactors, tensors: Sequence[Tensor], dtype: torch.dtype, seeds: tuple[Any, Any]
+    ) -> None:
+        """tensors: the four of `factors`, in its order. seeds: of the masks into the experts and out of them; the same
+        seed gives the same masks."""
+        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
+        self.expert_ids_N, self.scaling, self.dtype = factors.expert_ids_N, factors.scaling, dtype
+        self.p, (self.up_seed, self.down_seed) = factors.dropout, seeds
+        self.trains_A = tensors[0].requires_grad
+
+    @cached_property
+    def up_gradients(self) -> tuple[Tensor | None, Tensor]:
+        """Of A, or None where it does not train, and of B: zeros, to be added to or replaced."""
+        return torch.zeros_like(self.A_up) if self.trains_A else None, torch.zeros_like(self.B_up)
+
+    @cached_property
+    def down_gradients(self) -> tuple[Tensor | None, Tensor]:
+        return torch.zeros_like(self.A_down) if self.trains_A else None, torch.zeros_like(self.B_down)
+
+    @cached_property
+    def up_generator(self) -> torch.Generator:
+        """Draws one block's masks after the other's."""
+        return torch.Generator().manual_seed(self.up_seed)
+
+    @cached_property
+    def down_generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.down_seed)
+
+    def split(self, x: Tensor, dim: int) -> Sequence[Tensor]:
+        """What is the gate's and what the up projection's, of an array with P*R or P*F in `dim`."""
+        return x.chunk(self.A_up.shape[1] // self.A_down.shape[1], dim)
 
 
 @dataclass(frozen=True)

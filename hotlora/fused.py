@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import grouped, spans
 from .experts import (
+    CastFactors,
     HotFactors,
     HotWeights,
     compute_dtype,
@@ -102,54 +103,84 @@ class RoutedExperts(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         """way: `spans` or `grouped`. tensors: four of each adapter, in the order of `HotFactors`."""
-        ctx.way, ctx.experts, ctx.factors = way, experts, factors
+        ctx.hot, ctx.experts, ctx.factors = way.hot, experts, factors
         ctx.autocast = _Autocast(hidden_TD.device.type)
         ctx.compute_dtypes = [compute_dtype(adapter) for adapter in factors]
         ctx.seeds = [_two_seeds() if adapter.dropout else (0, 0) for adapter in factors]
-        ctx.rows = rows = way.Rows(experts.num_experts, top_k_index_TK)
-        with ctx.autocast.off():
-            hots = _hots(ctx, tensors)
-            x_SD = hidden_TD.index_select(0, rows.token_S)
-            up_SPF = _base_linear(experts, up_projection(experts), x_SD, rows)
-            for hot, (seed, _) in zip(hots, ctx.seeds, strict=True):
-                hot.up(experts, up_SPF, x_SD, seed)
-            del x_SD
-        with ctx.autocast.again():
-            act_SF = _activation(experts, up_SPF)
-        with ctx.autocast.off():
-            y_SD = _base_linear(experts, "down_proj", act_SF, rows)
-            for hot, (_, seed) in zip(hots, ctx.seeds, strict=True):
-                hot.down(y_SD, act_SF, seed)
-            ctx.save_for_backward(hidden_TD, top_k_weights_TK, up_SPF, *tensors)
-            return _summed_by_token(rows, y_SD * _by_rows(rows, top_k_weights_TK)).to(hidden_TD.dtype)
+        ctx.blocks = way.Rows.blocks(experts.num_experts, top_k_index_TK, _row_bytes(experts))
+        adapters, ups = _cast(ctx, tensors), []
+        y_SD: Any = None
+        for rows in ctx.blocks:
+            up_SPF, some_SD = _forward(ctx, rows, adapters, hidden_TD)
+            y_SD = _placed(y_SD, rows, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
+            ups.append(up_SPF)
+        ctx.save_for_backward(hidden_TD, top_k_weights_TK, *ups, *tensors)
+        return _summed_by_token(y_SD, top_k_index_TK.shape[1]).to(hidden_TD.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        experts, rows = ctx.experts, ctx.rows
-        hidden_TD, top_k_weights_TK, up_SPF, *tensors = ctx.saved_tensors
-        hots, token_S, weight_S1 = _hots(ctx, tensors), rows.token_S, _by_rows(rows, top_k_weights_TK)
-        dup_SPF, dweight_S, down_grads = _down_backward(ctx, hots, up_SPF, grad_TD.index_select(0, token_S), weight_S1)
-        dx_SD = _base_linear_backward(experts, up_projection(experts), dup_SPF, rows)
-        up_grads = [
-            hot.up_backward(experts, dx_SD, dup_SPF, hidden_TD, token_S, seed)
-            for hot, (seed, _) in zip(hots, ctx.seeds, strict=True)
-        ]
-        dhidden_TD = _summed_by_token(rows, dx_SD).to(hidden_TD.dtype)
-        dweight_TK = torch.empty_like(dweight_S).index_copy_(0, rows.order_S, dweight_S).view(top_k_weights_TK.shape)
-        made = [grad for pairs in zip(up_grads, down_grads, strict=True) for pair in pairs for grad in pair]
+        hidden_TD, top_k_weights_TK, *saved = ctx.saved_tensors
+        ups, tensors = saved[: len(ctx.blocks)], saved[len(ctx.blocks) :]
+        adapters = _cast(ctx, tensors)
+        dx_SD: Any = None
+        dweight_S: Any = None
+        for rows, up_SPF in zip(ctx.blocks, ups, strict=True):
+            some_SD, its_S = _backward(ctx, rows, adapters, up_SPF, hidden_TD, top_k_weights_TK, grad_TD)
+            dx_SD = _placed(dx_SD, rows, some_SD, top_k_weights_TK.numel())
+            dweight_S = _placed(dweight_S, rows, its_S, top_k_weights_TK.numel())
+        dhidden_TD = _summed_by_token(dx_SD, top_k_weights_TK.shape[1]).to(hidden_TD.dtype)
+        dweight_TK = dweight_S.view(top_k_weights_TK.shape).to(top_k_weights_TK.dtype)
+        made = [grad for adapter in adapters for grad in (*adapter.up_gradients, *adapter.down_gradients)]
         grads = [None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(made, tensors, strict=True)]
-        return None, None, None, dhidden_TD, None, dweight_TK.to(top_k_weights_TK.dtype), *grads
+        return None, None, None, dhidden_TD, None, dweight_TK, *grads
+
+
+def _forward(ctx: Any, rows: Any, adapters: Sequence[CastFactors], hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a block of rows the outputs of the up projection `[S, P*F]` and of the experts `[S, D]`."""
+    experts, hots = ctx.experts, [ctx.hot(adapter, rows) for adapter in adapters]
+    with ctx.autocast.off():
+        x_SD = hidden_TD.index_select(0, rows.token_S)
+        up_SPF = _base_linear(experts, up_projection(experts), x_SD, rows)
+        for hot in hots:
+            hot.up(experts, up_SPF, x_SD)
+        del x_SD
+    with ctx.autocast.again():
+        act_SF = _activation(experts, up_SPF)
+    with ctx.autocast.off():
+        y_SD = _base_linear(experts, "down_proj", act_SF, rows)
+        for hot in hots:
+            hot.down(y_SD, act_SF)
+    return up_SPF, y_SD
+
+
+def _backward(
+    ctx: Any,
+    rows: Any,
+    adapters: Sequence[CastFactors],
+    up_SPF: Tensor,
+    hidden_TD: Tensor,
+    top_k_weights_TK: Tensor,
+    grad_TD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Of a block of rows the gradients of the experts' input `[S, D]` and of the routing weights `[S]`."""
+    hots = [ctx.hot(adapter, rows) for adapter in adapters]
+    weight_S1 = _by_rows(rows, top_k_weights_TK)
+    dup_SPF, dweight_S = _down_backward(ctx, rows, hots, up_SPF, grad_TD.index_select(0, rows.token_S), weight_S1)
+    dx_SD = _base_linear_backward(ctx.experts, up_projection(ctx.experts), dup_SPF, rows)
+    for hot in hots:
+        hot.up_backward(ctx.experts, dx_SD, dup_SPF, hidden_TD)
+    return dx_SD, dweight_S
 
 
 def _down_backward(
-    ctx: Any, hots: Sequence[Any], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
-) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Gradients of the up projection's output, of the routing weights `[S]`, and of each adapter's A and B.
+    ctx: Any, rows: Any, hots: Sequence[Any], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the up projection's output and of the routing weights `[S]`.
 
     A function of its own, so that what is as large as the rows is given back before the next half.
     """
-    experts, rows = ctx.experts, ctx.rows
+    experts = ctx.experts
     with ctx.autocast.again():
         act_SF, pull_back = _activation_and_pull_back(experts, up_SPF)
     # The gradient of the activation, not yet times the routing weights.
@@ -159,18 +190,21 @@ def _down_backward(
     if experts.has_bias:
         bias_EO = local_weight(experts, "down_proj_bias").to(grad_SD.dtype)
         dweight_S += rows.dot_bias(grad_SD, bias_EO).to(wide)
-    down_grads = [
-        hot.down_backward(u_SF, dweight_S, act_SF, grad_SD, weight_S1, seed)
-        for hot, (_, seed) in zip(hots, ctx.seeds, strict=True)
-    ]
-    return pull_back((u_SF * weight_S1).to(act_SF.dtype)), dweight_S, down_grads
+    for hot in hots:
+        hot.down_backward(u_SF, dweight_S, act_SF, grad_SD, weight_S1)
+    return pull_back((u_SF * weight_S1).to(act_SF.dtype)), dweight_S
 
 
-def _hots(ctx: Any, tensors: Sequence[Tensor]) -> list[Any]:
-    make = spans.Hot if ctx.way is spans else grouped.hot
+def _row_bytes(experts: Any) -> int:
+    """Of a row's widest array."""
+    weight = local_weight(experts, up_projection(experts))
+    return max(weight.shape[1:]) * int(weight.element_size())
+
+
+def _cast(ctx: Any, tensors: Sequence[Tensor]) -> list[CastFactors]:
     return [
-        make(factors, tensors[4 * i : 4 * i + 4], ctx.rows, dtype)
-        for i, (factors, dtype) in enumerate(zip(ctx.factors, ctx.compute_dtypes, strict=True))
+        CastFactors(factors, tensors[4 * i : 4 * i + 4], dtype, seeds)
+        for i, (factors, dtype, seeds) in enumerate(zip(ctx.factors, ctx.compute_dtypes, ctx.seeds, strict=True))
     ]
 
 
@@ -220,10 +254,16 @@ def _by_rows(rows: Any, weights_TK: Tensor) -> Tensor:
     return weights_TK.reshape(-1).index_select(0, rows.order_S).unsqueeze(1)
 
 
-def _summed_by_token(rows: Any, x_SD: Tensor) -> Tensor:
+def _placed(all_S: Tensor | None, rows: Any, some_S: Tensor, num_rows: int) -> Tensor:
+    """`all_S` with a block's rows in the places that the router gave them; made with the first block."""
+    if all_S is None:
+        all_S = some_S.new_empty(num_rows, *some_S.shape[1:])
+    return all_S.index_copy_(0, rows.order_S, some_S)
+
+
+def _summed_by_token(x_SD: Tensor, top_k: int) -> Tensor:
     """`[T, D]`: the sum over each token's K rows, in the order in which the router chose them."""
-    unsorted_SD = torch.empty_like(x_SD).index_copy_(0, rows.order_S, x_SD)
-    return unsorted_SD.view(-1, rows.top_k, x_SD.shape[1]).sum(dim=1)
+    return x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
 
 
 class _Autocast:

@@ -13,7 +13,6 @@ Shape suffixes as in `experts`; here H = S.
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import HotLoraError
-from .experts import Groups, HotFactors, grouped_linear, grouped_outer, hot_rows, up_parts
+from .experts import CastFactors, Groups, grouped_linear, grouped_outer, hot_rows, up_parts
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
 # products (pytorch#161407, pytorch#194227). There torch's is taken until ours is measured beside it:
@@ -31,6 +30,11 @@ _TORCH_HAS_A_KERNEL = (9, 10)
 
 class Rows:
     """The S assignments, sorted by expert; rows of experts on other devices come last."""
+
+    @classmethod
+    def blocks(cls, num_experts: int, top_k_index_TK: Tensor, row_bytes: int) -> "list[Rows]":
+        """All rows in one: what a GPU has to do is done in few launches."""
+        return [cls(num_experts, top_k_index_TK)]
 
     def __init__(self, num_experts: int, top_k_index_TK: Tensor) -> None:
         self.expert_S, self.order_S = torch.sort(top_k_index_TK.reshape(-1))
@@ -61,149 +65,133 @@ class Rows:
         return bias_SO.masked_fill(elsewhere_S1, 0)
 
 
-def hot(factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> "Hot | SlotHot":
-    """One adapter's part of the layer. tensors: the four of `factors`."""
-    ours = not torch.compiler.is_compiling() and _kernels_for(rows.expert_S.device, dtype)
-    return (SlotHot if ours else Hot)(factors, tensors, rows, dtype)
+def hot(factors: CastFactors, rows: Rows) -> "Hot | SlotHot":
+    """One adapter's part of the layer."""
+    ours = not torch.compiler.is_compiling() and _kernels_for(rows.expert_S.device, factors.dtype)
+    return (SlotHot if ours else Hot)(factors, rows)
 
 
 class Hot:
-    """One adapter's factors in the dtype of their products, and its hot rows."""
+    """What one adapter adds to its hot rows."""
 
-    def __init__(self, factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> None:
-        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
-        self.scaling, self.p, self.dtype = factors.scaling, factors.dropout, dtype
-        self.trains_A = tensors[0].requires_grad
+    def __init__(self, factors: CastFactors, rows: Rows) -> None:
+        self.factors, self.token_S = factors, rows.token_S
         self.rows_H, self.groups = hot_rows(rows.expert_S, rows.ends_E, factors.expert_ids_N, count_is_free=False)
 
-    def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor, seed: int) -> None:
+    def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor) -> None:
         """Adds the update of the projections into the experts to `up`."""
-        x_HD = _dropped(self._pick(x_SD), self.p, seed)
-        z_HPR = _linear(x_HD, self.A_up, self.groups) * self.scaling
-        pairs = zip(up_parts(experts, up_SPF), self._split(z_HPR), self._split(self.B_up), strict=True)
+        f = self.factors
+        z_HPR = _linear(_dropped(self._pick(x_SD), f.p, f.up_seed), f.A_up, self.groups) * f.scaling
+        pairs = zip(up_parts(experts, up_SPF), f.split(z_HPR, 1), f.split(f.B_up, 1), strict=True)
         for part, z_HR, B in pairs:
             part.index_add_(0, self.rows_H, _linear(z_HR, B, self.groups).to(part.dtype))
 
-    def down(self, y_SD: Tensor, act_SF: Tensor, seed: int) -> None:
+    def down(self, y_SD: Tensor, act_SF: Tensor) -> None:
         """Adds the update of the projection out of the experts to `y`."""
-        act_HF = _dropped(self._pick(act_SF), self.p, seed)
-        z_HR = _linear(act_HF, self.A_down, self.groups) * self.scaling
-        y_SD.index_add_(0, self.rows_H, _linear(z_HR, self.B_down, self.groups).to(y_SD.dtype))
+        f = self.factors
+        z_HR = _linear(_dropped(self._pick(act_SF), f.p, f.down_seed), f.A_down, self.groups) * f.scaling
+        y_SD.index_add_(0, self.rows_H, _linear(z_HR, f.B_down, self.groups).to(y_SD.dtype))
 
     def down_backward(
-        self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
-    ) -> tuple[Tensor | None, Tensor]:
-        """Gradients of A, where it trains, and B; adds the input's, not yet times the routing weights, to `u`, and the
-        routing weights' to `dweight`: <g, B A h> is <B^T g, A h>."""
-        act_HF, g_HD = _dropped(self._pick(act_SF), self.p, seed), self._pick(grad_SD)
+        self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+    ) -> None:
+        """Makes the gradients of A, where it trains, and B; adds the input's, not yet times the routing weights, to
+        `u`, and the routing weights' to `dweight`: <g, B A h> is <B^T g, A h>."""
+        f = self.factors
+        act_HF, g_HD = _dropped(self._pick(act_SF), f.p, f.down_seed), self._pick(grad_SD)
         weight_H1 = weight_S1.index_select(0, self.rows_H)
-        g_HR = _linear(g_HD, self.B_down.transpose(1, 2), self.groups) * self.scaling
-        z_HR = _linear(act_HF, self.A_down, self.groups)
+        g_HR = _linear(g_HD, f.B_down.transpose(1, 2), self.groups) * f.scaling
+        z_HR = _linear(act_HF, f.A_down, self.groups)
         wide = dweight_S.dtype
         dweight_S.index_add_(0, self.rows_H, torch.linalg.vecdot(g_HR.to(wide), z_HR.to(wide)))
-        dA = _outer((g_HR * weight_H1).to(self.dtype), act_HF, self.groups) if self.trains_A else None
-        dB = _outer(g_HD, (z_HR * (weight_H1 * self.scaling)).to(self.dtype), self.groups)
-        du_HF = _dropped(_linear(g_HR, self.A_down.transpose(1, 2), self.groups), self.p, seed)
+        dA = _outer((g_HR * weight_H1).to(f.dtype), act_HF, self.groups) if f.trains_A else None
+        f.down_gradients = dA, _outer(g_HD, (z_HR * (weight_H1 * f.scaling)).to(f.dtype), self.groups)
+        du_HF = _dropped(_linear(g_HR, f.A_down.transpose(1, 2), self.groups), f.p, f.down_seed)
         u_SF.index_add_(0, self.rows_H, du_HF.to(u_SF.dtype))
-        return dA, dB
 
-    def up_backward(
-        self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor, token_S: Tensor, seed: int
-    ) -> tuple[Tensor | None, Tensor]:
-        """Gradients of A, where it trains, and B; adds the input's to `dx`."""
-        token_H = token_S.index_select(0, self.rows_H)
-        x_HD = _dropped(hidden_TD.index_select(0, token_H).to(self.dtype), self.p, seed)
-        z_HPR = _linear(x_HD, self.A_up, self.groups) * self.scaling
+    def up_backward(self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor) -> None:
+        """Makes the gradients of A, where it trains, and B; adds the input's to `dx`."""
+        f = self.factors
+        token_H = self.token_S.index_select(0, self.rows_H)
+        x_HD = _dropped(hidden_TD.index_select(0, token_H).to(f.dtype), f.p, f.up_seed)
+        z_HPR = _linear(x_HD, f.A_up, self.groups) * f.scaling
         parts = [part.contiguous() for part in up_parts(experts, self._pick(dup_SPF))]
-        pairs = zip(parts, self._split(z_HPR), strict=True)
+        pairs = zip(parts, f.split(z_HPR, 1), strict=True)
         dB = torch.cat([_outer(part, z_HR, self.groups) for part, z_HR in pairs], dim=1)
-        pairs = zip(parts, self._split(self.B_up), strict=True)
+        pairs = zip(parts, f.split(f.B_up, 1), strict=True)
         g_parts = [_linear(part, B.transpose(1, 2), self.groups) for part, B in pairs]
-        g_HPR = torch.cat(g_parts, dim=1) * self.scaling
-        dA = _outer(g_HPR, x_HD, self.groups) if self.trains_A else None
-        dx_HD = _dropped(_linear(g_HPR, self.A_up.transpose(1, 2), self.groups), self.p, seed)
+        g_HPR = torch.cat(g_parts, dim=1) * f.scaling
+        f.up_gradients = _outer(g_HPR, x_HD, self.groups) if f.trains_A else None, dB
+        dx_HD = _dropped(_linear(g_HPR, f.A_up.transpose(1, 2), self.groups), f.p, f.up_seed)
         dx_SD.index_add_(0, self.rows_H, dx_HD.to(dx_SD.dtype))
-        return dA, dB
 
     def _pick(self, x_SI: Tensor) -> Tensor:
-        return x_SI.index_select(0, self.rows_H).to(self.dtype)
-
-    def _split(self, x: Tensor) -> Sequence[Tensor]:
-        """What is the gate's and what the up projection's, of `[H, P*R]` or `[N, P*F, R]`."""
-        return x.chunk(self.A_up.shape[1] // self.A_down.shape[1], dim=1)
+        return x_SI.index_select(0, self.rows_H).to(self.factors.dtype)
 
 
 class SlotHot:
-    """One adapter's factors in the dtype of their products, for all rows where they are: kernels skip an expert that
-    has no slot among the factors."""
+    """What one adapter adds, for all rows where they are: kernels skip an expert that has no slot among the factors."""
 
-    def __init__(self, factors: HotFactors, tensors: Sequence[Tensor], rows: Rows, dtype: torch.dtype) -> None:
-        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
-        self.scaling, self.p, self.dtype = factors.scaling, factors.dropout, dtype
-        self.trains_A = tensors[0].requires_grad
-        self.ends_E, self.expert_ids_N = rows.ends_E, factors.expert_ids_N
+    def __init__(self, factors: CastFactors, rows: Rows) -> None:
+        self.factors, self.token_S, self.ends_E = factors, rows.token_S, rows.ends_E
         ids_N = factors.expert_ids_N
         slot_N = torch.arange(len(ids_N), dtype=torch.int32, device=ids_N.device)
         self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, ids_N, slot_N)
 
-    def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor, seed: int) -> None:
+    def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor) -> None:
         """Adds the update of the projections into the experts to `up`."""
-        z_SPR = self._product(_dropped(x_SD.to(self.dtype), self.p, seed), self.A_up, scaling=self.scaling)
+        f = self.factors
+        z_SPR = self._product(_dropped(x_SD.to(f.dtype), f.p, f.up_seed), f.A_up, scaling=f.scaling)
         parts = up_parts(experts, up_SPF)
-        for part, z_SR, B in zip(parts, self._split(z_SPR), self._split(self.B_up), strict=True):
+        for part, z_SR, B in zip(parts, f.split(z_SPR, 1), f.split(f.B_up, 1), strict=True):
             self._product(z_SR, B, add_to_SO=part)
 
-    def down(self, y_SD: Tensor, act_SF: Tensor, seed: int) -> None:
+    def down(self, y_SD: Tensor, act_SF: Tensor) -> None:
         """Adds the update of the projection out of the experts to `y`."""
-        z_SR = self._product(_dropped(act_SF.to(self.dtype), self.p, seed), self.A_down, scaling=self.scaling)
-        self._product(z_SR, self.B_down, add_to_SO=y_SD)
+        f = self.factors
+        z_SR = self._product(_dropped(act_SF.to(f.dtype), f.p, f.down_seed), f.A_down, scaling=f.scaling)
+        self._product(z_SR, f.B_down, add_to_SO=y_SD)
 
     def down_backward(
-        self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor, seed: int
-    ) -> tuple[Tensor | None, Tensor]:
+        self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+    ) -> None:
         """As `Hot.down_backward`."""
-        act_SF, grad_SD = _dropped(act_SF.to(self.dtype), self.p, seed), grad_SD.to(self.dtype)
-        g_SR = self._product(grad_SD, self.B_down.transpose(1, 2), scaling=self.scaling)
-        z_SR = self._product(act_SF, self.A_down)
+        f = self.factors
+        act_SF, grad_SD = _dropped(act_SF.to(f.dtype), f.p, f.down_seed), grad_SD.to(f.dtype)
+        g_SR = self._product(grad_SD, f.B_down.transpose(1, 2), scaling=f.scaling)
+        z_SR = self._product(act_SF, f.A_down)
         wide = dweight_S.dtype
         dweight_S += torch.linalg.vecdot(g_SR.to(wide), z_SR.to(wide))
-        dA = self._outer((g_SR * weight_S1).to(self.dtype), act_SF) if self.trains_A else None
-        dB = self._outer(grad_SD, (z_SR * (weight_S1 * self.scaling)).to(self.dtype))
-        self._add_dropped_product(u_SF, g_SR, self.A_down, seed)
-        return dA, dB
+        dA = self._outer((g_SR * weight_S1).to(f.dtype), act_SF) if f.trains_A else None
+        f.down_gradients = dA, self._outer(grad_SD, (z_SR * (weight_S1 * f.scaling)).to(f.dtype))
+        self._add_dropped_product(u_SF, g_SR, f.A_down, f.down_seed)
 
-    def up_backward(
-        self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor, token_S: Tensor, seed: int
-    ) -> tuple[Tensor | None, Tensor]:
+    def up_backward(self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor) -> None:
         """As `Hot.up_backward`."""
-        x, row_S = hidden_TD.to(self.dtype), None if self.p else token_S
-        if self.p:  # each row has a mask of its own
-            x = _dropped(x.index_select(0, token_S), self.p, seed)
-        z_SPR = self._product(x, self.A_up, row_S=row_S, scaling=self.scaling)
-        parts = up_parts(experts, dup_SPF.to(self.dtype))
-        dB = torch.cat([self._outer(part, z) for part, z in zip(parts, self._split(z_SPR), strict=True)], dim=1)
-        pairs = zip(parts, self._split(self.B_up), strict=True)
-        g_parts = [self._product(part, B.transpose(1, 2), scaling=self.scaling) for part, B in pairs]
+        f = self.factors
+        x, row_S = hidden_TD.to(f.dtype), None if f.p else self.token_S
+        if f.p:  # each row has a mask of its own
+            x = _dropped(x.index_select(0, self.token_S), f.p, f.up_seed)
+        z_SPR = self._product(x, f.A_up, row_S=row_S, scaling=f.scaling)
+        parts = up_parts(experts, dup_SPF.to(f.dtype))
+        dB = torch.cat([self._outer(part, z) for part, z in zip(parts, f.split(z_SPR, 1), strict=True)], dim=1)
+        pairs = zip(parts, f.split(f.B_up, 1), strict=True)
+        g_parts = [self._product(part, B.transpose(1, 2), scaling=f.scaling) for part, B in pairs]
         g_SPR = torch.cat(g_parts, dim=1)
-        dA = self._outer(g_SPR, x, row_S) if self.trains_A else None
-        self._add_dropped_product(dx_SD, g_SPR, self.A_up, seed)
-        return dA, dB
+        f.up_gradients = self._outer(g_SPR, x, row_S) if f.trains_A else None, dB
+        self._add_dropped_product(dx_SD, g_SPR, f.A_up, f.up_seed)
 
     def _product(self, x_SI: Tensor, weight_NOI: Tensor, **options: Any) -> Tensor:
         return _gemm().grouped_gemm(x_SI, weight_NOI, self.ends_E, self.slot_E, **options)
 
     def _outer(self, y_SO: Tensor, x_SI: Tensor, row_S: Tensor | None = None) -> Tensor:
-        return _gemm().grouped_outer(y_SO, x_SI, self.ends_E, self.expert_ids_N, row_S=row_S)
+        return _gemm().grouped_outer(y_SO, x_SI, self.ends_E, self.factors.expert_ids_N, row_S=row_S)
 
-    def _add_dropped_product(self, y_SI: Tensor, g_SR: Tensor, A: Tensor, seed: int) -> None:
-        if self.p:
-            y_SI += _dropped(self._product(g_SR, A.transpose(1, 2)), self.p, seed).to(y_SI.dtype)
+    def _add_dropped_product(self, y_SI: Tensor, g_SR: Tensor, A: Tensor, seed: Any) -> None:
+        if p := self.factors.p:
+            y_SI += _dropped(self._product(g_SR, A.transpose(1, 2)), p, seed).to(y_SI.dtype)
         else:
             self._product(g_SR, A.transpose(1, 2), add_to_SO=y_SI)
-
-    def _split(self, x: Tensor) -> Sequence[Tensor]:
-        """What is the gate's and what the up projection's, of `[S, P*R]` or `[N, P*F, R]`."""
-        return x.chunk(self.A_up.shape[1] // self.A_down.shape[1], dim=1)
 
 
 def _linear(x_SI: Tensor, weight_GOI: Tensor, groups: Groups) -> Tensor:

@@ -13,7 +13,7 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from hotlora import grouped
+from hotlora import grouped, spans
 from hotlora.experts import Groups, HotFactors, _HotRows, _up_update, grouped_linear, hot_rows, plain_routed_experts
 from hotlora.fused import RoutedExperts
 from hotlora.fused import routed_experts as fused_routed_experts
@@ -30,7 +30,19 @@ def grouped_routed_experts(experts, hidden, index, weights, factors=()):
     return plain_routed_experts(experts, hidden, index, weights, factors)
 
 
-IMPLEMENTATIONS = {"plain": plain_routed_experts, "fused": fused_routed_experts, "as on a GPU": grouped_routed_experts}
+def an_expert_a_block(*args):
+    """The fused function as a CPU runs it when rows are many, here on few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spans, "BLOCK_BYTES", 1)
+        return fused_routed_experts(*args)
+
+
+IMPLEMENTATIONS = {
+    "plain": plain_routed_experts,
+    "fused": fused_routed_experts,
+    "an expert a block": an_expert_a_block,
+    "as on a GPU": grouped_routed_experts,
+}
 both = pytest.mark.parametrize("routed_experts", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 FACTORS = ("A_gate_up", "B_gate_up", "A_down", "B_down")
 
@@ -181,7 +193,9 @@ def test_every_layout_equals_the_loop_and_without_update_transformers(routed_exp
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
     if dtype != torch.float64:  # which transformers' grouped_mm refuses
         zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
-        assert torch.equal(routed_experts(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs))
+        found, base = routed_experts(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs)
+        # A vector unit rounds leftovers otherwise, and with these 16 wide experts they depend on the block.
+        assert torch.equal(found, base) or (routed_experts is an_expert_a_block and relative(found, base) < 1e-6)
 
 
 @both

@@ -20,7 +20,7 @@ from test_experts import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hotlora import fused
+from hotlora import fused, spans
 from hotlora.experts import plain_routed_experts
 from hotlora.fused import routed_experts
 
@@ -47,7 +47,7 @@ def test_only_what_the_arithmetic_needs_is_kept():
     gate_up, hidden, weights = T * K * 2 * WIDTH * 2, T * D * 2, T * K * 2
     assert kept == gate_up + hidden + weights
     # Besides: the order of the rows, which autograd does not count.
-    assert output.grad_fn.rows.order_S.numel() == T * K
+    assert sum(rows.order_S.numel() for rows in output.grad_fn.blocks) == T * K
     assert kept < 0.4 * saved_bytes(plain_routed_experts, experts, *inputs, factors)[0]
 
 
@@ -75,6 +75,26 @@ def test_gradients_with_dropout_are_those_of_the_function_that_was_computed(p):
             below = loss()
             leaf += step * direction
         torch.testing.assert_close((above - below) / (2 * step), (gradient * direction).sum(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_blocks_of_experts_change_no_bit(monkeypatch, dropout):
+    """Nor the masks, which are drawn one block after the other."""
+    experts, index = make_experts(torch.float32), make_inputs()[1]
+    width = max(experts.gate_up_proj.shape[1:]) * 4
+    found = []
+    for size, least, most in ((1, 5, E), (30 * width, 2, 4), (2**23, 1, 1)):
+        monkeypatch.setattr(spans, "BLOCK_BYTES", size)
+        hidden, _, weights = make_inputs(torch.float32)
+        adapters = [replace(make_factors(ids, 4, torch.float32), dropout=dropout) for ids in ([1, 3, 6], [0, 1])]
+        torch.manual_seed(0)
+        output = routed_experts(experts, hidden, index, weights, adapters)
+        blocks = output.grad_fn.blocks
+        assert least <= len(blocks) <= most and sum(len(rows.order_S) for rows in blocks) == T * K
+        leaves = [hidden, weights, *(getattr(adapter, name) for adapter in adapters for name in FACTORS)]
+        found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    for tensors in zip(*found, strict=True):
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
 def test_dropout_keeps_the_mean_and_leaves_cold_experts_alone():
