@@ -169,7 +169,8 @@ def _add_arithmetic(
         if kind == "hot":
             coverage = dict(zip(profile.layers, profile.coverage(fraction=fraction).tolist(), strict=True))
             row["coverage"] = float(np.mean(list(coverage.values())))
-        split = expert_adapter_flops(model, config.r, coverage) if kind != "peft" else 0.0
+        shared_a = kind in ("unsloth", "axolotl")  # adapters of PEFT's form
+        split = expert_adapter_flops(model, config.r, coverage, shared_a=shared_a) if kind != "peft" else 0.0
         flops = step_flops(forward, attention + split, config.tokens)
         if kind == "peft":
             flops += dense_update_flops(model, forward, config.r, config.tokens)

@@ -1,11 +1,10 @@
 """What `bench` compares: one model of random weights, its router skewed, and the adapters that are put on it.
 
-Floor, hot, all, peft and loop adapt attention in the same way, with PEFT's own LoRA, and leave routers and shared
-experts alone: they differ in the experts only. The papers' methods adapt what they say. No dropout.
+All of KINDS adapt attention in the same way, with PEFT's own LoRA, and leave routers and shared experts alone: they
+differ in the experts only. The papers' methods adapt what they say. No dropout.
 """
 
 import copy
-import importlib.util
 import math
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.moe import _default_apply_gate
 
+from . import contender_axolotl, contender_unsloth
 from .adapter import HotLoraConfig
 from .errors import HotLoraError
 from .estimate import model_class
@@ -35,7 +35,7 @@ _LARGE = 2**20  # elements: larger parameters are filled by copying, and given b
 _TILE = 2**20 - 3  # odd, so that the rows of a matrix differ
 _LOWEST_TO_HIGHEST = 4.0  # widest spread of the routers' rows, in powers of e
 KINDS = ("floor", "hot", "all", "peft", "loop", "unsloth", "axolotl")
-_ELSEWHERE = ("unsloth", "axolotl")
+_ELSEWHERE: dict[str, Any] = {"unsloth": contender_unsloth, "axolotl": contender_axolotl}
 _METHODS = tuple(name for name in METHODS if name != "esft")  # how much esft trains depends on the data
 _ADAPTER = ("train_attention", "train_router", "train_shared", "train_a", "use_dora")
 
@@ -90,10 +90,8 @@ class Contender:
     @property
     def missing(self) -> str | None:
         """Why this one cannot take part here, or None."""
-        if self.kind not in _ELSEWHERE:
-            return None
-        installed = importlib.util.find_spec(self.kind) is not None
-        return "installed, but bench does not drive it yet" if installed else "not installed"
+        module = _ELSEWHERE.get(self.kind)
+        return None if module is None else module.missing()
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,7 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
         else:
             modules = [re.escape(path) for path in attention]
             parameters: list[str] | None = None
-            if contender.kind == "peft":
+            if contender.kind in ("peft", *_ELSEWHERE):
                 parameters = _expert_parameters(model)
             elif contender.kind == "loop":
                 modules += [rf"{re.escape(path)}\.\d+\.[^.]+_linear" for path in unroll_experts(model)]
@@ -239,6 +237,8 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
                 target_parameters=parameters,
                 task_type="CAUSAL_LM",
             )
+        if contender.kind in _ELSEWHERE:
+            return cast(PeftModel, _ELSEWHERE[contender.kind].adapted(model, config))
         return cast(PeftModel, get_peft_model(model, config)).train()
 
 

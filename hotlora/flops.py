@@ -53,15 +53,20 @@ def attention_adapter_flops(model: PreTrainedModel, r: int) -> float:
     return sum(2.0 * r * sum(_weight(model, path).shape) for path in attention_modules(model))
 
 
-def expert_adapter_flops(model: PreTrainedModel, r: int, coverage: Mapping[int, float]) -> float:
+def expert_adapter_flops(
+    model: PreTrainedModel, r: int, coverage: Mapping[int, float], *, shared_a: bool = False
+) -> float:
     """Of split LoRA on experts, forward, a token.
 
-    coverage: decoder layer -> share of its assignments that go to an adapted expert, in [0, 1].
+    coverage: decoder layer -> share of its assignments that go to an adapted expert, in [0, 1]. shared_a: gate and up
+    have one A, as on PEFT's fused parameter.
     """
     top_k, total = num_experts_per_tok(model), 0.0
     for layer in moe_layers(model):
         experts: Any = model.get_submodule(layer.experts)
         pairs = (3 if experts.has_gate else 2) * sum(experts.down_proj.shape[1:])
+        if shared_a and experts.has_gate:
+            pairs -= experts.down_proj.shape[2 if experts.is_transposed else 1]
         total += 2.0 * r * top_k * pairs * coverage.get(layer.layer, 0.0)
     return total
 

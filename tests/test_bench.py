@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import sys
 
 import psutil
 import pytest
@@ -246,6 +247,8 @@ def test_flops_by_hand():
     }
     adapter = expert_adapter_flops(model, R, {0: 0.5, 1: 1.0})
     assert adapter == 2 * R * 2 * 3 * (32 + 16) * 1.5
+    shared_a = expert_adapter_flops(model, R, {0: 0.5, 1: 1.0}, shared_a=True)
+    assert shared_a == 2 * R * 2 * (32 + 2 * 16 + 16 + 32) * 1.5
     assert step_flops(forward, adapter, 7) == 7 * (2 * sum(forward.values()) + forward["scores"] + 3 * adapter)
 
 
@@ -285,8 +288,9 @@ def test_a_worker_counts_and_times(olmoe_file):
     assert x + gate_up <= saved["all"] < saved["peft"]  # which keeps W + BA too
 
 
-def test_processes(olmoe_file):
+def test_processes(olmoe_file, monkeypatch):
     """Each contender in its own. One that is killed in the last round is told, and does not end the rest."""
+    monkeypatch.setitem(sys.modules, "unsloth", None)  # not installed, wherever this runs
 
     def tell(text):
         told.append(text)
@@ -420,7 +424,8 @@ def test_settings_out_of_range(change, message):
         BenchConfig(**change)
 
 
-def test_errors(tmp_path, olmoe_file):
+def test_errors(tmp_path, olmoe_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "unsloth", None)  # not installed, wherever this runs
     with pytest.raises(FileError, match="does not exist"):
         run_bench(BenchConfig(str(tmp_path / "none")))
     with pytest.raises(HotLoraError, match="layers is 3: this model has 2"):
