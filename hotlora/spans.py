@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .experts import CastFactors, up_parts
 
-BLOCK_BYTES = 2**23
+BLOCK_BYTES = 2**22
 """Of a block's widest array, but that a block has one expert at least."""
 
 

@@ -78,8 +78,7 @@ class Worker:
     def turn(self) -> dict[str, float]:
         """Seconds of one step and of its parts."""
         self._random().wake()
-        if self.device.type == "cuda":
-            self.step()  # its allocator starts from nothing after a sleep
+        self.step()  # allocators start from nothing after a sleep, and a training's step follows another one
         times = self.step()
         self._sleep()
         return times
