@@ -291,6 +291,7 @@ def merge(
 
     export_saved(model, adapter, output, format="merged", on_top_of=on_top_of or (), dtype=dtype, device=device)
     out.print(f"merged model: {output}", soft_wrap=True)
+    _tell_of_quantization(adapter)
 
 
 @app.command()
@@ -329,6 +330,19 @@ def export(
     out.print(f"{format}: {output}", soft_wrap=True)
     if merge_router:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
+    _tell_of_quantization(adapter)
+
+
+def _tell_of_quantization(adapter: Path) -> None:
+    from .load import base_quantization
+
+    if found := base_quantization(adapter):
+        kept = " but the hot ones" if found.keep else ""
+        out.print(
+            f"It was trained on a base with all experts{kept} in {found.bits} bits, and is written for the base as it "
+            "is: answers may differ a little, so evaluate it there.",
+            soft_wrap=True,
+        )
 
 
 app.command()(sweep)

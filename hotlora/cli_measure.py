@@ -128,16 +128,19 @@ def params(
     table.add_row("share", f"{counts['percent']:.4f}%")
     out.print(table)
     if estimate:
+        from .tables import human_bytes, human_flops
+
         found = counts["estimate"]
-        table = Table(title=f"A step of {batch_size} × {max_length:,} tokens")
+        title = f"A step of {batch_size} × {max_length:,} tokens"
+        table = Table(title=title, min_width=len(title))
         table.add_column("memory")
-        table.add_column("GB", justify="right")
+        table.add_column("takes", justify="right")
         for kind, size in found["memory"].items():
             if kind == "total":
                 table.add_section()
-            table.add_row(kind, f"{size / 1e9:.2f}")
+            table.add_row(kind, human_bytes(size))
         out.print(table)
-        out.print(f"{found['flops']['step'] / 1e12:,.1f} TFLOP a step; adapted experts take {found['coverage']:.0%}")
+        out.print(f"{human_flops(found['flops']['step'])} a step; adapted experts take {found['coverage']:.0%}")
         if "time" in found:
             time = found["time"]
             out.print(

@@ -168,7 +168,8 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return versions | {"python": platform.python_version(), "device": device, "git": _commit()}
 
 

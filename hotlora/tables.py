@@ -183,6 +183,11 @@ def human_bytes(number: float) -> str:
     return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
 
 
+def human_flops(number: float) -> str:
+    """114e9 -> "114.0 GFLOP"."""
+    return _scaled(number, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+
+
 def human_seconds(number: float | None) -> str:
     """93.1 -> "1 min 33 s"."""
     if number is None:

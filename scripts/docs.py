@@ -35,6 +35,7 @@ NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/p
 AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
 QUANTIZED_MARK = "<!-- made by scripts/docs.py from results/nano/quantized -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
+PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
 PICTURES = ("heat-map",)
@@ -85,6 +86,22 @@ def nano_table() -> str:
     return "\n".join(lines)
 
 
+def profiling_table() -> str:
+    """What a routing profile costs over a forward, from the results of benchmarks/time_profiling.py."""
+    lines = [
+        "| result | tokens | a profile over the decoder alone | over a forward with logits |",
+        "|---|---:|---:|---:|",
+    ]
+    for file in sorted((ROOT / "benchmarks" / "profiling").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        ratios = [result["profile_over"][name] for name in ("decoder", "forward with logits")]
+        cells = [f"{ratio['median']:.3f} ({ratio['q1']:.3f}–{ratio['q3']:.3f})" for ratio in ratios]
+        lines.append(
+            f"| `{result['command']}`, {result['environment']['device']} | {result['tokens']:,} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
 def take_over(runs: Path, into: Path) -> None:
     """Copy a demo's records, plans, profiles, metrics and heat map, not its weights."""
     for folder in find_records(runs):
@@ -112,6 +129,7 @@ def main() -> None:
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
+    of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
@@ -119,7 +137,7 @@ def main() -> None:
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
         RELIABILITY_PAGE: reliability_page(),
-        speed: filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks")),
+        speed: filled(of_speed, PROFILING_MARK, profiling_table()),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
