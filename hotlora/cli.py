@@ -44,6 +44,10 @@ from .cli_train import print_evaluation, train
 from .errors import HotLoraError, Stopped
 from .stopping import on_sigterm, stop
 
+# PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
+# `bench` come by here too.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 app = typer.Typer(
     name="hotlora",
     help="Fine-tune Mixture-of-Experts language models where they already work: LoRA on the experts a task really "
@@ -334,12 +338,12 @@ def export(
 
 
 def _tell_of_quantization(adapter: Path) -> None:
-    from .load import base_quantization
+    from .load import saved_config
 
-    if found := base_quantization(adapter):
-        kept = " but the hot ones" if found.keep else ""
+    if found := saved_config(adapter).base_quantization:
+        kept = " but the hot ones" if found["keep"] else ""
         out.print(
-            f"It was trained on a base with all experts{kept} in {found.bits} bits, and is written for the base as it "
+            f"It was trained on a base with all experts{kept} in {found['bits']} bits, and is written for the base as it "
             "is: answers may differ a little, so evaluate it there.",
             soft_wrap=True,
         )
@@ -398,8 +402,6 @@ app.command()(bench)
 
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
-    # PEFT imports it where it is installed, and it says that an optional kernel is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with on_sigterm(stop):
             app()

@@ -94,9 +94,23 @@ def test_the_stages_one_by_one(call, model_folder: Path, rows: Path, tmp_path: P
     code, out, _ = call("train", *words)
     assert code == 0 and "cold 25%" in out
     code, out, _ = call("merge", "--model", model_folder, tmp_path / "run" / "adapter", "-o", tmp_path / "merged")
-    assert code == 0 and (tmp_path / "merged" / "model.safetensors").is_file()
+    assert code == 0 and (tmp_path / "merged" / "model.safetensors").is_file() and "bits" not in out
     code, out, _ = call("report", tmp_path / "run")
     assert code == 0 and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_merge_and_export_tell_that_the_base_was_quantized(call, model_folder: Path, rows: Path, tmp_path: Path):
+    adapter = tmp_path / "run" / "adapter"
+    words = ("--model", model_folder, "--data", rows, "--max-steps", 1, "--experts-per-layer", 2)
+    assert call("train", *words, "-o", tmp_path / "run")[0] == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for keep, experts in (({}, "all experts in"), ({"0": [1]}, "all experts but the hot ones in")):
+        config["base_quantization"] = {"bits": 4, "keep": keep}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        for command in (("merge",), ("export", "--format", "peft")):
+            output = tmp_path / f"{command[0]}{len(keep)}"
+            code, out, _ = call(command[0], "--model", model_folder, adapter, "-o", output, *command[1:])
+            assert code == 0 and f"{experts} 4 bits" in out
 
 
 def test_parameters_from_a_config_alone(call, tmp_path: Path):
