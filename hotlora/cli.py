@@ -343,8 +343,8 @@ def _tell_of_quantization(adapter: Path) -> None:
     if found := saved_config(adapter).base_quantization:
         kept = " but the hot ones" if found["keep"] else ""
         out.print(
-            f"It was trained on a base with all experts{kept} in {found['bits']} bits, and is written for the base as it "
-            "is: answers may differ a little, so evaluate it there.",
+            f"It was trained on a base with all experts{kept} in {found['bits']} bits, and is written for the base as "
+            "it is: answers may differ a little, so evaluate it there.",
             soft_wrap=True,
         )
 

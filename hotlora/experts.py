@@ -63,15 +63,16 @@ class HotFactors:
 
 
 class CastFactors:
-    """What one pass, forward or backward, has of one adapter: its factors in the dtype of their products, what draws
-    its masks, and its gradients."""
+    """What one pass, forward or backward, has of one adapter: its factors, what draws its masks, and its gradients."""
 
     def __init__(
-        self, factors: HotFactors, tensors: Sequence[Tensor], dtype: torch.dtype, seeds: tuple[Any, Any]
+        self, factors: HotFactors, tensors: Sequence[Tensor], dtype: torch.dtype, seeds: tuple[Any, Any], at_once: bool
     ) -> None:
-        """tensors: the four of `factors`, in its order. seeds: of the masks into the experts and out of them; the same
-        seed gives the same masks."""
-        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(dtype) for t in tensors)
+        """tensors: the four of `factors`, in its order. dtype: of their products. seeds: of the masks into the experts
+        and out of them; the same seed gives the same masks. at_once: whether factors are cast here, or each expert's
+        where it is used."""
+        cast = dtype if at_once else None
+        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(cast or t.dtype) for t in tensors)
         self.expert_ids_N, self.scaling, self.dtype = factors.expert_ids_N, factors.scaling, dtype
         self.p, (self.up_seed, self.down_seed) = factors.dropout, seeds
         self.trains_A = tensors[0].requires_grad

@@ -103,7 +103,7 @@ class RoutedExperts(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         """way: `spans` or `grouped`. tensors: four of each adapter, in the order of `HotFactors`."""
-        ctx.hot, ctx.experts, ctx.factors = way.hot, experts, factors
+        ctx.way, ctx.experts, ctx.factors = way, experts, factors
         ctx.autocast = _Autocast(hidden_TD.device.type)
         ctx.compute_dtypes = [compute_dtype(adapter) for adapter in factors]
         ctx.seeds = [_two_seeds() if adapter.dropout else (0, 0) for adapter in factors]
@@ -138,7 +138,7 @@ class RoutedExperts(torch.autograd.Function):
 
 def _forward(ctx: Any, rows: Any, adapters: Sequence[CastFactors], hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Of a block of rows the outputs of the up projection `[S, P*F]` and of the experts `[S, D]`."""
-    experts, hots = ctx.experts, [ctx.hot(adapter, rows) for adapter in adapters]
+    experts, hots = ctx.experts, [ctx.way.hot(adapter, rows) for adapter in adapters]
     with ctx.autocast.off():
         x_SD = hidden_TD.index_select(0, rows.token_S)
         up_SPF = _base_linear(experts, up_projection(experts), x_SD, rows)
@@ -164,7 +164,7 @@ def _backward(
     grad_TD: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Of a block of rows the gradients of the experts' input `[S, D]` and of the routing weights `[S]`."""
-    hots = [ctx.hot(adapter, rows) for adapter in adapters]
+    hots = [ctx.way.hot(adapter, rows) for adapter in adapters]
     weight_S1 = _by_rows(rows, top_k_weights_TK)
     dup_SPF, dweight_S = _down_backward(ctx, rows, hots, up_SPF, grad_TD.index_select(0, rows.token_S), weight_S1)
     dx_SD = _base_linear_backward(ctx.experts, up_projection(ctx.experts), dup_SPF, rows)
@@ -203,7 +203,7 @@ def _row_bytes(experts: Any) -> int:
 
 def _cast(ctx: Any, tensors: Sequence[Tensor]) -> list[CastFactors]:
     return [
-        CastFactors(factors, tensors[4 * i : 4 * i + 4], dtype, seeds)
+        CastFactors(factors, tensors[4 * i : 4 * i + 4], dtype, seeds, at_once=ctx.way is grouped)
         for i, (factors, dtype, seeds) in enumerate(zip(ctx.factors, ctx.compute_dtypes, ctx.seeds, strict=True))
     ]
 

@@ -11,6 +11,7 @@ Shape suffixes as in `experts`; n rows of one expert.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,29 +68,71 @@ class Rows:
         return dots_S
 
 
+@dataclass(frozen=True)
+class _Span:
+    """The rows of a hot expert, `a` to `b`, and among its neighbours' those from `start` to `stop`, which its products
+    are made for: of a few round numbers, since a library that compiles a product for each shape it meets (oneDNN, in
+    half precision) takes longer for that than for the product."""
+
+    n: int
+    """its place among the factors"""
+    a: int
+    b: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def own(self, z: Tensor) -> Tensor:
+        """`z`, of `rows`, with the neighbours' set to zero: what is made of it adds nothing to theirs."""
+        if self.stop - self.start > self.b - self.a:
+            z[: self.a - self.start] = 0
+            z[self.b - self.start :] = 0
+        return z
+
+
+def _span(n: int, a: int, b: int, num_rows: int, is_rounded: bool) -> _Span:
+    """With the neighbours after it, or else before it, where the block has so many."""
+    size = b - a
+    step = max(16, 1 << max(0, size.bit_length() - 4))  # at most an eighth more, and 16: a matrix unit's own rows
+    wide = -(-size // step) * step
+    if not is_rounded or wide > num_rows:
+        return _Span(n, a, b, a, b)
+    start = min(a, num_rows - wide)
+    return _Span(n, a, b, start, start + wide)
+
+
 class Hot:
     """What one adapter adds to its hot experts in a block of rows."""
 
     def __init__(self, factors: CastFactors, rows: Rows) -> None:
         self.factors, self.token_S = factors, rows.token_S
         slots = {expert: n for n, expert in enumerate(factors.expert_ids_N.tolist())}
-        self.spans = [(slots[expert], a, b) for expert, a, b in rows.spans if expert in slots]
+        # A mask is drawn for an expert's own rows.
+        is_rounded = factors.dtype in (torch.bfloat16, torch.float16) and factors.p == 0
+        self.spans = [
+            _span(slots[expert], a, b, len(rows.order_S), is_rounded) for expert, a, b in rows.spans if expert in slots
+        ]
 
     def up(self, experts: Any, up_SPF: Tensor, x_SD: Tensor) -> None:
         """Adds the update of the projections into the experts to `up`."""
         f = self.factors
-        for n, a, b, drop in self._dropped(f.up_generator):
-            z_nPR = (drop(x_SD[a:b].to(f.dtype)) @ f.A_up[n].T).mul_(f.scaling)
-            parts = up_parts(experts, up_SPF[a:b])
-            for part, z_nR, B in zip(parts, f.split(z_nPR, 1), f.split(f.B_up[n], 0), strict=True):
-                _add_product(part, z_nR, B.T)
+        for span, drop in self._dropped(f.up_generator):
+            A, B = (t[span.n].to(f.dtype) for t in (f.A_up, f.B_up))
+            z_nPR = span.own((drop(x_SD[span.rows].to(f.dtype)) @ A.T).mul_(f.scaling))
+            parts = up_parts(experts, up_SPF[span.rows])
+            for part, z_nR, B_part in zip(parts, f.split(z_nPR, 1), f.split(B, 0), strict=True):
+                _add_product(part, z_nR, B_part.T)
 
     def down(self, y_SD: Tensor, act_SF: Tensor) -> None:
         """Adds the update of the projection out of the experts to `y`."""
         f = self.factors
-        for n, a, b, drop in self._dropped(f.down_generator):
-            z_nR = (drop(act_SF[a:b].to(f.dtype)) @ f.A_down[n].T).mul_(f.scaling)
-            _add_product(y_SD[a:b], z_nR, f.B_down[n].T)
+        for span, drop in self._dropped(f.down_generator):
+            A, B = (t[span.n].to(f.dtype) for t in (f.A_down, f.B_down))
+            z_nR = span.own((drop(act_SF[span.rows].to(f.dtype)) @ A.T).mul_(f.scaling))
+            _add_product(y_SD[span.rows], z_nR, B.T)
 
     def down_backward(
         self, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
@@ -98,36 +141,38 @@ class Hot:
         `u`, and the routing weights' to `dweight`: <g, B A h> is <B^T g, A h>."""
         f = self.factors
         dA, dB = f.down_gradients
-        for n, a, b, drop in self._dropped(f.down_generator):
-            act_nF, g_nD = drop(act_SF[a:b].to(f.dtype)), grad_SD[a:b].to(f.dtype)
-            g_nR = (g_nD @ f.B_down[n]).mul_(f.scaling)
-            z_nR = act_nF @ f.A_down[n].T
-            dweight_S[a:b] += torch.linalg.vecdot(g_nR.to(dweight_S.dtype), z_nR.to(dweight_S.dtype))
+        for span, drop in self._dropped(f.down_generator):
+            n, rows = span.n, span.rows
+            A, B = (t[n].to(f.dtype) for t in (f.A_down, f.B_down))
+            act_nF, g_nD = drop(act_SF[rows].to(f.dtype)), grad_SD[rows].to(f.dtype)
+            g_nR, z_nR = span.own((g_nD @ B).mul_(f.scaling)), span.own(act_nF @ A.T)
+            dweight_S[rows] += torch.linalg.vecdot(g_nR.to(dweight_S.dtype), z_nR.to(dweight_S.dtype))
             if dA is not None:
-                torch.mm((g_nR * weight_S1[a:b]).to(f.dtype).T, act_nF, out=dA[n])
-            torch.mm(g_nD.T, (z_nR * (weight_S1[a:b] * f.scaling)).to(f.dtype), out=dB[n])
-            _add_product(u_SF[a:b], g_nR, f.A_down[n], drop)
+                dA[n] = (g_nR * weight_S1[rows]).to(f.dtype).T @ act_nF
+            dB[n] = g_nD.T @ (z_nR * (weight_S1[rows] * f.scaling)).to(f.dtype)
+            _add_product(u_SF[rows], g_nR, A, drop)
 
     def up_backward(self, experts: Any, dx_SD: Tensor, dup_SPF: Tensor, hidden_TD: Tensor) -> None:
         """Makes the gradients of A, where it trains, and B; adds the input's to `dx`."""
         f = self.factors
         dA, dB = f.up_gradients
-        for n, a, b, drop in self._dropped(f.up_generator):
-            x_nD = drop(hidden_TD.index_select(0, self.token_S[a:b]).to(f.dtype))
-            z_nPR = (x_nD @ f.A_up[n].T).mul_(f.scaling)
-            parts = [part.to(f.dtype) for part in up_parts(experts, dup_SPF[a:b])]
-            pairs = zip(parts, f.split(z_nPR, 1), strict=True)
-            dB[n] = torch.cat([part.T @ z_nR for part, z_nR in pairs])
-            pairs = zip(parts, f.split(f.B_up[n], 0), strict=True)
-            g_nPR = torch.cat([part @ B for part, B in pairs], dim=1).mul_(f.scaling)
+        for span, drop in self._dropped(f.up_generator):
+            n, rows = span.n, span.rows
+            A, B = (t[n].to(f.dtype) for t in (f.A_up, f.B_up))
+            x_nD = drop(hidden_TD.index_select(0, self.token_S[rows]).to(f.dtype))
+            z_nPR = span.own((x_nD @ A.T).mul_(f.scaling))
+            parts = [part.to(f.dtype) for part in up_parts(experts, dup_SPF[rows])]
+            dB[n] = torch.cat([part.T @ z_nR for part, z_nR in zip(parts, f.split(z_nPR, 1), strict=True)])
+            pairs = zip(parts, f.split(B, 0), strict=True)
+            g_nPR = span.own(torch.cat([part @ B_part for part, B_part in pairs], dim=1).mul_(f.scaling))
             if dA is not None:
-                torch.mm(g_nPR.T, x_nD, out=dA[n])
-            _add_product(dx_SD[a:b], g_nPR, f.A_up[n], drop)
+                dA[n] = g_nPR.T @ x_nD
+            _add_product(dx_SD[rows], g_nPR, A, drop)
 
-    def _dropped(self, generator: torch.Generator) -> Iterator[tuple[int, int, int, "_Dropout"]]:
+    def _dropped(self, generator: torch.Generator) -> Iterator[tuple[_Span, "_Dropout"]]:
         """The hot spans, each with its mask."""
-        for n, a, b in self.spans:
-            yield n, a, b, _Dropout(self.factors.p, generator)
+        for span in self.spans:
+            yield span, _Dropout(self.factors.p, generator)
 
 
 hot = Hot  # by the name that `grouped` has

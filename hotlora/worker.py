@@ -30,11 +30,8 @@ class Worker:
         self.device = torch.device(config.device)
         self.config_of_model = sized_config(config.model, config.layers)
         self.dtype = torch_dtype(config.dtype, self.config_of_model)
-        generator = torch.Generator().manual_seed(config.seed)
-        assert config.length is not None
-        vocabulary = self.config_of_model.get_text_config().vocab_size
-        shape = (config.tokens // config.length, config.length)
-        self.input_ids = torch.randint(vocabulary, shape, generator=generator).to(self.device)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self.input_ids = self._tokens()
         self._base: RandomModel | None = None
 
     def ready(self) -> bool:
@@ -84,6 +81,7 @@ class Worker:
         return times
 
     def step(self) -> dict[str, float]:
+        self.input_ids = self._tokens()
         clock = _Clock(self.device)
         loss = self.loss()
         clock.mark()
@@ -97,6 +95,14 @@ class Worker:
     def loss(self) -> Tensor:
         with autocast(self.device.type, self.dtype):
             return self.model(input_ids=self.input_ids, labels=self.input_ids, fused_lm_head=True).loss
+
+    def _tokens(self) -> Tensor:
+        """A batch, another one each time, as in training: libraries keep what they made for a shape, and how many rows
+        an expert gets is such a shape. All contenders get the same ones."""
+        assert self.config.length is not None
+        shape = (self.config.tokens // self.config.length, self.config.length)
+        vocabulary = self.config_of_model.get_text_config().vocab_size
+        return torch.randint(vocabulary, shape, generator=self._generator).to(self.device)
 
     def _random(self) -> RandomModel:
         if self._base is None:

@@ -97,6 +97,39 @@ def test_the_blocks_of_experts_change_no_bit(monkeypatch, dropout):
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 100, 5000])
+def test_rounded_rows_hold_an_experts_own_and_are_of_few_sizes(num_rows):
+    sizes = set()
+    for a in range(0, num_rows, 7):
+        for b in range(a + 1, num_rows + 1, 3):
+            span = spans._span(0, a, b, num_rows, True)
+            assert 0 <= span.start <= a < b <= span.stop <= num_rows
+            z = span.own(torch.ones(span.stop - span.start, 1))
+            assert z.sum() == b - a and z[a - span.start : b - span.start].all()
+            size, wide = b - a, span.stop - span.start
+            assert wide - size < max(16, size / 8)
+            if wide % 16:  # no room in the block
+                assert wide == size and size + max(16, size / 8) > num_rows
+            else:
+                sizes.add(wide)
+    assert len(sizes) <= 50
+
+
+@pytest.mark.parametrize("block_bytes", [1, 700, 2**22])
+def test_neighbours_of_a_hot_expert_get_nothing(monkeypatch, block_bytes):
+    """In bfloat16, where products are made for more rows than the expert's own."""
+    monkeypatch.setattr(spans, "BLOCK_BYTES", block_bytes)
+    experts, (hidden, index, weights) = make_experts(torch.bfloat16), make_inputs(torch.bfloat16)
+    factors = make_factors([2, 5], 4, torch.float32)
+    cold = ~torch.isin(index, factors.expert_ids_N).any(1)
+    assert 0 < cold.sum() < T
+    output, base = (routed_experts(experts, hidden, index, weights, f) for f in ([factors], []))
+    assert torch.equal(output[cold], base[cold]) and not torch.equal(output, base)
+    ours, theirs = (torch.autograd.grad(o.float().square().sum(), [hidden, weights]) for o in (output, base))
+    for adapted, frozen in zip(ours, theirs, strict=True):
+        assert torch.equal(adapted[cold], frozen[cold]) and not torch.equal(adapted, frozen)
+
+
 def test_dropout_keeps_the_mean_and_leaves_cold_experts_alone():
     """In linear experts, where the output's mean over masks is the output without dropout."""
     experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
