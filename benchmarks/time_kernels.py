@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotlora import grouped
-from hotlora.experts import CastFactors, HotFactors, grouped_linear, grouped_outer
+from hotlora.experts import FactorsInPass, HotFactors, grouped_linear, grouped_outer
 from hotlora.files import write_json
 from hotlora.fused import RoutedExperts
 from hotlora.kernels import gemm
@@ -93,7 +93,7 @@ def pairs(layer: Layer) -> dict[str, tuple[Callable[[], Any], Callable[[], Any],
         flops = 2.0 * num_rows * weight.shape[1] * weight.shape[2]
         return lambda: grouped_linear(x, weight, rows.groups), lambda: gemm.grouped_gemm(x, weight, ends), flops
 
-    factors = CastFactors(layer.factors, layer.tensors, dtype, seeds=(0, 0), at_once=True)
+    factors = FactorsInPass(layer.factors, layer.tensors, dtype, seeds=(0, 0), at_once=True)
     torchs, ours = grouped.Hot(factors, rows), grouped.SlotHot(factors, rows)
     z_SR = gemm.grouped_gemm(x_SD, factors.A_up, ends, ours.slot_E)
     low_rank = gemm.LowRank(factors.A_up, factors.B_up, ours.slot_E, 2.0)

@@ -62,7 +62,7 @@ class HotFactors:
         return self.scale_up_NPF is None
 
 
-class CastFactors:
+class FactorsInPass:
     """What one pass, forward or backward, has of one adapter: its factors, what draws its masks, and its gradients."""
 
     def __init__(
@@ -71,8 +71,8 @@ class CastFactors:
         """tensors: the four of `factors`, in its order. dtype: of their products. seeds: of the masks into the experts
         and out of them; the same seed gives the same masks. at_once: whether factors are cast here, or each expert's
         where it is used."""
-        cast = dtype if at_once else None
-        self.A_up, self.B_up, self.A_down, self.B_down = (t.detach().to(cast or t.dtype) for t in tensors)
+        own = [t.detach() for t in tensors]
+        self.A_up, self.B_up, self.A_down, self.B_down = [t.to(dtype) for t in own] if at_once else own
         self.expert_ids_N, self.scaling, self.dtype = factors.expert_ids_N, factors.scaling, dtype
         self.p, (self.up_seed, self.down_seed) = factors.dropout, seeds
         self.trains_A = tensors[0].requires_grad

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import grouped, spans
 from .experts import (
-    CastFactors,
+    FactorsInPass,
     HotFactors,
     HotWeights,
     compute_dtype,
@@ -136,7 +136,7 @@ class RoutedExperts(torch.autograd.Function):
         return None, None, None, dhidden_TD, None, dweight_TK, *grads
 
 
-def _forward(ctx: Any, rows: Any, adapters: Sequence[CastFactors], hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(ctx: Any, rows: Any, adapters: Sequence[FactorsInPass], hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Of a block of rows the outputs of the up projection `[S, P*F]` and of the experts `[S, D]`."""
     experts, hots = ctx.experts, [ctx.way.hot(adapter, rows) for adapter in adapters]
     with ctx.autocast.off():
@@ -157,7 +157,7 @@ def _forward(ctx: Any, rows: Any, adapters: Sequence[CastFactors], hidden_TD: Te
 def _backward(
     ctx: Any,
     rows: Any,
-    adapters: Sequence[CastFactors],
+    adapters: Sequence[FactorsInPass],
     up_SPF: Tensor,
     hidden_TD: Tensor,
     top_k_weights_TK: Tensor,
@@ -201,9 +201,9 @@ def _row_bytes(experts: Any) -> int:
     return max(weight.shape[1:]) * int(weight.element_size())
 
 
-def _cast(ctx: Any, tensors: Sequence[Tensor]) -> list[CastFactors]:
+def _cast(ctx: Any, tensors: Sequence[Tensor]) -> list[FactorsInPass]:
     return [
-        CastFactors(factors, tensors[4 * i : 4 * i + 4], dtype, seeds, at_once=ctx.way is grouped)
+        FactorsInPass(factors, tensors[4 * i : 4 * i + 4], dtype, seeds, at_once=ctx.way is grouped)
         for i, (factors, dtype, seeds) in enumerate(zip(ctx.factors, ctx.compute_dtypes, ctx.seeds, strict=True))
     ]
 

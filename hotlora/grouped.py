@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import HotLoraError
-from .experts import CastFactors, Groups, grouped_linear, grouped_outer, hot_rows, up_parts
+from .experts import FactorsInPass, Groups, grouped_linear, grouped_outer, hot_rows, up_parts
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
 # products (pytorch#161407, pytorch#194227). There torch's is taken until ours is measured beside it:
@@ -65,7 +65,7 @@ class Rows:
         return bias_SO.masked_fill(elsewhere_S1, 0)
 
 
-def hot(factors: CastFactors, rows: Rows) -> "Hot | SlotHot":
+def hot(factors: FactorsInPass, rows: Rows) -> "Hot | SlotHot":
     """One adapter's part of the layer."""
     ours = not torch.compiler.is_compiling() and _kernels_for(rows.expert_S.device, factors.dtype)
     return (SlotHot if ours else Hot)(factors, rows)
@@ -74,7 +74,7 @@ def hot(factors: CastFactors, rows: Rows) -> "Hot | SlotHot":
 class Hot:
     """What one adapter adds to its hot rows."""
 
-    def __init__(self, factors: CastFactors, rows: Rows) -> None:
+    def __init__(self, factors: FactorsInPass, rows: Rows) -> None:
         self.factors, self.token_S = factors, rows.token_S
         self.rows_H, self.groups = hot_rows(rows.expert_S, rows.ends_E, factors.expert_ids_N, count_is_free=False)
 
@@ -132,7 +132,7 @@ class Hot:
 class SlotHot:
     """What one adapter adds, for all rows where they are: kernels skip an expert that has no slot among the factors."""
 
-    def __init__(self, factors: CastFactors, rows: Rows) -> None:
+    def __init__(self, factors: FactorsInPass, rows: Rows) -> None:
         self.factors, self.token_S, self.ends_E = factors, rows.token_S, rows.ends_E
         ids_N = factors.expert_ids_N
         slot_N = torch.arange(len(ids_N), dtype=torch.int32, device=ids_N.device)

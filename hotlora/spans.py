@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .experts import CastFactors, up_parts
+from .experts import FactorsInPass, up_parts
 
 BLOCK_BYTES = 2**22
 """Of a block's widest array, but that a block has one expert at least."""
@@ -107,7 +107,7 @@ def _span(n: int, a: int, b: int, num_rows: int, is_rounded: bool) -> _Span:
 class Hot:
     """What one adapter adds to its hot experts in a block of rows."""
 
-    def __init__(self, factors: CastFactors, rows: Rows) -> None:
+    def __init__(self, factors: FactorsInPass, rows: Rows) -> None:
         self.factors, self.token_S = factors, rows.token_S
         slots = {expert: n for n, expert in enumerate(factors.expert_ids_N.tolist())}
         # A mask is drawn for an expert's own rows.

@@ -97,11 +97,11 @@ def test_the_blocks_of_experts_change_no_bit(monkeypatch, dropout):
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
-@pytest.mark.parametrize("num_rows", [1, 15, 16, 100, 5000])
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 100, 2048])
 def test_rounded_rows_hold_an_experts_own_and_are_of_few_sizes(num_rows):
     sizes = set()
-    for a in range(0, num_rows, 7):
-        for b in range(a + 1, num_rows + 1, 3):
+    for a in range(0, num_rows, 1 + num_rows // 20):
+        for b in range(a + 1, num_rows + 1):
             span = spans._span(0, a, b, num_rows, True)
             assert 0 <= span.start <= a < b <= span.stop <= num_rows
             z = span.own(torch.ones(span.stop - span.start, 1))
@@ -112,7 +112,7 @@ def test_rounded_rows_hold_an_experts_own_and_are_of_few_sizes(num_rows):
                 assert wide == size and size + max(16, size / 8) > num_rows
             else:
                 sizes.add(wide)
-    assert len(sizes) <= 50
+    assert len(sizes) <= 44
 
 
 @pytest.mark.parametrize("block_bytes", [1, 700, 2**22])
