@@ -48,7 +48,7 @@ def summary_table(result: Result) -> Table:
     """One row a contender, for the terminal, in 80 columns; `markdown` and the JSON hold more."""
     table = Table(title=_heading(result), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
-    for title in ("step, s", "quartiles", "× floor", "tokens/s", "peak GB", "kept kB", "of rate"):
+    for title in ("step, s", "quartiles", "× floor", "tokens/s", "peak GB", "kept kB", "rate"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in result["contenders"]:
         if row["status"] != "done":
@@ -64,8 +64,9 @@ def summary_table(result: Result) -> Table:
             f"{row['saved_bytes_per_token_layer'] / 1000:.1f}",
             _share(row),
         )
-    absent = [f"{row['name']}: {row['reason']}" for row in result["contenders"] if row["status"] != "done"]
-    table.caption = "kept: bytes for backward, a token and MoE layer" + "".join(f"\n{escape(text)}" for text in absent)
+    notes = ["kept: bytes for backward, a token and MoE layer; rate: share of the machine's"]
+    notes += [f"{row['name']}: {row['reason']}" for row in result["contenders"] if row["status"] != "done"]
+    table.caption = escape("\n".join(notes))
     return table
 
 

@@ -2,12 +2,11 @@
 Triton's interpreter. In processes of their own, since Axolotl patches PEFT."""
 
 import importlib.util
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from apart import apart
 from peft.tuners.lora import ParamWrapper
 from tiny import tiny_batch, tiny_config, tiny_model
 from zoo import zoo_model
@@ -92,11 +91,6 @@ def test_it_takes_part(tmp_path):
     )
     rows = {row["name"]: row for row in run_bench(config)["contenders"]}
     assert rows["axolotl"]["status"] == "done", rows["axolotl"]
-
-
-def apart(function, *args):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def lora_ops():

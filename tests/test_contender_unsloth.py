@@ -2,13 +2,12 @@
 patches all that it finds."""
 
 import importlib.util
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from apart import apart
 from tiny import tiny_batch, tiny_config, tiny_model
 from zoo import zoo_model
 
@@ -75,11 +74,6 @@ def test_it_takes_part(tmp_path, monkeypatch):
     assert rows["unsloth"]["trainable"] == rows["peft"]["trainable"]
     assert rows["unsloth"]["saved_bytes_per_token_layer"] < rows["peft"]["saved_bytes_per_token_layer"]  # no W + BA
     assert rows["floor"]["flops"] < rows["unsloth"]["flops"] < rows["peft"]["flops"]
-
-
-def apart(function, *args):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def by_loop_and_grouped(families):
