@@ -78,6 +78,11 @@ class FactorsInPass:
         self.trains_A = tensors[0].requires_grad
 
     @cached_property
+    def slots(self) -> dict[int, int]:
+        """Expert -> its place among the factors; on a GPU reading it would be a host sync."""
+        return {expert: n for n, expert in enumerate(self.expert_ids_N.tolist())}
+
+    @cached_property
     def up_gradients(self) -> tuple[Tensor | None, Tensor]:
         """Of A, or None where it does not train, and of B: zeros, to be added to or replaced."""
         return torch.zeros_like(self.A_up) if self.trains_A else None, torch.zeros_like(self.B_up)

@@ -109,7 +109,7 @@ class Hot:
 
     def __init__(self, factors: FactorsInPass, rows: Rows) -> None:
         self.factors, self.token_S = factors, rows.token_S
-        slots = {expert: n for n, expert in enumerate(factors.expert_ids_N.tolist())}
+        slots = factors.slots
         # A mask is drawn for an expert's own rows.
         is_rounded = factors.dtype in (torch.bfloat16, torch.float16) and factors.p == 0
         self.spans = [
