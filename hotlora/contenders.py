@@ -15,14 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.integrations.moe import _default_apply_gate
 
 from . import contender_axolotl, contender_unsloth
 from .adapter import HotLoraConfig
 from .errors import HotLoraError
 from .estimate import model_class
-from .experts import has_norm_after
 from .factors import pack
+from .hf.experts_view import ExpertsView
 from .mask import SparseMask
 from .mergeable import factor_slots
 from .methods import METHODS, PLACEMENTS
@@ -289,23 +288,12 @@ class LoopedExpert(nn.Module):
 
     def __init__(self, experts: Any, e: int) -> None:
         super().__init__()
-        self.gate_linear: nn.Linear | None = None
-        self.post_expert_norm = experts.post_expert_norm if has_norm_after(experts) else None
-        up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-        up, up_bias = _weight(experts, up_name, e), _bias(experts, up_name, e)
-        self._is_concatenated, self._apply_gate = experts.is_concatenated, None
-        self._act_fn: Any = getattr(experts, "act_fn", None)  # a family with its own _apply_gate may have none
-        if experts.has_gate:
-            parts = up.chunk(2) if experts.is_concatenated else (up[0::2], up[1::2])
-            biases: Any = (None, None)
-            if up_bias is not None:
-                biases = up_bias.chunk(2) if experts.is_concatenated else (up_bias[0::2], up_bias[1::2])
-            self.gate_linear = _linear(parts[0], biases[0])
-            up, up_bias = parts[1], biases[1]
-            if type(experts)._apply_gate is not _default_apply_gate:
-                self._apply_gate = experts._apply_gate
-        self.up_linear = _linear(up, up_bias)
-        self.down_linear = _linear(_weight(experts, "down_proj", e), _bias(experts, "down_proj", e))
+        self._view = ExpertsView(experts)
+        self.post_expert_norm = self._view.norm_after
+        self._act_fn: Any = getattr(experts, "act_fn", None)  # a family with an activation of its own may have none
+        *gates, up, down = (_linear(*linear) for linear in self._view.linears_of(e))
+        self.gate_linear: nn.Linear | None = gates[0] if gates else None
+        self.up_linear, self.down_linear = up, down
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.down_linear(self._activated(x))
@@ -316,29 +304,17 @@ class LoopedExpert(nn.Module):
         if self.gate_linear is None:
             return self._act_fn(up)
         gate = self.gate_linear(x)
-        if self._apply_gate is None:
+        if not self._view.has_own_gate:
             return self._act_fn(gate) * up
-        return self._apply_gate(
-            torch.cat([gate, up], -1) if self._is_concatenated else torch.stack([gate, up], -1).flatten(-2)
-        )
+        return self._view.activation(self._view.join(torch.cat([gate, up], -1)))
 
 
 def _expert_parameters(model: PreTrainedModel) -> list[str]:
     names = []
     for layer in moe_layers(model):
-        experts = unwrap(model.get_submodule(layer.experts))
-        names += [f"{layer.experts}.{'gate_up_proj' if experts.has_gate else 'up_proj'}", f"{layer.experts}.down_proj"]
+        view = ExpertsView(unwrap(model.get_submodule(layer.experts)))
+        names += [f"{layer.experts}.{view.up_name}", f"{layer.experts}.down_proj"]
     return names
-
-
-def _weight(experts: Any, name: str, e: int) -> Tensor:
-    """`[out, in]`, a view."""
-    weight = getattr(experts, name).data[e]
-    return weight.T if experts.is_transposed else weight
-
-
-def _bias(experts: Any, name: str, e: int) -> Tensor | None:
-    return getattr(experts, f"{name}_bias").data[e] if experts.has_bias else None
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -22,8 +22,9 @@ from .adapter import HotLoraConfig
 from .count import count_parameters
 from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
+from .hf.experts_view import ExpertsView
 from .hot_experts import HotLoraExperts
-from .models import auto_class, expert_widths, model_from_config, moe_layers, num_experts_per_tok, unwrap
+from .models import auto_class, model_from_config, moe_layers, num_experts_per_tok, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
 from .routing import experts_kept
@@ -245,7 +246,7 @@ def _expert_bytes(model: PreTrainedModel, lora: HotLoraConfig, coverage: float, 
     layer = HotLoraExperts(two, "default", bound, r=lora.r, lora_alpha=lora.lora_alpha, target_name="two").train()
     totals = []
     for tokens in _PROBED:
-        hidden_TD = torch.zeros(tokens, expert_widths(experts)[0], dtype=dtype, device=device, requires_grad=True)
+        hidden_TD = torch.zeros(tokens, ExpertsView(experts).widths[0], dtype=dtype, device=device, requires_grad=True)
         weights_TK = torch.full((tokens, top_k), 1 / top_k, dtype=dtype, device=device, requires_grad=True)
         index_S = torch.ones(tokens * top_k, dtype=torch.int64, device=device)
         index_S[: round(coverage * tokens * top_k)] = 0
@@ -342,6 +343,7 @@ def workspace_bytes(model: nn.Module, tokens: int, dtype: torch.dtype, device: t
         logits += rows * columns * 4 * _LOSS_COPIES
         logits += columns * config.hidden_size * 4 if dtype != torch.float32 else 0
     experts = _experts(model)[0]
-    width, expert_width = expert_widths(experts)
-    row = 2 * width + (3 if experts.has_gate else 2) * expert_width
+    view = ExpertsView(experts)
+    width, expert_width = view.widths
+    row = 2 * width + (view.num_parts + 1) * expert_width
     return max(logits, tokens * num_experts_per_tok(model) * row * dtype.itemsize)

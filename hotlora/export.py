@@ -25,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError, ModelError
 from .files import atomic_folder, write_json
+from .hf.experts_view import ExpertsView
 from .hot_experts import HotExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
 from .load import CONFIG_FILE, WEIGHTS_FILE
@@ -256,16 +257,12 @@ def uniform(A: Tensor, B: Tensor, r: int, fold: float) -> tuple[Tensor, Tensor]:
 def _projections(layer: HotLoraExperts, adapter: str, r: int, fold: float) -> dict[str, tuple[Tensor, Tensor]]:
     """gate (where there is one), up and down: A `[N, R, in]`, B `[N, out, R]`, at one rank."""
     pairs = {key: uniform(A, B, r, fold) for key, (A, B) in layer.factor_pairs(adapter).items()}
-    names = ("gate", "up", "down") if cast(Any, layer.get_base_layer()).has_gate else ("up", "down")
+    names = ("gate", "up", "down")[-layer.view.num_parts - 1 :]
     ids = layer.expert_ids[adapter]
     return {
         name: (torch.stack([pairs[e, name][0] for e in ids]), torch.stack([pairs[e, name][1] for e in ids]))
         for name in names
     }
-
-
-def interleaved(experts: Any) -> bool:
-    return not experts.is_concatenated
 
 
 # Servers: a pair of matrices for each expert
@@ -414,7 +411,7 @@ def _fused(experts: _Experts, name: str) -> tuple[Tensor, Tensor]:
     A = torch.cat([A_gate, A_up], 1)
     B_gate = nn.functional.pad(B_gate, (0, A_up.shape[1]))
     B_up = nn.functional.pad(B_up, (A_gate.shape[1], 0))
-    if interleaved(experts.module):
+    if ExpertsView(experts.module).is_interleaved:
         return A, torch.stack([B_gate, B_up], 2).flatten(1, 2)
     return A, torch.cat([B_gate, B_up], 1)
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .models import attention_modules, moe_layers, num_experts_per_tok
+from .hf.experts_view import ExpertsView
+from .models import attention_modules, moe_layers, num_experts_per_tok, unwrap
 
 _NO_SCORES = re.compile("linear|mamba|conv|recurrent|moe|mlp")  # kinds of layers without softmax attention
 _TOWERS = re.compile("vision|visual|audio")
@@ -63,10 +64,10 @@ def expert_adapter_flops(
     """
     top_k, total = num_experts_per_tok(model), 0.0
     for layer in moe_layers(model):
-        experts: Any = model.get_submodule(layer.experts)
-        pairs = (3 if experts.has_gate else 2) * sum(experts.down_proj.shape[1:])
-        if shared_a and experts.has_gate:
-            pairs -= experts.down_proj.shape[2 if experts.is_transposed else 1]
+        view = ExpertsView(unwrap(model.get_submodule(layer.experts)))
+        pairs = (view.num_parts + 1) * sum(view.widths)
+        if shared_a:
+            pairs -= (view.num_parts - 1) * view.widths[0]
         total += 2.0 * r * top_k * pairs * coverage.get(layer.layer, 0.0)
     return total
 
@@ -87,7 +88,7 @@ def dense_update_flops(model: PreTrainedModel, forward: Mapping[str, float], r: 
 
 def _expert_weights(experts: Any) -> int:
     """Of one expert."""
-    return (3 if experts.has_gate else 2) * experts.down_proj.shape[1:].numel()
+    return ExpertsView(unwrap(experts)).num_weights_of_an_expert
 
 
 def _weight(model: PreTrainedModel, path: str) -> Tensor:

@@ -12,11 +12,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
-from .experts import HotFactors, HotWeights, ids_here, up_projection
 from .factors import Slot, at_least_float32, factor_values, low_rank_products, new_factor
-from .fused import adapted, has_own_forward, routed_experts
+from .hf.experts_view import ExpertsView
+from .layer.function import routed_experts, updates_on
+from .layer.updates import Full, LowRank, Update
 from .mergeable import MergeableLayer
-from .models import expert_widths
 
 
 class HotExperts(MergeableLayer):
@@ -43,20 +43,24 @@ class HotExperts(MergeableLayer):
         active = self._active_here(adapter_names)
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        factors: Sequence[HotFactors | HotWeights] = [f for name in active for f in self.factors(name)]
+        updates: Sequence[Update] = [update for name in active for update in self.updates(name)]
         experts: Any = self.get_base_layer()
-        if not has_own_forward(experts):
-            return routed_experts(experts, hidden_states, top_k_index, top_k_weights, factors)
-        here = ids_here(experts)
-        if len(here) < experts.down_proj.shape[0]:
+        if not self.view.is_forwarded_by_others:
+            return routed_experts(experts, hidden_states, top_k_index, top_k_weights, updates)
+        here = self.view.ids_here
+        if len(here) < self.view.num_experts_everywhere:
             ids = [group.ids for name in active for group in self._groups[name]]
-            hidden_states, factors = _factors_here(here, ids, hidden_states, cast(Any, factors))
-        with adapted(experts, factors):
+            hidden_states, updates = _updates_here(here, ids, hidden_states, cast(Any, updates))
+        with updates_on(experts, updates):
             output: Tensor = experts(hidden_states, top_k_index, top_k_weights)
         return output
 
-    def factors(self, adapter: str) -> Sequence[HotFactors | HotWeights]:
-        """What `adapter` adds, as the mathematics takes it; dropout is 0 outside training."""
+    @property
+    def view(self) -> ExpertsView:
+        return ExpertsView(self.get_base_layer())
+
+    def updates(self, adapter: str) -> Sequence[Update]:
+        """What `adapter` adds, as the layer takes it; dropout is 0 outside training."""
         raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -72,15 +76,12 @@ class HotExperts(MergeableLayer):
                     ours.copy_(theirs)
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
-        deltas = self._own_layout(*self.get_delta_weight(adapter))
+        deltas = self.view.own_layout(*self.get_delta_weight(adapter))
         for (weight, ids), delta in zip(self._merged_into(adapter), deltas, strict=True):
             yield weight, ids, delta
 
     def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
-        experts: Any = self.get_base_layer()
-        ids = list(self.expert_ids[adapter])
-        yield getattr(experts, up_projection(experts)), ids
-        yield experts.down_proj, ids
+        yield from self.view.parameters_of(self.expert_ids[adapter])
 
     def _ids_planned(self, config: LoraConfig, path: str) -> tuple[int, ...]:
         ids = getattr(config, "_expert_ids", {}).get(path)
@@ -88,27 +89,14 @@ class HotExperts(MergeableLayer):
             raise PlanError(f"{path} takes adapters from a HotLoraConfig only, with a plan that names it.")
         return tuple(ids)
 
-    def _own_layout(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]` as the base's parameters have them."""
-        experts: Any = self.get_base_layer()
-        if experts.has_gate and not experts.is_concatenated:
-            up = torch.stack(up.chunk(2, dim=1), dim=2).flatten(1, 2)
-        return (up.transpose(1, 2), down.transpose(1, 2)) if experts.is_transposed else (up, down)
-
     def _base_weights(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The frozen weights of some experts, copied: `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]`."""
-        experts: Any = self.get_base_layer()
-        if hasattr(experts.down_proj, "to_local"):
+        if self.view.is_spread:
             raise HotLoraError(
                 "DoRA and full experts read the experts' own weights, and those are spread over processes: train "
                 "without FSDP and expert parallelism, or without DoRA and full experts."
             )
-        up, down = (getattr(experts, name).detach()[list(ids)] for name in (up_projection(experts), "down_proj"))
-        if experts.is_transposed:
-            up, down = up.transpose(1, 2), down.transpose(1, 2)
-        if experts.has_gate and not experts.is_concatenated:
-            up = torch.cat([up[:, 0::2], up[:, 1::2]], dim=1)
-        return up, down
+        return self.view.weights_of(ids)
 
     def _ids_tensor(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
         """Expert ids on the device, sent there once. Not a buffer: buffers made on meta are lost with it."""
@@ -125,18 +113,18 @@ class HotExperts(MergeableLayer):
         return base_layer.down_proj.device, base_layer.down_proj.dtype
 
 
-def _factors_here(
-    here: range, ids: Sequence[tuple[int, ...]], hidden_TD: Tensor, factors: Sequence[HotFactors]
-) -> tuple[Tensor, list[HotFactors]]:
+def _updates_here(
+    here: range, ids: Sequence[tuple[int, ...]], hidden_TD: Tensor, updates: Sequence[LowRank]
+) -> tuple[Tensor, list[LowRank]]:
     """Of each adapter's factors, whose experts are `ids`, those of the experts that this process has, numbered as they
     are here; and the input, through which they hang together for the backward pass."""
     names = ("A_gate_up", "B_gate_up", "A_down", "B_down")
-    hidden_TD, *tensors = _InStep.apply(hidden_TD, *(getattr(f, name) for f in factors for name in names))
+    hidden_TD, *tensors = _InStep.apply(hidden_TD, *(getattr(update, name) for update in updates for name in names))
     parts = []
-    for i, (its, factor) in enumerate(zip(ids, factors, strict=True)):
+    for i, (its, update) in enumerate(zip(ids, updates, strict=True)):
         some = slice(bisect_left(its, here.start), bisect_left(its, here.stop))
         own = {name: tensor[some] for name, tensor in zip(names, tensors[4 * i : 4 * i + 4], strict=True)}
-        parts.append(replace(factor, expert_ids_N=factor.expert_ids_N[some] - here.start, **own))
+        parts.append(replace(update, expert_ids_N=update.expert_ids_N[some] - here.start, **own))
     return hidden_TD, parts
 
 
@@ -166,8 +154,8 @@ class _Group:
 class HotLoraExperts(HotExperts):
     """Low-rank updates on the planned experts of one layer.
 
-    Holds per adapter what `experts.HotFactors` describes, as parameters that are saved under their own names. Where a
-    plan gives ranks, the experts of each rank have tensors of their own. With `use_dora` the experts' outputs have
+    Holds per adapter what `layer.updates.LowRank` describes, as parameters that are saved under their own names. Where
+    a plan gives ranks, the experts of each rank have tensors of their own. With `use_dora` the experts' outputs have
     magnitudes besides: of gate and up `[N, P*F]`, and of down `[N, D]`.
     """
 
@@ -191,11 +179,10 @@ class HotLoraExperts(HotExperts):
         path = kwargs["target_name"]
         ids = self._ids_planned(config, path)
         ranks = getattr(config, "_ranks", {}).get(path) or (r,) * len(ids)
-        experts: Any = self.get_base_layer()
-        if config.use_dora and not isinstance(experts.down_proj, Tensor):
+        if config.use_dora and self.view.is_quantized:
             raise HotLoraError(f"use_dora needs weights that are not quantized, and those of {path} are.")
-        parts = 2 if experts.has_gate else 1
-        width, expert_width = expert_widths(experts)
+        parts, (width, expert_width) = self.view.num_parts, self.view.widths
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         groups = []
         for rank in sorted(set(ranks)):
             chosen = tuple(e for e, its in zip(ids, ranks, strict=True) if its == rank)
@@ -211,7 +198,7 @@ class HotLoraExperts(HotExperts):
             }
             for name, shape in shapes.items():
                 is_zero = "_B_" in name and bool(config.init_lora_weights)
-                self._hold(name, adapter_name, group, new_factor(shape, experts.down_proj.device, is_zero))
+                self._hold(name, adapter_name, group, new_factor(shape, device, is_zero))
         self._add_adapter(adapter_name, r, lora_alpha, config)
         if config.use_dora:
             for group in groups:
@@ -219,7 +206,7 @@ class HotLoraExperts(HotExperts):
                     self._hold(name, adapter_name, group, nn.Parameter(norms))
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def factors(self, adapter: str) -> list[HotFactors]:
+    def updates(self, adapter: str) -> list[LowRank]:
         """One for each rank."""
         dropout = cast(nn.Dropout, self.lora_dropout[adapter])
         found = []
@@ -227,7 +214,7 @@ class HotLoraExperts(HotExperts):
             A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
             up, down = self._dora_scales(adapter, group) or (None, None)
             found.append(
-                HotFactors(
+                LowRank(
                     self._ids_tensor(group.ids, A_gate_up.device),
                     A_gate_up,
                     B_gate_up,
@@ -295,7 +282,7 @@ class HotLoraExperts(HotExperts):
         for group in self._groups[adapter]:
             for name in self.adapter_layer_names[:4]:
                 held = getattr(self, name)
-                parts = 2 if "gate_up" in name and cast(Any, self.get_base_layer()).has_gate else 1
+                parts = self.view.num_parts if "gate_up" in name else 1
                 if group.name is None:
                     yield Slot(f"{path}.{name}", "_A_" in name, held, adapter, parts)
                 else:
@@ -364,16 +351,16 @@ class HotFullExperts(HotExperts):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
         ids = self._ids_planned(config, path)
-        if not isinstance(cast(Any, self.get_base_layer()).down_proj, Tensor):
+        if self.view.is_quantized:
             raise HotLoraError(f"train_full_experts needs weights that are not quantized, and those of {path} are.")
         self.expert_ids[adapter_name] = ids
         for name, weight in zip(self.adapter_layer_names, self._base_weights(ids), strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(weight.contiguous())
         self._add_adapter(adapter_name, r, lora_alpha, config)
 
-    def factors(self, adapter: str) -> list[HotWeights]:
+    def updates(self, adapter: str) -> list[Full]:
         up, down = self._weights(adapter)
-        return [HotWeights(self._ids_tensor(self.expert_ids[adapter], up.device), up, down)]
+        return [Full(self._ids_tensor(self.expert_ids[adapter], up.device), up, down)]
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         """What a merge adds to the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows

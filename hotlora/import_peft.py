@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .adapter import HotLoraConfig
 from .errors import FileError, HotLoraError
-from .export import PREFIX, expert_parameters, interleaved, loaded_by_peft, uniform
+from .export import PREFIX, expert_parameters, loaded_by_peft, uniform
 from .files import read_json
+from .hf.experts_view import ExpertsView
 from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .plan import ExpertPlan
@@ -183,8 +184,7 @@ def _read_parameter(
     joined: PEFT has put gate and up together, at twice the rank that their scaling goes by.
     """
     (A, B), E = pair, layer.num_experts
-    shape = getattr(module, name).shape
-    outs, ins = (shape[2], shape[1]) if getattr(module, "is_transposed", False) else (shape[1], shape[2])
+    outs, ins = ExpertsView(module).shape_of(name)
     if A.shape[0] % E or A.shape[1] != ins or tuple(B.shape) != (outs, A.shape[0]):
         raise FileError(
             f"{folder / WEIGHTS_FILE}: {layer.experts}.{name} has lora_A {list(A.shape)} and lora_B {list(B.shape)}, "
@@ -197,7 +197,7 @@ def _read_parameter(
         return {name.removesuffix("_proj"): _scaled((A_E, B_E), config, target)}
     if not joined:
         A_E, B_E = _scaled((A_E, B_E), config, target)
-    B_gate, B_up = (B_E[:, 0::2], B_E[:, 1::2]) if interleaved(module) else B_E.chunk(2, 1)
+    B_gate, B_up = (part.transpose(1, 2) for part in ExpertsView(module).split(B_E.transpose(1, 2)))
     gate, up, half = (A_E, B_gate), (A_E, B_up), r // 2
     if r % 2 == 0 and not B_gate[..., half:].any() and not B_up[..., :half].any():
         # Two adapters that were fused, block-diagonal: as export_adapter writes them, and PEFT itself.

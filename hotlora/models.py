@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .distributed import own_device
 from .errors import FileError, HotLoraError, ModelError
+from .hf.experts_view import ExpertsView, is_experts
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"
@@ -89,7 +90,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         for path, module in inside.items():
             if not is_experts(module) or "vision" in path:
                 continue
-            num_experts = _num_experts(module)
+            num_experts = ExpertsView(module).num_experts_everywhere
             router, router_weight = _router(path, inside, num_experts)
             layers.append(
                 MoELayer(
@@ -143,28 +144,10 @@ def fingerprint(model: nn.Module) -> str:
     top_k = num_experts_per_tok(model)
     layers = []
     for layer in found:
-        width, expert_width = expert_widths(unwrap(model.get_submodule(layer.experts)))
+        width, expert_width = ExpertsView(unwrap(model.get_submodule(layer.experts))).widths
         layers.append([layer.layer, layer.num_experts, top_k, width, expert_width])
     structure = json.dumps({"num_hidden_layers": config.num_hidden_layers, "moe_layers": layers}, sort_keys=True)
     return f"{config.model_type}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
-
-
-def _num_experts(experts: Any) -> int:
-    """E, of all processes: under expert parallelism `num_experts` counts this process's own."""
-    if getattr(experts, "_is_expert_parallel", False):
-        return int(experts.down_proj.shape[0])
-    return int(experts.num_experts)
-
-
-def expert_widths(experts: Any) -> tuple[int, int]:
-    """D and F of transformers' experts module."""
-    _, rows, columns = experts.down_proj.shape  # [E, D, F], or [E, F, D]
-    return (columns, rows) if experts.is_transposed else (rows, columns)
-
-
-def is_experts(module: Any) -> bool:
-    """Whether transformers' `use_experts_implementation` has decorated the class of `module`."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def unwrap(module: nn.Module) -> Any:

@@ -23,8 +23,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import HotLoraError, ModelError, PlanError
-from .experts import Groups, grouped_linear
-from .fused import IMPLEMENTATION
+from .layer.function import IMPLEMENTATION
 from .models import moe_layers, unwrap
 
 _BLOCK = 64
@@ -120,19 +119,6 @@ class QuantizedExperts(nn.Module):
         ]
         dense = parts[0] if len(parts) == 1 else torch.cat(parts)
         return dense[:, : self.shape[1:].numel()].reshape(-1, *self.shape[1:]).to(self.dtype)
-
-    def grouped_linear(self, x_SI: Tensor, groups: Groups, *, transposed: bool = False) -> Tensor:
-        """As `experts.grouped_linear`, `[S, O]`, with a gradient for x alone; a group is an expert.
-
-        Neither forward nor backward leaves a dense weight behind. On the CPU one expert is dense at a time, and one
-        without rows never is. Elsewhere all are, while the product is made: a GPU cannot be asked which have rows
-        without waiting for it.
-
-        Args:
-            x_SI: in `dtype`, sorted by group.
-            transposed: `shape` is `[G, I, O]` rather than `[G, O, I]`.
-        """
-        return cast(Tensor, _QuantizedLinear.apply(x_SI, self, groups, transposed))
 
     def extra_repr(self) -> str:
         kept = f", kept={self.kept_ids}" if self.kept_ids else ""
@@ -258,39 +244,6 @@ def warn_if_experts_unquantized(model: nn.Module) -> None:
             UserWarning,
             stacklevel=2,
         )
-
-
-class _QuantizedLinear(torch.autograd.Function):
-    """Keeps the holder and the groups for backward, no weight: the gradient of x alone is wanted."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x_SI: Tensor, holder: QuantizedExperts, groups: Groups, transposed: bool
-    ) -> Tensor:
-        ctx.holder, ctx.groups, ctx.transposed = holder, groups, transposed
-        return _grouped_product(x_SI, holder, groups, transposed)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor, None, None, None]:
-        # grad_x = weight^T @ grad_y, row for row.
-        return _grouped_product(grad_SO, ctx.holder, ctx.groups, not ctx.transposed), None, None, None
-
-
-def _grouped_product(x_SI: Tensor, holder: QuantizedExperts, groups: Groups, transposed: bool) -> Tensor:
-    if x_SI.device.type != "cpu":
-        weight = holder.dequantize()
-        return grouped_linear(x_SI.contiguous(), weight.transpose(1, 2) if transposed else weight, groups)
-    y_SO = x_SI.new_zeros(x_SI.shape[0], holder.shape[2 if transposed else 1])
-    start = 0
-    for group, end in enumerate(groups.ends_G.tolist()):
-        if end > start:
-            weight = holder.expert(group)
-            # `out` because autocast would touch a plain product, and it does not know grouped_mm either.
-            torch.mm(x_SI[start:end], weight if transposed else weight.T, out=y_SO[start:end])
-            del weight  # before the next one is made
-        start = end
-    return y_SO
 
 
 @register_quantization_config(_METHOD)

@@ -207,7 +207,7 @@ class Reprofiling(TrainerCallback):
         key = (left.layer, left.expert)
         scaling = module.scaling["default"]
         up, down = (product.unsqueeze(0) * scaling for product in low_rank_products(*left.factors))
-        deltas = module._own_layout(up, down)
+        deltas = module.view.own_layout(up, down)
         weights = [weight for weight, _ in module._merged_into("default")]
         self._frozen.setdefault(key, [weight.data[left.expert].clone() for weight in weights])
         for weight, delta in zip(weights, deltas, strict=True):

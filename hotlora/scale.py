@@ -25,7 +25,8 @@ import torch
 from .errors import HotLoraError
 from .estimate import estimate, meta_model, sized_config, torch_dtype, workspace_bytes
 from .flops import expert_adapter_flops
-from .models import expert_widths, moe_layers, num_experts_per_tok, unwrap
+from .hf.experts_view import ExpertsView
+from .models import moe_layers, num_experts_per_tok, unwrap
 
 LAYOUTS = ("ddp", "fsdp", "ep", "ep-wide", "sharded")
 NODE = 8
@@ -166,7 +167,7 @@ def work(
         num_experts=layers[0].num_experts,
         top_k=num_experts_per_tok(meta),
         moe_layers=len(layers),
-        row=expert_widths(modules[0])[0] * compute.itemsize,
+        row=ExpertsView(modules[0]).widths[0] * compute.itemsize,
         experts=memory["weights"] - dense,
         dense=dense,
         largest_layer=round(max(scale * e + compute.itemsize * d for e, d in largest.values())),

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from .data import batches, data_hash, load_examples, tokenize
 from .errors import DataError
-from .models import expert_widths, load_model, load_tokenizer, moe_layers, unwrap
+from .hf.experts_view import ExpertsView
+from .models import load_model, load_tokenizer, moe_layers, unwrap
 from .quantize import experts_in
 from .routing import RoutingProfile, profile_examples
 from .study import Study, study
@@ -80,7 +81,7 @@ def run_study(
 def shared_experts(model: nn.Module) -> float:
     """S: how many routed experts the shared experts of a layer are as large as (MoE-Sieve s3.1: Qwen 4, DeepSeek 2)."""
     layer = moe_layers(model)[0]
-    width, expert_width = expert_widths(unwrap(model.get_submodule(layer.experts)))
+    width, expert_width = ExpertsView(unwrap(model.get_submodule(layer.experts))).widths
     shared = sum(p.numel() for path in layer.shared for p in unwrap(model.get_submodule(path)).parameters())
     return round(shared / (3 * width * expert_width), 2)
 

@@ -228,22 +228,16 @@ def _result(check: Callable[[], list[str]]) -> dict[str, Any]:
 
 def layout(model: Any) -> dict[str, Any]:
     """Where transformers' own flags are too many for a table, the words of the page."""
+    from hotlora.hf.experts_view import ExpertsView
     from hotlora.models import moe_layers, unwrap
 
     layers = moe_layers(model)
     experts = unwrap(model.get_submodule(layers[0].experts))
-    flags = {
-        "no gate": not experts.has_gate,
-        "bias": experts.has_bias,
-        "transposed": experts.is_transposed,
-        "interleaved": not experts.is_concatenated,
-        "norm after": getattr(experts, "has_post_expert_norm", False),
-    }
     router, block = f"{layers[0].router}.{layers[0].router_weight}", layers[0].experts.rpartition(".")[0]
     return {
         "router": router.removeprefix(f"{block}.").removesuffix(".weight"),
         "shared": _shared(model, [path for layer in layers for path in layer.shared]),
-        "experts": [word for word, is_so in flags.items() if is_so],
+        "experts": ExpertsView(experts).names_of_layout,
         "attention": _attention(model),
     }
 

@@ -17,7 +17,7 @@ from test_experts import (
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
 import hotlora
-from hotlora.fused import routed_experts
+from hotlora.layer.function import routed_experts
 
 # aot_eager traces forward and backward as inductor does, and leaves out its code generation, which takes a minute.
 BACKEND = "aot_eager"

@@ -13,35 +13,32 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from hotlora import grouped, spans
-from hotlora.experts import Groups, HotFactors, _HotRows, _up_update, grouped_linear, hot_rows, plain_routed_experts
-from hotlora.fused import RoutedExperts
-from hotlora.fused import routed_experts as fused_routed_experts
+from hotlora.hf.experts_view import ExpertsView
+from hotlora.layer import cpu, gpu
+from hotlora.layer.function import Layer, RoutedExperts, routed_experts
+from hotlora.layer.updates import Full, LowRank
 
 E, K, T, D, WIDTH = 8, 2, 40, 32, 16
 
 
-def grouped_routed_experts(experts, hidden, index, weights, factors=()):
-    """The fused function as a GPU runs it, here on the CPU."""
-    factors = [f for f in factors if len(f.expert_ids_N)]
-    if experts.num_experts and not getattr(experts, "has_post_expert_norm", False):
-        tensors = [getattr(f, name) for f in factors for name in FACTORS]
-        return RoutedExperts.apply(grouped, experts, factors, hidden, index, weights, *tensors)
-    return plain_routed_experts(experts, hidden, index, weights, factors)
+def as_on_a_gpu(experts, hidden, index, weights, updates=()):
+    """The layer with a GPU's products, here on the CPU, which torch makes."""
+    view, updates = ExpertsView(experts), [update for update in updates if len(update.expert_ids_N)]
+    tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
+    return RoutedExperts.apply(Layer(view, updates, gpu), hidden, index, weights, *tensors)
 
 
 def an_expert_a_block(*args):
-    """The fused function as a CPU runs it when rows are many, here on few."""
+    """As a CPU runs it when rows are many, here on few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spans, "BLOCK_BYTES", 1)
-        return fused_routed_experts(*args)
+        patch.setattr(cpu, "BLOCK_BYTES", 1)
+        return routed_experts(*args)
 
 
 IMPLEMENTATIONS = {
-    "plain": plain_routed_experts,
-    "fused": fused_routed_experts,
+    "all in a block": routed_experts,
     "an expert a block": an_expert_a_block,
-    "as on a GPU": grouped_routed_experts,
+    "as on a GPU": as_on_a_gpu,
 }
 both = pytest.mark.parametrize("routed_experts", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
 FACTORS = ("A_gate_up", "B_gate_up", "A_down", "B_down")
@@ -89,13 +86,13 @@ def make_experts_of(layout: dict[str, bool], dtype: torch.dtype = torch.float64)
 
 def make_factors(
     ids: Sequence[int], r: int = 4, dtype: torch.dtype = torch.float64, seed: int = 1, parts: int = 2
-) -> HotFactors:
+) -> LowRank:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(len(ids), parts * r, D), (len(ids), parts * WIDTH, r), (len(ids), r, WIDTH), (len(ids), D, r)]
     made = [(torch.randn(s, generator=generator, dtype=torch.float64) * 0.3).to(dtype) for s in shapes]
     A_gate_up, B_gate_up, A_down, B_down = (factor.requires_grad_() for factor in made)
     ids_N = torch.tensor(list(ids), dtype=torch.int64)
-    return HotFactors(ids_N, A_gate_up, B_gate_up, A_down, B_down, scaling=2.0)
+    return LowRank(ids_N, A_gate_up, B_gate_up, A_down, B_down, scaling=2.0)
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, seed: int = 0, index: Tensor | None = None):
@@ -107,42 +104,41 @@ def make_inputs(dtype: torch.dtype = torch.float64, seed: int = 0, index: Tensor
     return hidden, top_k_index, weights
 
 
-def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: HotFactors) -> Tensor:
-    """One token, one choice at a time: y = sum_k w_k * expert_k(x), with LoRA written out everywhere."""
+def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: LowRank) -> Tensor:
+    """One token, one choice at a time: y = sum_k w_k * expert_k(x), with every update written out."""
     slots = {expert: n for n, expert in enumerate(factors.expert_ids_N.tolist())}
-
-    def weight_of(name: str, expert: int) -> Tensor:
-        weight = getattr(experts, name)[expert]
-        return weight.T if experts.is_transposed else weight
 
     def bias_of(name: str, expert: int) -> Tensor:
         return getattr(experts, f"{name}_bias")[expert] if experts.has_bias else torch.zeros((), dtype=hidden.dtype)
 
-    def update(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
-        return factors.scaling * (B @ (A @ x))
+    def linear(name: str, expert: int, x: Tensor) -> Tensor:
+        """One projection with its update, of gate and up the gate's outputs first."""
+        weight, bias = getattr(experts, name)[expert], bias_of(name, expert)
+        weight, is_up, n = weight.T if experts.is_transposed else weight, name != "down_proj", slots.get(expert)
+        if is_up and experts.has_gate and not experts.is_concatenated:
+            weight = torch.cat([weight[0::2], weight[1::2]])
+            bias = torch.cat([bias[0::2], bias[1::2]]) if experts.has_bias else bias
+        if n is None:
+            return weight @ x + bias
+        if isinstance(factors, Full):
+            return (factors.up[n] if is_up else factors.down[n]) @ x + bias
+        A, B = (factors.A_gate_up[n], factors.B_gate_up[n]) if is_up else (factors.A_down[n], factors.B_down[n])
+        pairs = zip(A.split(B.shape[1]), B.chunk(A.shape[0] // B.shape[1]), strict=True)
+        update = torch.cat([factors.scaling * (b @ (a @ x)) for a, b in pairs])
+        scale = factors.scale_up_NPF if is_up else factors.scale_down_ND
+        return weight @ x + bias + update if scale is None else scale[n] * (weight @ x + update) + bias
 
     rows = []
     for t in range(hidden.shape[0]):
         total = torch.zeros(D, dtype=hidden.dtype)
         for k in range(index.shape[1]):
             expert, x = int(index[t, k]), hidden[t]
-            hot = slots.get(expert)
             if experts.has_gate:
-                both = weight_of("gate_up_proj", expert) @ x + bias_of("gate_up_proj", expert)
-                gate, up = (both[:WIDTH], both[WIDTH:]) if experts.is_concatenated else (both[0::2], both[1::2])
-                if hot is not None:
-                    A, B = factors.A_gate_up[hot], factors.B_gate_up[hot]
-                    r = B.shape[1]
-                    gate, up = gate + update(A[:r], B[:WIDTH], x), up + update(A[r:], B[WIDTH:], x)
+                gate, up = linear("gate_up_proj", expert, x).chunk(2)
                 h = F.silu(gate) * up
             else:
-                up = weight_of("up_proj", expert) @ x + bias_of("up_proj", expert)
-                if hot is not None:
-                    up = up + update(factors.A_gate_up[hot], factors.B_gate_up[hot], x)
-                h = F.silu(up)
-            y = weight_of("down_proj", expert) @ h + bias_of("down_proj", expert)
-            if hot is not None:
-                y = y + update(factors.A_down[hot], factors.B_down[hot], h)
+                h = F.silu(linear("up_proj", expert, x))
+            y = linear("down_proj", expert, h)
             if HAS_POST_EXPERT_NORM and experts.has_post_expert_norm:
                 y = y / (y.square().mean() + 1e-6).sqrt() * experts.post_expert_norm.weight
             total = total + weights[t, k] * y
@@ -150,8 +146,15 @@ def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: HotFa
     return torch.stack(rows)
 
 
+def trained(experts, update: LowRank | Full) -> dict[str, Tensor]:
+    """What has a gradient, by name: the update's, and the experts' own where they train."""
+    names = ("up", "down") if isinstance(update, Full) else (*FACTORS, "scale_up_NPF", "scale_down_ND")
+    of_update = {name: getattr(update, name) for name in names if getattr(update, name) is not None}
+    return of_update | {name: p for name, p in experts.named_parameters() if p.requires_grad}
+
+
 def output_and_gradients(function, experts, hidden, index, weights, factors) -> dict[str, Tensor]:
-    leaves = {"hidden": hidden, "weights": weights} | {name: getattr(factors, name) for name in FACTORS}
+    leaves = {"hidden": hidden, "weights": weights} | trained(experts, factors)
     output = function(experts, hidden, index, weights, factors if function is loop else [factors])
     probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     used = {name: leaf for name, leaf in leaves.items() if leaf.numel()}
@@ -183,19 +186,24 @@ def test_output_and_every_gradient_equal_the_loop(routed_experts, dtype, toleran
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(k for k, v in layout.items() if v) or "bare")
+layouts = pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: "-".join(k for k, v in layout.items() if v) or "bare"
+)
+
+
+@layouts
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@both
-def test_every_layout_equals_the_loop_and_without_update_transformers(routed_experts, layout, dtype, tolerance):
+def test_every_layout_equals_the_loop_and_without_update_transformers(layout, dtype, tolerance):
     experts, inputs = make_experts_of(layout, dtype), make_inputs(dtype)
     factors = make_factors([1, 3, 6], 4, dtype, parts=2 if experts.has_gate else 1)
-    ours = output_and_gradients(routed_experts, experts, *inputs, factors)
-    assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
-    if dtype != torch.float64:  # which transformers' grouped_mm refuses
-        zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
-        found, base = routed_experts(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs)
-        # A vector unit rounds leftovers otherwise, and with these 16 wide experts they depend on the block.
-        assert torch.equal(found, base) or (routed_experts is an_expert_a_block and relative(found, base) < 1e-6)
+    zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
+    expected = output_and_gradients(loop, experts, *inputs, factors)
+    for routed_experts in IMPLEMENTATIONS.values():
+        assert_same(output_and_gradients(routed_experts, experts, *inputs, factors), expected, tolerance)
+        if dtype != torch.float64:  # which transformers' grouped_mm refuses
+            found, base = routed_experts(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs)
+            # A vector unit rounds leftovers otherwise, and with these 16 wide experts they depend on the block.
+            assert torch.equal(found, base) or (routed_experts is an_expert_a_block and relative(found, base) < 1e-6)
 
 
 @both
@@ -328,65 +336,133 @@ def test_rows_that_are_elsewhere_contribute_nothing(routed_experts):
     assert not ours["weights"][elsewhere].any()
 
 
-def test_hot_prefix_without_reading_its_length_equals_the_exact_rows():
-    """What a GPU runs: all rows, hot ones first, the rest an uninitialised tail that must not leak."""
-    factors = make_factors([1, 3, 6], 4, torch.float32)
-    experts, (hidden, index, _) = make_experts(torch.float32), make_inputs(torch.float32)
-    expert_S, order_S = torch.sort(index.reshape(-1))
-    ends_E = torch.searchsorted(expert_S, torch.arange(E), right=True, out_int32=True)
-    results = []
-    for count_is_free in (True, False):
-        hot = _HotRows(*hot_rows(expert_S, ends_E, factors.expert_ids_N, count_is_free), factors)
-        x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
-        update = torch.zeros(T * K, 2 * WIDTH).index_add(0, hot.rows_H, _up_update(x_HD, hot.groups, experts, factors))
-        probe = torch.randn(update.shape, generator=torch.Generator().manual_seed(7))
-        results.append([update, *torch.autograd.grad(update, [hidden, factors.A_gate_up, factors.B_gate_up], probe)])
-    for exact, padded in zip(*results, strict=True):
-        torch.testing.assert_close(padded, exact)
+def hot_rows(products, update, index, dtype=torch.float64):
+    """All rows, and those of the update's experts, as a pass has them."""
+    seeds = [products.seeded(3)] * 3
+    run = update.in_pass([tensor.detach() for tensor in update.tensors], dtype, seeds)
+    (rows,) = products.Rows.blocks(E, index, 1, True)
+    return run, rows, rows.hot(run)
 
 
-def test_grouped_linear_tail_is_zero_in_output_and_gradient():
-    x = torch.full((6, 8), float("nan"))
-    x[:4] = 1.0
-    x.requires_grad_()
-    weight = torch.ones(2, 4, 8, requires_grad=True)
-    tail = (torch.arange(6) >= 4).unsqueeze(1)
-    y = grouped_linear(x, weight, Groups(torch.tensor([1, 4], dtype=torch.int32), tail))
-    assert torch.equal(y[:4], torch.full((4, 4), 8.0)) and not y[4:].any()
-    (y * 2).sum().backward()
-    assert torch.equal(x.grad[:4], torch.full((4, 8), 8.0)) and not x.grad[4:].any()
-    assert torch.equal(weight.grad[:, 0, 0], torch.tensor([2.0, 6.0]))
+@pytest.mark.parametrize("products", [cpu, gpu])
+def test_what_is_not_hot_is_zero_and_never_read(products):
+    """Rows of cold experts, and of experts elsewhere, hold NaN: none of it comes through."""
+    index = make_inputs()[1].clone()
+    index[::5, 0] = E  # elsewhere
+    run, rows, hot = hot_rows(products, make_factors([1, 3, 6]), index)
+    experts = index.reshape(-1)[rows.order_S]
+    is_hot = torch.isin(experts, run.expert_ids_N)
+    x = torch.randn(len(experts), D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = hot.product(x, run.A_up, 2.0)
+    for s, expert in enumerate(experts.tolist()):
+        expected = 2 * run.A_up[[1, 3, 6].index(expert)] @ x[s] if is_hot[s] else torch.zeros(8).double()
+        torch.testing.assert_close(y[s], expected)
+    sums = torch.zeros(3, 8, D, dtype=torch.float64)
+    hot.outer(sums, y, x)
+    for n, expert in enumerate([1, 3, 6]):
+        torch.testing.assert_close(sums[n], y[experts == expert].T @ x[experts == expert])
+    before = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    after = before.clone()
+    hot.add_product(after, y, run.A_up.transpose(1, 2))
+    assert torch.equal(after[~is_hot], before[~is_hot]) and not torch.equal(after[is_hot], before[is_hot])
+
+
+@pytest.mark.parametrize("products", [cpu, gpu])
+def test_gate_and_up_share_one_mask(products):
+    """Equal gate and up factors give equal halves under one mask only."""
+    factors = make_factors([0, 1, 2, 3], 4)
+    A, B = factors.A_gate_up[:, :4].repeat(1, 2, 1), factors.B_gate_up[:, :WIDTH].repeat(1, 2, 1)
+    hidden, index, _ = make_inputs()
+    halves = []
+    for p in (0.5, 0.0):
+        run, rows, hot = hot_rows(products, replace(factors, A_gate_up=A, B_gate_up=B, dropout=p), index)
+        gate, up = parts = torch.zeros(2, T * K, WIDTH, dtype=torch.float64)
+        run.up(hot, parts, hidden.detach()[rows.token_S])
+        assert torch.equal(gate, up)
+        halves.append(gate)
+    assert not torch.allclose(*halves)
 
 
 @both
-def test_dropout_keeps_the_mean_and_shares_one_mask(routed_experts):
-    experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
-    factors = make_factors([0, 1, 2, 3], 4, torch.float32)
-    factors = replace(factors, B_down=factors.B_down * 0)  # what is left is linear in the dropped input, before act
-    hidden, index, _ = inputs
-    expert_S, order_S = torch.sort(index.reshape(-1))
-    ends_E = torch.searchsorted(expert_S, torch.arange(E), right=True, out_int32=True)
+def test_dropout_keeps_the_mean_and_leaves_cold_experts_alone(routed_experts):
+    """In linear experts, where the output's mean over masks is the output without dropout."""
+    experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
+    experts.act_fn = nn.Identity()
+    factors = make_factors([0, 1, 2, 3], 4, parts=1)
+    dropping = replace(factors, dropout=0.5)
     torch.manual_seed(0)
     with torch.no_grad():
-        hot = _HotRows(*hot_rows(expert_S, ends_E, factors.expert_ids_N, True), factors)
-        x_HD = hidden.index_select(0, (order_S // K).index_select(0, hot.rows_H))
-        plain = _up_update(x_HD, hot.groups, experts, factors)
-        dropping = replace(factors, dropout=0.5)
-        draws = torch.stack([_up_update(x_HD, hot.groups, experts, dropping) for _ in range(2000)])
-        assert not torch.equal(draws[0], draws[1])
-        assert relative(draws.mean(0), plain) < 0.05
-        # Equal gate and up factors give equal halves under one mask only.
-        twin = replace(
-            factors,
-            A_gate_up=factors.A_gate_up[:, :4].repeat(1, 2, 1),
-            B_gate_up=factors.B_gate_up[:, :WIDTH].repeat(1, 2, 1),
-            dropout=0.5,
-        )
-        gate, up = _up_update(x_HD, hot.groups, experts, twin).chunk(2, dim=1)
-        assert torch.equal(gate, up)
-        cold = ~torch.isin(index, factors.expert_ids_N).any(1)
-        seeded = [routed_experts(experts, *inputs, [replace(factors, dropout=p)]) for p in (0.0, 0.5)]
-        assert torch.equal(seeded[0][cold], seeded[1][cold])
+        base = routed_experts(experts, *inputs)
+        plain = routed_experts(experts, *inputs, [factors])
+        draws = torch.stack([routed_experts(experts, *inputs, [dropping]) for _ in range(200)])
+    cold = ~torch.isin(inputs[1], factors.expert_ids_N).any(1)
+    assert torch.equal(draws[0][cold], base[cold]) and not torch.equal(draws[0], draws[1])
+    assert (draws.mean(0) - plain).norm() < 0.25 * (plain - base).norm()
+
+
+def make_dora(ids: Sequence[int], parts: int) -> LowRank:
+    factors, generator = make_factors(ids, parts=parts), torch.Generator().manual_seed(4)
+    up, down = (torch.rand(len(ids), n, generator=generator, dtype=torch.float64) + 0.5 for n in (parts * WIDTH, D))
+    return replace(factors, scale_up_NPF=up.requires_grad_(), scale_down_ND=down.requires_grad_())
+
+
+def make_full(ids: Sequence[int], parts: int) -> Full:
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(len(ids), parts * WIDTH, D), (len(ids), D, WIDTH)]
+    up, down = (torch.randn(s, generator=generator, dtype=torch.float64) * 0.3 for s in shapes)
+    return Full(torch.tensor(list(ids)), up.requires_grad_(), down.requires_grad_())
+
+
+@layouts
+@pytest.mark.parametrize("make", [make_dora, make_full])
+def test_dora_and_full_experts_equal_the_loop(make, layout):
+    experts, inputs = make_experts_of(layout), make_inputs()
+    update = make([1, 3, 6], 2 if experts.has_gate else 1)
+    expected = output_and_gradients(loop, experts, *inputs, update)
+    for routed_experts in IMPLEMENTATIONS.values():
+        assert_same(output_and_gradients(routed_experts, experts, *inputs, update), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"is_transposed": True, "is_concatenated": False, "has_bias": True}, LAYOUTS[-1]], ids=str
+)
+@pytest.mark.parametrize("make", [make_factors, make_dora])
+def test_weights_of_the_base_that_train_get_the_loops_gradients(make, layout):
+    """All of them: biases and the norm's weight, too, and beside an update."""
+    experts, (hidden, index, weights) = make_experts_of(layout).requires_grad_(True), make_inputs()
+    inputs = hidden[:12].detach().requires_grad_(), index[:12], weights[:12].detach().requires_grad_()
+    update = make([1, 3, 6], parts=2 if experts.has_gate else 1)
+    expected = output_and_gradients(loop, experts, *inputs, update)
+    assert {"down_proj", "gate_up_proj"} <= expected.keys()
+    for routed_experts in IMPLEMENTATIONS.values():
+        assert_same(output_and_gradients(routed_experts, experts, *inputs, update), expected, 1e-10)
+
+
+@both
+def test_what_two_adapters_do_to_the_base_adds_up(routed_experts):
+    """DoRA and weights of their own, as PEFT has it: each adds what it changes of the base, into linear experts."""
+    experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
+    experts.act_fn = nn.Identity()
+    one = replace(make_dora([1, 3], 1), scale_up_NPF=torch.ones(2, WIDTH, dtype=torch.float64))
+    one = replace(one, B_gate_up=one.B_gate_up * 0)
+    other = make_full([3, 6], 1)
+    other = replace(other, up=ExpertsView(experts).weights_of([3, 6])[0])
+    base, first, second = (routed_experts(experts, *inputs, updates) for updates in ([], [one], [other]))
+    both = routed_experts(experts, *inputs, [one, other])
+    assert relative(both - base, (first - base) + (second - base)) < 1e-10
+    assert relative(both, first) > 0.01 and relative(both, second) > 0.01
+
+
+@both
+def test_weights_changed_between_forward_and_backward_are_noticed(routed_experts):
+    """As autograd does for all that it keeps: an optimizer step or a merge in between would give wrong gradients."""
+    for change in (lambda e, f: e.down_proj.mul_(2), lambda e, f: f.B_down.mul_(2)):
+        experts, inputs, factors = make_experts(torch.float32), make_inputs(torch.float32), make_factors([1], 4)
+        output = routed_experts(experts, *inputs, [factors])
+        with torch.no_grad():
+            change(experts, factors)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
 
 
 @both

@@ -1,4 +1,4 @@
-"""The routed layer as one function: what only it has to show. test_experts.py has its numbers and the plain one's."""
+"""The routed layer as one function: what it keeps, its masks and its blocks. test_experts.py has its numbers."""
 
 from dataclasses import replace
 
@@ -20,9 +20,8 @@ from test_experts import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hotlora import fused, spans
-from hotlora.experts import plain_routed_experts
-from hotlora.fused import routed_experts
+from hotlora.layer import cpu
+from hotlora.layer.function import routed_experts
 
 
 def saved_bytes(function, *args):
@@ -48,7 +47,6 @@ def test_only_what_the_arithmetic_needs_is_kept():
     assert kept == gate_up + hidden + weights
     # Besides: the order of the rows, which autograd does not count.
     assert sum(rows.order_S.numel() for rows in output.grad_fn.blocks) == T * K
-    assert kept < 0.4 * saved_bytes(plain_routed_experts, experts, *inputs, factors)[0]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -84,7 +82,7 @@ def test_the_blocks_of_experts_change_no_bit(monkeypatch, dropout):
     width = max(experts.gate_up_proj.shape[1:]) * 4
     found = []
     for size, least, most in ((1, 5, E), (30 * width, 2, 4), (2**22, 1, 1)):
-        monkeypatch.setattr(spans, "BLOCK_BYTES", size)
+        monkeypatch.setattr(cpu, "BLOCK_BYTES", size)
         hidden, _, weights = make_inputs(torch.float32)
         adapters = [replace(make_factors(ids, 4, torch.float32), dropout=dropout) for ids in ([1, 3, 6], [0, 1])]
         torch.manual_seed(0)
@@ -102,7 +100,7 @@ def test_rounded_rows_hold_an_experts_own_and_are_of_few_sizes(num_rows):
     sizes = set()
     for a in range(0, num_rows, 1 + num_rows // 20):
         for b in range(a + 1, num_rows + 1):
-            span = spans._span(0, a, b, num_rows, True)
+            span = cpu.span_of(0, a, b, num_rows, True)
             assert 0 <= span.start <= a < b <= span.stop <= num_rows
             z = span.own(torch.ones(span.stop - span.start, 1))
             assert z.sum() == b - a and z[a - span.start : b - span.start].all()
@@ -118,7 +116,7 @@ def test_rounded_rows_hold_an_experts_own_and_are_of_few_sizes(num_rows):
 @pytest.mark.parametrize("block_bytes", [1, 700, 2**22])
 def test_neighbours_of_a_hot_expert_get_nothing(monkeypatch, block_bytes):
     """In bfloat16, where products are made for more rows than the expert's own."""
-    monkeypatch.setattr(spans, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", block_bytes)
     experts, (hidden, index, weights) = make_experts(torch.bfloat16), make_inputs(torch.bfloat16)
     factors = make_factors([2, 5], 4, torch.float32)
     cold = ~torch.isin(index, factors.expert_ids_N).any(1)
@@ -128,22 +126,6 @@ def test_neighbours_of_a_hot_expert_get_nothing(monkeypatch, block_bytes):
     ours, theirs = (torch.autograd.grad(o.float().square().sum(), [hidden, weights]) for o in (output, base))
     for adapted, frozen in zip(ours, theirs, strict=True):
         assert torch.equal(adapted[cold], frozen[cold]) and not torch.equal(adapted, frozen)
-
-
-def test_dropout_keeps_the_mean_and_leaves_cold_experts_alone():
-    """In linear experts, where the output's mean over masks is the output without dropout."""
-    experts, inputs = make_experts_of({"has_gate": False}), make_inputs()
-    experts.act_fn = nn.Identity()
-    factors = make_factors([0, 1, 2, 3], 4, parts=1)
-    dropping = replace(factors, dropout=0.5)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        base = routed_experts(experts, *inputs)
-        plain = routed_experts(experts, *inputs, [factors])
-        draws = torch.stack([routed_experts(experts, *inputs, [dropping]) for _ in range(1000)])
-    cold = ~torch.isin(inputs[1], factors.expert_ids_N).any(1)
-    assert torch.equal(draws[0][cold], base[cold]) and not torch.equal(draws[0], draws[1])
-    assert (draws.mean(0) - plain).norm() < 0.1 * (plain - base).norm()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -159,14 +141,3 @@ def test_a_recompute_gives_the_same_gradients(dropout):
         gradients.append(torch.autograd.grad(output.square().sum(), [getattr(factors, name) for name in FACTORS]))
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
-
-
-def test_what_it_leaves_to_the_plain_one(monkeypatch):
-    """Weights that train, a norm after the expert, and weights that are no tensors."""
-    monkeypatch.setattr(fused.RoutedExperts, "apply", lambda *args: pytest.fail("not for these"))
-    experts, inputs, factors = make_experts(torch.float32), make_inputs(torch.float32), make_factors([1], 4)
-    experts.down_proj.requires_grad_(True)
-    routed_experts(experts, *inputs, [factors]).sum().backward()
-    assert experts.down_proj.grad.any()
-    if HAS_POST_EXPERT_NORM:
-        routed_experts(make_experts_of({"has_post_expert_norm": True}, torch.float32), *inputs)

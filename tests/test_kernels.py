@@ -27,9 +27,10 @@ from test_experts import (
 )
 from torch import Tensor
 
-from hotlora import HotLoraError, grouped
-from hotlora.experts import plain_routed_experts
-from hotlora.fused import RoutedExperts
+from hotlora import HotLoraError
+from hotlora.hf.experts_view import ExpertsView
+from hotlora.layer import gpu
+from hotlora.layer.function import Layer, RoutedExperts
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -188,13 +189,14 @@ def on_device(x):
 
 def layer(experts, hidden, index, weights, factors):
     """The whole layer as a GPU runs it, with our kernels."""
-    tensors = [getattr(f, name) for f in factors for name in FACTORS]
-    return RoutedExperts.apply(grouped, experts, factors, hidden, index, weights, *tensors)
+    view = ExpertsView(experts)
+    tensors = [*view.tensors(), *(tensor for f in factors for tensor in f.tensors)]
+    return RoutedExperts.apply(Layer(view, factors, gpu), hidden, index, weights, *tensors)
 
 
 def layer_and_reference(experts, inputs, factors):
     """On the device, and on the CPU by the plain reference."""
-    expected = output_and_gradients(plain_routed_experts, experts, *inputs, factors)
+    expected = output_and_gradients(loop, experts, *inputs, factors)
     ours = output_and_gradients(layer, experts.to(DEVICE), *map(on_device, inputs), on_device(factors))
     return {name: value.cpu() for name, value in ours.items()}, expected
 
@@ -270,7 +272,7 @@ def dropping_gradients(seed: int, dtype: torch.dtype):
 def test_dropout_by_our_kernels_is_that_of_plain_products(monkeypatch):
     _, loss, ours = dropping_gradients(0, torch.float32)
     value = loss()
-    monkeypatch.setattr(grouped, "_gemm", lambda: SimpleNamespace(grouped_gemm=plain_gemm, grouped_outer=plain_outer))
+    monkeypatch.setattr(gpu, "_gemm", lambda: SimpleNamespace(grouped_gemm=plain_gemm, grouped_outer=plain_outer))
     _, loss, expected = dropping_gradients(0, torch.float32)
     torch.testing.assert_close(value, loss())
     for a, b in zip(ours, expected, strict=True):
@@ -280,8 +282,8 @@ def test_dropout_by_our_kernels_is_that_of_plain_products(monkeypatch):
 
 def test_gradients_with_dropout_are_those_of_the_function_that_was_computed(monkeypatch):
     """Of what calls the kernels, in float64, which they do not take: plain products stand in."""
-    monkeypatch.setattr(grouped, "_gemm", lambda: SimpleNamespace(grouped_gemm=plain_gemm, grouped_outer=plain_outer))
-    monkeypatch.setattr(grouped, "_kernels_for", lambda device, dtype: True)
+    monkeypatch.setattr(gpu, "_gemm", lambda: SimpleNamespace(grouped_gemm=plain_gemm, grouped_outer=plain_outer))
+    monkeypatch.setattr(gpu, "use_kernels", lambda x, is_thin=False: True)
     leaves, loss, gradients = dropping_gradients(0, torch.float64)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         direction, step = randn(*leaf.shape, seed=5).double(), 1e-6
@@ -300,7 +302,7 @@ def test_a_compiled_layer_calls_our_kernels(monkeypatch):
         make_inputs(torch.float32),
         make_factors([1, 3], 8, torch.float32),
     )
-    expected = output_and_gradients(plain_routed_experts, experts, *inputs, factors)
+    expected = output_and_gradients(loop, experts, *inputs, factors)
     calls, grouped_gemm = [], gemm.grouped_gemm
     monkeypatch.setattr(gemm, "grouped_gemm", lambda *args: calls.append(args) or grouped_gemm(*args))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -339,10 +341,12 @@ def test_which_products_are_ours(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
 
-    def ours(device=cuda):
-        return [grouped._kernels_for(device, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    def ours(device=cuda, is_thin=False):
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        return [gpu.use_kernels(SimpleNamespace(device=device, dtype=dtype), is_thin) for dtype in dtypes]
 
-    assert ours() == [True, True, True] and not grouped._kernels_for(cuda, torch.float64)
+    assert ours() == [True, True, True]
+    assert not gpu.use_kernels(SimpleNamespace(device=cuda, dtype=torch.float64))
     monkeypatch.delenv("HOTLORA_KERNELS")
     assert ours() == [True, True, True] and ours(cpu) == [False, False, False]
     for capability, expected in {
@@ -353,7 +357,8 @@ def test_which_products_are_ours(monkeypatch):
         (12, 0): [True, True, True],
     }.items():
         assert ours() == expected, capability
-    monkeypatch.setattr(grouped, "_has_triton", lambda: False)
+        assert ours(is_thin=True) == [capability >= (8, 0)] * 3
+    monkeypatch.setattr(gpu, "_has_triton", lambda: False)
     assert ours() == [False, False, False]
     monkeypatch.setenv("HOTLORA_KERNELS", "triton")
     with pytest.raises(HotLoraError, match="pip install triton"):

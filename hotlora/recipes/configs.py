@@ -11,8 +11,9 @@ from ..config import PROFILE_FRACTION
 from ..errors import HotLoraError
 from ..estimate import meta_model, sized_config
 from ..files import read_json, write_json
+from ..hf.experts_view import ExpertsView
 from ..methods import METHODS, resolve
-from ..models import expert_widths, moe_layers, num_experts_per_tok, unwrap
+from ..models import moe_layers, num_experts_per_tok, unwrap
 from ..published import EXPERT_TO_FFN, MODELS
 from ..study_run import shared_experts
 from . import hellora
@@ -143,7 +144,7 @@ def shape(file: str) -> dict[str, float | None]:
     config = sized_config(file)
     model = meta_model(config)
     layers = moe_layers(model)
-    width = expert_widths(unwrap(model.get_submodule(layers[0].experts)))[1]
+    width = ExpertsView(unwrap(model.get_submodule(layers[0].experts))).widths[1]
     ffn = getattr(config.get_text_config(), "intermediate_size", None)
     return {
         "layers": len(layers),

@@ -1,0 +1,360 @@
+"""The routed layer: frozen experts, and updates on the rows of the hot ones, as one autograd function.
+
+Rows (token-expert assignments) are sorted by expert once, in the order in which the weights lie in memory, because a
+grouped product needs both in the same order. The frozen products are transformers' own, row for row. Only the rows of
+hot experts meet an update, which is made of activations, never of weights: nothing of the size of an expert is formed.
+
+It keeps for backward the input `[T, D]`, the up projection's output `[S, P*F]`, the order of the rows and the routing
+weights. The gate, and what the factors make of their inputs, are computed again. The routing weights' gradient needs no
+output of the experts: for y = W h and a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
+
+`cpu` and `gpu` have the products, `updates` what is added. A compiled graph has the whole layer in it, without a break:
+forward and backward are traced, and each grouped product is one operation of the graph.
+
+Shape suffixes: E experts, K experts per token, T tokens, S = T*K rows (in a block: of the block), D model width,
+F expert width, P = 2 projections into an expert (gate and up), or 1 where experts have no gate.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..hf.experts_view import ExpertsView
+from . import cpu, gpu
+from .updates import Update, compute_dtype
+
+
+def routed_experts(
+    experts: Any,
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    updates: Sequence[Update] = (),
+) -> Tensor:
+    """Output `[T, D]` of an experts module, with `updates` on its hot experts.
+
+    Several updates add up. With B = 0, or without updates, this is transformers' `grouped_mm_experts_forward` bit for
+    bit. An index equal to `num_experts` (an expert on another device, under expert parallelism) contributes nothing.
+    Weights of the experts that train get their gradients; what is quantized gets none.
+    """
+    view = ExpertsView(experts)
+    updates = [update for update in updates if len(update.expert_ids_N) > 0]
+    # `cpu` reads how many rows each expert has, which a compiled graph cannot.
+    products = cpu if hidden_TD.device.type == "cpu" and not torch.compiler.is_compiling() else gpu
+    layer = Layer(view, updates, products)
+    tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
+    output: Tensor = RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
+    return output
+
+
+IMPLEMENTATION = "hotlora"
+"""The layer's name among transformers' own: `model.set_experts_implementation("hotlora")`."""
+
+
+@contextmanager
+def updates_on(experts: Any, updates: Sequence[Update]) -> Iterator[None]:
+    """Inside, the experts' own forward computes `routed_experts` with `updates`, on what reaches it."""
+    experts.hotlora_updates = updates
+    try:
+        yield
+    finally:
+        del experts.hotlora_updates
+
+
+def _forward_of_experts(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+    updates = getattr(experts, "hotlora_updates", ())
+    return routed_experts(experts, hidden_TD, top_k_index_TK, top_k_weights_TK, updates)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward_of_experts)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What autograd need not know of."""
+
+    view: ExpertsView
+    updates: Sequence[Update]
+    products: Any
+    """`cpu` or `gpu`"""
+
+
+class RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        layer: Layer,
+        hidden_TD: Tensor,
+        top_k_index_TK: Tensor,
+        top_k_weights_TK: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """tensors: as `ExpertsView.tensors`, then each update's."""
+        view, (width, expert_width) = layer.view, layer.view.widths
+        ctx.layer, ctx.autocast = layer, _Autocast(hidden_TD.device.type)
+        ctx.dtypes = [compute_dtype(update) for update in layer.updates]
+        ctx.seeds = [_two_seeds() if update.dropout else (0, 0) for update in layer.updates]
+        row_bytes = max(width, view.num_parts * expert_width) * hidden_TD.element_size()
+        blocks = layer.products.Rows.blocks
+        ctx.blocks = blocks(view.num_experts, top_k_index_TK, row_bytes, view.may_be_elsewhere)
+        run = _Pass(ctx, tensors)
+        ups: list[Tensor] = []
+        y_SD: Tensor | None = None
+        for rows in ctx.blocks:
+            up_SPF, some_SD = run.forward(rows, hidden_TD)
+            y_SD = _placed(y_SD, rows, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
+            ups.append(up_SPF)
+        ctx.save_for_backward(hidden_TD, top_k_weights_TK, *ups, *tensors)
+        return _summed_by_token(y_SD, top_k_index_TK.shape[1]).to(hidden_TD.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, top_k_weights_TK, *saved = ctx.saved_tensors
+        ups, tensors = saved[: len(ctx.blocks)], saved[len(ctx.blocks) :]
+        run = _Pass(ctx, tensors)
+        run.make_gradients()
+        dx_SD: Tensor | None = None
+        dweight_S: Any = None
+        for rows, up_SPF in zip(ctx.blocks, ups, strict=True):
+            some_SD, its_S = run.backward(rows, up_SPF, hidden_TD, top_k_weights_TK, grad_TD)
+            dx_SD = _placed(dx_SD, rows, some_SD, top_k_weights_TK.numel())
+            dweight_S = _placed(dweight_S, rows, its_S, top_k_weights_TK.numel())
+        dhidden_TD = _summed_by_token(dx_SD, top_k_weights_TK.shape[1]).to(hidden_TD.dtype)
+        dweight_TK = dweight_S.view(top_k_weights_TK.shape).to(top_k_weights_TK.dtype)
+        return None, dhidden_TD, None, dweight_TK, *run.gradients()
+
+
+class _Pass:
+    """One pass through the layer, forward or backward: all tensors, each where it belongs."""
+
+    def __init__(self, ctx: Any, tensors: Sequence[Tensor | None]) -> None:
+        self.view, self.autocast, updates = ctx.layer.view, ctx.autocast, ctx.layer.updates
+        own = len(tensors) - sum(update.num_tensors for update in updates)
+        self.own, rest = tensors[:own], tensors[own:]
+        self.weights = self.view.up(self.own[0]), self.view.down(self.own[1])
+        self.biases, self.norm_parameters = self.own[2:4], self.own[4:]
+        self.updates: list[Any] = []
+        self.tensors_of: list[Any] = []
+        for update, dtype, (up_seed, down_seed) in zip(updates, ctx.dtypes, ctx.seeds, strict=True):
+            its, rest = rest[: update.num_tensors], rest[update.num_tensors :]
+            source = [update.dropout and ctx.layer.products.seeded(seed) for seed in (up_seed, down_seed, down_seed)]
+            self.updates.append(update.in_pass(its, dtype, source))
+            self.tensors_of.append(its)
+        self.base_scales = self._base_scale(0), self._base_scale(1)
+
+    def _base_scale(self, place: int) -> Tensor | None:
+        """`[E, O]`: what each of the base's outputs is multiplied by, up or down. None: by nothing."""
+        scales = [(u.expert_ids_N, u.base_scales[place]) for u in self.updates if u.base_scales]
+        if not scales:
+            return None
+        scale_EO = scales[0][1].new_ones(self.view.num_experts, scales[0][1].shape[1])
+        for ids_N, scale_NO in scales:
+            scale_EO.index_add_(0, ids_N, scale_NO.to(scale_EO.dtype) - 1)
+        return self.view.join(scale_EO) if place == 0 else scale_EO
+
+    def forward(self, rows: Any, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a block of rows the outputs of the up projection `[S, P*F]` and of the experts `[S, D]`."""
+        hots = [rows.hot(update) for update in self.updates]
+        with self.autocast.off():
+            x_SD = hidden_TD.index_select(0, rows.token_S)
+            up_SPF = self._base(0, rows, x_SD)
+            for update, hot in zip(self.updates, hots, strict=True):
+                update.up(hot, self.view.split(up_SPF), x_SD)
+            del x_SD
+        with self.autocast.again():
+            act_SF = self.view.activation(up_SPF)
+        y_SD = self._down(rows, hots, act_SF)
+        if self.view.norm_after is not None:
+            with self.autocast.again():
+                y_SD = self.view.norm_after(y_SD)
+        return up_SPF, y_SD
+
+    def backward(
+        self, rows: Any, up_SPF: Tensor, hidden_TD: Tensor, top_k_weights_TK: Tensor, grad_TD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of a block of rows the gradients of the experts' input `[S, D]` and of the routing weights `[S]`."""
+        hots, weight_S1 = [rows.hot(update) for update in self.updates], _by_rows(rows, top_k_weights_TK)
+        dup_SPF, dweight_S = self._down_backward(rows, hots, up_SPF, grad_TD.index_select(0, rows.token_S), weight_S1)
+        dx_SD = self._base_backward(0, rows, dup_SPF)
+        if self._wants_own_gradients(0):
+            self._own_gradients(0, rows, dup_SPF, hidden_TD.index_select(0, rows.token_S))
+        for update, hot in zip(self.updates, hots, strict=True):
+            update.up_backward(hot, dx_SD, self.view.split(dup_SPF), hot.picked(hidden_TD))
+        return dx_SD, dweight_S
+
+    def _down_backward(
+        self, rows: Any, hots: Sequence[Any], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the up projection's output and of the routing weights `[S]`.
+
+        A function of its own, so that what is as large as the rows is given back before the next half.
+        """
+        with self.autocast.again():
+            act_SF, pull_back = _with_pull_back(self.view.activation, up_SPF)
+        wide = torch.promote_types(act_SF.dtype, torch.float32)
+        through_norm_S: Tensor | None = None
+        if self.view.norm_after is not None:
+            grad_SD, through_norm_S = self._norm_backward(rows, hots, act_SF, grad_SD, weight_S1)
+            weight_S1 = torch.ones_like(weight_S1)  # the norm's input does not see it
+        # The gradient of the activation, not yet times the routing weights.
+        u_SF = self._base_backward(1, rows, grad_SD)
+        dweight_S = torch.linalg.vecdot(u_SF.to(wide), act_SF.to(wide))
+        if (bias_ED := self.biases[1]) is not None:
+            dweight_S += rows.dot_bias(grad_SD, bias_ED.to(grad_SD.dtype)).to(wide)
+        for update, hot in zip(self.updates, hots, strict=True):
+            update.down_backward(hot, u_SF, dweight_S, act_SF, grad_SD, weight_S1)
+        if self._wants_own_gradients(1):
+            self._own_gradients(1, rows, (grad_SD * weight_S1).to(grad_SD.dtype), act_SF)
+        (dup_SPF,) = pull_back((u_SF * weight_S1).to(act_SF.dtype))
+        return dup_SPF, dweight_S if through_norm_S is None else through_norm_S
+
+    def _norm_backward(
+        self, rows: Any, hots: Sequence[Any], act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the norm's input and of the routing weights. The input is computed again."""
+        norm = self.view.norm_after
+        assert norm is not None
+        names = [name for name, _ in norm.named_parameters()]
+
+        def normed(y_SD: Tensor, *parameters: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(norm, dict(zip(names, parameters, strict=True)), y_SD)
+            return output
+
+        y_SD = self._down(rows, hots, act_SF, again=True)
+        with self.autocast.again():
+            normed_SD, pull_back = _with_pull_back(normed, y_SD, *norm.parameters())
+        wide = torch.promote_types(grad_SD.dtype, torch.float32)
+        dweight_S = torch.linalg.vecdot(grad_SD.to(wide), normed_SD.to(wide))
+        dy_SD, *dparameters = pull_back((grad_SD * weight_S1).to(normed_SD.dtype))
+        for total, some in zip(self.own_gradients[4:], dparameters, strict=True):
+            if total is not None:
+                total += some
+        return dy_SD, dweight_S
+
+    def _down(self, rows: Any, hots: Sequence[Any], act_SF: Tensor, again: bool = False) -> Tensor:
+        """The projection out of the experts, `[S, D]`. again: for a second time in one pass."""
+        with self.autocast.off():
+            y_SD = self._base(1, rows, act_SF)
+            for update, hot in zip(self.updates, hots, strict=True):
+                update.down(hot, y_SD, act_SF, again)
+        return y_SD
+
+    def _base(self, place: int, rows: Any, x_SI: Tensor) -> Tensor:
+        """The base's projection `[S, O]`, up or down, with its scale and bias; zeros in rows of no expert here."""
+        weight, scale_EO, bias_EO = self.weights[place], self.base_scales[place], self.biases[place]
+        y_SO: Tensor = rows.product(x_SI.to(weight.dtype), weight)
+        if scale_EO is not None:
+            y_SO = rows.scaled(y_SO, scale_EO)
+        if bias_EO is not None:
+            rows.add_bias(y_SO, bias_EO)
+        return y_SO
+
+    def _base_backward(self, place: int, rows: Any, grad_SO: Tensor) -> Tensor:
+        """The gradient of the projection's input `[S, I]`; zeros in rows of no expert here."""
+        weight, scale_EO = self.weights[place], self.base_scales[place]
+        if scale_EO is not None:
+            grad_SO = rows.scaled(grad_SO, scale_EO)
+        grad_SI: Tensor = rows.product(grad_SO.to(weight.dtype), weight.T)
+        return grad_SI
+
+    def make_gradients(self) -> None:
+        """Zeros for all that trains, which `backward` fills, a block after the other."""
+        self.own_gradients = [None if t is None or not t.requires_grad else torch.zeros_like(t) for t in self.own]
+        self.scale_gradients = [
+            None if scale is None or not self._scales_train else torch.zeros_like(scale) for scale in self.base_scales
+        ]
+        for update, tensors in zip(self.updates, self.tensors_of, strict=True):
+            update.make_gradients(tensors)
+
+    @property
+    def _scales_train(self) -> bool:
+        return any(tensor.requires_grad for tensors in self.tensors_of for tensor in tensors[4:])
+
+    def _wants_own_gradients(self, place: int) -> bool:
+        wanted = (self.own_gradients[place], self.own_gradients[place + 2], self.scale_gradients[place])
+        return any(gradient is not None for gradient in wanted)
+
+    def _own_gradients(self, place: int, rows: Any, grad_SO: Tensor, x_SI: Tensor) -> None:
+        """Of the base's weights and biases, where they train, and of their scale."""
+        dweight, dbias = self.own_gradients[place], self.own_gradients[place + 2]
+        dscale, scale_EO, weight = self.scale_gradients[place], self.base_scales[place], self.weights[place]
+        x_SI = x_SI.to(weight.dtype)
+        if dbias is not None:
+            rows.add_sums(dbias, grad_SO)
+        if dscale is not None:
+            rows.add_sums(dscale, (grad_SO * rows.product(x_SI, weight)).to(dscale.dtype))
+        if dweight is not None:
+            grad_SO = grad_SO if scale_EO is None else rows.scaled(grad_SO, scale_EO)
+            out_EOI = dweight.transpose(1, 2) if weight.is_transposed else dweight
+            rows.outer(out_EOI, grad_SO.to(weight.dtype), x_SI)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of `tensors`, in their order and dtypes."""
+        found = list(self.own_gradients)
+        for update, tensors in zip(self.updates, self.tensors_of, strict=True):
+            if len(tensors) > 4:
+                dup, ddown = (d if d is None else d.index_select(0, update.expert_ids_N) for d in self.scale_gradients)
+                update.gradients[4:] = [None if dup is None else torch.cat(self.view.split(dup), dim=1), ddown]
+            pairs = zip(update.gradients, tensors, strict=True)
+            found += [None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs]
+        return found
+
+
+def _by_rows(rows: Any, weights_TK: Tensor) -> Tensor:
+    """`[S, 1]`"""
+    return weights_TK.reshape(-1).index_select(0, rows.order_S).unsqueeze(1)
+
+
+def _placed(all_S: Tensor | None, rows: Any, some_S: Tensor, num_rows: int) -> Tensor:
+    """`all_S` with a block's rows in the places that the router gave them; made with the first block."""
+    if all_S is None:
+        all_S = some_S.new_empty(num_rows, *some_S.shape[1:])
+    return all_S.index_copy_(0, rows.order_S, some_S)
+
+
+def _summed_by_token(x_SD: Any, top_k: int) -> Tensor:
+    """`[T, D]`: the sum over each token's K rows, in the order in which the router chose them."""
+    summed_TD: Tensor = x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
+    return summed_TD
+
+
+def _two_seeds() -> tuple[Any, Any]:
+    """Drawn on the CPU, where no device has to be waited for. Numbers, but tensors in a compiled graph."""
+    seeds = torch.randint(2**62, (2,))
+    first, second = seeds[0], seeds[1]
+    return (first, second) if torch.compiler.is_compiling() else (int(first), int(second))
+
+
+def _with_pull_back(
+    function: Callable[..., Tensor], *inputs: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """The function's value, and what gives its inputs' gradients for its own."""
+    if torch.compiler.is_compiling():  # which does not trace autograd.grad
+        value, pull_back, *_ = torch.func.vjp(function, *inputs)
+        return value, pull_back
+    with torch.enable_grad():
+        inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+        value = function(*inputs)
+    return value.detach(), lambda grad: torch.autograd.grad(value, inputs, grad)
+
+
+class _Autocast:
+    """The autocast in force when this was made."""
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+        self.enabled = torch.is_autocast_enabled(device_type)
+        self.dtype = torch.get_autocast_dtype(device_type)
+
+    def again(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+
+    def off(self) -> AbstractContextManager[Any]:
+        """For products whose dtypes are chosen here."""
+        return torch.autocast(self.device_type, enabled=False)

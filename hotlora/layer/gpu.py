@@ -1,0 +1,256 @@
+"""Products as a GPU and torch.compile make them: all experts in one launch, and no number that the device would have to
+be asked for.
+
+The base's products are torch's grouped ones where torch has one kernel for them, and ours (`kernels`, in Triton)
+elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; without
+Triton cold experts get factors of zeros. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all.
+
+In a compiled graph each product is one operation.
+
+Shape suffixes: E experts, K experts per token, S rows (assignments), N hot experts, I inputs, O outputs.
+"""
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import HotLoraError
+from ..hf.experts_view import FrozenWeight
+
+# The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
+# products that asks the device (pytorch#161407, pytorch#194227). On a Hopper it was 1.45 times as fast as ours for the
+# base's products, and slower for thin ones (docs/speed.md).
+_TORCH_HAS_A_KERNEL = (9, 10)
+
+
+def seeded(seed: Any) -> Any:
+    """What masks are drawn from: the same each time, since a pass has one block."""
+    return seed
+
+
+class Rows:
+    """The S assignments, sorted by expert; rows of experts on other devices come last."""
+
+    @classmethod
+    def blocks(cls, num_experts: int, top_k_index_TK: Tensor, row_bytes: int, is_partial: bool) -> "list[Rows]":
+        """All rows in one: what a GPU has to do is done in few launches."""
+        return [cls(num_experts, top_k_index_TK, is_partial)]
+
+    def __init__(self, num_experts: int, top_k_index_TK: Tensor, is_partial: bool) -> None:
+        self.expert_S, self.order_S = torch.sort(top_k_index_TK.reshape(-1))
+        self.token_S = self.order_S // top_k_index_TK.shape[1]
+        ids_E = torch.arange(num_experts, device=self.expert_S.device)
+        self.ends_E = torch.searchsorted(self.expert_S, ids_E, right=True, out_int32=True)
+        self.elsewhere_S1: Tensor | None = None
+        """bool: rows of no expert here; None: there are none"""
+        if is_partial:
+            self.elsewhere_S1 = (self.expert_S >= num_experts).unsqueeze(1)
+            self.expert_S = self.expert_S.clamp(max=num_experts - 1)
+
+    def product(self, x_SI: Tensor, weight: FrozenWeight) -> Tensor:
+        """Each row times its expert's weights `[S, O]`; zeros in rows of no expert here."""
+        return self._here(_call(grouped_linear, self._here(x_SI), weight.all().transpose(1, 2), self.ends_E))
+
+    def outer(self, out_EOI: Tensor, y_SO: Tensor, x_SI: Tensor) -> None:
+        """Sets `out` to the sum of y x^T over each expert's rows."""
+        out_EOI.copy_(_call(grouped_outer, y_SO.contiguous(), x_SI, self.ends_E))
+
+    def add_bias(self, y_SO: Tensor, bias_EO: Tensor) -> None:
+        y_SO += self._of_rows(bias_EO)
+
+    def dot_bias(self, g_SO: Tensor, bias_EO: Tensor) -> Tensor:
+        """`[S]`: each row's product with its expert's bias."""
+        return torch.linalg.vecdot(g_SO, self._of_rows(bias_EO).to(g_SO.dtype))
+
+    def scaled(self, y_SO: Tensor, scale_EO: Tensor) -> Tensor:
+        """Each row times its expert's row of `scale`."""
+        return y_SO * self._of_rows(scale_EO).to(y_SO.dtype)
+
+    def add_sums(self, sums_EO: Tensor, y_SO: Tensor) -> None:
+        """Adds to `sums` the sum over each expert's rows."""
+        sums_EO.index_add_(0, self.expert_S, self._here(y_SO).to(sums_EO.dtype))
+
+    def hot(self, update: Any) -> "Hot":
+        """The rows of an update's experts."""
+        return Hot(self, update)
+
+    def _of_rows(self, values_EO: Tensor) -> Tensor:
+        return self._here(values_EO.index_select(0, self.expert_S))
+
+    def _here(self, x_SI: Tensor) -> Tensor:
+        return x_SI if self.elsewhere_S1 is None else x_SI.masked_fill(self.elsewhere_S1, 0)
+
+
+class Hot:
+    """The rows of one update's experts, where they are among all rows."""
+
+    def __init__(self, rows: Rows, update: Any) -> None:
+        self.dtype, self.ids_N = update.dtype, update.expert_ids_N
+        self.token_S, self.ends_E = rows.token_S, rows.ends_E
+        slot_N = torch.arange(len(self.ids_N), dtype=torch.int32, device=self.ids_N.device)
+        self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, self.ids_N, slot_N)
+
+    def picked(self, x_TI: Tensor) -> Tensor:
+        """`[S, I]`: of each row its token's."""
+        return x_TI.index_select(0, self.token_S)
+
+    def product(self, x_SI: Tensor, weight_NOI: Tensor, scaling: float = 1.0) -> Tensor:
+        """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others."""
+        return _call(hot_linear, x_SI.to(self.dtype), weight_NOI.to(self.dtype), self.ends_E, self.slot_E, scaling)
+
+    def add_product(self, y_SO: Tensor, x_SI: Tensor, weight_NOI: Tensor, drop: "Dropout | None" = None) -> None:
+        """y += drop(weight[n] @ x) in hot rows, in place and in y's dtype."""
+        x_SI, weight_NOI = x_SI.to(self.dtype), weight_NOI.to(self.dtype)
+        if torch.compiler.is_compiling() or (drop is not None and drop.p) or not use_kernels(x_SI, is_thin=True):
+            product = self.product(x_SI, weight_NOI)
+            y_SO += (product if drop is None else drop(product)).to(y_SO.dtype)
+        else:
+            _gemm().grouped_gemm(x_SI, weight_NOI, self.ends_E, self.slot_E, add_to_SO=y_SO)
+
+    def outer(self, out_NOI: Tensor, y_SO: Tensor, x_SI: Tensor) -> None:
+        """Sets `out` to the sum of y x^T over each hot expert's rows."""
+        out_NOI.copy_(_call(hot_outer, y_SO.to(self.dtype), x_SI.to(self.dtype), self.ends_E, self.ids_N))
+
+    def dropout(self, x_SI: Tensor, p: float, source: Any) -> "Dropout":
+        """A mask of x's shape, drawn at each call, and the same each time."""
+        return Dropout(p, source, self.dtype)
+
+
+class Dropout:
+    def __init__(self, p: float, seed: Any, dtype: torch.dtype) -> None:
+        self.p, self.seed, self.dtype = p, seed, dtype
+
+    def __call__(self, x_SI: Tensor) -> Tensor:
+        if self.p == 0:
+            return x_SI
+        return _call(dropped, x_SI.to(self.dtype), self.p, self.seed)
+
+
+def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`y[s] = weight[expert of s] @ x[s]`, `[S, O]`; rows past the last expert hold anything."""
+    if use_kernels(x_SI):
+        product: Tensor = _gemm().grouped_gemm(x_SI, weight_EOI, ends_E)
+        return product
+    if _grouped_mm_takes(x_SI, weight_EOI):
+        return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
+    y_SO = x_SI.new_zeros(x_SI.shape[0], weight_EOI.shape[1])
+    for (a, b), weight in zip(_slices(ends_E), weight_EOI.unbind(), strict=True):
+        torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
+    return y_SO
+
+
+def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+    """`[E, O, I]`: the sum of y[s] x[s]^T over each expert's rows; rows past the last expert take no part."""
+    if use_kernels(x_SI):
+        sums: Tensor = _gemm().grouped_outer(y_SO, x_SI, ends_E)
+        return sums
+    if _grouped_mm_takes(x_SI, y_SO.unsqueeze(0)):
+        return F.grouped_mm(y_SO.T, x_SI, offs=ends_E)
+    return torch.stack([y_SO[a:b].T @ x_SI[a:b] for a, b in _slices(ends_E)])
+
+
+def hot_linear(x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float) -> Tensor:
+    """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert."""
+    if use_kernels(x_SI, is_thin=True):
+        product: Tensor = _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
+        return product
+    weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
+    y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
+    row_S1 = torch.arange(len(x_SI), device=x_SI.device).unsqueeze(1)
+    return y_SO.masked_fill(row_S1 >= ends_E[-1], 0)
+
+
+def hot_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, ids_N: Tensor) -> Tensor:
+    """`[N, O, I]`: `grouped_outer` of the experts in `ids`."""
+    if use_kernels(x_SI, is_thin=True):
+        sums: Tensor = _gemm().grouped_outer(y_SO, x_SI, ends_E, ids_N)
+        return sums
+    return grouped_outer(y_SO.contiguous(), x_SI.contiguous(), ends_E).index_select(0, ids_N)
+
+
+def dropped(x_SI: Tensor, p: float, seed: Any) -> Tensor:
+    """The same seed gives the same mask."""
+    generator = torch.Generator(x_SI.device).manual_seed(int(seed))
+    mask_SI = torch.empty_like(x_SI).bernoulli_(1 - p, generator=generator)
+    return (x_SI * mask_SI) / (1 - p)
+
+
+def _slices(ends_E: Tensor) -> list[tuple[int, int]]:
+    ends = ends_E.tolist()
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
+    """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
+    if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if x_SI.device.type == "cuda":
+        if torch.cuda.get_device_capability(x_SI.device) < (8, 0):
+            return False
+    elif x_SI.device.type != "cpu":
+        return False
+    step = 16 // x_SI.element_size()
+    return all(n % step == 0 for n in (x_SI.stride(0), max(weight_EOI.stride()[1:]), *weight_EOI.shape[1:]))
+
+
+def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
+    """Whether products of `x` are made by our kernels. is_thin: with factors, of some experts only."""
+    chosen = os.environ.get("HOTLORA_KERNELS", "")
+    if chosen not in ("", "torch", "triton"):
+        raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch or triton, or not be set.")
+    if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if x.device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(x.device)
+        if major < 8 or (not chosen and not is_thin and x.dtype == torch.bfloat16 and major in _TORCH_HAS_A_KERNEL):
+            return False
+    elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
+        return False
+    if chosen and not _has_triton():
+        raise HotLoraError("HOTLORA_KERNELS is triton, but Triton is not installed: pip install triton.")
+    return _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _gemm() -> Any:
+    from ..kernels import gemm  # it needs Triton, which is optional
+
+    return gemm
+
+
+# What torch.compile puts into its graph as one operation each: it knows torch's grouped product in bfloat16 only.
+_SCHEMAS: dict[Any, str] = {
+    grouped_linear: "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    grouped_outer: "(Tensor y, Tensor x, Tensor ends) -> Tensor",
+    hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling) -> Tensor",
+    hot_outer: "(Tensor y, Tensor x, Tensor ends, Tensor ids) -> Tensor",
+    dropped: "(Tensor x, float p, Tensor seed) -> Tensor",
+}
+_SHAPES: dict[Any, Any] = {
+    grouped_linear: lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
+    grouped_outer: lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]),
+    hot_linear: lambda x, weight, ends, slot, scaling: x.new_empty(x.shape[0], weight.shape[1]),
+    hot_outer: lambda y, x, ends, ids: x.new_empty(len(ids), y.shape[1], x.shape[1]),
+    dropped: lambda x, p, seed: torch.empty_like(x),
+}
+_OPERATIONS = {
+    function: torch.library.custom_op(f"hotlora::{function.__name__}", function, mutates_args=(), schema=schema)
+    for function, schema in _SCHEMAS.items()
+}
+for _function, _operation in _OPERATIONS.items():
+    _operation.register_fake(_SHAPES[_function])
+
+
+def _call(function: Any, *args: Any) -> Tensor:
+    """As an operation of the graph, where one is made."""
+    result: Tensor = (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*args)
+    return result
