@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hotlora.experts import FactorsInPass, HotFactors, grouped_linear, grouped_outer
+from hotlora.fused import RoutedExperts
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hotlora import grouped
-from hotlora.experts import FactorsInPass, HotFactors, grouped_linear, grouped_outer
 from hotlora.files import write_json
-from hotlora.fused import RoutedExperts
 from hotlora.kernels import gemm
 from hotlora.records import environment
 

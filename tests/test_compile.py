@@ -48,8 +48,7 @@ def test_the_layer_is_one_graph(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_so_is_the_plain_path(dtype):
-    """Of weights that train: their gradients too."""
+def test_so_it_is_with_weights_that_train(dtype):
     experts, inputs = make_experts(dtype), make_inputs(dtype)
     experts.down_proj.requires_grad_(True)
     factors = make_factors([1, 3, 6], 8, dtype)

@@ -198,12 +198,12 @@ def test_every_layout_equals_the_loop_and_without_update_transformers(layout, dt
     factors = make_factors([1, 3, 6], 4, dtype, parts=2 if experts.has_gate else 1)
     zero = replace(factors, B_gate_up=factors.B_gate_up * 0, B_down=factors.B_down * 0)
     expected = output_and_gradients(loop, experts, *inputs, factors)
-    for routed_experts in IMPLEMENTATIONS.values():
-        assert_same(output_and_gradients(routed_experts, experts, *inputs, factors), expected, tolerance)
+    for function in IMPLEMENTATIONS.values():
+        assert_same(output_and_gradients(function, experts, *inputs, factors), expected, tolerance)
         if dtype != torch.float64:  # which transformers' grouped_mm refuses
-            found, base = routed_experts(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs)
+            found, base = function(experts, *inputs, [zero]), grouped_mm_experts_forward(experts, *inputs)
             # A vector unit rounds leftovers otherwise, and with these 16 wide experts they depend on the block.
-            assert torch.equal(found, base) or (routed_experts is an_expert_a_block and relative(found, base) < 1e-6)
+            assert torch.equal(found, base) or (function is an_expert_a_block and relative(found, base) < 1e-6)
 
 
 @both
@@ -419,8 +419,8 @@ def test_dora_and_full_experts_equal_the_loop(make, layout):
     experts, inputs = make_experts_of(layout), make_inputs()
     update = make([1, 3, 6], 2 if experts.has_gate else 1)
     expected = output_and_gradients(loop, experts, *inputs, update)
-    for routed_experts in IMPLEMENTATIONS.values():
-        assert_same(output_and_gradients(routed_experts, experts, *inputs, update), expected, 1e-10)
+    for function in IMPLEMENTATIONS.values():
+        assert_same(output_and_gradients(function, experts, *inputs, update), expected, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -434,8 +434,8 @@ def test_weights_of_the_base_that_train_get_the_loops_gradients(make, layout):
     update = make([1, 3, 6], parts=2 if experts.has_gate else 1)
     expected = output_and_gradients(loop, experts, *inputs, update)
     assert {"down_proj", "gate_up_proj"} <= expected.keys()
-    for routed_experts in IMPLEMENTATIONS.values():
-        assert_same(output_and_gradients(routed_experts, experts, *inputs, update), expected, 1e-10)
+    for function in IMPLEMENTATIONS.values():
+        assert_same(output_and_gradients(function, experts, *inputs, update), expected, 1e-10)
 
 
 @both

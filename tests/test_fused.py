@@ -6,18 +6,15 @@ import pytest
 import torch
 from test_experts import (
     FACTORS,
-    HAS_POST_EXPERT_NORM,
     WIDTH,
     D,
     E,
     K,
     T,
     make_experts,
-    make_experts_of,
     make_factors,
     make_inputs,
 )
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hotlora.layer import cpu

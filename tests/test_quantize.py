@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import peft
@@ -26,7 +27,8 @@ from hotlora.count import count_parameters
 from hotlora.data import tokenize
 from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.evaluate import response_loss
-from hotlora.experts import Groups
+from hotlora.hf.experts_view import FrozenWeight
+from hotlora.layer import cpu, gpu
 from hotlora.load import load_adapter
 from hotlora.models import load_model, moe_layers
 from hotlora.plan import ExpertPlan
@@ -125,75 +127,83 @@ def test_quantized_from_half_precision():
 SIZES = [(3, 0, 4, 1, 0), (0, 0, 0, 0, 6), (0, 0, 0, 0, 0)]
 
 
+def rows_of(products, sizes, num_elsewhere=0):
+    """The sorted rows of a layer with so many for each expert, and on other processes."""
+    experts = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    index_T1 = torch.cat([experts, torch.full((num_elsewhere,), len(sizes))]).unsqueeze(1)
+    (rows,) = products.Rows.blocks(len(sizes), index_T1, 1, True)
+    return rows, experts
+
+
 @bits_4_8
+@pytest.mark.parametrize("keep", [(), (2, 4)])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("tail", [0, 2])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_linear_is_a_loop_over_dequantized_experts(bits, sizes, tail, transposed):
+@pytest.mark.parametrize("products", [cpu, gpu])
+def test_a_product_is_a_loop_over_dequantized_experts(products, bits, keep, sizes, tail, transposed):
+    """And with the weights transposed, which makes the input's gradient."""
     shape = (5, 16, 24) if transposed else (5, 24, 16)
-    holder = QuantizedExperts.from_weight(random_weight(*shape), bits)
-    ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
-    rows = sum(sizes)
-    x = random_weight(rows + tail, 16, seed=1)
-    x[rows:] = torch.nan  # what grouped_mm may leave in a tail
-    groups = Groups(ends, (torch.arange(rows + tail) >= rows).unsqueeze(1) if tail else None)
-
-    dense = holder.dequantize()
-    weights = dense.transpose(1, 2) if transposed else dense
-    expert = torch.arange(5).repeat_interleave(torch.tensor(sizes))
-    want_x = x[:rows].clone().requires_grad_()
-    want = torch.stack([weights[e] @ row for e, row in zip(expert, want_x, strict=True)]) if rows else want_x @ want_x.T
-    got_x = x.clone().requires_grad_()
-    got = holder.grouped_linear(got_x, groups, transposed=transposed)
-    assert got.shape == (rows + tail, 24) and not got[rows:].any()
-    grad = random_weight(rows + tail, 24, seed=2)
-    got.backward(grad)
-    assert not got_x.grad[rows:].any()
-    if rows:
-        want.backward(grad[:rows])
-        torch.testing.assert_close(got[:rows], want, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(got_x.grad[:rows], want_x.grad, rtol=1e-5, atol=1e-7)
+    holder = QuantizedExperts.from_weight(random_weight(*shape), bits, keep)
+    weight, dense = FrozenWeight(holder, transposed), holder.dequantize()
+    weights_EOI = dense.transpose(1, 2) if transposed else dense
+    rows, experts = rows_of(products, sizes, tail)
+    for its, weights in ((weight, weights_EOI), (weight.T, weights_EOI.transpose(1, 2))):
+        x = random_weight(sum(sizes) + tail, weights.shape[2], seed=1)
+        x[sum(sizes) :] = torch.nan  # rows of experts on other devices may hold anything
+        got = rows.product(x, its)
+        assert got.shape == (len(x), weights.shape[1]) and not got[sum(sizes) :].any()
+        for s, expert in enumerate(experts):
+            torch.testing.assert_close(got[s], weights[expert] @ x[s], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_grouped_linear_in_half_precision(dtype):
+def test_a_product_in_half_precision(dtype):
     holder = QuantizedExperts.from_weight(random_weight(2, 24, 16, dtype=dtype), 4)
-    x = random_weight(6, 16, dtype=dtype, seed=1).requires_grad_()
-    y = holder.grouped_linear(x, Groups(torch.tensor([2, 6], dtype=torch.int32)))
-    y.sum().backward()
-    exact = torch.cat(
-        [x[:2].double() @ holder.dequantize()[0].double().T, x[2:].double() @ holder.dequantize()[1].T.double()]
-    )
-    assert y.dtype == x.grad.dtype == dtype and relative(y, exact) < 0.01
+    x, dense = random_weight(6, 16, dtype=dtype, seed=1), holder.dequantize().double()
+    y = rows_of(cpu, (2, 4))[0].product(x, FrozenWeight(holder, False))
+    exact = torch.cat([x[:2].double() @ dense[0].T, x[2:].double() @ dense[1].T])
+    assert y.dtype == dtype and relative(y, exact) < 0.01
 
 
-def test_autocast_does_not_change_the_product():
-    holder = QuantizedExperts.from_weight(random_weight(2, 24, 16), 4)
-    groups = Groups(torch.tensor([2, 6], dtype=torch.int32))
-    x = random_weight(6, 16, seed=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = holder.grouped_linear(x, groups)
-    assert y.dtype == torch.float32 and torch.equal(y, holder.grouped_linear(x, groups))
-
-
-def test_no_dense_weight_outlives_the_product():
-    shape = (4, 96, 80)
+def test_a_cpu_makes_one_expert_dense_at_a_time_and_none_without_rows(monkeypatch):
+    shape, made, alive = (4, 96, 80), [], []
     holder = QuantizedExperts.from_weight(random_weight(*shape), 4)
-    x = random_weight(8, 80, seed=1).requires_grad_()
+    expert = holder.expert
+
+    def watched(number: int) -> Tensor:
+        alive.append(sum(reference() is not None for reference in made))
+        weight = expert(number)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(holder, "expert", watched)
+    rows_of(cpu, (2, 0, 4, 1))[0].product(random_weight(7, 80), FrozenWeight(holder, False))
+    assert alive == [0, 0, 0]
+
+
+def test_no_dense_weight_outlives_the_layers_forward_or_backward():
+    """Nor is one kept for backward: a layer keeps what it keeps in bfloat16."""
+    model = zoo_model("olmoe")
+    quantize_experts(model, 4)
+    (layer, *_) = moe_layers(model)
+    experts = model.get_submodule(layer.experts)
+    width = experts.down_proj.shape[1]
+    shapes = {holder.shape[1:] for holder in experts.children() if isinstance(holder, QuantizedExperts)}
+    shapes |= {torch.Size(shape[::-1]) for shape in shapes}
     saved: list[Tensor] = []
+    x = random_weight(8, width, seed=1).requires_grad_()
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
+    def dense_ones() -> list[Tensor]:
+        alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        return [t for t in (*saved, *alive) if t.is_floating_point() and t.shape[-2:] in shapes and t.ndim < 4]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = holder.grouped_linear(x, Groups(torch.tensor([2, 4, 6, 8], dtype=torch.int32)))
-    alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
-    for tensor in (*saved, *alive):
-        is_dense = tensor.is_floating_point() and tensor.shape[-2:] in (shape[1:], shape[:0:-1])
-        assert not (is_dense and tensor.numel()), tensor.shape
+    before = len(dense_ones())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = experts(x, torch.arange(8).remainder(4).view(8, 1), torch.ones(8, 1))
+    assert len(dense_ones()) == before
     y.sum().backward()
-    assert x.grad is not None
+    assert x.grad is not None and len(dense_ones()) == before
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -281,23 +291,6 @@ def test_kept_experts_are_bitwise_what_they_were(bits, keep):
     # By formula: 16 or 32 bits of what is kept, and what is quantized as without it.
     assert holder.nbytes == len(keep) * 24 * 16 * 4 + (6 - len(keep)) * 24 * 16 * (bits / 8 + 1 / 16)
     assert holder.numel() == weight.numel() and holder.to(torch.bfloat16).dequantize().dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_grouped_linear_with_kept_experts(transposed):
-    shape = (5, 16, 24) if transposed else (5, 24, 16)
-    weight, groups = random_weight(*shape), Groups(torch.tensor([3, 3, 7, 8, 9], dtype=torch.int32))
-    holder = QuantizedExperts.from_weight(weight, 4, (2, 4))
-    x, grad = random_weight(9, 16, seed=1), random_weight(9, 24, seed=2)
-    got_x, want_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    got = holder.grouped_linear(got_x, groups, transposed=transposed)
-    dense = holder.dequantize().transpose(1, 2) if transposed else holder.dequantize()
-    expert = torch.tensor([0, 0, 0, 2, 2, 2, 2, 3, 4])
-    want = torch.stack([dense[e] @ row for e, row in zip(expert, want_x, strict=True)])
-    for y in (got, want):
-        y.backward(grad)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(got_x.grad, want_x.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

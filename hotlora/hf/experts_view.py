@@ -18,7 +18,6 @@ from torch import Tensor, nn
 _DEFAULT_GATE = "transformers.integrations.moe"
 
 
-
 def is_experts(module: Any) -> bool:
     """Whether transformers' `use_experts_implementation` has decorated the class of `module`."""
     return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")

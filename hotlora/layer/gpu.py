@@ -91,7 +91,7 @@ class Hot:
 
     def __init__(self, rows: Rows, update: Any) -> None:
         self.dtype, self.ids_N = update.dtype, update.expert_ids_N
-        self.token_S, self.ends_E = rows.token_S, rows.ends_E
+        self.token_S, self.expert_S, self.ends_E = rows.token_S, rows.expert_S, rows.ends_E
         slot_N = torch.arange(len(self.ids_N), dtype=torch.int32, device=self.ids_N.device)
         self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, self.ids_N, slot_N)
 
@@ -117,18 +117,21 @@ class Hot:
         out_NOI.copy_(_call(hot_outer, y_SO.to(self.dtype), x_SI.to(self.dtype), self.ends_E, self.ids_N))
 
     def dropout(self, x_SI: Tensor, p: float, source: Any) -> "Dropout":
-        """A mask of x's shape, drawn at each call, and the same each time."""
-        return Dropout(p, source, self.dtype)
+        """Masks of x's shape for the hot rows, drawn at each call, and the same each time: those that a CPU draws."""
+        return Dropout(self, p, source)
 
 
 class Dropout:
-    def __init__(self, p: float, seed: Any, dtype: torch.dtype) -> None:
-        self.p, self.seed, self.dtype = p, seed, dtype
+    def __init__(self, hot: Hot, p: float, seed: Any) -> None:
+        self.dtype, self.p, self.seed = hot.dtype, p, seed
+        if p:
+            self.place_S = (hot.slot_E.index_select(0, hot.expert_S) >= 0).cumsum(0).sub(1).clamp(min=0)
 
     def __call__(self, x_SI: Tensor) -> Tensor:
+        """`x`; its hot rows dropped, where rows are, and the others not to be read."""
         if self.p == 0:
             return x_SI
-        return _call(dropped, x_SI.to(self.dtype), self.p, self.seed)
+        return _call(dropped, x_SI.to(self.dtype), self.p, self.seed, self.place_S)
 
 
 def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -173,11 +176,11 @@ def hot_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, ids_N: Tensor) -> Tens
     return grouped_outer(y_SO.contiguous(), x_SI.contiguous(), ends_E).index_select(0, ids_N)
 
 
-def dropped(x_SI: Tensor, p: float, seed: Any) -> Tensor:
-    """The same seed gives the same mask."""
+def dropped(x_SI: Tensor, p: float, seed: Any, place_S: Tensor) -> Tensor:
+    """The same seed gives the same masks. place: which of the drawn rows is a row's mask."""
     generator = torch.Generator(x_SI.device).manual_seed(int(seed))
-    mask_SI = torch.empty_like(x_SI).bernoulli_(1 - p, generator=generator)
-    return (x_SI * mask_SI) / (1 - p)
+    mask_SI = torch.empty_like(x_SI, memory_format=torch.contiguous_format).bernoulli_(1 - p, generator=generator)
+    return (x_SI * mask_SI.index_select(0, place_S)) / (1 - p)
 
 
 def _slices(ends_E: Tensor) -> list[tuple[int, int]]:
@@ -233,14 +236,14 @@ _SCHEMAS: dict[Any, str] = {
     grouped_outer: "(Tensor y, Tensor x, Tensor ends) -> Tensor",
     hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling) -> Tensor",
     hot_outer: "(Tensor y, Tensor x, Tensor ends, Tensor ids) -> Tensor",
-    dropped: "(Tensor x, float p, Tensor seed) -> Tensor",
+    dropped: "(Tensor x, float p, Tensor seed, Tensor place) -> Tensor",
 }
 _SHAPES: dict[Any, Any] = {
     grouped_linear: lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
     grouped_outer: lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]),
     hot_linear: lambda x, weight, ends, slot, scaling: x.new_empty(x.shape[0], weight.shape[1]),
     hot_outer: lambda y, x, ends, ids: x.new_empty(len(ids), y.shape[1], x.shape[1]),
-    dropped: lambda x, p, seed: torch.empty_like(x),
+    dropped: lambda x, p, seed, place: torch.empty_like(x),
 }
 _OPERATIONS = {
     function: torch.library.custom_op(f"hotlora::{function.__name__}", function, mutates_args=(), schema=schema)

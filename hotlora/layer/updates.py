@@ -4,8 +4,8 @@ An update has two sides. What an adapter hands over, with tensors that autograd 
 pass through the layer, forward or backward, works with: `in_pass` makes it. In a pass an update meets rows through what
 the products of a device offer (`cpu.Hot`, `gpu.Hot`); rows of other experts are zero there, or left alone.
 
-Every update may scale the base's own product: y = c * (W x) + bias + what is added. DoRA's c is its magnitude over norm,
-and weights in the base's place have c = 0.
+Every update may scale the base's own product: y = c * (W x) + bias + what is added. DoRA's c is its magnitude over
+norm, and weights in the base's place have c = 0.
 
 Shape suffixes: N hot experts, S rows (token-expert assignments, sorted by expert), R rank, D model width, F expert
 width, P = 2 projections into an expert (gate and up), or 1 where experts have no gate.
