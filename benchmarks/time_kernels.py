@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hotlora.experts import FactorsInPass, HotFactors, grouped_linear, grouped_outer
-from hotlora.fused import RoutedExperts
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotlora import grouped
 from hotlora.files import write_json
+from hotlora.hf.experts_view import ExpertsView, FrozenWeight
 from hotlora.kernels import gemm
+from hotlora.layer import gpu
+from hotlora.layer.function import Layer as RoutedLayer
+from hotlora.layer.function import RoutedExperts
+from hotlora.layer.updates import LowRank
 from hotlora.records import environment
 
 
@@ -70,13 +72,15 @@ class Layer:
         n, r, width, inner = sizes.hot, sizes.r, sizes.hidden, sizes.expert_width
         shapes = [(n, 2 * r, width), (n, 2 * inner, r), (n, r, inner), (n, width, r)]
         self.tensors = [(torch.randn(s) * 0.02).to(device, dtype).requires_grad_() for s in shapes]
-        self.factors = HotFactors(ids_N, *self.tensors, scaling=2.0)
-        self.rows = grouped.Rows(sizes.experts, self.index_TK)
+        self.factors = LowRank(ids_N, *self.tensors, scaling=2.0)
+        self.rows = gpu.Rows(sizes.experts, self.index_TK, is_partial=False)
 
     def step(self) -> list[Tensor]:
         """Output and all gradients of the adapted layer."""
         inputs = (self.hidden_TD, self.index_TK, self.weights_TK)
-        output = RoutedExperts.apply(grouped, self.experts, [self.factors], *inputs, *self.tensors)
+        view = ExpertsView(self.experts)
+        layer = RoutedLayer(view, [self.factors], gpu)
+        output = RoutedExperts.apply(layer, *inputs, *view.tensors(), *self.tensors)
         return [output, *torch.autograd.grad(output, [self.hidden_TD, self.weights_TK, *self.tensors], output.detach())]
 
 
@@ -85,30 +89,37 @@ def pairs(layer: Layer) -> dict[str, tuple[Callable[[], Any], Callable[[], Any],
     experts, rows, dtype = layer.experts, layer.rows, layer.hidden_TD.dtype
     num_rows, width, inner = len(rows.expert_S), layer.sizes.hidden, layer.sizes.expert_width
     x_SD = layer.hidden_TD.detach().index_select(0, rows.token_S)
-    up_SPF = grouped_linear(x_SD, experts.gate_up_proj, rows.groups)
+    os.environ["HOTLORA_KERNELS"] = "torch"
+    up_SPF = gpu.grouped_linear(x_SD, experts.gate_up_proj, rows.ends_E)
     act_SF = up_SPF[:, :inner].contiguous()
     ends = rows.ends_E
 
+    def by(way: str, function: Callable[[], Any]) -> Callable[[], Any]:
+        def chosen() -> Any:
+            os.environ["HOTLORA_KERNELS"] = way
+            return function()
+
+        return chosen
+
     def product(x: Tensor, weight: Tensor) -> tuple[Callable[[], Any], Callable[[], Any], float]:
         flops = 2.0 * num_rows * weight.shape[1] * weight.shape[2]
-        return lambda: grouped_linear(x, weight, rows.groups), lambda: gemm.grouped_gemm(x, weight, ends), flops
+        torchs = by("torch", lambda: gpu.grouped_linear(x, weight, ends))
+        return torchs, lambda: gemm.grouped_gemm(x, weight, ends), flops
 
-    factors = FactorsInPass(layer.factors, layer.tensors, dtype, seeds=(0, 0), at_once=True)
-    torchs, ours = grouped.Hot(factors, rows), grouped.SlotHot(factors, rows)
-    z_SR = gemm.grouped_gemm(x_SD, factors.A_up, ends, ours.slot_E)
-    low_rank = gemm.LowRank(factors.A_up, factors.B_up, ours.slot_E, 2.0)
+    factors = layer.factors.in_pass(layer.tensors, dtype, (None, None, None))
+    hot = rows.hot(factors)
+    z_SR = gemm.grouped_gemm(x_SD, factors.A_up, ends, hot.slot_E)
+    low_rank = gemm.LowRank(factors.A_up, factors.B_up, hot.slot_E, 2.0)
     hot_rows = num_rows * layer.coverage
     r = layer.sizes.r
 
-    def up_and_update(way: str, hot: Any) -> Tensor:
-        os.environ["HOTLORA_KERNELS"] = way
-        y_SPF = rows.product(x_SD, experts.gate_up_proj.transpose(1, 2))
-        hot.up(experts, y_SPF, x_SD)
+    def up_and_update() -> Tensor:
+        y_SPF = rows.product(x_SD, FrozenWeight(experts.gate_up_proj, is_transposed=False))
+        factors.up(hot, y_SPF.chunk(2, dim=1), x_SD)
         return y_SPF
 
-    def step(way: str) -> list[Tensor]:
-        os.environ["HOTLORA_KERNELS"] = way
-        return layer.step()
+    def outer() -> Tensor:
+        return gpu.hot_outer(z_SR, x_SD, ends, layer.factors.expert_ids_N)
 
     up_flops = 4.0 * num_rows * width * inner + hot_rows * 2 * (2 * r * width + 2 * r * inner)
     return {
@@ -117,23 +128,23 @@ def pairs(layer: Layer) -> dict[str, tuple[Callable[[], Any], Callable[[], Any],
         "down": product(act_SF, experts.down_proj),
         "down, gradient of x": product(x_SD, experts.down_proj.transpose(1, 2)),
         "gradient of A": (
-            lambda: grouped_outer(torchs._pick(z_SR), torchs._pick(x_SD), torchs.groups),
-            lambda: gemm.grouped_outer(z_SR, x_SD, ends, layer.factors.expert_ids_N),
+            by("torch", outer),
+            by("triton", outer),
             hot_rows * 2 * 2 * r * width,
         ),
         "up and its update": (
-            lambda: up_and_update("torch", torchs),
-            lambda: up_and_update("triton", ours),
+            by("torch", up_and_update),
+            by("triton", up_and_update),
             up_flops,
         ),
         "up and its update in one kernel": (
-            lambda: up_and_update("torch", torchs),
+            by("torch", up_and_update),
             lambda: gemm.grouped_gemm_low_rank(x_SD, experts.gate_up_proj, ends, low_rank)[0],
             up_flops,
         ),
         "layer, forward and backward": (
-            lambda: step("torch"),
-            lambda: step("triton"),
+            by("torch", layer.step),
+            by("triton", layer.step),
             3 * (up_flops + 2.0 * num_rows * width * inner + hot_rows * 2 * (r * inner + r * width)),
         ),
     }

@@ -59,7 +59,7 @@ def test_so_it_is_with_weights_that_train(dtype):
         leaves = [experts.down_proj, inputs[0], inputs[2], factors.A_down, factors.B_gate_up]
         gradients.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     for expected, ours in zip(*gradients, strict=True):
-        assert relative(ours, expected) < 1e-6
+        assert relative(ours, expected) < (1e-6 if dtype == torch.float32 else 0.01)
 
 
 def test_two_adapters_and_dropout_draw_the_masks_that_they_draw_without():
