@@ -130,7 +130,8 @@ def test_an_adapted_model_in_memory(folder: Path):
     ]
     assert before[0].results[:3] != after[1].results, "the adapter takes part"
     examples = get_task("gsm8k").load("test", str(folder / "gsm8k"), None, 0)[:3]
-    ours = generate(model, tokenizer, examples, max_new_tokens=256, stop=("Question:",))
+    task = get_task("gsm8k")
+    ours = generate(model, tokenizer, examples, max_new_tokens=task.max_new_tokens, stop=task.stop)
     assert [r["prediction"] for r in after[0].results] == ours
     examples = get_task("hellaswag").load("test", str(folder / "hellaswag"), None, 0)[:3]
     found = evaluate_task(model, tokenizer, get_task("hellaswag"), examples)
