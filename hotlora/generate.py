@@ -125,9 +125,8 @@ def answer_batches(
     rows = [(i, sample) for i in order for sample in range(sampling.samples)]
     groups = list(_by_tokens(rows, [len(prompt) + max_new_tokens for prompt in prompts], batch_size))
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
-        eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0
+    )
     missing = set(range(len(examples))).difference(done)
     for group in track(groups, "generating", progress):
         if not any(i in missing for i, _ in group):
@@ -141,7 +140,7 @@ def answer_batches(
                 TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p),
                 _Draw(seeds, width, max_new_tokens),
             ]  # fmt: skip
-        with inference(model):
+        with inference(model), _no_generation_config(model):
             output = model.generate(
                 input_ids=pad(ids, tokenizer.pad_token_id, "left").to(device_of(model)),
                 attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(device_of(model)),
@@ -177,6 +176,20 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None})
+
+
+@contextmanager
+def _no_generation_config(model: Any) -> Iterator[None]:
+    """Without what the checkpoint's generation_config.json says, which `generate` takes wherever it is told nothing."""
+    owners = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
+    own = [module.generation_config for module in owners]
+    for module in owners:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in zip(owners, own, strict=True):
+            module.generation_config = config
 
 
 @contextmanager
