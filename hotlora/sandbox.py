@@ -48,7 +48,7 @@ class SqlSandbox:
     def run(self, database: str | Path, sql: str) -> SqlResult:
         """The rows that `sql` gives on `database`, a file that is opened read-only.
 
-        Anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the SQL, or
+        No query at all, anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the SQL, or
         a limit that is reached, comes back as `error`.
         """
         with self._lock:
@@ -158,7 +158,10 @@ def _answer(database: str, sql: str, max_rows: int) -> dict[str, Any]:
         connection = _connect(database)
         try:
             rows, size = [], 0
-            for row in connection.execute(sql):
+            found = connection.execute(sql)
+            if found.description is None:  # no columns: nothing, or a comment, which SQLite runs as well
+                return {"error": "the text holds no query"}
+            for row in found:
                 rows.append([_encode(value) for value in row])
                 size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
                 if len(rows) > max_rows or size > MAX_BYTES:

@@ -93,6 +93,13 @@ def test_execution_rules(folder: Path, gold: str, predicted: str, right: bool):
     assert score(load_one(folder, gold), f" {predicted}") is right
 
 
+@pytest.mark.parametrize("text", ["", "  \n", ";", "-- I do not know.", "/* SELECT name */", "; SELECT name FROM people"])
+def test_no_query_is_wrong_where_gold_gives_no_rows(folder: Path, text: str):
+    """SQLite runs it and gives no rows, too; published gold queries without rows are 49 of 972."""
+    example = load_one(folder, "SELECT name FROM people WHERE age = 99")
+    assert score(example, "SELECT name FROM people WHERE age > 98") and not score(example, text)
+
+
 def test_every_database_of_the_folder_counts(folder: Path):
     gold, lucky = "SELECT max(age) FROM people", "SELECT 5"
     example = load_one(folder, gold)
@@ -167,6 +174,7 @@ def published() -> list[spider.Example]:
 def test_published_gold_queries_are_right(published: list[spider.Example]):
     assert len(published) == 972  # 62 of the 1,034 ask about a database that this copy lacks
     assert TASK.metric_name(published) == "execution_accuracy"
+    assert not any(score(example, "") for example in published)
     assert [example.completion for example in published if not score(example, cut(example.completion, TASK.stop))] == []
 
 
