@@ -48,8 +48,8 @@ class SqlSandbox:
     def run(self, database: str | Path, sql: str) -> SqlResult:
         """The rows that `sql` gives on `database`, a file that is opened read-only.
 
-        No query at all, anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the SQL, or
-        a limit that is reached, comes back as `error`.
+        No query at all, anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the
+        SQL, or a limit that is reached, comes back as `error`.
         """
         with self._lock:
             worker = self._start()
