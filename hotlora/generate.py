@@ -5,6 +5,7 @@ options, and every sample draws from a seed of its own. So an evaluation that wa
 """
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
 from .tasks import Example
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,9 @@ def answer_batches(
     """
     check_batches(examples, batch_size)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
+    window = context_length(model, tokenizer)
+    if window is not None and (long := sum(len(prompt) > window for prompt in prompts)):
+        _log.warning("%d of %d prompts are longer than the model's window of %d tokens.", long, len(prompts), window)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, sample) for i in order for sample in range(sampling.samples)]
     groups = list(_by_tokens(rows, [len(prompt) + max_new_tokens for prompt in prompts], batch_size))
@@ -169,6 +176,15 @@ def written(tokenizer: Any, prompts: Sequence[list[int]], answers: Sequence[list
 def cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of `stop`."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def context_length(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model reads at most, looked for where lm-eval does; None where nothing tells."""
+    config = model.config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config, name, None)) is not None:
+            return int(length)
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length < VERY_LARGE_INTEGER else None
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

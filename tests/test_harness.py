@@ -145,6 +145,20 @@ def test_an_adapted_model_in_memory(folder: Path):
 
 
 @harness
+def test_choices_past_the_models_window_are_cut_as_lm_eval_cuts_them(folder: Path):
+    from hotlora.evaluate import evaluate_task
+
+    tokenizer, model = byte_tokenizer(), tiny_model("olmoe", vocab_size=259, max_position_embeddings=32)
+    _, (theirs,) = evaluate_by_lm_eval(model, tokenizer, [f"hellaswag:{folder}/hellaswag"], num_fewshot=0)
+    examples = get_task("hellaswag").load("test", str(folder / "hellaswag"), None, 0)
+    found = evaluate_task(model, tokenizer, get_task("hellaswag"), examples)
+    assert 0 < found.cut < len(examples)
+    for their, mine, example in zip(theirs.results, found.results, examples, strict=True):
+        whole = [value * len(choice) for value, choice in zip(mine["scores"], example.choices, strict=True)]
+        assert [float(pair[0]) for pair in their["prediction"]] == pytest.approx(whole, rel=1e-4)
+
+
+@harness
 def test_the_command_keeps_a_record(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def call(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["hotlora", "evaluate", "--harness", "lm-eval", *map(str, words)])
