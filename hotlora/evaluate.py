@@ -132,7 +132,7 @@ def evaluate_task(
         for group in track(list(_groups(order, batch_size)), "scoring", progress):
             picked = sorted(group)
             if not set(picked).issubset(done):
-                some = [examples[i] for i in picked]
+                some = {i: examples[i] for i in picked}
                 per_character = task.metric == "acc_norm"
                 values, cuts = _scores_and_cuts(
                     model, tokenizer, some, per_character=per_character, batch_size=batch_size
@@ -298,8 +298,9 @@ def choice_scores(
         DataError: no examples, an empty choice or prompt, or a choice that alone is longer than the window.
     """
     scores, cuts = _scores_and_cuts(
-        model, tokenizer, examples, per_character=per_character, batch_size=batch_size, progress=progress
-    )
+        model, tokenizer, dict(enumerate(examples)), per_character=per_character, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
     _tell_cut(sum(map(bool, cuts)), len(examples), model, tokenizer)
     return scores
 
@@ -307,26 +308,27 @@ def choice_scores(
 def _scores_and_cuts(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
+    named: Mapping[int, Example],
     *,
     per_character: bool,
     batch_size: int,
     progress: bool = False,
 ) -> tuple[list[list[float]], list[int]]:
-    """`choice_scores`, and how many tokens of each example's longest text did not fit."""
+    """`choice_scores` of examples by their index, and how many tokens of each one's longest text did not fit."""
+    examples = list(named.values())
     check_batches(examples, batch_size)
     window = context_length(model, tokenizer)
     rows, cuts = [], [0] * len(examples)  # rows: (example, choice, token ids, number of prompt tokens)
-    for i, example in enumerate(examples):
+    for i, (index, example) in enumerate(named.items()):
         prompt = encode_prompt(example, tokenizer)
         for j, choice in enumerate(example.choices):
             completion = encode_completion(example, f" {choice}", prompt, tokenizer)
             if not choice or not completion or not prompt:
-                raise DataError(f"Example {i}: choice {j} or its prompt is empty, so it has no likelihood.")
+                raise DataError(f"Example {index}: choice {j} or its prompt is empty, so it has no likelihood.")
             if window is not None and len(completion) > window:
                 raise DataError(
-                    f"Example {i}: choice {j} has {len(completion)} tokens, and the model's window is {window}: leave "
-                    "the example out."
+                    f"Example {index}: choice {j} has {len(completion)} tokens, and the model's window is {window}: "
+                    "leave the example out."
                 )
             # As lm-eval cuts: the window holds what is read, and the last token is only predicted.
             cut = max(0, len(prompt + completion) - window - 1) if window is not None else 0

@@ -132,6 +132,9 @@ def test_data_without_a_scorer_is_not_evaluated_on(model):
 def test_an_empty_choice_is_an_error(model):
     with pytest.raises(DataError, match="Example 0: choice 1 or its prompt is empty"):
         choice_scores(model, TOKENIZER, [Example("p", "", choices=("a", ""), label=0)])
+    examples = [Example("p" * (9 - i), "", choices=("a", "b" * (i != 2)), label=0) for i in range(4)]
+    with pytest.raises(DataError, match="Example 2: choice 1"):
+        evaluate_task(model, TOKENIZER, get_task("boolq"), examples, batch_size=1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
