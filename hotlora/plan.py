@@ -202,6 +202,11 @@ def select_experts(
     if rule in BY_SHARE:
         _check_shares(rule, profile.layers, table)
     if rule == "cumulative" and signal == "mass":
+        if profile.num_tokens < 1:
+            raise PlanError(
+                f"the profile says num_tokens = {profile.num_tokens}, and rule {rule!r} by mass needs weights a token: "
+                "profile again, or choose signal count"
+            )
         table = table / profile.num_tokens
         _tell_unreached(profile.layers, table, params["p"])
     chosen = RULES[rule](table, params)

@@ -170,6 +170,13 @@ def test_cumulative_by_mass_adds_gate_weights_a_token_as_esft_does(caplog):
             assert "p = 0.6 is more than" in caplog.text and "all experts" in caplog.text
 
 
+def test_cumulative_by_mass_needs_the_number_of_tokens():
+    profile = RoutingProfile((0,), torch.tensor([[1, 2]]), torch.tensor([[0.5, 1.0]]), 0, 1, source={})
+    with pytest.raises(PlanError, match="num_tokens = 0, and rule 'cumulative' by mass needs weights a token"):
+        select_experts(profile, rule="cumulative", signal="mass")
+    assert select_experts(profile, rule="cumulative").experts == {0: (1,)}
+
+
 def test_cumulative_by_mass_is_coverage_where_a_tokens_weights_sum_to_one():
     counts = [[2 * n for n in row] for row in COUNTS]
     profile = make_profile(counts, mass=[[n / 2 for n in row] for row in counts])
