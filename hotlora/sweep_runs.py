@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .crew import Job
-from .data import data_hash, load_examples
+from .data import data_hash, load_examples, tokenize
 from .errors import FileError
 from .generate import Sampling
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, vocab_size
 from .quantize import experts_in
 from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile
@@ -64,8 +64,11 @@ def make_profile(
             return
     except FileError:
         pass  # none yet
+    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
     base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
-    profile_data(base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length).save(path)
+    profile_data(
+        base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length, dataset=dataset
+    ).save(path)
 
 
 def keep_failure(job: Job) -> None:
