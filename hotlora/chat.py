@@ -9,7 +9,7 @@ that rewrites those once the answer is there (gpt-oss drops their reasoning) say
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
@@ -249,9 +249,12 @@ class ChatTemplate:
             note("the chat template writes no end-of-turn token after an answer, so how to end one is not learned")
 
 
-def template_hash(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's chat templates."""
-    return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
+def template_source(tokenizer: Any, examples: Sequence[Example]) -> dict[str, str]:
+    """What a run or a profile of these examples is of besides, as the data's hash has nothing of it: the hash of the
+    tokenizer's chat templates, if any example was written by one."""
+    if not any(example.text is not None for example in examples):
+        return {}
+    return {"chat_template": hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()}
 
 
 def at_time(template: str, now: datetime) -> str:

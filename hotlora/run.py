@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from .adapter import HotLoraConfig
-from .chat import template_hash
+from .chat import template_source
 from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
@@ -70,7 +70,7 @@ def profile_data(
     dataset: what `tokenize` has made of the examples already.
     """
     dataset = tokenize(examples, tokenizer, max_length) if dataset is None else dataset
-    source = _profile_source(model, examples, data, model_name, max_length)
+    source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
     some = batches(dataset, tokenizer, batch_size)
     return profile_routing(model, some, progress=progress, source=source, share_out=True)
 
@@ -190,8 +190,7 @@ def run_training(
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize, "keep_hot": keep_hot or None,
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
-    by_template = any(example.text is not None for example in (*examples, *test))
-    options |= {"chat_template": template_hash(tokenizer)} if by_template else {}
+    options |= (template := template_source(tokenizer, (*examples, *test)))
     if (done := finished(output, options)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
@@ -207,7 +206,7 @@ def run_training(
         model={"name": model, "fingerprint": ""},
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
-    record["data"] |= {"read_at": now.isoformat()} if by_template else {}
+    record["data"] |= {"read_at": now.isoformat()} if template else {}
     with recorded(record, output):
         loading: dict[str, Any] = {
             "dtype": dtype, "device": device, "quantize": quantize, "expert_parallel": expert_parallel
@@ -286,11 +285,12 @@ def run_training(
 
 
 def _profile_source(
-    model: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
+    model: Any, tokenizer: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
 ) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(model), "model": model_name, "data": data,
         "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
+        **template_source(tokenizer, examples),
     }  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def _profile(
     some = profile_sample(examples, fraction)
     if file.is_file():
         routing = RoutingProfile.load(file)
-        source = _profile_source(model, some, data, model_name, config.max_length)
+        source = _profile_source(model, tokenizer, some, data, model_name, config.max_length)
         if all(routing.source.get(key) == value for key, value in source.items()):
             return routing, file
     routing = profile_data(

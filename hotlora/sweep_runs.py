@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .chat import template_source
 from .crew import Job
 from .data import data_hash, load_examples, tokenize
 from .errors import FileError
@@ -59,8 +60,10 @@ def make_profile(
     """Writes the routing profile that `run_training` would make of these options, unless it is there."""
     tokenizer = load_tokenizer(model)
     examples = profile_sample(load_examples(data, "train", limit=limit, tokenizer=tokenizer), profile_fraction)
+    wanted = {"data_hash": data_hash(examples), **template_source(tokenizer, examples)}
     try:
-        if RoutingProfile.load(path).source.get("data_hash") == data_hash(examples):
+        source = RoutingProfile.load(path).source
+        if all(source.get(name) == value for name, value in wanted.items()):
             return
     except FileError:
         pass  # none yet
