@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from .errors import DataError
+from .files import JSON_ERRORS
 from .tasks import Example
 from .tasks.rows import Row
 
@@ -87,7 +88,7 @@ def _tools(place: str, tools: Any) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):  # as TRL takes them, too: a column of one type for tools of many
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except JSON_ERRORS as error:
             raise DataError(f"{place}: 'tools' is text that is no JSON ({error}); give a list of objects.") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError(f"{place}: 'tools' must be a list of objects (JSON schemas), this is {_short(tools)}.")
@@ -111,8 +112,9 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, does not write its answer, or hides where that begins.
         """
-        as_read, talk = talk, self._accepted(talk)
-        text, prompt = self.render(talk), self.render(talk, -1, generation_prompt=True)
+        as_read = talk
+        talk, text = self._accepted(talk)
+        prompt = self.render(talk, -1, generation_prompt=True)
         start = self._start(talk, text, prompt)
         self._check(talk, text, start)
         self._note(talk, text, start)
@@ -143,20 +145,19 @@ class ChatTemplate:
     def _template(self, talk: Conversation) -> str:
         return at_time(self.tokenizer.get_chat_template(tools=talk.tools), self.now)
 
-    def _accepted(self, talk: Conversation) -> Conversation:
-        """The conversation itself or, for templates that write `content` whatever it is, with "" for none."""
+    def _accepted(self, talk: Conversation) -> tuple[Conversation, str]:
+        """The conversation and its text, with "" for no `content` where the template writes that whatever it is."""
         try:
-            self.render(talk)
-            return talk
+            return talk, self.render(talk)
         except DataError as refused:
             filled = [{**m, "content": ""} if m.get("content") is None else m for m in talk.messages]
             if filled == talk.messages:
                 raise
+            talk = replace(talk, messages=filled)
             try:
-                self.render(replace(talk, messages=filled))
+                return talk, self.render(talk)
             except DataError:
                 raise refused from None
-            return replace(talk, messages=filled)
 
     def _start(self, talk: Conversation, text: str, prompt: str) -> int:
         """Where the last message's part of the text begins."""
