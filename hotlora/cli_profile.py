@@ -78,9 +78,9 @@ def profile(
     if model is None:
         raise typer.BadParameter("give the model to profile", param_hint="--model")
     output = output or Path("profile.safetensors")
-    from .data import load_examples
+    from .data import load_examples, tokenize
     from .distributed import is_main, start
-    from .models import load_tokenizer
+    from .models import load_tokenizer, vocab_size
     from .run import profile_data
     from .run_folder import load_base
 
@@ -88,8 +88,11 @@ def profile(
     start(device)
     tokenizer = load_tokenizer(model)
     examples = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
+    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
     base = load_base(model, dtype=dtype, device=device, quantize=quantize, expert_parallel=expert_parallel)
-    result = profile_data(base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length)
+    result = profile_data(
+        base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length, dataset=dataset
+    )
     if not is_main():
         return
     result.save(output)

@@ -240,13 +240,26 @@ def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
     Raises:
         ModelError: not found.
     """
+    return _text_config(name_or_path).dtype or torch.float32
+
+
+def vocab_size(name_or_path: str | Path) -> int | None:
+    """Rows of a checkpoint's embedding, by its config; None where it does not say.
+
+    Raises:
+        ModelError: not found.
+    """
+    return getattr(_text_config(name_or_path), "vocab_size", None)
+
+
+def _text_config(name_or_path: str | Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return config.get_text_config().dtype or torch.float32
+    return config.get_text_config()
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

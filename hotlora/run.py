@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
 from .adapter import HotLoraConfig
+from .chat import template_source
 from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
@@ -34,14 +36,14 @@ from .errors import DataError, HotLoraError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .files import atomic_folder, file_in, sha256_file
 from .load import WEIGHTS_FILE
-from .models import fingerprint, load_tokenizer
+from .models import fingerprint, load_tokenizer, vocab_size
 from .plan import ExpertPlan, select_experts
 from .quantize import quantized_parameters
 from .quiet import quiet
 from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
-from .run_folder import finished, load_base, recorded, save_evaluation
+from .run_folder import data_time, finished, load_base, recorded, save_evaluation
 from .tasks import Example, Task
 from .train import train
 
@@ -60,11 +62,15 @@ def profile_data(
     *,
     batch_size: int = 16,
     max_length: int = 512,
+    dataset: Dataset | None = None,
     progress: bool = False,
 ) -> RoutingProfile:
-    """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it."""
-    dataset = tokenize(examples, tokenizer, max_length)
-    source = _profile_source(model, examples, data, model_name, max_length)
+    """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it.
+
+    dataset: what `tokenize` has made of the examples already.
+    """
+    dataset = tokenize(examples, tokenizer, max_length) if dataset is None else dataset
+    source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
     some = batches(dataset, tokenizer, batch_size)
     return profile_routing(model, some, progress=progress, source=source, share_out=True)
 
@@ -164,9 +170,10 @@ def run_training(
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
     tokenizer = load_tokenizer(model)
-    examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer)
+    now = data_time(output)
+    examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, now=now)
     held_out = test_source(data, test_data)
-    test = load_examples(held_out, "test", limit=test_limit, tokenizer=tokenizer) if held_out else []
+    test = load_examples(held_out, "test", limit=test_limit, tokenizer=tokenizer, now=now) if held_out else []
     given = ExpertPlan.load(plan) if plan is not None else None
     if full and dtype == "auto":
         dtype = "float32"
@@ -183,9 +190,15 @@ def run_training(
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize, "keep_hot": keep_hot or None,
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
+    options |= (template := template_source(tokenizer, (*examples, *test)))
     if (done := finished(output, options)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
+    size = vocab_size(model)
+    dataset = tokenize(examples, tokenizer, config.max_length, vocab_size=size)
+    # Requests to refuse have no answer that a loss could be taken of.
+    some = any(example.completion for example in test)
+    held = tokenize(test, tokenizer, config.max_length, vocab_size=size) if some else None
 
     condition = condition or ("fft" if full else given.rule if given else rule)
     record = new_record(
@@ -193,6 +206,7 @@ def run_training(
         model={"name": model, "fingerprint": ""},
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
+    record["data"] |= {"read_at": now.isoformat()} if template else {}
     with recorded(record, output):
         loading: dict[str, Any] = {
             "dtype": dtype, "device": device, "quantize": quantize, "expert_parallel": expert_parallel
@@ -225,11 +239,11 @@ def run_training(
             adapted = _adapt(base, chosen, config, mask)
             record["parameters"] = count_parameters(adapted)
             if reprofile_every is not None:
-                some = tokenize(profile_sample(examples, profile_fraction), tokenizer, config.max_length)
+                sample = tokenize(profile_sample(examples, profile_fraction), tokenizer, config.max_length)
                 moving = Reprofiling(
                     adapted,
                     profile=lambda: profile_routing(
-                        adapted, batches(some, tokenizer, config.batch_size), share_out=True
+                        adapted, batches(sample, tokenizer, config.batch_size), share_out=True
                     ),
                     select=lambda routing: _select(routing, selection, seed),
                     every=reprofile_every,
@@ -239,9 +253,6 @@ def run_training(
                 )
         if is_main():
             write_record(output, record)
-        dataset = tokenize(examples, tokenizer, config.max_length)
-        # Requests to refuse have no answer that a loss could be taken of.
-        held = tokenize(test, tokenizer, config.max_length) if any(e.completion for e in test) else None
         scoring: dict[str, Any] = {"batch_size": eval_batch_size, "progress": progress}
         before = held and response_loss(adapted, tokenizer, held, share_out=True, **scoring)
         identity = {"model": model, "data_hash": options["data_hash"], "plan_hash": record.get("plan", {}).get("hash")}
@@ -274,11 +285,12 @@ def run_training(
 
 
 def _profile_source(
-    model: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
+    model: Any, tokenizer: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
 ) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(model), "model": model_name, "data": data,
         "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
+        **template_source(tokenizer, examples),
     }  # fmt: skip
 
 
@@ -308,7 +320,7 @@ def _profile(
     some = profile_sample(examples, fraction)
     if file.is_file():
         routing = RoutingProfile.load(file)
-        source = _profile_source(model, some, data, model_name, config.max_length)
+        source = _profile_source(model, tokenizer, some, data, model_name, config.max_length)
         if all(routing.source.get(key) == value for key, value in source.items()):
             return routing, file
     routing = profile_data(

@@ -4,12 +4,13 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoints
 from .config import FREE_OPTIONS, same_run
-from .distributed import first_failure, is_main, sharding, wait_for_all
+from .distributed import all_objects, first_failure, is_main, sharding, wait_for_all
 from .errors import FileError, HotLoraError
 from .evaluate import Evaluation
 from .load import load_adapter
@@ -48,6 +49,17 @@ def load_base(
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()
     return base
+
+
+def data_time(output: Path) -> datetime:
+    """When the run in `output` first read its data, or the present, for all processes: a chat template may write the
+    date, and a run that goes on the next day must not train on other tokens."""
+    told = read_record(output)["data"].get("read_at") if (output / "run.json").is_file() else None
+    try:
+        now = datetime.fromisoformat(told) if told is not None else datetime.now().replace(microsecond=0)
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{output / 'run.json'}: read_at is {told!r}; it must be a time in ISO 8601") from error
+    return all_objects(now)[0]
 
 
 def finished(output: Path, options: dict[str, Any], results: Path | None = None) -> Record | None:

@@ -18,7 +18,7 @@ from .plan import select_experts
 from .records import Record, read_record, write_record
 from .routing import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training
-from .run_folder import load_base
+from .run_folder import data_time, load_base
 
 WARMUPS = ("none", "lora")
 
@@ -139,7 +139,7 @@ def _warm_up(
         condition="warm-up",
         **{name: options[name] for name in names if name in options},
     )
-    some = load_examples(data, "train", limit=number, tokenizer=tokenizer)
+    some = load_examples(data, "train", limit=number, tokenizer=tokenizer, now=data_time(output))
     if not file.is_file():
         warmed = profile_data(
             load_adapter(_base(model, options), output / "adapter"), tokenizer, some, data, model,

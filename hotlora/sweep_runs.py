@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .chat import template_source
 from .crew import Job
-from .data import data_hash, load_examples
+from .data import data_hash, load_examples, tokenize
 from .errors import FileError
 from .generate import Sampling
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, vocab_size
 from .quantize import experts_in
 from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile
@@ -59,13 +60,18 @@ def make_profile(
     """Writes the routing profile that `run_training` would make of these options, unless it is there."""
     tokenizer = load_tokenizer(model)
     examples = profile_sample(load_examples(data, "train", limit=limit, tokenizer=tokenizer), profile_fraction)
+    wanted = {"data_hash": data_hash(examples), **template_source(tokenizer, examples)}
     try:
-        if RoutingProfile.load(path).source.get("data_hash") == data_hash(examples):
+        source = RoutingProfile.load(path).source
+        if all(source.get(name) == value for name, value in wanted.items()):
             return
     except FileError:
         pass  # none yet
+    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
     base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
-    profile_data(base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length).save(path)
+    profile_data(
+        base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length, dataset=dataset
+    ).save(path)
 
 
 def keep_failure(job: Job) -> None:
