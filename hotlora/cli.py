@@ -42,7 +42,7 @@ from .cli_profile import profile
 from .cli_sweep import sweep
 from .cli_train import print_evaluation, train
 from .errors import HotLoraError, Stopped
-from .stopping import on_sigterm, stop
+from .stopping import on_stop, stop
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -403,7 +403,7 @@ app.command()(bench)
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
     try:
-        with on_sigterm(stop):
+        with on_stop(stop):
             app()
     except Stopped as stopped:
         err.print(escape(stopped.message), highlight=False, soft_wrap=True)
@@ -428,9 +428,6 @@ def main() -> None:
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same words again to go on")
-        sys.exit(130)
     except SystemExit as ended:  # how a command that went well ends
         if not ended.code:
             _leave()

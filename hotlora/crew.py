@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .errors import Stopped
-from .stopping import on_sigterm, stop
+from .stopping import on_stop, say, stop, without_ctrl_c
 
 LOG = "log.txt"
 START = "spawn"  # a fork would inherit locks and threads of torch
@@ -77,6 +77,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, ended: Callable[[Job], None]) 
                     worker.end()
                 ended(job)
     except Stopped:
+        if any(worker.job for worker in workers):
+            say(f"waiting at most {PATIENCE} s for what runs to save a checkpoint")
         for worker in workers:  # a training saves a checkpoint, and ends
             worker.process.terminate()
         raise
@@ -107,7 +109,7 @@ class _Worker:
         context: Any = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,))
-        with _environment(worker_environment(number, processes, torch.cuda.device_count())):
+        with _environment(worker_environment(number, processes, torch.cuda.device_count())), without_ctrl_c():
             self.process.start()
         theirs.close()
 
@@ -188,7 +190,7 @@ def _work(connection: Connection) -> None:
                 function, arguments = connection.recv()  # imports what the function needs
                 if not gc.get_freeze_count():
                     gc.freeze()  # a run collects garbage more than once; what was imported is none
-                with on_sigterm(stop):
+                with on_stop(stop):
                     answer = True, function(**arguments)
             except KeyboardInterrupt:
                 return
