@@ -60,6 +60,23 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """FileError, naming `path`, where it could not be written later. Leaves nothing behind."""
+    path = Path(path)
+    temporary = _beside(path)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    with _named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+
+
 def _beside(path: Path) -> Path:
     if not path.name:
         raise FileError(f"{str(path)!r} has no name that could be written: give a file or a folder")

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from .checks import check_adapters, check_sizes
 from .data import data_hash, load_examples, task_of
 from .errors import DataError, HotLoraError
 from .evaluate import Evaluation, evaluate_answers, evaluate_task
@@ -70,6 +71,8 @@ def run_evaluation(
     task = _need_task(data)
     stored = _quantization(adapter, quantize, keep_hot)
     _check_engine(engine, task, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
+    check_sizes(batch_size=batch_size)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
@@ -139,6 +142,8 @@ def run_harness(
     version = lm_eval_version()
     stored = _quantization(adapter, quantize, keep_hot)
     _check_engine("transformers", None, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
+    check_sizes(batch_size=batch_size, limit=limit)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
     options: dict[str, Any] = {

@@ -230,7 +230,7 @@ def make_trainer(
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
-    _check_report_to(config.report_to)
+    check_report_to(config.report_to)
     with quiet():
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
@@ -249,7 +249,8 @@ def make_trainer(
     return trainer
 
 
-def _check_report_to(name: str) -> None:
+def check_report_to(name: str) -> None:
+    """HotLoraError: no such tracker, or its package is not installed."""
     known = sorted(INTEGRATION_TO_CALLBACK)
     if name not in ("none", "all", *known):
         raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
