@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .errors import Stopped
+from .files import append_to
 from .stopping import on_stop, say, stop, without_ctrl_c
 
 LOG = "log.txt"
@@ -220,7 +221,7 @@ def _output_to(path: Path) -> Iterator[None]:
     """Sends stdout and stderr, those of C libraries too, to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(1), os.dup(2)]
-    with open(path, "ab") as file:
+    with append_to(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:

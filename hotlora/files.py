@@ -7,11 +7,12 @@ import math
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import FileError
 
@@ -120,6 +121,29 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def append_to(path: str | os.PathLike[str], mode: str = "a", buffering: int = -1) -> IO[Any]:
+    """Opens a file of our own to append to it, UTF-8 where it is text. A folder may come from somebody else: FileError
+    where the name is a link, whose target would be written to, or no file."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe without a reader must not wait
+    path = Path(path)
+    try:
+        file = open(
+            path, mode, buffering, None if "b" in mode else "utf-8", opener=lambda name, own: os.open(name, own | flags)
+        )
+    except OSError as error:
+        if path.is_symlink():
+            raise FileError(f"{path} is a link: delete it, and nothing else is written to") from error
+        if path.exists() and not path.is_file():
+            raise FileError(f"{path} is no file: delete it, or give another folder") from error
+        raise
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        kind = "a link" if stat.S_ISREG(found.st_mode) else "no file"
+        raise FileError(f"{path} is {kind}: delete it, and nothing else is written to")
+    return file
 
 
 def file_in(path: str | os.PathLike[str], name: str) -> Path:

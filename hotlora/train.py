@@ -32,7 +32,7 @@ from .distributed import (
     wants_checkpointing,
 )
 from .errors import DataError, HotLoraError, Stopped
-from .files import read_json, write_json
+from .files import append_to, read_json, write_json
 from .lock import locked
 from .quiet import quiet
 from .records import peak_memory_bytes, reset_peak_memory
@@ -360,7 +360,7 @@ class _Recorder(TrainerCallback):
         }
         row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with append_to(self.path) as file:
             file.write(json.dumps(row) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
