@@ -169,7 +169,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file. FileError, naming the file, where it is missing, cut short or foreign."""
     path = Path(path)
     try:
-        obj = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        text = path.read_text(encoding="utf-8")
+        obj = whole_text(json.loads(text, object_pairs_hook=_unique), text)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist: check the path, or run the step that writes it") from None
     except OSError as error:
@@ -195,7 +196,7 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
             for line in file:
                 if not line.endswith("\n"):
                     break
-                row = json.loads(line)
+                row = whole_text(json.loads(line), line)
                 if not isinstance(row, dict) or not all(key in row for key in keys):
                     raise ValueError(f"an object with {', '.join(keys) or 'any keys'} was expected")
                 rows.append(row)
@@ -204,6 +205,19 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
     except JSON_ERRORS as error:
         raise FileError(f"{path}, line {len(rows) + 1}: {error}; write the file again") from error
     return rows
+
+
+def whole_text(obj: Any, source: str) -> Any:
+    """`obj`, which the JSON in `source` says; ValueError where a text in it holds half a character: JSON can write one
+    half of a surrogate pair, and nothing can encode it."""
+    if "\\u" not in source:
+        return obj
+    try:
+        json.dumps(obj, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(f"a text holds half a character ({half}), which is none") from None
+    return obj
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from ..files import JSON_ERRORS
+from ..files import JSON_ERRORS, whole_text
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
@@ -49,7 +49,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield Row(f"{path} line {number}", json.loads(line))
+                yield Row(f"{path} line {number}", whole_text(json.loads(line), line))
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
@@ -63,7 +63,10 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}{line} is not valid JSON ({_why(error)}).") from error
     for number, row in enumerate(values, start=1):
-        yield Row(f"{path} row {number}", row)
+        try:
+            yield Row(f"{path} row {number}", whole_text(row, text))
+        except ValueError as error:
+            raise DataError(f"{path} row {number}: {error}; write it again.") from error
 
 
 def _why(error: Exception) -> str:
