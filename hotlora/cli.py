@@ -42,6 +42,7 @@ from .cli_profile import profile
 from .cli_sweep import sweep
 from .cli_train import print_evaluation, train
 from .errors import HotLoraError, Stopped
+from .escape import lines
 from .stopping import on_stop, stop
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
@@ -386,9 +387,12 @@ def report(
     from .records import find_records
     from .report import conditions_table, write_report
 
-    records = find_records(runs)
+    skipped: dict[Path, str] = {}
+    records = find_records(runs, skipped)
     page = write_report(runs, output or runs)
     out.print(conditions_table(records))
+    for folder, why in skipped.items():
+        out.print(f"left out: {lines(f'{folder}: {why}')}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True)
     if has_recipes(records.values()):
         for tables in write_tables(runs, output or runs):
@@ -406,16 +410,16 @@ def main() -> None:
         with on_stop(stop):
             app()
     except Stopped as stopped:
-        err.print(escape(stopped.message), highlight=False, soft_wrap=True)
+        err.print(escape(lines(stopped.message)), highlight=False, soft_wrap=True)
         sys.exit(stopped.code)
     except HotLoraError as error:
         if _is_told_here(error):
-            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(lines(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except OSError as error:  # a path that cannot be one, a disk that is full
         if _is_told_here(error):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            err.print(f"[bold red]error:[/] {escape(what)}; check the path", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(lines(what))}; check the path", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         if not _is_told_here(error):  # it waited for another process, whose error has been told
