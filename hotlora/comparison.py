@@ -142,7 +142,7 @@ def compare_runs(
             continue
         if not _tasks(record, metric):
             left_out.append(f"{condition}, seed {seed} ({folder}): done, without a {metric.replace('_', ' ')}")
-        place = seed if record.get("training") or sweep.get("scores") else None
+        place = seed if _is_trained(record) or sweep.get("scores") else None
         for task in _tasks(record, metric):
             key = (sweep["name"], record["model"]["name"], task)
             if (twin := folders.setdefault((key, condition, place), folder)) != folder:
@@ -266,6 +266,11 @@ def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
 def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping[str, Any] | set[str]) -> str | None:
     beside = str(PurePosixPath(condition).parent / reference)
     return beside if beside in names else reference if reference in names else None
+
+
+def _is_trained(record: Record) -> bool:
+    """Not so the model as it is, of which the held-out loss may have been taken."""
+    return bool(record.get("training")) and (record.get("parameters") or {}).get("trainable") != 0
 
 
 def _metric(metric: str, records: Iterable[Record]) -> str:

@@ -212,10 +212,11 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
 
 
 def _scoring(arguments: Mapping[str, Any], folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """`run_evaluation`'s arguments, such that it scores what `run_training` would."""
+    """The arguments of `run_evaluation`, or `run_held_out`, such that it scores what `run_training` would."""
     names = {"test_limit": "limit", "eval_batch_size": "batch_size"}
     taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", *SAMPLING)
     scoring = {names.get(name, name): arguments[name] for name in taken if name in arguments}
+    scoring["max_length"] = arguments["config"].max_length
     data = test_source(arguments["data"], arguments.get("test_data"))
     if data is None:
         raise DataError(f"{arguments['data']} has no test examples of its own to score: give test_data.")

@@ -118,7 +118,12 @@ def read_sections(records: Records) -> list[Section]:
         if record["condition"] == "base":
             model, own = record["model"]["name"], record["data"]["name"]
             wanted = {own, *(record.get("evaluation") or {})}
-            joined = [key for key in groups if key[0] == model and key[1] in wanted]
+            held = (record.get("config") or {}).get("test_data")
+            joined = [
+                key
+                for key, group in groups.items()
+                if key[0] == model and (key[1] in wanted or _tested_on(group, held))
+            ]
             for key in joined or [(model, own)]:
                 groups.setdefault(key, {})[folder] = record
     sections = []
@@ -255,6 +260,11 @@ def _accuracy(result: Mapping[str, Any]) -> str:
 def _points(difference: Difference) -> str:
     point, low, high = (_signed(100 * value, 1) for value in difference)
     return f"{point} [{low} to {high}]" if difference.low == difference.low else point  # nan: no interval
+
+
+def _tested_on(group: Records, data: str | None) -> bool:
+    tested = ((record.get("config") or {}).get("test_data") for record in group.values())
+    return data is not None and data in tested
 
 
 def _signed(value: float, digits: int) -> str:
