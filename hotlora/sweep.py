@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .crew import Job, default_processes, run_jobs
 from .data import test_source
 from .errors import DataError, FileError, HotLoraError
+from .escape import lines
 from .lock import locked
 from .methods import resolve
 from .stages import run_method
@@ -159,7 +160,8 @@ def run_sweep(
         if job.status == "failed" and job.function is not make_profile:
             keep_failure(job)
         if not console.is_terminal:
-            console.print(f"{title(job)}: {job.error or state(job)}", highlight=False, markup=False, soft_wrap=True)
+            told = lines(f"{title(job)}: {job.error or state(job)}")
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     table = Live(console=console, get_renderable=lambda: progress_table(sweep.name, jobs), refresh_per_second=2)
     with locked(output), table:
