@@ -24,6 +24,7 @@ from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_f
 from .models import fingerprint, moe_layers
 from .records import environment
 from .routing import RoutingProfile
+from .stopping import without_ctrl_c
 from .worker import PARTS, Worker
 
 VERSION = 1
@@ -220,7 +221,8 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, config, contender), daemon=True)
-        self.process.start()
+        with without_ctrl_c():
+            self.process.start()
         theirs.close()
 
     def ask(self, what: str, *args: Any) -> Any:

@@ -42,7 +42,8 @@ from .cli_profile import profile
 from .cli_sweep import sweep
 from .cli_train import print_evaluation, train
 from .errors import HotLoraError, Stopped
-from .stopping import on_sigterm, stop
+from .escape import lines
+from .stopping import on_stop, stop
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -386,9 +387,12 @@ def report(
     from .records import find_records
     from .report import conditions_table, write_report
 
-    records = find_records(runs)
+    skipped: dict[Path, str] = {}
+    records = find_records(runs, skipped)
     page = write_report(runs, output or runs)
     out.print(conditions_table(records))
+    for folder, why in skipped.items():
+        out.print(f"left out: {lines(f'{folder}: {why}')}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True)
     if has_recipes(records.values()):
         for tables in write_tables(runs, output or runs):
@@ -403,19 +407,19 @@ app.command()(bench)
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
     try:
-        with on_sigterm(stop):
+        with on_stop(stop):
             app()
     except Stopped as stopped:
-        err.print(escape(stopped.message), highlight=False, soft_wrap=True)
+        err.print(escape(lines(stopped.message)), highlight=False, soft_wrap=True)
         sys.exit(stopped.code)
     except HotLoraError as error:
         if _is_told_here(error):
-            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(lines(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except OSError as error:  # a path that cannot be one, a disk that is full
         if _is_told_here(error):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            err.print(f"[bold red]error:[/] {escape(what)}; check the path", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(lines(what))}; check the path", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         if not _is_told_here(error):  # it waited for another process, whose error has been told
@@ -428,9 +432,6 @@ def main() -> None:
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same words again to go on")
-        sys.exit(130)
     except SystemExit as ended:  # how a command that went well ends
         if not ended.code:
             _leave()

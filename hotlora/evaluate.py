@@ -18,7 +18,7 @@ from datasets import Dataset
 from .data import IGNORE, batches, encode_completion, encode_prompt, pad
 from .distributed import all_objects, device_of, num_processes, rank, shared_out
 from .errors import DataError, FileError
-from .files import atomic_path
+from .files import append_to, atomic_path
 from .generate import (
     GREEDY,
     Answer,
@@ -237,7 +237,7 @@ def _evaluate(
     results = {} if path is None else _kept(Path(path), examples)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if path is None else open(path, "a", encoding="utf-8") as file:
+    with nullcontext() if path is None else append_to(path) as file:
         if len(results) < len(examples):
             for batch in work(frozenset(results)):
                 fresh = [result for result in batch if result["index"] not in results]

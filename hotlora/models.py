@@ -197,10 +197,7 @@ def load_model(
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
     source = model_source(name_or_path)
-    try:
-        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ModelError(f"device {str(device)!r} does not exist: give auto, cpu, cuda or cuda:0.") from error
+    target = checked_device(device)
     if target.type == "cuda" and target.index is None:
         target = own_device() or target
     if dtype == "auto" and target.type == "cpu":
@@ -232,6 +229,38 @@ def load_model(
             f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {mend}"
         ) from error
     return model.eval()
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device that `load_model` means by it. ModelError: there is none such here."""
+    try:
+        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ModelError(f"device {str(device)!r} does not exist: give auto, cpu, cuda or cuda:0.") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ModelError(f"device {str(device)!r} does not exist: there are {count} GPUs here. Give auto or cpu.")
+    return target
+
+
+def checked_dtype(dtype: str | torch.dtype) -> None:
+    """ModelError: `load_model` has no such dtype."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ModelError(f"dtype {str(dtype)!r} does not exist: give auto, float32, bfloat16 or float16.")
+
+
+def structure(name_or_path: str | Path) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device, from its config alone. ModelError: as `load_model`."""
+    source = model_source(name_or_path)
+    try:
+        model = _on_meta(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        moe_layers(model)
+    except ModelError as error:
+        raise ModelError(f"{name_or_path}: {error}") from None
+    except Exception as error:
+        raise ModelError(f"no config could be read from {str(name_or_path)!r}: {_first_line(error)}") from error
+    return model
 
 
 def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:

@@ -17,6 +17,7 @@ from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
 
 VERSION = 1
+MOST_RANK = 65536  # more than any matrix is wide
 SIGNALS = ("count", "mass")
 DEFAULT_FRACTION = 0.25  # MoE-Sieve s4
 DEFAULT_P = {
@@ -304,8 +305,10 @@ def _checked_ids(layer: Any, ids: Any, num_experts: int) -> list[int]:
 
 
 def _checked_ranks(layer: int, ranks: Any, expected: int) -> list[int]:
-    if not isinstance(ranks, list | tuple) or not all(_is_int(rank) and rank > 0 for rank in ranks):
-        raise PlanError(f"layer {layer}: ranks are {ranks!r}; they must be a list of positive integers")
+    if not isinstance(ranks, list | tuple) or not all(_is_int(rank) and 0 < rank <= MOST_RANK for rank in ranks):
+        raise PlanError(
+            f"layer {layer}: ranks are {str(ranks)[:200]}; they must be a list of positive integers up to {MOST_RANK}"
+        )
     if len(ranks) != expected:
         raise PlanError(f"layer {layer}: {len(ranks)} ranks for {expected} experts; give one rank per expert")
     return list(ranks)

@@ -23,7 +23,7 @@ from .adapter import HotLoraConfig
 from .distributed import is_main, wait_for_all
 from .errors import HotLoraError, PlanError
 from .factors import low_rank_products, uniform
-from .files import atomic_path, read_json_lines, write_text
+from .files import append_to, atomic_path, read_json_lines, write_text
 from .hot_experts import HotLoraExperts
 from .models import moe_layers
 from .plan import ExpertPlan
@@ -155,7 +155,7 @@ class Reprofiling(TrainerCallback):
         self._set_plan(plan)
         row = {"step": step, "jaccard": jaccard(before, plan), "jaccard_to_first": jaccard(self.first, plan)}
         if is_main():
-            with open(self.log, "a", encoding="utf-8") as file:
+            with append_to(self.log) as file:
                 file.write(json.dumps(row | {"came": came, "went": went, "plan_hash": plan.hash}) + "\n")
 
     def drift(self) -> list[dict[str, Any]]:

@@ -60,11 +60,26 @@ class RoutingProfile:
                 f"counts are {list(shape)}, mass is {list(self.mass.shape)}: both must be "
                 f"[{len(layers)} layers, experts]"
             )
-        if list(layers) != sorted(set(layers)):
+        is_index = all(isinstance(layer, int) and layer >= 0 for layer in layers)
+        if not is_index or list(layers) != sorted(set(layers)):
             raise DataError(f"layers are {layers}: they must be ascending decoder indices")
+        for name, least in (("num_tokens", 0), ("num_experts_per_tok", 1)):
+            number = getattr(self, name)
+            if not isinstance(number, int) or not least <= number < 2**63:
+                raise DataError(f"{name} is {str(number)[:40]!r}: it must be an integer of {least} or more")
+        self._check_numbers(layers)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "counts", self.counts.to("cpu", torch.int64))
         object.__setattr__(self, "mass", self.mass.to("cpu", torch.float64))
+
+    def _check_numbers(self, layers: tuple[int, ...]) -> None:
+        for layer, counts, mass in zip(layers, self.counts.to("cpu"), self.mass.to("cpu"), strict=True):
+            if (least := int(counts.min())) < 0:
+                raise DataError(f"counts: layer {layer} has {least}: a count is 0 or more")
+            if counts.double().sum() >= 2**63:
+                raise DataError(f"counts: layer {layer} adds up to more than 2^63")
+            if not mass.isfinite().all():
+                raise DataError(f"mass: layer {layer} has {mass[~mass.isfinite()][0]:g}: it must be finite")
 
     @property
     def num_experts(self) -> int:

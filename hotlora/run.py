@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from .adapter import HotLoraConfig
 from .chat import template_source
+from .checks import check_made_on, check_run, select
 from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
@@ -37,7 +38,7 @@ from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .files import atomic_folder, file_in, sha256_file
 from .load import WEIGHTS_FILE
 from .models import fingerprint, load_tokenizer, vocab_size
-from .plan import ExpertPlan, select_experts
+from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .quiet import quiet
 from .records import Record, new_record, write_record
@@ -141,14 +142,15 @@ def run_training(
     together; `distributed.sharding` has how the model is spread over them.
 
     Raises:
-        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The
-        record then has the status "failed" and the message.
+        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong: of options that is
+        told before anything is written or loaded. What fails later leaves a record with the status "failed" and the
+        message.
     """
     start(device)
     output, progress = Path(output), progress and is_main()
     if not 0 < profile_fraction <= 1:
         raise DataError(f"profile_fraction = {profile_fraction} is out of range: it must be in (0, 1].")
-    selection = {
+    selection: dict[str, Any] = {
         "rule": rule, "fraction": fraction, "experts_per_layer": experts_per_layer, "p": p, "budget": budget,
         "fillers": fillers, "scores": None if scores is None else str(scores), "signal": signal,
     }  # fmt: skip
@@ -169,6 +171,11 @@ def run_training(
             "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
+    check_run(
+        model, config=config, **selection, plan_seed=plan_seed, profile=profile, plan=plan, full=full,
+        reprofile_every=reprofile_every, reprofile_left=reprofile_left, eval_batch_size=eval_batch_size, dtype=dtype,
+        device=device, quantize=quantize,
+    )  # fmt: skip
     tokenizer = load_tokenizer(model)
     now = data_time(output)
     examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, now=now)
@@ -228,7 +235,7 @@ def run_training(
                 record["profile"] = {
                     "path": os.path.relpath(file, output), "hash": routing.hash, "num_tokens": routing.num_tokens
                 }  # fmt: skip
-                chosen = _select(routing, selection, seed)
+                chosen = select(routing, selection, seed)
                 if keep_hot:
                     del base
                     base = load_base(model, on_top_of, keep=chosen.experts, **loading)
@@ -245,7 +252,7 @@ def run_training(
                     profile=lambda: profile_routing(
                         adapted, batches(sample, tokenizer, config.batch_size), share_out=True
                     ),
-                    select=lambda routing: _select(routing, selection, seed),
+                    select=lambda routing: select(routing, selection, seed),
                     every=reprofile_every,
                     left=reprofile_left,
                     seed=config.seed,
@@ -310,11 +317,7 @@ def _profile(
     if shared is not None:
         file = file_in(shared, "profile.safetensors")
         routing = RoutingProfile.load(file)
-        made_on = routing.source.get("fingerprint")
-        if made_on is not None and made_on != fingerprint(model):
-            raise PlanError(
-                f"{file} is the profile of {made_on}, and {model_name} is {fingerprint(model)}: profile this model."
-            )
+        check_made_on(routing, fingerprint(model), file, model_name)
         return routing, file
     file = output / "profile.safetensors"
     some = profile_sample(examples, fraction)
@@ -337,12 +340,6 @@ def profile_sample(examples: Sequence[Example], fraction: float) -> list[Example
     num = min(len(examples), max(_MIN_PROFILED, round(fraction * len(examples))))
     stride = len(examples) / num  # spread over the data, which may be sorted
     return [examples[int(i * stride)] for i in range(num)]
-
-
-def _select(routing: RoutingProfile, selection: dict[str, Any], seed: int) -> ExpertPlan:
-    if selection["experts_per_layer"] == "top_k":
-        selection = selection | {"experts_per_layer": routing.num_experts_per_tok}
-    return select_experts(routing, **selection, seed=seed)
 
 
 def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig, mask: str | Path | None) -> Any:

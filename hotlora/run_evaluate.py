@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from .data import data_hash, load_examples, task_of
+from .checks import check_adapters, check_sizes
+from .data import data_hash, load_examples, task_of, tokenize
 from .errors import DataError, HotLoraError
-from .evaluate import Evaluation, evaluate_answers, evaluate_task
+from .evaluate import Evaluation, evaluate_answers, evaluate_task, response_loss
 from .files import read_json, sha256_file, write_json
 from .generate import GREEDY, Answer, Sampling
 from .generations import read_generations, score_generations
@@ -70,6 +71,8 @@ def run_evaluation(
     task = _need_task(data)
     stored = _quantization(adapter, quantize, keep_hot)
     _check_engine(engine, task, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
+    check_sizes(batch_size=batch_size)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
@@ -106,6 +109,56 @@ def run_evaluation(
     return record, evaluation
 
 
+def run_held_out(
+    model: str,
+    data: str,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    on_top_of: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: int | None = None,
+    keep_hot: bool = False,
+) -> Record:
+    """The held-out loss of a model, or of a model with a saved adapter, on data that names no task: what stands for a
+    score there. In the record it is where a training has its own, `training` / `test_loss`.
+
+    Args: as of `run_evaluation`; max_length: tokens at which an example is cut.
+
+    Raises:
+        HotLoraError: `output` holds other work, or options that do not go together.
+    """
+    stored = _quantization(adapter, quantize, keep_hot)
+    check_sizes(batch_size=batch_size, max_length=max_length)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
+    tokenizer = load_tokenizer(model)
+    test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
+    weights = Path(adapter) / WEIGHTS_FILE if adapter else None
+    options = {
+        "model": model, "test_data": data, "test_hash": data_hash(test), "dtype": dtype, "max_length": max_length,
+        "quantize": stored.bits if stored else None, "adapter": str(adapter) if adapter else None,
+        "adapter_hash": sha256_file(weights) if weights else None, "keep_hot": bool(stored and stored.keep),
+        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
+        "eval_batch_size": batch_size,
+    }  # fmt: skip
+    if (done := finished(Path(output), options)) is not None:
+        return done
+    condition = "adapter" if adapter else "base"
+    record = new_record(
+        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
+        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
+    )  # fmt: skip
+    with recorded(record, Path(output)):
+        net = _adapted(record, model, adapter, on_top_of, False, stored, dtype=dtype, device=device)
+        dataset = tokenize(test, tokenizer, max_length)
+        record["training"] = {"test_loss": response_loss(net, tokenizer, dataset, batch_size=batch_size)}
+    return record
+
+
 def run_harness(
     model: str,
     tasks: Sequence[str],
@@ -139,6 +192,8 @@ def run_harness(
     version = lm_eval_version()
     stored = _quantization(adapter, quantize, keep_hot)
     _check_engine("transformers", None, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
+    check_sizes(batch_size=batch_size, limit=limit)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
     options: dict[str, Any] = {

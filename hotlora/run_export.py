@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .checks import check_adapters
 from .errors import HotLoraError
 from .export import check_config, check_export, export_adapter
-from .files import atomic_folder
+from .files import atomic_folder, check_writable
 from .load import load_adapter, saved_config
 from .models import checkpoint_dtype, load_tokenizer
 from .quiet import quiet
@@ -36,6 +37,8 @@ def export_saved(
     """
     check_export(format, output)  # before a model is loaded, which may take long
     check_config(saved_config(adapter), format, merge_router=merge_router, drop_router=drop_router)
+    check_adapters(model, (*on_top_of, adapter), dtype=dtype, device=device)
+    check_writable(output)
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     adapted = load_adapter(load_base(model, on_top_of, dtype=own, device=device), adapter)
@@ -70,8 +73,8 @@ def combine_saved(
             f"{len(adapters)} adapters and {len(weights)} weights: give two adapters or more, a weight each."
         )
     names = [f"task{i}" for i in range(len(adapters))]
-    for folder in adapters:
-        saved_config(folder)  # refused here before a model is loaded
+    check_adapters(model, adapters, device=device)
+    check_writable(output)
     combined: Any = load_base(model, device=device)
     for name, folder in zip(names, adapters, strict=True):
         combined = load_adapter(combined, folder, name)

@@ -95,7 +95,10 @@ class SqlSandbox:
                 str(self.timeout_s),
             ]
             pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-            worker = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, encoding="utf-8")
+            # A session of its own: Ctrl-C must not end it under a query, whose answer would then count as wrong.
+            worker = subprocess.Popen(
+                command, **pipes, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True
+            )
             self._worker, self._answers = worker, queue.Queue()
             threading.Thread(target=_forward, args=(worker.stdout, self._answers), daemon=True).start()
         return self._worker

@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor, nn
 
+from .checks import check_adapters, check_sizes
 from .data import batches, data_hash, load_examples, tokenize
 from .errors import DataError
 from .models import expert_widths, load_model, load_tokenizer, moe_layers, unwrap, vocab_size
@@ -43,6 +44,7 @@ def run_study(
         DataError: no model for a data set, two sources of one name, or profiles of another model.
     """
     names = names_of(sources)
+    check_sizes(batch_size=batch_size, max_length=max_length)
     profiles: dict[str, RoutingProfile] = {}
     examples: dict[str, Tensor] = {}
     made = [source for source in sources if not is_profile(source)]
@@ -54,6 +56,7 @@ def run_study(
             raise DataError(
                 f"{made[0]} is no profile made before, so a model is needed to profile it on: give --model."
             )
+        check_adapters(model, (), dtype=dtype, device=device)
         tokenizer = load_tokenizer(model)
         # All data is read before the model runs: a wrong name or row is told at once.
         for source in made:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .chat import template_source
 from .crew import Job
-from .data import data_hash, load_examples, tokenize
+from .data import data_hash, load_examples, task_of, tokenize
 from .errors import FileError
 from .generate import Sampling
 from .models import load_model, load_tokenizer, vocab_size
@@ -16,7 +16,7 @@ from .quantize import experts_in
 from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile
 from .run import profile_data, profile_sample, run_training
-from .run_evaluate import run_evaluation
+from .run_evaluate import run_evaluation, run_held_out
 from .stages import run_method
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
@@ -29,20 +29,26 @@ def train_run(kept: Mapping[str, Any], **arguments: Any) -> Record:
 
 
 def score_base(kept: Mapping[str, Any], **arguments: Any) -> Record:
-    """`run_evaluation` of a model as it is, and `kept` beside it in the record."""
-    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
-    return _mark(run_evaluation(**arguments, sampling=sampling)[0], arguments["output"], kept)
+    """The score of a model as it is, and `kept` beside it in the record."""
+    return _mark(_scored(arguments), arguments["output"], kept)
 
 
 def score_adapter(kept: Mapping[str, Any], trained: Path, seed: int, **arguments: Any) -> Record:
     """The adapter, or the model, that the run in `trained` left, on other data."""
-    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
     if (trained / "model").is_dir():
         arguments["model"] = str(trained / "model")
     else:
         arguments["adapter"] = trained / "adapter"
-    record = run_evaluation(**arguments, sampling=sampling)[0]
-    return _mark(record, arguments["output"], {**kept, "seed": seed})
+    return _mark(_scored(arguments), arguments["output"], {**kept, "seed": seed})
+
+
+def _scored(arguments: dict[str, Any]) -> Record:
+    """Of the task; where the data names none, the held-out loss."""
+    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
+    max_length = arguments.pop("max_length")
+    if task_of(arguments["data"]) is None:
+        return run_held_out(**arguments, max_length=max_length)
+    return run_evaluation(**arguments, sampling=sampling)[0]
 
 
 def make_profile(

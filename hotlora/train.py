@@ -22,13 +22,21 @@ from . import checkpoints, guard
 from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
 from .data import IGNORE
-from .distributed import device_of, is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
+from .distributed import (
+    all_objects,
+    device_of,
+    is_main,
+    is_sharded,
+    num_processes,
+    wait_for_all,
+    wants_checkpointing,
+)
 from .errors import DataError, HotLoraError, Stopped
-from .files import read_json, write_json
+from .files import append_to, read_json, write_json
 from .lock import locked
 from .quiet import quiet
 from .records import peak_memory_bytes, reset_peak_memory
-from .stopping import on_sigterm
+from .stopping import on_stop
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +99,7 @@ def train(
         HotLoraError: `output_dir` has checkpoints of a run with other options (each is named), or another process
             trains in it; a loss or gradients that are no finite numbers (step and examples are named); a full disk.
             The checkpoints that were whole stay.
-        Stopped: SIGTERM came. There is a checkpoint of the last step.
+        Stopped: SIGTERM or Ctrl-C came. There is a checkpoint of the last step.
     """
     with locked(output_dir):
         return _train(
@@ -142,7 +150,7 @@ def _train(
     stopping = guard.StopOnSignal()
     ours: list[TrainerCallback] = [recorder, stopping, *([_ProgressBar()] if progress else [])]
     trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
-    with quiet(), on_sigterm(stopping.ask), checkpoints.told_when_full(folder):
+    with quiet(), on_stop(stopping.ask), checkpoints.told_when_full(folder):
         if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
             # Killed after the last step. transformers would train one step more.
             trainer._load_from_checkpoint(str(checkpoint), trainer.model)
@@ -153,10 +161,9 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     if stopping.asked:
-        state = trainer.state
-        raise Stopped(
-            f"stopped by SIGTERM after step {state.global_step} of {state.max_steps}: {checkpoints.going_on(folder)}."
-        )
+        state, by = trainer.state, next(filter(None, all_objects(stopping.by)))
+        where = f"after step {state.global_step} of {state.max_steps}"
+        raise Stopped(f"stopped by {by} {where}: {checkpoints.going_on(folder)}.", by)
 
     wait_for_all()  # until the main process has written the last row
     rows = checkpoints.read_metrics(metrics)
@@ -223,7 +230,7 @@ def make_trainer(
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
-    _check_report_to(config.report_to)
+    check_report_to(config.report_to)
     with quiet():
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
@@ -242,7 +249,8 @@ def make_trainer(
     return trainer
 
 
-def _check_report_to(name: str) -> None:
+def check_report_to(name: str) -> None:
+    """HotLoraError: no such tracker, or its package is not installed."""
     known = sorted(INTEGRATION_TO_CALLBACK)
     if name not in ("none", "all", *known):
         raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
@@ -352,7 +360,7 @@ class _Recorder(TrainerCallback):
         }
         row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with append_to(self.path) as file:
             file.write(json.dumps(row) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -323,7 +323,7 @@ def test_merged_for_the_evaluation_says_the_same(saved: tuple[str, Path], tmp_pa
     assert files[0] == files[1] != files[2]
     assert merged["config"].pop("merge") is True and "merge" not in apart["config"]
     assert merged["config"] == apart["config"] and merged["parameters"] == apart["parameters"]
-    with pytest.raises(HotLoraError, match="merge was null and is true"):
+    with pytest.raises(HotLoraError, match="--merge on against none"):
         run_evaluation(model, "nano-math", tmp_path / "apart", merge=True, **options)
 
 

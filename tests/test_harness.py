@@ -180,7 +180,7 @@ def test_the_command_keeps_a_record(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert report["results"]["hellaswag"]["acc_norm,none"] == record["evaluation"]["hellaswag"]["accuracy"]
     assert len((out / "results-hellaswag.jsonl").read_text().splitlines()) == 3
     assert "hellaswag: acc_norm" in call(*words)  # done already
-    assert "limit was 3 and is 2" in call(*words[:-1], 2)
+    assert "--limit 2 against 3" in call(*words[:-1], 2)
     assert "leave the engine and the sampling out" in call(*words, "--samples", 2, "--temperature", 1)
     assert "Give --harness lm-eval with --tasks" in call("--model", model, "--data", "gsm8k")
 

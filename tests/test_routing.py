@@ -1,5 +1,6 @@
 """Profiles from routers whose choices are known by hand, and metrics worked by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -369,12 +370,29 @@ def test_load_names_a_file_that_is_missing_cut_short_or_foreign(tmp_path):
         ({"layers": (0, 1, 2)}, r"\[3 layers, experts\]"),
         ({"layers": (1, 0)}, "ascending"),
         ({"mass": torch.zeros(2, 5)}, r"mass is \[2, 5\]"),
+        ({"counts": HAND - 9}, "counts: layer 0 has -[0-9]+: a count is 0 or more"),
+        ({"counts": HAND + 2**62}, "counts: layer 0 adds up to more than 2\\^63"),
+        ({"mass": HAND.double() * torch.nan}, "mass: layer 0 has nan: it must be finite"),
+        ({"mass": HAND.double() + torch.inf}, "mass: layer 0 has inf: it must be finite"),
+        ({"layers": (-1, 0)}, "ascending decoder indices"),
+        ({"layers": ("0", "1")}, "ascending decoder indices"),
+        ({"num_tokens": -1}, "num_tokens is '-1'"),
+        ({"num_experts_per_tok": "2"}, "num_experts_per_tok is '2'"),
     ],
 )
 def test_a_profile_refuses_another_form(change, says):
-    fields = {"layers": (0, 1), "counts": HAND, "mass": HAND.double()} | change
+    fields = {"layers": (0, 1), "counts": HAND, "mass": HAND.double(), "num_tokens": 4, "num_experts_per_tok": 2}
     with pytest.raises(DataError, match=says):
-        RoutingProfile(**fields, num_tokens=4, num_experts_per_tok=2)
+        RoutingProfile(**fields | change)
+
+
+@pytest.mark.parametrize("tensors", [{"counts": HAND - 9, "mass": HAND.double()}, {"counts": HAND, "mass": HAND / 0}])
+def test_a_file_of_negative_counts_or_of_mass_that_is_no_number_is_refused(tmp_path, tensors):
+    path = tmp_path / "profile.safetensors"
+    meta = {"layers": [0, 1], "num_tokens": 4, "num_experts_per_tok": 2, "source": {}}
+    save_file(tensors, path, {"format": "hotlora.profile", "version": "1", "json": json.dumps(meta)})
+    with pytest.raises(FileError, match=r"profile\.safetensors is not a whole routing profile \((counts|mass): layer"):
+        RoutingProfile.load(path)
 
 
 def test_a_profile_holds_one_form():

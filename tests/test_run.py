@@ -15,7 +15,7 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
-from hotlora.errors import DataError, FileError, HotLoraError, PlanError
+from hotlora.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.evaluate import response_loss
 from hotlora.load import load_adapter
 from hotlora.models import load_model
@@ -69,7 +69,7 @@ def test_a_whole_run_and_its_record(model_folder: str, tmp_path: Path):
     before = weights.stat().st_mtime_ns
     assert run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8) == record
     assert weights.stat().st_mtime_ns == before
-    with pytest.raises(HotLoraError, match=r'rule was "hot" and is "all"'):
+    with pytest.raises(HotLoraError, match="--rule all against hot"):
         run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8, rule="all")
 
 
@@ -106,8 +106,15 @@ def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path)
     arguments = {"config": replace(CONFIG, max_length=400), "limit": 12, "test_limit": 2, "evaluate": False}
     with pytest.raises(PlanError, match="is the profile of olmoe-"):
         run_training(model_folder, "nano-math", tmp_path / "run", profile=tmp_path / "other.safetensors", **arguments)
+    assert not (tmp_path / "run").exists(), "a wrong option is told before anything is begun"
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights = next((tmp_path / "model").glob("*.safetensors")).rename(tmp_path / "weights")
+    model_folder = str(tmp_path / "model")
+    with pytest.raises(ModelError, match="no causal language model could be loaded"):
+        run_training(model_folder, "nano-math", tmp_path / "run", **arguments)
     record = read_record(tmp_path / "run")
-    assert record["status"] == "failed" and "PlanError" in record["error"]
+    assert record["status"] == "failed" and "ModelError" in record["error"]
+    weights.rename(tmp_path / "model" / "model.safetensors")
     # Nothing was trained, so there is nothing to mix up.
     record = run_training(
         model_folder,

@@ -248,7 +248,7 @@ def test_what_stays_keeps_its_factors_and_what_goes_is_in_the_saved_adapter(tmp_
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"reprofile_every": 0}, HotLoraError, "reprofile_every is 0"),
+        ({"reprofile_every": 0}, HotLoraError, "reprofile_every = 0"),
         ({"reprofile_every": 2, "reprofile_left": "keep"}, HotLoraError, "left is 'keep'"),
         ({"reprofile_every": 2, "config": TrainConfig(train_a=False, max_steps=4)}, HotLoraError, "moves plain LoRA"),
         ({"reprofile_every": 1, "rule": "auto"}, PlanError, "keeps the number of experts"),
