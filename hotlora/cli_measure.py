@@ -158,7 +158,12 @@ def bench(
         int | None, typer.Option(help="Tokens of a sequence (default 2048, or what the model and --tokens allow).")
     ] = None,
     r: Rank = 32,
-    dtype: Annotated[str, typer.Option(help="auto (the config's own), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto (the config's own; float32 on a CPU that is slow in it), float32, bfloat16 or float16."
+        ),
+    ] = "auto",
     device: Device = "auto",
     cv: Annotated[float, typer.Option(help="Skew routers until each layer's counts have this CV.")] = 1.0,
     contenders: Annotated[

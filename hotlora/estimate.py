@@ -23,7 +23,7 @@ from .count import count_parameters
 from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .hot_experts import HotLoraExperts
-from .models import auto_class, expert_widths, model_from_config, moe_layers, num_experts_per_tok, unwrap
+from .models import auto_class, expert_widths, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
 from .routing import experts_kept
@@ -219,8 +219,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 def torch_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     """float32, bfloat16 or float16; "auto" is the config's own."""
     if name == "auto":
-        own = config.get_text_config().dtype
-        return own if isinstance(own, torch.dtype) else torch.float32
+        return own_dtype(config)
     if name not in DTYPES:
         raise HotLoraError(f"dtype is {name!r}: choose one of auto, {', '.join(DTYPES)}.")
     return DTYPES[name]

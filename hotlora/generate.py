@@ -23,6 +23,7 @@ from transformers import (
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
+from .precision import say_if_slow
 from .tasks import Example
 
 
@@ -183,6 +184,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; the training flag comes back, also after an error."""
     training = model.training
+    say_if_slow(device_of(model).type, model.dtype)
     model.eval()
     try:
         with torch.no_grad():
