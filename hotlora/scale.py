@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .errors import HotLoraError
-from .estimate import estimate, meta_model, sized_config, torch_dtype, workspace_bytes
+from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import expert_adapter_flops
 from .models import expert_widths, moe_layers, num_experts_per_tok, unwrap
 
@@ -122,14 +122,11 @@ def work(
     dtype: str = "auto",
     quantize: int | None = None,
     keep_hot: bool = False,
-    device: str = "cuda",
     **options: Any,
 ) -> Work:
     """What `estimate` says of one GPU, taken apart for `memory`, `traffic` and `seconds`.
 
     Args:
-        device: whose loss and kernels the short-lived workspace is for; activations are tried out on the CPU, since
-            there may be no GPU here.
         options: further ones of `estimate`.
 
     Raises:
@@ -140,7 +137,7 @@ def work(
         quantize=quantize, keep_hot=keep_hot, gradient_checkpointing=gradient_checkpointing, **options,
     )  # fmt: skip
     cut = sized_config(config, options.get("layers"))
-    meta, compute = meta_model(cut), torch_dtype(dtype, cut)
+    meta, compute = meta_model(cut), torch_dtype(found["dtype"], cut)
     layers = moe_layers(meta)
     modules = [unwrap(meta.get_submodule(layer.experts)) for layer in layers]
     of_experts = {id(p) for module in modules for p in module.parameters()}
@@ -177,7 +174,7 @@ def work(
         activations=memory["activations"],
         expert_row=found["expert_bytes_per_token_layer"],
         live_layers=1 if again else len(layers),
-        workspace=workspace_bytes(meta, tokens, compute, torch.device(device)),
+        workspace=memory["workspace"],
         passes=3 if again else 2,
         expert_flops=experts * tokens,
         other_flops=(total - experts) * tokens,

@@ -47,9 +47,9 @@ def nano():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("quantize", [None, 4])
 def test_on_one_gpu_it_is_the_estimate(checkpointing, quantize):
-    options = {"batch_size": 2, "max_length": 128, "fraction": 0.25, "r": 8, "quantize": quantize}
+    options = {"batch_size": 2, "max_length": 128, "fraction": 0.25, "r": 8, "quantize": quantize, "device": "cpu"}
     found = estimate("nano", gradient_checkpointing=checkpointing, **options)
-    one = work("nano", gradient_checkpointing=checkpointing, device="cpu", **options)
+    one = work("nano", gradient_checkpointing=checkpointing, **options)
     for layout in LAYOUTS:
         got = memory(one, 1, layout)
         assert got.pop("gathered") == 0
