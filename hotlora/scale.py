@@ -15,6 +15,7 @@ Every GPU has a batch of its own, so that the tokens of a step grow with the GPU
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,13 @@ _ADAM_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes 
 _DRAWS = 2000
 
 
+H200_SHARES = {"frozen": 0.206, "torch": 0.104, "triton": 0.184}
+"""Kernels of the routed experts -> share of an H200's peak that a training step got: FLOPs by formula over its seconds.
+`benchmarks/gpu/h200.json` has the steps, of OLMoE-1B-7B with 16,384 tokens and without checkpointing. frozen: experts
+without adapters, on transformers' grouped_mm; torch and triton: `HOTLORA_KERNELS`, where torch is the card's default.
+"""
+
+
 @dataclass(frozen=True)
 class Machine:
     """GPUs as their maker specifies them, in nodes; and the share of that which is counted on."""
@@ -50,8 +58,10 @@ class Machine:
     """From a GPU to those of its node, bytes/s each way."""
     network: float
     """From a GPU to other nodes, bytes/s each way."""
-    compute_share: float = 0.4
-    """Of the peak that a training step gets; assumed."""
+    compute_shares: Mapping[str, float]
+    """Kernels of the routed experts -> share of the peak that a training step gets."""
+    is_measured: bool = False
+    """Whether `compute_shares` were measured on this card; else they are assumed."""
     link_share: float = 0.8
     """Of links and network; assumed."""
     memory_share: float = 0.9
@@ -62,8 +72,8 @@ class Machine:
         return size <= self.memory * self.memory_share
 
 
-H100 = Machine("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9)
-H200 = Machine("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9)
+H100 = Machine("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9, H200_SHARES)  # the same chip with slower memory
+H200 = Machine("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9, H200_SHARES, is_measured=True)
 
 
 @dataclass(frozen=True)
@@ -253,18 +263,24 @@ def traffic(work: Work, gpus: int, layout: str) -> dict[str, float]:
     return found
 
 
-def seconds(work: Work, machine: Machine, gpus: int, layout: str, cv: float = 1.0) -> dict[str, float]:
+def seconds(
+    work: Work, machine: Machine, gpus: int, layout: str, cv: float = 1.0, kernels: str = "torch"
+) -> dict[str, float]:
     """Of a step: `compute`, `gather`, `exchange`, `reduce`, `optimizer`, and the whole `step`.
+
+    kernels: of the machine's `compute_shares`, those that the routed experts run on.
 
     Weights are gathered and gradients summed while layers compute; tokens and the optimizer are waited for. Latency,
     kernel launches and the data are left out.
     """
     _check(gpus, layout)
+    if kernels not in machine.compute_shares:
+        raise HotLoraError(f"kernels {kernels!r} do not exist: choose one of {', '.join(machine.compute_shares)}.")
     parts, _ = expert_groups(work.num_experts, gpus, layout)
     busiest = imbalance(work.num_experts, parts, cv)
     sent = traffic(work, gpus, layout)
     held = work.dense + work.experts / parts
-    matrix = (work.other_flops + busiest * work.expert_flops) / (machine.flops * machine.compute_share)
+    matrix = (work.other_flops + busiest * work.expert_flops) / (machine.flops * machine.compute_shares[kernels])
     compute = max(matrix, work.passes * held / machine.bandwidth)
     # GPUs with the same experts are in different nodes, and each has a network of its own.
     of_experts = _experts_gathered(work, gpus, layout) if parts > 1 else 0.0
