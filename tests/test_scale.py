@@ -177,6 +177,11 @@ def test_the_time_model_foresees_the_steps_that_were_measured():
         assert 1000 * found == pytest.approx(row["milliseconds"]["step"], rel=0.03), row["name"]
 
 
+def test_the_gpus_tables_are_those_of_their_record(script):
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert importlib.import_module("gpu").gpu_tables() in page
+
+
 def test_what_was_not_measured_on_a_card_says_so(script):
     assert not H100.is_measured
     line = next(line for line in script.machines_table().splitlines() if "H100" in line)
