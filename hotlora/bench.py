@@ -22,6 +22,7 @@ from .errors import HotLoraError, ModelError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from .models import fingerprint, moe_layers
+from .precision import cpu_dtype, in_float32, say_once
 from .records import environment
 from .routing import RoutingProfile
 from .stopping import without_ctrl_c
@@ -92,9 +93,16 @@ def _resolved(config: BenchConfig) -> BenchConfig:
         length = min(2048, config.tokens, getattr(cut.get_text_config(), "max_position_embeddings", 2048))
         while config.tokens % length:
             length -= 1
-    dtype = str(torch_dtype(config.dtype, cut)).removeprefix("torch.")
+    dtype = torch_dtype(config.dtype, cut)
+    if config.dtype == "auto" and torch.device(device).type == "cpu":
+        say_once(in_float32(dtype))
+        dtype = cpu_dtype(dtype)
     return dataclasses.replace(
-        config, device=device, length=length, dtype=dtype, layers=cut.get_text_config().num_hidden_layers
+        config,
+        device=device,
+        length=length,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=cut.get_text_config().num_hidden_layers,
     )
 
 

@@ -25,6 +25,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
+from .precision import say_if_slow
 from .tasks import Example
 
 _log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ def _no_generation_config(model: Any) -> Iterator[None]:
 def inference(model: Any) -> Iterator[None]:
     """Evaluation mode without gradients; the training flag comes back, also after an error."""
     training = model.training
+    say_if_slow(device_of(model).type, model.dtype)
     model.eval()
     try:
         with torch.no_grad():

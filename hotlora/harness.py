@@ -17,6 +17,7 @@ from typing import Any
 from .errors import DataError, HotLoraError
 from .evaluate import Evaluation, example_id
 from .files import write_text
+from .precision import say_if_slow
 from .stats import proportion_interval
 from .tasks import Example, hellaswag
 from .tasks.rows import Row, need_text, read_rows, split_file
@@ -66,6 +67,8 @@ def evaluate_by_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    if not isinstance(model, LM):
+        say_if_slow(model.device.type, model.dtype)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, _calm():
         names = [_named(task, Path(temporary)) for task in tasks]

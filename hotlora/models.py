@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .distributed import own_device
 from .errors import FileError, HotLoraError, ModelError
+from .precision import in_float32, say_once
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"
@@ -186,7 +187,8 @@ def load_model(
 
     Args:
         name_or_path: a local folder, a name on the Hub, or "nano" for the embedded model.
-        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower.
+        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower;
+            by far where the CPU has no instructions for it, which is said then.
         device: "auto" is cuda if there is one, else the CPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
@@ -200,10 +202,12 @@ def load_model(
     target = checked_device(device)
     if target.type == "cuda" and target.index is None:
         target = own_device() or target
-    if dtype == "auto" and target.type == "cpu":
-        dtype = torch.float32
+    is_left_to_us = dtype == "auto" and target.type == "cpu"
+    dtype = torch.float32 if is_left_to_us else dtype
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if is_left_to_us:
+            say_once(in_float32(own_dtype(config)))
         moe_layers(_on_meta(config))  # before gigabytes of weights are read
         model = auto_class(config).from_pretrained(
             source,
@@ -269,7 +273,7 @@ def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
     Raises:
         ModelError: not found.
     """
-    return _text_config(name_or_path).dtype or torch.float32
+    return own_dtype(_text_config(name_or_path))
 
 
 def vocab_size(name_or_path: str | Path) -> int | None:
@@ -289,6 +293,12 @@ def _text_config(name_or_path: str | Path) -> Any:
     except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
     return config.get_text_config()
+
+
+def own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a config states for its text model; float32 where it does not say."""
+    stated = config.get_text_config().dtype
+    return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

@@ -34,6 +34,7 @@ from .distributed import (
 from .errors import DataError, HotLoraError, Stopped
 from .files import append_to, read_json, write_json
 from .lock import locked
+from .precision import say_if_slow
 from .quiet import quiet
 from .records import peak_memory_bytes, reset_peak_memory
 from .stopping import on_stop
@@ -188,6 +189,7 @@ def make_trainer(
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = device_of(model).type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
+    say_if_slow(device_of(model).type, next(model.parameters()).dtype)
     recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
     arguments = SFTConfig(
