@@ -6,7 +6,6 @@ options, and every sample draws from a seed of its own. So an evaluation that wa
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import (
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
+from .forward import inference
 from .tasks import Example
 
 
@@ -177,18 +177,6 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None})
-
-
-@contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the training flag comes back, also after an error."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def track(items: Iterable, description: str, progress: bool, total: int | None = None) -> Iterable:

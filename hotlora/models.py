@@ -234,19 +234,25 @@ def load_model(
     return model.eval()
 
 
-def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
-    """The dtype that a checkpoint is saved in, by its config; float32 where it does not say.
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The config that belongs to `load_model(name_or_path)`.
 
     Raises:
         ModelError: not found.
     """
     try:
-        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return config.get_text_config().dtype or torch.float32
+    return config
+
+
+def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint is saved in, by its config; float32 where it does not say. Raises as load_config."""
+    dtype: Any = load_config(name_or_path).get_text_config().dtype
+    return dtype or torch.float32
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

@@ -33,8 +33,9 @@ from .distributed import (
 from .errors import DataError, HotLoraError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .files import atomic_folder, file_in, sha256_file
+from .forward import check_aux_loss
 from .load import WEIGHTS_FILE
-from .models import fingerprint, load_tokenizer
+from .models import fingerprint, load_config, load_tokenizer
 from .plan import ExpertPlan, select_experts
 from .quantize import quantized_parameters
 from .quiet import quiet
@@ -43,7 +44,7 @@ from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
 from .run_folder import finished, load_base, recorded, save_evaluation
 from .tasks import Example, Task
-from .train import train
+from .train import check_family, train
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ def run_training(
             "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
+    check_aux_loss(load_config(model), config.aux_loss_coef)
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer)
     held_out = test_source(data, test_data)
@@ -198,6 +200,7 @@ def run_training(
             "dtype": dtype, "device": device, "quantize": quantize, "expert_parallel": expert_parallel
         }  # fmt: skip
         base = load_base(model, on_top_of, keep=given.experts if keep_hot and given else None, **loading)
+        check_family(base, tokenizer, config)
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         moving: Reprofiling | None = None

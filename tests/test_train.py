@@ -1,5 +1,7 @@
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from peft import get_peft_model
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from trl import SFTTrainer
+from zoo import zoo_model
 
 from hotlora import checkpoints
 from hotlora.adapter import HotLoraConfig
@@ -14,6 +17,7 @@ from hotlora.config import TrainConfig
 from hotlora.data import IGNORE, tokenize
 from hotlora.errors import HotLoraError
 from hotlora.evaluate import response_loss
+from hotlora.run import run_training
 from hotlora.tasks import Example
 from hotlora.train import make_trainer, train
 
@@ -102,6 +106,28 @@ def test_packed_examples_do_not_see_each_other(tmp_path: Path):
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
     assert float(loss) == pytest.approx(response_loss(adapted(), TOKENIZER, dataset()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "says"), [("gpt_oss", "see each other"), ("qwen3_next", "causal_conv1d")])
+def test_packing_that_mixes_examples_is_refused_before_anything_is_written(tmp_path: Path, family: str, says: str):
+    model = zoo_model(family, vocab_size=259).requires_grad_(True)
+    with pytest.raises(HotLoraError, match=f"this {family} model .*{says}.*leave out --packing"):
+        train(model, TOKENIZER, dataset(), replace(CONFIG, packing=True), tmp_path)
+    assert not (tmp_path / "train.json").exists()
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"aux_loss_coef": 0.01}])
+def test_a_run_refuses_what_the_family_cannot_before_it_profiles(tmp_path: Path, options: dict[str, Any]):
+    zoo_model("afmoe", vocab_size=259).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": example.prompt, "completion": example.completion} for example in EXAMPLES]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(HotLoraError, match=r"this afmoe model.*leave out --(packing|aux-loss-coef)"):
+        run_training(
+            str(tmp_path / "base"), str(tmp_path / "data.jsonl"), tmp_path / "run",
+            config=replace(CONFIG, **options), fraction=0.25, device="cpu",
+        )  # fmt: skip
+    assert not list(tmp_path.glob("run/profile*"))
 
 
 def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path):
