@@ -5,8 +5,10 @@ options, and every sample draws from a seed of its own. So an evaluation that wa
 """
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,8 +24,10 @@ from transformers import (
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
-from .forward import inference
+from .forward import inference, padding_matters
 from .tasks import Example
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def answer_batches(
 
     Prompts of similar length go together, padded on the left, the longest first: what does not fit in memory fails at
     once. A batch has as many tokens as `batch_size` of the longest prompts with their answers, so batches of shorter
-    prompts have more rows.
+    prompts have more rows. Where a probe shows that padding changes answers, prompts of one length alone go together.
 
     Args:
         done: indices of examples that need no answer. A batch is left out where it has no other: the rest is made in
@@ -124,6 +128,10 @@ def answer_batches(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, sample) for i in order for sample in range(sampling.samples)]
     groups = list(_by_tokens(rows, [len(prompt) + max_new_tokens for prompt in prompts], batch_size))
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) > 1 and max(map(len, groups)) > 1 and _answers_change_with_padding(model, prompts, max_new_tokens):
+        _log.info("this model's answers depend on padding: prompts of one length go together, and no others")
+        groups = [list(same) for group in groups for _, same in groupby(group, key=lambda row: len(prompts[row[0]]))]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
         eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
@@ -192,6 +200,15 @@ def check_batches(examples: Sequence[Example], batch_size: int) -> None:
         raise DataError("There are no examples to evaluate; give at least one.")
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
+
+
+def _answers_change_with_padding(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> bool:
+    """By a text as long as the longest prompt and its answer, of the prompts' tokens shuffled."""
+    pool = torch.tensor([token for prompt in prompts for token in prompt])
+    picked = torch.randint(
+        len(pool), (max(map(len, prompts)) + max_new_tokens,), generator=torch.Generator().manual_seed(0)
+    )
+    return padding_matters(model, pool[picked].tolist())
 
 
 def _by_tokens(

@@ -25,15 +25,13 @@ from .data import IGNORE
 from .distributed import device_of, is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
 from .errors import DataError, HotLoraError, Stopped
 from .files import read_json, write_json
-from .forward import check_aux_loss, check_packing, logits_at
+from .forward import TEXTS, check_aux_loss, check_packing, logits_at
 from .lock import locked
 from .quiet import quiet
 from .records import peak_memory_bytes, reset_peak_memory
 from .stopping import on_sigterm
 
 _log = logging.getLogger(__name__)
-
-_PROBES = ("Ann has 3 apples and buys 4 more of them.", "List the names of all singers, the oldest one first.")
 
 # TRL's own default is on, under either name; setting the older one warns in a transformers that has the
 # newer.
@@ -183,7 +181,7 @@ def check_family(model: Any, tokenizer: Any, config: TrainConfig) -> None:
     """
     check_aux_loss(model.config, config.aux_loss_coef)
     if config.packing:
-        check_packing(model, [tokenizer(text)["input_ids"] for text in _PROBES])
+        check_packing(model, [tokenizer(text)["input_ids"] for text in TEXTS])
 
 
 def make_trainer(
