@@ -47,6 +47,7 @@ _NOT_ATTENTION = re.compile(r"indexer|compressor")
 # the experts of a token.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_SKIP_TOKENS = ("zaya",)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ def num_experts_per_tok(model: nn.Module) -> int:
         if value := getattr(config, name, None):
             return int(max(value)) if isinstance(value, list | tuple) else int(value)
     raise ModelError(f"the config of this {config.model_type} model has none of {', '.join(_TOP_K)}.")
+
+
+def skips_tokens(model: nn.Module) -> bool:
+    """Whether a router may send a token to no expert, which it hands on as expert 0 with weight 0.
+
+    In other families a weight of 0 is that of a choice, of a softmax that has underflowed.
+    """
+    return _config(model).model_type in _SKIP_TOKENS
 
 
 def fingerprint(model: nn.Module) -> str:

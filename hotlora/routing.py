@@ -239,7 +239,7 @@ def _profile(
         raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
     device = _input_device(model)
     run, options = _decoder(model)
-    counters = [_Counter(layer.num_experts, per_example) for layer in layers]
+    counters = [_Counter(layer.num_experts, per_example, models.skips_tokens(model)) for layer in layers]
     num_tokens, packs = 0, False
     with ExitStack() as stack:
         stack.enter_context(forward.inference(model))
@@ -304,9 +304,10 @@ def _profile(
 class _Counter:
     """Sums one layer's assignments on the device that its experts live on. Never waits for that device."""
 
-    def __init__(self, num_experts: int, per_example: bool = False) -> None:
+    def __init__(self, num_experts: int, per_example: bool, skips_tokens: bool) -> None:
         self.num_experts = num_experts
         self.per_example = per_example
+        self.skips_tokens = skips_tokens
         self.num_rows = 0
         """B, the current batch's rows; its tokens come row after row"""
         self.rows: list[Tensor] = []
@@ -318,7 +319,7 @@ class _Counter:
         self.bad: Tensor | None = None
         """int64 []: gate weights that are not finite"""
         self.skipped: Tensor | int = 0
-        """int64 []: choices of no expert, which families with such a choice hand on as expert 0 with weight 0"""
+        """int64 []: choices of no expert, if `skips_tokens`: expert 0 with weight 0"""
         self.is_expert_parallel = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -337,7 +338,8 @@ class _Counter:
         assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
         weight_TK = weight_TK.reshape(index_TK.shape)
         here_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
-        counted_TK = here_TK & (weight_TK != 0)
+        skipped_TK = (index_TK == 0) & (weight_TK == 0) if self.skips_tokens else torch.zeros_like(here_TK)
+        counted_TK = here_TK & ~skipped_TK
         self.skipped = self.skipped + (here_TK & ~counted_TK).sum()
         finite_TK = weight_TK.isfinite()
         weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32))

@@ -301,6 +301,43 @@ def test_a_model_that_overflows_is_told():
         profile_routing(model, [tiny_batch()])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_choice_whose_weight_underflows_is_counted(family):
+    """A saturated router's softmax gives its second choice a weight of exactly 0, and it is a choice all the same."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            model.get_submodule(layer.router).weight.mul_(1000)
+    weights = []
+    experts = model.get_submodule(moe_layers(model)[0].experts)
+    experts.register_forward_pre_hook(lambda module, args: weights.append(args[2]))
+    profile, examples = profile_examples(model, [tiny_batch(4, 20)])
+    assert (weights[0] == 0).sum() > 10
+    assert profile.counts.sum(dim=1).tolist() == [profile.num_tokens * K] * 2
+    assert torch.equal(examples.sum(dim=0), profile.counts)
+
+
+def test_a_token_that_zaya_sends_to_no_expert_is_not_counted():
+    """It is handed on as expert 0 with weight 0. Another expert's weight that underflows is counted there, too."""
+    from zoo import zoo_model
+
+    model = zoo_model("zaya")
+    layers = moe_layers(model)
+    for layer in layers:
+        router = model.get_submodule(layer.router)
+        router.register_forward_hook(chosen_by_hand)
+    profile = profile_routing(model, [{"input_ids": torch.arange(3, 15)[None]}])
+    # Of every four tokens one is sent to expert 0, two to expert 5 (one with weight 0), one to none.
+    assert profile.counts.tolist() == [[3, 0, 0, 0, 0, 6, 0, 0]] * len(layers)
+    assert profile.mass.tolist() == [[1.5, 0, 0, 0, 0, 1.5, 0, 0]] * len(layers)
+
+
+def chosen_by_hand(module, args, out):
+    tokens = torch.arange(out[1].numel()) % 4
+    weights = torch.where(tokens < 2, 0.5, 0.0).reshape(out[1].shape)
+    return out[0], weights, torch.tensor([0, 5, 5, 0])[tokens].reshape(out[2].shape), out[3]
+
+
 def test_a_model_on_the_meta_device_is_told():
     with torch.device("meta"):
         model = tiny_model()
