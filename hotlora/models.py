@@ -131,6 +131,18 @@ def num_experts_per_tok(model: nn.Module) -> int:
     raise ModelError(f"the config of this {config.model_type} model has none of {', '.join(_TOP_K)}.")
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """ModelError where Accelerate keeps some of the model's weights elsewhere until each is used: PEFT's layers do not
+    work on such weights, and gradients do not pass through them."""
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ModelError(
+            f"{len(away)} of the model's weights, {away[0]} the first, are offloaded to disk or to the CPU's memory "
+            "(device_map), where they cannot be adapted: load the model without device_map, its experts in 4 bits "
+            "(quantize=4), or spread over several GPUs."
+        )
+
+
 def skips_tokens(model: nn.Module) -> bool:
     """Whether a router may send a token to no expert, which it hands on as expert 0 with weight 0.
 
