@@ -135,8 +135,9 @@ def zoo_config(model_type: str, vocab_size: int = VOCAB) -> PreTrainedConfig:
             target = target[part]
         target[last] = value
     for part in (values, values.get("text_config", {})):
-        if "vocab_size" in part:
-            part["vocab_size"] = vocab_size
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if name in part:
+                part[name] = vocab_size
     return CONFIG_MAPPING[model_type](**values)
 
 
