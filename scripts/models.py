@@ -6,6 +6,7 @@ python scripts/models.py --page              # the page, from the records that a
 """
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import platform
@@ -421,6 +422,8 @@ def record(only: list[str]) -> dict[str, Any]:
     if unknown := sorted(set(only) - families().keys()):
         sys.exit(f"no such family in the installed transformers: {', '.join(unknown)}")
     names, entries, start = only or list(families()), {}, time.monotonic()
+    _data()
+    gc.freeze()  # or to look through all that was imported, at each training's start and end, takes half of the time
     with tempfile.TemporaryDirectory() as root:
         for family in names:
             entry: dict[str, Any] = {"class": families()[family], "layout": layout(zoo_model(family)), "checks": {}}
