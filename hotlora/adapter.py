@@ -27,6 +27,7 @@ from .mask import SparseMask
 from .mergeable import MergeableLayer, factor_slots
 from .models import (
     attention_modules,
+    check_in_memory,
     fingerprint,
     moe_layers,
     unwrap,
@@ -157,8 +158,9 @@ class HotLoraConfig(LoraConfig):
 
         Raises:
             PlanError: the plan is for another model or names a layer that is not there, or nothing would
-            train. ModelError: the model is not supported.
+            train. ModelError: the model is not supported, or some of its weights are offloaded.
         """
+        check_in_memory(model)
         plan = ExpertPlan.from_dict(self.plan)
         layers = {layer.layer: layer for layer in moe_layers(model)}
         if plan.fingerprint is not None and plan.fingerprint != fingerprint(model):

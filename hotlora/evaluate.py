@@ -19,6 +19,7 @@ from .data import IGNORE, batches, encode_completion, encode_prompt, pad
 from .distributed import all_objects, device_of, num_processes, rank, shared_out
 from .errors import DataError, FileError
 from .files import append_to, atomic_path
+from .forward import inference, logits_at
 from .generate import (
     GREEDY,
     Answer,
@@ -27,7 +28,6 @@ from .generate import (
     check_batches,
     context_length,
     generate,
-    inference,
     track,
 )
 from .records import read_results
@@ -399,7 +399,7 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     positions = (labels != IGNORE).any(0).nonzero()[:, 0]
-    logits = model(**batch, use_cache=False, logits_to_keep=positions).logits  # [B, positions, V]
+    logits = logits_at(model, batch, positions).logits  # [B, positions, V]
     labels = labels[:, positions].to(logits.device)
     found = labels != IGNORE
     parts = [

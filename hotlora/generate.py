@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
-from .precision import say_if_slow
+from .forward import inference, padding_matters
 from .tasks import Example
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def answer_batches(
 
     Prompts of similar length go together, padded on the left, the longest first: what does not fit in memory fails at
     once. A batch has as many tokens as `batch_size` of the longest prompts with their answers, so batches of shorter
-    prompts have more rows.
+    prompts have more rows. Where a probe shows that padding changes answers, prompts of one length alone go together.
 
     Args:
         done: indices of examples that need no answer. A batch is left out where it has no other: the rest is made in
@@ -132,6 +133,10 @@ def answer_batches(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, sample) for i in order for sample in range(sampling.samples)]
     groups = list(_by_tokens(rows, [len(prompt) + max_new_tokens for prompt in prompts], batch_size))
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) > 1 and max(map(len, groups)) > 1 and _answers_change_with_padding(model, prompts, max_new_tokens):
+        _log.info("this model's answers depend on padding: prompts of one length go together, and no others")
+        groups = [list(same) for group in groups for _, same in groupby(group, key=lambda row: len(prompts[row[0]]))]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0
     )
@@ -209,19 +214,6 @@ def _no_generation_config(model: Any) -> Iterator[None]:
             module.generation_config = config
 
 
-@contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the training flag comes back, also after an error."""
-    training = model.training
-    say_if_slow(device_of(model).type, model.dtype)
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 def track(items: Iterable, description: str, progress: bool, total: int | None = None) -> Iterable:
     """The items, with a progress bar on standard error if asked for."""
     from rich.console import Console
@@ -235,6 +227,15 @@ def check_batches(examples: Sequence[Example], batch_size: int) -> None:
         raise DataError("There are no examples to evaluate; give at least one.")
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
+
+
+def _answers_change_with_padding(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> bool:
+    """By a text as long as the longest prompt and its answer, of the prompts' tokens shuffled."""
+    pool = torch.tensor([token for prompt in prompts for token in prompt])
+    picked = torch.randint(
+        len(pool), (max(map(len, prompts)) + max_new_tokens,), generator=torch.Generator().manual_seed(0)
+    )
+    return padding_matters(model, pool[picked].tolist())
 
 
 def _by_tokens(

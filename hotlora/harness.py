@@ -17,6 +17,7 @@ from typing import Any
 from .errors import DataError, HotLoraError
 from .evaluate import Evaluation, example_id
 from .files import write_text
+from .forward import TEXTS, padding_matters
 from .precision import say_if_slow
 from .stats import proportion_interval
 from .tasks import Example, hellaswag
@@ -49,6 +50,7 @@ def evaluate_by_lm_eval(
 
     Args:
         model: as it is in memory, with an adapter on it or not; or an `lm_eval.api.model.LM`.
+        batch_size: prompts at once; 1 where padding changes the model's answers.
         tasks: names of tasks, groups or tags; `gsm8k:DIR` and `hellaswag:DIR` read local files.
         include_path: a folder with task configs of your own.
         num_fewshot: examples in the prompt; None: as the task has it.
@@ -77,7 +79,12 @@ def evaluate_by_lm_eval(
         manager = TaskManager(include_path=paths, include_defaults=not all(":" in task for task in tasks))
         if unknown := [name for name in names if name not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists its tasks.")
-        lm = model if isinstance(model, LM) else HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        if isinstance(model, LM):
+            lm = model
+        else:
+            if padding_matters(model, tokenizer(" ".join(TEXTS))["input_ids"]):
+                batch_size = 1  # lm-eval pads on the left, and groups prompts of all lengths
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         report = simple_evaluate(
             model=lm, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=True
         )

@@ -48,6 +48,7 @@ _NOT_ATTENTION = re.compile(r"indexer|compressor")
 # the experts of a token.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_SKIP_TOKENS = ("zaya",)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,26 @@ def num_experts_per_tok(model: nn.Module) -> int:
         if value := getattr(config, name, None):
             return int(max(value)) if isinstance(value, list | tuple) else int(value)
     raise ModelError(f"the config of this {config.model_type} model has none of {', '.join(_TOP_K)}.")
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """ModelError where Accelerate keeps some of the model's weights elsewhere until each is used: PEFT's layers do not
+    work on such weights, and gradients do not pass through them."""
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ModelError(
+            f"{len(away)} of the model's weights, {away[0]} the first, are offloaded to disk or to the CPU's memory "
+            "(device_map), where they cannot be adapted: load the model without device_map, its experts in 4 bits "
+            "(quantize=4), or spread over several GPUs."
+        )
+
+
+def skips_tokens(model: nn.Module) -> bool:
+    """Whether a router may send a token to no expert, which it hands on as expert 0 with weight 0.
+
+    In other families a weight of 0 is that of a choice, of a softmax that has underflowed.
+    """
+    return _config(model).model_type in _SKIP_TOKENS
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -267,32 +288,29 @@ def structure(name_or_path: str | Path) -> PreTrainedModel:
     return model
 
 
-def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
-    """The dtype that a checkpoint is saved in, by its config; float32 where it does not say.
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The config that belongs to `load_model(name_or_path)`.
 
     Raises:
         ModelError: not found.
     """
-    return own_dtype(_text_config(name_or_path))
-
-
-def vocab_size(name_or_path: str | Path) -> int | None:
-    """Rows of a checkpoint's embedding, by its config; None where it does not say.
-
-    Raises:
-        ModelError: not found.
-    """
-    return getattr(_text_config(name_or_path), "vocab_size", None)
-
-
-def _text_config(name_or_path: str | Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return config.get_text_config()
+    return config
+
+
+def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint is saved in; float32 where its config does not say. Raises as `load_config`."""
+    return own_dtype(load_config(name_or_path))
+
+
+def vocab_size(name_or_path: str | Path) -> int | None:
+    """Rows of a checkpoint's embedding, by its config; None where it does not say. Raises as `load_config`."""
+    return getattr(load_config(name_or_path).get_text_config(), "vocab_size", None)
 
 
 def own_dtype(config: PreTrainedConfig) -> torch.dtype:

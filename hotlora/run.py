@@ -36,8 +36,9 @@ from .distributed import (
 from .errors import DataError, HotLoraError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .files import atomic_folder, file_in, sha256_file
+from .forward import check_aux_loss
 from .load import WEIGHTS_FILE
-from .models import fingerprint, load_tokenizer, vocab_size
+from .models import fingerprint, load_config, load_tokenizer, vocab_size
 from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .quiet import quiet
@@ -46,7 +47,7 @@ from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
 from .run_folder import data_time, finished, load_base, recorded, save_evaluation
 from .tasks import Example, Task
-from .train import train
+from .train import check_family, train
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +177,7 @@ def run_training(
         reprofile_every=reprofile_every, reprofile_left=reprofile_left, eval_batch_size=eval_batch_size, dtype=dtype,
         device=device, quantize=quantize,
     )  # fmt: skip
+    check_aux_loss(load_config(model), config.aux_loss_coef)
     tokenizer = load_tokenizer(model)
     now = data_time(output)
     examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, now=now)
@@ -219,6 +221,7 @@ def run_training(
             "dtype": dtype, "device": device, "quantize": quantize, "expert_parallel": expert_parallel
         }  # fmt: skip
         base = load_base(model, on_top_of, keep=given.experts if keep_hot and given else None, **loading)
+        check_family(base, tokenizer, config)
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         moving: Reprofiling | None = None

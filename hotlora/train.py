@@ -33,6 +33,7 @@ from .distributed import (
 )
 from .errors import DataError, HotLoraError, Stopped
 from .files import append_to, read_json, write_json
+from .forward import TEXTS, check_aux_loss, check_packing, logits_at
 from .lock import locked
 from .precision import say_if_slow
 from .quiet import quiet
@@ -98,8 +99,8 @@ def train(
 
     Raises:
         HotLoraError: `output_dir` has checkpoints of a run with other options (each is named), or another process
-            trains in it; a loss or gradients that are no finite numbers (step and examples are named); a full disk.
-            The checkpoints that were whole stay.
+            trains in it; an option that the model's family does not work with; a loss or gradients that are no finite
+            numbers (step and examples are named); a full disk. The checkpoints that were whole stay.
         Stopped: SIGTERM or Ctrl-C came. There is a checkpoint of the last step.
     """
     with locked(output_dir):
@@ -131,6 +132,7 @@ def _train(
         raise DataError("The training data has no examples; give at least one.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise HotLoraError("The model has no trainable parameter: put an adapter on it first.")
+    check_family(model, tokenizer, config)
     resolved = {**dataclasses.asdict(config), **(identity or {}), "examples": len(dataset)}
     resolved["processes"] = num_processes()
     checkpoint = checkpoints.last_whole(folder)
@@ -176,6 +178,18 @@ def _train(
         seconds=seconds, tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
     )  # fmt: skip
+
+
+def check_family(model: Any, tokenizer: Any, config: TrainConfig) -> None:
+    """Tells, in a short forward, of options that the model's family does not work with. Changes nothing.
+
+    Raises:
+        HotLoraError: packing, where packed examples see each other or do not run; the load-balancing loss, where there
+            is none.
+    """
+    check_aux_loss(model.config, config.aux_loss_coef)
+    if config.packing:
+        check_packing(model, [tokenizer(text)["input_ids"] for text in TEXTS])
 
 
 def make_trainer(
@@ -321,7 +335,7 @@ class _CpuTrainer(_Trainer):
         positions = (labels != IGNORE).any(0).nonzero()[:, 0]
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = model(**inputs, use_cache=False, logits_to_keep=positions)
+        outputs = logits_at(model, inputs, positions)
         labels = labels[:, positions]
         found = labels != IGNORE
         loss = torch.nn.functional.cross_entropy(outputs.logits[found].float(), labels[found], reduction="sum")

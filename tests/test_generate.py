@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ from tiny import fill, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from zoo import zoo_model
 
 from hotlora import HotLoraConfig, cli
 from hotlora.config import TrainConfig
@@ -30,6 +32,7 @@ from hotlora.tasks import Example, Task, get_task
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 5 * i % 17) + str(i), f" answer {i}") for i in range(11)]
 ECHO = Task("echo", "generate", "exact_match", lambda *_: [], lambda e, text: len(text) % 2 == 0, max_new_tokens=6)
+SHORT_AND_LONG = [Example(letter * length, "") for letter, length in zip("abcd", (5, 9, 2, 5), strict=True)]
 HOT = Sampling(samples=3, temperature=1.0, top_p=0.9, seed=5)
 
 
@@ -53,6 +56,26 @@ def test_batches_hold_as_many_tokens_as_the_longest(model):
         assert [row for batch in batches for row in batch] == rows
         assert all(len(batch) * lengths[batch[0][0]] <= batch_size * 100 for batch in batches)
         assert len(batches[0]) == min(batch_size, 7)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "olmoe", "nemotron_h"])
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(family: str):
+    """deepseek_v4 compresses windows that begin at a row's first column: a pad on the left shifts them."""
+    model = zoo_model(family, vocab_size=259)
+    alone: dict[tuple[str, int], str] = {}
+    for example in SHORT_AND_LONG:
+        alone |= texts(model, [example])
+    batches = list(answer_batches(model, TOKENIZER, SHORT_AND_LONG, max_new_tokens=6, batch_size=8))
+    assert {(SHORT_AND_LONG[a.index].prompt, 0): a.text for batch in batches for a in batch} == alone
+    assert [len(batch) for batch in batches] == ([1, 2, 1] if family == "deepseek_v4" else [4])
+
+
+def test_what_is_done_changes_no_batch_where_padding_matters():
+    model = zoo_model("deepseek_v4", vocab_size=259)
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 4}
+    batches = list(answer_batches(model, TOKENIZER, SHORT_AND_LONG, **options))
+    done = {answer.index for batch in batches[:2] for answer in batch}
+    assert list(answer_batches(model, TOKENIZER, SHORT_AND_LONG, done=done, **options)) == batches[2:]
 
 
 def test_an_answer_keeps_its_first_space():

@@ -9,6 +9,7 @@ import pytest
 from published import ABSENT, DATA
 from tiny import fill, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
+from zoo import zoo_model
 
 from hotlora import HotLoraConfig, cli
 from hotlora.errors import DataError, HotLoraError
@@ -156,6 +157,21 @@ def test_choices_past_the_models_window_are_cut_as_lm_eval_cuts_them(folder: Pat
     for their, mine, example in zip(theirs.results, found.results, examples, strict=True):
         whole = [value * len(choice) for value, choice in zip(mine["scores"], example.choices, strict=True)]
         assert [float(pair[0]) for pair in their["prediction"]] == pytest.approx(whole, rel=1e-4)
+
+
+@harness
+@pytest.mark.slow  # hundreds of tokens by a loop of many small kernels
+def test_answers_do_not_depend_on_the_batch_where_padding_matters(folder: Path):
+    model, tokenizer = zoo_model("deepseek_v4", vocab_size=259), byte_tokenizer()
+    model.config.max_position_embeddings = 1024  # lm-eval cuts prompts to it
+    rows = [{"question": "What is it?" + " Well?" * i, "answer": f"{i}\n#### {2 * i}"} for i in range(3)]
+    (folder / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    for batch_size in (1, 3):
+        tasks = [f"gsm8k:{folder}/gsm8k"]
+        _, (evaluation,) = evaluate_by_lm_eval(model, tokenizer, tasks, num_fewshot=0, batch_size=batch_size)
+        told.append([result["prediction"] for result in evaluation.results])
+    assert told[0] == told[1] and len(set(told[0])) > 1
 
 
 @harness

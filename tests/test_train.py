@@ -1,22 +1,28 @@
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from trl import SFTTrainer
+from zoo import families, zoo_model
 
 from hotlora import checkpoints
 from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
-from hotlora.data import IGNORE, tokenize
+from hotlora.data import IGNORE, batches, tokenize
 from hotlora.errors import HotLoraError
 from hotlora.evaluate import response_loss
+from hotlora.run import run_training
 from hotlora.tasks import Example
 from hotlora.train import make_trainer, train
 
+OMNI = "qwen3_omni_moe_thinker"
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(24)]
 CONFIG = TrainConfig(max_steps=6, batch_size=4, save_steps=4, r=4, lora_alpha=8, max_length=64, learning_rate=3e-3)
@@ -102,6 +108,52 @@ def test_packed_examples_do_not_see_each_other(tmp_path: Path):
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
     assert float(loss) == pytest.approx(response_loss(adapted(), TOKENIZER, dataset()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == OMNI else pytest.param(name, marks=pytest.mark.slow) for name in families()]
+)
+def test_training_and_held_out_loss_in_every_family(tmp_path: Path, family: str):
+    """What the head gives at the labels alone is the plain loss; qwen3_omni_moe_thinker takes no logits_to_keep."""
+    model = zoo_model(family, vocab_size=259)
+    model.get_output_embeddings().requires_grad_(True)
+    trainer = make_trainer(model, TOKENIZER, dataset(), CONFIG, tmp_path)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = model.eval()(**inputs, use_cache=False).logits[:, :-1]
+        loss = trainer.compute_loss(model, dict(batch))
+    labels = batch["labels"][:, 1:]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=0)
+    rows = Dataset.from_dict(dataset()[:4])
+    (held_out,) = batches(rows, TOKENIZER, 4)
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in held_out.items() if k != "labels"}, use_cache=False).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out["labels"][:, 1:].flatten())
+    assert response_loss(model, TOKENIZER, rows) == pytest.approx(float(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "says"), [("gpt_oss", "see each other"), ("qwen3_next", "causal_conv1d")])
+def test_packing_that_mixes_examples_is_refused_before_anything_is_written(tmp_path: Path, family: str, says: str):
+    model = zoo_model(family, vocab_size=259).requires_grad_(True)
+    with pytest.raises(HotLoraError, match=f"this {family} model .*{says}.*leave out --packing"):
+        train(model, TOKENIZER, dataset(), replace(CONFIG, packing=True), tmp_path)
+    assert not (tmp_path / "train.json").exists()
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"aux_loss_coef": 0.01}])
+def test_a_run_refuses_what_the_family_cannot_before_it_profiles(tmp_path: Path, options: dict[str, Any]):
+    zoo_model("afmoe", vocab_size=259).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": example.prompt, "completion": example.completion} for example in EXAMPLES]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(HotLoraError, match=r"this afmoe model.*leave out --(packing|aux-loss-coef)"):
+        run_training(
+            str(tmp_path / "base"), str(tmp_path / "data.jsonl"), tmp_path / "run",
+            config=replace(CONFIG, **options), fraction=0.25, device="cpu",
+        )  # fmt: skip
+    assert not list(tmp_path.glob("run/profile*"))
 
 
 def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path):
