@@ -40,7 +40,7 @@ from .unchanged import unchanged_on_error
 WEIGHTS_HASH = "weights_sha256"
 """Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""
 A_HASH = "a_sha256"
-"""Key of `adapter_config.json`: SHA-256 of a frozen A, which is in no file. Adapters of version 0.1.0 have none."""
+"""Key of `adapter_config.json`: SHA-256 of a frozen A, which is in no file. Older adapters have none."""
 _SWITCHES = ("train_attention", "train_router", "train_shared")
 
 # LoraConfig's options that the layers below do not implement, with the value that leaves each one off.

@@ -101,8 +101,9 @@ class SparseFactor(nn.Module):
         if not self._is_checked and self.kept.device.type != "meta":  # once, for the device is waited for
             if int(unpack(self.kept, self.shape).sum()) != self.values.shape[1]:
                 raise HotLoraError(
-                    "a sparse factor was loaded without its mask, as transformers' own load_adapter does: use "
-                    "hotlora.load_adapter or peft.PeftModel.from_pretrained."
+                    "a sparse factor was loaded without its mask, as transformers' own load_adapter does with older "
+                    "adapters: use hotlora.load_adapter or peft.PeftModel.from_pretrained; saved again, it loads there "
+                    "as well."
                 )
             self._is_checked = True
         dense: Tensor = _Scatter.apply(self.values, self.kept, self.shape)

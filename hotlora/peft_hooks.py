@@ -24,8 +24,8 @@ _SPARSE_UNDER_A_NAME = re.compile(r"(\.lora_\w+)\.[^.]+(\.\w+\.(?:values|kept))$
 
 
 def without_adapter_name(key: str) -> str:
-    """A tensor's key as it is saved today. Adapters of version 0.1.0 hold the name that they were saved under in the
-    keys of sparse factors of routers, and of experts with ranks of their own."""
+    """A tensor's key as it is saved today. Older adapters hold the name that they were saved under in the keys of
+    sparse factors of routers, and of experts with ranks of their own."""
     return _SPARSE_UNDER_A_NAME.sub(r"\1\2", key)
 
 
