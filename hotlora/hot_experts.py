@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
 from .experts import HotFactors, HotWeights, ids_here, up_projection
-from .factors import Slot, at_least_float32, factor_values, low_rank_products, new_factor
+from .factors import FactorDict, Slot, at_least_float32, factor_values, low_rank_products, new_factor
 from .fused import adapted, has_own_forward, routed_experts
 from .mergeable import MergeableLayer
 from .models import expert_widths
@@ -26,7 +26,7 @@ class HotExperts(MergeableLayer):
 
     def _prepare(self) -> None:
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, FactorDict())
         self.expert_ids: dict[str, tuple[int, ...]] = {}
         self._groups: dict[str, list[_Group]] = {}
         self._ids_on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

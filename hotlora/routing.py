@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .errors import DataError, FileError, ModelError, PlanError
 from .files import file_in
-from .precision import say_if_slow
 from .tensor_files import load_tensors, save_tensors
 
 FORMAT = "hotlora.profile"
@@ -254,7 +253,6 @@ def _profile(
     if len(sizes) > 1:
         raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
     device = _input_device(model)
-    say_if_slow(device.type, next(model.parameters()).dtype)
     run, options = _decoder(model)
     counters = [_Counter(layer.num_experts, per_example, models.skips_tokens(model)) for layer in layers]
     num_tokens, packs = 0, False
