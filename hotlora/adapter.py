@@ -31,6 +31,7 @@ from .models import (
     moe_layers,
     unwrap,
 )
+from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
 from .plan import ExpertPlan
 from .quantize import check_mergeable, quantization_of, warn_if_experts_unquantized
 
@@ -90,6 +91,10 @@ class HotLoraConfig(LoraConfig):
     base_quantization: dict[str, Any] | None = None
     """How the experts of the base were quantized in training: `bits`, and by layer the experts to `keep`. It is set
     when an adapter to train is put on a model; `load.base_quantization` reads it."""
+    on_top_of: list[Entry] | None = None
+    """The adapters that were merged into the base before training, as `on_top_of.Entry`. It is set when an adapter to
+    train is put on a model; on a base without them a saved adapter is refused. None: of a hotlora that did not note
+    it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +127,8 @@ class HotLoraConfig(LoraConfig):
         self._ranks: dict[str, tuple[int, ...]] = {}
         self._raw_weights: dict[str, tuple[str, ...]] = {}
         self._routers: set[str] = set()
+        self._source: Entry = {"path": None, "weights_sha256": None}
+        """The file that the adapter was loaded from, as it is noted in a model that it is merged into."""
 
     def _check_factors(self) -> None:
         if isinstance(self.mask, str | os.PathLike):
@@ -150,6 +157,10 @@ class HotLoraConfig(LoraConfig):
         weights, file = (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
         if weights.is_file():
             write_json(file, {**read_json(file), WEIGHTS_HASH: sha256_file(weights)})
+
+    def source(self) -> Entry:
+        """What a model notes that the adapter is merged into. One that trains is no longer what its file holds."""
+        return self._source if self.inference_mode else {"path": None, "weights_sha256": None}
 
     def bind(self, model: nn.Module) -> None:
         """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it
@@ -249,11 +260,13 @@ class HotLoraModel(LoraModel):
         if not isinstance(peft_config, HotLoraConfig):
             return super()._prepare_adapter_config(peft_config, model_config)
         peft_config.bind(self.model)
+        check_ground(peft_config.on_top_of, self.model)
         warn_if_experts_unquantized(self.model)
         if not peft_config.inference_mode:  # one that is only loaded stays as it was trained
             found = quantization_of(self.model)
             keep = {str(layer): list(ids) for layer, ids in ((found and found.keep) or {}).items()}
             peft_config.base_quantization = {"bits": found.bits, "keep": keep} if found else None
+            peft_config.on_top_of = merged_into(self.model)
         return peft_config
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -269,6 +282,14 @@ class HotLoraModel(LoraModel):
         super()._check_merge_allowed()
         if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
             check_mergeable(self.model)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's; the model's config then names what is merged in."""
+        names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None) or self.active_adapters
+        configs = [self.peft_config[name] for name in names]
+        model = super().merge_and_unload(*args, **kwargs)
+        note_merged(model, [config.source() for config in configs if isinstance(config, HotLoraConfig)])
+        return model
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -321,6 +342,11 @@ class HotLoraModel(LoraModel):
                     factor.requires_grad_(False)
 
 
+def check_combined(configs: list[HotLoraConfig], how: str) -> None:
+    """HotLoraError where `add_weighted_adapter` would refuse adapters with these configs."""
+    _combined_config(configs, how)
+
+
 def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     """Of rank and alpha equal, so that the scaling is 1: weights and scalings go into the factors."""
     if how not in ("cat", "linear"):
@@ -329,6 +355,13 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
         raise HotLoraError(
             "adapters with use_dora or train_full_experts are no sums of low-rank updates, so they cannot be combined: "
             "merge_and_unload() them one after another."
+        )
+    grounds = [config.on_top_of or [] for config in configs]
+    if any(missing(a, b) for a in grounds for b in grounds):
+        names = "; ".join(described(ground) or "the base alone" for ground in grounds)
+        raise HotLoraError(
+            f"the adapters were trained on top of different adapters ({names}), so their sum belongs to no base: "
+            "combine those that share one."
         )
     plans = [ExpertPlan.from_dict(config.plan) for config in configs]
     found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
@@ -348,7 +381,9 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     switches: dict[str, Any] = {name: any(getattr(c, name) for c in configs) for name in _SWITCHES}
     bases = [config.base_quantization for config in configs]
     base = bases[0] if all(found == bases[0] for found in bases) else None
-    return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, **switches)
+    return HotLoraConfig(
+        plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, on_top_of=grounds[0], **switches
+    )
 
 
 def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
@@ -375,7 +410,9 @@ class _SavedLoraConfig(LoraConfig):
 def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
     """The targets that were saved are left out: they are worked out again, for the model at hand."""
     others = ("target_modules", "target_parameters", WEIGHTS_HASH)
-    return HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
+    config = HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
+    config._source["weights_sha256"] = saved.get(WEIGHTS_HASH)
+    return config
 
 
 def _keep_names(

@@ -240,13 +240,24 @@ def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
     Raises:
         ModelError: not found.
     """
+    config: Any = checkpoint_config(name_or_path)
+    return config.get_text_config().dtype or torch.float32
+
+
+def checkpoint_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """A checkpoint's config, without its weights. ModelError: not found."""
     try:
-        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return config.get_text_config().dtype or torch.float32
+    return config
+
+
+def on_meta(name_or_path: str | Path) -> PreTrainedModel:
+    """A checkpoint's modules and shapes, without its weights. ModelError: not found, or it cannot be built."""
+    return _on_meta(checkpoint_config(name_or_path))
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

@@ -41,7 +41,7 @@ from .quiet import quiet
 from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
-from .run_folder import finished, load_base, recorded, save_evaluation
+from .run_folder import finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
 from .train import train
 
@@ -119,7 +119,8 @@ def run_training(
         plan: a saved plan, in place of profile and rule.
         mask: a saved `SparseMask`: only the entries of B that it keeps are trained.
         full: train all of the model's weights, without an adapter, in float32 unless `dtype` says otherwise.
-        on_top_of: saved adapters that are merged into the model, in this order, before anything else.
+        on_top_of: saved adapters that are merged into the model, in this order, before anything else; before each of
+            them those that it was itself trained on top of.
         reprofile_every: steps after which the adapted model is profiled and experts are selected anew; None: never.
         reprofile_left: what becomes of what an expert has learned that is not selected again: "drop" or "merge".
         condition: the record's name for what was done; None: the rule's.
@@ -139,6 +140,7 @@ def run_training(
         record then has the status "failed" and the message.
     """
     start(device)
+    on_top_of = underneath(model, on_top_of)
     output, progress = Path(output), progress and is_main()
     if not 0 < profile_fraction <= 1:
         raise DataError(f"profile_fraction = {profile_fraction} is out of range: it must be in (0, 1].")

@@ -12,9 +12,11 @@ from .config import FREE_OPTIONS, same_run
 from .distributed import first_failure, is_main, sharding, wait_for_all
 from .errors import FileError, HotLoraError
 from .evaluate import Evaluation
-from .load import load_adapter
+from .files import sha256_file
+from .load import WEIGHTS_FILE, load_adapter, saved_config
 from .lock import locked
-from .models import load_model
+from .models import checkpoint_config, load_model
+from .on_top_of import Entry, described, missing, noted
 from .quantize import experts_in
 from .quiet import quiet
 from .records import Record, read_record, write_record
@@ -28,13 +30,16 @@ def load_base(
     *,
     quantize: int | None = None,
     keep: Mapping[int, Sequence[int]] | None = None,
+    adapter: str | Path | None = None,
     expert_parallel: int = 1,
     **options: Any,
 ) -> Any:
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
-    keep: as `quantize.quantize_experts` takes it. expert_parallel: as `distributed.sharding` takes it.
+    on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
+    expert_parallel: as `distributed.sharding` takes it.
     """
+    on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
     if spread and (quantize or on_top_of):
         raise HotLoraError(
@@ -48,6 +53,40 @@ def load_base(
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()
     return base
+
+
+def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | Path | None = None) -> list[str | Path]:
+    """The adapters to merge into `model` before `adapter`, or anything new, goes onto it: `on_top_of`, and before each
+    of them, and before `adapter`, those that it was trained on top of and that are not there yet.
+
+    FileError: one of these is not where it was, or is not what it was.
+    """
+    there = noted(checkpoint_config(model))
+    found: list[str | Path] = []
+
+    def add_needed(folder: str | Path) -> None:
+        for entry in missing(saved_config(folder).on_top_of or [], there):
+            found.append(_located(entry, folder))
+            there.append(entry)
+
+    for folder in on_top_of:
+        add_needed(folder)
+        found.append(folder)
+        there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
+    if adapter is not None:
+        add_needed(adapter)
+    return found
+
+
+def _located(entry: Entry, needed_by: str | Path) -> Path:
+    """Where an adapter lies that another was trained on top of."""
+    path, what = Path(entry["path"] or ""), f"{needed_by} was trained on top of {described([entry])}"
+    mend = "give its folder (--on-top-of), or the model that it is merged into"
+    if entry["path"] is None or not (path / WEIGHTS_FILE).is_file():
+        raise FileError(f"{what}, and that is not there: {mend}.")
+    if sha256_file(path / WEIGHTS_FILE) != entry["weights_sha256"]:
+        raise FileError(f"{what}, and that has other weights now (another SHA-256): {mend}.")
+    return path
 
 
 def finished(output: Path, options: dict[str, Any], results: Path | None = None) -> Record | None:
