@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.integrations.integration_utils import (
 from trl import SFTConfig, SFTTrainer
 
 from . import checkpoints, guard
+from .as_loaded import LoadedConfigs
 from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
 from .data import IGNORE
@@ -141,16 +143,13 @@ def _train(
     recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
     stopping = guard.StopOnSignal()
     ours: list[TrainerCallback] = [recorder, stopping, *([_ProgressBar()] if progress else [])]
-    trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
-    with quiet(), on_sigterm(stopping.ask), checkpoints.told_when_full(folder):
-        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
-            # Killed after the last step. transformers would train one step more.
-            trainer._load_from_checkpoint(str(checkpoint), trainer.model)
-            trainer.state.global_step = start
-            for callback in callbacks:
-                callback.on_train_begin(trainer.args, trainer.state, trainer.control)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    configs = LoadedConfigs(model)
+    try:
+        trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
+        trainer.configs = configs
+        _run(trainer, checkpoint, stopping, callbacks)
+    finally:
+        configs.restore()
 
     if stopping.asked:
         state = trainer.state
@@ -168,6 +167,22 @@ def _train(
         seconds=seconds, tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
     )  # fmt: skip
+
+
+def _run(
+    trainer: "_Trainer", checkpoint: Path | None, stopping: guard.StopOnSignal, callbacks: Sequence[TrainerCallback]
+) -> None:
+    """Trains to the end, from `checkpoint` on."""
+    folder, start = Path(str(trainer.args.output_dir)), checkpoints.step_of(checkpoint)
+    with quiet(), on_sigterm(stopping.ask), checkpoints.told_when_full(folder):
+        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
+            # Killed after the last step. transformers would train one step more.
+            trainer._load_from_checkpoint(str(checkpoint), trainer.model)
+            trainer.state.global_step = start
+            for callback in callbacks:
+                callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def make_trainer(
@@ -258,6 +273,7 @@ class _Trainer(SFTTrainer):
 
     examples: Dataset
     batches: list[Any]
+    configs: LoadedConfigs | None = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self.batches, count = super().get_batch_samples(*args, **kwargs)
@@ -288,7 +304,8 @@ class _Trainer(SFTTrainer):
         model: Any = self.model
         if state_dict is None and is_sharded(model):  # or PEFT would gather the whole base model, to leave it out
             state_dict = {name: value for name, value in model.state_dict().items() if "lora_" in name}
-        super()._save(output_dir, state_dict)
+        with self.configs.restored() if self.configs else nullcontext():
+            super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass

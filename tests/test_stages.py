@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
-from tiny import tiny_model
+from tiny import tiny_model, tiny_plan
 
+from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
 from hotlora.data import batches, tokenize
 from hotlora.errors import HotLoraError, PlanError
+from hotlora.files import read_json, write_json
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask
 from hotlora.methods import METHODS, resolve
@@ -26,6 +29,7 @@ from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import export_saved
 from hotlora.run_folder import load_base
 from hotlora.stages import run_method
+from hotlora.train import train
 
 SHORT = {
     "max_steps": 3,
@@ -85,6 +89,28 @@ def test_full_fine_tuning_saves_a_model(model_folder, data, tmp_path):
     run_evaluation(str(tmp_path / "run" / "model"), "nano-choice", limit=2)
     with pytest.raises(HotLoraError, match="no plan, mask or re-profiling"):
         run_training(model_folder, data, tmp_path / "other", config=CONFIG, full=True, reprofile_every=2)
+
+
+def test_full_fine_tuning_leaves_the_configs_as_they_were(model_folder, data, tmp_path):
+    """The trainer sets them for itself. generation_config.json here is one that transformers refuses to save once it
+    is changed, as published ones are."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    config = {**read_json(base / "config.json"), "router_aux_loss_coef": 0.02, "use_cache": True}
+    write_json(base / "config.json", config)
+    generation = {**read_json(base / "generation_config.json"), "do_sample": False, "temperature": 0.6}
+    del generation["pad_token_id"]  # which the trainer takes from the tokenizer
+    write_json(base / "generation_config.json", generation)
+    run_method(str(base), data, tmp_path / "run", **resolve("fft", **SHORT))
+    for folder in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "checkpoint-3"):
+        assert read_json(folder / "config.json") == config
+        assert read_json(folder / "generation_config.json") == generation
+    # The same for a model that is merged after training in one process.
+    model = load_model(str(base))
+    before = (model.config.to_dict(), model.generation_config.to_dict())
+    adapted = get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=2, lora_alpha=4))
+    train(adapted, TOKENIZER, tokenize(EXAMPLES, TOKENIZER, 64), TrainConfig(**SHORT), tmp_path / "adapter")
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == before
 
 
 def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp_path):
