@@ -20,7 +20,7 @@ class LoadedConfigs:
     """The configs of `model`, or of the model that a PEFT model wraps, as they are now. A trainer may then set them."""
 
     def __init__(self, model: Any) -> None:
-        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._loaded = self._values()
         self._generation = getattr(self._base, "generation_config", None)
         if self._generation is not None:
@@ -43,11 +43,11 @@ class LoadedConfigs:
     def _values(self) -> _Values:
         config = self._base.config
         text = config.get_text_config()
-        return [(part, dict(vars(part))) for part in ([config] if text is config else [config, text])]
+        return [(part, dict(part.__dict__)) for part in ([config] if text is config else [config, text])]
 
     def _set(self, values: _Values, generation: Any) -> None:
         for config, held in values:  # in place: modules hold these very objects
-            vars(config).clear()
-            vars(config).update(held)
+            config.__dict__.clear()
+            config.__dict__.update(held)
         if generation is not None:
             self._base.generation_config = generation

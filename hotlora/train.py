@@ -192,7 +192,7 @@ def make_trainer(
     config: TrainConfig,
     folder: Path,
     callbacks: list[TrainerCallback] | None = None,
-) -> "SFTTrainer":
+) -> "_Trainer":
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = device_of(model).type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
