@@ -431,11 +431,9 @@ def main() -> None:
             sys.exit(1)
         if not _has_lost_another(error):
             raise
-        err.print(
-            "[bold red]error:[/] another process of this command is gone without a message: it crashed, or was killed "
-            "(as systems do when memory runs out). The same command goes on from what is saved.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        from .distributed import LOST
+
+        err.print(f"[bold red]error:[/] {LOST}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("stopped; run the same words again to go on")

@@ -1,8 +1,8 @@
 """Hot experts drawn again while an adapter trains, for routers that move with it.
 
 Every so many steps the adapted model is profiled and experts are selected anew. An expert that stays keeps its factors
-and AdamW's state; one that comes starts at a zero update, and is stepped as by a fresh AdamW; what one that goes has learned is dropped, or merged into
-its frozen weights and kept for the saved adapter.
+and AdamW's state; one that comes starts at a zero update, and is stepped as by a fresh AdamW; what one that goes has
+learned is dropped, or merged into its frozen weights and kept for the saved adapter.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """AdamW's step count by row, for parameters some of whose rows are younger than the rest.
 
-AdamW divides its moments by 1 - beta**step to make up for their start at zero, and holds one step for a parameter. A row
-that starts anew in an old parameter would lack that correction: its first steps are several times the learning rate.
-The counts are part of the optimizer's state, so a checkpoint has them.
+AdamW divides its moments by 1 - beta**step to make up for their start at zero, and holds one step for a parameter. A
+row that starts anew in an old parameter would lack that correction: its first steps are several times the learning
+rate. The counts are part of the optimizer's state, so a checkpoint has them.
 """
 
 from collections.abc import Sequence
@@ -56,15 +56,15 @@ def _step(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any])
     assert parameter.grad is not None
     for count in state[_KEY].unique():
         rows = (state[_KEY] == count).nonzero()[:, 0]
-        values, *moments = (whole[rows] for whole in wholes)
+        values, mean, square = (whole[rows] for whole in wholes)
         beta1, beta2 = group["betas"]
         adamw(
-            [values], [parameter.grad[rows]], *([moment] for moment in moments), [], [count.clone()],
+            [values], [parameter.grad[rows]], [mean], [square], [], [count.clone()],
             foreach=group["foreach"], fused=group["fused"], capturable=group["capturable"],
             amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
-        for whole, part in zip(wholes, (values, *moments), strict=True):
+        for whole, part in zip(wholes, (values, mean, square), strict=True):
             whole[rows] = part
     state[_KEY] += 1
     state["step"] += 1

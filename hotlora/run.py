@@ -19,6 +19,7 @@ from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .distributed import (
     all_objects,
+    check_alike,
     gathered,
     is_main,
     is_sharded,
@@ -65,6 +66,7 @@ def profile_data(
     """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it."""
     dataset = tokenize(examples, tokenizer, max_length)
     source = _profile_source(model, examples, data, model_name, max_length)
+    check_alike({"data_hash": source["data_hash"], "fingerprint": source["fingerprint"]})
     some = batches(dataset, tokenizer, batch_size)
     return profile_routing(model, some, progress=progress, source=source, share_out=True)
 
@@ -185,6 +187,8 @@ def run_training(
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize, "keep_hot": keep_hot or None,
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
+    # The files may have other names on another machine.
+    check_alike({name: value for name, value in options.items() if name not in ("model", "data", "test_data")})
     if (done := finished(output, options)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
@@ -220,6 +224,7 @@ def run_training(
                 if keep_hot:
                     del base
                     base = load_base(model, on_top_of, keep=chosen.experts, **loading)
+            check_alike({"plan_hash": chosen.hash})
             if is_main():
                 chosen.save(output / "plan.json")
             record["plan"] = {"path": "plan.json", "hash": chosen.hash, "rule": chosen.rule, "params": chosen.params}

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from . import checkpoints
 from .config import FREE_OPTIONS, same_run
+from .distributed import described as described_error
 from .distributed import first_failure, is_main, sharding, wait_for_all
 from .errors import FileError, HotLoraError
 from .evaluate import Evaluation
@@ -128,7 +129,7 @@ def recorded(record: Record, output: Path | None) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            record |= {"status": "failed", "error": first_failure(f"{type(error).__name__}: {error}")[0]}
+            record |= {"status": "failed", "error": first_failure(described_error(error))[0]}
             record["seconds"] = round(time.perf_counter() - started, 3)
             with suppress(FileError):  # on a full disk: what came first is told
                 write()

@@ -4,8 +4,8 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
 from .data import IGNORE
 from .distributed import device_of, is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
-from .errors import DataError, HotLoraError, Stopped
+from .errors import DataError, FileError, HotLoraError, Stopped
 from .files import read_json, write_json
 from .lock import locked
 from .quiet import quiet
@@ -275,9 +275,29 @@ class _Trainer(SFTTrainer):
     batches: list[Any]
     configs: LoadedConfigs | None = None
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.batches, count = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        own = map(self._own_rows, epoch_iterator)
+        self.batches, count = super().get_batch_samples(own, num_batches, device)
         return self.batches, count
+
+    def _own_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without the rows that Accelerate has read a second time, to give each process as many at an epoch's end. A
+        process that has no others takes part with two tokens that have no label."""
+        state, size = self.accelerator.gradient_state, self.args.per_device_train_batch_size
+        rows = len(batch["input_ids"])
+        whole = not state.end_of_dataloader or state.remainder < 1
+        if self.accelerator.num_processes == 1 or whole or self.args.packing or rows != size:
+            return batch
+        own = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+        if own:
+            return {name: value[:own] for name, value in batch.items()}
+        nothing = {name: value[:1, :2] for name, value in batch.items()}
+        return nothing | {"labels": torch.full_like(nothing["labels"], IGNORE)}
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.accelerator.num_processes > 1 and (inputs["labels"] == IGNORE).all():
+            inputs = {name: torch.zeros_like(value) for name, value in inputs.items()}
+        super()._track_num_input_tokens(inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Every process has the same numbers here, since they are logged.
@@ -312,6 +332,34 @@ class _Trainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._read_from(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._read_from(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._read_from(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @contextmanager
+    def _read_from(self, checkpoint: str | None) -> Iterator[None]:
+        """A checkpoint with a file that is no such file, or another training's, is one FileError."""
+        try:
+            yield
+        except (HotLoraError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever torch, pickle's reader and safetensors have to say of it
+            reason = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+            )
+            raise FileError(
+                f"{checkpoint} cannot be gone on from: one of its files was replaced, or is of another training "
+                f"({reason}). Restore it, or delete this checkpoint, to go on from the one before."
+            ) from error
 
 
 class _CpuTrainer(_Trainer):
