@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 
 _MIN_PROFILED = 64  # examples, where there are so many: a tenth of a small set is too few to rank experts by
 _DEFAULT = TrainConfig()
+_NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
 
 
 def profile_data(
@@ -187,8 +188,7 @@ def run_training(
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize, "keep_hot": keep_hot or None,
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
-    # The files may have other names on another machine.
-    check_alike({name: value for name, value in options.items() if name not in ("model", "data", "test_data")})
+    check_alike({name: value for name, value in options.items() if name not in _NAMES})
     if (done := finished(output, options)) is not None:
         return done
     wait_for_all()  # until each has seen what was there

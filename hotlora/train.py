@@ -286,7 +286,7 @@ class _Trainer(SFTTrainer):
         state, size = self.accelerator.gradient_state, self.args.per_device_train_batch_size
         rows = len(batch["input_ids"])
         whole = not state.end_of_dataloader or state.remainder < 1
-        if self.accelerator.num_processes == 1 or whole or self.args.packing or rows != size:
+        if self.accelerator.num_processes == 1 or whole or getattr(self.args, "packing", False) or rows != size:
             return batch
         own = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
         if own:
