@@ -178,19 +178,14 @@ def check_export(format: str, output: str | Path) -> Path:
     return output
 
 
-def check_config(
-    config: HotLoraConfig,
-    base: nn.Module,
-    format: str,
-    *,
-    merge_router: bool = False,
-    drop_router: bool = False,
-    merge_attention: bool = False,
-) -> None:
-    """HotLoraError for what `export_adapter` refuses by an adapter's config and the base's modules, which may be on the
-    meta device."""
+def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop_router: bool) -> None:
+    """HotLoraError for what `export_adapter` refuses by an adapter's config alone."""
     _check_plain(config, format)
     _check_router_choice(format, config.train_router, merge_router, drop_router)
+
+
+def check_attention(config: HotLoraConfig, base: nn.Module, format: str, *, merge_attention: bool) -> None:
+    """HotLoraError for what it refuses by the base's modules besides; they may be on the meta device."""
     trained = attention_modules(base) if config.train_attention else []
     _check_attention_choice(format, bool(not_applied(trained, format)), merge_attention)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .adapter import check_combined
 from .errors import HotLoraError
-from .export import check_config, check_export, export_adapter
+from .export import check_attention, check_config, check_export, export_adapter
 from .files import atomic_folder
 from .load import load_adapter, saved_config
 from .models import checkpoint_dtype, load_tokenizer, on_meta
@@ -39,12 +39,9 @@ def export_saved(
         nowhere. PlanError: the adapter is another model's.
     """
     check_export(format, output)  # before a model is loaded, which may take long
-    choices: dict[str, Any] = {
-        "merge_router": merge_router,
-        "drop_router": drop_router,
-        "merge_attention": merge_attention,
-    }
-    check_config(saved_config(adapter), on_meta(model), format, **choices)
+    config = saved_config(adapter)
+    check_config(config, format, merge_router=merge_router, drop_router=drop_router)
+    check_attention(config, on_meta(model), format, merge_attention=merge_attention)
     on_top_of = underneath(model, on_top_of, adapter)
     if on_top_of and format != "merged" and not (merge_router or merge_attention):
         raise HotLoraError(
@@ -55,7 +52,10 @@ def export_saved(
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     adapted = load_adapter(load_base(model, on_top_of, dtype=own, device=device), adapter)
-    return export_adapter(adapted, output, format=format, tokenizer=tokenizer, **choices)
+    return export_adapter(
+        adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
+        merge_attention=merge_attention, tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def combine_saved(
