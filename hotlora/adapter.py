@@ -34,6 +34,7 @@ from .models import (
     moe_layers,
     unwrap,
 )
+from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
 from .plan import ExpertPlan
 from .quantize import check_mergeable, quantization_of, warn_if_experts_unquantized
 from .unchanged import unchanged_on_error
@@ -96,6 +97,10 @@ class HotLoraConfig(LoraConfig):
     base_quantization: dict[str, Any] | None = None
     """How the experts of the base were quantized in training: `bits`, and by layer the experts to `keep`. It is set
     when an adapter to train is put on a model; `load.base_quantization` reads it."""
+    on_top_of: list[Entry] | None = None
+    """The adapters that were merged into the base before training, as `on_top_of.Entry`. It is set when an adapter to
+    train is put on a model; on a base without them a saved adapter is refused. None: of a hotlora that did not note
+    it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +136,8 @@ class HotLoraConfig(LoraConfig):
         # SHA-256 of the frozen A that the model has, and of the one that the adapter was saved with.
         self._a_hash: str | None = None
         self._saved_a_hash: str | None = None
+        self._source: Entry = {"path": None, "weights_sha256": None}
+        """The file that the adapter was loaded from, as it is noted in a model that it is merged into."""
 
     def _check_factors(self) -> None:
         if isinstance(self.mask, str | os.PathLike):
@@ -173,6 +180,10 @@ class HotLoraConfig(LoraConfig):
                 f"({A_HASH} {self._a_hash[:12]}…, saved {str(self._saved_a_hash)[:12]}…). Put a_seed back if it was "
                 "changed, take the torch and hotlora that it was trained with, or train again."
             )
+
+    def source(self) -> Entry:
+        """What a model notes that the adapter is merged into. One that trains is no longer what its file holds."""
+        return self._source if self.inference_mode else {"path": None, "weights_sha256": None}
 
     def bind(self, model: nn.Module) -> None:
         """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it
@@ -295,11 +306,13 @@ class HotLoraModel(LoraModel):
         if not isinstance(peft_config, HotLoraConfig):
             return super()._prepare_adapter_config(peft_config, model_config)
         peft_config.bind(self.model)
+        check_ground(peft_config.on_top_of, self.model)
         warn_if_experts_unquantized(self.model)
         if not peft_config.inference_mode:  # one that is only loaded stays as it was trained
             found = quantization_of(self.model)
             keep = {str(layer): list(ids) for layer, ids in ((found and found.keep) or {}).items()}
             peft_config.base_quantization = {"bits": found.bits, "keep": keep} if found else None
+            peft_config.on_top_of = merged_into(self.model)
         return peft_config
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -315,6 +328,14 @@ class HotLoraModel(LoraModel):
         super()._check_merge_allowed()
         if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
             check_mergeable(self.model)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's; the model's config then names what is merged in."""
+        names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None) or self.active_adapters
+        configs = [self.peft_config[name] for name in names]
+        model = super().merge_and_unload(*args, **kwargs)
+        note_merged(model, [config.source() for config in configs if isinstance(config, HotLoraConfig)])
+        return model
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -362,6 +383,11 @@ class HotLoraModel(LoraModel):
                         factor.requires_grad_(False)
 
 
+def check_combined(configs: list[HotLoraConfig], how: str) -> None:
+    """HotLoraError where `add_weighted_adapter` would refuse adapters with these configs."""
+    _combined_config(configs, how)
+
+
 def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     """Of rank and alpha equal, so that the scaling is 1: weights and scalings go into the factors."""
     if how not in ("cat", "linear"):
@@ -370,6 +396,13 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
         raise HotLoraError(
             "adapters with use_dora or train_full_experts are no sums of low-rank updates, so they cannot be combined: "
             "merge_and_unload() them one after another."
+        )
+    grounds = [config.on_top_of or [] for config in configs]
+    if any(missing(a, b) for a in grounds for b in grounds):
+        names = "; ".join(described(ground) or "the base alone" for ground in grounds)
+        raise HotLoraError(
+            f"the adapters were trained on top of different adapters ({names}), so their sum belongs to no base: "
+            "combine those that share one."
         )
     plans = [ExpertPlan.from_dict(config.plan) for config in configs]
     found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
@@ -389,7 +422,9 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     switches: dict[str, Any] = {name: any(getattr(c, name) for c in configs) for name in _SWITCHES}
     bases = [config.base_quantization for config in configs]
     base = bases[0] if all(found == bases[0] for found in bases) else None
-    return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, **switches)
+    return HotLoraConfig(
+        plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, on_top_of=grounds[0], **switches
+    )
 
 
 def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
@@ -406,6 +441,7 @@ def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
     others = ("target_modules", "target_parameters", WEIGHTS_HASH, A_HASH)
     config = HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
     config._saved_a_hash = saved.get(A_HASH)
+    config._source["weights_sha256"] = saved.get(WEIGHTS_HASH)
     return config
 
 

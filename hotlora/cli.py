@@ -313,12 +313,18 @@ def export(
         bool,
         typer.Option("--drop-router", help="vllm, sglang: leave the routers' updates out; answers then differ."),
     ] = False,
+    merge_attention: Annotated[
+        bool,
+        typer.Option("--merge-attention", help="vllm: MLA's kv_b_proj goes into that base model, too."),
+    ] = False,
+    on_top_of: OnTopOf = None,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
     device: Device = "auto",
 ) -> None:
     """Write an adapter in the format of a server, or of plain PEFT.
 
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
+    vllm applies no update to MLA's kv_b_proj: --merge-attention.
     """
     from .run_export import export_saved
 
@@ -329,11 +335,13 @@ def export(
         format=format,
         merge_router=merge_router,
         drop_router=drop_router,
+        merge_attention=merge_attention,
+        on_top_of=on_top_of or (),
         dtype=dtype,
         device=device,
     )
     out.print(f"{format}: {output}", soft_wrap=True)
-    if merge_router:
+    if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
     _tell_of_quantization(adapter)
 
@@ -362,13 +370,14 @@ def combine(
     how: Annotated[
         str, typer.Option(help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors.")
     ] = "cat",
+    on_top_of: OnTopOf = None,
     device: Device = "auto",
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
     from .run_export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
-    combine_saved(model, adapters, output, weights=numbers, how=how, device=device)
+    combine_saved(model, adapters, output, on_top_of=on_top_of or (), weights=numbers, how=how, device=device)
     out.print(f"adapter: {output}", soft_wrap=True)
 
 
@@ -426,11 +435,9 @@ def main() -> None:
             sys.exit(1)
         if not _has_lost_another(error):
             raise
-        err.print(
-            "[bold red]error:[/] another process of this command is gone without a message: it crashed, or was killed "
-            "(as systems do when memory runs out). The same command goes on from what is saved.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        from .distributed import LOST
+
+        err.print(f"[bold red]error:[/] {LOST}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as ended:  # how a command that went well ends
         if not ended.code:

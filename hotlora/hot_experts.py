@@ -385,6 +385,11 @@ class HotFullExperts(HotExperts):
     def _replaces(self, adapter: str) -> bool:
         return True
 
+    def _merged_values(self, adapter: str) -> list[tuple[Tensor, list[int] | slice, Tensor]]:
+        values = self._own_layout(*(weight.detach() for weight in self._weights(adapter)))
+        pairs = zip(self._merged_into(adapter), values, strict=True)
+        return [(weight, rows, value.to(weight.dtype)) for (weight, rows), value in pairs]
+
     def slots(self, path: str, adapter: str) -> Iterator[Slot]:
         yield from ()  # whole weights, no factors
 

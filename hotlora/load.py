@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .errors import FileError, HotLoraError, PlanError
 from .files import read_json, sha256_file
+from .on_top_of import check_entries, check_ground
 from .peft_hooks import without_adapter_name
 from .plan import ExpertPlan
 from .quantize import ExpertsQuantization
@@ -33,14 +34,17 @@ def load_adapter(
 
     Raises:
         FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
-        or that do not fit the config. PlanError: the adapter was made for another model.
+        or that do not fit the config. PlanError: the adapter was made for another model, or on top of an adapter that
+        is not merged into this one.
     """
     folder = Path(path).expanduser()
     data = _read_config(folder)
     saved_hash = data.get(WEIGHTS_HASH)
     config = _config(folder / CONFIG_FILE, data)
     config.inference_mode = not is_trainable
+    check_ground(config.on_top_of, base_model)
     weights = read_weights(folder / WEIGHTS_FILE, saved_hash)
+    config._source = {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
     weights = {without_adapter_name(key): tensor for key, tensor in weights.items()}
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         raise HotLoraError(
@@ -145,6 +149,7 @@ def _check_own(config: HotLoraConfig) -> None:
             f"base_quantization is {config.base_quantization!r}; it must be null, or have bits of 4 or 8, and in keep "
             "the experts of each layer that has some."
         )
+    check_entries("on_top_of", config.on_top_of)
     if config.a_seed is not None and (not isinstance(config.a_seed, int) or config.a_seed < 0):
         raise TypeError(f"a_seed is {config.a_seed!r}; it must be an integer from 0.")
     if not isinstance(config._saved_a_hash, str | None):

@@ -22,6 +22,7 @@ from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .distributed import (
     all_objects,
+    check_alike,
     gathered,
     is_main,
     is_sharded,
@@ -45,7 +46,7 @@ from .quiet import quiet
 from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
-from .run_folder import data_time, finished, load_base, recorded, save_evaluation
+from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
 from .train import check_family, train
 
@@ -53,6 +54,7 @@ _log = logging.getLogger(__name__)
 
 _MIN_PROFILED = 64  # examples, where there are so many: a tenth of a small set is too few to rank experts by
 _DEFAULT = TrainConfig()
+_NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
 
 
 def profile_data(
@@ -73,6 +75,7 @@ def profile_data(
     """
     dataset = tokenize(examples, tokenizer, max_length) if dataset is None else dataset
     source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
+    check_alike({"data_hash": source["data_hash"], "fingerprint": source["fingerprint"]})
     some = batches(dataset, tokenizer, batch_size)
     return profile_routing(model, some, progress=progress, source=source, share_out=True)
 
@@ -127,7 +130,8 @@ def run_training(
         plan: a saved plan, in place of profile and rule.
         mask: a saved `SparseMask`: only the entries of B that it keeps are trained.
         full: train all of the model's weights, without an adapter, in float32 unless `dtype` says otherwise.
-        on_top_of: saved adapters that are merged into the model, in this order, before anything else.
+        on_top_of: saved adapters that are merged into the model, in this order, before anything else; before each of
+            them those that it was itself trained on top of.
         reprofile_every: steps after which the adapted model is profiled and experts are selected anew; None: never.
         reprofile_left: what becomes of what an expert has learned that is not selected again: "drop" or "merge".
         condition: the record's name for what was done; None: the rule's.
@@ -148,6 +152,7 @@ def run_training(
         message.
     """
     start(device)
+    on_top_of = underneath(model, on_top_of)
     output, progress = Path(output), progress and is_main()
     if not 0 < profile_fraction <= 1:
         raise DataError(f"profile_fraction = {profile_fraction} is out of range: it must be in (0, 1].")
@@ -200,6 +205,7 @@ def run_training(
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
     options |= (template := template_source(tokenizer, (*examples, *test)))
+    check_alike({name: value for name, value in options.items() if name not in _NAMES})
     if (done := finished(output, options)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
@@ -242,6 +248,7 @@ def run_training(
                 if keep_hot:
                     del base
                     base = load_base(model, on_top_of, keep=chosen.experts, **loading)
+            check_alike({"plan_hash": chosen.hash})
             if is_main():
                 chosen.save(output / "plan.json")
             record["plan"] = {"path": "plan.json", "hash": chosen.hash, "rule": chosen.rule, "params": chosen.params}

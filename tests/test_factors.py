@@ -16,6 +16,7 @@ from hotlora import factors
 from hotlora.adapter import HotLoraConfig
 from hotlora.count import count_parameters
 from hotlora.errors import FileError, HotLoraError, PlanError
+from hotlora.experts import up_projection
 from hotlora.export import export_adapter
 from hotlora.factors import SeededFactor, SparseFactor, pack, unpack
 from hotlora.hot_experts import HotExperts, HotFullExperts, HotLoraExperts
@@ -658,6 +659,27 @@ def test_full_experts_start_as_the_base_and_train_alone(family, tmp_path):
         assert (mine - plain).norm() <= 1e-3 * plain.norm()
     same_after_saving(model, tmp_path, lambda: zoo_model(family))
     merges_and_comes_out_again(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_merged_full_experts_are_the_trained_weights_bit_for_bit(family, dtype):
+    """Not the base plus a rounded difference."""
+    base = zoo_model(family).to(dtype)
+    model = adapted(base, train_full_experts=True, train_attention=False, train_router=False, train_shared=False)
+    layer = base.get_submodule(moe_layers(base)[0].experts)
+    experts, ids = layer.get_base_layer(), list(layer.expert_ids["default"])
+    with torch.no_grad():
+        for held in (layer.lora_full_gate_up, layer.lora_full_down):
+            held["default"].mul_(1 + 1e-3 * torch.randn(held["default"].shape))
+    trained = layer._own_layout(layer.lora_full_gate_up["default"], layer.lora_full_down["default"])
+    before = experts.down_proj.clone()
+    model.merge_adapter()
+    merged = (getattr(experts, up_projection(experts))[ids], experts.down_proj[ids])
+    for weight, expected in zip(merged, trained, strict=True):
+        assert torch.equal(weight, expected.to(dtype))
+    model.unmerge_adapter()
+    assert torch.equal(experts.down_proj, before)
 
 
 def test_full_experts_cannot_leave_as_low_rank(tmp_path):

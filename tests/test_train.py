@@ -1,4 +1,6 @@
 import json
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from trl import SFTTrainer
@@ -16,7 +19,7 @@ from hotlora import checkpoints
 from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
 from hotlora.data import IGNORE, batches, tokenize
-from hotlora.errors import HotLoraError
+from hotlora.errors import FileError, HotLoraError
 from hotlora.evaluate import response_loss
 from hotlora.run import run_training
 from hotlora.tasks import Example
@@ -235,6 +238,51 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path):
     assert last is not None and checkpoints.step_of(last) == 9
     checkpoints.remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-9"]
+
+
+class _Runs:
+    """What a pickle can do when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_a_checkpoint_with_a_file_from_elsewhere_is_one_message(tmp_path: Path):
+    """The mark is made anew, as by one who replaces files on purpose, or copies them together from two runs."""
+    config = replace(CONFIG, max_steps=2, save_steps=1)
+    train(adapted(), TOKENIZER, dataset(), config, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-1"  # of the last nothing but the weights is read
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+
+    def text(file: Path) -> None:
+        file.write_text("not what its name says")
+
+    def other_rank(file: Path) -> None:
+        tensors = {name: torch.zeros(3, 3) for name in load_file(file)}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    for name, replaced in (
+        ("optimizer.pt", text),
+        ("optimizer.pt", lambda file: file.write_bytes(pickle.dumps(_Runs(tmp_path / "was run")))),
+        ("optimizer.pt", lambda file: torch.save(other.state_dict(), file)),
+        ("scheduler.pt", text),
+        ("rng_state.pth", text),
+        ("adapter_model.safetensors", text),
+        ("adapter_model.safetensors", other_rank),
+    ):
+        folder = tmp_path / "copy"
+        shutil.copytree(tmp_path / "run", folder)
+        checkpoint = folder / "checkpoints" / last.name
+        replaced(checkpoint / name)
+        checkpoints.mark_complete(checkpoint)
+        with pytest.raises(FileError, match=r"checkpoint-1 cannot be gone on from.*delete this checkpoint"):
+            train(adapted(), TOKENIZER, dataset(), config, folder)
+        assert not (tmp_path / "was run").exists() and (checkpoint / name).exists()
+        shutil.rmtree(folder)
 
 
 def test_metrics_after_a_kill(tmp_path: Path):
