@@ -22,6 +22,7 @@ import torch
 from hotlora.contenders import RandomModel
 from hotlora.estimate import sized_config, torch_dtype
 from hotlora.files import write_json
+from hotlora.precision import cpu_dtype
 from hotlora.records import environment
 from hotlora.routing import profile_routing
 
@@ -39,6 +40,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = sized_config(options.model, options.layers)
     dtype = torch_dtype("auto", config)
+    dtype = cpu_dtype(dtype) if device.type == "cpu" else dtype
     model = RandomModel(config, dtype, device, seed=0).model.eval()
     shape = (options.batches, options.batch_size, options.length)
     batches = [{"input_ids": ids} for ids in torch.randint(config.get_text_config().vocab_size, shape).to(device)]

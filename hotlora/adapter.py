@@ -5,37 +5,45 @@ own `lora.Linear`; the planned experts and the routers get the layers in `layers
 """
 
 import dataclasses
+import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from peft import LoraConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from . import peft_hooks
 from .combine import combine, factor_pairs
-from .errors import HotLoraError, ModelError, PlanError
-from .factors import SeededFactor, SparseFactor
+from .errors import FileError, HotLoraError, ModelError, PlanError
+from .factors import SeededFactor, Slot, SparseFactor
 from .files import read_json, sha256_file, write_json
 from .hot_experts import HotExperts, HotFullExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
+from .layer.function import IMPLEMENTATION
 from .mask import SparseMask
 from .mergeable import MergeableLayer, factor_slots
 from .models import (
     attention_modules,
+    check_in_memory,
     fingerprint,
     moe_layers,
     unwrap,
 )
+from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
 from .plan import ExpertPlan
-from .quantize import check_mergeable, quantization_of, warn_if_experts_unquantized
+from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
+from .unchanged import unchanged_on_error
 
 WEIGHTS_HASH = "weights_sha256"
 """Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""
+A_HASH = "a_sha256"
+"""Key of `adapter_config.json`: SHA-256 of a frozen A, which is in no file. Older adapters have none."""
 _SWITCHES = ("train_attention", "train_router", "train_shared")
 
 # LoraConfig's options that the layers below do not implement, with the value that leaves each one off.
@@ -90,6 +98,10 @@ class HotLoraConfig(LoraConfig):
     base_quantization: dict[str, Any] | None = None
     """How the experts of the base were quantized in training: `bits`, and by layer the experts to `keep`. It is set
     when an adapter to train is put on a model; `load.base_quantization` reads it."""
+    on_top_of: list[Entry] | None = None
+    """The adapters that were merged into the base before training, as `on_top_of.Entry`. It is set when an adapter to
+    train is put on a model; on a base without them a saved adapter is refused. None: of a hotlora that did not note
+    it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +134,11 @@ class HotLoraConfig(LoraConfig):
         self._ranks: dict[str, tuple[int, ...]] = {}
         self._raw_weights: dict[str, tuple[str, ...]] = {}
         self._routers: set[str] = set()
+        # SHA-256 of the frozen A that the model has, and of the one that the adapter was saved with.
+        self._a_hash: str | None = None
+        self._saved_a_hash: str | None = None
+        self._source: Entry = {"path": None, "weights_sha256": None}
+        """The file that the adapter was loaded from, as it is noted in a model that it is merged into."""
 
     def _check_factors(self) -> None:
         if isinstance(self.mask, str | os.PathLike):
@@ -144,12 +161,30 @@ class HotLoraConfig(LoraConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT calls it when the weights are written: their hash goes beside the options, so that `load_adapter` knows
-        them again."""
+        """PEFT calls it when the weights are written: their hash, and that of a frozen A, go beside the options, so
+        that loading knows them again."""
         super().save_pretrained(save_directory, **kwargs)
         weights, file = (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
-        if weights.is_file():
-            write_json(file, {**read_json(file), WEIGHTS_HASH: sha256_file(weights)})
+        hashes = {WEIGHTS_HASH: sha256_file(weights)} if weights.is_file() else {}
+        if self._a_hash is not None:
+            hashes[A_HASH] = self._a_hash
+        if hashes:
+            write_json(file, {**read_json(file), **hashes})
+
+    def check_a(self, factors: Iterable[SeededFactor]) -> None:
+        """Notes which frozen A a model has. FileError: the adapter was saved with another one."""
+        digests = sorted(factor.digest() for factor in factors)
+        self._a_hash = hashlib.sha256("".join(digests).encode()).hexdigest()
+        if self._saved_a_hash not in (None, self._a_hash):
+            raise FileError(
+                f"the frozen A that a_seed={self.a_seed} gives here is not the one that the adapter was trained with "
+                f"({A_HASH} {self._a_hash[:12]}…, saved {str(self._saved_a_hash)[:12]}…). Put a_seed back if it was "
+                "changed, take the torch and hotlora that it was trained with, or train again."
+            )
+
+    def source(self) -> Entry:
+        """What a model notes that the adapter is merged into. One that trains is no longer what its file holds."""
+        return self._source if self.inference_mode else {"path": None, "weights_sha256": None}
 
     def bind(self, model: nn.Module) -> None:
         """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it
@@ -157,8 +192,9 @@ class HotLoraConfig(LoraConfig):
 
         Raises:
             PlanError: the plan is for another model or names a layer that is not there, or nothing would
-            train. ModelError: the model is not supported.
+            train. ModelError: the model is not supported, or some of its weights are offloaded.
         """
+        check_in_memory(model)
         plan = ExpertPlan.from_dict(self.plan)
         layers = {layer.layer: layer for layer in moe_layers(model)}
         if plan.fingerprint is not None and plan.fingerprint != fingerprint(model):
@@ -185,16 +221,24 @@ class HotLoraConfig(LoraConfig):
                 "are off. Plan at least one expert, or switch one of them on."
             )
         raw = {path: weights for path in shared if (weights := _raw_weights(unwrap(model.get_submodule(path))))}
-        for path in (*expert_ids, *routers, *raw):
-            module = model.get_submodule(path)
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, MergeableLayer):
-                raise ModelError(
-                    f"{path} already has an adapter of another kind ({type(module).__name__}). "
-                    "Unload it, or use a fresh base model."
-                )
         self._expert_ids, self._ranks, self._routers = expert_ids, ranks, set(routers)
         self._raw_weights = {**routers, **raw}
+        for path in (*expert_ids, *routers, *raw):
+            module, kind = model.get_submodule(path), cast(type[nn.Module], self._layer_class(path))
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, kind):
+                raise ModelError(
+                    f"{path} already has an adapter of another kind ({type(module).__name__}, and this config's is "
+                    f"{kind.__name__}). Unload it, use a fresh base model, or plan other layers."
+                )
         self.target_modules = _Bound(targets)  # type: ignore[assignment]
+
+    def _layer_class(self, path: str) -> "type[MergeableLayer] | None":
+        """Ours for what `bind` has found at `path`; None where PEFT's own Linear does."""
+        if path in self._expert_ids:
+            return HotFullExperts if self.train_full_experts else HotLoraExperts
+        if path in self._routers:
+            return HotLoraRouter
+        return HotLoraWeights if path in self._raw_weights else None
 
 
 def _raw_weights(module: nn.Module) -> tuple[str, ...]:
@@ -214,14 +258,39 @@ class HotLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if isinstance(config, HotLoraConfig):  # used before: PEFT would rewrite its exact targets (peft#3711)
             config.target_modules = config.target_parameters = None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with unchanged_on_error(self):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if isinstance(config, HotLoraConfig):
+                self._hold_factors(config, adapter_name)
         if isinstance(config, HotLoraConfig):
-            self._hold_factors(config, adapter_name)
+            self._use_routed_layer()
         if isinstance(config, HotLoraConfig) and adapter_name == "ref" and self.peft_config.get("default") is config:
-            # TRL's reference is a copy of "default". It copies what has `.default.` in its name: all but these.
-            for module in self.model.modules():
-                if isinstance(module, HotExperts) and "ref" in module.scaling:
-                    module.copy_adapter("default", "ref")
+            self._copy_to_reference()
+
+    def _use_routed_layer(self) -> None:
+        """The experts' own forward is ours from here on, since FSDP and expert parallelism go through that one."""
+        before = self.model.config._experts_implementation
+        if before != IMPLEMENTATION:
+            self._implementation_before = before
+            self.model.set_experts_implementation(IMPLEMENTATION)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        if hasattr(self, "_implementation_before") and quantized_bits(model) is None:
+            model.set_experts_implementation(self._implementation_before)
+        unloaded: nn.Module = model
+        return unloaded
+
+    def _copy_to_reference(self) -> None:
+        """TRL's reference is a copy of "default". It copies parameters with `.default.` in their names: not the
+        experts', and of a sparse factor not where its entries stand."""
+        for module in self.model.modules():
+            if isinstance(module, HotExperts) and "ref" in module.scaling:
+                module.copy_adapter("default", "ref")
+        pairs = zip(factor_slots(self.model, "default"), factor_slots(self.model, "ref"), strict=True)
+        for source, target in pairs:
+            if isinstance(sparse := source.held[source.key], SparseFactor):
+                target.held[target.key].load_state_dict(sparse.state_dict())
 
     def _hold_factors(self, config: HotLoraConfig, adapter_name: str) -> None:
         """A from its seed, and of B the kept entries alone, where the config says so."""
@@ -230,17 +299,22 @@ class HotLoraModel(LoraModel):
         slots = list(factor_slots(self.model, adapter_name))
         if not config.train_a:
             assert config.a_seed is not None
-            for slot in slots:
-                if slot.is_A:
-                    values = slot.values
-                    slot.hold(SeededFactor(values.shape, config.a_seed, slot.name, values.device))
+            of_B = {slot.name: slot for slot in slots if not slot.is_A}
+            for slot in (slot for slot in slots if slot.is_A):
+                values = slot.values
+                factor = SeededFactor(values.shape, config.a_seed, slot.name, values.device)
+                B = of_B[".lora_B".join(slot.name.rsplit(".lora_A", 1))]
+                factor.go_with(B.held, B.key)
+                slot.hold(factor)
+            if all(factor.values.device.type != "meta" for factor in frozen_a(slots)):
+                config.check_a(frozen_a(slots))
         if config.mask is None:
             return
         if wrong := {slot.name for slot in slots if not slot.is_A} ^ set(config.mask):
             raise PlanError(f"the mask is for another adapter: {sorted(wrong)[0]} is in only one of the two.")
         for slot in (slot for slot in slots if not slot.is_A):
             values = slot.values
-            sparse = SparseFactor(values.shape, config.mask[slot.name], values.device)
+            sparse = SparseFactor(values.shape, config.mask[slot.name], values.device, values.dtype)
             if config._mask is not None:
                 sparse.keep(config._mask.entries(slot.name, values.shape))
             slot.hold(sparse.requires_grad_(not config.inference_mode))
@@ -249,11 +323,13 @@ class HotLoraModel(LoraModel):
         if not isinstance(peft_config, HotLoraConfig):
             return super()._prepare_adapter_config(peft_config, model_config)
         peft_config.bind(self.model)
+        check_ground(peft_config.on_top_of, self.model)
         warn_if_experts_unquantized(self.model)
         if not peft_config.inference_mode:  # one that is only loaded stays as it was trained
             found = quantization_of(self.model)
             keep = {str(layer): list(ids) for layer, ids in ((found and found.keep) or {}).items()}
             peft_config.base_quantization = {"bits": found.bits, "keep": keep} if found else None
+            peft_config.on_top_of = merged_into(self.model)
         return peft_config
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -270,17 +346,19 @@ class HotLoraModel(LoraModel):
         if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
             check_mergeable(self.model)
 
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's; the model's config then names what is merged in."""
+        names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None) or self.active_adapters
+        configs = [self.peft_config[name] for name in names]
+        model = super().merge_and_unload(*args, **kwargs)
+        note_merged(model, [config.source() for config in configs if isinstance(config, HotLoraConfig)])
+        return model
+
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if isinstance(lora_config, HotLoraConfig):
-            path = kwargs["target_name"]
-            if path in lora_config._expert_ids:
-                kind = HotFullExperts if lora_config.train_full_experts else HotLoraExperts
+            if kind := lora_config._layer_class(kwargs["target_name"]):
                 return kind(target, adapter_name, lora_config, **kwargs)
-            if path in lora_config._routers:
-                return HotLoraRouter(target, adapter_name, lora_config, **kwargs)
-            if path in lora_config._raw_weights:
-                return HotLoraWeights(target, adapter_name, lora_config, **kwargs)
         return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
 
     def add_weighted_adapter(  # type: ignore[override]
@@ -312,13 +390,19 @@ class HotLoraModel(LoraModel):
             raise HotLoraError(f"the model already has an adapter {adapter_name!r}: give another adapter_name.")
         how = combination_type or "cat"
         config = _combined_config(hot, how)
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer) and adapter_name in module.r:
-                combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how)
-                for factor in (f for pair in factor_pairs(module, adapter_name).values() for f in pair):
-                    factor.requires_grad_(False)
+        with unchanged_on_error(self):
+            self.peft_config[adapter_name] = config
+            self.inject_adapter(self.model, adapter_name)
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer) and adapter_name in module.r:
+                    combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how)
+                    for factor in (f for pair in factor_pairs(module, adapter_name).values() for f in pair):
+                        factor.requires_grad_(False)
+
+
+def check_combined(configs: list[HotLoraConfig], how: str) -> None:
+    """HotLoraError where `add_weighted_adapter` would refuse adapters with these configs."""
+    _combined_config(configs, how)
 
 
 def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
@@ -329,6 +413,13 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
         raise HotLoraError(
             "adapters with use_dora or train_full_experts are no sums of low-rank updates, so they cannot be combined: "
             "merge_and_unload() them one after another."
+        )
+    grounds = [config.on_top_of or [] for config in configs]
+    if any(missing(a, b) for a in grounds for b in grounds):
+        names = "; ".join(described(ground) or "the base alone" for ground in grounds)
+        raise HotLoraError(
+            f"the adapters were trained on top of different adapters ({names}), so their sum belongs to no base: "
+            "combine those that share one."
         )
     plans = [ExpertPlan.from_dict(config.plan) for config in configs]
     found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
@@ -348,7 +439,9 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     switches: dict[str, Any] = {name: any(getattr(c, name) for c in configs) for name in _SWITCHES}
     bases = [config.base_quantization for config in configs]
     base = bases[0] if all(found == bases[0] for found in bases) else None
-    return HotLoraConfig(plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, **switches)
+    return HotLoraConfig(
+        plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, on_top_of=grounds[0], **switches
+    )
 
 
 def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
@@ -360,42 +453,29 @@ def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
     }
 
 
-class _SavedLoraConfig(LoraConfig):
-    """What PEFT reads a saved LORA config as: ours where it holds a plan, and else its own."""
-
-    def __new__(cls, **saved: Any) -> Any:
-        if not isinstance(saved.get("plan"), dict):
-            return LoraConfig(**saved)
-        try:
-            return from_saved(saved)
-        except TypeError as error:  # which PEFT would mend by leaving the plan out
-            raise PlanError(f"the adapter's config is not one that this hotlora reads: {error}") from error
-
-
 def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
     """The targets that were saved are left out: they are worked out again, for the model at hand."""
-    others = ("target_modules", "target_parameters", WEIGHTS_HASH)
-    return HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
+    others = ("target_modules", "target_parameters", WEIGHTS_HASH, A_HASH)
+    config = HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
+    config._saved_a_hash = saved.get(A_HASH)
+    config._source["weights_sha256"] = saved.get(WEIGHTS_HASH)
+    return config
 
 
-def _keep_names(
-    model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str = "default"
-) -> dict[str, Tensor]:
-    """PEFT renames loaded keys from a checkpoint's names to the model's. Ours are the model's already, and some
-    families (deepseek_ocr2, laguna, ...) would have them renamed twice, and lost."""
-    if isinstance(peft_config, HotLoraConfig):
-        for module in model.modules():  # not among what is loaded
-            if isinstance(module, SeededFactor):
-                module.restore(next(iter(adapter_state_dict.values())).device)
-        return adapter_state_dict
-    return _convert_names(model, peft_config, adapter_state_dict, adapter_name)
+def frozen_a(slots: Iterable[Slot]) -> list[SeededFactor]:
+    return [factor for slot in slots if isinstance(factor := slot.held[slot.key], SeededFactor)]
 
 
-_convert_names = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
-transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = _keep_names
-# From here on PEFT's own ways take a HotLoraConfig: get_peft_model, PeftModel.from_pretrained, load_adapter, ...
-PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = HotLoraModel
-PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = _SavedLoraConfig
+def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Draws a frozen A that PEFT left without values (low_cpu_mem_usage): it is not among what is loaded."""
+    empty = [factor for factor in frozen_a(factor_slots(model, adapter_name)) if factor.values.device.type == "meta"]
+    for factor in empty:
+        factor.restore(next(iter(state_dict.values())).device)
+    if empty:
+        config.check_a(frozen_a(factor_slots(model, adapter_name)))
+
+
+peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading)
 
 
 def _as_dict(plan: Any) -> dict[str, Any]:

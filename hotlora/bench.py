@@ -22,8 +22,10 @@ from .errors import HotLoraError, ModelError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from .models import fingerprint, moe_layers
+from .precision import cpu_dtype, in_float32, say_once
 from .records import environment
 from .routing import RoutingProfile
+from .stopping import without_ctrl_c
 from .worker import PARTS, Worker
 
 VERSION = 1
@@ -91,9 +93,16 @@ def _resolved(config: BenchConfig) -> BenchConfig:
         length = min(2048, config.tokens, getattr(cut.get_text_config(), "max_position_embeddings", 2048))
         while config.tokens % length:
             length -= 1
-    dtype = str(torch_dtype(config.dtype, cut)).removeprefix("torch.")
+    dtype = torch_dtype(config.dtype, cut)
+    if config.dtype == "auto" and torch.device(device).type == "cpu":
+        say_once(in_float32(dtype))
+        dtype = cpu_dtype(dtype)
     return dataclasses.replace(
-        config, device=device, length=length, dtype=dtype, layers=cut.get_text_config().num_hidden_layers
+        config,
+        device=device,
+        length=length,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=cut.get_text_config().num_hidden_layers,
     )
 
 
@@ -220,7 +229,8 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, config, contender), daemon=True)
-        self.process.start()
+        with without_ctrl_c():
+            self.process.start()
         theirs.close()
 
     def ask(self, what: str, *args: Any) -> Any:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .config import differences
 from .errors import FileError, HotLoraError
 from .files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
 
@@ -121,18 +122,11 @@ def _up(text: str) -> str:
 def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same."""
     new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if keys:
-        differences = ", ".join(f"{key} was {_show(old.get(key))} and is {_show(new.get(key))}" for key in keys)
+    if found := differences(old, new):
         raise HotLoraError(
-            f"{folder} holds another run: {differences}. Give the same options to go on with it, another "
-            "folder to start a new run, or delete the folder."
+            f"{folder} holds another run: {', '.join(found)} (now against then). Give the same options to go on with "
+            "it, another folder (--output) to start a new run, or delete the folder."
         )
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ from .cli_profile import profile
 from .cli_sweep import sweep
 from .cli_train import print_evaluation, train
 from .errors import HotLoraError, Stopped
-from .stopping import on_sigterm, stop
+from .escape import lines
+from .stopping import on_stop, stop
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -312,12 +313,18 @@ def export(
         bool,
         typer.Option("--drop-router", help="vllm, sglang: leave the routers' updates out; answers then differ."),
     ] = False,
+    merge_attention: Annotated[
+        bool,
+        typer.Option("--merge-attention", help="vllm: MLA's kv_b_proj goes into that base model, too."),
+    ] = False,
+    on_top_of: OnTopOf = None,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
     device: Device = "auto",
 ) -> None:
     """Write an adapter in the format of a server, or of plain PEFT.
 
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
+    vllm applies no update to MLA's kv_b_proj: --merge-attention.
     """
     from .run_export import export_saved
 
@@ -328,11 +335,13 @@ def export(
         format=format,
         merge_router=merge_router,
         drop_router=drop_router,
+        merge_attention=merge_attention,
+        on_top_of=on_top_of or (),
         dtype=dtype,
         device=device,
     )
     out.print(f"{format}: {output}", soft_wrap=True)
-    if merge_router:
+    if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
     _tell_of_quantization(adapter)
 
@@ -361,13 +370,14 @@ def combine(
     how: Annotated[
         str, typer.Option(help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors.")
     ] = "cat",
+    on_top_of: OnTopOf = None,
     device: Device = "auto",
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
     from .run_export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
-    combine_saved(model, adapters, output, weights=numbers, how=how, device=device)
+    combine_saved(model, adapters, output, on_top_of=on_top_of or (), weights=numbers, how=how, device=device)
     out.print(f"adapter: {output}", soft_wrap=True)
 
 
@@ -386,9 +396,12 @@ def report(
     from .records import find_records
     from .report import conditions_table, write_report
 
-    records = find_records(runs)
+    skipped: dict[Path, str] = {}
+    records = find_records(runs, skipped)
     page = write_report(runs, output or runs)
     out.print(conditions_table(records))
+    for folder, why in skipped.items():
+        out.print(f"left out: {lines(f'{folder}: {why}')}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True)
     if has_recipes(records.values()):
         for tables in write_tables(runs, output or runs):
@@ -403,34 +416,29 @@ app.command()(bench)
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
     try:
-        with on_sigterm(stop):
+        with on_stop(stop):
             app()
     except Stopped as stopped:
-        err.print(escape(stopped.message), highlight=False, soft_wrap=True)
+        err.print(escape(lines(stopped.message)), highlight=False, soft_wrap=True)
         sys.exit(stopped.code)
     except HotLoraError as error:
         if _is_told_here(error):
-            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(lines(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except OSError as error:  # a path that cannot be one, a disk that is full
         if _is_told_here(error):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            err.print(f"[bold red]error:[/] {escape(what)}; check the path", highlight=False, soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(lines(what))}; check the path", highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         if not _is_told_here(error):  # it waited for another process, whose error has been told
             sys.exit(1)
         if not _has_lost_another(error):
             raise
-        err.print(
-            "[bold red]error:[/] another process of this command is gone without a message: it crashed, or was killed "
-            "(as systems do when memory runs out). The same command goes on from what is saved.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        from .distributed import LOST
+
+        err.print(f"[bold red]error:[/] {LOST}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same words again to go on")
-        sys.exit(130)
     except SystemExit as ended:  # how a command that went well ends
         if not ended.code:
             _leave()

@@ -46,10 +46,15 @@ def params(
     ] = False,
     batch_size: Annotated[int, typer.Option(rich_help_panel="Estimate", help="Sequences of a step.")] = 16,
     max_length: Annotated[int, typer.Option(rich_help_panel="Estimate", help="Tokens of a sequence.")] = 512,
+    device: Annotated[
+        str,
+        typer.Option(rich_help_panel="Estimate", help="What the step is to run on: cuda or cpu. It need not be here."),
+    ] = "cuda",
     dtype: Annotated[
         str,
         typer.Option(
-            rich_help_panel="Estimate", help="Of the base: auto (the config's own), float32, bfloat16, float16."
+            rich_help_panel="Estimate",
+            help="Of the base: auto (the config's own; float32 with --device cpu), float32, bfloat16, float16.",
         ),
     ] = "auto",
     quantize: Annotated[
@@ -97,8 +102,6 @@ def params(
     if estimate and named:
         raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
-        import torch
-
         from .estimate import estimate as estimate_step
 
         counts["estimate"] = estimate_step(
@@ -111,7 +114,7 @@ def params(
             quantize=quantize,
             keep_hot=keep_hot,
             gradient_checkpointing=gradient_checkpointing,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=device,
             flops_per_second=None if tflops is None else tflops * 1e12,
         )
     if as_json:
@@ -131,7 +134,7 @@ def params(
         from .tables import human_bytes, human_flops
 
         found = counts["estimate"]
-        title = f"A step of {batch_size} × {max_length:,} tokens"
+        title = f"A step of {batch_size} × {max_length:,} tokens on {found['device']}, in {found['dtype']}"
         table = Table(title=title, min_width=len(title))
         table.add_column("memory")
         table.add_column("takes", justify="right")
@@ -158,7 +161,12 @@ def bench(
         int | None, typer.Option(help="Tokens of a sequence (default 2048, or what the model and --tokens allow).")
     ] = None,
     r: Rank = 32,
-    dtype: Annotated[str, typer.Option(help="auto (the config's own), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto (the config's own; float32 on a CPU that is slow in it), float32, bfloat16 or float16."
+        ),
+    ] = "auto",
     device: Device = "auto",
     cv: Annotated[float, typer.Option(help="Skew routers until each layer's counts have this CV.")] = 1.0,
     contenders: Annotated[

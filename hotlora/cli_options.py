@@ -60,7 +60,8 @@ Share = Annotated[
     typer.Option(
         "--p",
         rich_help_panel="Which experts",
-        help="Share of each layer's routing to reach: coverage (default 0.6), cumulative (0.2; by mass 0.1).",
+        help="Share of each layer's routing to reach: coverage (default 0.6), cumulative (0.2; by mass 0.1 of a "
+        "token's gate weight).",
     ),
 ]
 Budget = Annotated[

@@ -78,18 +78,26 @@ def profile(
     if model is None:
         raise typer.BadParameter("give the model to profile", param_hint="--model")
     output = output or Path("profile.safetensors")
-    from .data import load_examples
+    from .checks import check_adapters, check_sizes
+    from .data import load_examples, tokenize
     from .distributed import is_main, start
-    from .models import load_tokenizer
+    from .files import check_writable, file_in
+    from .models import load_tokenizer, vocab_size
     from .run import profile_data
     from .run_folder import load_base
 
     (source,) = chosen
+    check_sizes(batch_size=batch_size, max_length=max_length)
+    check_writable(file_in(output, "profile.safetensors"))
     start(device)
+    check_adapters(model, (), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     examples = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
+    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
     base = load_base(model, dtype=dtype, device=device, quantize=quantize, expert_parallel=expert_parallel)
-    result = profile_data(base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length)
+    result = profile_data(
+        base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length, dataset=dataset
+    )
     if not is_main():
         return
     result.save(output)
@@ -124,8 +132,11 @@ def _compare(
     device: str,
     quantize: int | None,
 ) -> None:
+    from .files import check_writable
     from .study_report import write_study
     from .study_run import run_study
+
+    check_writable(output / "study.md")
 
     def tell(text: str) -> None:
         err.print(text, highlight=False, markup=False)

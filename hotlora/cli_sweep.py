@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .cli_options import err, named, out
+from .escape import lines
 
 if TYPE_CHECKING:
     from .recipes import Direct
@@ -75,7 +76,9 @@ def _trainings(
     failed = [job for job in jobs if job.status == "failed"]
     for job in failed:
         err.print(
-            f"[bold red]{escape(title(job))} failed:[/] {escape(job.error or '')}", highlight=False, soft_wrap=True
+            f"[bold red]{escape(title(job))} failed:[/] {escape(lines(job.error or ''))}",
+            highlight=False,
+            soft_wrap=True,
         )
         err.print(f"  {job.folder / LOG}", highlight=False, soft_wrap=True)
     out.print(f"one page of all runs: hotlora report {output}", highlight=False, soft_wrap=True)

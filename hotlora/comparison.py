@@ -5,7 +5,7 @@ What differs, what is equivalent, and what the seeds cannot tell; `docs/statisti
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -108,21 +108,24 @@ def compare_runs(
         runs: a folder with runs in it and below, or what `find_records` returns.
         reference: a condition's name. For conditions inside a folder, such as gsm8k/hot, the one of that name beside
             them, gsm8k/all, comes first.
-        metric: "score" (points, 100 times the accuracy) or "test_loss" (held-out response loss, nats a token).
+        metric: "score" (points, 100 times the accuracy) or "test_loss" (held-out response loss, nats a token). Where
+            no run was scored on a task, the held-out loss is the score.
         margins: bounds of equivalence, in the metric's unit. None: 1, 2 and 3 points for a score, none for a loss.
         holm: correct p values over the conditions of a table.
 
     Raises:
         DataError: no run of a sweep that is done and has the metric, no such reference, or a condition with one seed
-            twice. FileError: a broken record, or no such folder.
+            twice. FileError: no such folder; a broken record is left out, in words.
     """
     if metric not in METRICS:
         raise DataError(f"the metric {metric!r} does not exist: there are {' and '.join(METRICS)}.")
+    broken: dict[Path, str] = {}
+    records = runs if isinstance(runs, Mapping) else find_records(runs, broken)
+    metric = _metric(metric, records.values())
     bounds = (MARGINS if metric == "score" else ()) if margins is None else tuple(sorted(set(margins)))
-    records = runs if isinstance(runs, Mapping) else find_records(runs)
     groups: dict[_Key, dict[str, dict[int | None, Record]]] = {}
     folders: dict[tuple[_Key, str, int | None], Path] = {}
-    left_out: list[str] = []
+    left_out = [f"{folder}: {why}" for folder, why in broken.items()]
     lacking: dict[tuple[str, str, int], str] = {}
     for folder, record in records.items():
         sweep = record.get("sweep")
@@ -137,7 +140,9 @@ def compare_runs(
             left_out.append(f"{condition}, seed {seed} ({folder}): {state}")
             lacking[sweep["name"], condition, seed] = state
             continue
-        place = seed if record.get("training") or sweep.get("scores") else None
+        if not _tasks(record, metric):
+            left_out.append(f"{condition}, seed {seed} ({folder}): done, without a {metric.replace('_', ' ')}")
+        place = seed if _is_trained(record) or sweep.get("scores") else None
         for task in _tasks(record, metric):
             key = (sweep["name"], record["model"]["name"], task)
             if (twin := folders.setdefault((key, condition, place), folder)) != folder:
@@ -261,6 +266,19 @@ def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
 def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping[str, Any] | set[str]) -> str | None:
     beside = str(PurePosixPath(condition).parent / reference)
     return beside if beside in names else reference if reference in names else None
+
+
+def _is_trained(record: Record) -> bool:
+    """Not so the model as it is, of which the held-out loss may have been taken."""
+    return bool(record.get("training")) and (record.get("parameters") or {}).get("trainable") != 0
+
+
+def _metric(metric: str, records: Iterable[Record]) -> str:
+    done = [record for record in records if record.get("sweep") and record["status"] == "done"]
+    if metric == "score" and not any(record.get("evaluation") for record in done):
+        has_loss = any((record.get("training") or {}).get("test_loss") is not None for record in done)
+        return "test_loss" if has_loss else metric
+    return metric
 
 
 def _tasks(record: Record, metric: str) -> list[str]:

@@ -11,16 +11,13 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from . import escape as escapes
 from .comparison import Comparison, Row, Table
+from .escape import one_line
 from .paired import PairedRuns, PairedTask
 from .stats import Interval
 
 NONE = "–"
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": "$<$", "±": r"$\pm$", "−": "$-$", "–": "--", "Δ": r"$\Delta$", "δ": r"$\delta$",
-}  # fmt: skip
 
 
 def terminal_tables(comparison: Comparison) -> Group:
@@ -30,11 +27,11 @@ def terminal_tables(comparison: Comparison) -> Group:
         rows = [cells(row, comparison) for row in table.rows]
         columns = _columns(comparison)
         own, against = columns[:6], [columns[0], *columns[6:]]
-        parts.append(Text(f"{_title(table)}: {table.measure}", style="bold"))
+        parts.append(Text(one_line(f"{_title(table)}: {table.measure}"), style="bold"))
         parts.append(_rich(own, ([row[name] for name in own] for row in rows)))
         parts.append(_rich(against, ([r[name] for name in against] for r in rows if r["reference"] != NONE)))
-        parts += [Text(f"! {note}", style="yellow") for note in table.notes]
-    parts += [Text(f"! {told}", style="red") for told in comparison.left_out]
+        parts += [Text(one_line(f"! {note}"), style="yellow") for note in table.notes]
+    parts += [Text(one_line(f"! {told}"), style="red") for told in comparison.left_out]
     return Group(*parts)
 
 
@@ -46,10 +43,11 @@ def paired_table(runs: PairedRuns) -> Group:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", min_width=7, overflow="fold")
     for task in runs.tasks:
-        table.add_row(escape(task.task), *_paired_cells(task))
-    title = Text(f"A: {runs.a}\nB: {runs.b}\n{', '.join(dict.fromkeys(task.metric for task in runs.tasks))}, %", "bold")
+        table.add_row(escape(one_line(task.task)), *_paired_cells(task))
+    metrics = ", ".join(dict.fromkeys(task.metric for task in runs.tasks))
+    title = Text(f"A: {one_line(runs.a)}\nB: {one_line(runs.b)}\n{one_line(metrics)}, %", "bold")
     notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
-    return Group(title, table, *(Text(f"! {note}", style="yellow") for note in notes))
+    return Group(title, table, *(Text(one_line(f"! {note}"), style="yellow") for note in notes))
 
 
 def _paired_cells(task: PairedTask) -> list[str]:
@@ -63,7 +61,7 @@ def markdown(comparison: Comparison) -> str:
     lines: list[str] = []
     columns = _columns(comparison)
     for table in comparison.tables:
-        lines += [f"### {_title(table)}: {table.measure}", "", markdown_line(columns)]
+        lines += [f"### {escapes.markdown(f'{_title(table)}: {table.measure}')}", "", markdown_line(columns)]
         lines.append(markdown_line(["---", *("---:" for _ in columns[1:-1]), "---"]))
         lines += [markdown_line(_picked(row, columns, comparison)) for row in table.rows]
         lines += ["", *map(_item, table.notes), *([""] if table.notes else [])]
@@ -77,11 +75,11 @@ def latex(comparison: Comparison) -> str:
     columns = _columns(comparison)
     lines: list[str] = []
     for table in comparison.tables:
-        lines += [f"% {text}" for text in (f"{_title(table)}: {table.measure}", *table.notes)]
+        lines += [f"% {one_line(text)}" for text in (f"{_title(table)}: {table.measure}", *table.notes)]
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 2)}l}}", r"\toprule", latex_line(columns), r"\midrule"]
         lines += [latex_line(_picked(row, columns, comparison)) for row in table.rows]
         lines += [r"\bottomrule", r"\end{tabular}", ""]
-    lines += [f"% left out: {told}" for told in comparison.left_out]
+    lines += [f"% left out: {one_line(told)}" for told in comparison.left_out]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -91,7 +89,7 @@ def csv_text(comparison: Comparison) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: escapes.csv(value) for name, value in row.items()} for row in rows)
     return file.getvalue()
 
 
@@ -176,22 +174,22 @@ def _rich(columns: list[str], rows: Iterable[list[str]]) -> RichTable:
             header = name.replace("TOST ", "TOST\n").replace(" (", "\n(")
             table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(one_line(cell)) for cell in row))
     return table
 
 
 def markdown_line(row: Sequence[str]) -> str:
     """A row of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+    return f"| {' | '.join(map(escapes.markdown, row))} |"
 
 
 def _item(text: str) -> str:
-    return "- " + text.replace("<", "\\<")
+    return f"- {escapes.markdown(text)}"
 
 
 def latex_line(row: Sequence[str]) -> str:
     """A row of a `tabular`, with LaTeX's own signs escaped."""
-    return " & ".join("".join(_LATEX.get(sign, sign) for sign in cell) for cell in row) + r" \\"
+    return " & ".join(map(escapes.latex, row)) + r" \\"
 
 
 def _signed(value: float, digits: int) -> str:

@@ -1,5 +1,6 @@
 """The options of one fine-tuning. Imports nothing heavy: the command line shows these defaults."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,21 @@ PROFILE_FRACTION = 0.1
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Changing these changes nothing of what is learned, so a run may go on under others.
 FREE_OPTIONS = ("save_steps", "report_to", "expert_parallel")
+# Options that the command line calls otherwise than by their own names, and hashes of what options name.
+_FLAGS = {
+    "use_dora": "--dora", "use_rslora": "--rslora", "train_a": "--lora-fa", "full": "--method fft",
+    "train_full_experts": "--method esft", "max_grad_norm": "max_grad_norm", "processes": "processes",
+    "eval_batch_size": "the batch size of the evaluation (--batch-size)", "examples": "training examples",
+    "examples_per_step": "examples a step (--batch-size x --gradient-accumulation-steps x processes)",
+    "train_attention": "--train-attention", "train_router": "--train-router", "train_shared": "--train-shared",
+}  # fmt: skip
+_HASHES = {
+    "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
+    "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
+    "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
+    "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
+}  # fmt: skip
+"""hash -> (what it is of, the option that changes it wherever it differs itself)"""
 _BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
 
 
@@ -92,9 +108,9 @@ class TrainConfig:
             "lora_alpha",
         )
         for name in (*positive, *(("max_steps",) if self.max_steps is not None else ())):
-            self._check(name, getattr(self, name) > 0, "more than 0")
+            self._check(name, 0 < getattr(self, name) < math.inf, "more than 0")
         for name in ("weight_decay", "max_grad_norm", "aux_loss_coef"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")  # numpy's generator takes no other
         self._check("max_length", self.max_length >= 2, "2 or more")
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
@@ -105,6 +121,39 @@ class TrainConfig:
     def _check(self, name: str, good: bool, allowed: str) -> None:
         if not good:
             raise HotLoraError(f"{name} = {getattr(self, name)!r} is out of range: it must be {allowed}.")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between a run's options and those given now, in the command line's words: `--r 8 against 4`."""
+    old, new = _flat(old), _flat(new)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    said = []
+    for name in changed:
+        was, now = old.get(name), new.get(name)
+        if name == "train_a":  # --lora-fa is its opposite
+            was, now = was is False, now is False
+        if name not in _HASHES:
+            flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+            said.append(f"{flag} {_shown(now)} against {_shown(was)}")
+            continue
+        what, option = _HASHES[name]
+        if option not in changed and not (name == "test_hash" and "data" in changed):
+            here = "is not what it was" if was and now else "was not given before" if now else "was given before"
+            said.append(f"{what} {here}")
+    return said
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of options (how answers are drawn) among the others."""
+    inner = [(key, item) for value in options.values() if isinstance(value, Mapping) for key, item in value.items()]
+    return {name: value for name, value in options.items() if not isinstance(value, Mapping)} | dict(inner)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def same_run(options: Mapping[str, Any], free: tuple[str, ...] = FREE_OPTIONS) -> dict[str, Any]:

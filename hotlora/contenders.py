@@ -107,7 +107,8 @@ class BenchConfig:
     """Tokens of a sequence; None: 2048, or the longest that the model and `tokens` allow."""
     r: int = 32
     dtype: str = "auto"
-    """Of the base: auto is the config's own. In half precision the step runs under autocast, as in `train`."""
+    """Of the base: auto is the config's own, and float32 on a CPU without instructions for that. In half precision the
+    step runs under autocast, as in `train`."""
     device: str = "auto"
     cv: float = 1.0
     """Routers are skewed until each layer's counts have this CV."""

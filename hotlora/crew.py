@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from .errors import Stopped
-from .stopping import on_sigterm, stop
+from .files import append_to
+from .stopping import on_stop, say, stop, without_ctrl_c
 
 LOG = "log.txt"
 START = "spawn"  # a fork would inherit locks and threads of torch
@@ -77,6 +78,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, ended: Callable[[Job], None]) 
                     worker.end()
                 ended(job)
     except Stopped:
+        if any(worker.job for worker in workers):
+            say(f"waiting at most {PATIENCE} s for what runs to save a checkpoint")
         for worker in workers:  # a training saves a checkpoint, and ends
             worker.process.terminate()
         raise
@@ -107,7 +110,7 @@ class _Worker:
         context: Any = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,))
-        with _environment(worker_environment(number, processes, torch.cuda.device_count())):
+        with _environment(worker_environment(number, processes, torch.cuda.device_count())), without_ctrl_c():
             self.process.start()
         theirs.close()
 
@@ -188,7 +191,7 @@ def _work(connection: Connection) -> None:
                 function, arguments = connection.recv()  # imports what the function needs
                 if not gc.get_freeze_count():
                     gc.freeze()  # a run collects garbage more than once; what was imported is none
-                with on_sigterm(stop):
+                with on_stop(stop):
                     answer = True, function(**arguments)
             except KeyboardInterrupt:
                 return
@@ -218,7 +221,7 @@ def _output_to(path: Path) -> Iterator[None]:
     """Sends stdout and stderr, those of C libraries too, to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(1), os.dup(2)]
-    with open(path, "ab") as file:
+    with append_to(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:

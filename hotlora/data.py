@@ -4,14 +4,18 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
+from .chat import ChatTemplate, Notes, as_plain_text, read_conversation
 from .errors import DataError
+from .files import read_json
 from .tasks import TASKS, Example, Task, gsm8k
 from .tasks.rows import SUFFIXES, Row, hub_rows, need_text, read_rows
 
@@ -19,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 ALLOWED_FIELDS = "prompt + completion, messages, or question + answer (GSM8K's)"
 IGNORE = -100  # the label of a token without loss
+_CHAT_FILE = ".chat.json"  # beside FILE.jsonl, for all its rows
+_CHAT_FIELDS = ("tools", "chat_template_kwargs")
 
 
 def task_of(source: str) -> Task | None:
@@ -27,7 +33,15 @@ def task_of(source: str) -> Task | None:
 
 
 def load_examples(
-    source: str, split: str = "train", limit: int | None = None, seed: int = 0, tokenizer: Any = None
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
 ) -> list[Example]:
     """The examples of a split of a task, a local file or a hub data set.
 
@@ -40,9 +54,14 @@ def load_examples(
         split: "train" or "test"; for a hub id, any split it has.
         limit: at most so many examples, drawn by `seed` and left in their order; a generated task draws anew.
         tokenizer: whose chat template turns `messages` into text.
+        tools, chat_template_kwargs: what the template is given besides, as `apply_chat_template` takes it; None: what
+            FILE.chat.json beside FILE.jsonl holds under these names. A row may have its own: its tools come in place
+            of these, its chat_template_kwargs come before them.
+        now: the time that a template which writes the date is told; None: the present.
 
     Raises:
-        DataError: no such source or split; no rows; a row without its fields (file and line).
+        DataError: no such source or split; no rows; a row without its fields, or that the chat template refuses (file
+            and line).
     """
     if limit is not None and limit < 1:
         raise DataError(f"A limit of {limit} examples leaves none; give at least 1.")
@@ -50,17 +69,25 @@ def load_examples(
     if task is not None:
         examples = task.load(split, source.partition(":")[2] or None, limit, seed)
     else:
-        examples = [_example(row, tokenizer) for row in _rows(source, split)]
+        notes: Notes = {}
+        shared = _chat_options(source)
+        shared |= {"tools": list(tools)} if tools is not None else {}
+        shared |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs is not None else {}
+        template = ChatTemplate(tokenizer, now or datetime.now(), notes) if _has_template(tokenizer) else None
+        examples = [_example(row, tokenizer, template, shared, notes) for row in _rows(source, split)]
+        for note, place in notes.items():
+            _log.warning("%s: %s (told once)", place, note)
     if limit is None or limit >= len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
 def data_hash(examples: Sequence[Example]) -> str:
-    """SHA-256 over every example's prompt and completion, in order."""
+    """SHA-256 over every example's prompt and completion, in order; of a conversation, over what was read."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.completion]).encode())
+        read = [example.source_hash] if example.source_hash else [example.prompt, example.completion]
+        digest.update(json.dumps(read).encode())
     return digest.hexdigest()
 
 
@@ -77,49 +104,58 @@ def _rows(source: str, split: str) -> list[Row]:
     return hub_rows(name, split, config or None)
 
 
-def _example(row: Row, tokenizer: Any) -> Example:
+def _chat_options(source: str) -> dict[str, Any]:
+    """What FILE.chat.json says for all rows of FILE.jsonl."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return {}
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), path.suffix)
+    beside = path.with_name(path.name.removesuffix(suffix) + _CHAT_FILE)
+    if not beside.is_file():
+        return {}
+    found = read_json(beside)
+    if unknown := sorted(set(found).difference(_CHAT_FIELDS)):
+        raise DataError(f"{beside}: has {', '.join(unknown)}; it may hold {' and '.join(_CHAT_FIELDS)}.")
+    if not isinstance(found.get("chat_template_kwargs", {}), dict):
+        raise DataError(f"{beside}: 'chat_template_kwargs' must be an object.")
+    _log.info("%s for all rows, from %s", " and ".join(found), beside)
+    return found
+
+
+def _has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _example(
+    row: Row, tokenizer: Any, template: ChatTemplate | None, shared: Mapping[str, Any], notes: Notes
+) -> Example:
     fields = row.values.keys()
+    read: tuple[str, ...]
     if {"prompt", "completion"} <= fields:
-        prompt, completion = need_text(row, "prompt", "completion")
-        return Example(prompt, completion)
-    if "messages" in fields:
-        return _conversation(row, tokenizer)
-    if {"question", "answer"} <= fields:
-        return gsm8k.example(row)
-    raise DataError(f"{row.place}: has {', '.join(sorted(fields)) or 'no fields'}; a row needs {ALLOWED_FIELDS}.")
-
-
-def _conversation(row: Row, tokenizer: Any) -> Example:
-    """The last message, the assistant's, is the response; all before it is the prompt.
-
-    Without a chat template the text is `User: …`, a blank line, `Assistant: …`.
-    """
-    messages = row.values["messages"]
-    whole = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not whole or len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{row.place}: 'messages' must be a list of two or more objects with 'role' and 'content', and "
-            "the last one's role must be 'assistant'."
-        )
-    if getattr(tokenizer, "chat_template", None):
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        if text.startswith(prompt):
-            return Example(prompt, text[len(prompt) :].rstrip("\n"), meta={"chat": True})
-        # Some templates rewrite the turns before the last; the response itself is still what was said.
-        return Example(prompt, messages[-1]["content"], meta={"chat": True})
-    told = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages[:-1])
-    return Example(f"{told}Assistant:", f" {messages[-1]['content']}")
+        read = ("prompt", "completion")
+        prompt, completion = need_text(row, *read)
+        example = Example(prompt, completion, place=row.place)
+    elif "messages" in fields:
+        read = ("messages", *(_CHAT_FIELDS if template else ()))
+        talk = read_conversation(row, shared.get("tools"), shared.get("chat_template_kwargs"))
+        example = template.example(talk) if template else as_plain_text(talk, sized=tokenizer is None)
+    elif {"question", "answer"} <= fields:
+        read = ("question", "answer")
+        example = replace(gsm8k.example(row), place=row.place)
+    else:
+        raise DataError(f"{row.place}: has {', '.join(sorted(fields)) or 'no fields'}; a row needs {ALLOWED_FIELDS}.")
+    for name in sorted(fields - set(read)):
+        notes.setdefault(f"nothing reads the column {name!r}", row.place)
+    return example
 
 
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
     """Token ids of the prompt, with the tokenizer's own opening tokens, in training and evaluation alike."""
     # A chat template has written its special tokens already.
     # verbose: a text longer than the model takes is cut later, and told then.
-    ids = tokenizer(example.prompt, add_special_tokens=not example.meta.get("chat", False), verbose=False)["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.bos_token_id:
+    chat = example.text is not None
+    ids = tokenizer(example.prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
+    while not chat and ids and ids[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.bos_token_id:
         ids = ids[:-1]  # some tokenizers close every text; the response must follow
     return ids
 
@@ -130,7 +166,7 @@ def encode_completion(example: Example, completion: str, prompt_ids: Sequence[in
     Tokenized together where that keeps the prompt's tokens, else apart: at evaluation the model meets the
     prompt's own tokens, so training must show the same.
     """
-    special = not example.meta.get("chat", False)
+    special = example.text is None
     joint = tokenizer(example.prompt + completion, add_special_tokens=special, verbose=False)["input_ids"]
     if joint[: len(prompt_ids)] == list(prompt_ids):
         ids = joint[len(prompt_ids) :]
@@ -139,37 +175,44 @@ def encode_completion(example: Example, completion: str, prompt_ids: Sequence[in
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Dataset:
+def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vocab_size: int | None = None) -> Dataset:
     """Examples as token ids, with a mask that says which tokens are the response.
 
-    Longer examples are cut at `max_length` from the right, so they lose the end-of-text token: the model does
-    not learn to stop in mid-answer. Those whose prompt alone is that long would have no response left and are
-    left out. The log says how many of each.
+    A prompt and its completion get an end-of-text token; a conversation is what its chat template wrote, no more.
+    Longer examples are cut at `max_length` from the right, so they lose their end: the model does not learn to stop in
+    mid-answer. Those whose prompt alone is that long would have no response left and are left out. The log says how
+    many of each.
+
+    Args:
+        vocab_size: rows of the model's embedding, which every token id must be below; None: not looked at.
 
     Returns:
         A data set with `input_ids`, `completion_mask` (0 prompt, 1 response and the end-of-text token after
         it), `cut` (whether the example was cut) and `index` (its place among `examples`).
 
     Raises:
-        DataError: no examples, a tokenizer without an end-of-text token, or no response left in any example.
+        DataError: no examples, a tokenizer without an end-of-text token, no response left in any example; or a text
+            that the tokenizer refuses, or a token id past the embedding (file and line).
     """
     if not examples:
         raise DataError("There are no examples to tokenize; give at least one.")
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end-of-text token (eos_token); set one, so that answers end.")
+    if vocab_size is not None and (tokenizer.pad_token_id or 0) >= vocab_size:
+        raise DataError(f"The padding token {_past(tokenizer, tokenizer.pad_token_id, vocab_size)}")
     rows: dict[str, list] = {"input_ids": [], "completion_mask": [], "cut": [], "index": []}
     num_without = 0
     for index, example in enumerate(examples):
-        prompt = encode_prompt(example, tokenizer)
-        ids = [
-            *prompt,
-            *encode_completion(example, example.completion, prompt, tokenizer),
-            tokenizer.eos_token_id,
-        ]
-        if len(prompt) >= max_length:
+        place = example.place or f"example {index + 1}"
+        try:
+            ids, mask = _encode(example, tokenizer, place)
+        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate, by the tokenizer's way to say it
+            raise DataError(f"{place}: the tokenizer refuses its text ({error}): give whole characters.") from error
+        if vocab_size is not None and max(ids, default=0) >= vocab_size:
+            raise DataError(f"{place}: {_past(tokenizer, max(ids), vocab_size)}")
+        if not any(mask[:max_length]):
             num_without += 1
             continue
-        mask = [0] * len(prompt) + [1] * (len(ids) - len(prompt))
         rows["input_ids"].append(ids[:max_length])
         rows["completion_mask"].append(mask[:max_length])
         rows["cut"].append(len(ids) > max_length)
@@ -184,6 +227,53 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Da
             num_without, len(examples), max_length,
         )  # fmt: skip
     return Dataset.from_dict(rows)
+
+
+def _past(tokenizer: Any, token_id: int, vocab_size: int) -> str:
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    return (
+        f"{token!r} is token {token_id}, and the model's embedding has {vocab_size} rows: give the model's own "
+        "tokenizer, or resize the model's embedding and save it."
+    )
+
+
+def _encode(example: Example, tokenizer: Any, place: str) -> tuple[list[int], list[int]]:
+    """(token ids, 1 for each that carries loss)."""
+    if example.text is None:
+        prompt = encode_prompt(example, tokenizer)
+        ids = [*prompt, *encode_completion(example, example.completion, prompt, tokenizer), tokenizer.eos_token_id]
+        return ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    fast = tokenizer.is_fast
+    encoded = tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    ids = encoded["input_ids"]
+    if fast:
+        ends = [end for _, end in encoded["offset_mapping"]]
+    else:
+        ends = _ends(example, ids, tokenizer, place)
+    mask: list[int] = []
+    start = 0
+    for end in ends:
+        # From where the token before ended: some tokenizers leave blanks out of a token's offsets. Several tokens of
+        # one character have one end.
+        inside = any(start < b and a < end for a, b in example.spans) if end > start else bool(mask and mask[-1])
+        mask.append(int(inside))
+        start = max(start, end)
+    return ids, mask
+
+
+def _ends(example: Example, ids: list[int], tokenizer: Any, place: str) -> list[int]:
+    """Where each token ends, as far as the spans need it, by a tokenizer in Python, which does not tell."""
+    assert example.text is not None
+    ends = [len(example.text)] * len(ids)
+    for edge in sorted({edge for span in example.spans for edge in span}, reverse=True):
+        head = tokenizer(example.text[:edge], add_special_tokens=False, verbose=False)["input_ids"]
+        if ids[: len(head)] != head:
+            raise DataError(
+                f"{place}: this tokenizer does not tell which characters a token is of, and the answer begins or ends "
+                "inside of one: use the model's fast tokenizer (tokenizer.json)."
+            )
+        ends[: len(head)] = [edge] * len(head)
+    return ends
 
 
 def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:

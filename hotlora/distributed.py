@@ -4,10 +4,12 @@ Every process runs the same code. Work on data is shared out; files are written 
 first one; at the end of each stage all wait for each other. In a process by itself nothing here does anything.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,12 +20,17 @@ from torch import Tensor, nn
 from .errors import HotLoraError
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # A process may wait for another that loads, saves or judges answers: longer than torch's ten minutes.
 _PATIENCE = timedelta(hours=2)
 _FAILURE = "hotlora/failure"
 # What gloo and NCCL say where the other end is gone.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exiting prematurely")
+LOST = (
+    "another process of this run is gone without a message: it crashed, or was killed (as systems do when memory runs "
+    "out). The same command goes on from what is saved."
+)
 _wishes: set[str] = set()
 """What the launcher's configuration asks for, and is not to be asked for a second time."""
 
@@ -33,7 +40,10 @@ def start(device: str | torch.device = "auto") -> None:
 
     device: as `models.load_model` takes it.
     """
-    if not dist.is_available() or dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        _hint_at_one_process()
         return
     from accelerate import PartialState
     from transformers.utils import logging as transformers_logging
@@ -42,6 +52,16 @@ def start(device: str | torch.device = "auto") -> None:
     PartialState(cpu=on_cpu, timeout=_PATIENCE)
     if not is_main():  # one bar is enough
         transformers_logging.disable_progress_bar()
+
+
+@cache
+def _hint_at_one_process() -> None:
+    """`accelerate launch --cpu --num_processes N` starts one process, and says nothing."""
+    if _is_on("ACCELERATE_USE_CPU") and "WORLD_SIZE" not in os.environ:
+        _log.warning(
+            "accelerate launch has started one process, as it does on a CPU whatever --num_processes says; for N of "
+            "them: torchrun --nproc-per-node N"
+        )
 
 
 def num_processes() -> int:
@@ -84,6 +104,17 @@ def all_objects(obj: T) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, obj)
     return found
+
+
+def check_alike(given: Mapping[str, Any]) -> None:
+    """HotLoraError, in every process, where one was given something else than the first: data, a plan, an option."""
+    first, *others = all_objects(dict(given))
+    for number, its in enumerate(others, start=1):
+        if names := sorted(name for name in first.keys() | its.keys() if first.get(name) != its.get(name)):
+            raise HotLoraError(
+                f"process {number} was given another {' and '.join(names)} than process 0: give all processes the same "
+                "arguments, and the same files on every machine."
+            )
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -202,6 +233,11 @@ def first_failure(text: str) -> tuple[str, bool]:
 def lost_another(error: BaseException) -> bool:
     """Whether the error is that another process has gone while all did something together."""
     return _are_many() and isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+
+
+def described(error: BaseException) -> str:
+    """For the record and the user: what gloo and NCCL say of a lost process tells nothing."""
+    return LOST if lost_another(error) else f"{type(error).__name__}: {error}"
 
 
 def leave() -> None:

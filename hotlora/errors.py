@@ -22,11 +22,11 @@ class FileError(HotLoraError):
 
 
 class Stopped(SystemExit):
-    """The system asked the process to end (SIGTERM): what was done is saved, and the same command goes on. Exit code
-    143, as of a process that the signal ends."""
+    """Something asked the process to end, SIGTERM or Ctrl-C: what was done is saved, and the same command goes on. Exit
+    code 143 or 130, as of a process that the signal ends."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(143)
+    def __init__(self, message: str, by: str = "SIGTERM") -> None:
+        super().__init__(130 if by == "Ctrl-C" else 143)
         self.message = message
 
     def __str__(self) -> str:

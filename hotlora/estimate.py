@@ -24,7 +24,7 @@ from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .hf.experts_view import ExpertsView
 from .hot_experts import HotLoraExperts
-from .models import auto_class, model_from_config, moe_layers, num_experts_per_tok, unwrap
+from .models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
 from .routing import experts_kept
@@ -78,7 +78,7 @@ def estimate(
     quantize: int | None = None,
     keep_hot: bool = False,
     gradient_checkpointing: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "cuda",
     flops_per_second: float | None = None,
 ) -> dict[str, Any]:
     """What a training step of `batch_size` x `max_length` tokens needs: bytes by kind, FLOPs, and seconds.
@@ -88,10 +88,12 @@ def estimate(
         layers: cut the model to its first layers.
         experts_per_layer, fraction: the budget, as for `select_experts`; none means all experts.
         coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
-        dtype: of the base, and of what is computed; auto: the config's own. Adapters are float32.
+        dtype: of the base, and of what is computed; auto: as `train` has it, the config's own on a GPU and float32 on
+            the CPU. Adapters are float32.
         quantize: bits of the routed experts, 8 or 4.
         keep_hot: leave the adapted experts as they are; needs `quantize`.
-        device: where one layer's experts are tried out; what is kept differs a little by device.
+        device: cuda or cpu, what the step is for: its short-lived workspace differs. It need not be here: without
+            CUDA one layer's experts are tried out on the CPU, where a little else is kept.
         flops_per_second: what the machine gets through; None: no time is estimated. `hotlora bench` measures it.
 
     Raises:
@@ -105,8 +107,9 @@ def estimate(
         raise HotLoraError(f"quantize is {quantize}: it must be 4 or 8 bits.")
     if coverage is not None and not 0 <= coverage <= 1:
         raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")
+    device = _known_device(device)
     cut = sized_config(config, layers)
-    compute = torch_dtype(dtype, cut)
+    compute = torch_dtype(dtype, cut, device.type)
     meta = meta_model(cut)
     found = moe_layers(meta)
     kept = [layer.num_experts for layer in found]
@@ -135,7 +138,8 @@ def estimate(
     adapter += attention_adapter_flops(meta, r) if train_attention else 0.0
     flops = step_flops(forward, adapter, tokens)
     try:
-        per_token = _expert_bytes(meta, lora, coverage, compute, device)
+        on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
+        per_token = _expert_bytes(meta, lora, coverage, compute, on)
         rest, counts = _other_activations(cut, lora, batch_size, max_length, compute)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -159,7 +163,7 @@ def estimate(
         "gradients": trained * 4,
         "optimizer": trained * 8,
         "activations": activations,
-        "workspace": workspace_bytes(meta, tokens, compute, torch.device(device)),
+        "workspace": workspace_bytes(meta, tokens, compute, device),
     }
     result: dict[str, Any] = {
         "memory": memory | {"total": sum(memory.values())},
@@ -168,6 +172,8 @@ def estimate(
         "trainable": trained,
         "flops": {"forward_per_token": forward, "adapter_per_token": adapter, "step": flops},
         "tokens": tokens,
+        "device": device.type,
+        "dtype": str(compute).removeprefix("torch."),
     }
     if flops_per_second:
         seconds = flops / flops_per_second
@@ -217,14 +223,20 @@ def model_class(config: PreTrainedConfig) -> Any:
     return auto_class(config)._model_mapping[type(config)]
 
 
-def torch_dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
-    """float32, bfloat16 or float16; "auto" is the config's own."""
+def torch_dtype(name: str, config: PreTrainedConfig, device_type: str = "cuda") -> torch.dtype:
+    """float32, bfloat16 or float16; "auto" is as `load_model` has it: the config's own, and float32 on a CPU."""
     if name == "auto":
-        own = config.get_text_config().dtype
-        return own if isinstance(own, torch.dtype) else torch.float32
+        return torch.float32 if device_type == "cpu" else own_dtype(config)
     if name not in DTYPES:
         raise HotLoraError(f"dtype is {name!r}: choose one of auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise HotLoraError(f"device is {str(device)!r}: give cuda or cpu.") from error
 
 
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
@@ -236,10 +248,12 @@ def _experts(model: nn.Module) -> list[Any]:
     return [unwrap(model.get_submodule(layer.experts)) for layer in moe_layers(model)]
 
 
-def _expert_bytes(model: PreTrainedModel, lora: HotLoraConfig, coverage: float, dtype: torch.dtype, on: Any) -> float:
+def _expert_bytes(
+    model: PreTrainedModel, lora: HotLoraConfig, coverage: float, dtype: torch.dtype, device: torch.device
+) -> float:
     """Bytes a token that one layer's experts keep, by running two of them: one adapted, which gets `coverage` of the
     assignments, and one not. What is kept whatever the tokens is not in it, nor are the layer's inputs."""
-    experts, top_k, device = _experts(model)[0], num_experts_per_tok(model), torch.device(on)
+    experts, top_k = _experts(model)[0], num_experts_per_tok(model)
     two = _two_experts(experts, dtype, device)
     bound = copy.copy(lora)
     bound._expert_ids = {"two": (0,)}

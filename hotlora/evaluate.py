@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,18 @@ from datasets import Dataset
 from .data import IGNORE, batches, encode_completion, encode_prompt, pad
 from .distributed import all_objects, device_of, num_processes, rank, shared_out
 from .errors import DataError, FileError
-from .files import atomic_path
-from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, generate, inference, track
+from .files import append_to, atomic_path
+from .forward import inference, logits_at
+from .generate import (
+    GREEDY,
+    Answer,
+    Sampling,
+    answer_batches,
+    check_batches,
+    context_length,
+    generate,
+    track,
+)
 from .records import read_results
 from .stats import pass_at_k, proportion_interval
 from .tasks import Example, Task
@@ -30,6 +41,7 @@ _CHUNK = 2048  # tokens whose float32 logits are held at once
 _JUDGES = min(4, os.cpu_count() or 1)  # answers judged at once: each may wait for a process of its own
 
 Result = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +54,8 @@ class Evaluation:
         correct: the examples answered right; where an example has several answers, it counts by their right share.
         results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
             `prediction` (the text, or the index of the choice), `correct`; for choices also `scores`, as
-            `choice_scores`; for several answers, the lists `predictions` and `passed`.
+            `choice_scores`, and `cut`, the tokens of its prompt that did not fit into the model's window, if any; for
+            several answers, the lists `predictions` and `passed`.
         seconds: wall-clock time, of what was not done before.
         pass_at_k: by k, the mean chance that k answers hold a right one; empty where each example has one answer.
     """
@@ -58,11 +71,16 @@ class Evaluation:
     seconds: float
     pass_at_k: Mapping[int, float] = field(default_factory=dict)
 
+    @property
+    def cut(self) -> int:
+        """Examples whose prompt was cut, for it did not fit into the model's window."""
+        return sum("cut" in result for result in self.results)
+
     def summary(self) -> dict[str, Any]:
         """The numbers, without the examples, as a run record holds them."""
         names = ("metric", "accuracy", "n", "correct", "ci_low", "ci_high", "seconds")
         passes = {f"pass@{k}": value for k, value in self.pass_at_k.items()}
-        return {name: getattr(self, name) for name in names} | passes
+        return {name: getattr(self, name) for name in names} | passes | ({"cut": self.cut} if self.cut else {})
 
     def write_results(self, path: str | os.PathLike[str]) -> None:
         """One JSON line an example; the file is whole or absent."""
@@ -114,12 +132,17 @@ def evaluate_task(
         for group in track(list(_groups(order, batch_size)), "scoring", progress):
             picked = sorted(group)
             if not set(picked).issubset(done):
-                some = [examples[i] for i in picked]
+                some = {i: examples[i] for i in picked}
                 per_character = task.metric == "acc_norm"
-                values = choice_scores(model, tokenizer, some, per_character=per_character, batch_size=batch_size)
-                yield [_choice_result(i, examples[i], v) for i, v in zip(picked, values, strict=True)]
+                values, cuts = _scores_and_cuts(
+                    model, tokenizer, some, per_character=per_character, batch_size=batch_size
+                )
+                found = zip(picked, values, cuts, strict=True)
+                yield [_choice_result(i, examples[i], value, cut) for i, value, cut in found]
 
-    return _evaluate(task, examples, scored, results)
+    evaluation = _evaluate(task, examples, scored, results)
+    _tell_cut(evaluation.cut, len(examples), model, tokenizer)
+    return evaluation
 
 
 def evaluate_answers(
@@ -214,7 +237,7 @@ def _evaluate(
     results = {} if path is None else _kept(Path(path), examples)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if path is None else open(path, "a", encoding="utf-8") as file:
+    with nullcontext() if path is None else append_to(path) as file:
         if len(results) < len(examples):
             for batch in work(frozenset(results)):
                 fresh = [result for result in batch if result["index"] not in results]
@@ -249,9 +272,10 @@ def _named(index: int, example: Example) -> Result:
     return {"index": index, "id": example_id(example), **named}
 
 
-def _choice_result(index: int, example: Example, scores: list[float]) -> Result:
+def _choice_result(index: int, example: Example, scores: list[float], cut: int) -> Result:
     best = max(range(len(scores)), key=scores.__getitem__)  # a tie goes to the lower index
-    return {**_named(index, example), "prediction": best, "correct": best == example.label, "scores": scores}
+    result = {**_named(index, example), "prediction": best, "correct": best == example.label, "scores": scores}
+    return {**result, "cut": cut} if cut else result
 
 
 def choice_scores(
@@ -267,22 +291,55 @@ def choice_scores(
 
     Args:
         per_character: over the choice's length, as acc_norm ranks choices; acc ranks them by the whole.
+
+    A prompt that does not fit into the model's window with its choice is cut on the left; a warning says how many are.
+
+    Raises:
+        DataError: no examples, an empty choice or prompt, or a choice that alone is longer than the window.
     """
+    scores, cuts = _scores_and_cuts(
+        model, tokenizer, dict(enumerate(examples)), per_character=per_character, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
+    _tell_cut(sum(map(bool, cuts)), len(examples), model, tokenizer)
+    return scores
+
+
+def _scores_and_cuts(
+    model: Any,
+    tokenizer: Any,
+    named: Mapping[int, Example],
+    *,
+    per_character: bool,
+    batch_size: int,
+    progress: bool = False,
+) -> tuple[list[list[float]], list[int]]:
+    """`choice_scores` of examples by their index, and how many tokens of each one's longest text did not fit."""
+    examples = list(named.values())
     check_batches(examples, batch_size)
-    rows = []  # (example, choice, token ids, number of prompt tokens)
-    for i, example in enumerate(examples):
+    window = context_length(model, tokenizer)
+    rows, cuts = [], [0] * len(examples)  # rows: (example, choice, token ids, number of prompt tokens)
+    for i, (index, example) in enumerate(named.items()):
         prompt = encode_prompt(example, tokenizer)
         for j, choice in enumerate(example.choices):
             completion = encode_completion(example, f" {choice}", prompt, tokenizer)
             if not choice or not completion or not prompt:
-                raise DataError(f"Example {i}: choice {j} or its prompt is empty, so it has no likelihood.")
-            rows.append((i, j, torch.tensor(prompt + completion), len(prompt)))
+                raise DataError(f"Example {index}: choice {j} or its prompt is empty, so it has no likelihood.")
+            if window is not None and len(completion) > window:
+                raise DataError(
+                    f"Example {index}: choice {j} has {len(completion)} tokens, and the model's window is {window}: "
+                    "leave the example out."
+                )
+            # As lm-eval cuts: the window holds what is read, and the last token is only predicted.
+            cut = max(0, len(prompt + completion) - window - 1) if window is not None else 0
+            cuts[i] = max(cuts[i], cut)
+            rows.append((i, j, torch.tensor((prompt + completion)[cut:]), len(prompt) - cut))
     scores = [[0.0] * len(example.choices) for example in examples]
     order = sorted(range(len(rows)), key=lambda r: (-len(rows[r][2]), -rows[r][3]))
     with inference(model):
         for picked in track(list(_groups(order, batch_size)), "scoring", progress):
             labels = [rows[r][2].index_fill(0, torch.arange(rows[r][3]), IGNORE) for r in picked]
-            ids = [rows[r][2] for r in picked]
+            ids = [rows[r][2][:-1] for r in picked]
             batch = {
                 "input_ids": pad(ids, tokenizer.pad_token_id),
                 "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
@@ -291,7 +348,15 @@ def choice_scores(
             for r, value in zip(picked, _log_likelihood(model, batch).tolist(), strict=True):
                 i, j = rows[r][:2]
                 scores[i][j] = value / len(examples[i].choices[j]) if per_character else value
-    return scores
+    return scores, cuts
+
+
+def _tell_cut(count: int, total: int, model: Any, tokenizer: Any) -> None:
+    if count:
+        _log.warning(
+            "%d of %d examples are longer than the model's window of %d tokens: their prompts were cut on the left.",
+            count, total, context_length(model, tokenizer),
+        )  # fmt: skip
 
 
 def response_loss(
@@ -334,7 +399,7 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     positions = (labels != IGNORE).any(0).nonzero()[:, 0]
-    logits = model(**batch, use_cache=False, logits_to_keep=positions).logits  # [B, positions, V]
+    logits = logits_at(model, batch, positions).logits  # [B, positions, V]
     labels = labels[:, positions].to(logits.device)
     found = labels != IGNORE
     parts = [

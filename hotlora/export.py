@@ -3,8 +3,9 @@
 Shape suffixes: E experts, N adapted experts, D model width, F expert width, R rank.
 """
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +31,21 @@ from .hot_experts import HotExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
 from .load import CONFIG_FILE, WEIGHTS_FILE
 from .mergeable import MergeableLayer
-from .models import moe_layers
+from .models import attention_modules, moe_layers
+from .on_top_of import described, merged_for_now, merged_into
 from .plan import ExpertPlan
 from .quiet import quiet
+
+_log = logging.getLogger(__name__)
 
 FORMATS = ("vllm", "sglang", "peft", "merged")
 
 PREFIX = "base_model.model."
 # Linears under these names PEFT takes for parts of the routed experts, in many families (peft#3711).
 _REWRITTEN_BY_PEFT = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# MLA's up-projection of keys and values. vLLM takes its weight apart when it loads a model, and holds it by a reference
+# that is older than its LoRA layers: an adapter's update is read, and applied nowhere (vllm#48974, of 0.25.1 and on).
+_NOT_APPLIED = {"vllm": ("kv_b_proj",)}
 _EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 _PER_EXPERT = re.compile(r"^(.*\.experts)\.0\.(\w+)\.weight$")
 
@@ -85,6 +92,7 @@ def export_adapter(
     adapter_name: str = "default",
     merge_router: bool = False,
     drop_router: bool = False,
+    merge_attention: bool = False,
     tokenizer: Any = None,
 ) -> Path:
     """Writes a HotLoRA adapter in the format of a server or a library. `model` is left as it was.
@@ -99,10 +107,14 @@ def export_adapter(
       updates folded in. Serve the two together.
     - drop_router: the routers' updates are left out, so answers differ from the trained model's.
 
+    vLLM applies no adapter to MLA's `kv_b_proj` (DeepSeek, Kimi, GLM-5, …). An adapter that trains it needs
+
+    - merge_attention: its updates are folded into `output/base`, too.
+
     Args:
         model: a `PeftModel` with a HotLoRA adapter.
         output: a folder that is not there yet, or is empty.
-        tokenizer: saved beside a checkpoint (merged, merge_router).
+        tokenizer: saved beside a checkpoint (merged, merge_router, merge_attention).
 
     Returns:
         `output`.
@@ -119,15 +131,24 @@ def export_adapter(
     layers = _lora_layers(model, adapter_name)
     routers = [path for path, layer in layers.items() if isinstance(layer, HotLoraRouter)]
     _check_router_choice(format, bool(routers), merge_router, drop_router)
+    attention = not_applied(layers, format)
+    _check_attention_choice(format, bool(attention), merge_attention)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise HotLoraError(f"{merged[0]} has an adapter merged in: call unmerge_adapter() first.")
     if format == "merged":
-        with atomic_folder(output) as folder:
+        with atomic_folder(output) as folder, merged_for_now(model.get_base_model(), [config.source()]):
             _save_checkpoint(model, adapter_name, list(layers), folder, tokenizer)
         return output
-    parts = _collect(model, adapter_name, layers, format)
+    into_base = [*(routers if merge_router else []), *attention]
+    if (ground := merged_into(model)) and not into_base:
+        _log.warning("the export is for the base with %s merged in: use it on a checkpoint of that", described(ground))
+    held = {path: layer for path, layer in layers.items() if path not in attention}
+    parts = _collect(model, adapter_name, held, format)
     if format != "peft" and not parts.experts and not parts.linears:
-        raise HotLoraError("the adapter trains routers only, so without them nothing is left to export.")
+        raise HotLoraError(
+            f"the adapter trains nothing else that format {format!r} holds, so nothing is left to export: use format "
+            "'merged'."
+        )
     base = model.get_base_model()
     with _without_adapters(base):
         if format == "peft":
@@ -142,9 +163,9 @@ def export_adapter(
         **targets,
     }
     with atomic_folder(output) as folder:
-        if merge_router:
-            _save_checkpoint(model, adapter_name, routers, folder / "base", tokenizer)
-        _save_adapter(plain, tensors, folder / "adapter" if merge_router else folder)
+        if into_base:
+            _save_checkpoint(model, adapter_name, into_base, folder / "base", tokenizer)
+        _save_adapter(plain, tensors, folder / "adapter" if into_base else folder)
     return output
 
 
@@ -162,6 +183,17 @@ def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop
     """HotLoraError for what `export_adapter` refuses by an adapter's config alone."""
     _check_plain(config, format)
     _check_router_choice(format, config.train_router, merge_router, drop_router)
+
+
+def check_attention(config: HotLoraConfig, base: nn.Module, format: str, *, merge_attention: bool) -> None:
+    """HotLoraError for what it refuses by the base's modules besides; they may be on the meta device."""
+    trained = attention_modules(base) if config.train_attention else []
+    _check_attention_choice(format, bool(not_applied(trained, format)), merge_attention)
+
+
+def not_applied(paths: Iterable[str], format: str) -> list[str]:
+    """Those of some modules whose updates a server would read and not apply."""
+    return [path for path in paths if path.rpartition(".")[2] in _NOT_APPLIED.get(format, ())]
 
 
 # What is in the model
@@ -197,6 +229,17 @@ def _check_router_choice(format: str, has_router: bool, merge_router: bool, drop
             "which writes the base model with the routers' updates beside the adapter, or drop_router=True "
             "(--drop-router), which leaves them out: answers then differ from the trained model's."
         )
+
+
+def _check_attention_choice(format: str, has_such: bool, merge_attention: bool) -> None:
+    if has_such and not merge_attention:
+        raise HotLoraError(
+            f"format {format!r} cannot hold the adapter's updates of attention's {_NOT_APPLIED[format][0]}: the server "
+            "would read them and apply them nowhere. Give merge_attention=True (--merge-attention), which writes the "
+            "base model with these updates beside the adapter, or train without attention (--no-attention)."
+        )
+    if merge_attention and not has_such:
+        raise HotLoraError(f"format {format!r} holds all of this adapter's attention: leave merge_attention out.")
 
 
 def _check_plain(config: HotLoraConfig, format: str) -> None:

@@ -6,6 +6,7 @@ gives back is not saved, and of B only the kept entries are parameters, with gra
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +17,56 @@ from .errors import HotLoraError
 
 
 class SeededFactor(nn.Module):
-    """A factor that does not train and is not saved: its seed and its name give it back."""
+    """A factor that does not train and is not saved: its seed and its name give it back.
 
-    weight: Tensor
+    Its values are float32 whatever the model is cast to, so that they stay those that the seed gives.
+    """
+
+    values: Tensor
 
     def __init__(self, shape: torch.Size | tuple[int, ...], seed: int, name: str, device: torch.device) -> None:
         super().__init__()
         self.shape, self.seed, self.name = tuple(shape), seed, name
-        self.register_buffer("weight", self._drawn(device), persistent=False)
+        self._trained: tuple[Any, str] | None = None
+        self.register_buffer("values", self._drawn(device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor in the dtype of the one that it is multiplied with."""
+        if self._trained is None:
+            return self.values
+        held, key = self._trained
+        return self.values.to(factor_dtype(held[key]))
+
+    def go_with(self, held: Any, key: str) -> None:
+        """Names the factor that trains beside this one: it is what `held` has under `key`."""
+        self._trained = held, key
 
     def restore(self, device: torch.device) -> None:
         """Draws the factor again where loading has left it without values."""
-        if self.weight.device.type == "meta":
-            self.weight = self._drawn(device)
+        if self.values.device.type == "meta":
+            self.values = self._drawn(device)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of its name, its shape and its values."""
+        found = hashlib.sha256(f"{self.name}:{list(self.shape)}:".encode())
+        found.update(self.values.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "SeededFactor":
+        """What `.to()` and its like do, but for the dtype; where they make values of none, those are drawn."""
+        values = self.values
+        super()._apply(fn, recurse)
+        device = self.values.device
+        self.values = self._drawn(device) if values.device.type == "meta" else values.to(device)
+        return self
+
     def _drawn(self, device: torch.device) -> Tensor:
         if device.type == "meta":
-            return torch.empty(self.shape, device=device)
+            return torch.empty(self.shape, dtype=torch.float32, device=device)
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return uniform(self.shape, generator).to(device)
@@ -50,10 +81,12 @@ class SparseFactor(nn.Module):
 
     kept: Tensor
 
-    def __init__(self, shape: torch.Size | tuple[int, ...], num_kept: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: torch.Size | tuple[int, ...], num_kept: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.shape, self._is_checked = tuple(shape), False
-        self.values = nn.Parameter(torch.zeros(1, num_kept, device=device))
+        self.values = nn.Parameter(torch.zeros(1, num_kept, device=device, dtype=dtype))
         bits = torch.zeros(1, -(-math.prod(self.shape) // 8), dtype=torch.uint8, device=device)
         self.register_buffer("kept", bits)
 
@@ -68,8 +101,9 @@ class SparseFactor(nn.Module):
         if not self._is_checked and self.kept.device.type != "meta":  # once, for the device is waited for
             if int(unpack(self.kept, self.shape).sum()) != self.values.shape[1]:
                 raise HotLoraError(
-                    "a sparse factor was loaded without its mask, as transformers' own load_adapter does: use "
-                    "hotlora.load_adapter or peft.PeftModel.from_pretrained."
+                    "a sparse factor was loaded without its mask, as transformers' own load_adapter does with older "
+                    "adapters: use hotlora.load_adapter or peft.PeftModel.from_pretrained; saved again, it loads there "
+                    "as well."
                 )
             self._is_checked = True
         dense: Tensor = _Scatter.apply(self.values, self.kept, self.shape)
@@ -105,6 +139,12 @@ def factor_values(held: Any) -> Tensor:
     return held if isinstance(held, Tensor) else held.weight
 
 
+def factor_dtype(held: Any) -> torch.dtype:
+    """The dtype of `factor_values`, without making them."""
+    dtype: torch.dtype = held.values.dtype if isinstance(held, SparseFactor) else factor_values(held).dtype
+    return dtype
+
+
 def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = False) -> nn.Parameter:
     """kaiming_uniform_(a=sqrt(5)) of every matrix by itself, as PEFT's Linear.
 
@@ -112,14 +152,16 @@ def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = Fal
     weights.
     """
     if is_zero or device.type == "meta":
-        return nn.Parameter(torch.zeros(shape, device="meta" if device.type == "meta" else "cpu"))
+        on = "meta" if device.type == "meta" else "cpu"
+        return nn.Parameter(torch.zeros(shape, device=on, dtype=torch.float32))
     return nn.Parameter(uniform(shape))
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-    """What kaiming_uniform_(a=sqrt(5)) draws: the bound is 1/sqrt(in_features)."""
+    """What kaiming_uniform_(a=sqrt(5)) draws: the bound is 1/sqrt(in_features). In float32 and on the CPU, whatever
+    torch's defaults are: one seed gives one factor."""
     bound = 1 / math.sqrt(shape[-1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -143,6 +185,20 @@ def _places(packed: Tensor, number: int) -> Tensor:
 
 def _bits(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+class FactorDict(nn.ParameterDict):
+    """Adapter -> what holds its factor: a parameter, or a module with parameters.
+
+    `items` gives the parameters themselves, under their adapter: PEFT asks each for its `requires_grad` and `device`
+    (get_layer_status, and with it disable_adapter), which a module has not.
+    """
+
+    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+        for name in self.keys():
+            held = self[name]
+            for parameter in [held] if isinstance(held, Tensor) else held.parameters():
+                yield name, parameter
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .plan import ExpertPlan
@@ -154,6 +155,12 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
         item.set(fontsize=10.5, color=INK)
     axes.tick_params(colors=INK)
     return figure, axes
+
+
+def plain_text(figure: Figure) -> None:
+    """No text of the figure is read as mathematics: a name may hold $."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
 
 
 def style(axes: Axes) -> None:

@@ -7,11 +7,12 @@ import math
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import FileError
 
@@ -60,6 +61,23 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """FileError, naming `path`, where it could not be written later. Leaves nothing behind."""
+    path = Path(path)
+    temporary = _beside(path)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
+    with _named(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()
+
+
 def _beside(path: Path) -> Path:
     if not path.name:
         raise FileError(f"{str(path)!r} has no name that could be written: give a file or a folder")
@@ -105,6 +123,29 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def append_to(path: str | os.PathLike[str], mode: str = "a", buffering: int = -1) -> IO[Any]:
+    """Opens a file of our own to append to it, UTF-8 where it is text. A folder may come from somebody else: FileError
+    where the name is a link, whose target would be written to, or no file."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe without a reader must not wait
+    path = Path(path)
+    try:
+        file = open(
+            path, mode, buffering, None if "b" in mode else "utf-8", opener=lambda name, own: os.open(name, own | flags)
+        )
+    except OSError as error:
+        if path.is_symlink():
+            raise FileError(f"{path} is a link: delete it, and nothing else is written to") from error
+        if path.exists() and not path.is_file():
+            raise FileError(f"{path} is no file: delete it, or give another folder") from error
+        raise
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        kind = "a link" if stat.S_ISREG(found.st_mode) else "no file"
+        raise FileError(f"{path} is {kind}: delete it, and nothing else is written to")
+    return file
+
+
 def file_in(path: str | os.PathLike[str], name: str) -> Path:
     """`path` itself where it is a file or ends like `name`; otherwise a folder, so `path/name`."""
     path = Path(path)
@@ -128,7 +169,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file. FileError, naming the file, where it is missing, cut short or foreign."""
     path = Path(path)
     try:
-        obj = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        text = path.read_text(encoding="utf-8")
+        obj = whole_text(json.loads(text, object_pairs_hook=_unique), text)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist: check the path, or run the step that writes it") from None
     except OSError as error:
@@ -154,7 +196,7 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
             for line in file:
                 if not line.endswith("\n"):
                     break
-                row = json.loads(line)
+                row = whole_text(json.loads(line), line)
                 if not isinstance(row, dict) or not all(key in row for key in keys):
                     raise ValueError(f"an object with {', '.join(keys) or 'any keys'} was expected")
                 rows.append(row)
@@ -163,6 +205,19 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
     except JSON_ERRORS as error:
         raise FileError(f"{path}, line {len(rows) + 1}: {error}; write the file again") from error
     return rows
+
+
+def whole_text(obj: Any, source: str) -> Any:
+    """`obj`, which the JSON in `source` says; ValueError where a text in it holds half a character: JSON can write one
+    half of a surrogate pair, and nothing can encode it."""
+    if "\\u" not in source:
+        return obj
+    try:
+        json.dumps(obj, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(f"a text holds half a character ({half}), which is none") from None
+    return obj
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -5,9 +5,11 @@ options, and every sample draws from a seed of its own. So an evaluation that wa
 """
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,11 +21,15 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .data import encode_prompt, pad
 from .distributed import device_of
 from .errors import DataError, HotLoraError
+from .forward import inference, padding_matters
 from .tasks import Example
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def answer_batches(
 
     Prompts of similar length go together, padded on the left, the longest first: what does not fit in memory fails at
     once. A batch has as many tokens as `batch_size` of the longest prompts with their answers, so batches of shorter
-    prompts have more rows.
+    prompts have more rows. Where a probe shows that padding changes answers, prompts of one length alone go together.
 
     Args:
         done: indices of examples that need no answer. A batch is left out where it has no other: the rest is made in
@@ -121,13 +127,19 @@ def answer_batches(
     """
     check_batches(examples, batch_size)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
+    window = context_length(model, tokenizer)
+    if window is not None and (long := sum(len(prompt) > window for prompt in prompts)):
+        _log.warning("%d of %d prompts are longer than the model's window of %d tokens.", long, len(prompts), window)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     rows = [(i, sample) for i in order for sample in range(sampling.samples)]
     groups = list(_by_tokens(rows, [len(prompt) + max_new_tokens for prompt in prompts], batch_size))
+    lengths = {len(prompt) for prompt in prompts}
+    if len(lengths) > 1 and max(map(len, groups)) > 1 and _answers_change_with_padding(model, prompts, max_new_tokens):
+        _log.info("this model's answers depend on padding: prompts of one length go together, and no others")
+        groups = [list(same) for group in groups for _, same in groupby(group, key=lambda row: len(prompts[row[0]]))]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, use_cache=True,
-        eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0
+    )
     missing = set(range(len(examples))).difference(done)
     for group in track(groups, "generating", progress):
         if not any(i in missing for i, _ in group):
@@ -141,7 +153,7 @@ def answer_batches(
                 TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p),
                 _Draw(seeds, width, max_new_tokens),
             ]  # fmt: skip
-        with inference(model):
+        with inference(model), _no_generation_config(model):
             output = model.generate(
                 input_ids=pad(ids, tokenizer.pad_token_id, "left").to(device_of(model)),
                 attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(device_of(model)),
@@ -172,6 +184,15 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
+def context_length(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model reads at most, looked for where lm-eval does; None where nothing tells."""
+    config = model.config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config, name, None)) is not None:
+            return int(length)
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length < VERY_LARGE_INTEGER else None
+
+
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokenizer's end-of-text token and those of the generation config: a chat model has several."""
     own = getattr(model.generation_config, "eos_token_id", None)
@@ -180,15 +201,17 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the training flag comes back, also after an error."""
-    training = model.training
-    model.eval()
+def _no_generation_config(model: Any) -> Iterator[None]:
+    """Without what the checkpoint's generation_config.json says, which `generate` takes wherever it is told nothing."""
+    owners = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
+    own = [module.generation_config for module in owners]
+    for module in owners:
+        module.generation_config = GenerationConfig()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        model.train(training)
+        for module, config in zip(owners, own, strict=True):
+            module.generation_config = config
 
 
 def track(items: Iterable, description: str, progress: bool, total: int | None = None) -> Iterable:
@@ -204,6 +227,15 @@ def check_batches(examples: Sequence[Example], batch_size: int) -> None:
         raise DataError("There are no examples to evaluate; give at least one.")
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
+
+
+def _answers_change_with_padding(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> bool:
+    """By a text as long as the longest prompt and its answer, of the prompts' tokens shuffled."""
+    pool = torch.tensor([token for prompt in prompts for token in prompt])
+    picked = torch.randint(
+        len(pool), (max(map(len, prompts)) + max_new_tokens,), generator=torch.Generator().manual_seed(0)
+    )
+    return padding_matters(model, pool[picked].tolist())
 
 
 def _by_tokens(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .distributed import all_objects
+from .stopping import say
 
 _NAMED = 64  # examples that a message names
 
@@ -20,9 +21,13 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.by = ""
+        """the signal that came to this process"""
 
-    def ask(self) -> None:
-        self.asked = True  # a second signal changes nothing: launchers pass on what the process has got already
+    def ask(self, by: str) -> None:
+        self.asked, self.by = True, by
+        again = "; Ctrl-C again ends at once, without the steps since the last one" if by == "Ctrl-C" else ""
+        say(f"{by}: saving a checkpoint after this step{again}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:  # all save together; the loss is gathered after every step, too

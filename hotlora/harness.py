@@ -17,6 +17,8 @@ from typing import Any
 from .errors import DataError, HotLoraError
 from .evaluate import Evaluation, example_id
 from .files import write_text
+from .forward import TEXTS, padding_matters
+from .precision import say_if_slow
 from .stats import proportion_interval
 from .tasks import Example, hellaswag
 from .tasks.rows import Row, need_text, read_rows, split_file
@@ -48,6 +50,7 @@ def evaluate_by_lm_eval(
 
     Args:
         model: as it is in memory, with an adapter on it or not; or an `lm_eval.api.model.LM`.
+        batch_size: prompts at once; 1 where padding changes the model's answers.
         tasks: names of tasks, groups or tags; `gsm8k:DIR` and `hellaswag:DIR` read local files.
         include_path: a folder with task configs of your own.
         num_fewshot: examples in the prompt; None: as the task has it.
@@ -66,6 +69,8 @@ def evaluate_by_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    if not isinstance(model, LM):
+        say_if_slow(model.device.type, model.dtype)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, _calm():
         names = [_named(task, Path(temporary)) for task in tasks]
@@ -74,7 +79,12 @@ def evaluate_by_lm_eval(
         manager = TaskManager(include_path=paths, include_defaults=not all(":" in task for task in tasks))
         if unknown := [name for name in names if name not in manager.all_tasks]:
             raise DataError(f"lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists its tasks.")
-        lm = model if isinstance(model, LM) else HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        if isinstance(model, LM):
+            lm = model
+        else:
+            if padding_matters(model, tokenizer(" ".join(TEXTS))["input_ids"]):
+                batch_size = 1  # lm-eval pads on the left, and groups prompts of all lengths
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         report = simple_evaluate(
             model=lm, tasks=names, task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=True
         )

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .errors import HotLoraError, PlanError
-from .factors import Slot, at_least_float32, factor_values, low_rank_products, new_factor
+from .factors import FactorDict, Slot, at_least_float32, factor_values, low_rank_products, new_factor
 from .hf.experts_view import ExpertsView
 from .layer.function import routed_experts, updates_on
 from .layer.updates import Full, LowRank, Update
@@ -26,7 +26,7 @@ class HotExperts(MergeableLayer):
 
     def _prepare(self) -> None:
         for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, FactorDict())
         self.expert_ids: dict[str, tuple[int, ...]] = {}
         self._groups: dict[str, list[_Group]] = {}
         self._ids_on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -51,7 +51,7 @@ class HotExperts(MergeableLayer):
         if len(here) < self.view.num_experts_everywhere:
             ids = [group.ids for name in active for group in self._groups[name]]
             hidden_states, updates = _updates_here(here, ids, hidden_states, cast(Any, updates))
-        with updates_on(experts, updates):
+        with updates_on(experts, updates):  # and their forward is the routed layer since the adapter was injected
             output: Tensor = experts(hidden_states, top_k_index, top_k_weights)
         return output
 
@@ -371,6 +371,11 @@ class HotFullExperts(HotExperts):
 
     def _replaces(self, adapter: str) -> bool:
         return True
+
+    def _merged_values(self, adapter: str) -> list[tuple[Tensor, list[int] | slice, Tensor]]:
+        values = self.view.own_layout(*(weight.detach() for weight in self._weights(adapter)))
+        pairs = zip(self._merged_into(adapter), values, strict=True)
+        return [(weight, rows, value.to(weight.dtype)) for (weight, rows), value in pairs]
 
     def slots(self, path: str, adapter: str) -> Iterator[Slot]:
         yield from ()  # whole weights, no factors

@@ -25,6 +25,7 @@ from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .plan import ExpertPlan
 from .quiet import quiet
+from .unchanged import unchanged_on_error
 
 
 def import_adapter(
@@ -92,18 +93,19 @@ def import_adapter(
         train_shared=any(path in linears for layer in layers for path in layer.shared),
         inference_mode=not is_trainable,
     )
-    with quiet():
-        model = cast(PeftModel, get_peft_model(cast(Any, base_model), hot_config, adapter_name=adapter_name))
     state = _hot_state(layers, experts, {**linears, **routers}, r)
-    # What PEFT's adapter did not train keeps B = 0: an update of zero.
-    try:
-        loaded: Any = set_peft_model_state_dict(
-            model, {PREFIX + key: tensor for key, tensor in state.items()}, adapter_name=adapter_name
-        )
-    except RuntimeError as error:  # other shapes
-        model.unload()
-        raise FileError(f"{folder / WEIGHTS_FILE} does not fit this model: {str(error).splitlines()[-1]}") from error
-    assert not loaded.unexpected_keys, loaded.unexpected_keys
+    with unchanged_on_error(base_model):
+        with quiet():
+            model = cast(PeftModel, get_peft_model(cast(Any, base_model), hot_config, adapter_name=adapter_name))
+        # What PEFT's adapter did not train keeps B = 0: an update of zero.
+        try:
+            loaded: Any = set_peft_model_state_dict(
+                model, {PREFIX + key: tensor for key, tensor in state.items()}, adapter_name=adapter_name
+            )
+        except RuntimeError as error:  # other shapes
+            problem = str(error).splitlines()[-1]
+            raise FileError(f"{folder / WEIGHTS_FILE} does not fit this model: {problem}") from error
+        assert not loaded.unexpected_keys, loaded.unexpected_keys
     return model if is_trainable else model.eval()
 
 

@@ -5,18 +5,20 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapter import WEIGHTS_HASH, HotLoraConfig, from_saved
+from .adapter import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .errors import FileError, HotLoraError, PlanError
 from .files import read_json, sha256_file
+from .on_top_of import check_entries, check_ground
+from .peft_hooks import without_adapter_name
 from .plan import ExpertPlan
 from .quantize import ExpertsQuantization
 from .quiet import quiet
+from .unchanged import unchanged_on_error
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,43 +34,48 @@ def load_adapter(
 
     Raises:
         FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
-        or that do not fit the config. PlanError: the adapter was made for another model.
+        or that do not fit the config. PlanError: the adapter was made for another model, or on top of an adapter that
+        is not merged into this one.
     """
     folder = Path(path).expanduser()
     data = _read_config(folder)
     saved_hash = data.get(WEIGHTS_HASH)
     config = _config(folder / CONFIG_FILE, data)
     config.inference_mode = not is_trainable
+    check_ground(config.on_top_of, base_model)
     weights = read_weights(folder / WEIGHTS_FILE, saved_hash)
-    if isinstance(base_model, PeftModel):
-        if adapter_name in base_model.peft_config:
-            raise HotLoraError(
-                f"the model already has an adapter {adapter_name!r}: give another adapter_name, or delete it."
-            )
-        model = base_model
-        model.add_adapter(adapter_name, config)
+    config._source = {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
+    weights = {without_adapter_name(key): tensor for key, tensor in weights.items()}
+    if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
+        raise HotLoraError(
+            f"the model already has an adapter {adapter_name!r}: give another adapter_name, or delete it."
+        )
+    with unchanged_on_error(base_model):
+        model = _put_on(base_model, config, adapter_name, folder / CONFIG_FILE)
+        problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
+        if problem:
+            raise FileError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again.")
+        set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
         if is_trainable:
             model.set_requires_grad(adapter_name)
-    else:
-        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        try:
-            with quiet():
-                model = peft_model(base_model, config, adapter_name=adapter_name)
-        except HotLoraError:
-            raise
-        except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-            _take_off(base_model)
-            reason = f"{type(error).__name__}: {error}"
-            raise FileError(f"{folder / CONFIG_FILE} has an option that PEFT cannot carry out ({reason}).") from error
-    problem = _mismatch(get_peft_model_state_dict(model, adapter_name=adapter_name), weights)
-    if problem:
-        if model is base_model:
-            model.delete_adapter(adapter_name)
-        else:
-            model.unload()
-        raise FileError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}: {problem}. Save it again.")
-    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
     return model if is_trainable else model.eval()
+
+
+def _put_on(base_model: nn.Module, config: HotLoraConfig, adapter_name: str, file: Path) -> PeftModel:
+    try:
+        if isinstance(base_model, PeftModel):
+            base_model.add_adapter(adapter_name, config)
+            return base_model
+        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        with quiet():
+            return peft_model(base_model, config, adapter_name=adapter_name)
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from error
+    except HotLoraError:
+        raise
+    except (AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise FileError(f"{file} has an option that PEFT cannot carry out ({reason}).") from error
 
 
 def base_quantization(path: str | Path) -> ExpertsQuantization | None:
@@ -94,14 +101,6 @@ def saved_config(path: str | Path) -> HotLoraConfig:
     """The config of a saved adapter, without its weights. FileError, PlanError: as `load_adapter`."""
     folder = Path(path).expanduser()
     return _config(folder / CONFIG_FILE, _read_config(folder))
-
-
-def _take_off(base_model: nn.Module) -> None:
-    """Puts back what PEFT had replaced when it failed."""
-    for name, module in list(base_model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(base_model.get_submodule(parent), child, module.get_base_layer())
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -150,8 +149,11 @@ def _check_own(config: HotLoraConfig) -> None:
             f"base_quantization is {config.base_quantization!r}; it must be null, or have bits of 4 or 8, and in keep "
             "the experts of each layer that has some."
         )
+    check_entries("on_top_of", config.on_top_of)
     if config.a_seed is not None and (not isinstance(config.a_seed, int) or config.a_seed < 0):
         raise TypeError(f"a_seed is {config.a_seed!r}; it must be an integer from 0.")
+    if not isinstance(config._saved_a_hash, str | None):
+        raise TypeError(f"{A_HASH} is {config._saved_a_hash!r}; it must be a SHA-256 in hexadecimal digits.")
 
 
 def _is_quantization(saved: Any) -> bool:

@@ -79,6 +79,14 @@ class SparseMask:
         return mask
 
 
+def check_share(keep: float, granularity: str) -> None:
+    """HotLoraError: what `draw_mask` refuses without a model."""
+    if not 0 < keep <= 1:
+        raise HotLoraError(f"keep is {keep}: it must be above 0 and at most 1, such as 0.1.")
+    if granularity not in GRANULARITIES:
+        raise HotLoraError(f"granularity {granularity!r} does not exist: choose one of {', '.join(GRANULARITIES)}.")
+
+
 def draw_mask(
     model: PeftModel,
     adapter_name: str = "default",
@@ -101,10 +109,7 @@ def draw_mask(
     Raises:
         HotLoraError: a keep or granularity out of range, an adapter without a frozen A, or one that was not trained.
     """
-    if not 0 < keep <= 1:
-        raise HotLoraError(f"keep is {keep}: it must be above 0 and at most 1, such as 0.1.")
-    if granularity not in GRANULARITIES:
-        raise HotLoraError(f"granularity {granularity!r} does not exist: choose one of {', '.join(GRANULARITIES)}.")
+    check_share(keep, granularity)
     slots = list(factor_slots(model.get_base_model(), adapter_name))
     seeds = {slot.held[slot.key].seed for slot in slots if isinstance(slot.held[slot.key], SeededFactor)}
     if len(seeds) != 1:

@@ -80,7 +80,10 @@ class MergeableLayer(nn.Module, LoraLayer):
         for name in names:
             if self._replaces(name):
                 self.replaced[name] = [weight.data[rows].clone() for weight, rows, _ in deltas[name]]
-            self._add(name, deltas.pop(name), safe_merge)
+            its = deltas.pop(name)
+            # By itself it is the very weights that were trained, and not the base's plus a rounded difference.
+            updated = (self._merged_values(name) if len(names) == 1 else None) or self._sums(its)
+            self._write(name, updated, safe_merge)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -90,7 +93,7 @@ class MergeableLayer(nn.Module, LoraLayer):
             name = self.merged_adapters.pop()
             before = self.replaced.pop(name, None)
             if before is None:
-                self._add(name, [(weight, rows, -delta) for weight, rows, delta in self._deltas(name)], False)
+                self._write(name, self._sums([(weight, rows, -d) for weight, rows, d in self._deltas(name)]), False)
             else:
                 for (weight, rows), old in zip(self._merged_into(name), before, strict=True):
                     weight.data[rows] = old
@@ -99,12 +102,19 @@ class MergeableLayer(nn.Module, LoraLayer):
         """(parameter, rows) of `_deltas`, without working out the deltas."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def _add(self, adapter: str, deltas: list[tuple[Tensor, list[int] | slice, Tensor]], safe: bool) -> None:
-        updated = [
+    def _merged_values(self, adapter: str) -> list[tuple[Tensor, list[int] | slice, Tensor]] | None:
+        """(parameter, rows, what is there with the adapter merged), where the adapter has these weights themselves."""
+        return None
+
+    @staticmethod
+    def _sums(deltas: list[tuple[Tensor, list[int] | slice, Tensor]]) -> list[tuple[Tensor, list[int] | slice, Tensor]]:
+        return [
             (weight, rows, (weight.data[rows].to(delta.dtype) + delta).to(weight.dtype))
             for weight, rows, delta in deltas
         ]
+
+    @torch.no_grad()
+    def _write(self, adapter: str, updated: list[tuple[Tensor, list[int] | slice, Tensor]], safe: bool) -> None:
         if safe and not all(new.isfinite().all() for _, _, new in updated):
             raise HotLoraError(
                 f"merging adapter {adapter!r} gives weights that are not finite: it is broken. Train it anew."

@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from .distributed import own_device
 from .errors import FileError, HotLoraError, ModelError
 from .hf.experts_view import ExpertsView, is_experts
+from .precision import in_float32, say_once
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"
@@ -48,6 +49,7 @@ _NOT_ATTENTION = re.compile(r"indexer|compressor")
 # the experts of a token.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_SKIP_TOKENS = ("zaya",)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,26 @@ def num_experts_per_tok(model: nn.Module) -> int:
     raise ModelError(f"the config of this {config.model_type} model has none of {', '.join(_TOP_K)}.")
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """ModelError where Accelerate keeps some of the model's weights elsewhere until each is used: PEFT's layers do not
+    work on such weights, and gradients do not pass through them."""
+    away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ModelError(
+            f"{len(away)} of the model's weights, {away[0]} the first, are offloaded to disk or to the CPU's memory "
+            "(device_map), where they cannot be adapted: load the model without device_map, its experts in 4 bits "
+            "(quantize=4), or spread over several GPUs."
+        )
+
+
+def skips_tokens(model: nn.Module) -> bool:
+    """Whether a router may send a token to no expert, which it hands on as expert 0 with weight 0.
+
+    In other families a weight of 0 is that of a choice, of a softmax that has underflowed.
+    """
+    return _config(model).model_type in _SKIP_TOKENS
+
+
 def fingerprint(model: nn.Module) -> str:
     """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a
     sha256.
@@ -169,7 +191,8 @@ def load_model(
 
     Args:
         name_or_path: a local folder, a name on the Hub, or "nano" for the embedded model.
-        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower.
+        dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower;
+            by far where the CPU has no instructions for it, which is said then.
         device: "auto" is cuda if there is one, else the CPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
@@ -180,16 +203,15 @@ def load_model(
         ModelError: not found, not a causal language model, or without MoE layers that are supported.
     """
     source = model_source(name_or_path)
-    try:
-        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ModelError(f"device {str(device)!r} does not exist: give auto, cpu, cuda or cuda:0.") from error
+    target = checked_device(device)
     if target.type == "cuda" and target.index is None:
         target = own_device() or target
-    if dtype == "auto" and target.type == "cpu":
-        dtype = torch.float32
+    is_left_to_us = dtype == "auto" and target.type == "cpu"
+    dtype = torch.float32 if is_left_to_us else dtype
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if is_left_to_us:
+            say_once(in_float32(own_dtype(config)))
         moe_layers(_on_meta(config))  # before gigabytes of weights are read
         model = auto_class(config).from_pretrained(
             source,
@@ -217,19 +239,67 @@ def load_model(
     return model.eval()
 
 
-def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
-    """The dtype that a checkpoint is saved in, by its config; float32 where it does not say.
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device that `load_model` means by it. ModelError: there is none such here."""
+    try:
+        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ModelError(f"device {str(device)!r} does not exist: give auto, cpu, cuda or cuda:0.") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ModelError(f"device {str(device)!r} does not exist: there are {count} GPUs here. Give auto or cpu.")
+    return target
+
+
+def checked_dtype(dtype: str | torch.dtype) -> None:
+    """ModelError: `load_model` has no such dtype."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ModelError(f"dtype {str(dtype)!r} does not exist: give auto, float32, bfloat16 or float16.")
+
+
+def structure(name_or_path: str | Path) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device, from its config alone. ModelError: as `load_model`."""
+    source = model_source(name_or_path)
+    try:
+        model = _on_meta(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        moe_layers(model)
+    except ModelError as error:
+        raise ModelError(f"{name_or_path}: {error}") from None
+    except Exception as error:
+        raise ModelError(f"no config could be read from {str(name_or_path)!r}: {_first_line(error)}") from error
+    return model
+
+
+def load_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The config that belongs to `load_model(name_or_path)`.
 
     Raises:
         ModelError: not found.
     """
     try:
-        config = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model_source(name_or_path), trust_remote_code=False)
     except HotLoraError:
         raise
     except Exception as error:
         raise ModelError(f"no config could be loaded from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return config.get_text_config().dtype or torch.float32
+    return config
+
+
+def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
+    """The dtype that a checkpoint is saved in; float32 where its config does not say. Raises as `load_config`."""
+    return own_dtype(load_config(name_or_path))
+
+
+def vocab_size(name_or_path: str | Path) -> int | None:
+    """Rows of a checkpoint's embedding, by its config; None where it does not say. Raises as `load_config`."""
+    return getattr(load_config(name_or_path).get_text_config(), "vocab_size", None)
+
+
+def own_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a config states for its text model; float32 where it does not say."""
+    stated = config.get_text_config().dtype
+    return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
 
 VERSION = 1
+MOST_RANK = 65536  # more than any matrix is wide
 SIGNALS = ("count", "mass")
 DEFAULT_FRACTION = 0.25  # MoE-Sieve s4
 DEFAULT_P = {
     ("coverage", "count"): 0.6, ("coverage", "mass"): 0.6,  # MoE-Sieve s6.2
     ("cumulative", "count"): 0.2, ("cumulative", "mass"): 0.1,  # ESFT's token score and gate score
 }  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,8 @@ def select_experts(
     rule: "hot", "all", "random", "cold", "global", "greedy", "coverage", "cumulative", "hot+random", "scores", "auto".
     fraction: share of each layer's E experts, rounded, at least one; 0.25 when no budget is given.
     experts_per_layer: the number itself, in place of `fraction`.
-    p: share of a layer's assignments or gate weights that "coverage" (0.6) and "cumulative" (0.2 by count, 0.1 by
-        mass) reach.
+    p: share of a layer's assignments or gate weights that "coverage" (0.6) and "cumulative" by count (0.2) reach; for
+        "cumulative" by mass (0.1) the sum of the chosen experts' mean gate weights a token, ESFT's gate score.
     budget: experts over all layers, for "greedy", in place of the two.
     signal: "count" ranks by assignments, "mass" by summed gate weights. seed: of what a rule draws.
     fillers: how many of "hot+random" are random; half, rounded down, when not given.
@@ -199,6 +202,14 @@ def select_experts(
         table, params["scores_hash"] = read_scores(scores, profile.layers, num_experts, fingerprint)
     if rule in BY_SHARE:
         _check_shares(rule, profile.layers, table)
+    if rule == "cumulative" and signal == "mass":
+        if profile.num_tokens < 1:
+            raise PlanError(
+                f"the profile says num_tokens = {profile.num_tokens}, and rule {rule!r} by mass needs weights a token: "
+                "profile again, or choose signal count"
+            )
+        table = table / profile.num_tokens
+        _tell_unreached(profile.layers, table, params["p"])
     chosen = RULES[rule](table, params)
     return ExpertPlan(
         experts={layer: tuple(sorted(ids)) for layer, ids in zip(profile.layers, chosen, strict=True)},
@@ -266,6 +277,15 @@ def _check_shares(rule: str, layers: Sequence[int], table: Tensor) -> None:
             )
 
 
+def _tell_unreached(layers: Sequence[int], gate_scores: Tensor, p: float) -> None:
+    sums = zip(layers, gate_scores.sum(dim=1).tolist(), strict=True)
+    if short := [f"layer {layer}: {total:.3g}" for layer, total in sums if total < p * (1 - 1e-6)]:
+        _log.warning(
+            "p = %s is more than a token's gate weights add up to (%s), so all experts are chosen there; ESFT's own "
+            "p is 0.1.", p, ", ".join(short),
+        )  # fmt: skip
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -285,8 +305,10 @@ def _checked_ids(layer: Any, ids: Any, num_experts: int) -> list[int]:
 
 
 def _checked_ranks(layer: int, ranks: Any, expected: int) -> list[int]:
-    if not isinstance(ranks, list | tuple) or not all(_is_int(rank) and rank > 0 for rank in ranks):
-        raise PlanError(f"layer {layer}: ranks are {ranks!r}; they must be a list of positive integers")
+    if not isinstance(ranks, list | tuple) or not all(_is_int(rank) and 0 < rank <= MOST_RANK for rank in ranks):
+        raise PlanError(
+            f"layer {layer}: ranks are {str(ranks)[:200]}; they must be a list of positive integers up to {MOST_RANK}"
+        )
     if len(ranks) != expected:
         raise PlanError(f"layer {layer}: {len(ranks)} ranks for {expected} experts; give one rank per expert")
     return list(ranks)

@@ -18,7 +18,7 @@ from . import scale
 from .config import TrainConfig
 from .distributed import num_processes, own_device, uses_deepspeed
 from .errors import FileError, HotLoraError
-from .estimate import LOSS_TILE, quantized_bytes, sized_config, torch_dtype
+from .estimate import meta_model, quantized_bytes, sized_config, torch_dtype, workspace_bytes
 from .models import NANO
 from .plan import DEFAULT_FRACTION, ExpertPlan
 from .rules import READS
@@ -71,10 +71,9 @@ class Preflight:
         options = "; ".join(f"{flags} ({_size(size)})" for flags, size in self.remedies)
         if options:
             return f"{start} Each of these would: {options}."
-        return (
-            f"{start} No option makes it fit here: spread the model over several GPUs (configs/fsdp2.yaml), or give a "
-            "smaller --max-length."
-        )
+        on_gpus = "spread the model over several GPUs (configs/fsdp2.yaml), or give a smaller --max-length."
+        on_cpu = "take a machine with more memory, or give a smaller --max-length."
+        return f"{start} No option makes it fit here: {on_cpu if self.device == 'cpu' else on_gpus}"
 
 
 def preflight(
@@ -116,15 +115,14 @@ def preflight(
     ):
         if is_asked:
             return replace(unknown, unknown=f"the estimate does not know {name}")
-    compute = "float32" if dtype == "auto" and where.type == "cpu" else dtype
     layout = _layout(expert_parallel)
 
     def work(config: TrainConfig, experts: dict[str, Any]) -> Work:
         return scale.work(
             path, batch_size=config.batch_size, max_length=config.max_length,
             gradient_checkpointing=config.gradient_checkpointing, r=config.r, train_attention=config.train_attention,
-            train_router=config.train_router, train_shared=config.train_shared, dtype=compute, quantize=quantize,
-            keep_hot=keep_hot, device=where.type, **experts,
+            train_router=config.train_router, train_shared=config.train_shared, dtype=dtype, quantize=quantize,
+            keep_hot=keep_hot, device=where, **experts,
         )  # fmt: skip
 
     try:
@@ -138,72 +136,97 @@ def preflight(
         )
         if found.fits:
             return found
-        changes = _changes(config, kept, plain, work)
+        cut = sized_config(path)
+        meta, compute = meta_model(cut), torch_dtype(dtype, cut, where.type)
+        trials = _Trials(
+            config, kept, plain, compute.itemsize, work,
+            workspace=lambda tokens: workspace_bytes(meta, tokens, compute, where),
+            size=lambda work: round(scale.memory(work, num_processes(), layout)["total"]),
+            room=ROOM * free,
+        )  # fmt: skip
+        changes = _changes(trials)
         if quantize is None and layout == "ddp":  # weights that are spread over processes cannot be quantized
-            itemsize = torch_dtype(compute, sized_config(path)).itemsize
-            changes = chain(changes, _quantized(config, plain, work, kept, itemsize))
-        return replace(found, remedies=_remedies(changes, layout, ROOM * free))
+            changes = chain(changes, _quantized(trials))
+        return replace(found, remedies=_remedies(changes, trials))
     except FileError:
         return None
     except Exception as error:  # of whatever kind: a run is not to end because nothing could be said before it
         return replace(unknown, unknown=str(error).strip().split("\n")[0].rstrip("."))
 
 
-def _remedies(changes: Iterable[tuple[str, Work]], layout: str, room: float) -> tuple[tuple[str, int], ...]:
+@dataclass(frozen=True)
+class _Trials:
+    """What is needed to try other options. Sizes in bytes."""
+
+    config: TrainConfig
+    experts: dict[str, Any]
+    plain: Work
+    """With the options as they are."""
+    itemsize: int
+    work: Callable[[TrainConfig, dict[str, Any]], Work]
+    workspace: Callable[[int], int]
+    """By the tokens of a step."""
+    size: Callable[[Work], int]
+    """On the fullest process's device."""
+    room: float
+
+    def of_tokens(self, work: Work, tokens: int) -> Work:
+        """With so many tokens: activations grow with them."""
+        activations = round(work.activations * tokens / work.tokens)
+        return replace(work, tokens=tokens, activations=activations, workspace=self.workspace(tokens))
+
+    def largest_batch(self, work: Work) -> tuple[str, Work] | None:
+        """The largest smaller batch that fits, with as many examples an optimizer step as before."""
+        examples = self.config.batch_size * self.config.gradient_accumulation_steps
+        for size in range(self.config.batch_size - 1, 0, -1):
+            if examples % size == 0:
+                changed = self.of_tokens(work, size * self.config.max_length)
+                if self.size(changed) <= self.room:
+                    return f"--batch-size {size} --gradient-accumulation-steps {examples // size}", changed
+        return None
+
+
+def _remedies(changes: Iterable[tuple[str, Work]], trials: _Trials) -> tuple[tuple[str, int], ...]:
     """The first few that make it fit, without those that have another one in them."""
     found: list[tuple[str, int]] = []
     for flags, changed in changes:
-        size = round(scale.memory(changed, num_processes(), layout)["total"])
-        if size <= room and not any(set(known.split()) <= set(flags.split()) for known, _ in found):
+        size = trials.size(changed)
+        if size <= trials.room and not any(set(known.split()) <= set(flags.split()) for known, _ in found):
             found.append((flags, size))
         if len(found) == _MOST_REMEDIES:
             break
     return tuple(found)
 
 
-def _changes(
-    config: TrainConfig, experts: dict[str, Any], plain: Work, work: Callable[[TrainConfig, dict[str, Any]], Work]
-) -> Iterator[tuple[str, Work]]:
+def _changes(trials: _Trials) -> Iterator[tuple[str, Work]]:
     """(flags, what there is to do with them): first those that change nothing of what is learned."""
-    recomputed = None if config.gradient_checkpointing else work(replace(config, gradient_checkpointing=True), experts)
-    if recomputed:
+    config, experts, plain = trials.config, trials.experts, trials.plain
+    recomputed = None
+    if not config.gradient_checkpointing:
+        recomputed = trials.work(replace(config, gradient_checkpointing=True), experts)
         yield _RECOMPUTE, recomputed
-    for size in (config.batch_size // 2, 1):
-        if 0 < size < config.batch_size:
-            flags, share = _smaller_batch(config, size), size / config.batch_size
-            yield flags, _of_tokens(plain, share)
-            if recomputed:
-                yield f"{_RECOMPUTE} {flags}", _of_tokens(recomputed, share)
+    if smaller := trials.largest_batch(plain):
+        yield smaller
+    if recomputed and (smaller := trials.largest_batch(recomputed)):
+        yield f"{_RECOMPUTE} {smaller[0]}", smaller[1]
     if not experts:
-        yield f"--rule hot --fraction {DEFAULT_FRACTION}", work(config, {"fraction": DEFAULT_FRACTION})
+        yield f"--rule hot --fraction {DEFAULT_FRACTION}", trials.work(config, {"fraction": DEFAULT_FRACTION})
     if config.max_length >= 2 * _SHORTEST:
-        yield f"--max-length {config.max_length // 2}", _of_tokens(plain, 0.5)
+        half = config.max_length // 2
+        yield f"--max-length {half}", trials.of_tokens(plain, config.batch_size * half)
 
 
-def _quantized(
-    config: TrainConfig, plain: Work, work: Callable[..., Work], experts: dict[str, Any], itemsize: int
-) -> Iterator[tuple[str, Work]]:
+def _quantized(trials: _Trials) -> Iterator[tuple[str, Work]]:
     """The same with the routed experts in 8 or 4 bits; and the least of all."""
+    config = trials.config
     for bits in (8, 4):
-        yield f"--quantize {bits}", _in_bits(plain, bits, itemsize)
-    least = work(replace(config, gradient_checkpointing=True), experts)
-    flags = f"--quantize 4 {_RECOMPUTE}"
-    if config.batch_size > 1:
-        flags += f" {_smaller_batch(config, 1)}"
-    yield flags, _in_bits(_of_tokens(least, 1 / config.batch_size), 4, itemsize)
-
-
-def _smaller_batch(config: TrainConfig, size: int) -> str:
-    """As many examples a step as before."""
-    again = config.gradient_accumulation_steps * -(-config.batch_size // size)
-    return f"--batch-size {size} --gradient-accumulation-steps {again}"
-
-
-def _of_tokens(work: Work, share: float) -> Work:
-    """With that share of the tokens: activations grow with them, and so does the workspace up to the loss's tile."""
-    tokens, most = round(work.tokens * share), LOSS_TILE[0]
-    workspace = round(work.workspace * min(tokens, most) / min(work.tokens, most))
-    return replace(work, tokens=tokens, activations=round(work.activations * share), workspace=workspace)
+        yield f"--quantize {bits}", _in_bits(trials.plain, bits, trials.itemsize)
+    flags = "--quantize 4" + ("" if config.gradient_checkpointing else f" {_RECOMPUTE}")
+    least = trials.work(replace(config, gradient_checkpointing=True), trials.experts)
+    least = _in_bits(least, 4, trials.itemsize)
+    yield flags, least
+    if smaller := trials.largest_batch(least):
+        yield f"{flags} {smaller[0]}", smaller[1]
 
 
 def _in_bits(work: Work, bits: int, itemsize: int) -> Work:

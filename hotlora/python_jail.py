@@ -13,6 +13,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ SETUP_FAILED = 3  # exit status: no such isolation here, the program was not run
 MAX_PROCESSES = 8  # and threads
 MAX_FILE_MB = 16
 MAX_DISK_MB = 64
+HOST_NAME = b"sandbox"
 _MESSAGE = 200  # characters of an error that are kept
 
 # From <sched.h>, <sys/mount.h>, <linux/mount.h>, <sys/prctl.h>, <linux/capability.h>.
@@ -30,8 +32,30 @@ _NEW_USER, _NEW_OTHERS = (
 )  # ns pid net ipc uts
 _NOSUID, _NODEV, _BIND, _REC, _PRIVATE, _DETACH = 2, 4, 4096, 16384, 1 << 18, 2
 _SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_READ_ONLY, _ATTR_NOSUID, _ATTR_NODEV = 442, -100, 0x8000, 1, 2, 4
-_SET_DUMPABLE, _SET_SUBREAPER, _NO_NEW_PRIVS = 4, 36, 38
+_SET_DUMPABLE, _SET_SUBREAPER, _NO_NEW_PRIVS, _SET_SECCOMP = 4, 36, 38, 22
 _CAPABILITY_VERSION = 0x20080522
+_JOIN_SESSION_KEYRING = 1
+# By machine: its number in <linux/audit.h>, and those of its system calls.
+_CALLS = {
+    "x86_64": (
+        0xC000003E,
+        {
+            "socket": 41, "clone": 56, "shmget": 29, "semget": 64, "msgget": 68, "add_key": 248, "request_key": 249,
+            "keyctl": 250, "unshare": 272, "setns": 308, "memfd_create": 319, "mq_open": 240,
+        },
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {
+            "socket": 198, "clone": 220, "shmget": 194, "semget": 190, "msgget": 186, "add_key": 217,
+            "request_key": 218, "keyctl": 219, "unshare": 97, "setns": 268, "memfd_create": 279, "mq_open": 180,
+        },
+    ),
+}  # fmt: skip
+_CALLS_OF_ALL = {"io_uring_setup": 425, "clone3": 435, "memfd_secret": 447}
+_MAY_HAVE_FILTER = sys.platform == "linux" and os.uname().machine in _CALLS and sys.maxsize > 2**32
+_FAMILIES = (1, 2, 10)  # of sockets: Unix, IPv4, IPv6. Others, such as vsock, are in no namespace
+_EPERM, _ENOSYS = 1, 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -155,13 +179,15 @@ def _run(program: bytes, timeout_s: float, memory_mb: int, uid: int | None, ends
         # As the published harness does: globals without a __name__, so `if __name__ == "__main__"` is not taken.
         exec(program.decode("utf-8", "surrogatepass"), {})
     except BaseException as error:
+        if own_id() != process:  # a child that the program has made: its end is not the program's
+            leave(1)
         try:
             text = f"{type(error).__name__}: {error}"
         except BaseException:
             text = type(error).__name__
         write(answer, text[:_MESSAGE].encode(errors="replace"))
         leave(1)
-    if own_id() != process:  # a child that the program has made: its end is not the program's
+    if own_id() != process:
         leave(1)
     # In no memory of this process until here: no print, exit status or search through frames gives it away.
     write(answer, read(secret, 16))
@@ -194,6 +220,43 @@ def _drop_rights(uid: int | None) -> None:
     if sys.platform == "linux":
         header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
         _check(_libc.capset(header, (ctypes.c_uint32 * 6)()))
+    if _MAY_HAVE_FILTER:
+        _new_session_keyring()
+        _filter_calls()
+
+
+def _new_session_keyring() -> None:
+    """Leaves the caller's keys. Where the kernel has no keyrings, or a container refuses them, none is to be left."""
+    _libc.syscall(_CALLS[os.uname().machine][1]["keyctl"], _JOIN_SESSION_KEYRING, None)
+
+
+def _filter_calls() -> None:
+    """Refuses what no limit counts and no namespace parts, with EPERM, for this process and all that it makes.
+
+    Memory outside of an address space (System V's, memfd, queues), keyrings, further namespaces, io_uring, which would
+    get past this, and sockets of other families. A filter reads `struct seccomp_data`: the call's number, the
+    machine's, an address, the arguments.
+    """
+    machine, calls = _CALLS[os.uname().machine]
+    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # <linux/bpf_common.h>
+    number_at, machine_at, argument_at = 0, 4, 16
+    allow, refuse = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
+    # (operation, steps to leave out if so, if not, value). Calls by another machine's numbers are refused.
+    steps = [(load, 0, 0, machine_at), (equal, 1, 0, machine), (give, 0, 0, refuse | _EPERM)]
+    steps += [(load, 0, 0, number_at), (at_least, 0, 1, 0x40000000), (give, 0, 0, refuse | _EPERM)]  # x32's
+    for name, number in {**calls, **_CALLS_OF_ALL}.items():
+        if name not in ("socket", "clone"):
+            # glibc takes clone where there is no clone3, whose flags are out of a filter's reach.
+            steps += [(equal, 0, 1, number), (give, 0, 0, refuse | (_ENOSYS if name == "clone3" else _EPERM))]
+    steps += [(equal, 0, 4, calls["clone"]), (load, 0, 0, argument_at), (any_bit, 0, 1, _NEW_USER | _NEW_OTHERS)]
+    steps += [(give, 0, 0, refuse | _EPERM), (give, 0, 0, allow)]
+    steps += [(equal, 1, 0, calls["socket"]), (give, 0, 0, allow), (load, 0, 0, argument_at)]
+    for family in _FAMILIES:
+        steps += [(equal, 0, 1, family), (give, 0, 0, allow)]
+    steps += [(give, 0, 0, refuse | _EPERM)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    _check(_libc.prctl(_SET_SECCOMP, ctypes.c_ulong(2), program, ctypes.c_ulong(0), ctypes.c_ulong(0)))
 
 
 def _spare_uid() -> int | None:
@@ -213,6 +276,8 @@ def _unshare(with_user: bool) -> None:
     """New namespaces: of mounts, network, IPC and names for this process, of processes for its children."""
     uid, gid = os.getuid(), os.getgid()
     _check(_libc.unshare(_NEW_OTHERS | (_NEW_USER if with_user else 0)))
+    for name_it in (_libc.sethostname, _libc.setdomainname):
+        _check(name_it(HOST_NAME, len(HOST_NAME)))
     if with_user:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")

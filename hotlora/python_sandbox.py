@@ -144,8 +144,11 @@ def _command(level: Level, folder: str, timeout_s: float, memory_mb: int) -> lis
         raise _NoSuchLevelError("bwrap is not installed")
     seen = [sys.base_prefix, sys.prefix, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"]
     binds = [word for path in seen for word in ("--ro-bind-try", path, path)]
-    words = ["--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev"]
+    words = ["--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--hostname", "sandbox"]
+    words += ["--dev", "/dev"]
+    # What bwrap makes is in memory that no limit counts: read-only then.
+    sealed = ["--remount-ro", "/dev", "--remount-ro", "/"]
     return [
-        bwrap, *words, "--bind", folder, "/tmp", *binds, "--ro-bind", str(_JAIL), "/jail.py",
+        bwrap, *words, "--bind", folder, "/tmp", *binds, "--ro-bind", str(_JAIL), "/jail.py", *sealed,
         *python, "/jail.py", "limits", *limits, "/tmp",
     ]  # fmt: skip

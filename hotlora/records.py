@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -97,7 +98,9 @@ def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
 def read_record(path: str | os.PathLike[str]) -> Record:
     """The record in a run.json, or in the folder that holds one. FileError where it is not a whole record."""
     file = file_in(path, "run.json")
-    return validate(read_json(file), str(file))
+    record = validate(read_json(file), str(file))
+    _check_finite(record, str(file))
+    return record
 
 
 def read_results(path: str | os.PathLike[str], *keys: str) -> list[dict[str, Any]]:
@@ -118,18 +121,28 @@ def read_results(path: str | os.PathLike[str], *keys: str) -> list[dict[str, Any
     return rows
 
 
-def find_records(folder: str | os.PathLike[str]) -> dict[Path, Record]:
+def find_records(folder: str | os.PathLike[str], skipped: dict[Path, str] | None = None) -> dict[Path, Record]:
     """Every run.json in `folder` and below, by the run's folder, in the order of the paths. A run inside of another
     run's folder is a stage of that (a warm-up, LoRI's dense run), and is left out.
 
-    FileError: the folder does not exist, or a record in it is broken.
+    skipped: gets the folder of each record that is broken or foreign, and what is wrong with it; None: an error.
+
+    FileError: the folder does not exist, or, without `skipped`, a record in it is broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder: give the folder that holds the runs")
     runs = {file.parent for file in folder.rglob("run.json")}
     whole = [run for run in sorted(runs) if not runs & set(run.parents)]
-    return {run: read_record(run) for run in whole}
+    found = {}
+    for run in whole:
+        try:
+            found[run] = read_record(run)
+        except FileError as error:
+            if skipped is None:
+                raise
+            skipped[run] = str(error)
+    return found
 
 
 def validate(record: Mapping[str, Any], where: str) -> Record:
@@ -153,6 +166,9 @@ def validate(record: Mapping[str, Any], where: str) -> Record:
             raise FileError(f"{where}: evaluation of {task} is {result!r}; it must be an object")
         _check(result, _EVALUATION, f"{where}: evaluation of {task}")
         _check_present(result, _RESULT, f"{where}: evaluation of {task}")
+        if not (0 <= result["accuracy"] <= 1 and 0 <= result["correct"] <= result["n"]):
+            told = ", ".join(f"{key} {result[key]}" for key in ("accuracy", "correct", "n"))
+            raise FileError(f"{where}: evaluation of {task} has {told}: a share, and so many of n, are needed")
     _check_present(record, _TOP, where)
     return dict(record)
 
@@ -211,6 +227,15 @@ def _check(record: Mapping[str, Any], keys: Mapping[str, Kind], where: str) -> N
         if isinstance(record[key], int) and abs(record[key]) > sys.float_info.max:
             digits = len(str(record[key]))
             raise FileError(f"{where}: {key} has {digits} digits; it must be a number that a float holds")
+
+
+def _check_finite(value: Any, where: str) -> None:
+    """JSON has no NaN or infinity, and hotlora writes none; another program may, or a number of too many digits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FileError(f"{where} is {value}; it must be a finite number or null")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _check_finite(item, f"{where}: {key}")
 
 
 def _check_present(record: Mapping[str, Any], keys: Mapping[str, Kind], where: str) -> None:

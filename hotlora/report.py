@@ -11,11 +11,10 @@ import jinja2
 from matplotlib.figure import Figure
 
 from . import figures
-from .errors import DataError
+from .errors import DataError, FileError
 from .files import atomic_path, read_json_lines, write_text
-from .records import find_records
+from .records import Record, find_records
 from .tables import (
-    COLUMNS,
     Section,
     against_all,
     conditions_table,
@@ -28,6 +27,8 @@ from .tables import (
 # What the page shows of a run's record, besides its row.
 DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")
 
+_MOST_LOSS = 1e30  # what is beyond flattens every other curve, and overflows in drawing
+
 __all__ = ["conditions_table", "write_report"]
 
 
@@ -35,25 +36,36 @@ def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[st
     """Writes out_dir/report.html from every run.json in runs_dir and below, and returns its path.
 
     The page holds its pictures; they also lie beside it as PNG files. A run that failed or did not finish is
-    shown as such, and a file that a record names but that is gone is noted on the page.
+    shown as such. Notes on the page name what is left out: a record, profile, plan, metrics or results that are gone,
+    broken or of another kind.
 
-    DataError: no run in runs_dir. FileError: a record, profile, plan or result file that is broken.
+    DataError: no run in runs_dir that could be read.
     """
     runs_dir, out_dir = Path(runs_dir), Path(out_dir)
-    records = find_records(runs_dir)
+    skipped: dict[Path, str] = {}
+    records = find_records(runs_dir, skipped)
     if not records:
-        raise DataError(f"no run.json in {runs_dir} or below: run `hotlora demo` or `hotlora train` first")
+        told = f" that can be read ({next(iter(skipped.values()))})" if skipped else ""
+        raise DataError(f"no run.json in {runs_dir} or below{told}: run `hotlora demo` or `hotlora train` first")
     sections = []
+    names: set[str] = set()
     for section in read_sections(records):
         pictures = []
         for name, (title, caption, figure) in _pictures(section).items():
             png = _png(figure)
-            with atomic_path(out_dir / f"{_slug(f'{section.model} {section.data} {name}')}.png") as temporary:
+            file = _slug(f"{section.model} {section.data}"[:150], names, name)
+            with atomic_path(out_dir / f"{file}.png") as temporary:
                 temporary.write_bytes(png)
             source = "data:image/png;base64," + base64.b64encode(png).decode()
             pictures.append({"title": title, "caption": caption, "source": source})
         tables = [
-            {"task": task, "metric": _metric(section, task), "rows": table_rows(section, task)}
+            {
+                "task": task,
+                "metric": _metric(section, task),
+                "rows": table_rows(section, task),
+                "columns": section.columns,
+                "by_loss": section.by_loss,
+            }
             for task in section.tasks
         ]
         sections.append(
@@ -82,7 +94,7 @@ def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[st
     environment.filters["seconds"] = human_seconds
     environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
     page = environment.get_template("report.html.j2").render(
-        sections=sections, columns=COLUMNS, runs_dir=runs_dir, out_dir=out_dir
+        sections=sections, skipped=skipped, runs_dir=runs_dir, out_dir=out_dir
     )
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
@@ -119,9 +131,12 @@ def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
     for row, (folder, record) in zip(rows, section.records.items(), strict=True):
         name = (record.get("training") or {}).get("metrics")
         if name and (folder / name).is_file():
-            points = [r for r in read_json_lines(folder / name, "step", "loss") if r["loss"] is not None]
-            if points:
-                steps, losses = [r["step"] for r in points], [r["loss"] for r in points]
+            try:
+                steps, losses = _losses(folder / name)
+            except FileError as error:
+                section.note(f"{record['name']}: its losses are left out: {error}")
+                continue
+            if steps:
                 curves.append((row.name, record["condition"], steps, losses))
     if curves:
         pictures["loss"] = (
@@ -130,6 +145,20 @@ def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
             figures.loss_curves(curves),
         )
     return pictures
+
+
+def _losses(path: Path) -> tuple[list[int], list[float]]:
+    """Steps and losses of a metrics file, without those of no number. FileError, naming the line: other values."""
+    points = {}
+    for number, row in enumerate(read_json_lines(path, "step", "loss"), start=1):
+        step, loss = row["step"], row["loss"]
+        if loss is None:  # NaN, or infinite
+            continue
+        if not (isinstance(step, int) and 0 <= step < 2**53 and isinstance(loss, int | float)):
+            raise FileError(f"{path}, line {number}: step {str(step)[:40]!r} or loss {str(loss)[:40]!r} is no number")
+        if abs(loss) < _MOST_LOSS:  # and no NaN
+            points[step] = float(loss)
+    return list(points), list(points.values())
 
 
 def _facts(section: Section) -> list[str]:
@@ -164,16 +193,19 @@ def _summary(section: Section) -> str:
         if hot["condition"] != "hot" or (found := against_all(section, folder, section.data)) is None:
             continue
         reference, difference = found
+        if section.by_loss:
+            ours, theirs = (record["training"]["test_loss"] for record in (hot, reference))
+            return (
+                f"On {section.data}, LoRA on the hot experts only has a held-out loss of {ours:.4f}, and LoRA on all "
+                f"experts of {theirs:.4f}{_share_trained(hot, reference)}."
+            )
         ours, theirs = (record["evaluation"][section.data]["accuracy"] for record in (hot, reference))
         points = 100 * difference.difference
         text = (
             f"On {section.data}, LoRA on the hot experts only is right in {ours:.1%} of the test examples, "
             f"and LoRA on all experts in {theirs:.1%}"
         )
-        if hot.get("parameters") and reference.get("parameters"):
-            share = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
-            text += f", with {share:.1%} of the trained parameters"
-        text += "."
+        text += f"{_share_trained(hot, reference)}."
         if difference.low <= 0 <= difference.high:
             text += f" A difference of {abs(points):.1f} points is less than this test set can tell apart."
         elif difference.low == difference.low:  # nan: no interval
@@ -181,6 +213,13 @@ def _summary(section: Section) -> str:
             text += f" That is {abs(points):.1f} points {side}, more than chance over test examples explains."
         return text
     return ""
+
+
+def _share_trained(hot: Record, reference: Record) -> str:
+    if not (hot.get("parameters") and reference.get("parameters")):
+        return ""
+    share = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
+    return f", with {share:.1%} of the trained parameters"
 
 
 def _metric(section: Section, task: str) -> str:
@@ -194,9 +233,17 @@ def _metric(section: Section, task: str) -> str:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
+    figures.plain_text(figure)
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})  # the same bytes every time
     return buffer.getvalue()
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def _slug(text: str, taken: set[str], name: str) -> str:
+    """A file's name of letters, digits and hyphens that is not taken: names may differ in other signs alone."""
+    stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "runs"
+    number, found = 1, f"{stem}-{name}"
+    while found in taken:
+        number += 1
+        found = f"{stem}-{number}-{name}"
+    taken.add(found)
+    return found

@@ -1,8 +1,8 @@
 """Hot experts drawn again while an adapter trains, for routers that move with it.
 
 Every so many steps the adapted model is profiled and experts are selected anew. An expert that stays keeps its factors
-and AdamW's state; one that comes starts at a zero update; what one that goes has learned is dropped, or merged into
-its frozen weights and kept for the saved adapter.
+and AdamW's state; one that comes starts at a zero update, and is stepped as by a fresh AdamW; what one that goes has
+learned is dropped, or merged into its frozen weights and kept for the saved adapter.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ from .adapter import HotLoraConfig
 from .distributed import is_main, wait_for_all
 from .errors import HotLoraError, PlanError
 from .factors import low_rank_products, uniform
-from .files import atomic_path, read_json_lines, write_text
+from .files import append_to, atomic_path, read_json_lines, write_text
 from .hot_experts import HotLoraExperts
 from .models import moe_layers
 from .plan import ExpertPlan
 from .routing import RoutingProfile, jaccard
+from .row_steps import move_rows, step_rows, take_rows
 
 LEFT = ("drop", "merge")
 STATE_FILE = "reprofile.safetensors"
@@ -121,6 +122,9 @@ class Reprofiling(TrainerCallback):
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.move(self.select(self.profile()), optimizer, state.global_step)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        step_rows(optimizer)
+
     @torch.no_grad()
     def move(self, plan: ExpertPlan, optimizer: Any, step: int) -> None:
         """Makes `plan` the adapter's. `optimizer`: the one whose state goes with the factors, or None."""
@@ -148,14 +152,14 @@ class Reprofiling(TrainerCallback):
                 fresh = torch.zeros_like(parameter[0])
                 if "_A_" in name:
                     fresh = uniform(tuple(fresh.shape), generator).to(fresh)
-                _take(parameter, [slots.get(expert) for expert in new], fresh)
-                for value in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        _take(value, [slots.get(expert) for expert in new], torch.zeros_like(value[0]))
+                taken = [slots.get(expert) for expert in new]
+                take_rows(parameter, taken, fresh)
+                if optimizer is not None and taken != list(range(len(taken))):  # else all is as it was
+                    move_rows(optimizer, parameter, taken)
         self._set_plan(plan)
         row = {"step": step, "jaccard": jaccard(before, plan), "jaccard_to_first": jaccard(self.first, plan)}
         if is_main():
-            with open(self.log, "a", encoding="utf-8") as file:
+            with append_to(self.log) as file:
                 file.write(json.dumps(row | {"came": came, "went": went, "plan_hash": plan.hash}) + "\n")
 
     def drift(self) -> list[dict[str, Any]]:
@@ -231,13 +235,6 @@ class Reprofiling(TrainerCallback):
 
     def _plan(self) -> ExpertPlan:
         return ExpertPlan.from_dict(self._config().plan)
-
-
-def _take(tensor: Tensor, slots: list[int | None], fresh: Tensor) -> None:
-    """Row n becomes the row of `slots[n]`, or `fresh`."""
-    rows = tensor.detach().clone()
-    for n, slot in enumerate(slots):
-        tensor.data[n] = fresh if slot is None else rows[slot]
 
 
 def _fill(module: HotLoraExperts, held: dict[int, list[list[Tensor]]]) -> None:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +60,26 @@ class RoutingProfile:
                 f"counts are {list(shape)}, mass is {list(self.mass.shape)}: both must be "
                 f"[{len(layers)} layers, experts]"
             )
-        if list(layers) != sorted(set(layers)):
+        is_index = all(isinstance(layer, int) and layer >= 0 for layer in layers)
+        if not is_index or list(layers) != sorted(set(layers)):
             raise DataError(f"layers are {layers}: they must be ascending decoder indices")
+        for name, least in (("num_tokens", 0), ("num_experts_per_tok", 1)):
+            number = getattr(self, name)
+            if not isinstance(number, int) or not least <= number < 2**63:
+                raise DataError(f"{name} is {str(number)[:40]!r}: it must be an integer of {least} or more")
+        self._check_numbers(layers)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "counts", self.counts.to("cpu", torch.int64))
         object.__setattr__(self, "mass", self.mass.to("cpu", torch.float64))
+
+    def _check_numbers(self, layers: tuple[int, ...]) -> None:
+        for layer, counts, mass in zip(layers, self.counts.to("cpu"), self.mass.to("cpu"), strict=True):
+            if (least := int(counts.min())) < 0:
+                raise DataError(f"counts: layer {layer} has {least}: a count is 0 or more")
+            if counts.double().sum() >= 2**63:
+                raise DataError(f"counts: layer {layer} adds up to more than 2^63")
+            if not mass.isfinite().all():
+                raise DataError(f"mass: layer {layer} has {mass[~mass.isfinite()][0]:g}: it must be finite")
 
     @property
     def num_experts(self) -> int:
@@ -194,13 +209,14 @@ def profile_routing(
     nothing is recomputed from logits. The model may be adapted by PEFT. It runs in eval mode, and is left as
     it was.
 
-    batches: dicts with input_ids [B, S] and attention_mask [B, S] (1 token, 0 padding; absent = all ones).
+    batches: dicts with input_ids [B, S], attention_mask [B, S] (1 token, 0 padding; absent = all ones) and
+    position_ids [B, S] (absent = transformers' own). Where a row's positions begin again, packed texts are kept apart.
     progress: show a bar on stderr. source: what to remember of data and model, in plain JSON values.
     share_out: for several processes (torchrun), all of which call this with the same batches: each runs its share of
     them, and gets the profile of all, which is the profile that one process makes, bit for bit.
 
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
-    device, or gate weights that are not finite.
+    device, packed texts that the family does not keep apart, or gate weights that are not finite.
     """
     return _profile(model, batches, progress, source, per_example=False, share_out=share_out)[0]
 
@@ -230,7 +246,7 @@ def _profile(
     share_out: bool = False,
 ) -> tuple[RoutingProfile, Tensor]:
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
-    from . import distributed, models  # here, since reading a profile needs no transformers
+    from . import distributed, forward, models  # here, since reading a profile needs no transformers
 
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
@@ -238,11 +254,10 @@ def _profile(
         raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
     device = _input_device(model)
     run, options = _decoder(model)
-    counters = [_Counter(layer.num_experts, per_example) for layer in layers]
-    num_tokens = 0
+    counters = [_Counter(layer.num_experts, per_example, models.skips_tokens(model)) for layer in layers]
+    num_tokens, packs = 0, False
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(forward.inference(model))
         for layer, counter in zip(layers, counters, strict=True):
             experts = model.get_submodule(layer.experts)
             handle = experts.register_forward_pre_hook(counter.hook, with_kwargs=True)
@@ -251,14 +266,24 @@ def _profile(
             batches = track(batches, description="Profiling", console=Console(stderr=True))
         turns = distributed.shared_out(batches) if share_out else ((batch, True) for batch in batches)
         for index, (batch, is_mine) in enumerate(turns):
-            input_ids, mask = _checked(batch, index)
+            input_ids, mask, position_ids = _checked(batch, index)
+            begins = _begin_again(position_ids, mask)
+            if begins.any() and not packs:
+                _check_packing(model, run, input_ids, mask, begins)
+                packs = True
             counted = mask & is_mine
             num_tokens += int(counted.sum())
             masks = {mask.device: counted.flatten()}
             for counter in counters:
                 counter.masks = masks
                 counter.num_rows = len(mask)
-            run(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False, **options)
+            inputs = {"input_ids": input_ids, "position_ids": position_ids}
+            if not begins.any():  # transformers keeps packed texts apart only where it gets no mask
+                inputs["attention_mask"] = mask
+            given = {name: tensor.to(device) for name, tensor in inputs.items() if tensor is not None}
+            run(**given, use_cache=False, **options)
+            for counter in counters:
+                counter.masks = {}
     if share_out:
         _sum_over_processes(counters)
         num_tokens = sum(distributed.all_objects(num_tokens))
@@ -294,9 +319,10 @@ def _profile(
 class _Counter:
     """Sums one layer's assignments on the device that its experts live on. Never waits for that device."""
 
-    def __init__(self, num_experts: int, per_example: bool = False) -> None:
+    def __init__(self, num_experts: int, per_example: bool, skips_tokens: bool) -> None:
         self.num_experts = num_experts
         self.per_example = per_example
+        self.skips_tokens = skips_tokens
         self.num_rows = 0
         """B, the current batch's rows; its tokens come row after row"""
         self.rows: list[Tensor] = []
@@ -308,11 +334,13 @@ class _Counter:
         self.bad: Tensor | None = None
         """int64 []: gate weights that are not finite"""
         self.skipped: Tensor | int = 0
-        """int64 []: choices of no expert, which families with such a choice hand on as expert 0 with weight 0"""
+        """int64 []: choices of no expert, if `skips_tokens`: expert 0 with weight 0"""
         self.is_expert_parallel = False
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads hidden [T, D], top_k_index [T, K], top_k_weights [T, K] by position: their names differ."""
+        if not self.masks:  # a probe
+            return
         _, index_TK, weight_TK = (*args, *kwargs.values())[:3]
         device = index_TK.device
         if self.sums is None:
@@ -325,7 +353,8 @@ class _Counter:
         assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
         weight_TK = weight_TK.reshape(index_TK.shape)
         here_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
-        counted_TK = here_TK & (weight_TK != 0)
+        skipped_TK = (index_TK == 0) & (weight_TK == 0) if self.skips_tokens else torch.zeros_like(here_TK)
+        counted_TK = here_TK & ~skipped_TK
         self.skipped = self.skipped + (here_TK & ~counted_TK).sum()
         finite_TK = weight_TK.isfinite()
         weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32))
@@ -397,29 +426,44 @@ def _input_device(model: nn.Module) -> torch.device:
     return weight.device
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; then each module's own flag again, for frozen parts may differ from the whole."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _checked(batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor]:
-    """input_ids [B, S] and a boolean mask [B, S]; DataError where a batch is not that."""
+def _checked(batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """input_ids [B, S], a boolean mask [B, S], position_ids [B, S] if given; DataError where a batch is not that."""
     input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         raise DataError(f"batch {index} has no input_ids tensor [B, S]: give dicts as a collator makes them")
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
-        raise DataError(
-            f"batch {index}: attention_mask must be a tensor of input_ids' shape {list(input_ids.shape)}, "
-            f"and is {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
-        )
-    return input_ids, mask.bool()
+    for name in ("attention_mask", "position_ids"):
+        given = batch.get(name)
+        if given is not None and (not isinstance(given, Tensor) or given.shape != input_ids.shape):
+            raise DataError(
+                f"batch {index}: {name} must be a tensor of input_ids' shape {list(input_ids.shape)}, "
+                f"and is {list(given.shape) if isinstance(given, Tensor) else type(given).__name__}"
+            )
+    mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    if _begin_again(position_ids, mask).any() and (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise DataError(f"batch {index} has packed texts (position_ids that begin again) after padding: pad at the end")
+    return input_ids, mask, position_ids
+
+
+def _begin_again(position_ids: Tensor | None, mask: Tensor) -> Tensor:
+    """bool [B, S]: the first tokens of packed texts, but for a row's first text."""
+    begins = torch.zeros_like(mask)
+    if position_ids is not None:
+        begins[:, 1:] = (position_ids[:, 1:] <= position_ids[:, :-1]) & mask[:, 1:] & mask[:, :-1]
+    return begins
+
+
+def _check_packing(model: nn.Module, run: nn.Module, ids: Tensor, mask: Tensor, begins: Tensor) -> None:
+    """ModelError where the family does not keep two texts of a packed row apart by their positions alone."""
+    from . import forward
+
+    row = int(begins.any(1).nonzero()[0])
+    start, *more = begins[row].nonzero()[:, 0].tolist()
+    end = more[0] if more else int(mask[row].sum())
+    texts = [text[: forward.PROBED] for text in (ids[row, :start], ids[row, start:end])]
+    packed = {
+        "input_ids": torch.cat(texts)[None].to(_input_device(model)),
+        "position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None].to(_input_device(model)),
+    }
+    advice = "profile one text a row, without position_ids"
+    forward.check_apart(lambda **inputs: run(**inputs, use_cache=False)[0], packed, model, advice)

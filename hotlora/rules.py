@@ -7,7 +7,7 @@ as fractions, so that 6 of 10 assignments are 0.6.
 Shape suffixes: L MoE layers, E experts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, takewhile
 from typing import Any
@@ -64,17 +64,21 @@ def greedy(scores: Tensor, params: Params) -> list[list[int]]:
 
 
 def covering(scores: Tensor, params: Params) -> list[list[int]]:
-    """The fewest of each layer's hottest experts whose shares add up to `p` or more.
+    """The fewest of each layer's hottest experts whose shares add up to `p` or more (MoE-Sieve s6.2)."""
+    p = Fraction(str(params["p"]))  # the number that was written: 0.7 is 7/10, and not the nearest double
+    return _fewest(scores, [p * sum(row) for row in _exact(scores)])
 
-    MoE-Sieve's coverage threshold (its s6.2), and ESFT's rule: add experts while their sum is below p.
+
+def cumulative(scores: Tensor, params: Params) -> list[list[int]]:
+    """ESFT's rule: a layer's hottest experts are added while the sum of their scores is below `p`.
+
+    By count the score is the share of the layer's assignments, as in `covering`. By mass it is the mean gate weight
+    over all tokens, which `scores` must be: where a token's weights do not sum to 1, neither do these, and where they
+    all together stay below `p`, every expert is chosen.
     """
-    share = Fraction(str(params["p"]))  # the number that was written: 0.7 is 7/10, and not the nearest double
-    chosen = []
-    for row, order in zip(_exact(scores), _ranked(scores).tolist(), strict=True):
-        target = share * sum(row)
-        below = takewhile(lambda covered: covered < target, accumulate(row[expert] for expert in order))  # noqa: B023
-        chosen.append(order[: 1 + sum(1 for _ in below)])
-    return chosen
+    if params["signal"] == "count":
+        return covering(scores, params)
+    return _fewest(scores, [Fraction(str(params["p"]))] * len(scores))
 
 
 def hot_and_random(scores: Tensor, params: Params) -> list[list[int]]:
@@ -113,7 +117,7 @@ RULES: dict[str, Rule] = {
     "global": global_hot,
     "greedy": greedy,
     "coverage": covering,
-    "cumulative": covering,
+    "cumulative": cumulative,
     "hot+random": hot_and_random,
     "scores": hot,
     "auto": auto,
@@ -146,6 +150,15 @@ def _draws(scores: Tensor, seed: int) -> list[list[int]]:
     """All E ids of each layer in an order drawn by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randperm(scores.shape[1], generator=generator).tolist() for _ in range(scores.shape[0])]
+
+
+def _fewest(scores: Tensor, targets: Sequence[Fraction]) -> list[list[int]]:
+    """The fewest of each layer's experts, the hottest first, that add up to its target or more."""
+    chosen = []
+    for row, order, target in zip(_exact(scores), _ranked(scores).tolist(), targets, strict=True):
+        below = takewhile(lambda total: total < target, accumulate(row[expert] for expert in order))  # noqa: B023
+        chosen.append(order[: 1 + sum(1 for _ in below)])
+    return chosen
 
 
 def _exact(scores: Tensor) -> list[list[Fraction]]:

@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
 from .adapter import HotLoraConfig
+from .chat import template_source
+from .checks import check_made_on, check_run, select
 from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .distributed import (
     all_objects,
+    check_alike,
     gathered,
     is_main,
     is_sharded,
@@ -33,22 +37,24 @@ from .distributed import (
 from .errors import DataError, HotLoraError, PlanError
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .files import atomic_folder, file_in, sha256_file
+from .forward import check_aux_loss
 from .load import WEIGHTS_FILE
-from .models import fingerprint, load_tokenizer
-from .plan import ExpertPlan, select_experts
+from .models import fingerprint, load_config, load_tokenizer, vocab_size
+from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .quiet import quiet
 from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
-from .run_folder import finished, load_base, recorded, save_evaluation
+from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
-from .train import train
+from .train import check_family, train
 
 _log = logging.getLogger(__name__)
 
 _MIN_PROFILED = 64  # examples, where there are so many: a tenth of a small set is too few to rank experts by
 _DEFAULT = TrainConfig()
+_NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
 
 
 def profile_data(
@@ -60,11 +66,16 @@ def profile_data(
     *,
     batch_size: int = 16,
     max_length: int = 512,
+    dataset: Dataset | None = None,
     progress: bool = False,
 ) -> RoutingProfile:
-    """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it."""
-    dataset = tokenize(examples, tokenizer, max_length)
-    source = _profile_source(model, examples, data, model_name, max_length)
+    """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it.
+
+    dataset: what `tokenize` has made of the examples already.
+    """
+    dataset = tokenize(examples, tokenizer, max_length) if dataset is None else dataset
+    source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
+    check_alike({"data_hash": source["data_hash"], "fingerprint": source["fingerprint"]})
     some = batches(dataset, tokenizer, batch_size)
     return profile_routing(model, some, progress=progress, source=source, share_out=True)
 
@@ -119,7 +130,8 @@ def run_training(
         plan: a saved plan, in place of profile and rule.
         mask: a saved `SparseMask`: only the entries of B that it keeps are trained.
         full: train all of the model's weights, without an adapter, in float32 unless `dtype` says otherwise.
-        on_top_of: saved adapters that are merged into the model, in this order, before anything else.
+        on_top_of: saved adapters that are merged into the model, in this order, before anything else; before each of
+            them those that it was itself trained on top of.
         reprofile_every: steps after which the adapted model is profiled and experts are selected anew; None: never.
         reprofile_left: what becomes of what an expert has learned that is not selected again: "drop" or "merge".
         condition: the record's name for what was done; None: the rule's.
@@ -135,14 +147,16 @@ def run_training(
     together; `distributed.sharding` has how the model is spread over them.
 
     Raises:
-        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong. The
-        record then has the status "failed" and the message.
+        HotLoraError: `output` holds a run with other options (each is named), or an input is wrong: of options that is
+        told before anything is written or loaded. What fails later leaves a record with the status "failed" and the
+        message.
     """
     start(device)
+    on_top_of = underneath(model, on_top_of)
     output, progress = Path(output), progress and is_main()
     if not 0 < profile_fraction <= 1:
         raise DataError(f"profile_fraction = {profile_fraction} is out of range: it must be in (0, 1].")
-    selection = {
+    selection: dict[str, Any] = {
         "rule": rule, "fraction": fraction, "experts_per_layer": experts_per_layer, "p": p, "budget": budget,
         "fillers": fillers, "scores": None if scores is None else str(scores), "signal": signal,
     }  # fmt: skip
@@ -163,10 +177,17 @@ def run_training(
             "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
+    check_run(
+        model, config=config, **selection, plan_seed=plan_seed, profile=profile, plan=plan, full=full,
+        reprofile_every=reprofile_every, reprofile_left=reprofile_left, eval_batch_size=eval_batch_size, dtype=dtype,
+        device=device, quantize=quantize,
+    )  # fmt: skip
+    check_aux_loss(load_config(model), config.aux_loss_coef)
     tokenizer = load_tokenizer(model)
-    examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer)
+    now = data_time(output)
+    examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, now=now)
     held_out = test_source(data, test_data)
-    test = load_examples(held_out, "test", limit=test_limit, tokenizer=tokenizer) if held_out else []
+    test = load_examples(held_out, "test", limit=test_limit, tokenizer=tokenizer, now=now) if held_out else []
     given = ExpertPlan.load(plan) if plan is not None else None
     if full and dtype == "auto":
         dtype = "float32"
@@ -183,9 +204,16 @@ def run_training(
         "evaluate": evaluate, "dtype": dtype, "quantize": quantize, "keep_hot": keep_hot or None,
         "processes": num_processes(), "expert_parallel": expert_parallel,
     }  # fmt: skip
+    options |= (template := template_source(tokenizer, (*examples, *test)))
+    check_alike({name: value for name, value in options.items() if name not in _NAMES})
     if (done := finished(output, options)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
+    size = vocab_size(model)
+    dataset = tokenize(examples, tokenizer, config.max_length, vocab_size=size)
+    # Requests to refuse have no answer that a loss could be taken of.
+    some = any(example.completion for example in test)
+    held = tokenize(test, tokenizer, config.max_length, vocab_size=size) if some else None
 
     condition = condition or ("fft" if full else given.rule if given else rule)
     record = new_record(
@@ -193,11 +221,13 @@ def run_training(
         model={"name": model, "fingerprint": ""},
         data={"name": data, "hash": options["data_hash"], "train": len(examples), "test": len(test)},
     )  # fmt: skip
+    record["data"] |= {"read_at": now.isoformat()} if template else {}
     with recorded(record, output):
         loading: dict[str, Any] = {
             "dtype": dtype, "device": device, "quantize": quantize, "expert_parallel": expert_parallel
         }  # fmt: skip
         base = load_base(model, on_top_of, keep=given.experts if keep_hot and given else None, **loading)
+        check_family(base, tokenizer, config)
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         moving: Reprofiling | None = None
@@ -214,10 +244,11 @@ def run_training(
                 record["profile"] = {
                     "path": os.path.relpath(file, output), "hash": routing.hash, "num_tokens": routing.num_tokens
                 }  # fmt: skip
-                chosen = _select(routing, selection, seed)
+                chosen = select(routing, selection, seed)
                 if keep_hot:
                     del base
                     base = load_base(model, on_top_of, keep=chosen.experts, **loading)
+            check_alike({"plan_hash": chosen.hash})
             if is_main():
                 chosen.save(output / "plan.json")
             record["plan"] = {"path": "plan.json", "hash": chosen.hash, "rule": chosen.rule, "params": chosen.params}
@@ -225,13 +256,13 @@ def run_training(
             adapted = _adapt(base, chosen, config, mask)
             record["parameters"] = count_parameters(adapted)
             if reprofile_every is not None:
-                some = tokenize(profile_sample(examples, profile_fraction), tokenizer, config.max_length)
+                sample = tokenize(profile_sample(examples, profile_fraction), tokenizer, config.max_length)
                 moving = Reprofiling(
                     adapted,
                     profile=lambda: profile_routing(
-                        adapted, batches(some, tokenizer, config.batch_size), share_out=True
+                        adapted, batches(sample, tokenizer, config.batch_size), share_out=True
                     ),
-                    select=lambda routing: _select(routing, selection, seed),
+                    select=lambda routing: select(routing, selection, seed),
                     every=reprofile_every,
                     left=reprofile_left,
                     seed=config.seed,
@@ -239,9 +270,6 @@ def run_training(
                 )
         if is_main():
             write_record(output, record)
-        dataset = tokenize(examples, tokenizer, config.max_length)
-        # Requests to refuse have no answer that a loss could be taken of.
-        held = tokenize(test, tokenizer, config.max_length) if any(e.completion for e in test) else None
         scoring: dict[str, Any] = {"batch_size": eval_batch_size, "progress": progress}
         before = held and response_loss(adapted, tokenizer, held, share_out=True, **scoring)
         identity = {"model": model, "data_hash": options["data_hash"], "plan_hash": record.get("plan", {}).get("hash")}
@@ -274,11 +302,12 @@ def run_training(
 
 
 def _profile_source(
-    model: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
+    model: Any, tokenizer: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
 ) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(model), "model": model_name, "data": data,
         "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
+        **template_source(tokenizer, examples),
     }  # fmt: skip
 
 
@@ -298,17 +327,13 @@ def _profile(
     if shared is not None:
         file = file_in(shared, "profile.safetensors")
         routing = RoutingProfile.load(file)
-        made_on = routing.source.get("fingerprint")
-        if made_on is not None and made_on != fingerprint(model):
-            raise PlanError(
-                f"{file} is the profile of {made_on}, and {model_name} is {fingerprint(model)}: profile this model."
-            )
+        check_made_on(routing, fingerprint(model), file, model_name)
         return routing, file
     file = output / "profile.safetensors"
     some = profile_sample(examples, fraction)
     if file.is_file():
         routing = RoutingProfile.load(file)
-        source = _profile_source(model, some, data, model_name, config.max_length)
+        source = _profile_source(model, tokenizer, some, data, model_name, config.max_length)
         if all(routing.source.get(key) == value for key, value in source.items()):
             return routing, file
     routing = profile_data(
@@ -325,12 +350,6 @@ def profile_sample(examples: Sequence[Example], fraction: float) -> list[Example
     num = min(len(examples), max(_MIN_PROFILED, round(fraction * len(examples))))
     stride = len(examples) / num  # spread over the data, which may be sorted
     return [examples[int(i * stride)] for i in range(num)]
-
-
-def _select(routing: RoutingProfile, selection: dict[str, Any], seed: int) -> ExpertPlan:
-    if selection["experts_per_layer"] == "top_k":
-        selection = selection | {"experts_per_layer": routing.num_experts_per_tok}
-    return select_experts(routing, **selection, seed=seed)
 
 
 def _adapt(model: Any, plan: ExpertPlan, config: TrainConfig, mask: str | Path | None) -> Any:

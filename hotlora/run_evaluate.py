@@ -6,20 +6,22 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from .data import data_hash, load_examples, task_of
+from .checks import check_adapters, check_sizes
+from .data import data_hash, load_examples, task_of, tokenize
 from .errors import DataError, HotLoraError
-from .evaluate import Evaluation, evaluate_answers, evaluate_task
-from .files import read_json, sha256_file, write_json
+from .evaluate import Evaluation, evaluate_answers, evaluate_task, response_loss
+from .export import not_applied
+from .files import sha256_file, write_json
 from .generate import GREEDY, Answer, Sampling
 from .generations import read_generations, score_generations
 from .harness import evaluate_by_lm_eval, lm_eval_version
-from .load import CONFIG_FILE, WEIGHTS_FILE, base_quantization, load_adapter, planned_experts
-from .models import fingerprint, load_tokenizer, model_source
+from .load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
+from .models import attention_modules, fingerprint, load_tokenizer, model_source, structure
 from .quantize import ExpertsQuantization, experts_in, quantized_parameters
 from .quiet import quiet
 from .records import Record, new_record
 from .run_export import export_saved
-from .run_folder import finished, load_base, recorded, save_evaluation
+from .run_folder import finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
 from .vllm_engine import check_vllm, load_engine, vllm_answers
 
@@ -51,7 +53,8 @@ def run_evaluation(
     Args:
         data: a task, or a task and its files (`gsm8k:DIR`).
         output: gets run.json and results-TASK.jsonl; None keeps nothing.
-        on_top_of: saved adapters that are merged into the model, in this order, under `adapter`.
+        on_top_of: saved adapters that are merged into the model, in this order, under `adapter`; those that it was
+            trained on top of are merged by themselves.
         limit: at most so many examples, the same ones every time.
         sampling: how answers are drawn, and how many each example gets.
         merge: whether to fold the adapter into the weights first, in memory: faster, and rounded to their dtype.
@@ -69,7 +72,10 @@ def run_evaluation(
     """
     task = _need_task(data)
     stored = _quantization(adapter, quantize, keep_hot)
+    on_top_of = underneath(model, on_top_of, adapter)
     _check_engine(engine, task, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
+    check_sizes(batch_size=batch_size)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
@@ -106,6 +112,56 @@ def run_evaluation(
     return record, evaluation
 
 
+def run_held_out(
+    model: str,
+    data: str,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    on_top_of: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_length: int = 512,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantize: int | None = None,
+    keep_hot: bool = False,
+) -> Record:
+    """The held-out loss of a model, or of a model with a saved adapter, on data that names no task: what stands for a
+    score there. In the record it is where a training has its own, `training` / `test_loss`.
+
+    Args: as of `run_evaluation`; max_length: tokens at which an example is cut.
+
+    Raises:
+        HotLoraError: `output` holds other work, or options that do not go together.
+    """
+    stored = _quantization(adapter, quantize, keep_hot)
+    check_sizes(batch_size=batch_size, max_length=max_length)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
+    tokenizer = load_tokenizer(model)
+    test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
+    weights = Path(adapter) / WEIGHTS_FILE if adapter else None
+    options = {
+        "model": model, "test_data": data, "test_hash": data_hash(test), "dtype": dtype, "max_length": max_length,
+        "quantize": stored.bits if stored else None, "adapter": str(adapter) if adapter else None,
+        "adapter_hash": sha256_file(weights) if weights else None, "keep_hot": bool(stored and stored.keep),
+        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
+        "eval_batch_size": batch_size,
+    }  # fmt: skip
+    if (done := finished(Path(output), options)) is not None:
+        return done
+    condition = "adapter" if adapter else "base"
+    record = new_record(
+        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
+        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
+    )  # fmt: skip
+    with recorded(record, Path(output)):
+        net = _adapted(record, model, adapter, on_top_of, False, stored, dtype=dtype, device=device)
+        dataset = tokenize(test, tokenizer, max_length)
+        record["training"] = {"test_loss": response_loss(net, tokenizer, dataset, batch_size=batch_size)}
+    return record
+
+
 def run_harness(
     model: str,
     tasks: Sequence[str],
@@ -138,7 +194,10 @@ def run_harness(
     """
     version = lm_eval_version()
     stored = _quantization(adapter, quantize, keep_hot)
+    on_top_of = underneath(model, on_top_of, adapter)
     _check_engine("transformers", None, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
+    check_sizes(batch_size=batch_size, limit=limit)
+    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
     tokenizer = load_tokenizer(model)
     weights = Path(adapter) / WEIGHTS_FILE if adapter else None
     options: dict[str, Any] = {
@@ -245,7 +304,10 @@ def _check_engine(
         if task is not None and task.kind == "choice":
             raise HotLoraError(f"{task.name} ranks choices, which the engine vllm is not used for: leave --engine out.")
         if on_top_of:
-            raise HotLoraError("the engine vllm takes no on_top_of here: leave it out, or the engine.")
+            raise HotLoraError(
+                "the engine vllm takes no on_top_of here, whether asked for or as the adapter was trained: merge those "
+                "adapters first (hotlora merge) and give the merged model, or leave the engine out."
+            )
         if stored:
             raise HotLoraError(
                 f"the engine vllm has no {stored}, whether asked for or as the adapter was trained on: leave the "
@@ -293,11 +355,16 @@ def _by_vllm(
     with tempfile.TemporaryDirectory() as temporary:
         base, lora, out = model_source(model), None, Path(temporary) / "export"
         if adapter is not None:
-            router = not merge and bool(read_json(Path(adapter) / CONFIG_FILE).get("train_router"))
+            config = saved_config(adapter)
             format = "merged" if merge else "vllm"
-            export_saved(model, adapter, out, format=format, merge_router=router, device="cpu")
-            base = str(out) if merge else str(out / "base") if router else base
-            lora = None if merge else out / "adapter" if router else out
+            router = not merge and config.train_router
+            trained = attention_modules(structure(model)) if config.train_attention else []
+            attention = bool(not_applied(trained, format))
+            export_saved(
+                model, adapter, out, format=format, merge_router=router, merge_attention=attention, device="cpu"
+            )
+            base = str(out) if merge else str(out / "base") if router or attention else base
+            lora = None if merge else out / "adapter" if router or attention else out
         loaded, request = load_engine(base, lora, dtype=dtype)
 
         def answers(done: Collection[int]) -> Iterator[list[Answer]]:

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapter import check_combined
+from .checks import check_adapters
 from .errors import HotLoraError
-from .export import check_config, check_export, export_adapter
-from .files import atomic_folder
+from .export import check_attention, check_config, check_export, export_adapter
+from .files import atomic_folder, check_writable
 from .load import load_adapter, saved_config
-from .models import checkpoint_dtype, load_tokenizer
+from .models import checkpoint_dtype, load_tokenizer, structure
 from .quiet import quiet
-from .run_folder import load_base
+from .run_folder import load_base, underneath
 
 
 def export_saved(
@@ -22,26 +24,41 @@ def export_saved(
     on_top_of: Sequence[str | Path] = (),
     merge_router: bool = False,
     drop_router: bool = False,
+    merge_attention: bool = False,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Path:
     """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer.
 
     Args:
-        on_top_of: saved adapters that are merged into the model, in this order, before.
+        on_top_of: saved adapters that are merged into the model, in this order, before; those that the adapter was
+            trained on top of are merged by themselves.
         dtype: "auto" is the base checkpoint's own; sums are made in float32 at least.
 
     Raises:
-        HotLoraError, FileError: as `export_adapter`. PlanError: the adapter is another model's.
+        HotLoraError, FileError: as `export_adapter`; or the export would be an adapter alone, for a base that is
+        nowhere. PlanError: the adapter is another model's.
     """
     check_export(format, output)  # before a model is loaded, which may take long
-    check_config(saved_config(adapter), format, merge_router=merge_router, drop_router=drop_router)
+    config = saved_config(adapter)
+    check_config(config, format, merge_router=merge_router, drop_router=drop_router)
+    check_attention(config, structure(model), format, merge_attention=merge_attention)
+    on_top_of = underneath(model, on_top_of, adapter)
+    if on_top_of and format != "merged" and not (merge_router or merge_attention):
+        raise HotLoraError(
+            f"format {format!r} holds the adapter alone, and its base is {model} with "
+            f"{' and '.join(map(str, on_top_of))} merged in: merge those first (hotlora merge) and export with the "
+            "merged model as the base, or use format 'merged'."
+        )
+    check_adapters(model, (*on_top_of, adapter), dtype=dtype, device=device)
+    check_writable(output)
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     adapted = load_adapter(load_base(model, on_top_of, dtype=own, device=device), adapter)
     return export_adapter(
-        adapted, output, format=format, merge_router=merge_router, drop_router=drop_router, tokenizer=tokenizer
-    )
+        adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
+        merge_attention=merge_attention, tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def combine_saved(
@@ -49,6 +66,7 @@ def combine_saved(
     adapters: Sequence[str | Path],
     output: str | Path,
     *,
+    on_top_of: Sequence[str | Path] = (),
     weights: Sequence[float] | None = None,
     how: str = "cat",
     device: str = "auto",
@@ -56,6 +74,7 @@ def combine_saved(
     """One adapter out of several tasks', by `add_weighted_adapter`: what LoRI calls merging (its section 4.3).
 
     Args:
+        on_top_of: as `export_saved` takes it; all adapters must have been trained on top of the same ones.
         weights: of each adapter; None: 1.0 each.
         how: "cat" adds the updates exactly, with the sum of the ranks; "linear" adds the factors.
 
@@ -70,9 +89,10 @@ def combine_saved(
             f"{len(adapters)} adapters and {len(weights)} weights: give two adapters or more, a weight each."
         )
     names = [f"task{i}" for i in range(len(adapters))]
-    for folder in adapters:
-        saved_config(folder)  # refused here before a model is loaded
-    combined: Any = load_base(model, device=device)
+    check_combined([saved_config(folder) for folder in adapters], how)  # before a model is loaded
+    check_adapters(model, adapters, device=device)
+    check_writable(output)
+    combined: Any = load_base(model, on_top_of, adapter=adapters[0], device=device)
     for name, folder in zip(names, adapters, strict=True):
         combined = load_adapter(combined, folder, name)
     combined.add_weighted_adapter(names, weights, "default", combination_type=how)

@@ -4,17 +4,21 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoints
 from .config import FREE_OPTIONS, same_run
-from .distributed import first_failure, is_main, sharding, wait_for_all
+from .distributed import all_objects, first_failure, is_main, sharding, wait_for_all
+from .distributed import described as described_error
 from .errors import FileError, HotLoraError
 from .evaluate import Evaluation
-from .load import load_adapter
+from .files import sha256_file
+from .load import WEIGHTS_FILE, load_adapter, saved_config
 from .lock import locked
-from .models import load_model
+from .models import load_config, load_model
+from .on_top_of import Entry, described, missing, noted
 from .quantize import experts_in
 from .quiet import quiet
 from .records import Record, read_record, write_record
@@ -28,13 +32,16 @@ def load_base(
     *,
     quantize: int | None = None,
     keep: Mapping[int, Sequence[int]] | None = None,
+    adapter: str | Path | None = None,
     expert_parallel: int = 1,
     **options: Any,
 ) -> Any:
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
-    keep: as `quantize.quantize_experts` takes it. expert_parallel: as `distributed.sharding` takes it.
+    on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
+    expert_parallel: as `distributed.sharding` takes it.
     """
+    on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
     if spread and (quantize or on_top_of):
         raise HotLoraError(
@@ -48,6 +55,51 @@ def load_base(
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()
     return base
+
+
+def data_time(output: Path) -> datetime:
+    """When the run in `output` first read its data, or the present, for all processes: a chat template may write the
+    date, and a run that goes on the next day must not train on other tokens."""
+    told = read_record(output)["data"].get("read_at") if (output / "run.json").is_file() else None
+    try:
+        now = datetime.fromisoformat(told) if told is not None else datetime.now().replace(microsecond=0)
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{output / 'run.json'}: read_at is {told!r}; it must be a time in ISO 8601") from error
+    return all_objects(now)[0]
+
+
+def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | Path | None = None) -> list[str | Path]:
+    """The adapters to merge into `model` before `adapter`, or anything new, goes onto it: `on_top_of`, and before each
+    of them, and before `adapter`, those that it was trained on top of and that are not there yet.
+
+    FileError: one of these is not where it was, or is not what it was.
+    """
+    there = noted(load_config(model))
+    found: list[str | Path] = []
+
+    def add_needed(folder: str | Path) -> None:
+        for entry in missing(saved_config(folder).on_top_of or [], there):
+            found.append(_located(entry, folder))
+            there.append(entry)
+
+    for folder in on_top_of:
+        add_needed(folder)
+        found.append(folder)
+        there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
+    if adapter is not None:
+        add_needed(adapter)
+    return found
+
+
+def _located(entry: Entry, needed_by: str | Path) -> Path:
+    """Where an adapter lies that another was trained on top of."""
+    path, what = Path(entry["path"] or ""), f"{needed_by} was trained on top of {described([entry])}"
+    mend = "give its folder (--on-top-of), or the model that it is merged into"
+    if entry["path"] is None or not (path / WEIGHTS_FILE).is_file():
+        raise FileError(f"{what}, and that is not there: {mend}.")
+    if sha256_file(path / WEIGHTS_FILE) != entry["weights_sha256"]:
+        raise FileError(f"{what}, and that has other weights now (another SHA-256): {mend}.")
+    return path
 
 
 def finished(output: Path, options: dict[str, Any], results: Path | None = None) -> Record | None:
@@ -89,7 +141,7 @@ def recorded(record: Record, output: Path | None) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            record |= {"status": "failed", "error": first_failure(f"{type(error).__name__}: {error}")[0]}
+            record |= {"status": "failed", "error": first_failure(described_error(error))[0]}
             record["seconds"] = round(time.perf_counter() - started, 3)
             with suppress(FileError):  # on a full disk: what came first is told
                 write()

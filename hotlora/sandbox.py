@@ -48,8 +48,8 @@ class SqlSandbox:
     def run(self, database: str | Path, sql: str) -> SqlResult:
         """The rows that `sql` gives on `database`, a file that is opened read-only.
 
-        Anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the SQL, or
-        a limit that is reached, comes back as `error`.
+        No query at all, anything but reading (writes, ATTACH, PRAGMA, extensions), several statements, an error in the
+        SQL, or a limit that is reached, comes back as `error`.
         """
         with self._lock:
             worker = self._start()
@@ -95,7 +95,10 @@ class SqlSandbox:
                 str(self.timeout_s),
             ]
             pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-            worker = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, encoding="utf-8")
+            # A session of its own: Ctrl-C must not end it under a query, whose answer would then count as wrong.
+            worker = subprocess.Popen(
+                command, **pipes, stderr=subprocess.DEVNULL, encoding="utf-8", start_new_session=True
+            )
             self._worker, self._answers = worker, queue.Queue()
             threading.Thread(target=_forward, args=(worker.stdout, self._answers), daemon=True).start()
         return self._worker
@@ -158,7 +161,10 @@ def _answer(database: str, sql: str, max_rows: int) -> dict[str, Any]:
         connection = _connect(database)
         try:
             rows, size = [], 0
-            for row in connection.execute(sql):
+            found = connection.execute(sql)
+            if found.description is None:  # no columns: nothing, or a comment, which SQLite runs as well
+                return {"error": "the text holds no query"}
+            for row in found:
                 rows.append([_encode(value) for value in row])
                 size += sum(len(value) if isinstance(value, str | bytes) else 8 for value in row)
                 if len(rows) > max_rows or size > MAX_BYTES:

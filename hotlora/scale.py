@@ -15,6 +15,7 @@ Every GPU has a batch of its own, so that the tokens of a step grow with the GPU
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from .errors import HotLoraError
-from .estimate import estimate, meta_model, sized_config, torch_dtype, workspace_bytes
+from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import expert_adapter_flops
 from .hf.experts_view import ExpertsView
 from .models import moe_layers, num_experts_per_tok, unwrap
@@ -34,6 +35,13 @@ NODE = 8
 _LAYER = re.compile(r"(.*\.layers\.\d+)\.")
 _ADAM_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes all but the gradient, float32
 _DRAWS = 2000
+
+
+H200_SHARES = {"frozen": 0.206, "torch": 0.104, "triton": 0.184}
+"""Kernels of the routed experts -> share of an H200's peak that a training step got: FLOPs by formula over its seconds.
+`benchmarks/gpu/h200.json` has the steps, of OLMoE-1B-7B with 16,384 tokens and without checkpointing. frozen: experts
+without adapters, on transformers' grouped_mm; torch and triton: `HOTLORA_KERNELS`, where torch is the card's default.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ class Machine:
     """From a GPU to those of its node, bytes/s each way."""
     network: float
     """From a GPU to other nodes, bytes/s each way."""
-    compute_share: float = 0.4
-    """Of the peak that a training step gets; assumed."""
+    compute_shares: Mapping[str, float]
+    """Kernels of the routed experts -> share of the peak that a training step gets."""
+    is_measured: bool = False
+    """Whether `compute_shares` were measured on this card; else they are assumed."""
     link_share: float = 0.8
     """Of links and network; assumed."""
     memory_share: float = 0.9
@@ -63,8 +73,8 @@ class Machine:
         return size <= self.memory * self.memory_share
 
 
-H100 = Machine("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9)
-H200 = Machine("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9)
+H100 = Machine("H100 SXM", 80e9, 989.4e12, 3.35e12, 450e9, 50e9, H200_SHARES)  # the same chip with slower memory
+H200 = Machine("H200 SXM", 141e9, 989.4e12, 4.8e12, 450e9, 50e9, H200_SHARES, is_measured=True)
 
 
 @dataclass(frozen=True)
@@ -123,14 +133,11 @@ def work(
     dtype: str = "auto",
     quantize: int | None = None,
     keep_hot: bool = False,
-    device: str = "cuda",
     **options: Any,
 ) -> Work:
     """What `estimate` says of one GPU, taken apart for `memory`, `traffic` and `seconds`.
 
     Args:
-        device: whose loss and kernels the short-lived workspace is for; activations are tried out on the CPU, since
-            there may be no GPU here.
         options: further ones of `estimate`.
 
     Raises:
@@ -141,7 +148,7 @@ def work(
         quantize=quantize, keep_hot=keep_hot, gradient_checkpointing=gradient_checkpointing, **options,
     )  # fmt: skip
     cut = sized_config(config, options.get("layers"))
-    meta, compute = meta_model(cut), torch_dtype(dtype, cut)
+    meta, compute = meta_model(cut), torch_dtype(found["dtype"], cut)
     layers = moe_layers(meta)
     modules = [unwrap(meta.get_submodule(layer.experts)) for layer in layers]
     of_experts = {id(p) for module in modules for p in module.parameters()}
@@ -178,7 +185,7 @@ def work(
         activations=memory["activations"],
         expert_row=found["expert_bytes_per_token_layer"],
         live_layers=1 if again else len(layers),
-        workspace=workspace_bytes(meta, tokens, compute, torch.device(device)),
+        workspace=memory["workspace"],
         passes=3 if again else 2,
         expert_flops=experts * tokens,
         other_flops=(total - experts) * tokens,
@@ -257,18 +264,24 @@ def traffic(work: Work, gpus: int, layout: str) -> dict[str, float]:
     return found
 
 
-def seconds(work: Work, machine: Machine, gpus: int, layout: str, cv: float = 1.0) -> dict[str, float]:
+def seconds(
+    work: Work, machine: Machine, gpus: int, layout: str, cv: float = 1.0, kernels: str = "torch"
+) -> dict[str, float]:
     """Of a step: `compute`, `gather`, `exchange`, `reduce`, `optimizer`, and the whole `step`.
+
+    kernels: of the machine's `compute_shares`, those that the routed experts run on.
 
     Weights are gathered and gradients summed while layers compute; tokens and the optimizer are waited for. Latency,
     kernel launches and the data are left out.
     """
     _check(gpus, layout)
+    if kernels not in machine.compute_shares:
+        raise HotLoraError(f"kernels {kernels!r} do not exist: choose one of {', '.join(machine.compute_shares)}.")
     parts, _ = expert_groups(work.num_experts, gpus, layout)
     busiest = imbalance(work.num_experts, parts, cv)
     sent = traffic(work, gpus, layout)
     held = work.dense + work.experts / parts
-    matrix = (work.other_flops + busiest * work.expert_flops) / (machine.flops * machine.compute_share)
+    matrix = (work.other_flops + busiest * work.expert_flops) / (machine.flops * machine.compute_shares[kernels])
     compute = max(matrix, work.passes * held / machine.bandwidth)
     # GPUs with the same experts are in different nodes, and each has a network of its own.
     of_experts = _experts_gathered(work, gpus, layout) if parts > 1 else 0.0

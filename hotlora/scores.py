@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,8 +57,8 @@ def layer_keys(name: str, data: Any) -> dict[int, Any]:
     if not isinstance(data, dict):
         raise PlanError(f"{name} is {data!r}: it must map each decoder layer to a list")
     for key in data:
-        if not (str(key).isdecimal() and str(int(key)) == str(key)):
-            raise PlanError(f'{name} has the layer {key!r}: a layer is the decoder\'s index, such as "3"')
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", str(key)):
+            raise PlanError(f'{name} has the layer {str(key)[:40]!r}: a layer is the decoder\'s index, such as "3"')
     return {int(key): value for key, value in data.items()}
 
 

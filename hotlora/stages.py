@@ -7,18 +7,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .checks import check_run
 from .config import PROFILE_FRACTION, TrainConfig
 from .data import load_examples
 from .distributed import is_main, wait_for_all
 from .errors import HotLoraError
 from .load import load_adapter
-from .mask import SparseMask, draw_mask
+from .mask import SparseMask, check_share, draw_mask
 from .models import load_tokenizer
 from .plan import select_experts
 from .records import Record, read_record, write_record
 from .routing import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training
-from .run_folder import load_base
+from .run_folder import data_time, load_base
 
 WARMUPS = ("none", "lora")
 
@@ -56,6 +57,10 @@ def run_method(
     output = Path(output)
     if warmup not in WARMUPS:
         raise HotLoraError(f"warmup {warmup!r} does not exist: choose one of {', '.join(WARMUPS)}.")
+    if keep is not None:
+        check_share(keep, granularity)
+        _dense(config, dense_learning_rate)
+    check_run(model, config=config, profile=profile, **options)
     warmed = None
     if warmup == "lora":
         if profile is not None or options.get("plan") is not None or options.get("full"):
@@ -92,8 +97,7 @@ def _drawn(
     options: dict[str, Any],
 ) -> Path:
     """Trains B in whole, and keeps the mask of its largest entries."""
-    rate = config.learning_rate if dense_learning_rate is None else dense_learning_rate
-    dense = dataclasses.replace(config, train_a=False, learning_rate=rate)
+    dense = _dense(config, dense_learning_rate)
     once = {**options, "condition": "dense", "evaluate": False}
     record = run_training(model, data, output / "dense", config=dense, profile=profile, **once)
     file = output / "mask.safetensors"
@@ -108,6 +112,11 @@ def _drawn(
         mask.save(file)
     wait_for_all()
     return file
+
+
+def _dense(config: TrainConfig, learning_rate: float | None) -> TrainConfig:
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    return dataclasses.replace(config, train_a=False, learning_rate=rate)
 
 
 def _base(model: str, options: dict[str, Any]) -> Any:
@@ -139,7 +148,7 @@ def _warm_up(
         condition="warm-up",
         **{name: options[name] for name in names if name in options},
     )
-    some = load_examples(data, "train", limit=number, tokenizer=tokenizer)
+    some = load_examples(data, "train", limit=number, tokenizer=tokenizer, now=data_time(output))
     if not file.is_file():
         warmed = profile_data(
             load_adapter(_base(model, options), output / "adapter"), tokenizer, some, data, model,

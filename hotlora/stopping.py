@@ -1,26 +1,70 @@
-"""SIGTERM, by which systems ask a process to end: batch queues, containers, spot machines."""
+"""What asks a process to end: SIGTERM, from batch queues, containers and spot machines, and Ctrl-C (SIGINT)."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from .errors import Stopped
 
+NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+
 
 @contextmanager
-def on_sigterm(handler: Callable[[], None]) -> Iterator[None]:
-    """Calls `handler` when the signal comes, while inside. In a thread, which gets no signals, nothing changes."""
+def on_stop(handler: Callable[[str], None]) -> Iterator[None]:
+    """Calls `handler` with "SIGTERM" or "Ctrl-C" at the first of these signals, while inside.
+
+    A second Ctrl-C ends the process at once. A second SIGTERM changes nothing, nor does a second Ctrl-C under
+    torchrun: launchers pass on what the process has got already. In a thread, which gets no signals, nothing changes,
+    nor where a signal is ignored, as Ctrl-C is in a shell's background job.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: handler())
+    before = {number: signal.getsignal(number) for number in NAMES}
+    watched = [number for number in NAMES if before[number] is not signal.SIG_IGN]
+    launched = "WORLD_SIZE" in os.environ
+
+    def first(number: int, frame: Any) -> None:
+        for each in watched:
+            at_once = each == signal.SIGINT and not launched
+            signal.signal(each, signal.SIG_DFL if at_once else lambda number, frame: None)
+        handler(NAMES[signal.Signals(number)])
+
+    for number in watched:
+        signal.signal(number, first)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number in watched:
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
-def stop() -> None:
+def stop(by: str) -> None:
     """A handler that unwinds, so that nothing is left half-written."""
-    raise Stopped("stopped by SIGTERM; the same command goes on from what is saved")
+    raise Stopped(f"stopped by {by}: nothing is half-written, and the same command goes on from what was saved", by)
+
+
+def say(text: str) -> None:
+    """A line on stderr from inside a handler, which may have come in the middle of another write."""
+    if os.environ.get("RANK", "0") == "0":
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it, and may not end
+        with suppress(OSError):
+            os.write(2, f"{show_cursor}\n{text}\n".encode())
+
+
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """A process that is started inside ignores Ctrl-C, which a terminal sends to all of a command's processes: the one
+    that started it ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)

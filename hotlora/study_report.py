@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import study_figures as figures
+from .figures import plain_text
 from .files import atomic_path, write_json, write_text
 from .published import MODELS, OLMOE_SPIDER, SPIDER_EXPERTS_FOR_60
 from .routing import RoutingProfile
@@ -42,6 +43,7 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     result = load_study(folder / "study.json")
     profiles = {name: RoutingProfile.load(folder / "profiles" / f"{name}.safetensors") for name in result["datasets"]}
     for name, figure in pictures(result, profiles).items():
+        plain_text(figure)
         with atomic_path(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=DPI, metadata={"Software": None})  # the same bytes every time
     write_text(folder / "study.md", page(result))

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from datasets import Dataset
 from torch import Tensor, nn
 
+from .checks import check_adapters, check_sizes
 from .data import batches, data_hash, load_examples, tokenize
 from .errors import DataError
 from .hf.experts_view import ExpertsView
-from .models import load_model, load_tokenizer, moe_layers, unwrap
+from .models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
 from .quantize import experts_in
 from .routing import RoutingProfile, profile_examples
 from .study import Study, study
@@ -43,20 +45,24 @@ def run_study(
         DataError: no model for a data set, two sources of one name, or profiles of another model.
     """
     names = names_of(sources)
+    check_sizes(batch_size=batch_size, max_length=max_length)
     profiles: dict[str, RoutingProfile] = {}
     examples: dict[str, Tensor] = {}
     made = [source for source in sources if not is_profile(source)]
     tokenizer, base, shared = None, None, 0.0
     rows: dict[str, list[Example]] = {}
+    datasets: dict[str, Dataset] = {}
     if made:
         if model is None:
             raise DataError(
                 f"{made[0]} is no profile made before, so a model is needed to profile it on: give --model."
             )
+        check_adapters(model, (), dtype=dtype, device=device)
         tokenizer = load_tokenizer(model)
-        # All data is read before the model runs: a wrong name is told at once.
+        # All data is read before the model runs: a wrong name or row is told at once.
         for source in made:
             rows[source] = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
+            datasets[source] = tokenize(rows[source], tokenizer, max_length, vocab_size=vocab_size(model))
         base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
         shared = shared_experts(base)
     for name, source in zip(names, sources, strict=True):
@@ -64,7 +70,7 @@ def run_study(
             profiles[name] = RoutingProfile.load(source)
             shared = max(shared, float(profiles[name].source.get("shared_experts", 0)))
             continue
-        dataset = tokenize(rows[source], tokenizer, max_length)
+        dataset = datasets[source]
         origin = {
             "model": model, "data": source, "data_hash": data_hash(rows[source]), "examples": len(dataset),
             "max_length": max_length, "shared_experts": shared,

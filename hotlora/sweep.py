@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .crew import Job, default_processes, run_jobs
 from .data import test_source
 from .errors import DataError, FileError, HotLoraError
+from .escape import lines
 from .lock import locked
 from .methods import resolve
 from .stages import run_method
@@ -159,7 +160,8 @@ def run_sweep(
         if job.status == "failed" and job.function is not make_profile:
             keep_failure(job)
         if not console.is_terminal:
-            console.print(f"{title(job)}: {job.error or state(job)}", highlight=False, markup=False, soft_wrap=True)
+            told = lines(f"{title(job)}: {job.error or state(job)}")
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     table = Live(console=console, get_renderable=lambda: progress_table(sweep.name, jobs), refresh_per_second=2)
     with locked(output), table:
@@ -212,10 +214,11 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
 
 
 def _scoring(arguments: Mapping[str, Any], folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """`run_evaluation`'s arguments, such that it scores what `run_training` would."""
+    """The arguments of `run_evaluation`, or `run_held_out`, such that it scores what `run_training` would."""
     names = {"test_limit": "limit", "eval_batch_size": "batch_size"}
     taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", *SAMPLING)
     scoring = {names.get(name, name): arguments[name] for name in taken if name in arguments}
+    scoring["max_length"] = arguments["config"].max_length
     data = test_source(arguments["data"], arguments.get("test_data"))
     if data is None:
         raise DataError(f"{arguments['data']} has no test examples of its own to score: give test_data.")

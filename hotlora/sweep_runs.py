@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .chat import template_source
 from .crew import Job
-from .data import data_hash, load_examples
+from .data import data_hash, load_examples, task_of, tokenize
 from .errors import FileError
 from .generate import Sampling
-from .models import load_model, load_tokenizer
+from .models import load_model, load_tokenizer, vocab_size
 from .quantize import experts_in
 from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile
 from .run import profile_data, profile_sample, run_training
-from .run_evaluate import run_evaluation
+from .run_evaluate import run_evaluation, run_held_out
 from .stages import run_method
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
@@ -28,20 +29,26 @@ def train_run(kept: Mapping[str, Any], **arguments: Any) -> Record:
 
 
 def score_base(kept: Mapping[str, Any], **arguments: Any) -> Record:
-    """`run_evaluation` of a model as it is, and `kept` beside it in the record."""
-    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
-    return _mark(run_evaluation(**arguments, sampling=sampling)[0], arguments["output"], kept)
+    """The score of a model as it is, and `kept` beside it in the record."""
+    return _mark(_scored(arguments), arguments["output"], kept)
 
 
 def score_adapter(kept: Mapping[str, Any], trained: Path, seed: int, **arguments: Any) -> Record:
     """The adapter, or the model, that the run in `trained` left, on other data."""
-    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
     if (trained / "model").is_dir():
         arguments["model"] = str(trained / "model")
     else:
         arguments["adapter"] = trained / "adapter"
-    record = run_evaluation(**arguments, sampling=sampling)[0]
-    return _mark(record, arguments["output"], {**kept, "seed": seed})
+    return _mark(_scored(arguments), arguments["output"], {**kept, "seed": seed})
+
+
+def _scored(arguments: dict[str, Any]) -> Record:
+    """Of the task; where the data names none, the held-out loss."""
+    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
+    max_length = arguments.pop("max_length")
+    if task_of(arguments["data"]) is None:
+        return run_held_out(**arguments, max_length=max_length)
+    return run_evaluation(**arguments, sampling=sampling)[0]
 
 
 def make_profile(
@@ -59,13 +66,18 @@ def make_profile(
     """Writes the routing profile that `run_training` would make of these options, unless it is there."""
     tokenizer = load_tokenizer(model)
     examples = profile_sample(load_examples(data, "train", limit=limit, tokenizer=tokenizer), profile_fraction)
+    wanted = {"data_hash": data_hash(examples), **template_source(tokenizer, examples)}
     try:
-        if RoutingProfile.load(path).source.get("data_hash") == data_hash(examples):
+        source = RoutingProfile.load(path).source
+        if all(source.get(name) == value for name, value in wanted.items()):
             return
     except FileError:
         pass  # none yet
+    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
     base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
-    profile_data(base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length).save(path)
+    profile_data(
+        base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length, dataset=dataset
+    ).save(path)
 
 
 def keep_failure(job: Job) -> None:

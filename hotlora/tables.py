@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import FileError
+from .errors import FileError, HotLoraError
+from .escape import one_line
 from .plan import ExpertPlan
 from .records import Record, read_results
 from .routing import RoutingProfile
@@ -44,6 +45,22 @@ class Section:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def by_loss(self) -> bool:
+        """Whether the held-out loss stands for a score: no run was scored on a task."""
+        records = self.records.values()
+        return not any(record.get("evaluation") for record in records) and any(map(_test_loss, records))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """COLUMNS, with the score that there is."""
+        return COLUMNS | ({"accuracy": "held-out loss", "difference": "against all"} if self.by_loss else {})
+
+    def note(self, text: str) -> None:
+        """Remembers what was left out, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @property
     def tasks(self) -> list[str]:
         """What the runs were evaluated on, the training data's own task first."""
         names = {name for record in self.records.values() for name in record.get("evaluation") or {}}
@@ -68,18 +85,24 @@ def conditions_table(records: Records) -> Table:
     sections = read_sections(records)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", min_width=10, overflow="fold")
-    for title in ("accuracy, %", "against all, pp", "covered", "trained", "tokens/s"):
+    kinds = {section.by_loss for section in sections}
+    score = "score" if len(kinds) > 1 else "held-out loss" if True in kinds else "accuracy, %"
+    against = "against all" + (", pp" if True not in kinds else "")
+    for title in (score, against, "covered", "trained", "tokens/s"):
         table.add_column(title, justify="right", no_wrap=True)
     keys = ("accuracy", "difference", "covered", "trained", "speed")
     for section in sections:
         for task in section.tasks:
             heading = section.data if task == section.data else f"{section.data} → {task}"
             several = len({section.model for section in sections}) > 1
-            table.add_row(f"[bold]{escape(heading)}[/]" + (f" {escape(section.model)}" if several else ""))
+            heading = f"[bold]{escape(one_line(heading))}[/]"
+            heading += f" {escape(one_line(section.model))}" if several else ""
+            table.add_row(heading + (" (held-out loss)" if len(kinds) > 1 and section.by_loss else ""))
             for row in table_rows(section, task):
-                note = f"\n[red]{escape(row.note)}[/]" if row.note else ""
+                note = f"\n[red]{escape(one_line(row.note))}[/]" if row.note else ""
                 table.add_row(
-                    escape(row.name) + note, *(row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys)
+                    escape(one_line(row.name)) + note,
+                    *(row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys),
                 )
             table.add_section()
     return table
@@ -95,7 +118,12 @@ def read_sections(records: Records) -> list[Section]:
         if record["condition"] == "base":
             model, own = record["model"]["name"], record["data"]["name"]
             wanted = {own, *(record.get("evaluation") or {})}
-            joined = [key for key in groups if key[0] == model and key[1] in wanted]
+            held = (record.get("config") or {}).get("test_data")
+            joined = [
+                key
+                for key, group in groups.items()
+                if key[0] == model and (key[1] in wanted or _tested_on(group, held))
+            ]
             for key in joined or [(model, own)]:
                 groups.setdefault(key, {})[folder] = record
     sections = []
@@ -123,12 +151,14 @@ def table_rows(section: Section, task: str) -> list[Row]:
         cells = dict.fromkeys(COLUMNS, NONE)
         if result is not None:
             cells["accuracy"] = _accuracy(result)
-            if found := against_all(section, folder, task):
-                cells["difference"] = _points(found[1])
+        elif section.by_loss and (loss := _test_loss(record)) is not None:
+            cells["accuracy"] = f"{loss:.4f}"
+        if found := against_all(section, folder, task):
+            cells["difference"] = _signed(found[1].difference, 4) if section.by_loss else _points(found[1])
         if section.profile is not None and folder in section.plans:
             cells["covered"] = f"{covered(section.profile, section.plans[folder]):.1%}"
         if trained:
-            share = parameters.get("percent", 100 * trained / max(1, parameters["total"]))
+            share = _or(parameters.get("percent"), 100 * trained / max(1, parameters["total"]))
             cells["trained"] = f"{human_count(trained)} ({share:.{1 if share >= 1 else 2}f}%)"
         for key, value, text in (
             ("adapter", parameters.get("adapter_bytes"), human_bytes),
@@ -140,27 +170,33 @@ def table_rows(section: Section, task: str) -> list[Row]:
         name = named[folder]
         if times[name] > 1:
             name += f" ({folder.parent.name}/{folder.name})"
-        rows.append(Row(name, record["condition"], record["status"], cells, _note(record, result)))
+        note = _note(record, cells["accuracy"] != NONE)
+        rows.append(Row(name, record["condition"], record["status"], cells, note))
     return rows
 
 
 def against_all(section: Section, folder: Path, task: str) -> tuple[Record, Difference] | None:
-    """The run on all experts with this run's seed, and this run's accuracy minus its accuracy.
+    """The run on all experts with this run's seed, and this run's accuracy minus its accuracy; or of the two the
+    held-out loss, where the section goes by it.
 
     With an interval where both kept their results on the same examples, else with nan. None: no such run,
     or one of the two was not evaluated.
     """
     record = section.records[folder]
-    if task not in (record.get("evaluation") or {}):
+    if task not in (record.get("evaluation") or {}) and not section.by_loss:
         return None
     for other, reference in section.records.items():
         result = (reference.get("evaluation") or {}).get(task)
         same = reference["condition"] == "all" and reference["seed"] == record["seed"]
-        if not same or result is None or other == folder:
+        if not same or other == folder:
             continue
-        ours, theirs = _results(section, folder, task), _results(section, other, task)
-        if ours and theirs and [r.get("id") for r in ours] == [r.get("id") for r in theirs]:
-            return reference, paired_difference([r["correct"] for r in ours], [r["correct"] for r in theirs])
+        if section.by_loss and (ours := _test_loss(record)) and (theirs := _test_loss(reference)):
+            return reference, Difference(ours - theirs, float("nan"), float("nan"))
+        if result is None:
+            continue
+        a, b = _results(section, folder, task), _results(section, other, task)
+        if a and b and [r.get("id") for r in a] == [r.get("id") for r in b]:
+            return reference, paired_difference([r["correct"] for r in a], [r["correct"] for r in b])
         difference = record["evaluation"][task]["accuracy"] - result["accuracy"]
         return reference, Difference(difference, float("nan"), float("nan"))
     return None
@@ -217,28 +253,53 @@ def _order(item: tuple[Path, Record]) -> tuple[int, str, int, str]:
 
 def _accuracy(result: Mapping[str, Any]) -> str:
     wilson = proportion_interval(result["correct"], result["n"])
-    low, high = result.get("ci_low", wilson.low), result.get("ci_high", wilson.high)
+    low, high = _or(result.get("ci_low"), wilson.low), _or(result.get("ci_high"), wilson.high)
     return f"{100 * result['accuracy']:.1f} [{100 * low:.1f}–{100 * high:.1f}]"
 
 
 def _points(difference: Difference) -> str:
-    point, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in difference)
+    point, low, high = (_signed(100 * value, 1) for value in difference)
     return f"{point} [{low} to {high}]" if difference.low == difference.low else point  # nan: no interval
 
 
-def _note(record: Record, result: Any) -> str:
+def _tested_on(group: Records, data: str | None) -> bool:
+    tested = ((record.get("config") or {}).get("test_data") for record in group.values())
+    return data is not None and data in tested
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _or(value: float | None, other: float) -> float:
+    """Of a number that may be null in a record."""
+    return other if value is None else value
+
+
+def _test_loss(record: Record) -> float | None:
+    loss: float | None = (record.get("training") or {}).get("test_loss")
+    return loss
+
+
+def _note(record: Record, has_score: bool) -> str:
     if record["status"] == "failed":
         return f"failed: {record['error']}" if record.get("error") else "failed"
     if record["status"] == "running":
         return "not finished"
-    return "" if result is not None else "not evaluated"
+    return "" if has_score else "not evaluated"
 
 
 def _results(section: Section, folder: Path, task: str) -> list[dict[str, Any]] | None:
-    """One dict an example, with `id` and `correct`; None where the file is gone."""
+    """One dict an example, with `id` and `correct`; None where the file is gone or broken, which is noted."""
     name = section.records[folder]["evaluation"][task].get("results")
     path = folder / name if name else None
-    return read_results(path) if path and path.is_file() else None
+    if not path or not path.is_file():
+        return None
+    try:
+        return read_results(path)
+    except FileError as error:
+        section.note(f"{section.records[folder]['name']}: its results are left out: {error}")
+        return None
 
 
 def _read_routing(section: Section) -> None:
@@ -250,16 +311,22 @@ def _read_routing(section: Section) -> None:
                 continue
             path = folder / record[kind]["path"]
             if not path.is_file():
-                section.notes.append(f"{record['name']}: its {kind} {record[kind]['path']} is gone.")
-            elif kind == "plan":
-                section.plans[folder] = ExpertPlan.load(path)
-            elif section.profile is None:
-                section.profile = RoutingProfile.load(path)
+                section.note(f"{record['name']}: its {kind} {record[kind]['path']} is gone.")
+                continue
+            try:
+                if kind == "plan":
+                    section.plans[folder] = ExpertPlan.load(path)
+                elif section.profile is None:
+                    section.profile = RoutingProfile.load(path)
+            except HotLoraError as error:
+                section.note(f"{record['name']}: its {kind} is left out: {error}")
         if section.plan is None and record["condition"] == "hot":
             section.plan = section.plans.get(folder)
-    for folder, plan in section.plans.items():
+    for folder, plan in list(section.plans.items()):
         if section.profile is not None and plan.num_experts != section.profile.num_experts:
-            raise FileError(
-                f"{folder}: its plan is for {plan.num_experts} experts a layer, but the profile of "
-                f"{section.model} has {section.profile.num_experts}: keep different models' runs apart"
+            section.note(
+                f"{folder}: its plan is left out: it is for {plan.num_experts} experts a layer, but the profile of "
+                f"{section.model} has {section.profile.num_experts}: keep different models' runs apart."
             )
+            del section.plans[folder]
+            section.plan = None if section.plan is plan else section.plan

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,27 @@ from transformers.integrations.integration_utils import (
 from trl import SFTConfig, SFTTrainer
 
 from . import checkpoints, guard
+from .as_loaded import LoadedConfigs
 from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
 from .data import IGNORE
-from .distributed import device_of, is_main, is_sharded, num_processes, wait_for_all, wants_checkpointing
-from .errors import DataError, HotLoraError, Stopped
-from .files import read_json, write_json
+from .distributed import (
+    all_objects,
+    device_of,
+    is_main,
+    is_sharded,
+    num_processes,
+    wait_for_all,
+    wants_checkpointing,
+)
+from .errors import DataError, FileError, HotLoraError, Stopped
+from .files import append_to, read_json, write_json
+from .forward import TEXTS, check_aux_loss, check_packing, logits_at
 from .lock import locked
+from .precision import say_if_slow
 from .quiet import quiet
 from .records import peak_memory_bytes, reset_peak_memory
-from .stopping import on_sigterm
+from .stopping import on_stop
 
 _log = logging.getLogger(__name__)
 
@@ -89,9 +101,9 @@ def train(
 
     Raises:
         HotLoraError: `output_dir` has checkpoints of a run with other options (each is named), or another process
-            trains in it; a loss or gradients that are no finite numbers (step and examples are named); a full disk.
-            The checkpoints that were whole stay.
-        Stopped: SIGTERM came. There is a checkpoint of the last step.
+            trains in it; an option that the model's family does not work with; a loss or gradients that are no finite
+            numbers (step and examples are named); a full disk. The checkpoints that were whole stay.
+        Stopped: SIGTERM or Ctrl-C came. There is a checkpoint of the last step.
     """
     with locked(output_dir):
         return _train(
@@ -122,6 +134,7 @@ def _train(
         raise DataError("The training data has no examples; give at least one.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise HotLoraError("The model has no trainable parameter: put an adapter on it first.")
+    check_family(model, tokenizer, config)
     resolved = {**dataclasses.asdict(config), **(identity or {}), "examples": len(dataset)}
     resolved["processes"] = num_processes()
     checkpoint = checkpoints.last_whole(folder)
@@ -141,22 +154,18 @@ def _train(
     recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
     stopping = guard.StopOnSignal()
     ours: list[TrainerCallback] = [recorder, stopping, *([_ProgressBar()] if progress else [])]
-    trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
-    with quiet(), on_sigterm(stopping.ask), checkpoints.told_when_full(folder):
-        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
-            # Killed after the last step. transformers would train one step more.
-            trainer._load_from_checkpoint(str(checkpoint), trainer.model)
-            trainer.state.global_step = start
-            for callback in callbacks:
-                callback.on_train_begin(trainer.args, trainer.state, trainer.control)
-        else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    configs = LoadedConfigs(model)
+    try:
+        trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
+        trainer.configs = configs
+        _run(trainer, checkpoint, stopping, callbacks)
+    finally:
+        configs.restore()
 
     if stopping.asked:
-        state = trainer.state
-        raise Stopped(
-            f"stopped by SIGTERM after step {state.global_step} of {state.max_steps}: {checkpoints.going_on(folder)}."
-        )
+        state, by = trainer.state, next(filter(None, all_objects(stopping.by)))
+        where = f"after step {state.global_step} of {state.max_steps}"
+        raise Stopped(f"stopped by {by} {where}: {checkpoints.going_on(folder)}.", by)
 
     wait_for_all()  # until the main process has written the last row
     rows = checkpoints.read_metrics(metrics)
@@ -170,6 +179,34 @@ def _train(
     )  # fmt: skip
 
 
+def check_family(model: Any, tokenizer: Any, config: TrainConfig) -> None:
+    """Tells, in a short forward, of options that the model's family does not work with. Changes nothing.
+
+    Raises:
+        HotLoraError: packing, where packed examples see each other or do not run; the load-balancing loss, where there
+            is none.
+    """
+    check_aux_loss(model.config, config.aux_loss_coef)
+    if config.packing:
+        check_packing(model, [tokenizer(text)["input_ids"] for text in TEXTS])
+
+
+def _run(
+    trainer: "_Trainer", checkpoint: Path | None, stopping: guard.StopOnSignal, callbacks: Sequence[TrainerCallback]
+) -> None:
+    """Trains to the end, from `checkpoint` on."""
+    folder, start = Path(str(trainer.args.output_dir)), checkpoints.step_of(checkpoint)
+    with quiet(), on_stop(stopping.ask), checkpoints.told_when_full(folder):
+        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
+            # Killed after the last step. transformers would train one step more.
+            trainer._load_from_checkpoint(str(checkpoint), trainer.model)
+            trainer.state.global_step = start
+            for callback in callbacks:
+                callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
 def make_trainer(
     model: Any,
     tokenizer: Any,
@@ -177,10 +214,11 @@ def make_trainer(
     config: TrainConfig,
     folder: Path,
     callbacks: list[TrainerCallback] | None = None,
-) -> "SFTTrainer":
+) -> "_Trainer":
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = device_of(model).type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
+    say_if_slow(device_of(model).type, next(model.parameters()).dtype)
     recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
     arguments = SFTConfig(
@@ -223,7 +261,7 @@ def make_trainer(
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
-    _check_report_to(config.report_to)
+    check_report_to(config.report_to)
     with quiet():
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
@@ -242,7 +280,8 @@ def make_trainer(
     return trainer
 
 
-def _check_report_to(name: str) -> None:
+def check_report_to(name: str) -> None:
+    """HotLoraError: no such tracker, or its package is not installed."""
     known = sorted(INTEGRATION_TO_CALLBACK)
     if name not in ("none", "all", *known):
         raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
@@ -258,10 +297,31 @@ class _Trainer(SFTTrainer):
 
     examples: Dataset
     batches: list[Any]
+    configs: LoadedConfigs | None = None
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self.batches, count = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        own = map(self._own_rows, epoch_iterator)
+        self.batches, count = super().get_batch_samples(own, num_batches, device)
         return self.batches, count
+
+    def _own_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without the rows that Accelerate has read a second time, to give each process as many at an epoch's end. A
+        process that has no others takes part with two tokens that have no label."""
+        state, size = self.accelerator.gradient_state, self.args.per_device_train_batch_size
+        rows = len(batch["input_ids"])
+        whole = not state.end_of_dataloader or state.remainder < 1
+        if self.accelerator.num_processes == 1 or whole or getattr(self.args, "packing", False) or rows != size:
+            return batch
+        own = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+        if own:
+            return {name: value[:own] for name, value in batch.items()}
+        nothing = {name: value[:1, :2] for name, value in batch.items()}
+        return nothing | {"labels": torch.full_like(nothing["labels"], IGNORE)}
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.accelerator.num_processes > 1 and (inputs["labels"] == IGNORE).all():
+            inputs = {name: torch.zeros_like(value) for name, value in inputs.items()}
+        super()._track_num_input_tokens(inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Every process has the same numbers here, since they are logged.
@@ -288,13 +348,42 @@ class _Trainer(SFTTrainer):
         model: Any = self.model
         if state_dict is None and is_sharded(model):  # or PEFT would gather the whole base model, to leave it out
             state_dict = {name: value for name, value in model.state_dict().items() if "lora_" in name}
-        super()._save(output_dir, state_dict)
+        with self.configs.restored() if self.configs else nullcontext():
+            super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def _send_telemetry(self) -> None:
         pass
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._read_from(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._read_from(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._read_from(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @contextmanager
+    def _read_from(self, checkpoint: str | None) -> Iterator[None]:
+        """A checkpoint with a file that is no such file, or another training's, is one FileError."""
+        try:
+            yield
+        except (HotLoraError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever torch, pickle's reader and safetensors have to say of it
+            reason = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
+            )
+            raise FileError(
+                f"{checkpoint} cannot be gone on from: one of its files was replaced, or is of another training "
+                f"({reason}). Restore it, or delete this checkpoint, to go on from the one before."
+            ) from error
 
 
 class _CpuTrainer(_Trainer):
@@ -311,7 +400,7 @@ class _CpuTrainer(_Trainer):
         positions = (labels != IGNORE).any(0).nonzero()[:, 0]
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = model(**inputs, use_cache=False, logits_to_keep=positions)
+        outputs = logits_at(model, inputs, positions)
         labels = labels[:, positions]
         found = labels != IGNORE
         loss = torch.nn.functional.cross_entropy(outputs.logits[found].float(), labels[found], reduction="sum")
@@ -352,7 +441,7 @@ class _Recorder(TrainerCallback):
         }
         row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with append_to(self.path) as file:
             file.write(json.dumps(row) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

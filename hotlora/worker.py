@@ -15,6 +15,7 @@ from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_route
 from .estimate import SavedBytes, autocast, sized_config, torch_dtype
 from .models import attention_modules, moe_layers
 from .plan import ExpertPlan
+from .precision import is_fast_on_cpu
 from .routing import profile_routing
 
 PARTS = ("step", "forward", "backward", "optimizer")
@@ -158,8 +159,9 @@ class Worker:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large square product, the best of several: what the machine gives at most in this dtype."""
-    size = 8192 if device.type == "cuda" else 2048
+    """FLOP/s of a large square product, the best of several: what the machine gives at most in this dtype. A small one
+    on a CPU without instructions for it, where a large one takes minutes."""
+    size = 8192 if device.type == "cuda" else 2048 if is_fast_on_cpu(dtype) else 256
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + 1.0
     for i in range(50):

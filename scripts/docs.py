@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gpu import gpu_tables
 from marks import filled
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
@@ -35,6 +36,7 @@ NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/p
 AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
 QUANTIZED_MARK = "<!-- made by scripts/docs.py from results/nano/quantized -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
+GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
@@ -130,6 +132,7 @@ def main() -> None:
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
+    of_speed = filled(of_speed, GPU_MARK, gpu_tables())
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),

@@ -93,7 +93,7 @@ def ranks(count: int) -> dict[str, Any]:
 
 
 def ended(count: int) -> dict[str, Any]:
-    """SIGTERM, a second run in the folder, and full disks."""
+    """SIGTERM, Ctrl-C, a second run in the folder, and full disks."""
     report = script("ended_runs.py", count)
     told, both = report["sigterm"], report["two"]
     term = (told["code"], told["again"], told["same"]) == (143, 0, True) and told["checkpoint"] == told["steps"]
@@ -105,7 +105,11 @@ def ended(count: int) -> dict[str, Any]:
     study = report["sweep"]
     swept = (study["code"], study["again"], study["same"]) == (143, 0, True) and study["resumed_from"] >= study["steps"]
     rows.insert(1, ["SIGTERM to a sweep", 1, "its worker saves, exit code 143; the same command ends as a calm run"])
-    holds = term and refused and swept
+    pressed = report["ctrl-c"]
+    ctrl_c = (pressed["code"], pressed["again"], pressed["same"]) == (130, 0, True)
+    ctrl_c &= pressed["checkpoint"] == pressed["steps"]
+    rows.insert(2, ["Ctrl-C", 1, "a checkpoint of the last step, exit code 130; the same command ends as a calm run"])
+    holds = term and refused and swept and ctrl_c
     names = {"full": "a disk that fills up in a checkpoint", "limit": "a file that may not grow on in a checkpoint"}
     for kind, name in names.items():
         disks = report[kind] or []

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from marks import filled
+from gpu import records
+from gpu import time_checks as gpu_checks
+from marks import filled, table
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from traffic import measure
@@ -46,6 +48,7 @@ MODELS = {
 MARK = "<!-- {}: made by scripts/scale.py -->"
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 BATCH, LENGTH, RANK, FRACTION = 4, 2048, 32, 0.25
+KERNELS = "torch"  # what an H100 and an H200 run where HOTLORA_KERNELS is not set
 PLANS = {"all": None, "hot": FRACTION}
 COLOURS = {"ddp": "#999999", "fsdp": SERIES["all"], "ep": SERIES["hot"], "ep-wide": "#e69f00", "sharded": "#009e73"}
 
@@ -74,6 +77,7 @@ def page(text: str, found: Works) -> str:
         "wide": wide_table(found),
         "uneven": uneven_table(found),
         "memory": memory_checks(),
+        "gpu": gpu_checks(),
         "time": time_checks(),
         "traffic": traffic_checks(),
     }
@@ -85,16 +89,13 @@ def page(text: str, found: Works) -> str:
 def settings() -> str:
     return (
         f"LoRA of rank {RANK} on all experts, and on the hot {FRACTION:.0%} of each layer; {BATCH} × {LENGTH:,} tokens "
-        f"a GPU, with gradient checkpointing. **Assumed:** {H100.compute_share:.0%} of the peak rate in matrix "
-        f"products, {H100.link_share:.0%} of the links, {H100.memory_share:.0%} of the memory; experts' loads with a "
-        "CV of 1."
+        "a GPU, with gradient checkpointing. **Measured, on one H200 and one model:** a step gets "
+        f"{H200.compute_shares[KERNELS]:.1%} of the peak rate with the kernels that it takes by itself "
+        f"(`HOTLORA_KERNELS={KERNELS}`); by "
+        f"`HOTLORA_KERNELS=triton` {H200.compute_shares['triton']:.1%}, so that computing takes "
+        f"{H200.compute_shares[KERNELS] / H200.compute_shares['triton']:.0%} of the time shown. **Assumed:** "
+        f"{H200.link_share:.0%} of the links, {H200.memory_share:.0%} of the memory; experts' loads with a CV of 1."
     )
-
-
-def table(heads: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """Markdown; the first `left` columns are text."""
-    line = "|---" * left + "|---:" * (len(heads) - left) + "|"
-    return "\n".join(["| " + " | ".join(heads) + " |", line, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def models_table(found: Works) -> str:
@@ -115,9 +116,11 @@ def machines_table() -> str:
     rows = []
     for machine in (H100, H200):
         speeds = [machine.flops / 1e12, machine.bandwidth / 1e12, machine.link / 1e9, machine.network / 1e9]
-        rows.append([machine.name, gb(machine.memory), *(f"{value:,.5g}" for value in speeds)])
-    heads = ["GPU", "memory, GB", "bfloat16, TFLOP/s", "own memory, TB/s"]
-    return table([*heads, "to GPUs of its node, GB/s", "to other nodes, GB/s"], rows)
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in machine.compute_shares.items())
+        origin = "measured" if machine.is_measured else "assumed"
+        rows.append([machine.name, f"{shares}: {origin}", gb(machine.memory), *(f"{value:,.5g}" for value in speeds)])
+    heads = ["GPU", "share of the rate that a step gets", "memory, GB", "bfloat16, TFLOP/s", "own memory, TB/s"]
+    return table([*heads, "to GPUs of its node, GB/s", "to other nodes, GB/s"], rows, left=2)
 
 
 def smallest_table(found: Works) -> str:
@@ -143,7 +146,7 @@ def model_sections(found: Works) -> list[str]:
         size = [[str(n), *(fitting(plans[p], n, layout) for layout, p in pairs)] for n in GPUS]
         time = [[str(n), *(timed(plans[p], n, layout) for layout, p in pairs)] for n in GPUS]
         parts += [f"### {name}", "Memory of the fullest GPU, GB; **bold** where an H200 holds it:", table(heads, size)]
-        parts += ["Seconds of a step on H100s, where an H200 holds it:", table(heads, time)]
+        parts += ["Seconds of a step on H200s, where they hold it:", table(heads, time)]
         parts += [f"What a GPU sends in a step, GB, and the seconds of a step's parts, on {GPUS[-1]} GPUs:"]
         parts += [parts_table(plans)]
     return parts
@@ -154,7 +157,7 @@ def parts_table(plans: Mapping[str, Work]) -> str:
     rows = []
     for layout in LAYOUTS:
         for plan, one in plans.items():
-            sent, times = traffic(one, GPUS[-1], layout), seconds(one, H100, GPUS[-1], layout)
+            sent, times = traffic(one, GPUS[-1], layout), seconds(one, H200, GPUS[-1], layout, kernels=KERNELS)
             row = [f"{layout}, {plan}", *(number(sent[kind] / 1e9) for kind in ("gather", "exchange", "reduce"))]
             kinds = ("compute", "gather", "exchange", "reduce", "optimizer")
             rows.append([*row, *(number(times[kind]) for kind in kinds)])
@@ -166,7 +169,7 @@ def wide_table(found: Works) -> str:
     for name, plans in found.items():
         one, row = plans["hot"], [name]
         for layout in ("fsdp", "ep", "ep-wide"):
-            times = seconds(one, H100, GPUS[-1], layout)
+            times = seconds(one, H200, GPUS[-1], layout, kernels=KERNELS)
             parts, _ = expert_groups(one.num_experts, GPUS[-1], layout)
             row += [str(parts) if layout != "fsdp" else "", number(times["step"])]
         rows.append([row[0], row[2], row[3], row[4], row[5], row[6]])
@@ -180,7 +183,7 @@ def uneven_table(found: Works) -> str:
         for layout in ("ep", "ep-wide"):
             parts, _ = expert_groups(one.num_experts, GPUS[-1], layout)
             factors = [f"{imbalance(one.num_experts, parts, cv):.2f}" for cv in (0.25, 0.5, 1.0)]
-            times = [number(seconds(one, H100, GPUS[-1], layout, cv)["step"]) for cv in (0.25, 0.5, 1.0)]
+            times = [number(seconds(one, H200, GPUS[-1], layout, cv, KERNELS)["step"]) for cv in (0.25, 0.5, 1.0)]
             rows.append([name, layout, *(f"{a} → {b} s" for a, b in zip(factors, times, strict=True))])
     return table(["model", "layout", "CV 0.25", "CV 0.5", "CV 1"], rows, left=2)
 
@@ -192,6 +195,12 @@ def memory_checks() -> str:
         if contender.get("estimated_memory_bytes"):
             formula, peak = contender["estimated_memory_bytes"], contender["peak_memory_bytes"]
             rows.append([file, contender["name"], f"{formula / 1e9:.3f}", f"{peak / 1e9:.3f}", percent(formula / peak)])
+    for machine, record in records():
+        for row in record["contenders"]:
+            if formula := row.get("estimated_memory_bytes"):
+                peak = row["peak_memory_gb"]
+                cells = [f"{formula / 1e9:.1f}", f"{peak:.1f}", percent(formula / 1e9 / peak)]
+                rows.append([f"gpu/{machine.name}", row["name"], *cells])
     return table(["measured", "", "formula, GB", "peak, GB", "formula against peak"], rows, left=2)
 
 
@@ -268,7 +277,7 @@ def picture(found: Works) -> Figure:
         axes[0][column].set_title(name, fontsize=11, color=INK)
         axes[1][column].set_xlabel("GPUs", color=INK)
     axes[0][0].set_ylabel("GB on the fullest GPU", color=INK)
-    axes[1][0].set_ylabel("seconds of a step, H100", color=INK)
+    axes[1][0].set_ylabel("seconds of a step, H200", color=INK)
     lines = [axes[0][0].plot([], [], color=COLOURS[layout], label=layout)[0] for layout in LAYOUTS]
     lines += [axes[0][0].plot([], [], dashes, color=INK, label=label)[0]
               for label, dashes in (("LoRA on all experts", "--"), ("on hot 25%", "-"))]  # fmt: skip
@@ -283,7 +292,7 @@ def total_memory(one: Work, gpus: int, layout: str) -> float:
 def step_time(one: Work, gpus: int, layout: str) -> float:
     """Nothing where no GPU of these holds it."""
     fits = H200.holds(memory(one, gpus, layout)["total"])
-    return seconds(one, H100, gpus, layout)["step"] if fits else float("nan")
+    return seconds(one, H200, gpus, layout, kernels=KERNELS)["step"] if fits else float("nan")
 
 
 def fitting(one: Work, gpus: int, layout: str) -> str:

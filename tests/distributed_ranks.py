@@ -49,7 +49,7 @@ def whole_run(output: Path, **options) -> dict:
     given = {"max_steps": STEPS, "batch_size": PER_STEP // many, "lora_dropout": 0.0, **options.pop("config", {})}
     config = TrainConfig(learning_rate=3e-3, r=4, lora_alpha=8, save_steps=2, max_length=64, **given)
     return run_training(
-        str(folder / "model"), str(folder / "train.jsonl"), output, config=config,
+        str(folder / "model"), str(folder / options.pop("data", "train.jsonl")), output, config=config,
         test_data=str(folder / "test.jsonl"), device="cpu", fraction=0.375, **options,
     )  # fmt: skip
 
@@ -124,6 +124,37 @@ def failing(output: Path) -> None:
     (output.parent / "broken.jsonl").write_text('{"prompt": "no answer"}\n')
     sys.argv = ["hotlora", "train", "--model", str(output.parent / "model"), "--data", str(data), "-o", str(output)]
     hotlora.cli.main()
+
+
+def uneven(output: Path) -> None:
+    """Nine examples, four a step: the last step of an epoch has one, and some processes have none of their own."""
+    rows = (output.parent / "train.jsonl").read_text().splitlines(keepends=True)
+    (output.parent / "nine.jsonl").write_text("".join(rows[:9]))
+    whole_run(output, data="nine.jsonl", config={"max_steps": None, "epochs": 2})
+
+
+def other_data(output: Path) -> None:
+    """One process reads another file."""
+    name = f"train-{os.environ['RANK']}.jsonl"
+    rows = (output.parent / "train.jsonl").read_text()
+    (output.parent / name).write_text(rows.replace("3 plus", "4 plus") if os.environ["RANK"] == "1" else rows)
+    sys.argv = [
+        "hotlora", "train", "--model", str(output.parent / "model"), "--data", str(output.parent / name), "-o",
+        str(output), "--device", "cpu", "--no-preflight",
+    ]  # fmt: skip
+    hotlora.cli.main()
+
+
+def gone(output: Path) -> None:
+    """One process is killed in mid-training, as systems do when memory runs out."""
+    from hotlora import train
+
+    def die(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1" and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train._Recorder.on_step_end = die
+    whole_run(output)
 
 
 def others_trainer(output: Path) -> None:

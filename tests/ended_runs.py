@@ -1,4 +1,4 @@
-"""The command `hotlora train` ended from outside: by SIGTERM, by a second one in its folder, by a full disk.
+"""The command `hotlora train` ended from outside: by SIGTERM or Ctrl-C, by a second one in its folder, by a full disk.
 
     python ended_runs.py FOLDER FULL
 
@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer
 
-from hotlora import checkpoints, cli, crew
+from hotlora import checkpoints, cli, crew, run
 from hotlora.records import read_record
 
 SAVE_STEPS = 3
@@ -72,15 +73,51 @@ def sigterm(folder: Path, calm: Any) -> dict[str, Any]:
     child = in_child(log, lambda: command(words(folder, output)))
     wait_for_step(output, 4, child)
     os.kill(child, signal.SIGTERM)
-    code, steps = wait(child), steps_of(output)
+    code = wait(child)
+    return {**after_a_signal(folder, output, log, code), "same": outcome(output) == calm}
+
+
+def ctrl_c(folder: Path, calm: Any) -> dict[str, Any]:
+    """Ctrl-C to the real command, in a process of its own."""
+    output, log = folder / "ctrl-c", folder / "ctrl-c.log"
+    with open(log, "wb") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "hotlora", *words(folder, output)], stdout=file, stderr=subprocess.STDOUT
+        )
+    wait_for_step(output, 4, child.pid)
+    child.send_signal(signal.SIGINT)
+    return {**after_a_signal(folder, output, log, child.wait()), "same": outcome(output) == calm}
+
+
+def after_a_signal(folder: Path, output: Path, log: Path, code: int) -> dict[str, Any]:
+    """How the command ended, and that it goes on: `outcome` is to be had afterwards."""
     record, last = read_record(output), checkpoints.last_whole(output / "checkpoints")
     report = {
-        "code": code, "steps": steps, "checkpoint": checkpoints.step_of(last), "said": log.read_text(),
+        "code": code, "steps": steps_of(output), "checkpoint": checkpoints.step_of(last), "said": log.read_text(),
         "status": record["status"], "error": record.get("error"),
+        "left": [path.name for path in output.rglob(".*-*")],
     }  # fmt: skip
     report["again"] = wait(in_child(log, lambda: command(words(folder, output))))
     report["resumed_from"] = read_record(output)["training"]["resumed_from"]
-    return {**report, "same": outcome(output) == calm}
+    return report
+
+
+def ctrl_c_in(folder: Path, name: str, calm: Any, module: Any, function: str, times: int = 1) -> dict[str, Any]:
+    """Ctrl-C, `times`, when the command calls a function of a module or class."""
+    output, log = folder / name, folder / f"{name}.log"
+
+    def stopped() -> int:
+        def pressing(*args: Any, **kwargs: Any) -> Any:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(*args, **kwargs)
+
+        original = getattr(module, function)
+        setattr(module, function, pressing)
+        return command(words(folder, output))
+
+    code = wait(in_child(log, stopped))
+    return {**after_a_signal(folder, output, log, code), "same": outcome(output) == calm}
 
 
 def two_at_once(folder: Path, calm: Any) -> dict[str, Any]:
@@ -210,10 +247,15 @@ def main(folder: Path, full: int) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gc.freeze()
     crew.START = "fork"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
     assert wait(in_child(folder / "calm.log", lambda: command(words(folder, folder / "calm")))) == 0
     calm = outcome(folder / "calm")
     report = {
         "sigterm": sigterm(folder, calm),
+        "ctrl-c": ctrl_c(folder, calm),
+        "ctrl-c-loading": ctrl_c_in(folder, "loading", calm, run, "load_base"),
+        "ctrl-c-profiling": ctrl_c_in(folder, "profiling", calm, run, "profile_data"),
+        "ctrl-c-twice": ctrl_c_in(folder, "twice", calm, Trainer, "_save_checkpoint", times=2),
         "two": two_at_once(folder, calm),
         "sweep": sigterm_to_a_sweep(folder, calm),
         "full": full_disks(folder, calm, full, has_disk=True),

@@ -30,7 +30,7 @@ from hotlora.generations import read_generations
 from hotlora.import_peft import import_adapter
 from hotlora.mask import SparseMask
 from hotlora.models import load_model, load_tokenizer
-from hotlora.records import find_records, new_record, read_record, write_record
+from hotlora.records import find_records, new_record, read_record, read_results, write_record
 from hotlora.routing import profile_routing
 from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task
@@ -384,6 +384,10 @@ def _run_files(folder: Path) -> list[Target]:
                 table_rows(section, task)
         as_dict(compare_runs(runs, "all"))
 
+    def read_all_results() -> None:
+        read_runs()  # a page leaves results out that are broken
+        read_results(run / "results-gsm8k.jsonl")
+
     checkpoint = folder / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(bytes(range(200)))
@@ -393,7 +397,7 @@ def _run_files(folder: Path) -> list[Target]:
     metrics.write_bytes((run / "metrics.jsonl").read_bytes())
     return [
         Target("run.json", run / "run.json", read_runs, "json"),
-        Target("results", run / "results-gsm8k.jsonl", read_runs, "lines"),
+        Target("results", run / "results-gsm8k.jsonl", read_all_results, "lines"),
         Target(
             "a checkpoint's mark", checkpoint / "complete.json",
             lambda: (checkpoints.last_complete(checkpoint.parent), checkpoints.last_whole(checkpoint.parent)), "json",

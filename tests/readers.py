@@ -48,6 +48,8 @@ def read_vllm(folder, base):
             deltas = [(B.double() @ A.double()) * scaling for A, B in packed]
             _add_to_expert(experts, expert, family, *deltas)
     for name, (A, B) in modules.items():
+        if name.endswith(".kv_b_proj"):  # loaded, and applied nowhere (vllm#48974)
+            continue
         _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
     return model
 

@@ -131,6 +131,18 @@ def test_parameters_from_a_config_alone(call, tmp_path: Path):
     assert code == 0 and "84,967,424" in out and "1.2131%" in out
 
 
+def test_an_estimate_is_for_the_device_that_is_named(call, model_folder: Path):
+    command = ["params", model_folder, "--estimate", "--batch-size", 2, "--max-length", 32, "--json"]
+    found = {}
+    for device in ("cuda", "cpu"):
+        code, out, _ = call(*command, "--device", device)
+        assert code == 0
+        found[device] = json.loads(out)["estimate"]
+    assert found["cpu"]["memory"]["workspace"] > found["cuda"]["memory"]["workspace"]
+    code, out, _ = call(*command)
+    assert code == 0 and json.loads(out)["estimate"] == found["cuda"]
+
+
 def test_bad_input_is_one_message(call, model_folder: Path, rows: Path, tmp_path: Path):
     train = ("train", "--model", model_folder, "--output", tmp_path / "run", "--max-steps", 2)
     broken, empty = tmp_path / "broken.jsonl", tmp_path / "empty.jsonl"

@@ -17,6 +17,7 @@ from rich.console import Console
 from scipy import stats as scipy_stats
 from typer.testing import CliRunner
 
+from hotlora import escape
 from hotlora.cli_compare import compare
 from hotlora.comparison import as_dict, compare_runs
 from hotlora.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
@@ -242,6 +243,10 @@ def test_held_out_loss(tmp_path: Path):
     assert comparison.tables[0].measure == "held-out loss"
     assert compare_runs(tmp_path, metric="test_loss").margins == ()
     assert "+0.0210" in markdown(comparison)
+    assert compare_runs(tmp_path) == compare_runs(tmp_path, metric="test_loss"), "no run has a task"
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "hot", seed, None)
+        write_run(tmp_path, "all", seed, None)
     with pytest.raises(DataError, match="no run of a sweep here is done and has a score"):
         compare_runs(tmp_path)
 
@@ -344,6 +349,65 @@ def test_the_command_writes_what_it_is_asked_for(runs: Path, tmp_path: Path):
     assert parsed == json.loads(as_json(compare_runs(runs, "hot", margins=(0.5, 4))))
     code, _, error = call("--reference", "nobody", "--csv", tmp_path / "never.csv")
     assert code == 1 and isinstance(error, DataError) and not (tmp_path / "never.csv").exists()
+
+
+def test_names_from_others_are_escaped_in_every_format(tmp_path: Path):
+    names = {
+        "a|b": "a\\|b", "two\nlines": "two lines", "<script>x</script>": r"\<script>x\</script>",
+        "\x1b[31mred": "\ufffd[31mred", "![x](http://a/b)": r"![x]\(http://a/b)", "\\|": r"\\\|",
+        "=1+1": "=1+1", "&lt;": r"\&lt;",
+    }  # fmt: skip
+    for number, name in enumerate(("all", *names)):
+        for seed in (0, 1):
+            folder = write_run(tmp_path / str(number), "x", seed, 0.5 + seed / 10)
+            record = json.loads((folder / "run.json").read_text())
+            record["sweep"]["condition"], record["model"]["name"] = name, "m\nn<i>"
+            (folder / "run.json").write_text(json.dumps(record))
+    comparison = compare_runs(tmp_path)
+    told = markdown(comparison).splitlines()
+    assert told[0] == r"### s, gsm8k, m n\<i>: exact match, %"
+    assert all(any(line.startswith(f"| {shown} |") for line in told) for shown in names.values())
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 14 for line in told if line.startswith("|"))
+    screen = show(comparison, 200)
+    assert (
+        "\x1b" not in screen and "\ufffd[31mred" in screen and "<script>x</script>" in screen and "two lines" in screen
+    )
+    tex = latex(comparison).splitlines()
+    assert (
+        tex[0] == "% s, gsm8k, m n<i>: exact match, %" and len(tex) == 1 + len(comparison.tables[0].notes) + 4 + 9 + 2
+    )
+    assert any(line.startswith("$<$script$>$x$<$/script$>$ & ") for line in tex) and "\x1b" not in "".join(tex)
+    rows = list(csv.DictReader(io.StringIO(csv_text(comparison))))
+    assert {row["condition"] for row in rows} == {"all", *names} - {"=1+1"} | {"'=1+1"}
+    assert any(row["difference"].startswith("0") for row in rows), "numbers stay numbers"
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+x", "-x", "@SUM(1)", " =x", "\t=x"])
+def test_a_formula_is_text(text: str):
+    assert escape.csv(text) == f"'{text}"
+    assert escape.csv(-1.5) == -1.5 and escape.csv("a-b") == "a-b" and escape.csv("") == "" and escape.csv(None) is None
+
+
+def test_a_held_out_loss_is_the_score_where_no_run_has_a_task(tmp_path: Path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "all", seed, None, loss=1.0 + seed / 100)
+        write_run(tmp_path, "hot", seed, None, loss=1.1 + seed / 90)
+    comparison = compare_runs(tmp_path)
+    assert comparison.metric == "test_loss" and comparison.margins == () and rows_of(comparison)["hot"].against
+    assert comparison == compare_runs(tmp_path, metric="test_loss")
+    at = write_run(tmp_path, "hot", 3, 0.5)
+    comparison = compare_runs(tmp_path, "hot")
+    assert comparison.metric == "score" and str(at) not in str(comparison.left_out), "there is a task"
+    assert f"all, seed 0 ({tmp_path / 'all' / 'seed0'}): done, without a score" in comparison.left_out
+
+
+def test_a_broken_record_is_left_out_in_words(tmp_path: Path):
+    write_run(tmp_path, "all", 0, 0.5)
+    write_run(tmp_path, "hot", 0, 0.5)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "run.json").write_text('{"version": 7}')
+    (left,) = compare_runs(tmp_path).left_out
+    assert left.startswith(f"{tmp_path / 'theirs'}: ") and "has version 7" in left
 
 
 def test_a_difference_that_rounds_to_zero_has_no_minus(tmp_path: Path):

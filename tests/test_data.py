@@ -7,6 +7,7 @@ import pytest
 import torch
 from published import ABSENT, DATA
 from tiny_tokenizer import byte_tokenizer
+from transformers import ByT5Tokenizer
 
 from hotlora.data import (
     IGNORE,
@@ -21,6 +22,7 @@ from hotlora.data import (
 )
 from hotlora.errors import DataError
 from hotlora.tasks import Example
+from hotlora.tasks.rows import without_filling
 
 test_source.__test__ = False  # type: ignore[attr-defined]
 
@@ -70,6 +72,9 @@ def test_every_row_format(tmp_path: Path):
         ('{"prompt": "a", "completion": "b"}\n{"prompt": ', r"rows\.jsonl line 2 is not valid JSON"),
         ('{"prompt": "a", "completion": "b"}\n[1]\n', r"line 2: a row must be a JSON object, this is a list"),
         ('[{"prompt": "a"}', r"line 1 is not valid JSON"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud800", "completion": ""}', r"line 2.*half a character"),
+        ('[{"prompt": "a", "completion": "\\udfff"}]', r"row 1.*half a character"),
+        ('{"prompt": ' + "7" * 5000 + "}", r"line 1 is not valid JSON.*5000 digits"),
         (
             '{"prompt": "a", "text": "b"}',
             r"line 1: has prompt, text; a row needs prompt \+ completion, messages",
@@ -80,6 +85,11 @@ def test_every_row_format(tmp_path: Path):
             '{"messages": [{"role": "user", "content": "a"}]}',
             r"line 1: 'messages' must .* role must be 'assistant'",
         ),
+        ('{"prompt": "a", "completion": "b \\ud83d"}', r"line 1: holds half a character, \\ud83d"),
+        ('[{"a": 1}, {"messages": [{"role": "user", "content": "\\uDE00"}]}]', r"row 2: holds half a character"),
+        ('{"prompt": "a", "completion": "b", "\\ud83d": 1}', r"line 1: holds half a character"),
+        (f'{{"prompt": "a", "completion": {"1" * 5000}}}', r"line 1 is not valid JSON \(a number of more than 4,300"),
+        (f'[{{"a": 1}},\n{{"a": {"1" * 5000}}}]', r"line 2 is not valid JSON \(a number of more than 4,300 digits"),
         ("{}", r"line 1: has no fields"),
     ],
 )
@@ -142,9 +152,47 @@ def test_chat_templates_give_the_special_tokens(tmp_path: Path):
     (example,) = load_examples(write_lines(tmp_path / "a.jsonl", {"messages": messages}), tokenizer=tokenizer)
     assert (example.prompt, example.completion) == ("<bos>user\nU<eos>\n<bos>assistant\n", "A<eos>")
     row = tokenize([example], tokenizer, 64)[0]
-    # The template's own end is the end: no second one.
-    assert tokenizer.decode(row["input_ids"]) == example.prompt + example.completion
-    assert sum(row["completion_mask"]) == 2
+    # The text is the template's to the last character. Its own end is the end: no second one, and no loss after it.
+    assert tokenizer.decode(row["input_ids"]) == example.text == example.prompt + example.completion + "\n"
+    assert row["completion_mask"] == [0] * len(encode_prompt(example, tokenizer)) + [1, 1, 0]
+    # Without offsets too: a tokenizer in Python does not tell which characters a token is of.
+    slow = ByT5Tokenizer()
+    slow.chat_template = CHAT.replace("<eos>", "</s>")
+    (example,) = load_examples(str(tmp_path / "a.jsonl"), tokenizer=slow)
+    row = tokenize([example], slow, 64)[0]
+    kept = [i for i, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+    assert slow.decode(kept) == "A</s>" == example.completion
+    assert row["input_ids"] == slow(example.text, add_special_tokens=False)["input_ids"]
+
+
+def test_whole_pairs_of_surrogates_are_characters(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"prompt": "\ud83d\ude00 \\ud83d", "completion": "b"}')
+    (example,) = load_examples(str(path))
+    assert example.prompt == "😀 \\ud83d"
+    with pytest.raises(DataError, match="example 2: the tokenizer refuses its text"):
+        tokenize([example, Example("\ud83d", "b")], byte_tokenizer(), 64)
+
+
+def test_a_token_past_the_embedding_is_told_with_its_line(tmp_path: Path):
+    tokenizer = byte_tokenizer(extra_special_tokens=["<more>"])
+    path = write_lines(
+        tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a<more>", "completion": ""}
+    )
+    examples = load_examples(path)
+    assert len(tokenize(examples, tokenizer, 9, vocab_size=260)) == 2
+    with pytest.raises(DataError, match=r"a.jsonl line 2: '<more>' is token 259, and .* has 259 rows"):
+        tokenize(examples, tokenizer, 9, vocab_size=259)
+    tokenizer.pad_token = "<more>"
+    with pytest.raises(DataError, match="The padding token '<more>' is token 259"):
+        tokenize(examples[:1], tokenizer, 9, vocab_size=259)
+
+
+def test_what_arrow_fills_in_is_left_out():
+    row = {"tools": None, "messages": [{"content": None, "role": "a", "more": [{"a": 1, "b": None}]}], "n": [None, 2]}
+    assert without_filling(row) == {
+        "tools": None, "messages": [{"role": "a", "more": [{"a": 1}]}], "n": [None, 2]
+    }  # fmt: skip
 
 
 def test_tokenize_marks_the_response_and_its_end():

@@ -357,7 +357,10 @@ def test_costs(tiny_folder: str, tmp_path: Path, in_here: None):
     counts = recipe.counts(str(tmp_path / "olmoe"), ["lora", "sieve"], 32)
     assert counts == {"lora": 311_459_840, "sieve": 84_967_424}
     recipe.run(tmp_path, print)
-    ours, published, _ = shown("moe-sieve-table-4", tmp_path, Setting(tiny_folder)).numbers
+    result = shown("moe-sieve-table-4", tmp_path, Setting(tiny_folder))
+    ours, published, qwen = result.numbers
+    assert (published["bytes_saved"], qwen["bytes_saved"]) == (0.734, 0.71)  # as printed
+    assert ["73.4%", "71.0%"] == [row[4] for row in result.rows[1:]]
     assert ours["parameters_all"] == parameters_from_config(tiny_folder, r=4)["trainable"]
     assert ours["bytes_hot"] == 4 * parameters_from_config(tiny_folder, r=4, fraction=0.25)["trainable"]
     assert ours["parameters_saved"] == pytest.approx(1 - ours["bytes_hot"] / ours["bytes_all"])

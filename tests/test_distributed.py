@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hotlora.cli import app
 from hotlora.config import same_run
-from hotlora.distributed import sharding, shared_out, summed
+from hotlora.distributed import _hint_at_one_process, sharding, shared_out, start, summed
 from hotlora.errors import HotLoraError
 from hotlora.routing import RoutingProfile
 
@@ -52,7 +52,9 @@ def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     jobs = ("one:1", "ddp:2", "fsdp:2", "experts:2", "ddp:4", "fsdp:4", "experts:4", "profile:1", "profile:2")
     resumed = ("calm:1", "resume:4", "resume:2", "resume:1")
-    return folder, run_ranks(folder, *jobs, "failing:2", "others_trainer:1", "others_trainer:2", *resumed)
+    uneven = ("uneven:1", "uneven:2", "uneven:4")
+    broken = ("failing:2", "other_data:2", "gone:2")
+    return folder, run_ranks(folder, *jobs, *broken, "others_trainer:1", "others_trainer:2", *resumed, *uneven)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,32 @@ def test_an_error_in_one_process_ends_all_with_one_message(quick):
     assert codes["failing:2"] == [1, 1]
     logs = said(folder, "failing:2")
     assert logs.count("error:") == 1 and "broken.jsonl" in logs and "Traceback" not in logs
+
+
+@pytest.mark.parametrize("job", ["uneven:2", "uneven:4"])
+def test_no_example_is_read_twice_where_they_do_not_come_out_even(quick, job):
+    """Accelerate fills the last batches up with the first examples again."""
+    folder, codes = quick
+    assert codes["uneven:1"] == [0] and not any(codes[job]), said(folder, job)
+    assert_same_training(folder, "uneven-1", job.replace(":", "-"))
+    records = [json.loads((folder / name / "run.json").read_text()) for name in ("uneven-1", job.replace(":", "-"))]
+    assert records[0]["training"]["tokens"] == records[1]["training"]["tokens"]
+
+
+def test_a_process_that_reads_other_data_ends_all(quick):
+    folder, codes = quick
+    assert codes["other_data:2"] == [1, 1]
+    logs = said(folder, "other_data:2")
+    assert logs.count("error:") == 1 and "process 1 was given another data_hash" in logs and "Traceback" not in logs
+    assert not (folder / "other_data-2" / "run.json").exists()
+
+
+def test_a_process_that_is_gone_is_told_in_the_record(quick):
+    folder, codes = quick
+    assert codes["gone:2"] == [1, -9]
+    record = json.loads((folder / "gone-2" / "run.json").read_text())
+    assert record["status"] == "failed" and "another process of this run is gone without a message" in record["error"]
+    assert "Connection" not in record["error"] and "gloo" not in record["error"]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +311,22 @@ def test_a_run_is_the_same_whoever_has_its_examples():
     assert same_run(options) == {"learning_rate": 1.0, "examples_per_step": 8}
     assert same_run({**options, "batch_size": 1, "processes": 4}) == same_run(options)
     assert same_run({**options, "processes": 4}) != same_run(options)
+
+
+def test_accelerate_that_starts_one_process_on_a_cpu_is_hinted_at(monkeypatch, caplog):
+    """What `accelerate launch --cpu --num_processes 2` leaves in the environment of the one process that it starts."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    _hint_at_one_process.cache_clear()
+    start("cpu")
+    start("cpu")
+    assert caplog.text.count("torchrun --nproc-per-node N") == 1
+    caplog.clear()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")  # on a GPU
+    _hint_at_one_process.cache_clear()
+    start("cpu")
+    assert not caplog.text
 
 
 def test_commands_of_one_process_say_so():

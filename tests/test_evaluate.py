@@ -90,6 +90,40 @@ def test_acc_ranks_whole_choices(model):
     assert [r["prediction"] for r in evaluation.results] == [max(range(2), key=row.__getitem__) for row in scores]
 
 
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_choices_past_the_models_window_are_cut_on_the_left(caplog: pytest.LogCaptureFixture, batch_size: int):
+    """As lm-eval does: the last 16 tokens before the choice's last one are what a window of 16 reads."""
+    small = tiny_model("olmoe", vocab_size=259, max_position_embeddings=16)
+    examples = [Example("abcdefgh" * n, "", choices=("no", "yes, yes"), label=0) for n in (1, 2, 3, 4)]
+    widths: list[int] = []
+    hook = small.register_forward_pre_hook(
+        lambda _module, _args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    scores = choice_scores(small, TOKENIZER, examples, batch_size=batch_size)
+    hook.remove()
+    assert max(widths) == 16
+    for example, row in zip(examples, scores, strict=True):
+        for choice, value in zip(example.choices, row, strict=True):
+            start = max(0, len(f"{example.prompt} {choice}") - 17)
+            assert value == pytest.approx(likelihood(small, example.prompt[start:], f" {choice}") / len(choice))
+    assert "3 of 4 examples are longer than the model's window of 16 tokens" in caplog.text
+    caplog.clear()
+    evaluation = evaluate_task(small, TOKENIZER, get_task("nano-choice"), examples, batch_size=batch_size)
+    assert [r["scores"] for r in evaluation.results] == [pytest.approx(row) for row in scores]
+    assert [r.get("cut") for r in evaluation.results] == [None, 8, 16, 24]  # 8, 16, 24, 32 + 9 bytes; 17 of them count
+    assert evaluation.summary()["cut"] == 3 and caplog.text.count("3 of 4 examples") == 1
+    with pytest.raises(DataError, match="Example 0: choice 1 has 17 tokens, and the model's window is 16"):
+        choice_scores(small, TOKENIZER, [Example("p", "", choices=("a", "b" * 16), label=0)])
+
+
+def test_a_prompt_past_the_models_window_is_told(caplog: pytest.LogCaptureFixture):
+    small = tiny_model("olmoe", vocab_size=259, max_position_embeddings=16)
+    generate(small, TOKENIZER, [Example("p" * 16, ""), Example("p" * 15, "")], max_new_tokens=1)
+    assert not caplog.text
+    generate(small, TOKENIZER, [Example("p" * 17, ""), Example("p" * 15, "")], max_new_tokens=1)
+    assert "1 of 2 prompts are longer than the model's window of 16 tokens" in caplog.text
+
+
 def test_data_without_a_scorer_is_not_evaluated_on(model):
     with pytest.raises(DataError, match="mbpp has no scorer, so it cannot be evaluated on: it is data to profile"):
         evaluate_task(model, TOKENIZER, get_task("mbpp"), EXAMPLES)
@@ -98,6 +132,9 @@ def test_data_without_a_scorer_is_not_evaluated_on(model):
 def test_an_empty_choice_is_an_error(model):
     with pytest.raises(DataError, match="Example 0: choice 1 or its prompt is empty"):
         choice_scores(model, TOKENIZER, [Example("p", "", choices=("a", ""), label=0)])
+    examples = [Example("p" * (9 - i), "", choices=("a", "b" * (i != 2)), label=0) for i in range(4)]
+    with pytest.raises(DataError, match="Example 2: choice 1"):
+        evaluate_task(model, TOKENIZER, get_task("boolq"), examples, batch_size=1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

@@ -24,7 +24,7 @@ from hotlora.adapter import HotLoraConfig
 from hotlora.errors import FileError, HotLoraError, ModelError
 from hotlora.export import export_adapter
 from hotlora.import_peft import import_adapter
-from hotlora.models import fingerprint, moe_layers
+from hotlora.models import attention_modules, fingerprint, moe_layers
 
 # The usual layout; shared experts; MLA and a dense first layer; transposed, interleaved, biased; no gate; experts on
 # the decoder layer itself; a router's Linear inside; a fused checkpoint.
@@ -107,22 +107,30 @@ def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+def merged_attention(family, format):
+    """The option that an export of this family needs."""
+    names = [path.rpartition(".")[2] for path in attention_modules(zoo_model(family))]
+    return {"merge_attention": True} if format == "vllm" and "kv_b_proj" in names else {}
+
+
 # What servers make of it
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("format", "read"), [("vllm", read_vllm), ("sglang", read_sglang)])
 def test_a_server_reads_the_adapted_model(family, format, read, tmp_path):
-    model, base = adapted(family, train_router=False), zoo_model(family)
-    assert export_adapter(model, tmp_path / "out", format=format) == tmp_path / "out"
-    assert_same(logits(read(tmp_path / "out", base)), logits(model), other=logits(base))
+    model, base, out = adapted(family, train_router=False), zoo_model(family), tmp_path / "out"
+    merged = merged_attention(family, format)
+    assert export_adapter(model, out, format=format, **merged) == out
+    found = read(out / "adapter", base_of(out / "base", family)) if merged else read(out, base)
+    assert_same(logits(found), logits(model), other=logits(base))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_the_router_merged_base_and_adapter_give_the_adapted_model(family, tmp_path):
     model = adapted(family)
     expected, weights = logits(model), copy.deepcopy(model.state_dict())
-    export_adapter(model, tmp_path / "out", format="vllm", merge_router=True)
+    export_adapter(model, tmp_path / "out", format="vllm", merge_router=True, **merged_attention(family, "vllm"))
     assert_same(logits(read_vllm(tmp_path / "out/adapter", base_of(tmp_path / "out/base", family))), expected)
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -312,7 +320,7 @@ def test_every_family(family, tmp_path):
     imported = import_adapter(zoo_model(family), tmp_path / "peft")
     assert_same(logits(imported), expected, other=logits(zoo_model(family)))
     for format, read in (("vllm", read_vllm), ("sglang", read_sglang)):
-        export_adapter(model, tmp_path / format, format=format, merge_router=True)
+        export_adapter(model, tmp_path / format, format=format, merge_router=True, **merged_attention(family, format))
         if family not in RENAMED:
             base = base_of(tmp_path / format / "base", family)
             assert_same(logits(read(tmp_path / format / "adapter", base)), expected)
@@ -339,6 +347,29 @@ def test_a_router_needs_a_decision(format, tmp_path):
     with pytest.raises(HotLoraError, match=r"router.*merge_router=True.*drop_router=True.*differ"):
         export_adapter(adapted(), tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_vllm_does_not_apply_is_not_given_to_it(tmp_path):
+    """MLA's kv_b_proj: vLLM reads its weight when it loads the model, and runs no adapter on it (vllm#48974)."""
+    model = adapted("deepseek_v3", train_router=False)
+    with pytest.raises(HotLoraError, match=r"kv_b_proj.*merge_attention=True.*--no-attention"):
+        export_adapter(model, tmp_path / "out", format="vllm")
+    with pytest.raises(HotLoraError, match="kv_b_proj"):
+        export_adapter(adapted("deepseek_v3"), tmp_path / "out", format="vllm", merge_router=True)
+    assert not list(tmp_path.iterdir())
+    export_adapter(model, tmp_path / "out", format="vllm", merge_attention=True)
+    held = tensors_of(tmp_path / "out/adapter")
+    assert any("kv_a_proj_with_mqa" in name for name in held) and not any("kv_b_proj" in name for name in held)
+    assert "kv_b_proj" not in config_of(tmp_path / "out/adapter")["target_modules"]
+    export_adapter(model, tmp_path / "sglang", format="sglang")
+    assert any("kv_b_proj" in name for name in tensors_of(tmp_path / "sglang"))
+    # Without attention there is nothing to decide.
+    export_adapter(
+        adapted("deepseek_v3", train_router=False, train_attention=False), tmp_path / "experts", format="vllm"
+    )
+    for other, format in ((adapted("olmoe", train_router=False), "vllm"), (model, "sglang"), (model, "merged")):
+        with pytest.raises(HotLoraError, match="leave merge_attention out"):
+            export_adapter(other, tmp_path / "other", format=format, merge_attention=True)
 
 
 def test_choices_that_make_no_sense(tmp_path):

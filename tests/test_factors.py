@@ -2,15 +2,18 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
+from hotlora.experts import up_projection
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from zoo import zoo_model
 
+from hotlora import factors
 from hotlora.adapter import HotLoraConfig
 from hotlora.count import count_parameters
 from hotlora.errors import FileError, HotLoraError, PlanError
@@ -85,7 +88,7 @@ def by_hand(model, adapter="default"):
                     rows = slice(0, half) if part == "gate" else slice(half, None)
                     up[expert] = up[expert].clone()
                     up[expert][rows] += delta
-            up, down = module._own_layout(torch.stack(up), torch.stack(down))
+            up, down = module.view.own_layout(torch.stack(up), torch.stack(down))
             up_name = "gate_up_proj" if module.base_layer.has_gate else "up_proj"
             weights |= {f"{name}.{up_name}": up, f"{name}.down_proj": down}
         elif isinstance(module, HotLoraWeights):
@@ -105,10 +108,10 @@ def test_experts_have_the_ranks_of_the_plan(use_rslora, tmp_path):
     assert {n: p["default"]["rank_8"].shape for n, p in first.named_children() if n == "lora_B_down"} == {
         "lora_B_down": (1, 32, 8)
     }
-    ranks = [factors.A_down.shape[1] for factors in first.factors("default")]
-    scalings = [factors.scaling for factors in first.factors("default")]
+    ranks = [factors.A_down.shape[1] for factors in first.updates("default")]
+    scalings = [factors.scaling for factors in first.updates("default")]
     assert ranks == [2, 4, 8] and scalings == pytest.approx([8 / (r**0.5 if use_rslora else r) for r in ranks])
-    assert [f.expert_ids_N.tolist() for f in second.factors("default")] == [[6], [1, 3]]
+    assert [f.expert_ids_N.tolist() for f in second.updates("default")] == [[6], [1, 3]]
     trained = sum(p.numel() for p in first.parameters() if p.requires_grad)
     assert trained == sum(RANKS["0"]) * (2 * (32 + 16) + (16 + 32))
     expected = torch.func.functional_call(tiny_model(), by_hand(model), (), dict(BATCH)).logits
@@ -174,7 +177,7 @@ def dora_by_hand(model):
                 ups = torch.cat([ups[:, 0::2], ups[:, 1::2]], dim=1)
             ups = ups.index_copy(0, torch.tensor(ids), normed(ups[ids], magnitudes[0]))
             downs = downs.index_copy(0, torch.tensor(ids), normed(downs[ids], magnitudes[1]))
-            ups, downs = module._own_layout(ups, downs)
+            ups, downs = module.view.own_layout(ups, downs)
             weights |= {f"{name}.{up_name}": ups, f"{name}.down_proj": downs}
         elif isinstance(module, HotLoraWeights):
             for key, path in module._weights.items():
@@ -278,6 +281,109 @@ def test_A_depends_on_its_seed_and_name_alone():
     assert router_only_seed == 0
 
 
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_frozen_A_is_the_same_whatever_torchs_defaults_are(family):
+    def made():
+        model = adapted(zoo_model(family), randomise=False, train_a=False)
+        drawn = {n: m.values for n, m in model.named_modules() if isinstance(m, SeededFactor)}
+        return drawn, {p.dtype for p in model.parameters() if p.requires_grad}
+
+    expected = made()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found[1] == expected[1] == {torch.float32}
+    assert all(torch.equal(values, expected[0][name]) for name, values in found[0].items())
+    with torch.device("meta"):  # as it stands while some loaders make a model
+        factor = SeededFactor((2, 3), 0, "x", torch.device("cpu"))
+    assert torch.equal(factor.values, SeededFactor((2, 3), 0, "x", torch.device("cpu")).values)
+
+
+def test_an_adapter_with_a_frozen_A_loads_under_another_default_dtype(tmp_path):
+    dense = trained_dense()
+    sparse = adapted(randomise=False, train_a=False, mask=draw_mask(dense))
+    train(sparse, 3)
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        model.save_pretrained(tmp_path / name)
+        base = tiny_model()
+        torch.set_default_dtype(torch.float64)
+        try:
+            loaded = load_adapter(base, tmp_path / name)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("load", "options"),
+    [
+        (load_adapter, {}),
+        (PeftModel.from_pretrained, {}),
+        (PeftModel.from_pretrained, {"low_cpu_mem_usage": True}),  # which draws A last
+    ],
+)
+def test_another_frozen_A_than_the_saved_one_is_refused(load, options, tmp_path, monkeypatch):
+    model = trained_dense()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    assert len(saved["a_sha256"]) == 64
+    base = tiny_model()
+    for change in ({"a_seed": 1}, {"a_sha256": "0" * 64}):
+        file.write_text(json.dumps(saved | change))
+        with pytest.raises(FileError, match=r"frozen A .* is not the one that the adapter was trained with"):
+            load(base, tmp_path, **options)
+        assert options or not any("lora" in name for name, _ in base.named_modules())
+        base = tiny_model()
+    file.write_text(json.dumps(saved))
+    draw = factors.uniform  # another generator, such as another torch might have
+    monkeypatch.setattr(factors, "uniform", lambda *args: draw(*args) * 1.0001)
+    with pytest.raises(FileError, match="is not the one"):
+        load(base, tmp_path, **options)
+    monkeypatch.undo()
+    file.write_text(json.dumps({key: value for key, value in saved.items() if key != "a_sha256"}))  # an older one
+    assert torch.equal(logits(load(tiny_model(), tmp_path, **options)), logits(model))
+    file.write_text(json.dumps(saved | {"a_sha256": 5}))
+    with pytest.raises(FileError, match=r"a_sha256 (is|.*saved) 5"):
+        load(tiny_model(), tmp_path, **options)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_frozen_A_goes_with_B_in_every_dtype(sparse, tmp_path):
+    """float64; float32 on a 16-bit base; 16 bits, as TRL has them for ZeRO-3 and on quantized bases."""
+    options = {"mask": draw_mask(trained_dense())} if sparse else {}
+    for dtype, autocast in ((torch.float64, True), (torch.bfloat16, True), (torch.bfloat16, False)):
+        config = HotLoraConfig(plan=tiny_plan(tiny_model()), r=4, lora_alpha=8, train_a=False, **options)
+        base = tiny_model().to(dtype)
+        base.set_experts_implementation("eager")  # the others take no float64
+        before = logits(base)
+        model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
+        fill(model, 0)
+        held = torch.float32 if dtype == torch.bfloat16 and autocast else dtype
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {held}
+        model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+        expected = logits(model.eval())
+        assert expected.dtype == dtype and not torch.equal(expected, before)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        assert logits(model.to(torch.bfloat16)).dtype == torch.bfloat16
+        again = [m for m in model.to(torch.float32).modules() if isinstance(m, SeededFactor)]
+        assert all(torch.equal(m.values, SeededFactor(m.shape, 0, m.name, m.values.device).values) for m in again)
+
+
+def test_a_frozen_A_made_on_meta_is_drawn_where_it_gets_a_device():
+    with torch.device("meta"):
+        base = type(tiny_model())(tiny_model().config)
+    model = get_peft_model(base, HotLoraConfig(plan=tiny_plan(tiny_model()), r=4, train_a=False))
+    found = {n: m for n, m in model.to_empty(device="cpu").named_modules() if isinstance(m, SeededFactor)}
+    expected = {n: m for n, m in adapted(train_a=False).named_modules() if isinstance(m, SeededFactor)}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(m.values, expected[n].values) for n, m in found.items())
+
+
 def test_counts_with_a_frozen_A_are_those_of_B():
     plain, frozen = count_parameters(adapted()), count_parameters(adapted(train_a=False))
     assert frozen["total"] == plain["total"]
@@ -339,8 +445,7 @@ def test_sparse_training_is_masked_dense_training_bit_for_bit(ranks, tmp_path):
     merges_and_comes_out_again(sparse)
     by_transformers = tiny_model()
     by_transformers.load_adapter(str(tmp_path / "adapter"))
-    with pytest.raises(HotLoraError, match="loaded without its mask"):
-        logits(by_transformers)
+    assert torch.equal(logits(by_transformers), logits(masked))
 
 
 def state_bytes(model, optimizer):
@@ -377,12 +482,16 @@ def test_a_sparse_adapter_counts_its_kept_entries():
 def test_the_mask_keeps_the_largest(tmp_path):
     model = trained_dense()
     B = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    B["model.layers.1.mlp.gate.lora_B.weight"].data.mul_(1e-3)  # nothing of it is among the largest
     sizes = torch.cat([p.detach().abs().flatten() for p in B.values()])
     lowest = sizes.topk(round(0.1 * len(sizes))).values[-1]
     mask = draw_mask(model, source={"run": "x"})
     for name, p in B.items():
         expected = (p.detach().abs() >= lowest) & (p != 0)
-        assert torch.equal(mask.entries(name, p.shape), expected) or not expected.any()
+        if name == "model.layers.1.mlp.gate.lora_B.weight":
+            assert not expected.any()
+            expected[0, 0] = True  # an empty tensor could not be saved
+        assert expected.any() and torch.equal(mask.entries(name, p.shape), expected), name
     mask.save(tmp_path)
     again = SparseMask.load(tmp_path / "mask.safetensors")
     assert again.num_kept() == mask.num_kept() and again.source == {"run": "x"} and again.a_seed == 0
@@ -434,6 +543,84 @@ def test_masks_say_what_is_wrong(tmp_path):
         SparseMask.load(tmp_path / "mask.safetensors")
 
 
+def sparse_adapter(seed=0, **config):
+    model = adapted(randomise=False, train_a=False, mask=draw_mask(trained_dense(**config)), **config)
+    train(model, 3)
+    fill_sparse(model, seed)
+    return model
+
+
+def fill_sparse(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def as_saved_before(folder, name="default"):
+    """The keys of sparse factors that lie two deep held the adapter's name; the config held no hash of A."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(weights)
+    deep = re.compile(r"(\.lora_\w+)(\.(?:weight|rank_\d+)\.(?:values|kept))$")
+    old = {deep.sub(rf"\1.{name}\2", key): tensor for key, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_file(old, weights)
+    changed = json.loads(config.read_text()) | {"weights_sha256": None}
+    config.write_text(json.dumps({key: value for key, value in changed.items() if key != "a_sha256"}))
+
+
+@pytest.mark.parametrize("ranks", [None, RANKS])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_sparse_adapter_loads_under_any_name_and_beside_another(ranks, is_old, tmp_path):
+    models = [sparse_adapter(seed, ranks=ranks) for seed in (1, 2)]
+    expected = [logits(model) for model in models]
+    for model, name in zip(models, "xy", strict=True):
+        model.save_pretrained(tmp_path / name)
+        assert not any("default" in key for key in load_file(tmp_path / name / "adapter_model.safetensors"))
+        if is_old:
+            as_saved_before(tmp_path / name)
+    both = load_adapter(tiny_model(), tmp_path / "x", "first")
+    load_adapter(both, tmp_path / "y", "second")
+    theirs = PeftModel.from_pretrained(tiny_model(), tmp_path / "x", "first").eval()
+    theirs.load_adapter(tmp_path / "y", "second")
+    for model in (both, theirs):
+        for name, values in zip(("first", "second"), expected, strict=True):
+            model.set_adapter(name)
+            assert torch.equal(logits(model), values)
+    both.save_pretrained(tmp_path / "both")
+    assert torch.equal(logits(load_adapter(tiny_model(), tmp_path / "both" / "second", "z")), expected[1])
+
+
+def test_an_older_sparse_adapter_without_its_mask_is_not_used(tmp_path):
+    """transformers' own loader drops the keys that it does not know."""
+    sparse_adapter().save_pretrained(tmp_path)
+    as_saved_before(tmp_path)
+    model = tiny_model()
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(HotLoraError, match="loaded without its mask"):
+        logits(model)
+
+
+def test_sparse_adapters_are_combined(tmp_path):
+    models = [sparse_adapter(seed) for seed in (1, 2)]
+    updates = []
+    for model, name in zip(models, "xy", strict=True):
+        model.save_pretrained(tmp_path / name)
+        base = tiny_model().state_dict()
+        updates.append({key: w - base[key] for key, w in model.merge_and_unload().state_dict().items()})
+    both = load_adapter(tiny_model(), tmp_path / "x", "x")
+    load_adapter(both, tmp_path / "y", "y")
+    both.add_weighted_adapter(["x", "y"], [0.7, 0.4], "both")
+    both.set_adapter("both")
+    merged = both.merge_and_unload(adapter_names=["both"]).state_dict()
+    changed = 0
+    for key, weight in tiny_model().state_dict().items():
+        expected = weight + 0.7 * updates[0][key] + 0.4 * updates[1][key]
+        torch.testing.assert_close(merged[key], expected, rtol=1e-4, atol=1e-5)
+        changed += bool((expected != weight).any())
+    assert changed == 2 * (4 + 1 + 2)
+
+
 # Weights of their own (ESFT)
 
 
@@ -459,7 +646,7 @@ def test_full_experts_start_as_the_base_and_train_alone(family, tmp_path):
     for layer in moe_layers(model):
         module, path = model.get_submodule(layer.experts), layer.experts.removeprefix("base_model.model.")
         base, ids = module.base_layer, torch.tensor(module.expert_ids["default"])
-        own = module._own_layout(module.lora_full_gate_up["default"], module.lora_full_down["default"])
+        own = module.view.own_layout(module.lora_full_gate_up["default"], module.lora_full_down["default"])
         for name, values in zip(("gate_up_proj" if base.has_gate else "up_proj", "down_proj"), own, strict=True):
             weights[f"{path}.{name}"] = getattr(base, name).index_copy(0, ids, values)
     output = model(**BATCH).logits
@@ -472,6 +659,27 @@ def test_full_experts_start_as_the_base_and_train_alone(family, tmp_path):
         assert (mine - plain).norm() <= 1e-3 * plain.norm()
     same_after_saving(model, tmp_path, lambda: zoo_model(family))
     merges_and_comes_out_again(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_merged_full_experts_are_the_trained_weights_bit_for_bit(family, dtype):
+    """Not the base plus a rounded difference."""
+    base = zoo_model(family).to(dtype)
+    model = adapted(base, train_full_experts=True, train_attention=False, train_router=False, train_shared=False)
+    layer = base.get_submodule(moe_layers(base)[0].experts)
+    experts, ids = layer.get_base_layer(), list(layer.expert_ids["default"])
+    with torch.no_grad():
+        for held in (layer.lora_full_gate_up, layer.lora_full_down):
+            held["default"].mul_(1 + 1e-3 * torch.randn(held["default"].shape))
+    trained = layer.view.own_layout(layer.lora_full_gate_up["default"], layer.lora_full_down["default"])
+    before = experts.down_proj.clone()
+    model.merge_adapter()
+    merged = (getattr(experts, up_projection(experts))[ids], experts.down_proj[ids])
+    for weight, expected in zip(merged, trained, strict=True):
+        assert torch.equal(weight, expected.to(dtype))
+    model.unmerge_adapter()
+    assert torch.equal(experts.down_proj, before)
 
 
 def test_full_experts_cannot_leave_as_low_rank(tmp_path):

@@ -17,7 +17,7 @@ from hotlora.hot_experts import HotLoraExperts
 from hotlora.hot_weights import HotLoraWeights
 from hotlora.load import load_adapter
 from hotlora.mask import draw_mask
-from hotlora.models import attention_modules, fingerprint, moe_layers
+from hotlora.models import attention_modules, fingerprint, moe_layers, skips_tokens
 from hotlora.plan import select_experts
 from hotlora.routing import profile_routing
 
@@ -56,8 +56,15 @@ def test_no_family_is_forgotten():
 @every_family
 def test_profile_and_zero_B(family):
     """A profile's rows sum to tokens x K; with B = 0 the logits are the base's, bit for bit."""
-    model = zoo_model(family)
+    model, zeros = zoo_model(family), []
+    for layer in moe_layers(model):
+        experts = model.get_submodule(layer.experts)
+        experts.register_forward_pre_hook(
+            lambda module, args, kwargs: zeros.append(((*args, *kwargs.values())[2] == 0).any()), with_kwargs=True
+        )
     profile = profile_routing(model, [BATCH])
+    assert skips_tokens(model) is (family in SKIPS)
+    assert not any(zeros) or family in SKIPS, "a weight of exactly 0 may mean that a token is sent to no expert"
     assigned = profile.num_tokens * profile.num_experts_per_tok
     assert profile.num_tokens == BATCH["attention_mask"].sum()
     for row in profile.counts.sum(dim=1).tolist():

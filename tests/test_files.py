@@ -106,6 +106,8 @@ def test_nan_and_infinity_become_null(tmp_path):
         (b"\x80\x04\x95pickle", "another kind of file"),
         (b"[1, 2]", "a JSON list, not an object"),
         (b'{"3": [1], "3": [2]}', "'3' is given twice"),
+        (b'{"a": ["x", {"\\ud83d": 1}]}', r"half a character \(\\ud83d\)"),
+        (b'{"a": ' + b"7" * 5000 + b"}", "5000 digits"),
     ],
 )
 def test_read_json_names_a_broken_file(tmp_path, content, says):
@@ -161,5 +163,10 @@ def test_read_json_lines(tmp_path):
     path.write_text('{"step": 1}\nnonsense\n')
     with pytest.raises(FileError, match="line 2"):
         read_json_lines(path)
+    path.write_text('{"step": 1}\n{"step": 2, "x": "\\udc00"}\n')
+    with pytest.raises(FileError, match=r"line 2: .*half a character \(\\udc00\)"):
+        read_json_lines(path)
+    path.write_text('{"x": "\\ud83d\\ude00"}\n')
+    assert read_json_lines(path) == [{"x": "😀"}], "two halves are one character"
     with pytest.raises(FileError, match="cannot be read"):
         read_json_lines(tmp_path / "none")

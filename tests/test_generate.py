@@ -1,5 +1,6 @@
 """Answers in batches, drawn and greedy; and evaluations that were stopped and go on."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,13 +16,14 @@ import torch
 from tiny import fill, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from zoo import zoo_model
 
 from hotlora import HotLoraConfig, cli
 from hotlora.config import TrainConfig
 from hotlora.errors import FileError, HotLoraError
 from hotlora.evaluate import evaluate_task
-from hotlora.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches
+from hotlora.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.records import read_record
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
@@ -29,6 +32,7 @@ from hotlora.tasks import Example, Task, get_task
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 5 * i % 17) + str(i), f" answer {i}") for i in range(11)]
 ECHO = Task("echo", "generate", "exact_match", lambda *_: [], lambda e, text: len(text) % 2 == 0, max_new_tokens=6)
+SHORT_AND_LONG = [Example(letter * length, "") for letter, length in zip("abcd", (5, 9, 2, 5), strict=True)]
 HOT = Sampling(samples=3, temperature=1.0, top_p=0.9, seed=5)
 
 
@@ -52,6 +56,26 @@ def test_batches_hold_as_many_tokens_as_the_longest(model):
         assert [row for batch in batches for row in batch] == rows
         assert all(len(batch) * lengths[batch[0][0]] <= batch_size * 100 for batch in batches)
         assert len(batches[0]) == min(batch_size, 7)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "olmoe", "nemotron_h"])
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(family: str):
+    """deepseek_v4 compresses windows that begin at a row's first column: a pad on the left shifts them."""
+    model = zoo_model(family, vocab_size=259)
+    alone: dict[tuple[str, int], str] = {}
+    for example in SHORT_AND_LONG:
+        alone |= texts(model, [example])
+    batches = list(answer_batches(model, TOKENIZER, SHORT_AND_LONG, max_new_tokens=6, batch_size=8))
+    assert {(SHORT_AND_LONG[a.index].prompt, 0): a.text for batch in batches for a in batch} == alone
+    assert [len(batch) for batch in batches] == ([1, 2, 1] if family == "deepseek_v4" else [4])
+
+
+def test_what_is_done_changes_no_batch_where_padding_matters():
+    model = zoo_model("deepseek_v4", vocab_size=259)
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 4}
+    batches = list(answer_batches(model, TOKENIZER, SHORT_AND_LONG, **options))
+    done = {answer.index for batch in batches[:2] for answer in batch}
+    assert list(answer_batches(model, TOKENIZER, SHORT_AND_LONG, done=done, **options)) == batches[2:]
 
 
 def test_an_answer_keeps_its_first_space():
@@ -86,6 +110,67 @@ def test_a_sample_is_the_same_whatever_else_is_answered(model):
     more = texts(model, sampling=Sampling(samples=5, temperature=1.0, top_p=0.9, seed=5))
     assert whole.items() < more.items()
     assert texts(model, sampling=Sampling(samples=3, temperature=1.0, top_p=0.9, seed=6)) != whole
+
+
+# What a checkpoint's generation_config.json may say, field by field, each away from its default.
+SAID = {
+    "max_length": 3, "max_new_tokens": 1, "min_length": 300, "min_new_tokens": 300, "early_stopping": True,
+    "max_time": 1e-9, "stop_strings": ["e", "a", "\\u0120"], "do_sample": True, "num_beams": 3, "use_mtp": True,
+    "use_cache": False, "cache_implementation": "static", "cache_config": {"nbits": 2}, "max_cache_len": 7,
+    "temperature": 5.0, "top_k": 2, "top_p": 0.5, "min_p": 0.1, "top_h": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.5,
+    "eta_cutoff": 0.5, "repetition_penalty": 9.0, "encoder_repetition_penalty": 9.0, "length_penalty": 9.0,
+    "no_repeat_ngram_size": 1, "bad_words_ids": [[i] for i in range(3, 250)], "renormalize_logits": True,
+    "forced_bos_token_id": 9, "forced_eos_token_id": 9, "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (1, 99.0), "suppress_tokens": list(range(3, 250)),
+    "begin_suppress_tokens": list(range(3, 250)), "sequence_bias": [[[9], 99.0]], "token_healing": True,
+    "guidance_scale": 3.0, "watermarking_config": {"bias": 99.0, "greenlist_ratio": 0.1}, "num_return_sequences": 2,
+    "output_attentions": True, "output_hidden_states": True, "output_scores": True, "output_logits": True,
+    "return_dict_in_generate": True, "encoder_no_repeat_ngram_size": 1, "is_assistant": True,
+    "num_assistant_tokens": 3, "num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.1,
+    "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "assistant_early_exit": 1, "assistant_lookbehind": 1,
+    "target_lookbehind": 1, "assistant_ensemble_weight": 0.5, "speculation_type": "x", "compile_config": {"mode": "x"},
+    "disable_compile": True, "continuous_batching_config": {"x": 1}, "low_memory": True, "penalty_alpha": 0.9,
+    "dola_layers": "low", "diversity_penalty": 9.0, "num_beam_groups": 3, "constraints": [9],
+    "force_words_ids": [[9]], "prefill_chunk_size": 2, "a_field_of_its_own": 1,
+}  # fmt: skip
+IDS = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}  # these are the file's to say
+
+
+@pytest.mark.parametrize(
+    ("adapted", "sampling", "names"),
+    [
+        (False, GREEDY, list(SAID)),
+        (True, GREEDY, ["no_repeat_ngram_size", "num_beams"]),
+        (False, HOT, ["bad_words_ids", "max_time"]),
+    ],
+    ids=["greedy", "adapted", "sampled"],
+)
+def test_answers_do_not_depend_on_the_checkpoints_generation_config(
+    adapted: bool, sampling: Sampling, names: list[str]
+):
+    """Every field of transformers' GenerationConfig. A new one fails until it is listed."""
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    assert not fields - set(SAID) - IDS, "transformers has new fields: list them, away from their defaults"
+    base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=256)
+    model = peft.get_peft_model(base, HotLoraConfig(plan=tiny_plan(base), r=4)) if adapted else base
+    plain = base.generation_config
+    expected = texts(model, EXAMPLES[3:5], sampling=sampling)
+    wrong = []
+    for name in names:
+        said = copy.deepcopy(plain)
+        setattr(said, name, SAID[name])
+        base.generation_config = said
+        try:
+            same = texts(model, EXAMPLES[3:5], sampling=sampling) == expected
+        except Exception as error:
+            same, name = False, f"{name}: {error!r:.60}"
+        assert model.generation_config is base.generation_config is said, "the model's own comes back"
+        if not same:
+            wrong.append(name)
+    assert not wrong
+    said.eos_token_id = [TOKENIZER("q")["input_ids"][0], 1]  # the ids that end a text count
+    base.generation_config = said
+    assert end_ids(model, TOKENIZER) == sorted([1, said.eos_token_id[0]])
 
 
 def test_a_low_temperature_or_a_small_top_p_is_greedy(model):
@@ -261,7 +346,7 @@ def test_merged_for_the_evaluation_says_the_same(saved: tuple[str, Path], tmp_pa
     assert files[0] == files[1] != files[2]
     assert merged["config"].pop("merge") is True and "merge" not in apart["config"]
     assert merged["config"] == apart["config"] and merged["parameters"] == apart["parameters"]
-    with pytest.raises(HotLoraError, match="merge was null and is true"):
+    with pytest.raises(HotLoraError, match="--merge on against none"):
         run_evaluation(model, "nano-math", tmp_path / "apart", merge=True, **options)
 
 

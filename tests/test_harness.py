@@ -9,6 +9,7 @@ import pytest
 from published import ABSENT, DATA
 from tiny import fill, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
+from zoo import zoo_model
 
 from hotlora import HotLoraConfig, cli
 from hotlora.errors import DataError, HotLoraError
@@ -130,7 +131,8 @@ def test_an_adapted_model_in_memory(folder: Path):
     ]
     assert before[0].results[:3] != after[1].results, "the adapter takes part"
     examples = get_task("gsm8k").load("test", str(folder / "gsm8k"), None, 0)[:3]
-    ours = generate(model, tokenizer, examples, max_new_tokens=256, stop=("Question:",))
+    task = get_task("gsm8k")
+    ours = generate(model, tokenizer, examples, max_new_tokens=task.max_new_tokens, stop=task.stop)
     assert [r["prediction"] for r in after[0].results] == ours
     examples = get_task("hellaswag").load("test", str(folder / "hellaswag"), None, 0)[:3]
     found = evaluate_task(model, tokenizer, get_task("hellaswag"), examples)
@@ -141,6 +143,35 @@ def test_an_adapted_model_in_memory(folder: Path):
         whole = [value * len(choice) for value, choice in zip(mine["scores"], example.choices, strict=True)]
         assert [float(pair[0]) for pair in theirs["prediction"]] == pytest.approx(whole, rel=1e-4)
     json.dumps(report)
+
+
+@harness
+def test_choices_past_the_models_window_are_cut_as_lm_eval_cuts_them(folder: Path):
+    from hotlora.evaluate import evaluate_task
+
+    tokenizer, model = byte_tokenizer(), tiny_model("olmoe", vocab_size=259, max_position_embeddings=32)
+    _, (theirs,) = evaluate_by_lm_eval(model, tokenizer, [f"hellaswag:{folder}/hellaswag"], num_fewshot=0)
+    examples = get_task("hellaswag").load("test", str(folder / "hellaswag"), None, 0)
+    found = evaluate_task(model, tokenizer, get_task("hellaswag"), examples)
+    assert 0 < found.cut < len(examples)
+    for their, mine, example in zip(theirs.results, found.results, examples, strict=True):
+        whole = [value * len(choice) for value, choice in zip(mine["scores"], example.choices, strict=True)]
+        assert [float(pair[0]) for pair in their["prediction"]] == pytest.approx(whole, rel=1e-4)
+
+
+@harness
+@pytest.mark.slow  # hundreds of tokens by a loop of many small kernels
+def test_answers_do_not_depend_on_the_batch_where_padding_matters(folder: Path):
+    model, tokenizer = zoo_model("deepseek_v4", vocab_size=259), byte_tokenizer()
+    model.config.max_position_embeddings = 1024  # lm-eval cuts prompts to it
+    rows = [{"question": "What is it?" + " Well?" * i, "answer": f"{i}\n#### {2 * i}"} for i in range(3)]
+    (folder / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    for batch_size in (1, 3):
+        tasks = [f"gsm8k:{folder}/gsm8k"]
+        _, (evaluation,) = evaluate_by_lm_eval(model, tokenizer, tasks, num_fewshot=0, batch_size=batch_size)
+        told.append([result["prediction"] for result in evaluation.results])
+    assert told[0] == told[1] and len(set(told[0])) > 1
 
 
 @harness
@@ -165,7 +196,7 @@ def test_the_command_keeps_a_record(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert report["results"]["hellaswag"]["acc_norm,none"] == record["evaluation"]["hellaswag"]["accuracy"]
     assert len((out / "results-hellaswag.jsonl").read_text().splitlines()) == 3
     assert "hellaswag: acc_norm" in call(*words)  # done already
-    assert "limit was 3 and is 2" in call(*words[:-1], 2)
+    assert "--limit 2 against 3" in call(*words[:-1], 2)
     assert "leave the engine and the sampling out" in call(*words, "--samples", 2, "--temperature", 1)
     assert "Give --harness lm-eval with --tasks" in call("--model", model, "--data", "gsm8k")
 

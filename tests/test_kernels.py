@@ -308,7 +308,9 @@ def test_a_compiled_layer_calls_our_kernels(monkeypatch):
     )
     expected = output_and_gradients(loop, experts, *inputs, factors)
     calls, grouped_gemm = [], gemm.grouped_gemm
-    monkeypatch.setattr(gemm, "grouped_gemm", lambda *args, **options: calls.append(args) or grouped_gemm(*args, **options))
+    monkeypatch.setattr(
+        gemm, "grouped_gemm", lambda *args, **options: calls.append(args) or grouped_gemm(*args, **options)
+    )
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     ours = output_and_gradients(compiled, experts.to(DEVICE), *map(on_device, inputs), on_device(factors))
     assert_same({name: value.cpu() for name, value in ours.items()}, expected, 1e-5)

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
@@ -23,6 +24,7 @@ from hotlora.models import (
     moe_layers,
     num_experts_per_tok,
 )
+from hotlora.routing import profile_routing
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,6 +41,24 @@ def test_every_part_of_every_layer_is_found(family):
         assert layer.num_experts == 8
     assert attention_modules(model) == [path for layer in layers for path in layer.attention]
     assert num_experts_per_tok(model) == 2
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_a_base_whose_weights_are_offloaded_is_refused_before_an_adapter_is_put_on(where, tmp_path):
+    """It can be profiled. Under an adapter the first forward would raise a TypeError in Accelerate."""
+    model = tiny_model()
+    expected, plan = profile_routing(model, [tiny_batch()]), tiny_plan(model)
+    if where == "disk":
+        model.save_pretrained(tmp_path)
+        parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+        places = {part: "cpu" for part in parts} | {"model.layers.1": "disk"}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    else:
+        cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    assert profile_routing(model, [tiny_batch()]).hash == expected.hash
+    with pytest.raises(ModelError, match=r"11 of the model's weights, model\.layers\.1\..* are offloaded to disk or"):
+        get_peft_model(model, HotLoraConfig(plan=plan, r=4))
+    assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_dense_layers_have_attention_only():

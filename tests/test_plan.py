@@ -156,10 +156,40 @@ def test_params_are_what_the_rule_read(arguments, params):
     assert ExpertPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+def test_cumulative_by_mass_adds_gate_weights_a_token_as_esft_does(caplog):
+    """Not shares of the layer: 20 tokens of this layer give 0.2, 0.15, 0.1 and 0.05, which is half of a weight of 1."""
+    profile = make_profile([[10] * 4, [10] * 4], mass=[[4.0, 3.0, 2.0, 1.0], [10.0, 6.0, 3.0, 1.0]])
+    assert profile.num_tokens == 20
+    chosen = [{0: 1, 1: 1}, {0: 2, 1: 1}, {0: 3, 1: 1}, {0: 4, 1: 1}, {0: 4, 1: 2}]
+    for p, kept in zip((0.2, 0.3, 0.4, 0.5, 0.6), chosen, strict=True):
+        caplog.clear()
+        plan = select_experts(profile, rule="cumulative", signal="mass", p=p)
+        assert {layer: len(ids) for layer, ids in plan.experts.items()} == kept
+        assert ("layer 0: 0.5" in caplog.text) == (p > 0.5)
+        if p > 0.5:
+            assert "p = 0.6 is more than" in caplog.text and "all experts" in caplog.text
+
+
+def test_cumulative_by_mass_needs_the_number_of_tokens():
+    profile = RoutingProfile((0,), torch.tensor([[1, 2]]), torch.tensor([[0.5, 1.0]]), 0, 1, source={})
+    with pytest.raises(PlanError, match="num_tokens = 0, and rule 'cumulative' by mass needs weights a token"):
+        select_experts(profile, rule="cumulative", signal="mass")
+    assert select_experts(profile, rule="cumulative").experts == {0: (1,)}
+
+
+def test_cumulative_by_mass_is_coverage_where_a_tokens_weights_sum_to_one():
+    counts = [[2 * n for n in row] for row in COUNTS]
+    profile = make_profile(counts, mass=[[n / 2 for n in row] for row in counts])
+    for p in (0.1, 0.25, 0.5, 0.7):
+        plans = [select_experts(profile, rule=rule, signal="mass", p=p) for rule in ("cumulative", "coverage")]
+        assert plans[0].experts == plans[1].experts
+
+
 @pytest.mark.parametrize("rule", ["coverage", "cumulative"])
 @pytest.mark.parametrize("num_experts", [10, 100])
 def test_a_share_that_is_reached_exactly_is_reached(rule, num_experts):
-    for mass in (None, [[0.1] * num_experts]):
+    weight = 0.1 if rule == "coverage" else 0.5  # a token's sum to 1, which "cumulative" needs to get to p = 1
+    for mass in (None, [[weight] * num_experts]):
         profile = make_profile([[1] * num_experts], mass=mass)
         for kept in range(1, num_experts + 1):
             signal = "count" if mass is None else "mass"
@@ -485,6 +515,9 @@ GOOD = {"version": 1, "num_experts": 8, "experts": {"0": [1, 2]}, "rule": "hot",
         ({"experts": {"0": 3}}, PlanError, "list of integers"),
         ({"experts": {"first": [1]}}, PlanError, "layer 'first'"),
         ({"experts": {"00": [1]}}, PlanError, "layer '00'"),
+        ({"experts": {"1" * 5000: [1]}}, PlanError, "layer '1111"),
+        ({"rule": "\ud800"}, FileError, "half a character"),
+        ({"ranks": {"0": [8, 10**400]}}, PlanError, "up to 65536"),
         ({"experts": {}}, PlanError, "names no layer"),
         ({"experts": [[1, 2]]}, PlanError, "must map each decoder layer"),
         ({"num_experts": 0}, PlanError, "num_experts is 0"),

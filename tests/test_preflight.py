@@ -21,7 +21,7 @@ SMALL = TrainConfig(batch_size=8, max_length=128, r=8)
 def needed(config=SMALL, **options) -> int:
     """Of nano, by the estimate."""
     found = estimate(
-        "nano", batch_size=config.batch_size, max_length=config.max_length, r=config.r, dtype="float32",
+        "nano", batch_size=config.batch_size, max_length=config.max_length, r=config.r, device="cpu",
         gradient_checkpointing=config.gradient_checkpointing, **{"fraction": 0.25, **options},
     )  # fmt: skip
     return found["memory"]["total"]
@@ -68,9 +68,29 @@ def test_remedies_do_fit():
     assert "it may not fit" in str(found)
 
 
+@pytest.mark.parametrize(("batch", "steps", "checkpointing"), [(16, 1, False), (12, 2, True)])
+def test_the_largest_batch_that_fits_is_advised(batch, steps, checkpointing):
+    """Where free memory is 1% above an estimate of its own; a step keeps a little whatever the batch."""
+    config = module.replace(
+        SMALL, batch_size=batch, gradient_accumulation_steps=steps, gradient_checkpointing=checkpointing
+    )
+    sizes = [size for size in range(1, batch) if batch * steps % size == 0]
+    for size in sizes[2:4]:
+        memory = needed(module.replace(config, batch_size=size))
+        found = check(config=config, free=round(1.01 * memory / ROOM))
+        advised = f"--batch-size {size} --gradient-accumulation-steps {batch * steps // size}"
+        assert dict(found.remedies)[advised] == pytest.approx(memory, rel=0.01)
+
+
+def test_no_gpus_are_advised_on_a_cpu():
+    found = check(free=10**6)
+    assert "GPU" not in str(found) and "a machine with more memory" in str(found)
+    assert "several GPUs (configs/fsdp2.yaml)" in str(module.replace(found, device="cuda:0", fixed=0))
+
+
 def test_quantizing_is_advised_where_weights_are_the_most():
     least = TrainConfig(batch_size=1, max_length=32, r=1, gradient_checkpointing=True)
-    weights = estimate("nano", batch_size=1, max_length=32, r=1, dtype="float32")["memory"]["weights"]
+    weights = estimate("nano", batch_size=1, max_length=32, r=1, device="cpu")["memory"]["weights"]
     found = check(config=least, free=round(0.9 * weights))
     assert any("--quantize" in flags for flags, _ in found.remedies), found
 

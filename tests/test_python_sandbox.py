@@ -172,10 +172,19 @@ def test_endless_programs_are_ended_on_time(run: Run, program: str):
         "try:\n raise SystemExit\nexcept SystemExit: pass",
         "import sys; sys.stdin = sys.stdout = sys.stderr = None",
         "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()",  # not waited for
+        # A child that ends in its own way, before the program or after it: only the program's end counts.
+        "import os, sys\nif os.fork() == 0: sys.exit(0)\nos.wait()",
+        "import os\nif os.fork() == 0: 1 / 0\nos.wait()",
+        "import os\nif os.fork() == 0: raise SystemExit('no')",
+        "import os, time\nif os.fork() == 0: time.sleep(0.1)\nelse: os.wait()",
+        "import multiprocessing as m\np = m.get_context('fork').Process(target=print)\np.start(); p.join()",
+        # What a filter of system calls might break.
+        "import asyncio\nasyncio.run(asyncio.sleep(0))",
+        "import socket\na, b = socket.socketpair(); a.send(b'x'); assert b.recv(1) == b'x'; socket.socket()",
     ],
 )
 def test_odd_programs_that_do_end_pass(run: Run, level: Level, program: str):
-    if "threading" in program and level == "limits" and os.geteuid():
+    if ("threading" in program or "fork" in program) and level == "limits" and os.geteuid():
         pytest.skip("the limit of processes counts all of the user's: no thread may start")
     assert run(program) == PythonResult(True)
     assert gone()
@@ -262,6 +271,22 @@ assert os.getcwd() == '/tmp' and os.listdir('/tmp') == {pythons!r}, os.listdir('
     assert run(program) == PythonResult(True)
 
 
+def test_nothing_but_its_folder_can_be_written_to(run: Run, apart: None):
+    """Other folders in memory would be memory that no limit counts."""
+    program = """
+import os
+top = [os.path.join('/', name) for name in os.listdir('/') if name != 'tmp']
+for folder in ('/', *top, '/dev/shm', '/dev/pts', '/usr/lib', os.path.dirname(os.__file__)):
+    try:
+        os.mkdir(os.path.join(folder, 'new'))
+    except OSError:
+        continue
+    raise ValueError(folder)
+open('/dev/null', 'w').write('x')
+"""
+    assert run(program) == PythonResult(True)
+
+
 def test_there_is_no_network(run: Run, apart: None):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -299,6 +324,73 @@ for attempt in (lambda: os.setuid(0), lambda: os.chroot('/tmp'), lambda: os.nice
     except OSError: continue
     raise ValueError
 """
+    assert run(program) == PythonResult(True)
+
+
+# System calls that have no wrapper in libc, by machine: (keyctl, add_key, clone, memfd_secret, io_uring_setup).
+CALLS = {"x86_64": (250, 248, 56, 447, 425), "aarch64": (219, 217, 220, 447, 425)}
+filtered = pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine not in CALLS, reason="the filter is for Linux on x86-64 and arm64"
+)
+
+
+@filtered
+@pytest.mark.parametrize(
+    "call",
+    [
+        "libc.shmget(0, ctypes.c_size_t(4096), 0o1600)",  # memory that no limit counts
+        "libc.semget(0, 1, 0o1600)",
+        "libc.msgget(0, 0o1600)",
+        "libc.memfd_create(b'x', 0)",
+        "ctypes.CDLL('librt.so.1', use_errno=True).mq_open(b'/hotlora', 0o102, 0o600, None)",
+        "libc.syscall(calls[3], 0)",
+        "libc.syscall(calls[4], 1, ctypes.create_string_buffer(120))",  # io_uring would open sockets past the filter
+        "libc.syscall(calls[0], 0, -3, 1)",  # the session's keyring
+        "libc.syscall(calls[1], b'user', b'x', b'x', ctypes.c_size_t(1), -3)",
+        "libc.socket(40, 1, 0)",  # vsock, to the host of a virtual machine
+        "libc.socket(16, 3, 0)",  # netlink
+        "libc.socket(38, 5, 0)",  # the kernel's ciphers
+        "libc.unshare(0x10000000)",  # a user namespace
+        "libc.syscall(calls[2], 0x10000000 | 17, 0, 0, 0, 0) or libc._exit(0)",
+    ],
+)
+def test_what_neither_limits_nor_namespaces_hold_is_refused(run: Run, call: str):
+    program = f"""
+import ctypes
+libc, calls = ctypes.CDLL(None, use_errno=True), {CALLS[os.uname().machine]}
+got = {call}
+assert got == -1 and ctypes.get_errno() == 1, (got, ctypes.get_errno())
+"""
+    assert run(program) == PythonResult(True)
+
+
+KEYRINGS = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+keyctl, add_key = {calls}
+if libc.syscall(keyctl, 1, None) < 0:
+    sys.exit(77)  # a container may refuse keyrings
+key = libc.syscall(add_key, b"user", b"hotlora-probe", b"secret", ctypes.c_size_t(6), -3)
+read = lambda: libc.syscall(keyctl, 11, key, ctypes.create_string_buffer(9), ctypes.c_size_t(9))
+assert read() == 6
+from hotlora import python_jail
+python_jail._new_session_keyring()
+assert read() == -1
+"""
+
+
+@filtered
+def test_the_callers_session_keyring_is_left():
+    """Also where the kernel itself looks for keys, as a file system does: not by the filter alone."""
+    program = KEYRINGS.replace("{calls}", str(CALLS[os.uname().machine][:2]))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("no keyrings here")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_hosts_name_is_not_told(run: Run, apart: None):
+    program = "import os, socket\nassert socket.gethostname() == os.uname().nodename == 'sandbox'"
     assert run(program) == PythonResult(True)
 
 

@@ -64,6 +64,33 @@ def test_sigterm_saves_and_exits_with_143(ended: dict):
 
 
 @posix
+def test_ctrl_c_saves_and_says_how_to_go_on(ended: dict):
+    report = ended["ctrl-c"]
+    assert report["code"] == 130 and report["checkpoint"] == report["steps"] >= 4, report
+    assert "Ctrl-C: saving a checkpoint after this step" in report["said"]
+    assert f"stopped by Ctrl-C after step {report['steps']} of 24" in report["said"]
+    assert "is whole, and the same command goes on from it" in report["said"]
+    assert "Traceback" not in report["said"] and not report["left"] and report["status"] == "failed"
+    assert report["again"] == 0 and report["resumed_from"] == report["steps"] and report["same"]
+
+
+@posix
+@pytest.mark.parametrize("stage", ["loading", "profiling"])
+def test_ctrl_c_before_training_leaves_nothing_half_written(ended: dict, stage: str):
+    report = ended[f"ctrl-c-{stage}"]
+    assert report["code"] == 130 and report["steps"] == 0, report
+    assert "stopped by Ctrl-C: nothing is half-written, and the same command goes on" in report["said"]
+    assert "Traceback" not in report["said"] and not report["left"] and report["again"] == 0 and report["same"]
+
+
+@posix
+def test_a_second_ctrl_c_ends_at_once(ended: dict):
+    report = ended["ctrl-c-twice"]
+    assert report["code"] == -2 and report["steps"] == 3 and report["checkpoint"] == 0, "killed in the first save"
+    assert report["status"] == "running" and report["again"] == 0 and report["same"]
+
+
+@posix
 def test_sigterm_to_a_sweep_lets_its_worker_save(ended: dict):
     report = ended["sweep"]
     assert report["code"] == 143 and "Traceback" not in report["said"], report["said"]

@@ -1,5 +1,6 @@
 """The page and the tables, from synthetic run records."""
 
+import html
 import io
 import json
 import re
@@ -178,7 +179,7 @@ def test_failed_unfinished_and_unevaluated_runs_are_shown(tmp_path):
     ]  # fmt: skip
 
 
-def test_files_that_are_gone_are_noted_and_broken_ones_raise(tmp_path):
+def test_files_that_are_gone_or_broken_are_noted(tmp_path):
     write_runs(tmp_path, conditions=("all", "hot"))
     (tmp_path / "nano-math" / "profile.safetensors").unlink()
     (tmp_path / "nano-math" / "hot-0" / "results-nano-math.jsonl").unlink()
@@ -188,15 +189,118 @@ def test_files_that_are_gone_are_noted_and_broken_ones_raise(tmp_path):
     assert page.images == 1  # the loss
     assert re.fullmatch(r"[+−]\d+\.\d", page.rows[2][2])  # a difference, but no interval
     (tmp_path / "nano-math" / "profile.safetensors").write_bytes(b"half")
-    with pytest.raises(FileError, match="not a whole routing profile"):
-        write_report(tmp_path, tmp_path / "out")
+    (tmp_path / "nano-math" / "hot-0" / "plan.json").write_text("{")
+    (tmp_path / "nano-math" / "all-0" / "results-nano-math.jsonl").write_text('{"correct": 5}\n')
+    (tmp_path / "nano-math" / "hot-0" / "results-nano-math.jsonl").write_text('{"correct": 1}\n')
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "hot 25%: its profile is left out" in text and "not a whole routing profile" in text
+    assert "hot 25%: its plan is left out" in text and "all: its results are left out" in text
+    assert Page(text).images == 1
 
 
-def test_a_plan_for_another_model_is_refused(tmp_path):
+def test_a_plan_for_another_model_is_left_out(tmp_path):
     write_runs(tmp_path, conditions=("all", "hot"))
     select_experts(make_profile(num_experts=64)).save(tmp_path / "nano-math" / "all-0")
-    with pytest.raises(FileError, match="plan is for 64 experts a layer, but the profile of nano has 32"):
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "plan is left out: it is for 64 experts a layer, but the profile of nano has 32" in text
+    rows = {row[0]: row[1:] for row in Page(text).rows}
+    assert rows["all"][2] == "–" and rows["hot 25%"][2].endswith("%")
+
+
+def change(run, **changes):
+    file = run / "run.json"
+    record = json.loads(file.read_text())
+    for key, value in changes.items():
+        section = record
+        *path, last = key.split("__")
+        for name in path:
+            section = section[name]
+        section[last] = value
+    file.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"version": 1', "cut short"),
+        ("[1]", "a JSON list"),
+        ('{"name": "my-js-package"}', "has version None"),
+        ("\x00", "another kind of file"),
+    ],
+)
+def test_a_broken_or_foreign_record_is_a_footnote(tmp_path, content, says):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "run.json").write_text(content)
+    text = html.unescape(write_report(tmp_path, tmp_path / "out").read_text())
+    assert [row[0] for row in Page(text).rows] == ["run", "all", "hot 25%"]
+    assert "Left out" in text and f"{tmp_path / 'theirs'}: " in text and says in text
+    shutil.rmtree(tmp_path / "nano-math")
+    with pytest.raises(DataError, match=rf"no run\.json in .* that can be read \(.*{says}"):
         write_report(tmp_path, tmp_path / "out")
+
+
+def test_damaged_numbers_are_told_and_no_traceback(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot", "random", "cold"))
+    folder = tmp_path / "nano-math"
+    lines = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": null}']
+    (folder / "all-0" / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "loss": "2.0"}', ""]))
+    (folder / "hot-0" / "metrics.jsonl").write_text("\n".join([*lines, f'{{"step": 3, "loss": {"9" * 400}}}', ""]))
+    (folder / "random-0" / "metrics.jsonl").write_text("\n".join([*lines, '{"step": [3], "loss": 1}', ""]))
+    (folder / "cold-0" / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "loss": -1e999}', ""]))
+    change(folder / "hot-0", parameters__percent=None, seconds=None)
+    change(folder / "cold-0", **{"evaluation__nano-math__ci_low": None, "training__peak_memory_bytes": None})
+    text = html.unescape(write_report(tmp_path, tmp_path / "out").read_text())
+    assert "all: its losses are left out" in text and "line 3: step '3' or loss '2.0' is no number" in text
+    assert "random 25%: its losses are left out" in text and Page(text).images == 4
+    hot = next(row for row in Page(text).rows if row[0] == "hot 25%")
+    assert hot[4].endswith("(6.9%)"), "the share is worked out"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seconds": 1e400}, "seconds is inf"),
+        ({"evaluation__nano-math__correct": 10**6}, "correct 1000000"),
+        ({"evaluation__nano-math__accuracy": 17}, "accuracy 17"),
+        ({"name": "\ud800"}, "half a character"),
+        ({"seed": 10**400}, "seed has 401 digits"),
+    ],
+)
+def test_a_record_of_impossible_numbers_is_a_footnote(tmp_path, changes, says):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    change(tmp_path / "nano-math" / "hot-0", **changes)
+    text = html.unescape(write_report(tmp_path, tmp_path / "out").read_text())
+    assert says in text and [row[0] for row in Page(text).rows] == ["run", "all"]
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    for run, name in (("all-0", "$$"), ("hot-0", r"$\frac{1}$ & <b>")):
+        change(tmp_path / "nano-math" / run, name=name, model__name="数据")
+    write_runs(tmp_path, "nano-sql", ("all",))
+    change(tmp_path / "nano-sql" / "all-0", model__name="模型", data__name="nano-math")
+    page = Page(write_report(tmp_path, tmp_path / "out").read_text())
+    assert {row[0] for row in page.rows} == {"run", "$$", r"$\frac{1}$ & <b>", "all"}
+    assert page.images == len(list((tmp_path / "out").glob("*.png"))) == 8, "none replaces another"
+    console = Console(width=84, file=io.StringIO())
+    change(tmp_path / "nano-math" / "hot-0", name="a\x1b[31m\r\nb")
+    console.print(conditions_table(find_records(tmp_path)))
+    assert "\x1b" not in console.file.getvalue() and "a�[31m" in console.file.getvalue()
+
+
+def test_a_held_out_loss_is_a_score_where_there_is_no_task(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    for run, loss in (("all-0", 1.25), ("hot-0", 1.2)):
+        change(tmp_path / "nano-math" / run, evaluation=None, training__test_loss=loss)
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    rows = Page(text).rows
+    assert rows[0][1:3] == ["held-out loss", "against all"]
+    assert [row[:3] for row in rows[1:]] == [["all", "1.2500", "–"], ["hot 25%", "1.2000", "−0.0500"]]
+    assert "has a held-out loss of 1.2000, and LoRA on all experts of 1.2500, with 31.5%" in text
+    console = Console(width=84, file=io.StringIO())
+    console.print(conditions_table(find_records(tmp_path)))
+    assert "held-out loss" in console.file.getvalue() and "accuracy" not in console.file.getvalue()
 
 
 def test_no_runs(tmp_path):

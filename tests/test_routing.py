@@ -1,5 +1,6 @@
 """Profiles from routers whose choices are known by hand, and metrics worked by hand."""
 
+import json
 import math
 
 import numpy as np
@@ -207,6 +208,53 @@ def test_head_is_not_run():
     profile_routing(model, [tiny_batch()])
 
 
+def packed(*rows, pads=0):
+    """The rows' texts one after another in one row, each from position 0, and padding after them."""
+    ids = [[token for row in rows for token in row] + [PAD] * pads]
+    positions = [[i for row in rows for i in range(len(row))] + [0] * pads]
+    mask = [[1] * sum(map(len, rows)) + [0] * pads]
+    return {name: torch.tensor(x) for name, x in zip(KEYS, (ids, mask, positions), strict=True)}
+
+
+KEYS = ("input_ids", "attention_mask", "position_ids")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pads", [0, 3])
+def test_packed_texts_are_profiled_as_each_alone(family, pads):
+    model = tiny_model(family)
+    texts = [torch.randint(3, 128, (length,)).tolist() for length in (7, 12, 5)]
+    alone = profile_routing(model, [batch(text) for text in texts])
+    together = profile_routing(model, [packed(*texts, pads=pads), packed(texts[0])])
+    first = profile_routing(model, [batch(texts[0])])
+    assert torch.equal(together.counts - first.counts, alone.counts) and together.num_tokens == 24 + 7
+    torch.testing.assert_close(together.mass - first.mass, alone.mass, rtol=1e-5, atol=1e-5)
+    # Counted otherwise where the texts see each other: this test could fail.
+    in_one = profile_routing(model, [batch([token for text in texts for token in text])])
+    assert not torch.equal(in_one.counts, alone.counts)
+
+
+def test_positions_of_padded_batches_are_passed_on():
+    """In a family with absolute positions they matter; here the model is to get what the batch says."""
+    model, seen = tiny_model(), []
+    model.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    inputs = batch(*ROWS, side="left")
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    profile = profile_routing(model, [inputs])
+    assert torch.equal(seen[0]["position_ids"], inputs["position_ids"]) and "attention_mask" in seen[0]
+    assert profile.num_tokens == 9
+
+
+def test_packed_texts_that_the_family_does_not_keep_apart_are_refused():
+    from zoo import zoo_model
+
+    model = zoo_model("jamba")
+    texts = [list(range(3, 12)), list(range(60, 50, -1))]
+    with pytest.raises(ModelError, match=r"jamba model .* see each other.*profile one text a row"):
+        profile_routing(model, [packed(*texts)])
+    assert profile_routing(model, [packed(texts[0])]).num_tokens == 9
+
+
 def test_source_and_progress(capsys):
     source = {"data": "gsm8k", "model": "m"}
     profile = profile_routing(tiny_model(), [tiny_batch()], progress=True, source=source)
@@ -228,6 +276,17 @@ IDS = torch.tensor([[5, 6]])
         ([{"labels": IDS}], "batch 0 has no input_ids tensor"),
         ([{"input_ids": IDS, "attention_mask": torch.ones(1, 3)}], "batch 0: attention_mask must be"),
         ([{"input_ids": IDS, "attention_mask": [[1, 1]]}], "attention_mask must be .* and is list"),
+        ([{"input_ids": IDS, "position_ids": torch.arange(2)}], r"position_ids must be .* \[1, 2\], and is \[2\]"),
+        (
+            [
+                {
+                    "input_ids": torch.tensor([[5, 6, 0, 7]]),
+                    "attention_mask": torch.tensor([[1, 1, 0, 1]]),
+                    "position_ids": torch.tensor([[0, 0, 1, 0]]),
+                }
+            ],
+            "batch 0 has packed texts .* pad at the end",
+        ),
     ],
 )
 def test_batches_that_are_none(batches, says):
@@ -241,6 +300,43 @@ def test_a_model_that_overflows_is_told():
         model.get_submodule(moe_layers(model)[1].router).weight.fill_(torch.inf)
     with pytest.raises(ModelError, match="gate weights are not finite"):
         profile_routing(model, [tiny_batch()])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_choice_whose_weight_underflows_is_counted(family):
+    """A saturated router's softmax gives its second choice a weight of exactly 0, and it is a choice all the same."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            model.get_submodule(layer.router).weight.mul_(1000)
+    weights = []
+    experts = model.get_submodule(moe_layers(model)[0].experts)
+    experts.register_forward_pre_hook(lambda module, args: weights.append(args[2]))
+    profile, examples = profile_examples(model, [tiny_batch(4, 20)])
+    assert (weights[0] == 0).sum() > 10
+    assert profile.counts.sum(dim=1).tolist() == [profile.num_tokens * K] * 2
+    assert torch.equal(examples.sum(dim=0), profile.counts)
+
+
+def test_a_token_that_zaya_sends_to_no_expert_is_not_counted():
+    """It is handed on as expert 0 with weight 0. Another expert's weight that underflows is counted there, too."""
+    from zoo import zoo_model
+
+    model = zoo_model("zaya")
+    layers = moe_layers(model)
+    for layer in layers:
+        router = model.get_submodule(layer.router)
+        router.register_forward_hook(chosen_by_hand)
+    profile = profile_routing(model, [{"input_ids": torch.arange(3, 15)[None]}])
+    # Of every four tokens one is sent to expert 0, two to expert 5 (one with weight 0), one to none.
+    assert profile.counts.tolist() == [[3, 0, 0, 0, 0, 6, 0, 0]] * len(layers)
+    assert profile.mass.tolist() == [[1.5, 0, 0, 0, 0, 1.5, 0, 0]] * len(layers)
+
+
+def chosen_by_hand(module, args, out):
+    tokens = torch.arange(out[1].numel()) % 4
+    weights = torch.where(tokens < 2, 0.5, 0.0).reshape(out[1].shape)
+    return out[0], weights, torch.tensor([0, 5, 5, 0])[tokens].reshape(out[2].shape), out[3]
 
 
 def test_a_model_on_the_meta_device_is_told():
@@ -369,12 +465,29 @@ def test_load_names_a_file_that_is_missing_cut_short_or_foreign(tmp_path):
         ({"layers": (0, 1, 2)}, r"\[3 layers, experts\]"),
         ({"layers": (1, 0)}, "ascending"),
         ({"mass": torch.zeros(2, 5)}, r"mass is \[2, 5\]"),
+        ({"counts": HAND - 9}, "counts: layer 0 has -[0-9]+: a count is 0 or more"),
+        ({"counts": HAND + 2**62}, "counts: layer 0 adds up to more than 2\\^63"),
+        ({"mass": HAND.double() * torch.nan}, "mass: layer 0 has nan: it must be finite"),
+        ({"mass": HAND.double() + torch.inf}, "mass: layer 0 has inf: it must be finite"),
+        ({"layers": (-1, 0)}, "ascending decoder indices"),
+        ({"layers": ("0", "1")}, "ascending decoder indices"),
+        ({"num_tokens": -1}, "num_tokens is '-1'"),
+        ({"num_experts_per_tok": "2"}, "num_experts_per_tok is '2'"),
     ],
 )
 def test_a_profile_refuses_another_form(change, says):
-    fields = {"layers": (0, 1), "counts": HAND, "mass": HAND.double()} | change
+    fields = {"layers": (0, 1), "counts": HAND, "mass": HAND.double(), "num_tokens": 4, "num_experts_per_tok": 2}
     with pytest.raises(DataError, match=says):
-        RoutingProfile(**fields, num_tokens=4, num_experts_per_tok=2)
+        RoutingProfile(**fields | change)
+
+
+@pytest.mark.parametrize("tensors", [{"counts": HAND - 9, "mass": HAND.double()}, {"counts": HAND, "mass": HAND / 0}])
+def test_a_file_of_negative_counts_or_of_mass_that_is_no_number_is_refused(tmp_path, tensors):
+    path = tmp_path / "profile.safetensors"
+    meta = {"layers": [0, 1], "num_tokens": 4, "num_experts_per_tok": 2, "source": {}}
+    save_file(tensors, path, {"format": "hotlora.profile", "version": "1", "json": json.dumps(meta)})
+    with pytest.raises(FileError, match=r"profile\.safetensors is not a whole routing profile \((counts|mass): layer"):
+        RoutingProfile.load(path)
 
 
 def test_a_profile_holds_one_form():

@@ -1,6 +1,7 @@
 """Whole runs, from a model's folder and a data file to the record."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +15,16 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
-from hotlora.errors import DataError, FileError, HotLoraError, PlanError
+from hotlora.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.evaluate import response_loss
 from hotlora.load import load_adapter
 from hotlora.models import load_model
-from hotlora.records import read_record
+from hotlora.records import new_record, read_record, write_record
 from hotlora.routing import RoutingProfile
 from hotlora.run import profile_data, run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import combine_saved, export_saved
+from hotlora.study_run import run_study
 from hotlora.tasks import Example
 
 TOKENIZER = byte_tokenizer()
@@ -67,7 +69,7 @@ def test_a_whole_run_and_its_record(model_folder: str, tmp_path: Path):
     before = weights.stat().st_mtime_ns
     assert run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8) == record
     assert weights.stat().st_mtime_ns == before
-    with pytest.raises(HotLoraError, match=r'rule was "hot" and is "all"'):
+    with pytest.raises(HotLoraError, match="--rule all against hot"):
         run_training(model_folder, "nano-choice", tmp_path / "run", config=config, limit=40, test_limit=8, rule="all")
 
 
@@ -101,11 +103,18 @@ def test_a_run_on_a_file_with_a_shared_profile(model_folder: str, tmp_path: Path
 def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path):
     other = tiny_model("olmoe", vocab_size=259, num_experts=4)
     profile_data(other, TOKENIZER, EXAMPLES, "rows", "other").save(tmp_path / "other.safetensors")
-    arguments = {"config": CONFIG, "limit": 12, "test_limit": 2, "evaluate": False}
+    arguments = {"config": replace(CONFIG, max_length=400), "limit": 12, "test_limit": 2, "evaluate": False}
     with pytest.raises(PlanError, match="is the profile of olmoe-"):
         run_training(model_folder, "nano-math", tmp_path / "run", profile=tmp_path / "other.safetensors", **arguments)
+    assert not (tmp_path / "run").exists(), "a wrong option is told before anything is begun"
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights = next((tmp_path / "model").glob("*.safetensors")).rename(tmp_path / "weights")
+    model_folder = str(tmp_path / "model")
+    with pytest.raises(ModelError, match="no causal language model could be loaded"):
+        run_training(model_folder, "nano-math", tmp_path / "run", **arguments)
     record = read_record(tmp_path / "run")
-    assert record["status"] == "failed" and "PlanError" in record["error"]
+    assert record["status"] == "failed" and "ModelError" in record["error"]
+    weights.rename(tmp_path / "model" / "model.safetensors")
     # Nothing was trained, so there is nothing to mix up.
     record = run_training(
         model_folder,
@@ -115,6 +124,79 @@ def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path)
     )
     assert record["status"] == "done" and "error" not in record
     assert RoutingProfile.load(tmp_path / "run").source["examples"] == 12
+
+
+DATED = (
+    "{{ strftime_now('%d %B %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def _dated_model(folder: Path) -> str:
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _talks(file: Path, *more: dict) -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.completion.strip()}]}
+        for e in EXAMPLES
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    return str(file)
+
+
+def test_a_run_that_goes_on_another_day_keeps_the_date_of_its_first_start(tmp_path: Path):
+    """The template writes the date: other tokens, and another loss, on another day."""
+    model, data, run = _dated_model(tmp_path / "model"), _talks(tmp_path / "rows.jsonl"), tmp_path / "run"
+    began = new_record(
+        name="hot", condition="hot", model={"name": model, "fingerprint": ""},
+        data={"name": data, "read_at": "2020-02-03T04:05:06"},
+    )  # fmt: skip
+    write_record(run, {**began, "status": "failed"})
+    config = replace(CONFIG, max_length=128)
+    calm = run_training(model, data, run, config=config, test_data=data)
+    assert calm["data"]["read_at"] == "2020-02-03T04:05:06" and calm["training"]["resumed_from"] == 0
+    today = run_training(model, data, tmp_path / "today", config=config, test_data=data)
+    assert today["data"]["hash"] == calm["data"]["hash"] and today["data"]["read_at"] > "2026"
+    assert today["training"]["loss_first"] != calm["training"]["loss_first"]
+
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-6")
+    write_record(run, {**calm, "status": "failed"})
+    again = run_training(model, data, run, config=config, test_data=data)
+    assert again["training"]["resumed_from"] == 4 and again["data"] == calm["data"]
+    assert again["training"]["loss_last"] == calm["training"]["loss_last"]
+    assert again["training"]["test_loss_before"] == calm["training"]["test_loss_before"]
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    # The hash of the data says nothing of the template, so the run does.
+    (tmp_path / "model" / "chat_template.jinja").write_text(DATED + " ")
+    with pytest.raises(HotLoraError, match=r'chat_template was "\w+.* and is "\w+'):
+        run_training(model, data, run, config=config, test_data=data)
+    write_record(run, {**calm, "data": {**calm["data"], "read_at": "yesterday"}})
+    with pytest.raises(FileError, match="read_at is 'yesterday'; it must be a time"):
+        run_training(model, data, run, config=config)
+
+
+def test_a_row_that_cannot_be_trained_on_is_told_before_a_model_is_loaded(tmp_path: Path):
+    folder = tmp_path / "model"
+    model = _dated_model(folder)
+    (folder / "model.safetensors").unlink()
+    tokenizer = byte_tokenizer(extra_special_tokens=["<more>"])
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+    bad = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<more>"}]}
+    data, good = _talks(tmp_path / "rows.jsonl", bad), _talks(tmp_path / "good.jsonl")
+    for train, test in ((data, None), (good, data)):
+        with pytest.raises(DataError, match=r"rows.jsonl line 25: '<more>' is token 259, and .* has 259 rows"):
+            run_training(model, train, tmp_path / "run", config=replace(CONFIG, max_length=128), test_data=test)
+    with pytest.raises(DataError, match=r"rows.jsonl line 25: '<more>' is token 259"):
+        run_study([data], model)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_data_set_that_is_no_task_cannot_be_scored(model_folder: str):

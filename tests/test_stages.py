@@ -7,25 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
-from tiny import tiny_model
+from tiny import fill, tiny_model, tiny_plan
 
+from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
 from hotlora.data import batches, tokenize
 from hotlora.errors import HotLoraError, PlanError
+from hotlora.files import read_json, write_json
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask
 from hotlora.methods import METHODS, resolve
 from hotlora.models import load_model
 from hotlora.plan import ExpertPlan
 from hotlora.records import read_record
+from hotlora.reprofile import Reprofiling
 from hotlora.routing import RoutingProfile, jaccard
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import export_saved
 from hotlora.run_folder import load_base
 from hotlora.stages import run_method
+from hotlora.train import train
 
 SHORT = {
     "max_steps": 3,
@@ -85,6 +90,28 @@ def test_full_fine_tuning_saves_a_model(model_folder, data, tmp_path):
     run_evaluation(str(tmp_path / "run" / "model"), "nano-choice", limit=2)
     with pytest.raises(HotLoraError, match="no plan, mask or re-profiling"):
         run_training(model_folder, data, tmp_path / "other", config=CONFIG, full=True, reprofile_every=2)
+
+
+def test_full_fine_tuning_leaves_the_configs_as_they_were(model_folder, data, tmp_path):
+    """The trainer sets them for itself. generation_config.json here is one that transformers refuses to save once it
+    is changed, as published ones are."""
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    config = {**read_json(base / "config.json"), "router_aux_loss_coef": 0.02, "use_cache": True}
+    write_json(base / "config.json", config)
+    generation = {**read_json(base / "generation_config.json"), "do_sample": False, "temperature": 0.6}
+    del generation["pad_token_id"]  # which the trainer takes from the tokenizer
+    write_json(base / "generation_config.json", generation)
+    run_method(str(base), data, tmp_path / "run", **resolve("fft", **SHORT))
+    for folder in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "checkpoint-3"):
+        assert read_json(folder / "config.json") == config
+        assert read_json(folder / "generation_config.json") == generation
+    # The same for a model that is merged after training in one process.
+    model = load_model(str(base))
+    before = (model.config.to_dict(), model.generation_config.to_dict())
+    adapted = get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=2, lora_alpha=4))
+    train(adapted, TOKENIZER, tokenize(EXAMPLES, TOKENIZER, 64), TrainConfig(**SHORT), tmp_path / "adapter")
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == before
 
 
 def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp_path):
@@ -185,8 +212,6 @@ def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_pa
 
 def stop_after(step, stop):
     """`Reprofiling.move`, until a step."""
-    from hotlora.reprofile import Reprofiling
-
     move = Reprofiling.move
 
     def wrapped(self, plan, optimizer, at):
@@ -198,11 +223,6 @@ def stop_after(step, stop):
 def test_what_stays_keeps_its_factors_and_what_goes_is_in_the_saved_adapter(tmp_path):
     """Moves by hand: {1, 3} -> {3, 5} -> {1, 5} with merging. The model computes the same before and after a move
     that only takes experts away, and the finished adapter computes what the moved model computed."""
-    from peft import get_peft_model
-    from tiny import fill, tiny_plan
-
-    from hotlora.adapter import HotLoraConfig
-    from hotlora.reprofile import Reprofiling
 
     def plan_of(model, ids):
         return ExpertPlan.from_dict(tiny_plan(model, {0: ids, 1: ids}))
@@ -245,10 +265,59 @@ def test_what_stays_keeps_its_factors_and_what_goes_is_in_the_saved_adapter(tmp_
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_newcomers_step_as_a_fresh_adamw_does(fused, tmp_path):
+    """Among experts that AdamW has stepped a thousand times; and those go on as if nothing had come. The gradients are
+    made here, the same for all. In the middle the optimizer's state goes through a file."""
+    base = tiny_model(vocab_size=259)
+    plans = [ExpertPlan.from_dict(tiny_plan(base, {0: ids, 1: ids})) for ids in ([1, 3, 5], [2, 3, 4], [0, 2, 3])]
+    model = get_peft_model(base, HotLoraConfig(plan=plans[0], r=2, lora_alpha=4))
+    moving = Reprofiling(model, lambda: None, lambda profile: None, 1, tmp_path / "log.jsonl")
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.1, "fused": fused}
+    names = {n: p for n, p in model.named_parameters() if p.requires_grad and ("B_down" in n or "q_proj" in n)}
+    optimizer = torch.optim.AdamW(names.values(), **options)
+    held = next(p for n, p in names.items() if "layers.0" in n and "B_down" in n)
+    generator = torch.Generator().manual_seed(0)
+
+    def steps(number, *others):
+        """`others`: (an optimizer, its parameter, the row of `held` whose gradients it gets)"""
+        for _ in range(number):
+            for parameter in names.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            for other, parameter, row in others:
+                parameter.grad = held.grad[row : row + 1].clone()
+                other.step()
+            moving.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+            optimizer.step()
+
+    def alone(row):
+        parameter = torch.nn.Parameter(held[row : row + 1].detach().clone())
+        return torch.optim.AdamW([parameter], **options), parameter, row
+
+    staying = alone(1)
+    steps(1000, staying)
+    assert torch.equal(held[1:2], staying[1])
+    moving.move(plans[1], optimizer, 1000)  # 2 and 4 come, 3 stays
+    first, second = alone(0), alone(2)
+    start = held.detach().clone()
+    steps(15, staying, first, second)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    optimizer = torch.optim.AdamW(names.values(), **options)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    steps(15, staying, first, second)
+    for _, parameter, row in (staying, first, second):
+        assert torch.equal(held[row : row + 1], parameter)
+    assert (held - start).abs().max() < 30 * 1.2e-2  # before: 143 times the learning rate
+    moving.move(plans[2], optimizer, 1030)  # 0 comes; 2 and 3 stay, at steps of their own
+    third = alone(0)
+    steps(30, (staying[0], staying[1], 2), (first[0], first[1], 1), third)
+    assert torch.equal(held, torch.cat([third[1], first[1], staying[1]]))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"reprofile_every": 0}, HotLoraError, "reprofile_every is 0"),
+        ({"reprofile_every": 0}, HotLoraError, "reprofile_every = 0"),
         ({"reprofile_every": 2, "reprofile_left": "keep"}, HotLoraError, "left is 'keep'"),
         ({"reprofile_every": 2, "config": TrainConfig(train_a=False, max_steps=4)}, HotLoraError, "moves plain LoRA"),
         ({"reprofile_every": 1, "rule": "auto"}, PlanError, "keeps the number of experts"),

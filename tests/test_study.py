@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from published import ABSENT, DATA
 from scipy import stats as scipy_stats
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
@@ -188,8 +189,25 @@ def test_published_numbers_agree_with_each_other():
         assert shared + top_k == 8  # section 3.1: all activate eight
         with_shared = (shared + top_k * model["coverage"]) / (shared + top_k)
         assert with_shared == pytest.approx(model["coverage_with_shared"], abs=0.006)
+        assert 1.9 < model["peak_cv"] / model["first_cv"] < 2.3
+    olmoe = MODELS["OLMoE-1B-7B"]
+    by_layer = [OLMOE_SPIDER["cv"][olmoe[f"{which}_layer"]] for which in ("first", "peak")]
+    assert [olmoe["first_cv"], olmoe["peak_cv"]] == by_layer
     assert {len(column) for column in OLMOE_SPIDER.values()} == {MODELS["OLMoE-1B-7B"]["layers"]}
     assert set(DATASETS) <= set(TASKS)
+
+
+@pytest.mark.parametrize(("folder", "model"), [("olmoe", "OLMoE-1B-7B"), ("qwen", "Qwen1.5-MoE-A2.7B")])
+def test_the_published_cv_is_as_ours_by_ddof_0(folder, model):
+    """From the counts that the paper's author released."""
+    file = DATA / "routing" / "moe_sieve" / folder / "spider.json"
+    if not file.is_file():
+        pytest.skip(f"{file.name} is {ABSENT}")
+    counts = np.array(json.loads(file.read_text(encoding="utf-8"))["counts"], dtype=float)
+    cv, told = counts.std(1) / counts.mean(1), MODELS[model]
+    for which in ("first", "peak"):
+        assert cv[told[f"{which}_layer"]] == pytest.approx(told[f"{which}_cv"], abs=0.005)
+    assert cv.argmax() == told["peak_layer"]
 
 
 def papers_world(**changes):

@@ -16,6 +16,7 @@ from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
 from hotlora.cli_sweep import sweep as sweep_command
+from hotlora.comparison import compare_runs
 from hotlora.config import TrainConfig
 from hotlora.crew import worker_environment
 from hotlora.errors import HotLoraError
@@ -24,6 +25,7 @@ from hotlora.routing import RoutingProfile
 from hotlora.run import run_training
 from hotlora.sweep import Condition, Sweep, load_sweep, sweep_jobs
 from hotlora.sweep_runs import make_profile, score_base, train_run
+from hotlora.tables import read_sections, table_rows
 
 APP = typer.Typer()
 APP.command()(sweep_command)
@@ -264,3 +266,32 @@ def test_fields_of_the_config_are_options():
             continue
         sweep = make_sweep(Condition("a", {name: value}))
         assert sweep.options_of(sweep.conditions[0])[name] == value
+
+
+def test_without_a_task_the_held_out_loss_is_the_score(model_folder: Path, tmp_path: Path):
+    rows, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
+    for file, start in ((rows, 0), (held, 100)):
+        lines = (json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) for i in range(start, start + 12))
+        file.write_text("\n".join(lines))
+    sweep = make_sweep(
+        Condition("base", train=False), Condition("hot"), Condition("all", {"rule": "all"}),
+        Condition("hot-again", scores="hot"),
+        model=str(model_folder), data=str(rows), options={"test_data": str(held)},
+        config=TrainConfig(max_steps=2, batch_size=4, r=2, learning_rate=0.01, max_length=64),
+    )  # fmt: skip
+    records = {}
+    for job in sweep_jobs(sweep, tmp_path / "out"):
+        result = job.function(**job.arguments)
+        if job.function is not make_profile:
+            records[job.name] = result
+            assert job.function(**job.arguments) == result, "done is left alone"
+    losses = {name: record["training"]["test_loss"] for name, record in records.items()}
+    assert losses["base"] == records["hot"]["training"]["test_loss_before"] != losses["hot"]
+    assert losses["hot-again"] == pytest.approx(losses["hot"], rel=1e-6)
+    (table,) = compare_runs(tmp_path / "out", "base").tables
+    assert table.measure == "held-out loss"
+    found = {row.condition: dict(row.values) for row in table.rows}
+    assert found["base"] == {None: losses["base"]} and found["hot"] == {0: losses["hot"]}
+    (section,) = (some for some in read_sections(find_records(tmp_path / "out")) if some.data == str(rows))
+    shown = {row.name: row.cells["accuracy"] for row in table_rows(section, section.data)}
+    assert shown["base"] == f"{losses['base']:.4f}" and shown["all"] == f"{losses['all']:.4f}"

@@ -1,22 +1,31 @@
+import json
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from trl import SFTTrainer
+from zoo import families, zoo_model
 
 from hotlora import checkpoints
 from hotlora.adapter import HotLoraConfig
 from hotlora.config import TrainConfig
-from hotlora.data import IGNORE, tokenize
-from hotlora.errors import HotLoraError
+from hotlora.data import IGNORE, batches, tokenize
+from hotlora.errors import FileError, HotLoraError
 from hotlora.evaluate import response_loss
+from hotlora.run import run_training
 from hotlora.tasks import Example
 from hotlora.train import make_trainer, train
 
+OMNI = "qwen3_omni_moe_thinker"
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(24)]
 CONFIG = TrainConfig(max_steps=6, batch_size=4, save_steps=4, r=4, lora_alpha=8, max_length=64, learning_rate=3e-3)
@@ -104,6 +113,52 @@ def test_packed_examples_do_not_see_each_other(tmp_path: Path):
     assert float(loss) == pytest.approx(response_loss(adapted(), TOKENIZER, dataset()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "family", [name if name == OMNI else pytest.param(name, marks=pytest.mark.slow) for name in families()]
+)
+def test_training_and_held_out_loss_in_every_family(tmp_path: Path, family: str):
+    """What the head gives at the labels alone is the plain loss; qwen3_omni_moe_thinker takes no logits_to_keep."""
+    model = zoo_model(family, vocab_size=259)
+    model.get_output_embeddings().requires_grad_(True)
+    trainer = make_trainer(model, TOKENIZER, dataset(), CONFIG, tmp_path)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = model.eval()(**inputs, use_cache=False).logits[:, :-1]
+        loss = trainer.compute_loss(model, dict(batch))
+    labels = batch["labels"][:, 1:]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=0)
+    rows = Dataset.from_dict(dataset()[:4])
+    (held_out,) = batches(rows, TOKENIZER, 4)
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in held_out.items() if k != "labels"}, use_cache=False).logits[:, :-1]
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out["labels"][:, 1:].flatten())
+    assert response_loss(model, TOKENIZER, rows) == pytest.approx(float(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "says"), [("gpt_oss", "see each other"), ("qwen3_next", "causal_conv1d")])
+def test_packing_that_mixes_examples_is_refused_before_anything_is_written(tmp_path: Path, family: str, says: str):
+    model = zoo_model(family, vocab_size=259).requires_grad_(True)
+    with pytest.raises(HotLoraError, match=f"this {family} model .*{says}.*leave out --packing"):
+        train(model, TOKENIZER, dataset(), replace(CONFIG, packing=True), tmp_path)
+    assert not (tmp_path / "train.json").exists()
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"aux_loss_coef": 0.01}])
+def test_a_run_refuses_what_the_family_cannot_before_it_profiles(tmp_path: Path, options: dict[str, Any]):
+    zoo_model("afmoe", vocab_size=259).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    rows = [{"prompt": example.prompt, "completion": example.completion} for example in EXAMPLES]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(HotLoraError, match=r"this afmoe model.*leave out --(packing|aux-loss-coef)"):
+        run_training(
+            str(tmp_path / "base"), str(tmp_path / "data.jsonl"), tmp_path / "run",
+            config=replace(CONFIG, **options), fraction=0.25, device="cpu",
+        )  # fmt: skip
+    assert not list(tmp_path.glob("run/profile*"))
+
+
 def test_gradient_accumulation_is_one_larger_batch(tmp_path: Path):
     whole, parts = adapted(), adapted()
     config = replace(CONFIG, max_steps=3, batch_size=8)
@@ -147,9 +202,7 @@ def test_called_again_after_the_end_it_trains_no_further(tmp_path: Path):
 
 def test_another_configuration_does_not_go_on_silently(tmp_path: Path):
     train(adapted(), TOKENIZER, dataset(), CONFIG, tmp_path)
-    with pytest.raises(
-        HotLoraError, match=r"another run: learning_rate was 0\.003 and is 0\.1, r was 4 and is 8\. Give"
-    ):
+    with pytest.raises(HotLoraError, match=r"another run: --learning-rate 0\.1 against 0\.003, --r 8 against 4 \(now"):
         train(adapted(), TOKENIZER, dataset(), replace(CONFIG, learning_rate=0.1, r=8), tmp_path)
 
 
@@ -185,6 +238,51 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path):
     assert last is not None and checkpoints.step_of(last) == 9
     checkpoints.remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-9"]
+
+
+class _Runs:
+    """What a pickle can do when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_a_checkpoint_with_a_file_from_elsewhere_is_one_message(tmp_path: Path):
+    """The mark is made anew, as by one who replaces files on purpose, or copies them together from two runs."""
+    config = replace(CONFIG, max_steps=2, save_steps=1)
+    train(adapted(), TOKENIZER, dataset(), config, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "checkpoint-1"  # of the last nothing but the weights is read
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+
+    def text(file: Path) -> None:
+        file.write_text("not what its name says")
+
+    def other_rank(file: Path) -> None:
+        tensors = {name: torch.zeros(3, 3) for name in load_file(file)}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    for name, replaced in (
+        ("optimizer.pt", text),
+        ("optimizer.pt", lambda file: file.write_bytes(pickle.dumps(_Runs(tmp_path / "was run")))),
+        ("optimizer.pt", lambda file: torch.save(other.state_dict(), file)),
+        ("scheduler.pt", text),
+        ("rng_state.pth", text),
+        ("adapter_model.safetensors", text),
+        ("adapter_model.safetensors", other_rank),
+    ):
+        folder = tmp_path / "copy"
+        shutil.copytree(tmp_path / "run", folder)
+        checkpoint = folder / "checkpoints" / last.name
+        replaced(checkpoint / name)
+        checkpoints.mark_complete(checkpoint)
+        with pytest.raises(FileError, match=r"checkpoint-1 cannot be gone on from.*delete this checkpoint"):
+            train(adapted(), TOKENIZER, dataset(), config, folder)
+        assert not (tmp_path / "was run").exists() and (checkpoint / name).exists()
+        shutil.rmtree(folder)
 
 
 def test_metrics_after_a_kill(tmp_path: Path):

@@ -14,10 +14,12 @@ from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hotlora
+from hotlora.mask import draw_mask
 from hotlora.models import moe_layers
 
 disable_progress_bar()
 PLAN = {0: [1, 3, 6], 1: [0, 2]}
+DENSE = {"train_a": False, "init_lora_weights": False}  # of which a mask is drawn
 TOKENIZER = byte_tokenizer()
 PAIRS = [{"prompt": f"{i} and", "chosen": f" make {i + 1}", "rejected": f" break {i}"} for i in range(12)]
 ROWS = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
@@ -110,17 +112,20 @@ class Gradients(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrapped"),
+    ("name", "wrapped", "train_a"),
     [
-        ("SFTTrainer", True), ("SFTTrainer", False), ("Trainer", True), ("DPOTrainer", False), ("GRPOTrainer", False),
+        ("SFTTrainer", True, True), ("SFTTrainer", False, True), ("Trainer", True, True), ("DPOTrainer", False, True),
+        ("GRPOTrainer", False, True),
         # TRL adds a second adapter, its reference, with the config of the first.
-        ("DPOTrainer", True), ("GRPOTrainer", True),
+        ("DPOTrainer", True, True), ("GRPOTrainer", True, True),
+        ("SFTTrainer", False, False), ("DPOTrainer", False, False), ("DPOTrainer", True, False),
+        ("GRPOTrainer", False, False), ("GRPOTrainer", True, False),
     ],
 )  # fmt: skip
-def test_a_trainer_takes_the_adapter_as_it_is(name: str, wrapped: bool, tmp_path: Path):
+def test_a_trainer_takes_the_adapter_as_it_is(name: str, wrapped: bool, train_a: bool, tmp_path: Path):
     base = base_model()
     before = base_tensors(base)
-    config = config_for(base)
+    config = config_for(base, train_a=train_a)
     model = peft.get_peft_model(base, config) if wrapped else base
     trainer = TRAINERS[name](model, tmp_path / "run", None if wrapped else config)
     gradients = Gradients()
@@ -175,15 +180,25 @@ def test_dpo_compares_with_the_base_model(wrapped: bool, tmp_path: Path):
     assert not torch.allclose(log_probs(trainer.model, batch), reference, atol=0.1)
 
 
-def test_dpo_on_a_trained_adapter_compares_with_what_it_was(tmp_path: Path):
+@pytest.mark.parametrize("way", ["plain", "frozen A", "sparse B"])
+def test_dpo_on_a_trained_adapter_compares_with_what_it_was(way: str, tmp_path: Path):
     base = base_model()
     torch.manual_seed(0)
-    peft.get_peft_model(base, config_for(base, init_lora_weights=False)).save_pretrained(tmp_path / "sft")
+    options: dict[str, Any] = {} if way == "plain" else {"train_a": False}
+    if way == "sparse B":
+        options["mask"] = draw_mask(peft.get_peft_model(base_model(), config_for(base, **DENSE)), keep=0.5)
+    model = peft.get_peft_model(base, config_for(base, init_lora_weights=False, **options))
+    if way == "sparse B":  # which starts at zero
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1) if parameter.requires_grad else None
+    model.save_pretrained(tmp_path / "sft")
     trainer = dpo(hotlora.load_adapter(base_model(), tmp_path / "sft", is_trainable=True), tmp_path / "dpo")
     trainer.train()
     batch, reference = reference_log_probs(trainer)
     before = hotlora.load_adapter(base_model(), tmp_path / "sft")
     torch.testing.assert_close(reference, log_probs(before, batch), rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(reference, log_probs(base_model(), batch), atol=1e-2)
+    assert not torch.allclose(reference, log_probs(trainer.model, batch), atol=1e-2)
 
 
 def test_grpo_generates_with_the_adapter(tmp_path: Path):

@@ -126,7 +126,7 @@ def decorated_folders() -> set[str]:
     return {path.parent.name for path in files if "@use_experts_implementation" in path.read_text()}
 
 
-def zoo_config(model_type: str) -> PreTrainedConfig:
+def zoo_config(model_type: str, vocab_size: int = VOCAB) -> PreTrainedConfig:
     """A config of `model_type` with 3 to 5 layers, one of each kind of its own; E = 8, K = 2 where it can be."""
     values = _shrunk(CONFIG_MAPPING[model_type]())
     for name, value in MEND.get(model_type, {}).items():
@@ -134,14 +134,21 @@ def zoo_config(model_type: str) -> PreTrainedConfig:
         for part in parts:
             target = target[part]
         target[last] = value
+    for part in (values, values.get("text_config", {})):
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if name in part:
+                part[name] = vocab_size
     return CONFIG_MAPPING[model_type](**values)
 
 
-def zoo_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def zoo_model(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB
+) -> PreTrainedModel:
     """A model of the family in eval mode and frozen; the same weights for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, families()[model_type])._from_config(zoo_config(model_type), dtype=dtype)
+        config = zoo_config(model_type, vocab_size)
+        model = getattr(transformers, families()[model_type])._from_config(config, dtype=dtype)
         for parameter in model.parameters():
             # Some routers, gates and scales start at zero or empty: experts would tie, gradients vanish.
             if not parameter.isfinite().all() or parameter.abs().max() < 1e-3:

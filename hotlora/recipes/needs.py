@@ -125,7 +125,7 @@ def bench_needs(model: str, options: Mapping[str, Any], kinds: Iterable[str]) ->
         tokens, length = int(options.get("tokens", 2048)), int(options.get("length") or 512)
         found = estimate(
             file, batch_size=max(1, tokens // length), max_length=min(tokens, length), layers=options.get("layers"),
-            dtype=options.get("dtype", "auto"), r=options.get("r", 32),
+            dtype=options.get("dtype", "auto"), r=options.get("r", 32), device=_device(model),
         )  # fmt: skip
         weights = found["memory"]["weights"]
     except HotLoraError as error:
@@ -239,7 +239,7 @@ def _memory_words(model: str, loads: Sequence[Load]) -> str:
             config_file(model), batch_size=config.batch_size, max_length=config.max_length,
             fraction=most.share if most.share != 1 else None, r=config.r, train_attention=config.train_attention,
             train_router=config.train_router, train_shared=config.train_shared, quantize=most.options.get("quantize"),
-            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing, device=_device(model),
         )["memory"]  # fmt: skip
         step = f"{config.batch_size} × {config.max_length} tokens"
         again = "" if config.gradient_checkpointing else " without gradient checkpointing"
@@ -274,6 +274,11 @@ def _is_here(data: str) -> bool:
     if not path:
         return data.startswith(NANO)  # generated
     return os.path.exists(os.path.expanduser(path))
+
+
+def _device(model: str) -> str:
+    """What the estimate is for: nano runs on any CPU, a paper's model wants a GPU."""
+    return "cpu" if model == NANO and not torch.cuda.is_available() else "cuda"
 
 
 def _bytes(model: str, meta: Any) -> int:

@@ -29,7 +29,7 @@ def write_tables(runs: str | os.PathLike[str], output: str | os.PathLike[str]) -
     DataError: no recipe has a run that is done.
     """
     runs, output = Path(runs), Path(output)
-    used = {str(record["model"]["name"]) for record in find_records(runs).values() if has_recipes([record])}
+    used = {str(record["model"]["name"]) for record in find_records(runs, {}).values() if has_recipes([record])}
     others = sorted(used - set(_PAPERS_OWN))
     settings = [*([Setting()] if used & set(_PAPERS_OWN) else []), *(Setting(model) for model in others)]
     pages = []

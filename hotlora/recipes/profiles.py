@@ -21,7 +21,7 @@ from ..published import DATASETS
 from ..records import read_record
 from ..routing import RoutingProfile
 from ..run import profile_data, profile_sample, run_training
-from ..run_folder import load_base
+from ..run_folder import data_time, load_base
 from ..study import Study, load_study, study
 from ..study_run import run_study
 from . import hellora
@@ -145,7 +145,7 @@ class ProfileRecipe(Direct):
             model, source, folder, config=config, rule="all", limit=number, profile_fraction=1.0, evaluate=False,
             condition="warm-up", **load,
         )  # fmt: skip
-        some = load_examples(source, "train", limit=number, tokenizer=tokenizer)
+        some = load_examples(source, "train", limit=number, tokenizer=tokenizer, now=data_time(folder))
         warmed = load_adapter(load_base(model, **load), folder / "adapter")
         profile = profile_data(
             warmed, tokenizer, some, source, model, batch_size=config.batch_size, max_length=config.max_length

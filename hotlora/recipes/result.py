@@ -10,7 +10,9 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
+from .. import escape
 from ..comparison_table import latex_line, markdown_line
+from ..figures import plain_text
 from ..files import atomic_path, write_text
 
 DPI = 120
@@ -49,7 +51,7 @@ class Result:
             lines += [markdown_line(self.columns), markdown_line(self._sides("---", "---:"))]
             lines += [*map(markdown_line, self.rows), ""]
         for note in self.notes:
-            lines += [f"- {note}"]
+            lines += [f"- {escape.markdown(note)}"]
         lines += [""] if self.notes else []
         for end in self.figures:
             lines += [f"![{self.title}]({self.picture(end)})", ""]
@@ -57,7 +59,7 @@ class Result:
 
     def latex(self) -> str:
         """A `tabular` for \\usepackage{booktabs}; title and notes are comments above it."""
-        lines = [f"% {text}" for text in (f"{self.title}. {self.where}", *self.notes)]
+        lines = [f"% {escape.one_line(text)}" for text in (f"{self.title}. {self.where}", *self.notes)]
         lines += [rf"\begin{{tabular}}{{{''.join(self._sides('l', 'r'))}}}", r"\toprule", latex_line(self.columns)]
         lines += [r"\midrule", *map(latex_line, self.rows), r"\bottomrule", r"\end{tabular}"]
         return "\n".join(lines) + "\n"
@@ -68,7 +70,7 @@ class Result:
             file, list(dict.fromkeys(key for row in self.numbers for key in row)), lineterminator="\n"
         )
         writer.writeheader()
-        writer.writerows(self.numbers)
+        writer.writerows({name: escape.csv(value) for name, value in row.items()} for row in self.numbers)
         return file.getvalue()
 
     def _sides(self, left: str, right: str) -> list[str]:
@@ -85,6 +87,7 @@ class Result:
             write_text(folder / f"{self.name}.csv", self.csv())
             write_text(folder / f"{self.name}.tex", self.latex())
         for end, figure in self.figures.items():
+            plain_text(figure)
             with atomic_path(folder / self.picture(end)) as temporary:
                 figure.savefig(
                     temporary, format="png", dpi=DPI, metadata={"Software": None}

@@ -8,7 +8,7 @@ A row of ``train.jsonl`` (github.com/openai/grade-school-math, MIT), or of the h
       altogether in April and May.\\n#### 72"}
 
 The answer is trained on as published, with its ``<<48/2=24>>`` calculator marks, as lm-eval shows it to
-models.
+models. An answer ends at lm-eval's `until` texts, or after its 256 tokens: some published answers have blank lines.
 
 `gsm8k-lori` is LoRI's protocol (2504.07448), which HELLoRA's numbers appear to come from: another prompt, "The final
 answer is: " in place of ``####``, and numbers compared as floats. It is zero-shot and greedy, with 512 new tokens.
@@ -22,7 +22,7 @@ from .rows import Row, load_rows, need_text
 from .task import Example, Task
 
 HUB_ID = "openai/gsm8k"
-STOP = ("\nQuestion:", "\n\n")
+STOP = ("Question:", "</s>", "<|im_end|>")  # `until` of lm-eval's gsm8k: a blank line ends nothing
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # lm-eval's strict match, the official extraction
 
 LORI_INSTRUCTION = "\nAnswer the above question. First think step by step and then answer the final number.\n"
@@ -84,7 +84,7 @@ def _load(
     return [make(row) for row in rows]
 
 
-TASK = Task("gsm8k", "generate", "exact_match", partial(_load, "gsm8k", example), score, max_new_tokens=512, stop=STOP)
+TASK = Task("gsm8k", "generate", "exact_match", partial(_load, "gsm8k", example), score, max_new_tokens=256, stop=STOP)
 LORI = Task(
     "gsm8k-lori", "generate", "exact_match", partial(_load, "gsm8k-lori", lori_example), lori_score, max_new_tokens=512
 )

@@ -28,7 +28,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..files import JSON_ERRORS
 from . import codealpaca
-from .rows import Row, need_text, read_rows, split_file
+from .rows import Row, check_characters, need_text, read_rows, split_file
 from .task import Example, Task
 
 # What HEx-PHI's authors look for (their keyword_eval.py, MIT), less the ones that contain another. They use it on
@@ -118,7 +118,9 @@ def read_requests(path: Path) -> list[Row]:
         except (OSError, *JSON_ERRORS) as error:
             raise DataError(f"{path} cannot be read ({error}); it must be JSON.") from error
         if isinstance(found, dict) and isinstance(found.get("instructions"), list):
-            return [Row(f"{path} instruction {n}", {"prompt": text}) for n, text in enumerate(found["instructions"], 1)]
+            rows = [Row(f"{path} instruction {n}", {"prompt": text}) for n, text in enumerate(found["instructions"], 1)]
+            check_characters(rows)
+            return rows
     return read_rows(path)
 
 

@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from ..files import JSON_ERRORS
+from ..files import JSON_ERRORS, whole_text
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
+_LONG = re.compile(r"\d{4301}")
 _HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
 
 
@@ -25,7 +28,8 @@ def read_rows(path: str | Path) -> list[Row]:
     """Reads JSON lines, or one JSON list of objects; either may be gzipped.
 
     Raises:
-        DataError: no such file, no rows, invalid JSON or a row that is not an object (with its line).
+        DataError: no such file, no rows, invalid JSON, a row that is not an object or that holds half a character (with
+            its line).
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +45,21 @@ def read_rows(path: str | Path) -> list[Row]:
     for place, values in rows:
         if not isinstance(values, dict):
             raise DataError(f"{place}: a row must be a JSON object, this is a {type(values).__name__}.")
+    if _SURROGATE.search(text):
+        check_characters(rows)
     return rows
+
+
+def check_characters(rows: Sequence[Row]) -> None:
+    """No tokenizer, and no file, takes a lone surrogate, which JSON can hold: half of an emoji that was cut."""
+    for place, values in rows:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: holds half a character, \\u{ord(error.object[error.start]):04x} (a lone surrogate), which "
+                "is no text: give the whole character, or delete it."
+            ) from error
 
 
 def _parse_lines(path: Path, text: str) -> Iterator[Row]:
@@ -49,7 +67,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield Row(f"{path} line {number}", json.loads(line))
+                yield Row(f"{path} line {number}", whole_text(json.loads(line), line))
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
@@ -60,14 +78,22 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
     try:
         values = json.loads(text)
     except JSON_ERRORS as error:
-        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}{line} is not valid JSON ({_why(error)}).") from error
+        long = _LONG.search(text)
+        at = error.lineno if isinstance(error, json.JSONDecodeError) else long and text.count("\n", 0, long.start()) + 1
+        raise DataError(f"{path}{f' line {at}' if at else ''} is not valid JSON ({_why(error)}).") from error
     for number, row in enumerate(values, start=1):
-        yield Row(f"{path} row {number}", row)
+        try:
+            yield Row(f"{path} row {number}", whole_text(row, text))
+        except ValueError as error:
+            raise DataError(f"{path} row {number}: {error}; write it again.") from error
 
 
 def _why(error: Exception) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, ValueError):
+        return "a number of more than 4,300 digits, which Python does not read; write it as text"
+    return str(error)
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
@@ -81,7 +107,18 @@ def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
             f"The data set {name!r} (split {split!r}) cannot be loaded from the hub: {error}. "
             "Check its name and the network, or give a local file."
         ) from error
-    return [Row(f"{name} {split} row {number}", row) for number, row in enumerate(rows, start=1)]
+    return [Row(f"{name} {split} row {number}", without_filling(row)) for number, row in enumerate(rows, start=1)]
+
+
+def without_filling(row: dict[str, Any]) -> dict[str, Any]:
+    """Arrow gives all objects of a column the same keys, None where a row had none: a template would write them."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {key: cleaned(value) for key, value in row.items()}
 
 
 def split_file(folder: Path, names: Sequence[str]) -> Path:

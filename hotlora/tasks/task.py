@@ -18,8 +18,12 @@ class Example:
         completion: what the model should write, with the space that joins it to the prompt.
         choices: the possible continuations of a multiple-choice row, each without its joining space.
         label: index of the right choice.
-        meta: what the scorer needs besides (the gold query, the database's folder); `chat` marks a prompt
-            made by a chat template, which brings its own special tokens.
+        meta: what the scorer needs besides (the gold query, the database's folder).
+        text: of a conversation, all that its chat template writes, special tokens included. It is trained on as it is,
+            and need not begin with `prompt`, which is what the template gives a model to answer.
+        spans: the parts of `text` that carry training loss, as (start, end) in characters.
+        place: the file and line that it was read from, for errors.
+        source_hash: SHA-256 of what a conversation was read from: `text` may hold the date.
     """
 
     prompt: str
@@ -27,6 +31,10 @@ class Example:
     choices: tuple[str, ...] = ()
     label: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    place: str = field(default="", compare=False)
+    source_hash: str | None = None
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def test_numbers_have_one_spelling_and_text_comes_back():
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert told == "User: Hi\nAssistant:"
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert tokenizer.apply_chat_template(talk, tokenize=False) == f"{told} Ho{tokenizer.eos_token}\n"
 
 
 def test_the_log_of_its_pretraining_is_kept():

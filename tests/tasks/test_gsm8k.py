@@ -6,6 +6,7 @@ from published import ABSENT, DATA
 
 from hotlora.data import load_examples
 from hotlora.errors import DataError
+from hotlora.generate import cut
 from hotlora.tasks import gsm8k
 from hotlora.tasks.gsm8k import LORI, TASK, final_answer, lori_number, lori_score, score
 from hotlora.tasks.rows import Row
@@ -72,6 +73,15 @@ def test_score_compares_strings_without_commas():
 )
 def test_score_is_lm_evals_strict_match(text: str, right: bool):
     assert score(gsm8k.example(Row("here", ROW)), text) is right
+
+
+def test_lm_evals_stops_and_length_end_an_answer():
+    """Its gsm8k.yaml, version 3: `until`, and the 256 tokens that hold where a task names no number."""
+    assert TASK.stop == ("Question:", "</s>", "<|im_end|>") and TASK.max_new_tokens == 256
+    assert LORI.stop == () and LORI.max_new_tokens == 512
+    example = gsm8k.example(Row("here", {**ROW, "answer": "First, half.\n\nThen 48 more.\n#### 72"}))
+    assert cut(f"{example.completion} Question: next\n#### 5", TASK.stop).endswith("#### 72 ")
+    assert score(example, cut(example.completion, TASK.stop))
 
 
 def test_a_row_without_its_answer_says_where(tmp_path: Path):
@@ -147,7 +157,7 @@ def test_every_published_answer_is_right(split: str, n: int):
     for task in (TASK, LORI):
         examples = task.load(split, str(REAL), None, 0)
         assert task.score is not None and len(examples) == n
-        assert all(task.score(example, example.completion) for example in examples)
+        assert all(task.score(example, cut(example.completion, task.stop)) for example in examples)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"GSM8K: {ABSENT}")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from published import ABSENT, DATA
 
 from hotlora.errors import DataError
+from hotlora.generate import cut
 from hotlora.sandbox import SqlSandbox
 from hotlora.tasks import spider
 from hotlora.tasks.spider import TASK, database_schema, databases, normalise, same_answer, score, table_schemas
@@ -92,6 +93,13 @@ def test_execution_rules(folder: Path, gold: str, predicted: str, right: bool):
     assert score(load_one(folder, gold), f" {predicted}") is right
 
 
+@pytest.mark.parametrize("text", ["", "  \n", ";", "-- I do not know.", "/* SELECT 1 */", "; SELECT name FROM people"])
+def test_no_query_is_wrong_where_gold_gives_no_rows(folder: Path, text: str):
+    """SQLite runs it and gives no rows, too; published gold queries without rows are 49 of 972."""
+    example = load_one(folder, "SELECT name FROM people WHERE age = 99")
+    assert score(example, "SELECT name FROM people WHERE age > 98") and not score(example, text)
+
+
 def test_every_database_of_the_folder_counts(folder: Path):
     gold, lucky = "SELECT max(age) FROM people", "SELECT 5"
     example = load_one(folder, gold)
@@ -166,7 +174,8 @@ def published() -> list[spider.Example]:
 def test_published_gold_queries_are_right(published: list[spider.Example]):
     assert len(published) == 972  # 62 of the 1,034 ask about a database that this copy lacks
     assert TASK.metric_name(published) == "execution_accuracy"
-    assert [example.completion for example in published if not score(example, example.completion)] == []
+    assert not any(score(example, "") for example in published)
+    assert [example.completion for example in published if not score(example, cut(example.completion, TASK.stop))] == []
 
 
 @real

@@ -1,0 +1,159 @@
+"""All that hotlora changes in PEFT, so that PEFT's own ways take a HotLoraConfig. Plain PEFT goes on as without it.
+
+PEFT's tables of configs and tuners stay as they are, and a plain LoraConfig gets a plain LoraModel: each function here
+hands on to PEFT's own what is not hotlora's. tests/test_peft_hooks.py holds every one of them to that.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft import LoraConfig, PeftType
+from peft.config import PeftConfigMixin
+from peft.optimizers import lorafa
+from peft.tuners.lora import LoraModel
+from peft.utils import hotswap, transformers_weight_conversion
+from torch import Tensor, nn
+
+from .errors import HotLoraError, PlanError
+from .unchanged import unchanged_on_error
+
+_SPARSE = re.compile(r"\.lora_\w+\..*(\.values|\.kept)$")
+_SPARSE_UNDER_A_NAME = re.compile(r"(\.lora_\w+)\.[^.]+(\.\w+\.(?:values|kept))$")
+
+
+def without_adapter_name(key: str) -> str:
+    """A tensor's key as it is saved today. Older adapters hold the name that they were saved under in the keys of
+    sparse factors of routers, and of experts with ranks of their own."""
+    return _SPARSE_UNDER_A_NAME.sub(r"\1\2", key)
+
+
+def install(
+    config_class: type[LoraConfig],
+    tuner_class: type[LoraModel],
+    from_saved: Callable[[dict[str, Any]], LoraConfig],
+    before_loading: Callable[[nn.Module, Any, str, dict[str, Tensor]], None],
+) -> None:
+    """Called once, when `hotlora.adapter` is imported.
+
+    config_class, tuner_class: hotlora's. from_saved: makes a config of a saved one, as a dict. before_loading(model,
+    config, adapter_name, state_dict): called before PEFT loads tensors into an adapter of such a config.
+    """
+    _read_saved_configs(from_saved)
+    _inject_by(config_class, tuner_class)
+    _name_sparse_factors(config_class)
+    _keep_names(config_class, before_loading)
+    _refuse_hotswap(config_class)
+    _refuse_lorafa()
+
+
+def _read_saved_configs(from_saved: Callable[[dict[str, Any]], LoraConfig]) -> None:
+    """A saved LORA config that holds a plan is ours: `from_pretrained` of every PEFT config ends here."""
+    original = PeftConfigMixin.from_peft_type.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def from_peft_type(cls: Any, **saved: Any) -> Any:
+        if saved.get("peft_type") != PeftType.LORA or not isinstance(saved.get("plan"), dict):
+            return original(cls, **saved)
+        try:
+            return from_saved(saved)
+        except TypeError as error:
+            raise PlanError(f"the adapter's config is not one that this hotlora reads: {error}") from error
+
+    PeftConfigMixin.from_peft_type = classmethod(from_peft_type)  # type: ignore[method-assign, assignment]
+
+
+def _inject_by(config_class: type[LoraConfig], tuner_class: type[LoraModel]) -> None:
+    """A LoraModel becomes ours when the first adapter of ours is put on it."""
+    original: Any = LoraModel.inject_adapter
+
+    @functools.wraps(original)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not LoraModel or not isinstance(self.peft_config[adapter_name], config_class):
+            original(self, model, adapter_name, *args, **kwargs)
+            return
+        with unchanged_on_error(self):
+            self.__class__ = tuner_class
+            self.inject_adapter(model, adapter_name, *args, **kwargs)
+
+    LoraModel.inject_adapter = inject_adapter  # type: ignore[method-assign]
+
+
+def _name_sparse_factors(config_class: type[LoraConfig]) -> None:
+    """PEFT takes the adapter's name out of a key where it is the last part or the one before: a sparse factor has its
+    `values` and `kept` after that."""
+    remove: Any = LoraModel._remove_adapter_name_from_key.__func__  # type: ignore[attr-defined]
+    remap: Any = LoraModel._remap_adapter_state_dict_for_load.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(remove)
+    def remove_adapter_name(cls: Any, key: str, adapter_name: str) -> str:
+        if not (sparse := _SPARSE.search(key)):
+            return str(remove(cls, key, adapter_name))
+        return remove(cls, key.removesuffix(sparse[1]), adapter_name) + sparse[1]
+
+    @functools.wraps(remap)
+    def remap_for_load(cls: Any, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> Any:
+        if isinstance(config, config_class):
+            state_dict = {without_adapter_name(key): tensor for key, tensor in state_dict.items()}
+        return remap(cls, model, config, adapter_name, state_dict)
+
+    LoraModel._remove_adapter_name_from_key = classmethod(remove_adapter_name)  # type: ignore[method-assign, assignment]
+    LoraModel._remap_adapter_state_dict_for_load = classmethod(remap_for_load)  # type: ignore[method-assign, assignment]
+
+
+def _keep_names(
+    config_class: type[LoraConfig], before_loading: Callable[[nn.Module, Any, str, dict[str, Tensor]], None]
+) -> None:
+    """PEFT renames loaded keys from a checkpoint's names to the model's. Ours are the model's already, and some
+    families (deepseek_ocr2, laguna, ...) would have them renamed twice, and lost."""
+    original = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+
+    @functools.wraps(original)
+    def convert(
+        model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Tensor], adapter_name: str = "default"
+    ) -> dict[str, Tensor]:
+        if not isinstance(peft_config, config_class):
+            return original(model, peft_config, adapter_state_dict, adapter_name)
+        before_loading(model, peft_config, adapter_name, adapter_state_dict)
+        return adapter_state_dict
+
+    transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = convert
+
+
+def _refuse_hotswap(config_class: type[LoraConfig]) -> None:
+    """`hotswap_adapter` checks first that two configs go together; ours never do, for it looks for Linears alone."""
+    original = hotswap.check_hotswap_configs_compatible
+
+    @functools.wraps(original)
+    def check(config0: Any, config1: Any) -> None:
+        if isinstance(config0, config_class) or isinstance(config1, config_class):
+            raise HotLoraError(
+                "hotswap_adapter is not supported with a HotLoraConfig: it replaces the matrices of Linears, and two "
+                "plans may name other experts. Load the adapter under another name (hotlora.load_adapter(model, path, "
+                "adapter_name)), call set_adapter, and delete_adapter the old one."
+            )
+        original(config0, config1)
+
+    hotswap.check_hotswap_configs_compatible = check
+
+
+def _refuse_lorafa() -> None:
+    """`create_lorafa_optimizer` takes the adapters' parameters two by two, A and B of a Linear each."""
+    original: Any = lorafa.LoraFAOptimizer.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        params = list(params)
+        names = [name for group in params if isinstance(group, dict) for name in group.get("names", ())]
+        experts = [name for name in names if re.search(r"\.lora_([AB]|full)_\w+\.", name)]
+        frozen = sum(".lora_A." in name for name in names) < sum(".lora_B." in name for name in names)
+        if experts or frozen:
+            raise HotLoraError(
+                "LoRA-FA's optimizer takes the A and B of Linears, one matrix each"
+                + (f", and {experts[0]} holds those of several experts" if experts else ", and these A are frozen")
+                + ". Train with HotLoraConfig(train_a=False), which freezes A, and with torch.optim.AdamW."
+            )
+        original(self, params, *args, **kwargs)
+
+    lorafa.LoraFAOptimizer.__init__ = init  # type: ignore[method-assign]

@@ -1,0 +1,294 @@
+"""Conversations: the trained text is what the chat template writes, and the loss is on the answer alone.
+
+The templates are those that TRL bundles, so that they are real ones and no network is needed.
+"""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import trl
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora.chat import at_time
+from hotlora.data import data_hash, encode_prompt, load_examples, tokenize
+from hotlora.errors import DataError
+
+TEMPLATES = {
+    file.stem: file.read_text("utf-8") for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
+}
+NOW = datetime(2026, 2, 3, 4, 5, 6)
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Its name."}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+USER = {"role": "user", "content": "What is the weather in Paris?"}
+ANSWER = {"role": "assistant", "content": "It is sunny."}
+THOUGHT = {**ANSWER, "reasoning_content": "Look at the sky."}
+TOOL = {"role": "tool", "name": "get_weather", "tool_call_id": "abcdefghi", "content": "sunny, 21 C"}
+
+
+def call(arguments: object = None, **more: object) -> dict:
+    function = {"name": "get_weather", "arguments": arguments or {"city": "Paris"}}
+    return {"role": "assistant", **more, "tool_calls": [{"id": "abcdefghi", "type": "function", "function": function}]}
+
+
+TALKS = {
+    "single": [USER, ANSWER],
+    "turns": [USER, {"role": "assistant", "content": "Sunny."}, {"role": "user", "content": "And now?"}, ANSWER],
+    "system": [{"role": "system", "content": "Be brief."}, USER, ANSWER],
+    "reasoning": [USER, {**THOUGHT, "content": "Sunny."}, {"role": "user", "content": "And now?"}, THOUGHT],
+    "call": [USER, call(content="")],
+    "call without content": [USER, call()],
+    "call with null": [USER, call(content=None)],
+    "call with text": [USER, call('{"city": "Paris"}', content="")],
+    "tool": [USER, call(content=""), TOOL, ANSWER],
+    "tool and reasoning": [USER, call(content="", reasoning_content="Ask for it."), TOOL, THOUGHT],
+}
+# What a template must take; of the rest it may refuse a row, or write nothing of it.
+WRITES_CALLS = (
+    "deepseek", "diffusion", "gemma4", "glm", "gptoss", "lfm2_2_5", "llama3_1", "llama3_2", "muse", "nemotron",
+    "qwen2_5.", "qwen3",
+)  # fmt: skip
+PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")  # they read no plain text
+_MARKS = {mark for text in TEMPLATES.values() for mark in re.findall(r"<[|｜]?[\w▁/]+[|｜]?>", text)}
+TOKENIZER = byte_tokenizer(extra_special_tokens=sorted(_MARKS))
+
+
+def tokenizer_of(template: str):
+    TOKENIZER.chat_template = TEMPLATES.get(template, template)
+    return TOKENIZER
+
+
+def read(folder: Path, *rows: dict, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_examples(str(path), **options)
+
+
+def trained(example) -> str:
+    row = tokenize([example], TOKENIZER, 10**6)[0]
+    return TOKENIZER.decode([i for i, kept in zip(row["input_ids"], row["completion_mask"], strict=True) if kept])
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_what_is_trained_is_what_the_template_writes(name: str, tmp_path: Path):
+    tokenizer, learned = tokenizer_of(name), set()
+    for kind, messages in TALKS.items():
+        if name.startswith(PARTS_ONLY):
+            messages = [{**m, "content": [{"type": "text", "text": m.get("content") or ""}]} for m in messages]
+        row = {"messages": messages, "tools": TOOLS if "tool_calls" in json.dumps(messages) else None}
+        try:
+            whole, prompt = (
+                tokenizer.apply_chat_template(some, tokenize=False, tools=row["tools"], add_generation_prompt=asked)
+                for some, asked in ((messages, False), (messages[:-1], True))
+            )
+        except Exception:
+            whole = prompt = None  # the template refuses it
+        try:
+            (example,) = read(tmp_path, row, tokenizer=tokenizer)
+        except DataError as error:
+            assert "rows.jsonl line 1" in str(error)
+            assert whole is None or ("does not write the answer's tool calls" in str(error) and kind.startswith("call"))
+            continue
+        ids = tokenize([example], tokenizer, 10**6)[0]["input_ids"]
+        if whole is not None:
+            assert tokenizer.decode(ids) == whole
+            assert tokenizer.decode(encode_prompt(example, tokenizer)) == prompt
+        learned.add(kind)
+        answer = trained(example)
+        for said in ("get_weather", "Paris") if kind.startswith("call") else ("It is sunny.",):
+            assert said in answer
+        assert "weather in" not in answer and "21 C" not in answer and "And now" not in answer
+        assert "<|im_start|>" not in answer and "<|start_header_id|>" not in answer and "<start_of_turn>" not in answer
+        if kind.endswith("reasoning") and "Look at the sky." in (whole or "")[len(prompt or "") - 30 :]:
+            assert "Look at the sky." in answer
+        # The end-of-turn token is learned, and nothing after it, nor a second one. GLM-4's ends with the next turn.
+        end = (whole or tokenizer.decode(ids)).rstrip()
+        assert answer.endswith(end[-12:]) and (name.startswith("glm4moe") or end.endswith((">", "]")))
+    assert {"single", "turns"} <= learned
+    if f"{name}.".startswith(WRITES_CALLS) and not name.startswith("deepseek_r1_distill_"):
+        assert {"call without content", "call with text", "tool"} & learned
+
+
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "nemotron_3_5_lightning", "deepseekv3", "deepseek_r1_distill"])
+def test_an_answer_does_not_land_inside_of_an_open_think(name: str, tmp_path: Path):
+    """The generation prompt opens <think>; a conversation without reasoning does not have it, or closes it at once."""
+    (example,) = read(tmp_path, {"messages": TALKS["single"]}, tokenizer=tokenizer_of(name))
+    assert example.prompt.endswith("<think>\n") and example.text is not None
+    assert "<think>\nIt is" not in example.text
+    assert trained(example) in ("</think>It is sunny.<|im_end|>", "It is sunny.<｜end▁of▁sentence｜>")
+
+
+def test_an_answer_that_begins_as_the_generation_prompt_goes_on_is_learned_whole(tmp_path: Path):
+    (example,) = read(
+        tmp_path, {"messages": [USER, {"role": "assistant", "content": "<b>E"}]}, tokenizer=tokenizer_of("deepseekv3")
+    )
+    assert trained(example) == "<b>E<｜end▁of▁sentence｜>"
+
+
+def test_a_template_may_end_every_text(tmp_path: Path):
+    ends = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    ends += "{{ '<assistant><think>' if add_generation_prompt else eos_token }}"
+    (example,) = read(tmp_path, {"messages": [USER, ANSWER]}, tokenizer=tokenizer_of(ends))
+    assert trained(example) == "It is sunny.<eos>"
+
+
+def test_marks_tell_the_answer_where_a_template_rewrites_what_came_before(tmp_path: Path):
+    """gpt-oss drops the reasoning before a tool call once the final answer is there."""
+    (example,) = read(
+        tmp_path, {"messages": TALKS["tool and reasoning"], "tools": TOOLS}, tokenizer=tokenizer_of("gptoss")
+    )
+    assert "Ask for it." in example.prompt and "Ask for it." not in str(example.text)
+    assert trained(example) == (
+        "<|channel|>analysis<|message|>Look at the sky.<|end|><|start|>assistant<|channel|>final<|message|>It is sunny."
+        "<|return|>"
+    )
+    counts = "{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"line 1: .* nothing tells where the answer begins. Put \{% generation %\}"):
+        read(tmp_path, {"messages": [USER, ANSWER]}, tokenizer=tokenizer_of(counts))
+
+
+def test_tools_and_options_reach_every_rendering(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tokenizer, row = tokenizer_of("qwen3"), {"messages": [USER, ANSWER]}
+    given = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    (plain,) = read(tmp_path, row, tokenizer=tokenizer)
+    (full,) = read(tmp_path, {**row, **given}, tokenizer=tokenizer)
+    assert "# Tools" in full.prompt and full.prompt.endswith("<think>\n\n</think>\n\n") and plain.prompt != full.prompt
+    assert full.prompt == tokenizer.apply_chat_template(
+        [USER], tools=TOOLS, enable_thinking=False, tokenize=False, add_generation_prompt=True
+    )
+    assert str(full.text).startswith(full.prompt) and trained(full) == "It is sunny.<|im_end|>"
+    assert [full] == read(tmp_path, {**row, **given, "tools": json.dumps(TOOLS)}, tokenizer=tokenizer)
+    # For all rows: in Python, or in a file beside.
+    assert [full] == read(tmp_path, row, tokenizer=tokenizer, **given)
+    (tmp_path / "rows.chat.json").write_text(json.dumps(given))
+    assert [full] == read(tmp_path, row, tokenizer=tokenizer)
+    assert data_hash([full]) != data_hash([plain])
+    # A row's own come before the data set's.
+    own = {"tools": [], "chat_template_kwargs": {"enable_thinking": True}}
+    (other,) = read(tmp_path, {**row, **own}, tokenizer=tokenizer)
+    assert other.prompt == plain.prompt
+    (tmp_path / "rows.chat.json").write_text('{"tool": []}')
+    with pytest.raises(DataError, match=r"rows.chat.json: has tool; it may hold tools and chat_template_kwargs"):
+        read(tmp_path, row, tokenizer=tokenizer)
+    (tmp_path / "rows.chat.json").unlink()
+    assert not caplog.records
+    for wrong, message in (
+        ({"tools": "no"}, "line 1: 'tools' is text that is no JSON"),
+        ({"tools": {"name": "f"}}, "line 1: 'tools' must be a list"),
+        ({"chat_template_kwargs": [1]}, "line 1: 'chat_template_kwargs' must be an object"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "line 1: 'chat_template_kwargs' cannot hold tokenize"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(tmp_path, {**row, **wrong}, tokenizer=tokenizer)
+
+
+def test_what_nothing_reads_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [
+        {"messages": [USER, {**THOUGHT, "weight": 1}], "tools": TOOLS, "source": "x", "chat_template_kwargs": {"a": 1}},
+        {"prompt": "a", "completion": "b", "id": 7},
+        {"prompt": "a", "completion": "b", "id": 8},
+        {"messages": [USER, call(content="Wait."), TOOL, ANSWER]},
+    ]
+    read(tmp_path, *rows[:3], tokenizer=tokenizer_of("gemma3"))
+    told = [record.getMessage().replace(str(tmp_path), "") for record in caplog.records]
+    assert told == [
+        "/rows.jsonl line 1: the chat template does not read 'tools' (told once)",
+        "/rows.jsonl line 1: the chat template does not read 'a' of 'chat_template_kwargs' (told once)",
+        "/rows.jsonl line 1: the chat template does not read 'reasoning_content' of 'messages' (told once)",
+        "/rows.jsonl line 1: the chat template does not read 'weight' of 'messages' (told once)",
+        "/rows.jsonl line 1: nothing reads the column 'source' (told once)",
+        "/rows.jsonl line 2: nothing reads the column 'id' (told once)",
+    ]
+    caplog.clear()
+    read(tmp_path, rows[3], tokenizer=tokenizer_of("llama3"))
+    read(tmp_path, {"messages": TALKS["call with text"], "tools": TOOLS}, tokenizer=tokenizer_of("llama3_1"))
+    read(tmp_path, {"messages": TALKS["single"]}, tokenizer=tokenizer_of("glm4moe"))
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    for said in ("does not read 'tool_calls'", "as quoted text", "writes no end-of-turn token"):
+        assert text.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        ("gemma", TALKS["system"], "refuses it .*System role not supported"),
+        ("gemma", [USER, USER, ANSWER], "refuses it .*must alternate"),
+        ("deepseekv3", [USER, call(content="")], "refuses it .*not \"dict\".* JSON text for some"),
+        ("qwen3_5_think", [USER, call("{}", content="")], "refuses it .*arguments of tool calls are an object"),
+        ("gemma3", [USER, call()], "does not write the answer's tool calls"),
+        ("smolvlm", [USER, ANSWER], "does not write the answer's content"),
+        ("qwen3", [USER, {"role": "assistant"}], "needs no content"),
+        ("qwen3", [{"role": "user", "content": None}, ANSWER], "must be a list of objects"),
+        ("qwen3", [USER, {**ANSWER, "tool_calls": ["f"]}], "must be a list of objects"),
+        ("qwen3", [USER, {"role": "assistant", "content": [{"type": "image"}]}], "must be a list of objects"),
+        ("{{ messages[0].content.no.such }}", [USER, ANSWER], "refuses it .*UndefinedError"),
+        ("{% for", [USER, ANSWER], "refuses it .*TemplateSyntaxError"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_learned_is_one_error_with_its_line(template: str, messages, message: str, tmp_path: Path):
+    good = {"prompt": "a", "completion": "b"}
+    with pytest.raises(DataError, match=f"rows.jsonl line 2: .*{message}"):
+        read(tmp_path, good, {"messages": messages, "tools": TOOLS}, good, tokenizer=tokenizer_of(template))
+
+
+def test_tool_calls_need_a_template(tmp_path: Path):
+    plain = byte_tokenizer()
+    with pytest.raises(DataError, match="line 1: the tokenizer has no chat template"):
+        read(tmp_path, {"messages": TALKS["call"]}, tokenizer=plain)
+    (example,) = read(tmp_path, {"messages": TALKS["call"]})  # for its size
+    assert "get_weather" in example.completion
+
+
+@pytest.mark.parametrize("name", ["gptoss", "llama3_2", "muse_glimmer"])
+def test_the_date_is_no_part_of_the_hash_and_is_the_runs_own(name: str, tmp_path: Path):
+    tokenizer, rows = tokenizer_of(name), [{"messages": TALKS["single"]}, {"messages": TALKS["turns"]}]
+    first, next_day = (read(tmp_path, *rows, tokenizer=tokenizer, now=NOW.replace(day=day)) for day in (3, 4))
+    assert first == read(tmp_path, *rows, tokenizer=tokenizer, now=NOW)
+    assert first[0].text != next_day[0].text and data_hash(first) == data_hash(next_day)
+    assert re.search("2026-02-03|03 Feb 2026", str(first[0].text)) and "2026" in first[0].prompt
+    today = tokenizer.apply_chat_template(TALKS["single"], tokenize=False)
+    assert read(tmp_path, *rows, tokenizer=tokenizer)[0].text == today  # else as transformers writes it
+
+
+def test_every_directive_of_a_date_is_the_moments():
+    day = "{% macro day(f) %}{{ strftime_now(f) }}{% endmacro %}{{ day('%A %-d. %B %Y, %H:%M') }}"
+    tokenizer = tokenizer_of(at_time(f"{{%if true%}}\n{day}{{% endif %}}", NOW))
+    assert tokenizer.apply_chat_template([USER], tokenize=False) == "Tuesday 3. February 2026, 04:05"
+    assert at_time("no date", NOW) == "no date"
+
+
+def test_the_same_rows_have_one_hash_whatever_writes_them(tmp_path: Path):
+    row = {"messages": TALKS["turns"]}
+    hashes = {data_hash(read(tmp_path, row, tokenizer=tokenizer_of(name))) for name in ("qwen3", "gemma", "phi3")}
+    hashes.add(data_hash(read(tmp_path, row, tokenizer=byte_tokenizer())))
+    assert len(hashes) == 1
+    assert hashes != {data_hash(read(tmp_path, {"messages": TALKS["single"]}, tokenizer=tokenizer_of("phi3")))}
+
+
+def test_blanks_at_the_edges_are_told_apart_by_tokenizers_that_leave_them_out_of_offsets(tmp_path: Path):
+    """As Llama 3's (trim_offsets): a token that is all blank has no characters there."""
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer(extra_special_tokens=["<|im_end|>", "<|im_start|>"])
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.chat_template = TEMPLATES["qwen2_5"]
+    messages = [{"role": "system", "content": "S"}, USER, {"role": "assistant", "content": " \n é 日 \n "}]
+    (example,) = read(tmp_path, {"messages": messages}, tokenizer=tokenizer)
+    row = tokenize([example], tokenizer, 10**6)[0]
+    kept = [i for i, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+    assert tokenizer.decode(kept) == " \n é 日 \n <|im_end|>" and tokenizer.decode(row["input_ids"]) == example.text
+    assert row["completion_mask"][-1] == 0  # the line break after the end of the turn

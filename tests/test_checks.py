@@ -1,0 +1,137 @@
+"""Every option is checked before weights are read: the model's folder here has none, so whoever loads it fails."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+from tiny import tiny_batch, tiny_model, tiny_plan
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora import HotLoraConfig, cli, select_experts
+from hotlora.config import differences
+from hotlora.routing import profile_routing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model (no weights), rows.jsonl, an adapter, plans and a profile of this model and of another one."""
+    folder = tmp_path_factory.mktemp("checks")
+    base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=512)
+    base.config.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    for name, model in (("", base), ("other-", tiny_model("olmoe", vocab_size=259, num_experts=4))):
+        profile = profile_routing(model, [tiny_batch()])
+        profile.save(folder / f"{name}profile.safetensors")
+        select_experts(profile).save(folder / f"{name}plan.json")
+        plan = tiny_plan(model, {0: [1], 1: [2]})
+        get_peft_model(model, HotLoraConfig(plan=plan, r=2)).save_pretrained(folder / f"{name}adapter")
+    rows = ({"prompt": f"{i} and", "completion": f" {i}"} for i in range(6))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path):
+    """What a command that must fail says."""
+
+    def run(words: str) -> str:
+        words = words.format(folder=folder, out=tmp_path / "out", tmp=tmp_path)
+        monkeypatch.setattr(sys, "argv", ["hotlora", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 1 and said.count("error:") == 1 and "Traceback" not in said, said
+        assert not (tmp_path / "out").exists(), "nothing was begun"
+        return " ".join(said.split())
+
+    return run
+
+
+TRAIN = "train --model {folder}/model --data {folder}/rows.jsonl -o {out} --no-preflight"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--fraction 25", "fraction is 25.0: it must be above 0 and at most 1"),
+        ("--experts-per-layer 9", "experts_per_layer is 9: it must be an integer from 1 to 8"),
+        ("--rule greedy --budget 17", "budget is 17: it must be an integer from 1 to 16"),
+        ("--rule coverage --p 2", "p is 2.0: it must be above 0 and at most 1"),
+        ("--rule hot+random --fillers 9", "fillers is 9"),
+        ("--rule hot --p 0.5", "rule 'hot' does not read p"),
+        ("--rule scores", "needs scores"),
+        ("--rule hottest", "rule 'hottest' does not exist"),
+        ("--signal sum", "signal 'sum' does not exist"),
+        ("--rule random --plan-seed 9223372036854775808", "seed is 9223372036854775808"),
+        ("--plan {folder}/other-plan.json", "the plan was made for olmoe-"),
+        ("--profile {folder}/other-profile.safetensors", "other-profile.safetensors is the profile of olmoe-"),
+        ("--report-to dvclive", "report_to = 'dvclive' needs a package that is not installed"),
+        ("--report-to nothing", "report_to = 'nothing' does not exist"),
+        ("--device cuda:99", "device 'cuda:99' does not exist"),
+        ("--dtype int8", "dtype 'int8' does not exist"),
+        ("--quantize 3", "bits=3 must be 4 or 8"),
+        ("--learning-rate inf", "learning_rate = inf is out of range"),
+        ("--epochs inf", "epochs = inf is out of range"),
+        ("--reprofile-every 0", "reprofile_every = 0 is out of range"),
+        ("--reprofile-every 2 --reprofile-left keep", "reprofile_left is 'keep'"),
+        ("--reprofile-every 2 --dora", "re-profiling moves plain LoRA factors only"),
+        ("--method lori-s --keep 2", "keep is 2.0"),
+        ("--method lori-s --granularity row", "granularity 'row' does not exist"),
+        ("--method lori-s --dense-learning-rate 0", "learning_rate = 0.0 is out of range"),
+        ("--warmup lora --fraction 25", "fraction is 25.0"),
+        ("--warmup lora --reprofile-every 0", "reprofile_every = 0"),
+    ],
+)
+def test_training_options_are_checked_before_a_model_is_loaded(refused, words: str, says: str):
+    assert says in refused(f"{TRAIN} {words}")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("profile --model {folder}/model --data {folder}/rows.jsonl -o /dev/null/x", "/dev/null/x.* cannot be written"),
+        ("profile --model {folder}/model --data {folder}/rows.jsonl --batch-size 0", "batch_size = 0 is out of range"),
+        ("profile --model {folder}/model --data {folder}/rows.jsonl --dtype x", "dtype 'x' does not exist"),
+        ("profile a:b --compare --model {folder}/model -o /dev/null/x", "/dev/null/x.* cannot be written"),
+        ("merge --model {folder}/model {folder}/adapter -o /dev/null/x", "/dev/null/x cannot be written"),
+        ("merge --model {folder}/model {folder}/other-adapter -o {out}", "other-adapter: the plan was made for olmoe"),
+        ("export --model {folder}/model {folder}/adapter -o {out} -f peft --dtype x", "dtype 'x' does not exist"),
+        ("combine --model {folder}/model {folder}/adapter {folder}/other-adapter -o {out}", "other-adapter: the plan"),
+        ("evaluate --model {folder}/model --data nano-math --batch-size 0", "batch_size = 0 is out of range"),
+        ("evaluate --model {folder}/model --data nano-math --adapter {folder}/other-adapter", "the plan was made for"),
+        ("evaluate --model {folder}/model --data nano-math --device cuda:99", "device 'cuda:99' does not exist"),
+        ("train --model {folder}/model --data {folder}/rows.jsonl -o /dev/null/x", "/dev/null/x cannot be written"),
+    ],
+)
+def test_other_commands_check_first_too(refused, words: str, says: str):
+    assert re.search(says, refused(words))
+
+
+def test_a_probe_of_the_output_leaves_nothing(refused, tmp_path: Path):
+    refused("profile --model {tmp}/nowhere --data {folder}/rows.jsonl -o {tmp}/a/b/profile.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_run_is_told_in_the_command_lines_words():
+    before = {
+        "learning_rate": 4e-4, "batch_size": 16, "train_a": True, "use_dora": False, "data": "a.jsonl",
+        "data_hash": "3f2a", "test_data": "t.jsonl", "test_hash": "aa", "plan_hash": None, "profile_hash": "1234",
+        "rule": "hot", "sampling": {"samples": 2, "seed": 0}, "on_top_of": ["77"], "experts_per_layer": None,
+    }  # fmt: skip
+    assert differences(before, dict(before)) == []
+    assert differences(before, {**before, "learning_rate": 1e-4}) == ["--learning-rate 0.0001 against 0.0004"]
+    assert differences(before, {**before, "data_hash": "9c"}) == ["the training data (--data) is not what it was"]
+    assert differences(before, {**before, "data": "b.jsonl", "data_hash": "9c", "test_hash": "bb"}) == [
+        "--data b.jsonl against a.jsonl"
+    ]
+    now = {**before, "plan_hash": "55", "profile_hash": None, "on_top_of": ["78"], "train_a": False, "use_dora": True}
+    assert differences(before, now) == [
+        "--on-top-of is not what it was", "the plan (--plan, or the rule's) was not given before",
+        "--profile was given before", "--lora-fa on against off", "--dora on against off",
+    ]  # fmt: skip
+    assert differences(before, {**before, "sampling": {"samples": 4, "seed": 0}}) == ["--samples 4 against 2"]
+    hexes = re.compile(r"\b[0-9a-f]{8,}\b")
+    assert not hexes.search(" ".join(differences(dict.fromkeys(before), {**before, "data_hash": "f" * 64})))

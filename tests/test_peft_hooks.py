@@ -1,0 +1,172 @@
+"""What hotlora changes in PEFT: plain PEFT goes on as without it, and its ways take our adapters or say why not."""
+
+import peft
+import pytest
+import torch
+from apart import apart
+from peft import LoraConfig, LoraModel, PeftConfig, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
+from peft.utils.hotswap import hotswap_adapter
+from plain_peft import facts, facts_and_changes
+from tiny import fill, tiny_batch, tiny_model, tiny_plan
+
+import hotlora
+from hotlora.adapter import HotLoraConfig, HotLoraModel
+from hotlora.errors import HotLoraError
+from hotlora.load import load_adapter
+from hotlora.peft_hooks import without_adapter_name
+
+
+def config_for(model, experts=None, **options):
+    return HotLoraConfig(plan=tiny_plan(model, experts), **{"r": 4, "lora_alpha": 8, **options})
+
+
+def adapted(seed=0, **options):
+    model = get_peft_model(tiny_model(), config_for(tiny_model(), **options))
+    fill(model, seed)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**tiny_batch()).logits
+
+
+CHANGED = {
+    "peft.config.PeftConfigMixin.from_peft_type",
+    "peft.optimizers.lorafa.LoraFAOptimizer.__init__",
+    "peft.tuners.lora.model.LoraModel._remap_adapter_state_dict_for_load",
+    "peft.tuners.lora.model.LoraModel._remove_adapter_name_from_key",
+    "peft.tuners.lora.model.LoraModel.inject_adapter",
+    "peft.utils.hotswap.check_hotswap_configs_compatible",
+    "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
+}
+"""All of hotlora/peft_hooks.py."""
+
+
+def test_plain_peft_does_what_it_does_without_hotlora(tmp_path):
+    with_it = facts(str(tmp_path / "with"))
+    without, changed = apart(facts_and_changes, str(tmp_path / "without"))
+    assert with_it.keys() == without.keys() and len(with_it) > 30
+    for name, value in without.items():
+        assert with_it[name] == value, name
+    assert without["tables: config"] and without["tables: isinstance"] and without["tables: tuner"]
+    assert "of_a_newer_peft" in without["files: warnings"][0]
+    assert set(changed) == CHANGED and set(changed.values()) == {"hotlora.peft_hooks"}
+
+
+# Ours
+
+
+def test_a_hot_adapter_on_a_plain_one():
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"), "plain")
+    fill(model, 3, "plain")
+    assert type(model.base_model) is LoraModel
+    expected = logits(model.eval())
+    model.add_adapter("hot", config_for(tiny_model()))
+    fill(model, 0, "hot")
+    assert type(model.base_model) is HotLoraModel and torch.equal(logits(model), expected)
+    model.set_adapter("hot")
+    assert torch.equal(logits(model), logits(adapted()))
+    model.delete_adapter("hot")
+    model.set_adapter("plain")
+    assert torch.equal(logits(model), expected)
+
+
+def test_saved_configs_are_read_as_what_they_are(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    for kind in (PeftConfig, LoraConfig, HotLoraConfig):
+        assert type(kind.from_pretrained(tmp_path)) is HotLoraConfig
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.mlp.gate.lora_B{}.weight.values",
+        "model.layers.0.mlp.experts.lora_B_down{}.rank_8.kept",
+        "model.layers.0.mlp.experts.lora_B_down{}.values",
+        "model.layers.0.self_attn.q_proj.lora_B{}.kept",
+        "model.layers.0.mlp.gate.lora_A{}.weight",
+        "model.layers.0.mlp.experts.lora_A_gate_up{}",
+    ],
+)
+@pytest.mark.parametrize("name", ["default", "weight", "values", "lora_B", "a-b"])
+def test_no_key_holds_the_adapters_name(key, name):
+    plain = key.format("")
+    assert LoraModel._remove_adapter_name_from_key(key.format(f".{name}"), name) == plain
+    assert without_adapter_name(plain) == plain
+    deep = "rank_8" in key or "weight.values" in key
+    assert without_adapter_name(key.format(f".{name}")) == (plain if deep else key.format(f".{name}"))
+
+
+@pytest.mark.parametrize("options", [{}, {"train_a": False}])
+def test_hotswap_is_refused_with_the_reason(options, tmp_path):
+    model = adapted(1, **options)
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(tiny_model(), tmp_path)
+    before = logits(loaded)
+    with pytest.raises(HotLoraError, match=r"hotswap_adapter is not supported with a HotLoraConfig.*set_adapter"):
+        hotswap_adapter(loaded, str(tmp_path), "default")
+    assert torch.equal(logits(loaded), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "lora_A_gate_up.default holds those of several experts"),
+        ({"train_a": False}, "lora_B_gate_up.default holds those"),
+        ({"train_full_experts": True}, "lora_full_gate_up.default holds those"),
+        ({"train_a": False, "experts": {0: [], 1: []}}, "these A are frozen"),
+    ],
+)
+def test_lorafa_is_refused_with_the_reason(options, reason):
+    with pytest.raises(HotLoraError, match=rf"takes the A and B of Linears.*{reason}.*train_a=False"):
+        create_lorafa_optimizer(adapted(**options), r=4, lora_alpha=8, lr=0.1)
+
+
+def test_lorafa_takes_routers_and_attention():
+    model = adapted(experts={0: [], 1: []})
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model(**tiny_batch(), labels=tiny_batch()["input_ids"]).loss.backward()
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_B" in name}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"train_a": False}, {"use_dora": True}, {"train_full_experts": True}, {"train_a": False, "is_sparse": True},
+        {"ranks": {"0": [2, 4, 8], "1": [4, 4, 2]}},
+    ],
+)  # fmt: skip
+def test_status_and_disabling_know_every_way_to_hold_a_factor(options):
+    options = dict(options)
+    model = tiny_model()
+    plan = tiny_plan(model) | ({"ranks": options.pop("ranks")} if "ranks" in options else {})
+    if options.pop("is_sparse", False):
+        options["mask"] = hotlora.mask.draw_mask(adapted(train_a=False))
+    base = logits(model)
+    model = get_peft_model(model, HotLoraConfig(plan=plan, r=4, **options))
+    fill(model, 0)
+    layers = model.get_layer_status()
+    assert {layer.name.rpartition(".")[2] for layer in layers} >= {"q_proj", "gate", "experts"}
+    for layer in layers:
+        assert layer.requires_grad == {"default": True} and layer.devices == {"default": ["cpu"]}, layer
+    status = model.get_model_status()
+    assert (status.requires_grad, status.enabled, status.active_adapters) == ({"default": True}, True, ["default"])
+    assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tuned = logits(model.eval())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base) and not model.get_model_status().enabled
+    assert torch.equal(logits(model), tuned) and not torch.equal(tuned, base)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    model.set_requires_grad("default", False)
+    assert model.get_model_status().requires_grad == {"default": False}
+
+
+def test_peft_is_the_one_that_was_read():
+    """The functions that are changed are PEFT's internal ones: another minor version must be looked at again."""
+    assert peft.__version__.startswith("0.21.")
