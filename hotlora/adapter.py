@@ -274,12 +274,11 @@ class HotLoraModel(LoraModel):
             self._implementation_before = before
             self.model.set_experts_implementation(IMPLEMENTATION)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if hasattr(self, "_implementation_before") and quantized_bits(model) is None:
             model.set_experts_implementation(self._implementation_before)
-        unloaded: nn.Module = model
-        return unloaded
+        return model
 
     def _copy_to_reference(self) -> None:
         """TRL's reference is a copy of "default". It copies parameters with `.default.` in their names: not the
