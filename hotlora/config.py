@@ -22,6 +22,7 @@ _FLAGS = {
     "train_attention": "--train-attention", "train_router": "--train-router", "train_shared": "--train-shared",
 }  # fmt: skip
 _HASHES = {
+    "chat_template": ("the model's chat template", "model"),
     "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
     "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
     "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
