@@ -183,8 +183,9 @@ class FullPass:
         self.gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors]
 
     def up(self, hot: Any, parts: Sequence[Tensor], x_SD: Tensor) -> None:
+        # Not into `part` at once: with columns apart, torch's rounding there depends on the weights' address.
         for part, weight in zip(parts, self.up_weight.chunk(len(parts), 1), strict=True):
-            hot.add_product(part, x_SD, weight)
+            part += hot.product(x_SD, weight).to(part.dtype)
 
     def down(self, hot: Any, y_SD: Tensor, act_SF: Tensor, again: bool = False) -> None:
         hot.add_product(y_SD, act_SF, self.down_weight)
