@@ -34,9 +34,12 @@ def run(script: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[
     return code, capsys.readouterr().out
 
 
-def learned(folder: Path) -> None:
+def learned(folder: Path, on_top_of: Path | None = None) -> None:
     """The folder holds a whole adapter whose experts, attention and router have all left B = 0."""
-    model = hotlora.load_adapter(hotlora.load_model("nano"), folder)
+    base = hotlora.load_model("nano")
+    if on_top_of is not None:
+        base = hotlora.load_adapter(base, on_top_of).merge_and_unload()
+    model = hotlora.load_adapter(base, folder)
     parts = {"experts": 0, "self_attn": 0, "gate": 0}
     for name, tensor in model.named_parameters():
         if "lora_B" in name:
@@ -97,7 +100,7 @@ def test_grpo_goes_on_from_the_sft_adapter(tuned: Path, capsys: pytest.CaptureFi
 def test_dpo_learns_an_adapter_of_its_own(tuned: Path, capsys: pytest.CaptureFixture[str]):
     code, text = run("dpo.py", tuned, capsys)
     assert code is None and finite("Loss", text) < 1
-    learned(tuned / "runs/examples/dpo/adapter")
+    learned(tuned / "runs/examples/dpo/adapter", on_top_of=tuned / "runs/examples/sft/adapter")
     first, second = (
         json.loads((tuned / f"runs/examples/{x}/adapter/adapter_config.json").read_text()) for x in ("sft", "dpo")
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from ..files import JSON_ERRORS, whole_text
+from ..files import JSON_ERRORS
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
@@ -67,7 +67,7 @@ def _parse_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield Row(f"{path} line {number}", whole_text(json.loads(line), line))
+                yield Row(f"{path} line {number}", json.loads(line))
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
@@ -82,10 +82,7 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
         at = error.lineno if isinstance(error, json.JSONDecodeError) else long and text.count("\n", 0, long.start()) + 1
         raise DataError(f"{path}{f' line {at}' if at else ''} is not valid JSON ({_why(error)}).") from error
     for number, row in enumerate(values, start=1):
-        try:
-            yield Row(f"{path} row {number}", whole_text(row, text))
-        except ValueError as error:
-            raise DataError(f"{path} row {number}: {error}; write it again.") from error
+        yield Row(f"{path} row {number}", row)
 
 
 def _why(error: Exception) -> str:
