@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hotlora.files import write_json
+from hotlora.base.files import write_json
+from hotlora.base.records import environment
 from hotlora.hf.experts_view import ExpertsView, FrozenWeight
 from hotlora.kernels import gemm
 from hotlora.layer import gpu
 from hotlora.layer.function import Layer as RoutedLayer
 from hotlora.layer.function import RoutedExperts
 from hotlora.layer.updates import LowRank
-from hotlora.records import environment
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from hotlora.base.files import write_json
+from hotlora.base.precision import cpu_dtype
+from hotlora.base.records import environment
 from hotlora.contenders import RandomModel
 from hotlora.estimate import sized_config, torch_dtype
-from hotlora.files import write_json
-from hotlora.precision import cpu_dtype
-from hotlora.records import environment
 from hotlora.routing import profile_routing
 
 

@@ -39,12 +39,12 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .adapter import HotLoraConfig as HotLoraConfig
+    from .base.errors import DataError as DataError
+    from .base.errors import FileError as FileError
+    from .base.errors import HotLoraError as HotLoraError
+    from .base.errors import ModelError as ModelError
+    from .base.errors import PlanError as PlanError
     from .count import count_parameters as count_parameters
-    from .errors import DataError as DataError
-    from .errors import FileError as FileError
-    from .errors import HotLoraError as HotLoraError
-    from .errors import ModelError as ModelError
-    from .errors import PlanError as PlanError
     from .export import export_adapter as export_adapter
     from .import_peft import import_adapter as import_adapter
     from .load import base_quantization as base_quantization

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .base.errors import HotLoraError, ModelError
+from .base.precision import cpu_dtype, in_float32, say_once
+from .base.records import environment
+from .base.signals import without_ctrl_c
 from .contenders import KINDS, BenchConfig, Contender
-from .errors import HotLoraError, ModelError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from .models import fingerprint, moe_layers
-from .precision import cpu_dtype, in_float32, say_once
-from .records import environment
 from .routing import RoutingProfile
-from .stopping import without_ctrl_c
 from .worker import PARTS, Worker
 
 VERSION = 1

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from .errors import DataError
-from .files import JSON_ERRORS
+from .base.errors import DataError
+from .base.files import JSON_ERRORS
 from .tasks import Example
 from .tasks.rows import Row
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .base.errors import FileError, HotLoraError
+from .base.files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
 from .config import differences
-from .errors import FileError, HotLoraError
-from .files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
 
 _MARK = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

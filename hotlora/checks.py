@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from .adapter import HotLoraConfig
+from .base.errors import HotLoraError, PlanError
+from .base.files import file_in
 from .config import TrainConfig
-from .errors import HotLoraError, PlanError
-from .files import file_in
 from .load import saved_config
 from .models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from .plan import ExpertPlan, select_experts

@@ -12,6 +12,9 @@ import typer
 from rich.markup import escape
 
 from . import __version__
+from .base.errors import HotLoraError, Stopped
+from .base.escape import lines
+from .base.signals import on_stop, stop
 from .cli_compare import compare
 from .cli_measure import bench, params
 from .cli_options import (
@@ -41,9 +44,6 @@ from .cli_options import (
 from .cli_profile import profile
 from .cli_sweep import sweep
 from .cli_train import print_evaluation, train
-from .errors import HotLoraError, Stopped
-from .escape import lines
-from .stopping import on_stop, stop
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -392,8 +392,8 @@ def report(
 
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
+    from .base.records import find_records
     from .recipes.page import has_recipes, write_tables
-    from .records import find_records
     from .report import conditions_table, write_report
 
     skipped: dict[Path, str] = {}
@@ -435,7 +435,7 @@ def main() -> None:
             sys.exit(1)
         if not _has_lost_another(error):
             raise
-        from .distributed import LOST
+        from .base.processes import LOST
 
         err.print(f"[bold red]error:[/] {LOST}", highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -447,7 +447,7 @@ def main() -> None:
 
 def _leave() -> None:
     if "WORLD_SIZE" in os.environ:
-        from .distributed import leave
+        from .base.processes import leave
 
         leave()
 
@@ -455,7 +455,7 @@ def _leave() -> None:
 def _has_lost_another(error: Exception) -> bool:
     if "WORLD_SIZE" not in os.environ:
         return False
-    from .distributed import lost_another
+    from .base.processes import lost_another
 
     return lost_another(error)
 
@@ -464,7 +464,7 @@ def _is_told_here(error: Exception) -> bool:
     """Of several processes, whether this one failed first; where they do not know of each other yet, the first one."""
     if "WORLD_SIZE" not in os.environ:
         return True
-    from .distributed import first_failure, num_processes
+    from .base.processes import first_failure, num_processes
 
     if num_processes() == 1:
         return os.environ.get("RANK", "0") == "0"

@@ -36,8 +36,8 @@ def compare(
     With two runs: the first against the second on the same test examples, by McNemar's test and a paired bootstrap.
     """
     from . import comparison_table
+    from .base.files import write_text
     from .comparison import as_dict, compare_runs
-    from .files import write_text
 
     if len(runs) > 1:
         options = (reference, metric, margins, holm, csv, latex, markdown)
@@ -56,8 +56,8 @@ def compare(
 
 
 def _two_runs(runs: list[Path], has_options: bool, as_json: bool) -> None:
+    from .base.errors import HotLoraError
     from .comparison_table import paired_table
-    from .errors import HotLoraError
     from .paired import as_dict, compare_examples
 
     if len(runs) > 2:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .base.errors import HotLoraError
 from .cli_options import (
     AsJson,
     Attention,
@@ -23,7 +24,6 @@ from .cli_options import (
     number_list,
     out,
 )
-from .errors import HotLoraError
 from .methods import METHODS, PLACEMENTS, counted_options
 
 
@@ -192,9 +192,9 @@ def bench(
 
     Prints medians (quartiles) and ratios to the floor, which adapts attention alone.
     """
+    from .base.files import atomic_path, write_json
     from .bench import BenchConfig, run_bench, run_growth
     from .bench_report import growth_figure, summary_table
-    from .files import atomic_path, write_json
 
     config = BenchConfig(
         model=model,

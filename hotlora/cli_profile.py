@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from .base.errors import DataError
 from .cli_options import BatchSize, Device, Dtype, ExpertParallel, Limit, MaxLength, Quantize, Seed, err, out
-from .errors import DataError
 
 
 def profile(
@@ -78,10 +78,10 @@ def profile(
     if model is None:
         raise typer.BadParameter("give the model to profile", param_hint="--model")
     output = output or Path("profile.safetensors")
+    from .base.files import check_writable, file_in
+    from .base.processes import is_main, start
     from .checks import check_adapters, check_sizes
     from .data import load_examples, tokenize
-    from .distributed import is_main, start
-    from .files import check_writable, file_in
     from .models import load_tokenizer, vocab_size
     from .run import profile_data
     from .run_folder import load_base
@@ -132,7 +132,7 @@ def _compare(
     device: str,
     quantize: int | None,
 ) -> None:
-    from .files import check_writable
+    from .base.files import check_writable
     from .study_report import write_study
     from .study_run import run_study
 

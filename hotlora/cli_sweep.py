@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from .base.escape import lines
 from .cli_options import err, named, out
-from .escape import lines
 
 if TYPE_CHECKING:
     from .recipes import Direct

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .base.errors import HotLoraError
 from .cli_options import (
     Alpha,
     Attention,
@@ -36,7 +37,6 @@ from .cli_options import (
     out,
 )
 from .config import PROFILE_FRACTION, TrainConfig
-from .errors import HotLoraError
 from .methods import METHODS, PLACEMENTS, resolve
 
 DEFAULTS = TrainConfig()
@@ -204,7 +204,7 @@ def train(
 
     Over several GPUs: `accelerate launch --config_file configs/fsdp2.yaml -m hotlora train …`, or torchrun.
     """
-    from .distributed import is_main, start
+    from .base.processes import is_main, start
     from .stages import run_method
 
     values = locals()
@@ -232,7 +232,7 @@ def train(
 
 def _check_memory(model: str, options: dict[str, Any]) -> None:
     """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
-    from .distributed import all_objects, is_main
+    from .base.processes import all_objects, is_main
     from .preflight import preflight
 
     found = all_objects(preflight(model, **options) if is_main() else None)[0]

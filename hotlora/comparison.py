@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import DataError
-from .records import Record, find_records
+from .base.errors import DataError
+from .base.records import Record, find_records
 from .stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
 
 METRICS = ("score", "test_loss")

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from . import escape as escapes
+from .base import escape as escapes
+from .base.escape import one_line
 from .comparison import Comparison, Row, Table
-from .escape import one_line
 from .paired import PairedRuns, PairedTask
 from .stats import Interval
 

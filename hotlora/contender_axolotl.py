@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import ModelError
+from .base.errors import ModelError
 from .estimate import autocast
 from .models import moe_layers, unwrap
 

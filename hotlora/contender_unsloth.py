@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import ModelError
+from .base.errors import ModelError
 from .estimate import autocast
 from .models import moe_layers
 

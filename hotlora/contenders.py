@@ -18,7 +18,8 @@ from transformers.initialization import no_init_weights
 
 from . import contender_axolotl, contender_unsloth
 from .adapter import HotLoraConfig
-from .errors import HotLoraError
+from .base.errors import HotLoraError
+from .base.quiet import quiet
 from .estimate import model_class
 from .factors import pack
 from .hf.experts_view import ExpertsView
@@ -27,7 +28,6 @@ from .mergeable import factor_slots
 from .methods import METHODS, PLACEMENTS
 from .models import attention_modules, moe_layers, unwrap
 from .plan import ExpertPlan, select_experts
-from .quiet import quiet
 from .routing import RoutingProfile, profile_routing
 
 _LARGE = 2**20  # elements: larger parameters are filled by copying, and given back between turns

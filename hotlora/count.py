@@ -9,12 +9,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from .adapter import HotLoraConfig
-from .errors import ModelError
+from .base.errors import ModelError
+from .base.quiet import quiet
 from .factors import SeededFactor, SparseFactor
 from .models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
 from .plan import ExpertPlan
 from .quantize import quantized_parameters
-from .quiet import quiet
 from .routing import experts_kept
 
 PARTS = ("attention", "router", "shared", "experts")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from .base.errors import DataError
+from .base.files import read_json
 from .chat import ChatTemplate, Notes, as_plain_text, read_conversation
-from .errors import DataError
-from .files import read_json
 from .tasks import TASKS, Example, Task, gsm8k
 from .tasks.rows import SUFFIXES, Row, hub_rows, need_text, read_rows
 

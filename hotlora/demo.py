@@ -5,9 +5,9 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from .base.errors import DataError
+from .base.records import find_records
 from .config import TrainConfig
-from .errors import DataError
-from .records import find_records
 from .report import conditions_table, write_report
 from .run import run_training
 from .run_evaluate import run_evaluation

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from .adapter import HotLoraConfig
+from .base.errors import HotLoraError, ModelError
+from .base.quiet import quiet
 from .count import count_parameters
-from .errors import HotLoraError, ModelError
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .hf.experts_view import ExpertsView
 from .hot_experts import HotLoraExperts
 from .models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from .plan import ExpertPlan
-from .quiet import quiet
 from .routing import experts_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

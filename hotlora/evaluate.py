@@ -15,22 +15,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from .base.errors import DataError, FileError
+from .base.files import append_to, atomic_path
+from .base.processes import all_objects, device_of, num_processes, rank, shared_out
+from .base.records import read_results
 from .data import IGNORE, batches, encode_completion, encode_prompt, pad
-from .distributed import all_objects, device_of, num_processes, rank, shared_out
-from .errors import DataError, FileError
-from .files import append_to, atomic_path
 from .forward import inference, logits_at
-from .generate import (
-    GREEDY,
-    Answer,
-    Sampling,
-    answer_batches,
-    check_batches,
-    context_length,
-    generate,
-    track,
-)
-from .records import read_results
+from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, generate, track
 from .stats import pass_at_k, proportion_interval
 from .tasks import Example, Task
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from .adapter import HotLoraConfig
-from .errors import FileError, HotLoraError, ModelError
-from .files import atomic_folder, write_json
+from .base.errors import FileError, HotLoraError, ModelError
+from .base.files import atomic_folder, write_json
+from .base.quiet import quiet
 from .hf.experts_view import ExpertsView
 from .hot_experts import HotExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
@@ -34,7 +35,6 @@ from .mergeable import MergeableLayer
 from .models import attention_modules, moe_layers
 from .on_top_of import described, merged_for_now, merged_into
 from .plan import ExpertPlan
-from .quiet import quiet
 
 _log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from .base.errors import DataError, HotLoraError
+from .base.processes import device_of
 from .data import encode_prompt, pad
-from .distributed import device_of
-from .errors import DataError, HotLoraError
 from .forward import inference, padding_matters
 from .tasks import Example
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from .errors import DataError
+from .base.errors import DataError
 from .evaluate import Evaluation, results_of, summarize
 from .tasks import Example, Task
 from .tasks.rows import Row, need_text, read_rows

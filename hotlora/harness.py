@@ -14,11 +14,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, HotLoraError
+from .base.errors import DataError, HotLoraError
+from .base.files import write_text
+from .base.precision import say_if_slow
 from .evaluate import Evaluation, example_id
-from .files import write_text
 from .forward import TEXTS, padding_matters
-from .precision import say_if_slow
 from .stats import proportion_interval
 from .tasks import Example, hellaswag
 from .tasks.rows import Row, need_text, read_rows, split_file

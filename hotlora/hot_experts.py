@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .errors import HotLoraError, PlanError
+from .base.errors import HotLoraError, PlanError
 from .factors import FactorDict, Slot, at_least_float32, factor_values, low_rank_products, new_factor
 from .hf.experts_view import ExpertsView
 from .layer.function import routed_experts, updates_on

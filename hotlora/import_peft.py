@@ -17,15 +17,15 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor, nn
 
 from .adapter import HotLoraConfig
-from .errors import FileError, HotLoraError
+from .base.errors import FileError, HotLoraError
+from .base.files import read_json
+from .base.quiet import quiet
+from .base.unchanged import unchanged_on_error
 from .export import PREFIX, expert_parameters, loaded_by_peft, uniform
-from .files import read_json
 from .hf.experts_view import ExpertsView
 from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .plan import ExpertPlan
-from .quiet import quiet
-from .unchanged import unchanged_on_error
 
 
 def import_adapter(

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapter import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
-from .errors import FileError, HotLoraError, PlanError
-from .files import read_json, sha256_file
+from .base.errors import FileError, HotLoraError, PlanError
+from .base.files import read_json, sha256_file
+from .base.quiet import quiet
+from .base.unchanged import unchanged_on_error
 from .on_top_of import check_entries, check_ground
 from .peft_hooks import without_adapter_name
 from .plan import ExpertPlan
 from .quantize import ExpertsQuantization
-from .quiet import quiet
-from .unchanged import unchanged_on_error
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .errors import FileError, HotLoraError
+from .base.errors import FileError, HotLoraError
+from .base.files import file_in
+from .base.tensor_files import load_tensors, save_tensors
 from .factors import SeededFactor, Slot, pack, unpack
-from .files import file_in
 from .mergeable import factor_slots
-from .tensor_files import load_tensors, save_tensors
 
 GRANULARITIES = ("model", "module", "projection", "layer", "matrix")
 DEFAULT_KEEP = 0.1

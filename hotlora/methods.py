@@ -7,8 +7,8 @@ Any option given beside a name comes before what the name stands for.
 import dataclasses
 from typing import Any
 
+from .base.errors import HotLoraError
 from .config import TrainConfig
-from .errors import HotLoraError
 
 _FROZEN_A = {"train_a": False}
 _SPARSE = {**_FROZEN_A, "keep": 0.1}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, FileError
-from .records import Record, read_record, read_results
+from .base.errors import DataError, FileError
+from .base.records import Record, read_record, read_results
 from .stats import Interval, McNemar, mcnemar, paired_difference
 
 ALPHA = 0.05

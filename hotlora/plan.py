@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import FileError, PlanError
-from .files import file_in, read_json, write_json
+from .base.errors import FileError, PlanError
+from .base.files import file_in, read_json, write_json
 from .routing import RoutingProfile, experts_kept
 from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores

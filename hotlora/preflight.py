@@ -15,9 +15,9 @@ import torch
 from transformers.utils import cached_file
 
 from . import scale
+from .base.errors import FileError, HotLoraError
+from .base.processes import num_processes, own_device, uses_deepspeed
 from .config import TrainConfig
-from .distributed import num_processes, own_device, uses_deepspeed
-from .errors import FileError, HotLoraError
 from .estimate import meta_model, quantized_bytes, sized_config, torch_dtype, workspace_bytes
 from .models import NANO
 from .plan import DEFAULT_FRACTION, ExpertPlan

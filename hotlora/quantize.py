@@ -22,7 +22,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import HotLoraError, ModelError, PlanError
+from .base.errors import HotLoraError, ModelError, PlanError
 from .layer.function import IMPLEMENTATION
 from .models import moe_layers, unwrap
 

@@ -11,18 +11,10 @@ import jinja2
 from matplotlib.figure import Figure
 
 from . import figures
-from .errors import DataError, FileError
-from .files import atomic_path, read_json_lines, write_text
-from .records import Record, find_records
-from .tables import (
-    Section,
-    against_all,
-    conditions_table,
-    covered,
-    human_seconds,
-    read_sections,
-    table_rows,
-)
+from .base.errors import DataError, FileError
+from .base.files import atomic_path, read_json_lines, write_text
+from .base.records import Record, find_records
+from .tables import Section, against_all, conditions_table, covered, human_seconds, read_sections, table_rows
 
 # What the page shows of a run's record, besides its row.
 DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")

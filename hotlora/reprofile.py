@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .adapter import HotLoraConfig
-from .distributed import is_main, wait_for_all
-from .errors import HotLoraError, PlanError
+from .base.errors import HotLoraError, PlanError
+from .base.files import append_to, atomic_path, read_json_lines, write_text
+from .base.processes import is_main, wait_for_all
 from .factors import low_rank_products, uniform
-from .files import append_to, atomic_path, read_json_lines, write_text
 from .hot_experts import HotLoraExperts
 from .models import moe_layers
 from .plan import ExpertPlan

@@ -15,12 +15,9 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from .adapter import HotLoraConfig
-from .chat import template_source
-from .checks import check_made_on, check_run, select
-from .config import PROFILE_FRACTION, TrainConfig
-from .count import count_parameters
-from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
-from .distributed import (
+from .base.errors import DataError, HotLoraError, PlanError
+from .base.files import atomic_folder, file_in, sha256_file
+from .base.processes import (
     all_objects,
     check_alike,
     gathered,
@@ -34,16 +31,19 @@ from .distributed import (
     uses_deepspeed,
     wait_for_all,
 )
-from .errors import DataError, HotLoraError, PlanError
+from .base.quiet import quiet
+from .base.records import Record, new_record, write_record
+from .chat import template_source
+from .checks import check_made_on, check_run, select
+from .config import PROFILE_FRACTION, TrainConfig
+from .count import count_parameters
+from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
-from .files import atomic_folder, file_in, sha256_file
 from .forward import check_aux_loss
 from .load import WEIGHTS_FILE
 from .models import fingerprint, load_config, load_tokenizer, vocab_size
 from .plan import ExpertPlan
 from .quantize import quantized_parameters
-from .quiet import quiet
-from .records import Record, new_record, write_record
 from .reprofile import Reprofiling
 from .routing import RoutingProfile, profile_routing
 from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import check_combined
+from .base.errors import HotLoraError
+from .base.files import atomic_folder, check_writable
+from .base.quiet import quiet
 from .checks import check_adapters
-from .errors import HotLoraError
 from .export import check_attention, check_config, check_export, export_adapter
-from .files import atomic_folder, check_writable
 from .load import load_adapter, saved_config
 from .models import checkpoint_dtype, load_tokenizer, structure
-from .quiet import quiet
 from .run_folder import load_base, underneath
 
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoints
+from .base.errors import FileError, HotLoraError
+from .base.files import sha256_file
+from .base.lock import locked
+from .base.processes import all_objects, first_failure, is_main, sharding, wait_for_all
+from .base.processes import described as described_error
+from .base.quiet import quiet
+from .base.records import Record, read_record, write_record
 from .config import FREE_OPTIONS, same_run
-from .distributed import all_objects, first_failure, is_main, sharding, wait_for_all
-from .distributed import described as described_error
-from .errors import FileError, HotLoraError
 from .evaluate import Evaluation
-from .files import sha256_file
 from .load import WEIGHTS_FILE, load_adapter, saved_config
-from .lock import locked
 from .models import load_config, load_model
 from .on_top_of import Entry, described, missing, noted
 from .quantize import experts_in
-from .quiet import quiet
-from .records import Record, read_record, write_record
 
 _log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .errors import HotLoraError
+from .base.errors import HotLoraError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import expert_adapter_flops
 from .hf.experts_view import ExpertsView

@@ -7,16 +7,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .base.errors import HotLoraError
+from .base.processes import is_main, wait_for_all
+from .base.records import Record, read_record, write_record
 from .checks import check_run
 from .config import PROFILE_FRACTION, TrainConfig
 from .data import load_examples
-from .distributed import is_main, wait_for_all
-from .errors import HotLoraError
 from .load import load_adapter
 from .mask import SparseMask, check_share, draw_mask
 from .models import load_tokenizer
 from .plan import select_experts
-from .records import Record, read_record, write_record
 from .routing import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training
 from .run_folder import data_time, load_base

@@ -14,8 +14,8 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 from torch import Tensor
 
-from .errors import DataError, FileError, PlanError
-from .files import read_json
+from .base.errors import DataError, FileError, PlanError
+from .base.files import read_json
 from .routing import RoutingProfile, experts_kept
 
 FORMAT = "hotlora.study"

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from . import study_figures as figures
+from .base.files import atomic_path, write_json, write_text
 from .figures import plain_text
-from .files import atomic_path, write_json, write_text
 from .published import MODELS, OLMOE_SPIDER, SPIDER_EXPERTS_FOR_60
 from .routing import RoutingProfile
 from .study import Study, load_study, thirds

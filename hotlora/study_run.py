@@ -6,9 +6,9 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor, nn
 
+from .base.errors import DataError
 from .checks import check_adapters, check_sizes
 from .data import batches, data_hash, load_examples, tokenize
-from .errors import DataError
 from .hf.experts_view import ExpertsView
 from .models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
 from .quantize import experts_in

@@ -18,12 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from .base.errors import DataError, FileError, HotLoraError
+from .base.escape import lines
+from .base.lock import locked
 from .config import TrainConfig
 from .crew import Job, default_processes, run_jobs
 from .data import test_source
-from .errors import DataError, FileError, HotLoraError
-from .escape import lines
-from .lock import locked
 from .methods import resolve
 from .stages import run_method
 from .sweep_runs import SAMPLING, TRAINING, keep_failure, make_profile, score_adapter, score_base, train_run

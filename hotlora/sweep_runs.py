@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .base.errors import FileError
+from .base.records import Record, new_record, read_record, write_record
 from .chat import template_source
 from .crew import Job
 from .data import data_hash, load_examples, task_of, tokenize
-from .errors import FileError
 from .generate import Sampling
 from .models import load_model, load_tokenizer, vocab_size
 from .quantize import experts_in
-from .records import Record, new_record, read_record, write_record
 from .routing import RoutingProfile
 from .run import profile_data, profile_sample, run_training
 from .run_evaluate import run_evaluation, run_held_out

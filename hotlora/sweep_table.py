@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Column, Table
 
+from .base.records import Record, read_record
 from .checkpoints import last_complete, step_of
 from .crew import Job
-from .records import Record, read_record
 from .sweep_runs import make_profile, train_run
 
 

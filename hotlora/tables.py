@@ -10,10 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import FileError, HotLoraError
-from .escape import one_line
+from .base.errors import FileError, HotLoraError
+from .base.escape import one_line
+from .base.records import Record, read_results
 from .plan import ExpertPlan
-from .records import Record, read_results
 from .routing import RoutingProfile
 from .stats import Difference, paired_difference, proportion_interval
 

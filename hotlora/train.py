@@ -21,10 +21,11 @@ from trl import SFTConfig, SFTTrainer
 
 from . import checkpoints, guard
 from .as_loaded import LoadedConfigs
-from .checkpointing import checkpoint_kwargs
-from .config import TrainConfig, same_run
-from .data import IGNORE
-from .distributed import (
+from .base.errors import DataError, FileError, HotLoraError, Stopped
+from .base.files import append_to, read_json, write_json
+from .base.lock import locked
+from .base.precision import say_if_slow
+from .base.processes import (
     all_objects,
     device_of,
     is_main,
@@ -33,14 +34,13 @@ from .distributed import (
     wait_for_all,
     wants_checkpointing,
 )
-from .errors import DataError, FileError, HotLoraError, Stopped
-from .files import append_to, read_json, write_json
+from .base.quiet import quiet
+from .base.records import peak_memory_bytes, reset_peak_memory
+from .base.signals import on_stop
+from .checkpointing import checkpoint_kwargs
+from .config import TrainConfig, same_run
+from .data import IGNORE
 from .forward import TEXTS, check_aux_loss, check_packing, logits_at
-from .lock import locked
-from .precision import say_if_slow
-from .quiet import quiet
-from .records import peak_memory_bytes, reset_peak_memory
-from .stopping import on_stop
 
 _log = logging.getLogger(__name__)
 

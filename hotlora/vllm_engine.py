@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .base.errors import HotLoraError
+from .base.files import read_json
 from .data import encode_prompt
-from .errors import HotLoraError
-from .files import read_json
 from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
 from .load import CONFIG_FILE
 from .tasks import Example

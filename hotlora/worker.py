@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
+from .base.precision import is_fast_on_cpu
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
 from .estimate import SavedBytes, autocast, sized_config, torch_dtype
 from .models import attention_modules, moe_layers
 from .plan import ExpertPlan
-from .precision import is_fast_on_cpu
 from .routing import profile_routing
 
 PARTS = ("step", "forward", "backward", "optimizer")

@@ -22,8 +22,8 @@ from reliability import page as reliability_page
 from study import PAGE as STUDY_PAGE
 from study import page as study_page
 
+from hotlora.base.records import find_records
 from hotlora.bench_report import speed_tables
-from hotlora.records import find_records
 from hotlora.tables import COLUMNS, read_sections, table_rows
 from results import auto_table, quantized_table
 

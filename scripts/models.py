@@ -98,7 +98,7 @@ def check_train(family: str, folder: Path) -> list[str]:
 
 def check_packing(family: str, folder: Path) -> list[str]:
     """Refused, or each example's loss in a packed row is what it is alone."""
-    from hotlora.errors import ModelError
+    from hotlora.base.errors import ModelError
     from hotlora.evaluate import response_loss
 
     model = _to_train(family)
@@ -117,7 +117,7 @@ def check_packing(family: str, folder: Path) -> list[str]:
 
 def check_aux(family: str, folder: Path) -> list[str]:
     """Refused, or the loss has the auxiliary one added."""
-    from hotlora.errors import HotLoraError
+    from hotlora.base.errors import HotLoraError
     from hotlora.evaluate import response_loss
 
     model = _to_train(family)
@@ -177,7 +177,7 @@ def check_served(family: str, folder: Path, format: str) -> list[str]:
     from readers import logits, read_sglang, read_vllm
     from test_export import RENAMED, base_of
 
-    from hotlora.errors import FileError
+    from hotlora.base.errors import FileError
     from hotlora.export import export_adapter
     from hotlora.import_peft import import_adapter
 
@@ -371,7 +371,7 @@ def refusals() -> dict[str, dict[str, str]]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
     from zoo import NOT_CAUSAL, decorated_folders, families
 
-    from hotlora.errors import HotLoraError
+    from hotlora.base.errors import HotLoraError
     from hotlora.models import model_from_config
 
     package = Path(transformers.__file__).parent / "models"

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from marks import filled
 
-from hotlora.files import write_text
+from hotlora.base.files import write_text
+from hotlora.base.records import Record, find_records
 from hotlora.recipes import RECIPES, Recipe, Setting
 from hotlora.recipes.benches import BenchRecipe
 from hotlora.recipes.configs import HyperparameterTable, ShapeTable
 from hotlora.recipes.page import table_results, write_tables
 from hotlora.recipes.profiles import ProfileRecipe
 from hotlora.recipes.result import Result
-from hotlora.records import Record, find_records
 from hotlora.tables import human_seconds
 from results import take_over
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from marks import filled
 
-from hotlora.files import read_json, write_json, write_text
-from hotlora.records import environment
+from hotlora.base.files import read_json, write_json, write_text
+from hotlora.base.records import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from hotlora.base.records import find_records
 from hotlora.plan import ExpertPlan
-from hotlora.records import find_records
 
 KEPT = ("run.json", "plan.json")
 

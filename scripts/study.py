@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hotlora.files import write_text
+from hotlora.base.files import write_text
 from hotlora.published import HELLORA_OVERLAP
 from hotlora.study import load_study
 from hotlora.study_report import page as study_page

@@ -19,12 +19,12 @@ from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_gr
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hotlora import distributed
 from hotlora.adapter import HotLoraConfig
+from hotlora.base import processes as distributed
+from hotlora.base.records import environment
 from hotlora.checkpointing import checkpoint_kwargs
 from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan
-from hotlora.records import environment
 from hotlora.run_folder import load_base
 from hotlora.scale import work
 

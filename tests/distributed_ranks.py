@@ -23,8 +23,8 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 import hotlora.cli
-from hotlora import distributed
 from hotlora.adapter import HotLoraConfig
+from hotlora.base import processes as distributed
 from hotlora.config import TrainConfig
 from hotlora.models import load_model
 from hotlora.routing import profile_routing

@@ -26,7 +26,7 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer
 
 from hotlora import checkpoints, cli, crew, run
-from hotlora.records import read_record
+from hotlora.base.records import read_record
 
 SAVE_STEPS = 3
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000

@@ -24,8 +24,8 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer, trainer
 
 from hotlora import checkpoints
+from hotlora.base.records import read_record
 from hotlora.config import TrainConfig
-from hotlora.records import read_record
 from hotlora.run import run_training
 
 STEPS_A_KILL = 5

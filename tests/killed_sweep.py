@@ -20,8 +20,8 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import crew
+from hotlora.base.records import find_records
 from hotlora.config import TrainConfig
-from hotlora.records import find_records
 from hotlora.sweep import PROFILES, Condition, Sweep, run_sweep
 
 TIMES = ("started", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")

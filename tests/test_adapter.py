@@ -14,8 +14,8 @@ from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
 from transformers import AutoModelForCausalLM
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.count import count_parameters
-from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.hot_weights import HotLoraRouter
 from hotlora.load import load_adapter

@@ -12,7 +12,7 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotlora import ExpertPlan, RoutingProfile, cli
-from hotlora.records import read_record
+from hotlora.base.records import read_record
 
 
 def run(*words: object) -> str:

@@ -17,14 +17,14 @@ from rich.console import Console
 from scipy import stats as scipy_stats
 from typer.testing import CliRunner
 
-from hotlora import escape
+from hotlora.base import escape
+from hotlora.base.errors import DataError, FileError, HotLoraError
+from hotlora.base.records import new_record, write_record
 from hotlora.cli_compare import compare
 from hotlora.comparison import as_dict, compare_runs
 from hotlora.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
-from hotlora.errors import DataError, FileError, HotLoraError
 from hotlora.paired import as_dict as paired_dict
 from hotlora.paired import compare_examples
-from hotlora.records import new_record, write_record
 from hotlora.stats import McNemar, paired_difference
 
 APP = typer.Typer()

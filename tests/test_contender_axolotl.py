@@ -11,9 +11,9 @@ from peft.tuners.lora import ParamWrapper
 from tiny import tiny_batch, tiny_config, tiny_model
 from zoo import zoo_model
 
+from hotlora.base.errors import ModelError
 from hotlora.bench import BenchConfig, run_bench
 from hotlora.contenders import Contender, adapted
-from hotlora.errors import ModelError
 from hotlora.worker import Worker
 
 R = 4

@@ -11,10 +11,10 @@ from apart import apart
 from tiny import tiny_batch, tiny_config, tiny_model
 from zoo import zoo_model
 
+from hotlora.base.errors import ModelError
 from hotlora.bench import BenchConfig, run_bench
 from hotlora.contender_unsloth import _count_calls
 from hotlora.contenders import Contender, adapted
-from hotlora.errors import ModelError
 
 R = 4
 FAMILIES = ["olmoe", "qwen2_moe", "qwen3_moe", "mixtral"]

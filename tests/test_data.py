@@ -9,6 +9,7 @@ from published import ABSENT, DATA
 from tiny_tokenizer import byte_tokenizer
 from transformers import ByT5Tokenizer
 
+from hotlora.base.errors import DataError
 from hotlora.data import (
     IGNORE,
     batches,
@@ -20,7 +21,6 @@ from hotlora.data import (
     test_source,
     tokenize,
 )
-from hotlora.errors import DataError
 from hotlora.tasks import Example
 from hotlora.tasks.rows import without_filling
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hotlora.base.records import find_records
 from hotlora.demo import CONDITIONS, CONFIG, run_demo
-from hotlora.records import find_records
 
 
 def test_every_condition_ends_in_one_table_and_one_page(tmp_path: Path):

@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from hotlora.base.errors import HotLoraError
+from hotlora.base.processes import _hint_at_one_process, sharding, shared_out, start, summed
 from hotlora.cli import app
 from hotlora.config import same_run
-from hotlora.distributed import _hint_at_one_process, sharding, shared_out, start, summed
-from hotlora.errors import HotLoraError
 from hotlora.routing import RoutingProfile
 
 HERE = Path(__file__).parent

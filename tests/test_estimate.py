@@ -9,8 +9,8 @@ from trl.trainer.utils import add_fused_lm_head
 from zoo import zoo_model
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import HotLoraError
 from hotlora.contenders import BenchConfig, Contender
-from hotlora.errors import HotLoraError
 from hotlora.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
 from hotlora.plan import select_experts
 from hotlora.routing import RoutingProfile, profile_routing

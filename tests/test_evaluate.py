@@ -6,8 +6,8 @@ import torch
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
+from hotlora.base.errors import DataError
 from hotlora.data import tokenize
-from hotlora.errors import DataError
 from hotlora.evaluate import choice_scores, evaluate_task, generate, response_loss
 from hotlora.tasks import Example, Task, get_task
 

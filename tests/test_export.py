@@ -21,7 +21,7 @@ from zoo import families
 from zoo import zoo_model as build
 
 from hotlora.adapter import HotLoraConfig
-from hotlora.errors import FileError, HotLoraError, ModelError
+from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.export import export_adapter
 from hotlora.import_peft import import_adapter
 from hotlora.models import attention_modules, fingerprint, moe_layers

@@ -15,8 +15,8 @@ from zoo import zoo_model
 
 from hotlora import factors
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.count import count_parameters
-from hotlora.errors import FileError, HotLoraError, PlanError
 from hotlora.export import export_adapter
 from hotlora.factors import SeededFactor, SparseFactor, pack, unpack
 from hotlora.hot_experts import HotExperts, HotFullExperts, HotLoraExperts

@@ -8,8 +8,8 @@ import math
 import pytest
 from safetensors import SafetensorError
 
-from hotlora.errors import FileError
-from hotlora.files import (
+from hotlora.base.errors import FileError
+from hotlora.base.files import (
     atomic_path,
     file_in,
     is_full,

@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_plan
 from zoo import families, zoo_config, zoo_model
 
 from hotlora.adapter import HotLoraConfig
-from hotlora.errors import HotLoraError, ModelError
+from hotlora.base.errors import HotLoraError, ModelError
 from hotlora.forward import check_aux_loss, check_packing, logits_at, padding_matters
 
 every_family = pytest.mark.parametrize("family", families())

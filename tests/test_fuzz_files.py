@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from hotlora.tensor_files import save_tensors
+from hotlora.base.tensor_files import save_tensors
 
 COUNT = int(os.environ.get("HOTLORA_FUZZ", "0"))
 NAMES = (

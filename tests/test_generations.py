@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hotlora import cli
-from hotlora.errors import DataError, HotLoraError
+from hotlora.base.errors import DataError, HotLoraError
+from hotlora.base.records import read_record
 from hotlora.generations import read_generations, score_generations
-from hotlora.records import read_record
 from hotlora.run_evaluate import run_generations
 from hotlora.stats import pass_at_k, proportion_interval
 from hotlora.tasks import Example, Task, get_task, gsm8k

@@ -12,10 +12,10 @@ from tiny_tokenizer import byte_tokenizer
 from zoo import zoo_model
 
 from hotlora import HotLoraConfig, cli
-from hotlora.errors import DataError, HotLoraError
+from hotlora.base.errors import DataError, HotLoraError
+from hotlora.base.records import read_record
 from hotlora.evaluate import example_id
 from hotlora.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
-from hotlora.records import read_record
 from hotlora.tasks import get_task, gsm8k, hellaswag
 from hotlora.tasks.rows import Row
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hotlora.errors import FileError
-from hotlora.files import append_to
-from hotlora.lock import locked
+from hotlora.base.errors import FileError
+from hotlora.base.files import append_to
+from hotlora.base.lock import locked
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links and limits of POSIX")
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from hotlora import models
 from hotlora.adapter import HotLoraConfig
-from hotlora.errors import FileError, ModelError
+from hotlora.base.errors import FileError, ModelError
 from hotlora.models import (
     attention_modules,
     fingerprint,

@@ -12,9 +12,9 @@ from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import FileError, HotLoraError, PlanError
+from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.data import batches, tokenize
-from hotlora.errors import FileError, HotLoraError, PlanError
-from hotlora.files import read_json, sha256_file, write_json
 from hotlora.load import load_adapter, saved_config
 from hotlora.models import load_model
 from hotlora.run import run_training

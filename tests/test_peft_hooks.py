@@ -12,7 +12,7 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
 import hotlora
 from hotlora.adapter import HotLoraConfig, HotLoraModel
-from hotlora.errors import HotLoraError
+from hotlora.base.errors import HotLoraError
 from hotlora.load import load_adapter
 from hotlora.peft_hooks import without_adapter_name
 

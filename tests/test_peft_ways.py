@@ -12,7 +12,7 @@ from torch import nn
 from zoo import zoo_model
 
 from hotlora.adapter import HotLoraConfig
-from hotlora.errors import HotLoraError, PlanError
+from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.load import load_adapter
 from hotlora.models import moe_layers

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotlora import cli
-from hotlora.errors import FileError, HotLoraError, PlanError
+from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.plan import RULES, ExpertPlan, select_experts
 from hotlora.routing import RoutingProfile
 

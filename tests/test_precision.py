@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
+from hotlora.base.precision import cpu_dtype, is_fast_on_cpu
 from hotlora.bench import _resolved
 from hotlora.contenders import BenchConfig
-from hotlora.precision import cpu_dtype, is_fast_on_cpu
 from hotlora.worker import matrix_rate
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from typing import get_args
 import psutil
 import pytest
 
-from hotlora.errors import HotLoraError
+from hotlora.base.errors import HotLoraError
 from hotlora.python_sandbox import Level, PythonResult, run_python, sandbox_level
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")

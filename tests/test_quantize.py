@@ -21,11 +21,11 @@ from zoo import families, zoo_model
 
 import hotlora
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli import app
 from hotlora.config import TrainConfig
 from hotlora.count import count_parameters
 from hotlora.data import tokenize
-from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.evaluate import response_loss
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.layer import cpu, gpu

@@ -1,7 +1,7 @@
 import pytest
 
+from hotlora.base.errors import HotLoraError
 from hotlora.crew import Job
-from hotlora.errors import HotLoraError
 from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, find_sweep, names
 from hotlora.recipes.recipe import across_name, condition_name, scored_name
 from hotlora.sweep import Sweep, sweep_jobs

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hotlora.errors import FileError
-from hotlora.records import (
+from hotlora.base.errors import FileError
+from hotlora.base.records import (
     environment,
     find_records,
     new_record,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
 from hotlora.adapter import HotLoraConfig
-from hotlora.errors import FileError, HotLoraError, ModelError, PlanError
+from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.hot_experts import HotFullExperts
 from hotlora.import_peft import import_adapter
 from hotlora.load import load_adapter

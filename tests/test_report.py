@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from hotlora.errors import DataError, FileError
+from hotlora.base.errors import DataError, FileError
+from hotlora.base.records import find_records, new_record, write_record
 from hotlora.plan import select_experts
-from hotlora.records import find_records, new_record, write_record
 from hotlora.report import conditions_table, write_report
 from hotlora.routing import RoutingProfile
 from hotlora.tables import human_bytes, human_count, human_seconds, read_sections, table_rows

@@ -13,13 +13,13 @@ from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError, PlanError
+from hotlora.base.records import new_record, read_record, write_record
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
-from hotlora.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.evaluate import response_loss
 from hotlora.load import load_adapter
 from hotlora.models import load_model
-from hotlora.records import new_record, read_record, write_record
 from hotlora.routing import RoutingProfile
 from hotlora.run import profile_data, run_training
 from hotlora.run_evaluate import run_evaluation

@@ -13,16 +13,16 @@ from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import HotLoraError, PlanError
+from hotlora.base.files import read_json, write_json
+from hotlora.base.records import read_record
 from hotlora.config import TrainConfig
 from hotlora.data import batches, tokenize
-from hotlora.errors import HotLoraError, PlanError
-from hotlora.files import read_json, write_json
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask
 from hotlora.methods import METHODS, resolve
 from hotlora.models import load_model
 from hotlora.plan import ExpertPlan
-from hotlora.records import read_record
 from hotlora.reprofile import Reprofiling
 from hotlora.routing import RoutingProfile, jaccard
 from hotlora.run import run_training

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from hotlora.errors import DataError
+from hotlora.base.errors import DataError
 from hotlora.published import EQUIVALENCE, SEED_SD, SEEDS
 from hotlora.stats import (
     MeanSd,

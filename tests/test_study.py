@@ -14,8 +14,8 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
+from hotlora.base.errors import DataError, FileError, PlanError
 from hotlora.cli_profile import profile as profile_command
-from hotlora.errors import DataError, FileError, PlanError
 from hotlora.plan import select_experts
 from hotlora.published import DATASETS, MODELS, OLMOE_SPIDER
 from hotlora.routing import RoutingProfile, jaccard

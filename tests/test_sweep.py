@@ -15,12 +15,12 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
+from hotlora.base.errors import HotLoraError
+from hotlora.base.records import find_records
 from hotlora.cli_sweep import sweep as sweep_command
 from hotlora.comparison import compare_runs
 from hotlora.config import TrainConfig
 from hotlora.crew import worker_environment
-from hotlora.errors import HotLoraError
-from hotlora.records import find_records
 from hotlora.routing import RoutingProfile
 from hotlora.run import run_training
 from hotlora.sweep import Condition, Sweep, load_sweep, sweep_jobs

@@ -17,9 +17,9 @@ from zoo import families, zoo_model
 
 from hotlora import checkpoints
 from hotlora.adapter import HotLoraConfig
+from hotlora.base.errors import FileError, HotLoraError
 from hotlora.config import TrainConfig
 from hotlora.data import IGNORE, batches, tokenize
-from hotlora.errors import FileError, HotLoraError
 from hotlora.evaluate import response_loss
 from hotlora.run import run_training
 from hotlora.tasks import Example

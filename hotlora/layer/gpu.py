@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import HotLoraError
+from ..base.errors import HotLoraError
 from ..hf.experts_view import FrozenWeight
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
@@ -225,7 +225,7 @@ def _has_triton() -> bool:
 
 
 def _gemm() -> Any:
-    from ..kernels import gemm  # it needs Triton, which is optional
+    from ..kernels import gemm
 
     return gemm
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .choice import GERUNDS, OBJECTS, TOOLS, VERBS, step_text
 from .math import OPERATE
 from .sql import Database, make_database, plural

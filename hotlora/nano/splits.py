@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 
-from ..errors import DataError
+from ..base.errors import DataError
 
 SPLITS = ("train", "test")
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..errors import FileError, HotLoraError
+from ..base.errors import FileError, HotLoraError
 from ..sweep import Sweep, load_sweep
 from . import benches, configs, hellora, moe_sieve, profiles
 from .direct import Direct

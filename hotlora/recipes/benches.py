@@ -13,13 +13,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..base.files import write_json
 from ..bench import run_bench
 from ..bench_report import read_result
 from ..comparison_table import NONE
 from ..contenders import BenchConfig
 from ..count import parameters_from_config
 from ..figures import COLD, HOT, INK, WIDTH, style
-from ..files import write_json
 from ..methods import counted_options
 from ..published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..tables import human_seconds

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.errors import HotLoraError
+from ..base.files import read_json, write_json
 from ..comparison_table import NONE
 from ..config import PROFILE_FRACTION
-from ..errors import HotLoraError
 from ..estimate import meta_model, sized_config
-from ..files import read_json, write_json
 from ..hf.experts_view import ExpertsView
 from ..methods import METHODS, resolve
 from ..models import moe_layers, num_experts_per_tok, unwrap

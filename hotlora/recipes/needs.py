@@ -14,10 +14,10 @@ import huggingface_hub
 import torch
 from huggingface_hub.utils import build_hf_headers, get_session
 
+from ..base.errors import FileError, HotLoraError
 from ..config import PROFILE_FRACTION, TrainConfig
 from ..contenders import Contender
 from ..data import load_examples, task_of
-from ..errors import FileError, HotLoraError
 from ..estimate import coverage_at, estimate, meta_model, sized_config
 from ..flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..methods import resolve

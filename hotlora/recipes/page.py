@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import DataError
-from ..records import Record, find_records
+from ..base.errors import DataError
+from ..base.records import Record, find_records
 from . import RECIPES
 from .claims import claims_result
 from .recipe import STORE, Recipe

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..base.errors import HotLoraError
+from ..base.files import write_json
+from ..base.records import read_record
 from ..config import PROFILE_FRACTION, TrainConfig
 from ..data import load_examples
-from ..errors import HotLoraError
-from ..files import write_json
 from ..load import load_adapter
 from ..methods import resolve
 from ..models import load_tokenizer
 from ..published import DATASETS
-from ..records import read_record
 from ..routing import RoutingProfile
 from ..run import profile_data, profile_sample, run_training
 from ..run_folder import data_time, load_base

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import HotLoraError
+from ..base.errors import HotLoraError
 from ..sweep import Condition, Sweep
 
 STORE = "papers"

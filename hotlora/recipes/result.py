@@ -10,10 +10,10 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from .. import escape
+from ..base import escape
+from ..base.files import atomic_path, write_text
 from ..comparison_table import latex_line, markdown_line
 from ..figures import plain_text
-from ..files import atomic_path, write_text
 
 DPI = 120
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..errors import HotLoraError
+from ..base.errors import HotLoraError
 from ..methods import METHODS
 from .recipe import Column, Recipe, Row
 

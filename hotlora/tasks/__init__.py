@@ -4,7 +4,7 @@ A name with `-lori` at its end is the same data by the protocol of LoRI's code, 
 from; docs/evaluation.md says how the two differ.
 """
 
-from ..errors import DataError
+from ..base.errors import DataError
 from . import (
     arc_challenge,
     boolq,

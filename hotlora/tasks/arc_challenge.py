@@ -16,7 +16,7 @@ Prompt and choices are lm-eval's: the answers' texts, not their letters.
 
 from typing import Any
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .choices import choice_example
 from .rows import Row, load_rows, need, need_text
 from .task import Example, Task

@@ -13,7 +13,7 @@ prompt; a row without a title has none there. The published test labels are hidd
 development split, as everywhere.
 """
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .choices import choice_example
 from .rows import Row, load_rows, need, need_text
 from .task import Example, Task

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .rows import Row
 from .task import Example
 

@@ -14,7 +14,7 @@ four. The published test labels are hidden, so the split "test" is the validatio
 
 import re
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .choices import choice_example
 from .rows import Row, load_rows, need, need_text
 from .task import Example, Task

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..errors import DataError
+from ..base.errors import DataError
 from ..python_sandbox import run_python
 from .rows import Row, load_rows, need_text
 from .task import Example, Task

@@ -14,7 +14,7 @@ by the paper, the tasks 601 to 974 are "train" and 11 to 510 "test"; 1 to 10 are
 validation. Line ends are made Unix's.
 """
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .rows import Row, load_rows, need, need_text
 from .task import Example, Task
 

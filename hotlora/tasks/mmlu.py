@@ -9,7 +9,7 @@ MMLU has no training split of its own: "train" is its validation split. The prom
 on the subject, which rows without one leave out.
 """
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .choices import choice_example
 from .rows import Row, load_rows, need, need_text
 from .task import Example, Task

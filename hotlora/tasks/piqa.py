@@ -15,7 +15,7 @@ split "test" is the validation split, as everywhere.
 
 from pathlib import Path
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .choices import choice_example
 from .rows import Row, load_rows, need, need_text
 from .task import Example, Task

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..errors import DataError
-from ..files import JSON_ERRORS
+from ..base.errors import DataError
+from ..base.files import JSON_ERRORS
 from . import codealpaca
 from .rows import Row, check_characters, need_text, read_rows, split_file
 from .task import Example, Task

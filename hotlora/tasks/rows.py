@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DataError
-from ..files import JSON_ERRORS
+from ..base.errors import DataError
+from ..base.files import JSON_ERRORS
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one

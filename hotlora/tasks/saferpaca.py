@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .codealpaca import example, lori_example
 from .rows import Row, read_rows, split_file
 from .task import Example, Task

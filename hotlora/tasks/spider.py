@@ -26,7 +26,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..base.errors import DataError
 from ..sandbox import SqlSandbox
 from .rows import Row, need, need_text, read_rows, split_file
 from .task import Example, Task

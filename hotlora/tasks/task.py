@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import DataError
+from ..base.errors import DataError
 
 Kind = Literal["generate", "choice", "text"]
 

@@ -14,7 +14,7 @@ carries the loss. Headings and blank lines are left out.
 
 from pathlib import Path
 
-from ..errors import DataError
+from ..base.errors import DataError
 from .rows import Row, hub_rows, need_text, split_file
 from .task import Example, Task
 

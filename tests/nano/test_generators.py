@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hotlora.errors import DataError
+from hotlora.base.errors import DataError
 from hotlora.nano import choice, corpus, math, sql
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from published import ABSENT, DATA
 
+from hotlora.base.errors import DataError
 from hotlora.data import load_examples
-from hotlora.errors import DataError
 from hotlora.tasks import arc_challenge, boolq, get_task, mmlu, piqa
 from hotlora.tasks.rows import Row
 

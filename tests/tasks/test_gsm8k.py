@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from published import ABSENT, DATA
 
+from hotlora.base.errors import DataError
 from hotlora.data import load_examples
-from hotlora.errors import DataError
 from hotlora.generate import cut
 from hotlora.tasks import gsm8k
 from hotlora.tasks.gsm8k import LORI, TASK, final_answer, lori_number, lori_score, score

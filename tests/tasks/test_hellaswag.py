@@ -1,7 +1,7 @@
 import pytest
 from published import ABSENT, DATA
 
-from hotlora.errors import DataError
+from hotlora.base.errors import DataError
 from hotlora.tasks import hellaswag
 from hotlora.tasks.hellaswag import TASK, clean
 from hotlora.tasks.rows import Row

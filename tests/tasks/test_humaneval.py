@@ -12,9 +12,9 @@ from published import ABSENT, DATA
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
+from hotlora.base.errors import DataError
 from hotlora.data import load_examples
 from hotlora.data import test_source as source_of_tests
-from hotlora.errors import DataError
 from hotlora.evaluate import evaluate_task
 from hotlora.tasks import humaneval
 from hotlora.tasks.humaneval import LORI, TASK, program, score

@@ -1,6 +1,6 @@
 import pytest
 
-from hotlora.errors import DataError
+from hotlora.base.errors import DataError
 from hotlora.tasks import TASKS, get_task, gsm8k, hellaswag, spider
 
 NANO = ("nano-math", "nano-sql", "nano-choice")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from published import ABSENT, DATA
 
+from hotlora.base.errors import DataError
 from hotlora.data import load_examples
 from hotlora.data import test_source as source_of_tests
-from hotlora.errors import DataError
 from hotlora.evaluate import evaluate_answers
 from hotlora.generate import Answer
 from hotlora.tasks import get_task

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import ABSENT, DATA
 
-from hotlora.errors import DataError
+from hotlora.base.errors import DataError
 from hotlora.generate import cut
 from hotlora.sandbox import SqlSandbox
 from hotlora.tasks import spider

@@ -7,8 +7,8 @@ import pytest
 from published import ABSENT, DATA
 from tiny_tokenizer import byte_tokenizer
 
+from hotlora.base.errors import DataError
 from hotlora.data import load_examples, tokenize
-from hotlora.errors import DataError
 from hotlora.tasks import codealpaca, get_task, mbpp
 from hotlora.tasks.rows import Row
 
