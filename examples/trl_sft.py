@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 import hotlora
 from hotlora.data import load_examples
-from hotlora.models import NANO_PATH
+from hotlora.hf.models import NANO_PATH
 
 MODEL = NANO_PATH  # embedded, needs no network; or the name of any supported model, "allenai/OLMoE-1B-7B-0924"
 OUTPUT = "runs/examples/sft"

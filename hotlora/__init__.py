@@ -46,11 +46,11 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .base.errors import PlanError as PlanError
     from .count import count_parameters as count_parameters
     from .export import export_adapter as export_adapter
+    from .hf.models import load_model as load_model
+    from .hf.models import load_tokenizer as load_tokenizer
     from .import_peft import import_adapter as import_adapter
     from .load import base_quantization as base_quantization
     from .load import load_adapter as load_adapter
-    from .models import load_model as load_model
-    from .models import load_tokenizer as load_tokenizer
     from .plan import ExpertPlan as ExpertPlan
     from .plan import select_experts as select_experts
     from .quantize import ExpertsQuantization as ExpertsQuantization

@@ -18,18 +18,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from . import peft_hooks
 from .base.errors import FileError, HotLoraError, ModelError, PlanError
 from .base.files import read_json, sha256_file, write_json
 from .base.unchanged import unchanged_on_error
 from .combine import combine, factor_pairs
 from .factors import SeededFactor, Slot, SparseFactor
+from .hf import peft_hooks
+from .hf.models import attention_modules, check_in_memory, fingerprint, moe_layers, unwrap
 from .hot_experts import HotExperts, HotFullExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
 from .layer.function import IMPLEMENTATION
 from .mask import SparseMask
 from .mergeable import MergeableLayer, factor_slots
-from .models import attention_modules, check_in_memory, fingerprint, moe_layers, unwrap
 from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
 from .plan import ExpertPlan
 from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized

@@ -24,7 +24,7 @@ from .base.signals import without_ctrl_c
 from .contenders import KINDS, BenchConfig, Contender
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
-from .models import fingerprint, moe_layers
+from .hf.models import fingerprint, moe_layers
 from .routing import RoutingProfile
 from .worker import PARTS, Worker
 

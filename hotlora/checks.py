@@ -10,8 +10,8 @@ from .adapter import HotLoraConfig
 from .base.errors import HotLoraError, PlanError
 from .base.files import file_in
 from .config import TrainConfig
+from .hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from .load import saved_config
-from .models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from .plan import ExpertPlan, select_experts
 from .quantize import experts_in
 from .reprofile import LEFT

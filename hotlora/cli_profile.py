@@ -82,7 +82,7 @@ def profile(
     from .base.processes import is_main, start
     from .checks import check_adapters, check_sizes
     from .data import load_examples, tokenize
-    from .models import load_tokenizer, vocab_size
+    from .hf.models import load_tokenizer, vocab_size
     from .run import profile_data
     from .run_folder import load_base
 

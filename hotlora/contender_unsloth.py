@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from .base.errors import ModelError
 from .estimate import autocast
-from .models import moe_layers
+from .hf.models import moe_layers
 
 _ON_CPU = "UNSLOTH_ALLOW_CPU"  # Unsloth's own switch
 _TOKENS = 8  # of the forward that shows whose code runs

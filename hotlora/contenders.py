@@ -23,10 +23,10 @@ from .base.quiet import quiet
 from .estimate import model_class
 from .factors import pack
 from .hf.experts_view import ExpertsView
+from .hf.models import attention_modules, moe_layers, unwrap
 from .mask import SparseMask
 from .mergeable import factor_slots
 from .methods import METHODS, PLACEMENTS
-from .models import attention_modules, moe_layers, unwrap
 from .plan import ExpertPlan, select_experts
 from .routing import RoutingProfile, profile_routing
 

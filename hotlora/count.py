@@ -12,7 +12,7 @@ from .adapter import HotLoraConfig
 from .base.errors import ModelError
 from .base.quiet import quiet
 from .factors import SeededFactor, SparseFactor
-from .models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
+from .hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
 from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .routing import experts_kept

@@ -24,8 +24,8 @@ from .base.quiet import quiet
 from .count import count_parameters
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .hf.experts_view import ExpertsView
+from .hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from .hot_experts import HotLoraExperts
-from .models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from .plan import ExpertPlan
 from .routing import experts_kept
 

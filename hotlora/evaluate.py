@@ -20,8 +20,8 @@ from .base.files import append_to, atomic_path
 from .base.processes import all_objects, device_of, num_processes, rank, shared_out
 from .base.records import read_results
 from .data import IGNORE, batches, encode_completion, encode_prompt, pad
-from .forward import inference, logits_at
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, generate, track
+from .hf.forward import inference, logits_at
 from .stats import pass_at_k, proportion_interval
 from .tasks import Example, Task
 

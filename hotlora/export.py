@@ -28,11 +28,11 @@ from .base.errors import FileError, HotLoraError, ModelError
 from .base.files import atomic_folder, write_json
 from .base.quiet import quiet
 from .hf.experts_view import ExpertsView
+from .hf.models import attention_modules, moe_layers
 from .hot_experts import HotExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
 from .load import CONFIG_FILE, WEIGHTS_FILE
 from .mergeable import MergeableLayer
-from .models import attention_modules, moe_layers
 from .on_top_of import described, merged_for_now, merged_into
 from .plan import ExpertPlan
 

@@ -18,7 +18,7 @@ from .base.errors import DataError, HotLoraError
 from .base.files import write_text
 from .base.precision import say_if_slow
 from .evaluate import Evaluation, example_id
-from .forward import TEXTS, padding_matters
+from .hf.forward import TEXTS, padding_matters
 from .stats import proportion_interval
 from .tasks import Example, hellaswag
 from .tasks.rows import Row, need_text, read_rows, split_file

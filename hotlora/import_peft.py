@@ -23,8 +23,8 @@ from .base.quiet import quiet
 from .base.unchanged import unchanged_on_error
 from .export import PREFIX, expert_parameters, loaded_by_peft, uniform
 from .hf.experts_view import ExpertsView
+from .hf.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
-from .models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .plan import ExpertPlan
 
 

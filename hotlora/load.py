@@ -15,8 +15,8 @@ from .base.errors import FileError, HotLoraError, PlanError
 from .base.files import read_json, sha256_file
 from .base.quiet import quiet
 from .base.unchanged import unchanged_on_error
+from .hf.peft_hooks import without_adapter_name
 from .on_top_of import check_entries, check_ground
-from .peft_hooks import without_adapter_name
 from .plan import ExpertPlan
 from .quantize import ExpertsQuantization
 

@@ -19,7 +19,7 @@ from .base.errors import FileError, HotLoraError
 from .base.processes import num_processes, own_device, uses_deepspeed
 from .config import TrainConfig
 from .estimate import meta_model, quantized_bytes, sized_config, torch_dtype, workspace_bytes
-from .models import NANO
+from .hf.models import NANO
 from .plan import DEFAULT_FRACTION, ExpertPlan
 from .rules import READS
 from .scale import Work

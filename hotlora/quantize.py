@@ -23,8 +23,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .base.errors import HotLoraError, ModelError, PlanError
+from .hf.models import moe_layers, unwrap
 from .layer.function import IMPLEMENTATION
-from .models import moe_layers, unwrap
 
 _BLOCK = 64
 # Kernels count in int32; so far from the limit, what is made for them stays small too.

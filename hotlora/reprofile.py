@@ -24,8 +24,8 @@ from .base.errors import HotLoraError, PlanError
 from .base.files import append_to, atomic_path, read_json_lines, write_text
 from .base.processes import is_main, wait_for_all
 from .factors import low_rank_products, uniform
+from .hf.models import moe_layers
 from .hot_experts import HotLoraExperts
-from .models import moe_layers
 from .plan import ExpertPlan
 from .routing import RoutingProfile, jaccard
 from .row_steps import move_rows, step_rows, take_rows

@@ -246,8 +246,8 @@ def _profile(
     share_out: bool = False,
 ) -> tuple[RoutingProfile, Tensor]:
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
-    from . import forward, models
     from .base import processes as distributed
+    from .hf import forward, models
 
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
@@ -456,7 +456,7 @@ def _begin_again(position_ids: Tensor | None, mask: Tensor) -> Tensor:
 
 def _check_packing(model: nn.Module, run: nn.Module, ids: Tensor, mask: Tensor, begins: Tensor) -> None:
     """ModelError where the family does not keep two texts of a packed row apart by their positions alone."""
-    from . import forward
+    from .hf import forward
 
     row = int(begins.any(1).nonzero()[0])
     start, *more = begins[row].nonzero()[:, 0].tolist()

@@ -39,9 +39,9 @@ from .config import PROFILE_FRACTION, TrainConfig
 from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
-from .forward import check_aux_loss
+from .hf.forward import check_aux_loss
+from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
 from .load import WEIGHTS_FILE
-from .models import fingerprint, load_config, load_tokenizer, vocab_size
 from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .reprofile import Reprofiling

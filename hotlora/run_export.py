@@ -10,8 +10,8 @@ from .base.files import atomic_folder, check_writable
 from .base.quiet import quiet
 from .checks import check_adapters
 from .export import check_attention, check_config, check_export, export_adapter
+from .hf.models import checkpoint_dtype, load_tokenizer, structure
 from .load import load_adapter, saved_config
-from .models import checkpoint_dtype, load_tokenizer, structure
 from .run_folder import load_base, underneath
 
 

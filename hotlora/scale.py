@@ -27,7 +27,7 @@ from .base.errors import HotLoraError
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import expert_adapter_flops
 from .hf.experts_view import ExpertsView
-from .models import moe_layers, num_experts_per_tok, unwrap
+from .hf.models import moe_layers, num_experts_per_tok, unwrap
 
 LAYOUTS = ("ddp", "fsdp", "ep", "ep-wide", "sharded")
 NODE = 8

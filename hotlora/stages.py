@@ -13,9 +13,9 @@ from .base.records import Record, read_record, write_record
 from .checks import check_run
 from .config import PROFILE_FRACTION, TrainConfig
 from .data import load_examples
+from .hf.models import load_tokenizer
 from .load import load_adapter
 from .mask import SparseMask, check_share, draw_mask
-from .models import load_tokenizer
 from .plan import select_experts
 from .routing import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training

@@ -10,7 +10,7 @@ from .base.errors import DataError
 from .checks import check_adapters, check_sizes
 from .data import batches, data_hash, load_examples, tokenize
 from .hf.experts_view import ExpertsView
-from .models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
+from .hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
 from .quantize import experts_in
 from .routing import RoutingProfile, profile_examples
 from .study import Study, study

@@ -12,7 +12,7 @@ from .chat import template_source
 from .crew import Job
 from .data import data_hash, load_examples, task_of, tokenize
 from .generate import Sampling
-from .models import load_model, load_tokenizer, vocab_size
+from .hf.models import load_model, load_tokenizer, vocab_size
 from .quantize import experts_in
 from .routing import RoutingProfile
 from .run import profile_data, profile_sample, run_training

@@ -40,7 +40,7 @@ from .base.signals import on_stop
 from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
 from .data import IGNORE
-from .forward import TEXTS, check_aux_loss, check_packing, logits_at
+from .hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
 
 _log = logging.getLogger(__name__)
 

@@ -286,7 +286,7 @@ def _same(found: Any, expected: Any) -> list[str]:
 
 def _adapted_parts(model: Any) -> dict[str, list[str]]:
     """Experts, routers, attention and shared experts of an adapted model, by module path in the base."""
-    from hotlora.models import attention_modules, moe_layers
+    from hotlora.hf.models import attention_modules, moe_layers
 
     base = model.get_base_model()
     layers = moe_layers(base)
@@ -315,7 +315,7 @@ def _result(check: Callable[[], list[str]]) -> dict[str, Any]:
 def layout(model: Any) -> dict[str, Any]:
     """Where transformers' own flags are too many for a table, the words of the page."""
     from hotlora.hf.experts_view import ExpertsView
-    from hotlora.models import moe_layers, unwrap
+    from hotlora.hf.models import moe_layers, unwrap
 
     layers = moe_layers(model)
     experts = unwrap(model.get_submodule(layers[0].experts))
@@ -339,7 +339,7 @@ def _shared(model: Any, paths: list[str]) -> str:
 
 
 def _attention(model: Any) -> list[str]:
-    from hotlora.models import attention_modules
+    from hotlora.hf.models import attention_modules
 
     decoder = model.get_decoder()
     prefix = next((f"{path}." for path, module in model.named_modules() if module is decoder), "")
@@ -372,7 +372,7 @@ def refusals() -> dict[str, dict[str, str]]:
     from zoo import NOT_CAUSAL, decorated_folders, families
 
     from hotlora.base.errors import HotLoraError
-    from hotlora.models import model_from_config
+    from hotlora.hf.models import model_from_config
 
     package = Path(transformers.__file__).parent / "models"
     moe = re.compile(r"^class \w*(Moe|MoE|Experts|SparseMLP)\w*\(", re.MULTILINE)

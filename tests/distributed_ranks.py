@@ -26,7 +26,7 @@ import hotlora.cli
 from hotlora.adapter import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.config import TrainConfig
-from hotlora.models import load_model
+from hotlora.hf.models import load_model
 from hotlora.routing import profile_routing
 from hotlora.run import run_training
 

@@ -29,9 +29,9 @@ from hotlora.comparison import as_dict, compare_runs
 from hotlora.count import parameters_from_config
 from hotlora.data import load_examples, tokenize
 from hotlora.generations import read_generations
+from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.import_peft import import_adapter
 from hotlora.mask import SparseMask
-from hotlora.models import load_model, load_tokenizer
 from hotlora.routing import profile_routing
 from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from hotlora.adapter import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.count import count_parameters
+from hotlora.hf.models import moe_layers
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.hot_weights import HotLoraRouter
 from hotlora.load import load_adapter
-from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan
 
 PLANNED = (1, 3, 6)

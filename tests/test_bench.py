@@ -22,9 +22,9 @@ from hotlora.contenders import Contender, RandomModel, adapted, skew_routers, sp
 from hotlora.count import parameters_from_config
 from hotlora.estimate import SavedBytes
 from hotlora.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
+from hotlora.hf.models import moe_layers
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.methods import counted_options
-from hotlora.models import moe_layers
 from hotlora.plan import ExpertPlan, select_experts
 from hotlora.routing import profile_routing
 from hotlora.worker import Worker

@@ -14,7 +14,7 @@ from zoo import families, zoo_model
 
 import hotlora
 from hotlora.checkpointing import checkpoint_kwargs
-from hotlora.models import moe_layers
+from hotlora.hf.models import moe_layers
 from hotlora.train import make_trainer
 
 PLAIN = {"use_reentrant": False}

@@ -19,11 +19,11 @@ from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.count import count_parameters
 from hotlora.export import export_adapter
 from hotlora.factors import SeededFactor, SparseFactor, pack, unpack
+from hotlora.hf.models import moe_layers
 from hotlora.hot_experts import HotExperts, HotFullExperts, HotLoraExperts
 from hotlora.hot_weights import HotLoraWeights
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask, draw_mask
-from hotlora.models import moe_layers
 
 # Gated; biased, transposed and interleaved; without a gate; with raw shared experts.
 LAYOUTS = ("olmoe", "gpt_oss", "nemotron_h", "inkling_text")

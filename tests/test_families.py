@@ -13,11 +13,11 @@ from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_
 
 from hotlora.adapter import HotLoraConfig
 from hotlora.count import count_parameters, parameters_from_config
+from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.hot_weights import HotLoraWeights
 from hotlora.load import load_adapter
 from hotlora.mask import draw_mask
-from hotlora.models import attention_modules, fingerprint, moe_layers, skips_tokens
 from hotlora.plan import select_experts
 from hotlora.routing import profile_routing
 

@@ -10,7 +10,7 @@ from zoo import families, zoo_config, zoo_model
 
 from hotlora.adapter import HotLoraConfig
 from hotlora.base.errors import HotLoraError, ModelError
-from hotlora.forward import check_aux_loss, check_packing, logits_at, padding_matters
+from hotlora.hf.forward import check_aux_loss, check_packing, logits_at, padding_matters
 
 every_family = pytest.mark.parametrize("family", families())
 TEXTS = (list(range(3, 14)), list(range(90, 60, -2)))

@@ -12,10 +12,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hotlora import models
 from hotlora.adapter import HotLoraConfig
 from hotlora.base.errors import FileError, ModelError
-from hotlora.models import (
+from hotlora.hf import models
+from hotlora.hf.models import (
     attention_modules,
     fingerprint,
     load_model,

@@ -13,8 +13,8 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 import hotlora
 from hotlora.adapter import HotLoraConfig, HotLoraModel
 from hotlora.base.errors import HotLoraError
+from hotlora.hf.peft_hooks import without_adapter_name
 from hotlora.load import load_adapter
-from hotlora.peft_hooks import without_adapter_name
 
 
 def config_for(model, experts=None, **options):

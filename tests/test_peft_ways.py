@@ -13,9 +13,9 @@ from zoo import zoo_model
 
 from hotlora.adapter import HotLoraConfig
 from hotlora.base.errors import HotLoraError, PlanError
+from hotlora.hf.models import moe_layers
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.load import load_adapter
-from hotlora.models import moe_layers
 
 FAMILY = "qwen2_moe"  # attention, router, shared experts and experts
 

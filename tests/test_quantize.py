@@ -28,9 +28,9 @@ from hotlora.count import count_parameters
 from hotlora.data import tokenize
 from hotlora.evaluate import response_loss
 from hotlora.hf.experts_view import FrozenWeight
+from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.load import load_adapter
-from hotlora.models import load_model, moe_layers
 from hotlora.plan import ExpertPlan
 from hotlora.quantize import (
     ExpertsQuantization,

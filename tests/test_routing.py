@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 from hotlora.base.errors import DataError, FileError, ModelError, PlanError
-from hotlora.models import fingerprint, moe_layers
+from hotlora.hf.models import fingerprint, moe_layers
 from hotlora.plan import select_experts
 from hotlora.routing import RoutingProfile, experts_kept, jaccard, profile_examples, profile_routing
 

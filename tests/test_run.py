@@ -18,8 +18,8 @@ from hotlora.base.records import new_record, read_record, write_record
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
 from hotlora.evaluate import response_loss
+from hotlora.hf.models import load_model
 from hotlora.load import load_adapter
-from hotlora.models import load_model
 from hotlora.routing import RoutingProfile
 from hotlora.run import profile_data, run_training
 from hotlora.run_evaluate import run_evaluation

@@ -18,10 +18,10 @@ from hotlora.base.files import read_json, write_json
 from hotlora.base.records import read_record
 from hotlora.config import TrainConfig
 from hotlora.data import batches, tokenize
+from hotlora.hf.models import load_model
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask
 from hotlora.methods import METHODS, resolve
-from hotlora.models import load_model
 from hotlora.plan import ExpertPlan
 from hotlora.reprofile import Reprofiling
 from hotlora.routing import RoutingProfile, jaccard

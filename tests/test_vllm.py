@@ -12,7 +12,7 @@ import torch
 from hotlora import load_adapter, load_model, load_tokenizer
 from hotlora.config import TrainConfig
 from hotlora.generate import Sampling
-from hotlora.models import NANO, model_source
+from hotlora.hf.models import NANO, model_source
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import export_saved

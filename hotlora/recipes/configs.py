@@ -12,8 +12,8 @@ from ..comparison_table import NONE
 from ..config import PROFILE_FRACTION
 from ..estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
+from ..hf.models import moe_layers, num_experts_per_tok, unwrap
 from ..methods import METHODS, resolve
-from ..models import moe_layers, num_experts_per_tok, unwrap
 from ..published import EXPERT_TO_FFN, MODELS
 from ..study_run import shared_experts
 from . import hellora

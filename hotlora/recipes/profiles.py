@@ -15,9 +15,9 @@ from ..base.files import write_json
 from ..base.records import read_record
 from ..config import PROFILE_FRACTION, TrainConfig
 from ..data import load_examples
+from ..hf.models import load_tokenizer
 from ..load import load_adapter
 from ..methods import resolve
-from ..models import load_tokenizer
 from ..published import DATASETS
 from ..routing import RoutingProfile
 from ..run import profile_data, profile_sample, run_training

@@ -7,7 +7,7 @@ import pytest
 
 from hotlora import jaccard, load_model, load_tokenizer, select_experts
 from hotlora.data import load_examples
-from hotlora.models import NANO_PATH
+from hotlora.hf.models import NANO_PATH
 from hotlora.run import profile_data
 
 TASKS = ("nano-math", "nano-sql", "nano-choice")

@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraModel
 from peft.utils import hotswap, transformers_weight_conversion
 from torch import Tensor, nn
 
-from .base.errors import HotLoraError, PlanError
-from .base.unchanged import unchanged_on_error
+from ..base.errors import HotLoraError, PlanError
+from ..base.unchanged import unchanged_on_error
 
 _SPARSE = re.compile(r"\.lora_\w+\..*(\.values|\.kept)$")
 _SPARSE_UNDER_A_NAME = re.compile(r"(\.lora_\w+)\.[^.]+(\.\w+\.(?:values|kept))$")

@@ -31,10 +31,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from .base.errors import FileError, HotLoraError, ModelError
-from .base.precision import in_float32, say_once
-from .base.processes import own_device
-from .hf.experts_view import ExpertsView, is_experts
+from ..base.errors import FileError, HotLoraError, ModelError
+from ..base.precision import in_float32, say_once
+from ..base.processes import own_device
+from .experts_view import ExpertsView, is_experts
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parent / "nano" / "model"

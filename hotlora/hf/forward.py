@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .base.errors import HotLoraError, ModelError
-from .base.precision import say_if_slow
-from .base.processes import device_of
+from ..base.errors import HotLoraError, ModelError
+from ..base.precision import say_if_slow
+from ..base.processes import device_of
 
 # Mean relative changes of the logits. In bfloat16 the order of sums changes them by less than 0.01, as a rule. A text
 # that sees another changes by 0.2 and more, windows that are shifted change it by 0.1. Packing is refused for it, so
