@@ -51,13 +51,13 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .import_peft import import_adapter as import_adapter
     from .load import base_quantization as base_quantization
     from .load import load_adapter as load_adapter
-    from .plan import ExpertPlan as ExpertPlan
-    from .plan import select_experts as select_experts
     from .quantize import ExpertsQuantization as ExpertsQuantization
     from .quantize import quantize_experts as quantize_experts
-    from .routing import RoutingProfile as RoutingProfile
-    from .routing import jaccard as jaccard
-    from .routing import profile_routing as profile_routing
+    from .routing.plan import ExpertPlan as ExpertPlan
+    from .routing.plan import select_experts as select_experts
+    from .routing.profile import RoutingProfile as RoutingProfile
+    from .routing.profile import jaccard as jaccard
+    from .routing.profile import profile_routing as profile_routing
 
 
 def __getattr__(name: str) -> Any:

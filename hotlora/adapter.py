@@ -31,8 +31,8 @@ from .layer.function import IMPLEMENTATION
 from .mask import SparseMask
 from .mergeable import MergeableLayer, factor_slots
 from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
-from .plan import ExpertPlan
 from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
+from .routing.plan import ExpertPlan
 
 WEIGHTS_HASH = "weights_sha256"
 """Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""

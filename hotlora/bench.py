@@ -25,7 +25,7 @@ from .contenders import KINDS, BenchConfig, Contender
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from .hf.models import fingerprint, moe_layers
-from .routing import RoutingProfile
+from .routing.profile import RoutingProfile
 from .worker import PARTS, Worker
 
 VERSION = 1

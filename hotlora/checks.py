@@ -12,10 +12,10 @@ from .base.files import file_in
 from .config import TrainConfig
 from .hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from .load import saved_config
-from .plan import ExpertPlan, select_experts
 from .quantize import experts_in
 from .reprofile import LEFT
-from .routing import RoutingProfile
+from .routing.plan import ExpertPlan, select_experts
+from .routing.profile import RoutingProfile
 from .train import check_report_to
 
 SELECTION = ("rule", "fraction", "experts_per_layer", "p", "budget", "fillers", "scores", "signal")

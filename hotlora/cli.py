@@ -115,8 +115,8 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .json file or a folder.")] = Path("plan.json"),
 ) -> None:
     """Choose the experts to adapt, from a profile. The file can be edited by hand."""
-    from .plan import select_experts
-    from .routing import RoutingProfile
+    from .routing.plan import select_experts
+    from .routing.profile import RoutingProfile
 
     chosen = select_experts(
         RoutingProfile.load(profile),

@@ -27,8 +27,8 @@ from .hf.models import attention_modules, moe_layers, unwrap
 from .mask import SparseMask
 from .mergeable import factor_slots
 from .methods import METHODS, PLACEMENTS
-from .plan import ExpertPlan, select_experts
-from .routing import RoutingProfile, profile_routing
+from .routing.plan import ExpertPlan, select_experts
+from .routing.profile import RoutingProfile, profile_routing
 
 _LARGE = 2**20  # elements: larger parameters are filled by copying, and given back between turns
 _TILE = 2**20 - 3  # odd, so that the rows of a matrix differ

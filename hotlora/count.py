@@ -13,9 +13,9 @@ from .base.errors import ModelError
 from .base.quiet import quiet
 from .factors import SeededFactor, SparseFactor
 from .hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
-from .plan import ExpertPlan
 from .quantize import quantized_parameters
-from .routing import experts_kept
+from .routing.plan import ExpertPlan
+from .routing.profile import experts_kept
 
 PARTS = ("attention", "router", "shared", "experts")
 

@@ -26,8 +26,8 @@ from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops,
 from .hf.experts_view import ExpertsView
 from .hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from .hot_experts import HotLoraExperts
-from .plan import ExpertPlan
-from .routing import experts_kept
+from .routing.plan import ExpertPlan
+from .routing.profile import experts_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one

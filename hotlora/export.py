@@ -34,7 +34,7 @@ from .hot_weights import HotLoraRouter, HotLoraWeights
 from .load import CONFIG_FILE, WEIGHTS_FILE
 from .mergeable import MergeableLayer
 from .on_top_of import described, merged_for_now, merged_into
-from .plan import ExpertPlan
+from .routing.plan import ExpertPlan
 
 _log = logging.getLogger(__name__)
 

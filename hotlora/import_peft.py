@@ -25,7 +25,7 @@ from .export import PREFIX, expert_parameters, loaded_by_peft, uniform
 from .hf.experts_view import ExpertsView
 from .hf.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
-from .plan import ExpertPlan
+from .routing.plan import ExpertPlan
 
 
 def import_adapter(

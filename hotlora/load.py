@@ -17,8 +17,8 @@ from .base.quiet import quiet
 from .base.unchanged import unchanged_on_error
 from .hf.peft_hooks import without_adapter_name
 from .on_top_of import check_entries, check_ground
-from .plan import ExpertPlan
 from .quantize import ExpertsQuantization
+from .routing.plan import ExpertPlan
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -20,8 +20,8 @@ from .base.processes import num_processes, own_device, uses_deepspeed
 from .config import TrainConfig
 from .estimate import meta_model, quantized_bytes, sized_config, torch_dtype, workspace_bytes
 from .hf.models import NANO
-from .plan import DEFAULT_FRACTION, ExpertPlan
-from .rules import READS
+from .routing.plan import DEFAULT_FRACTION, ExpertPlan
+from .routing.rules import READS
 from .scale import Work
 
 ROOM = 0.9

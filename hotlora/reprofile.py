@@ -26,8 +26,8 @@ from .base.processes import is_main, wait_for_all
 from .factors import low_rank_products, uniform
 from .hf.models import moe_layers
 from .hot_experts import HotLoraExperts
-from .plan import ExpertPlan
-from .routing import RoutingProfile, jaccard
+from .routing.plan import ExpertPlan
+from .routing.profile import RoutingProfile, jaccard
 from .row_steps import move_rows, step_rows, take_rows
 
 LEFT = ("drop", "merge")

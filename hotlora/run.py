@@ -42,10 +42,10 @@ from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .hf.forward import check_aux_loss
 from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
 from .load import WEIGHTS_FILE
-from .plan import ExpertPlan
 from .quantize import quantized_parameters
 from .reprofile import Reprofiling
-from .routing import RoutingProfile, profile_routing
+from .routing.plan import ExpertPlan
+from .routing.profile import RoutingProfile, profile_routing
 from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
 from .train import check_family, train

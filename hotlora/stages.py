@@ -16,8 +16,8 @@ from .data import load_examples
 from .hf.models import load_tokenizer
 from .load import load_adapter
 from .mask import SparseMask, check_share, draw_mask
-from .plan import select_experts
-from .routing import RoutingProfile, jaccard
+from .routing.plan import select_experts
+from .routing.profile import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training
 from .run_folder import data_time, load_base
 

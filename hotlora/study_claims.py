@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .published import MBPP_STABILITY, MODELS, RATIOS
-from .study import Study, clusters
+from .routing.study import Study, clusters
 
 CODE = ("spider", "codealpaca", "mbpp")
 BROAD = ("hellaswag", "wikitext2")

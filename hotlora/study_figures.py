@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, TOP, WIDTH, new_figure, style
 from .published import OLMOE_SPIDER
-from .routing import RoutingProfile
-from .study import Study
+from .routing.profile import RoutingProfile
+from .routing.study import Study
 
 
 def heat_maps(profiles: Mapping[str, RoutingProfile]) -> Figure:

@@ -12,8 +12,8 @@ from .data import batches, data_hash, load_examples, tokenize
 from .hf.experts_view import ExpertsView
 from .hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
 from .quantize import experts_in
-from .routing import RoutingProfile, profile_examples
-from .study import Study, study
+from .routing.profile import RoutingProfile, profile_examples
+from .routing.study import Study, study
 from .tasks import Example
 
 _PROFILE = "profile.safetensors"

@@ -13,8 +13,8 @@ from rich.table import Table
 from .base.errors import FileError, HotLoraError
 from .base.escape import one_line
 from .base.records import Record, read_results
-from .plan import ExpertPlan
-from .routing import RoutingProfile
+from .routing.plan import ExpertPlan
+from .routing.profile import RoutingProfile
 from .stats import Difference, paired_difference, proportion_interval
 
 ORDER = ("base", "all", "hot", "random", "cold")

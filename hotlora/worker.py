@@ -15,8 +15,8 @@ from .base.precision import is_fast_on_cpu
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
 from .estimate import SavedBytes, autocast, sized_config, torch_dtype
 from .hf.models import attention_modules, moe_layers
-from .plan import ExpertPlan
-from .routing import profile_routing
+from .routing.plan import ExpertPlan
+from .routing.profile import profile_routing
 
 PARTS = ("step", "forward", "backward", "optimizer")
 _SKEWED_ON = 512  # tokens; the routing that is reported is that of the whole batch

@@ -54,7 +54,7 @@ class Refused(Exception):
 def check_profile(family: str, folder: Path) -> list[str]:
     from test_families import BATCH, SKIPS, zoo_model
 
-    from hotlora.routing import profile_routing
+    from hotlora.routing.profile import profile_routing
 
     profile = profile_routing(zoo_model(family), [BATCH])
     assigned = profile.num_tokens * profile.num_experts_per_tok

@@ -104,8 +104,8 @@ def task_texts(n: int) -> dict[str, list[str]]:
 @torch.no_grad()
 def routing_statistics(model, tokenizer, texts: list[str] | None, n: int = 200) -> dict:
     """Per nano task (and held-out text): layer and global CV, cold share, coverage; hot-set Jaccard between tasks."""
-    from hotlora.plan import select_experts
-    from hotlora.routing import jaccard, profile_routing
+    from hotlora.routing.plan import select_experts
+    from hotlora.routing.profile import jaccard, profile_routing
 
     domains = task_texts(n) | ({"text": texts[:n]} if texts else {})
     stats, plans = {}, {}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hotlora.base.records import find_records
-from hotlora.plan import ExpertPlan
+from hotlora.routing.plan import ExpertPlan
 
 KEPT = ("run.json", "plan.json")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hotlora.base.files import write_text
 from hotlora.published import HELLORA_OVERLAP
-from hotlora.study import load_study
+from hotlora.routing.study import load_study
 from hotlora.study_report import page as study_page
 from hotlora.study_report import write_page
 

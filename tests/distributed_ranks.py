@@ -27,7 +27,7 @@ from hotlora.adapter import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.config import TrainConfig
 from hotlora.hf.models import load_model
-from hotlora.routing import profile_routing
+from hotlora.routing.profile import profile_routing
 from hotlora.run import run_training
 
 STEPS, PER_STEP = 4, 4

@@ -32,7 +32,7 @@ from hotlora.generations import read_generations
 from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.import_peft import import_adapter
 from hotlora.mask import SparseMask
-from hotlora.routing import profile_routing
+from hotlora.routing.profile import profile_routing
 from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task
 

@@ -24,7 +24,7 @@ from tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, cli, select_experts
-from hotlora.routing import profile_routing
+from hotlora.routing.profile import profile_routing
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = tuple(sorted(GROUP.commands))

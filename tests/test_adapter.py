@@ -20,7 +20,7 @@ from hotlora.hf.models import moe_layers
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.hot_weights import HotLoraRouter
 from hotlora.load import load_adapter
-from hotlora.plan import ExpertPlan
+from hotlora.routing.plan import ExpertPlan
 
 PLANNED = (1, 3, 6)
 

@@ -25,8 +25,8 @@ from hotlora.flops import attention_adapter_flops, dense_update_flops, expert_ad
 from hotlora.hf.models import moe_layers
 from hotlora.hot_experts import HotLoraExperts
 from hotlora.methods import counted_options
-from hotlora.plan import ExpertPlan, select_experts
-from hotlora.routing import profile_routing
+from hotlora.routing.plan import ExpertPlan, select_experts
+from hotlora.routing.profile import profile_routing
 from hotlora.worker import Worker
 
 R = 4

@@ -12,7 +12,7 @@ from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, cli, select_experts
 from hotlora.config import differences
-from hotlora.routing import profile_routing
+from hotlora.routing.profile import profile_routing
 
 
 @pytest.fixture(scope="module")

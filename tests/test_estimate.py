@@ -12,8 +12,8 @@ from hotlora.adapter import HotLoraConfig
 from hotlora.base.errors import HotLoraError
 from hotlora.contenders import BenchConfig, Contender
 from hotlora.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
-from hotlora.plan import select_experts
-from hotlora.routing import RoutingProfile, profile_routing
+from hotlora.routing.plan import select_experts
+from hotlora.routing.profile import RoutingProfile, profile_routing
 from hotlora.worker import Worker
 
 BATCH, LENGTH = 4, 64

@@ -18,8 +18,8 @@ from hotlora.hot_experts import HotLoraExperts
 from hotlora.hot_weights import HotLoraWeights
 from hotlora.load import load_adapter
 from hotlora.mask import draw_mask
-from hotlora.plan import select_experts
-from hotlora.routing import profile_routing
+from hotlora.routing.plan import select_experts
+from hotlora.routing.profile import profile_routing
 
 every_family = pytest.mark.parametrize("family", families())
 BATCH = tiny_batch(2, 24)

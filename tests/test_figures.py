@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hotlora import figures
-from hotlora.plan import select_experts
-from hotlora.routing import RoutingProfile
+from hotlora.routing.plan import select_experts
+from hotlora.routing.profile import RoutingProfile
 
 
 def make_profile(num_layers, num_experts, first=0, top_k=2):

@@ -24,7 +24,7 @@ from hotlora.hf.models import (
     moe_layers,
     num_experts_per_tok,
 )
-from hotlora.routing import profile_routing
+from hotlora.routing.profile import profile_routing
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hotlora import cli
 from hotlora.base.errors import FileError, HotLoraError, PlanError
-from hotlora.plan import RULES, ExpertPlan, select_experts
-from hotlora.routing import RoutingProfile
+from hotlora.routing.plan import RULES, ExpertPlan, select_experts
+from hotlora.routing.profile import RoutingProfile
 
 
 def make_profile(counts, mass=None, layers=None, **source):

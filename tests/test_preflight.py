@@ -12,8 +12,8 @@ from hotlora import preflight as module
 from hotlora.cli import app
 from hotlora.config import TrainConfig
 from hotlora.estimate import estimate
-from hotlora.plan import ExpertPlan
 from hotlora.preflight import ROOM, preflight
+from hotlora.routing.plan import ExpertPlan
 
 SMALL = TrainConfig(batch_size=8, max_length=128, r=8)
 

@@ -31,7 +31,6 @@ from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.load import load_adapter
-from hotlora.plan import ExpertPlan
 from hotlora.quantize import (
     ExpertsQuantization,
     QuantizedExperts,
@@ -42,6 +41,7 @@ from hotlora.quantize import (
     quantized_parameters,
     warn_if_experts_unquantized,
 )
+from hotlora.routing.plan import ExpertPlan
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation, run_harness
 from hotlora.sweep import Condition, Sweep, sweep_jobs

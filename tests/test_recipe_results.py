@@ -9,12 +9,12 @@ from test_cli import run
 
 from hotlora.base.errors import DataError
 from hotlora.base.records import new_record, write_record
-from hotlora.plan import ExpertPlan
 from hotlora.recipes import RECIPES, Setting
 from hotlora.recipes.claims import CLAIMS, claims_result, decide
 from hotlora.recipes.page import table_results, write_tables
 from hotlora.recipes.recipe import STORE, Column, Row
 from hotlora.recipes.scores import Cell, read_cells, result
+from hotlora.routing.plan import ExpertPlan
 
 NANO = Setting("nano")
 ALL = [0.90, 0.88, 0.91, 0.86, 0.89, 0.93, 0.90, 0.87]

@@ -12,8 +12,8 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 
 from hotlora.base.errors import DataError, FileError, ModelError, PlanError
 from hotlora.hf.models import fingerprint, moe_layers
-from hotlora.plan import select_experts
-from hotlora.routing import RoutingProfile, experts_kept, jaccard, profile_examples, profile_routing
+from hotlora.routing.plan import select_experts
+from hotlora.routing.profile import RoutingProfile, experts_kept, jaccard, profile_examples, profile_routing
 
 E, K, PAD = 8, 2, 0
 

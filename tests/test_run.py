@@ -20,7 +20,7 @@ from hotlora.data import tokenize
 from hotlora.evaluate import response_loss
 from hotlora.hf.models import load_model
 from hotlora.load import load_adapter
-from hotlora.routing import RoutingProfile
+from hotlora.routing.profile import RoutingProfile
 from hotlora.run import profile_data, run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import combine_saved, export_saved

@@ -22,9 +22,9 @@ from hotlora.hf.models import load_model
 from hotlora.load import load_adapter
 from hotlora.mask import SparseMask
 from hotlora.methods import METHODS, resolve
-from hotlora.plan import ExpertPlan
 from hotlora.reprofile import Reprofiling
-from hotlora.routing import RoutingProfile, jaccard
+from hotlora.routing.plan import ExpertPlan
+from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import export_saved

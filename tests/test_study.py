@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, PlanError
 from hotlora.cli_profile import profile as profile_command
-from hotlora.plan import select_experts
 from hotlora.published import DATASETS, MODELS, OLMOE_SPIDER
-from hotlora.routing import RoutingProfile, jaccard
-from hotlora.study import clusters, experts_for, hot_mask, load_study, overlap, stability, study, thirds
+from hotlora.routing.plan import select_experts
+from hotlora.routing.profile import RoutingProfile, jaccard
+from hotlora.routing.study import clusters, experts_for, hot_mask, load_study, overlap, stability, study, thirds
 from hotlora.study_claims import claims
 from hotlora.study_figures import layer_overlap
 from hotlora.study_report import page, write_page, write_study

@@ -22,7 +22,7 @@ from ..estimate import coverage_at, estimate, meta_model, sized_config
 from ..flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
 from ..methods import resolve
-from ..routing import experts_kept
+from ..routing.profile import experts_kept
 from ..sweep import Sweep, sweep_jobs
 from ..sweep_runs import make_profile
 from ..worker import matrix_rate

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, WIDTH, style
 from ..published import MODELS, RATIOS
-from ..routing import RoutingProfile, experts_kept
-from ..study import FRACTION, Study
+from ..routing.profile import RoutingProfile, experts_kept
+from ..routing.study import FRACTION, Study
 
 _COLORS = (SERIES["all"], HOT, SERIES["random"], *OTHER_SERIES)
 _MARKS = ("o", "s", "D", "^", "v")

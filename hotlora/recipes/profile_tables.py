@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from .. import study_figures
 from ..comparison_table import NONE
-from ..plan import select_experts
 from ..published import (
     DATASETS,
     GREEDY_COVERAGE,
@@ -20,8 +19,9 @@ from ..published import (
     RATIOS,
     UNIFORM_COVERAGE,
 )
-from ..routing import RoutingProfile, experts_kept
-from ..study import FRACTION, Study, hot_mask, overlap
+from ..routing.plan import select_experts
+from ..routing.profile import RoutingProfile, experts_kept
+from ..routing.study import FRACTION, Study, hot_mask, overlap
 from ..study_claims import ACROSS, WITHIN
 from . import profile_figures as figures
 from .result import Number

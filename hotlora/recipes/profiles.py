@@ -19,10 +19,10 @@ from ..hf.models import load_tokenizer
 from ..load import load_adapter
 from ..methods import resolve
 from ..published import DATASETS
-from ..routing import RoutingProfile
+from ..routing.profile import RoutingProfile
+from ..routing.study import Study, load_study, study
 from ..run import profile_data, profile_sample, run_training
 from ..run_folder import data_time, load_base
-from ..study import Study, load_study, study
 from ..study_run import run_study
 from . import hellora
 from . import profile_tables as tables

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from .base.errors import DataError, FileError, ModelError, PlanError
-from .base.files import file_in
-from .base.tensor_files import load_tensors, save_tensors
+from ..base.errors import DataError, FileError, ModelError, PlanError
+from ..base.files import file_in
+from ..base.tensor_files import load_tensors, save_tensors
 
 FORMAT = "hotlora.profile"
 VERSION = "1"
@@ -246,8 +246,8 @@ def _profile(
     share_out: bool = False,
 ) -> tuple[RoutingProfile, Tensor]:
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
-    from .base import processes as distributed
-    from .hf import forward, models
+    from ..base import processes as distributed
+    from ..hf import forward, models
 
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
@@ -394,7 +394,7 @@ def _cv(counts: Tensor) -> Tensor:
 
 def _sum_over_processes(counters: Sequence[_Counter]) -> None:
     """Gives every process the sums of all, in integers: exact, whatever the order."""
-    from .base import processes as distributed
+    from ..base import processes as distributed
 
     held = [(counter.sums, counter.bad, counter.skipped) for counter in counters]
     if distributed.num_processes() == 1 or any(sums is None for sums, _, _ in held):
@@ -410,7 +410,7 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
     A model that is spread over processes gathers its weights from its top: it is run in whole, with few logits.
     """
-    from .base import processes as distributed
+    from ..base import processes as distributed
 
     if distributed.is_sharded(model):
         return model, {"logits_to_keep": 1}
@@ -456,7 +456,7 @@ def _begin_again(position_ids: Tensor | None, mask: Tensor) -> Tensor:
 
 def _check_packing(model: nn.Module, run: nn.Module, ids: Tensor, mask: Tensor, begins: Tensor) -> None:
     """ModelError where the family does not keep two texts of a packed row apart by their positions alone."""
-    from .hf import forward
+    from ..hf import forward
 
     row = int(begins.any(1).nonzero()[0])
     start, *more = begins[row].nonzero()[:, 0].tolist()

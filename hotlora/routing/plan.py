@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base.errors import FileError, PlanError
-from .base.files import file_in, read_json, write_json
-from .routing import RoutingProfile, experts_kept
+from ..base.errors import FileError, PlanError
+from ..base.files import file_in, read_json, write_json
+from .profile import RoutingProfile, experts_kept
 from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
 

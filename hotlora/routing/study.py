@@ -14,9 +14,9 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 from torch import Tensor
 
-from .base.errors import DataError, FileError, PlanError
-from .base.files import read_json
-from .routing import RoutingProfile, experts_kept
+from ..base.errors import DataError, FileError, PlanError
+from ..base.files import read_json
+from .profile import RoutingProfile, experts_kept
 
 FORMAT = "hotlora.study"
 VERSION = 1

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base.errors import FileError, PlanError
-from .base.files import read_json
+from ..base.errors import FileError, PlanError
+from ..base.files import read_json
 
 VERSION = 1
 
