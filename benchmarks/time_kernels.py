@@ -25,10 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hotlora.base.files import write_json
 from hotlora.base.records import environment
 from hotlora.hf.experts_view import ExpertsView, FrozenWeight
-from hotlora.kernels import gemm
 from hotlora.layer import gpu
 from hotlora.layer.function import Layer as RoutedLayer
 from hotlora.layer.function import RoutedExperts
+from hotlora.layer.kernels import gemm
 from hotlora.layer.updates import LowRank
 
 

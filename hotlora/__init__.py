@@ -49,10 +49,10 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
     from .import_peft import import_adapter as import_adapter
+    from .layer.quantize import ExpertsQuantization as ExpertsQuantization
+    from .layer.quantize import quantize_experts as quantize_experts
     from .load import base_quantization as base_quantization
     from .load import load_adapter as load_adapter
-    from .quantize import ExpertsQuantization as ExpertsQuantization
-    from .quantize import quantize_experts as quantize_experts
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile

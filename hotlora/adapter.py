@@ -28,10 +28,10 @@ from .hf.models import attention_modules, check_in_memory, fingerprint, moe_laye
 from .hot_experts import HotExperts, HotFullExperts, HotLoraExperts
 from .hot_weights import HotLoraRouter, HotLoraWeights
 from .layer.function import IMPLEMENTATION
+from .layer.quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 from .mask import SparseMask
 from .mergeable import MergeableLayer, factor_slots
 from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
-from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 from .routing.plan import ExpertPlan
 
 WEIGHTS_HASH = "weights_sha256"

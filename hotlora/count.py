@@ -13,7 +13,7 @@ from .base.errors import ModelError
 from .base.quiet import quiet
 from .factors import SeededFactor, SparseFactor
 from .hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
-from .quantize import quantized_parameters
+from .layer.quantize import quantized_parameters
 from .routing.plan import ExpertPlan
 from .routing.profile import experts_kept
 

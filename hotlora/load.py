@@ -16,8 +16,8 @@ from .base.files import read_json, sha256_file
 from .base.quiet import quiet
 from .base.unchanged import unchanged_on_error
 from .hf.peft_hooks import without_adapter_name
+from .layer.quantize import ExpertsQuantization
 from .on_top_of import check_entries, check_ground
-from .quantize import ExpertsQuantization
 from .routing.plan import ExpertPlan
 
 CONFIG_FILE = "adapter_config.json"

@@ -41,8 +41,8 @@ from .data import batches, data_hash, load_examples, task_of, test_source, token
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .hf.forward import check_aux_loss
 from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
+from .layer.quantize import quantized_parameters
 from .load import WEIGHTS_FILE
-from .quantize import quantized_parameters
 from .reprofile import Reprofiling
 from .routing.plan import ExpertPlan
 from .routing.profile import RoutingProfile, profile_routing

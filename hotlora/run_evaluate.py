@@ -18,8 +18,8 @@ from .generate import GREEDY, Answer, Sampling
 from .generations import read_generations, score_generations
 from .harness import evaluate_by_lm_eval, lm_eval_version
 from .hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
+from .layer.quantize import ExpertsQuantization, experts_in, quantized_parameters
 from .load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
-from .quantize import ExpertsQuantization, experts_in, quantized_parameters
 from .run_export import export_saved
 from .run_folder import finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task

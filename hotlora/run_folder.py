@@ -19,9 +19,9 @@ from .base.records import Record, read_record, write_record
 from .config import FREE_OPTIONS, same_run
 from .evaluate import Evaluation
 from .hf.models import load_config, load_model
+from .layer.quantize import experts_in
 from .load import WEIGHTS_FILE, load_adapter, saved_config
 from .on_top_of import Entry, described, missing, noted
-from .quantize import experts_in
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from .checks import check_adapters, check_sizes
 from .data import batches, data_hash, load_examples, tokenize
 from .hf.experts_view import ExpertsView
 from .hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
-from .quantize import experts_in
+from .layer.quantize import experts_in
 from .routing.profile import RoutingProfile, profile_examples
 from .routing.study import Study, study
 from .tasks import Example

@@ -13,7 +13,7 @@ from .crew import Job
 from .data import data_hash, load_examples, task_of, tokenize
 from .generate import Sampling
 from .hf.models import load_model, load_tokenizer, vocab_size
-from .quantize import experts_in
+from .layer.quantize import experts_in
 from .routing.profile import RoutingProfile
 from .run import profile_data, profile_sample, run_training
 from .run_evaluate import run_evaluation, run_held_out

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hotlora.kernels import gemm
+from hotlora.layer.kernels import gemm
 
 POINTERS = {"ends": "*i32", "slots": "*i32", "rows": "*i64", "ids": "*i64"}
 TENSORS = ("y", "z", "x", "left", "weight", "A", "B")

@@ -40,7 +40,7 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton): its kernels are not tested")
 
-from hotlora.kernels import gemm  # noqa: E402
+from hotlora.layer.kernels import gemm  # noqa: E402
 
 # float16 and bfloat16: one rounding of the result, and of z in between. The interpreter cuts bfloat16 off.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

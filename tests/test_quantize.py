@@ -30,8 +30,7 @@ from hotlora.evaluate import response_loss
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
-from hotlora.load import load_adapter
-from hotlora.quantize import (
+from hotlora.layer.quantize import (
     ExpertsQuantization,
     QuantizedExperts,
     _bitsandbytes,
@@ -41,6 +40,7 @@ from hotlora.quantize import (
     quantized_parameters,
     warn_if_experts_unquantized,
 )
+from hotlora.load import load_adapter
 from hotlora.routing.plan import ExpertPlan
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation, run_harness

@@ -12,9 +12,9 @@ from hotlora.adapter import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.hot_experts import HotFullExperts
 from hotlora.import_peft import import_adapter
+from hotlora.layer.quantize import quantize_experts
 from hotlora.load import load_adapter
 from hotlora.mask import draw_mask
-from hotlora.quantize import quantize_experts
 
 BATCH = tiny_batch()
 

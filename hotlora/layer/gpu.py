@@ -225,7 +225,7 @@ def _has_triton() -> bool:
 
 
 def _gemm() -> Any:
-    from ..kernels import gemm
+    from .kernels import gemm
 
     return gemm
 

@@ -22,9 +22,9 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .base.errors import HotLoraError, ModelError, PlanError
-from .hf.models import moe_layers, unwrap
-from .layer.function import IMPLEMENTATION
+from ..base.errors import HotLoraError, ModelError, PlanError
+from ..hf.models import moe_layers, unwrap
+from .function import IMPLEMENTATION
 
 _BLOCK = 64
 # Kernels count in int32; so far from the limit, what is made for them stays small too.
