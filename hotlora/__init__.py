@@ -38,21 +38,21 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
-    from .adapter import HotLoraConfig as HotLoraConfig
+    from .adapter.count import count_parameters as count_parameters
+    from .adapter.formats.export import export_adapter as export_adapter
+    from .adapter.formats.import_peft import import_adapter as import_adapter
+    from .adapter.load import base_quantization as base_quantization
+    from .adapter.load import load_adapter as load_adapter
+    from .adapter.model import HotLoraConfig as HotLoraConfig
     from .base.errors import DataError as DataError
     from .base.errors import FileError as FileError
     from .base.errors import HotLoraError as HotLoraError
     from .base.errors import ModelError as ModelError
     from .base.errors import PlanError as PlanError
-    from .count import count_parameters as count_parameters
-    from .export import export_adapter as export_adapter
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
-    from .import_peft import import_adapter as import_adapter
     from .layer.quantize import ExpertsQuantization as ExpertsQuantization
     from .layer.quantize import quantize_experts as quantize_experts
-    from .load import base_quantization as base_quantization
-    from .load import load_adapter as load_adapter
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile

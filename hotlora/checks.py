@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from .adapter import HotLoraConfig
+from .adapter.load import saved_config
+from .adapter.model import HotLoraConfig
 from .base.errors import HotLoraError, PlanError
 from .base.files import file_in
 from .config import TrainConfig
 from .hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from .layer.quantize import experts_in
-from .load import saved_config
 from .reprofile import LEFT
 from .routing.plan import ExpertPlan, select_experts
 from .routing.profile import RoutingProfile

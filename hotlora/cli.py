@@ -347,7 +347,7 @@ def export(
 
 
 def _tell_of_quantization(adapter: Path) -> None:
-    from .load import saved_config
+    from .adapter.load import saved_config
 
     if found := saved_config(adapter).base_quantization:
         kept = " but the hot ones" if found["keep"] else ""

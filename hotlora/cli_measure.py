@@ -85,7 +85,7 @@ def params(
 
     With --estimate also the memory of a training step by kind, its FLOPs, and its time at a given rate.
     """
-    from .count import parameters_from_config
+    from .adapter.count import parameters_from_config
 
     options: dict[str, Any] = {
         "experts_per_layer": experts_per_layer,

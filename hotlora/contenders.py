@@ -17,15 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from . import contender_axolotl, contender_unsloth
-from .adapter import HotLoraConfig
+from .adapter.factors import pack
+from .adapter.mask import SparseMask
+from .adapter.mergeable import factor_slots
+from .adapter.model import HotLoraConfig
 from .base.errors import HotLoraError
 from .base.quiet import quiet
 from .estimate import model_class
-from .factors import pack
 from .hf.experts_view import ExpertsView
 from .hf.models import attention_modules, moe_layers, unwrap
-from .mask import SparseMask
-from .mergeable import factor_slots
 from .methods import METHODS, PLACEMENTS
 from .routing.plan import ExpertPlan, select_experts
 from .routing.profile import RoutingProfile, profile_routing

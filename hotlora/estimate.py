@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
-from .adapter import HotLoraConfig
+from .adapter.count import count_parameters
+from .adapter.experts import HotLoraExperts
+from .adapter.model import HotLoraConfig
 from .base.errors import HotLoraError, ModelError
 from .base.quiet import quiet
-from .count import count_parameters
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from .hf.experts_view import ExpertsView
 from .hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
-from .hot_experts import HotLoraExperts
 from .routing.plan import ExpertPlan
 from .routing.profile import experts_kept
 

@@ -14,7 +14,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
-from .adapter import HotLoraConfig
+from .adapter.count import count_parameters
+from .adapter.load import WEIGHTS_FILE
+from .adapter.model import HotLoraConfig
 from .base.errors import DataError, HotLoraError, PlanError
 from .base.files import atomic_folder, file_in, sha256_file
 from .base.processes import (
@@ -36,13 +38,11 @@ from .base.records import Record, new_record, write_record
 from .chat import template_source
 from .checks import check_made_on, check_run, select
 from .config import PROFILE_FRACTION, TrainConfig
-from .count import count_parameters
 from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .hf.forward import check_aux_loss
 from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
 from .layer.quantize import quantized_parameters
-from .load import WEIGHTS_FILE
 from .reprofile import Reprofiling
 from .routing.plan import ExpertPlan
 from .routing.profile import RoutingProfile, profile_routing

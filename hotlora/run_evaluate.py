@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from .adapter.formats.export import not_applied
+from .adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
 from .base.errors import DataError, HotLoraError
 from .base.files import sha256_file, write_json
 from .base.quiet import quiet
@@ -13,13 +15,11 @@ from .base.records import Record, new_record
 from .checks import check_adapters, check_sizes
 from .data import data_hash, load_examples, task_of, tokenize
 from .evaluate import Evaluation, evaluate_answers, evaluate_task, response_loss
-from .export import not_applied
 from .generate import GREEDY, Answer, Sampling
 from .generations import read_generations, score_generations
 from .harness import evaluate_by_lm_eval, lm_eval_version
 from .hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
 from .layer.quantize import ExpertsQuantization, experts_in, quantized_parameters
-from .load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
 from .run_export import export_saved
 from .run_folder import finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter import check_combined
+from .adapter.formats.export import check_attention, check_config, check_export, export_adapter
+from .adapter.load import load_adapter, saved_config
+from .adapter.model import check_combined
 from .base.errors import HotLoraError
 from .base.files import atomic_folder, check_writable
 from .base.quiet import quiet
 from .checks import check_adapters
-from .export import check_attention, check_config, check_export, export_adapter
 from .hf.models import checkpoint_dtype, load_tokenizer, structure
-from .load import load_adapter, saved_config
 from .run_folder import load_base, underneath
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from . import checkpoints
+from .adapter.load import WEIGHTS_FILE, load_adapter, saved_config
+from .adapter.on_top_of import Entry, described, missing, noted
 from .base.errors import FileError, HotLoraError
 from .base.files import sha256_file
 from .base.lock import locked
@@ -20,8 +22,6 @@ from .config import FREE_OPTIONS, same_run
 from .evaluate import Evaluation
 from .hf.models import load_config, load_model
 from .layer.quantize import experts_in
-from .load import WEIGHTS_FILE, load_adapter, saved_config
-from .on_top_of import Entry, described, missing, noted
 
 _log = logging.getLogger(__name__)
 

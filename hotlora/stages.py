@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .adapter.load import load_adapter
+from .adapter.mask import SparseMask, check_share, draw_mask
 from .base.errors import HotLoraError
 from .base.processes import is_main, wait_for_all
 from .base.records import Record, read_record, write_record
@@ -14,8 +16,6 @@ from .checks import check_run
 from .config import PROFILE_FRACTION, TrainConfig
 from .data import load_examples
 from .hf.models import load_tokenizer
-from .load import load_adapter
-from .mask import SparseMask, check_share, draw_mask
 from .routing.plan import select_experts
 from .routing.profile import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapter.load import CONFIG_FILE
 from .base.errors import HotLoraError
 from .base.files import read_json
 from .data import encode_prompt
 from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
-from .load import CONFIG_FILE
 from .tasks import Example
 
 _RANKS = (8, 16, 32, 64, 128, 256, 512)  # of those that vLLM can make room for

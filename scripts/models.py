@@ -153,7 +153,7 @@ def check_save(family: str, folder: Path) -> list[str]:
     import torch
     from test_families import adapted, logits, zoo_model
 
-    from hotlora.load import load_adapter
+    from hotlora.adapter.load import load_adapter
 
     model = adapted(family)
     model.save_pretrained(folder)
@@ -177,9 +177,9 @@ def check_served(family: str, folder: Path, format: str) -> list[str]:
     from readers import logits, read_sglang, read_vllm
     from test_export import RENAMED, base_of
 
+    from hotlora.adapter.formats.export import export_adapter
+    from hotlora.adapter.formats.import_peft import import_adapter
     from hotlora.base.errors import FileError
-    from hotlora.export import export_adapter
-    from hotlora.import_peft import import_adapter
 
     model, left_out = _to_export(family)
     export_adapter(model, folder / "out", format=format, merge_router=True)
@@ -200,7 +200,7 @@ def check_merged(family: str, folder: Path) -> list[str]:
     from readers import logits
     from test_export import adapted, base_of
 
-    from hotlora.export import export_adapter
+    from hotlora.adapter.formats.export import export_adapter
 
     model = adapted(family)
     export_adapter(model, folder / "out", format="merged")
@@ -212,7 +212,7 @@ def check_peft(families: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     """Of all families at once: plain PEFT is a process of its own that never saw hotlora."""
     from readers import logits, plain_peft_logits
 
-    from hotlora.export import export_adapter
+    from hotlora.adapter.formats.export import export_adapter
 
     folder.mkdir()
 
@@ -241,7 +241,7 @@ def _to_train(family: str) -> Any:
     from test_families import plan_for
     from zoo import zoo_model
 
-    from hotlora.adapter import HotLoraConfig
+    from hotlora.adapter.model import HotLoraConfig
 
     model = zoo_model(family, vocab_size=259)
     return get_peft_model(model, HotLoraConfig(plan=plan_for(model), r=4))

@@ -23,7 +23,7 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 import hotlora.cli
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.config import TrainConfig
 from hotlora.hf.models import load_model

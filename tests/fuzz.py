@@ -22,16 +22,16 @@ from tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import ExpertPlan, HotLoraConfig, RoutingProfile, checkpoints, load_adapter, select_experts
+from hotlora.adapter.count import parameters_from_config
+from hotlora.adapter.formats.import_peft import import_adapter
+from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records, new_record, read_record, read_results, write_record
 from hotlora.base.tensor_files import save_tensors
 from hotlora.comparison import as_dict, compare_runs
-from hotlora.count import parameters_from_config
 from hotlora.data import load_examples, tokenize
 from hotlora.generations import read_generations
 from hotlora.hf.models import load_model, load_tokenizer
-from hotlora.import_peft import import_adapter
-from hotlora.mask import SparseMask
 from hotlora.routing.profile import profile_routing
 from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task

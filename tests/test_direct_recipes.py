@@ -14,10 +14,10 @@ from tiny import tiny_config
 from typer.testing import CliRunner
 
 from hotlora import bench, worker
+from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.files import write_json
 from hotlora.cli_sweep import sweep as sweep_command
-from hotlora.count import parameters_from_config
 from hotlora.data import load_examples
 from hotlora.estimate import estimate, meta_model, sized_config
 from hotlora.flops import attention_adapter_flops, expert_adapter_flops, forward_flops

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 from zoo import zoo_model
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError
 from hotlora.contenders import BenchConfig, Contender
 from hotlora.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from zoo import families
 from zoo import zoo_model as build
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.formats.export import export_adapter
+from hotlora.adapter.formats.import_peft import import_adapter
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError
-from hotlora.export import export_adapter
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers
-from hotlora.import_peft import import_adapter
 
 # The usual layout; shared experts; MLA and a dense first layer; transposed, interleaved, biased; no gate; experts on
 # the decoder layer itself; a router's Linear inside; a fused checkpoint.

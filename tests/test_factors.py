@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from zoo import zoo_model
 
-from hotlora import factors
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter import factors
+from hotlora.adapter.count import count_parameters
+from hotlora.adapter.experts import HotExperts, HotFullExperts, HotLoraExperts
+from hotlora.adapter.factors import SeededFactor, SparseFactor, pack, unpack
+from hotlora.adapter.formats.export import export_adapter
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.mask import SparseMask, draw_mask
+from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.base.errors import FileError, HotLoraError, PlanError
-from hotlora.count import count_parameters
-from hotlora.export import export_adapter
-from hotlora.factors import SeededFactor, SparseFactor, pack, unpack
 from hotlora.hf.models import moe_layers
-from hotlora.hot_experts import HotExperts, HotFullExperts, HotLoraExperts
-from hotlora.hot_weights import HotLoraWeights
-from hotlora.load import load_adapter
-from hotlora.mask import SparseMask, draw_mask
 
 # Gated; biased, transposed and interleaved; without a gate; with raw shared experts.
 LAYOUTS = ("olmoe", "gpt_oss", "nemotron_h", "inkling_text")

@@ -11,13 +11,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from tiny import fill, tiny_batch
 from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_config, zoo_model
 
-from hotlora.adapter import HotLoraConfig
-from hotlora.count import count_parameters, parameters_from_config
+from hotlora.adapter.count import count_parameters, parameters_from_config
+from hotlora.adapter.experts import HotLoraExperts
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.mask import draw_mask
+from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens
-from hotlora.hot_experts import HotLoraExperts
-from hotlora.hot_weights import HotLoraWeights
-from hotlora.load import load_adapter
-from hotlora.mask import draw_mask
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import profile_routing
 

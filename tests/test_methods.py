@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import HotLoraError
-from hotlora.count import parameters_from_config
 from hotlora.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
 
 OLMOE = {

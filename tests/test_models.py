@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, ModelError
 from hotlora.hf import models
 from hotlora.hf.models import (

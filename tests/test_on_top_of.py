@@ -11,12 +11,12 @@ import torch
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.load import load_adapter, saved_config
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.data import batches, tokenize
 from hotlora.hf.models import load_model
-from hotlora.load import load_adapter, saved_config
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import combine_saved, export_saved

@@ -11,10 +11,10 @@ from plain_peft import facts, facts_and_changes
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
 import hotlora
-from hotlora.adapter import HotLoraConfig, HotLoraModel
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.model import HotLoraConfig, HotLoraModel
 from hotlora.base.errors import HotLoraError
 from hotlora.hf.peft_hooks import without_adapter_name
-from hotlora.load import load_adapter
 
 
 def config_for(model, experts=None, **options):

@@ -11,11 +11,11 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from torch import nn
 from zoo import zoo_model
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.experts import HotLoraExperts
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.hf.models import moe_layers
-from hotlora.hot_experts import HotLoraExperts
-from hotlora.load import load_adapter
 
 FAMILY = "qwen2_moe"  # attention, router, shared experts and experts
 

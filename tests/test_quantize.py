@@ -20,11 +20,12 @@ from typer.testing import CliRunner
 from zoo import families, zoo_model
 
 import hotlora
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.count import count_parameters
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli import app
 from hotlora.config import TrainConfig
-from hotlora.count import count_parameters
 from hotlora.data import tokenize
 from hotlora.evaluate import response_loss
 from hotlora.hf.experts_view import FrozenWeight
@@ -40,7 +41,6 @@ from hotlora.layer.quantize import (
     quantized_parameters,
     warn_if_experts_unquantized,
 )
-from hotlora.load import load_adapter
 from hotlora.routing.plan import ExpertPlan
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation, run_harness

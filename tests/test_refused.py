@@ -8,13 +8,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.experts import HotFullExperts
+from hotlora.adapter.formats.import_peft import import_adapter
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.mask import draw_mask
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.hot_experts import HotFullExperts
-from hotlora.import_peft import import_adapter
 from hotlora.layer.quantize import quantize_experts
-from hotlora.load import load_adapter
-from hotlora.mask import draw_mask
 
 BATCH = tiny_batch()
 

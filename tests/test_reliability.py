@@ -18,10 +18,10 @@ from test_train import CONFIG, EXAMPLES, TOKENIZER, adapted, adapter_tensors, da
 from tiny import tiny_model, tiny_plan
 
 from hotlora import HotLoraConfig, RoutingProfile, checkpoints, load_adapter
+from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.lock import locked
 from hotlora.data import load_examples, tokenize
-from hotlora.mask import SparseMask
 from hotlora.tasks import Example
 from hotlora.train import train
 

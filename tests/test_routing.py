@@ -193,7 +193,7 @@ def test_an_adapted_model_is_profiled_too():
 def test_a_hotlora_model_is_profiled_too():
     import peft
 
-    from hotlora.adapter import HotLoraConfig
+    from hotlora.adapter.model import HotLoraConfig
 
     model = tiny_model()
     expected = profile_routing(model, [tiny_batch()])

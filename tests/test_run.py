@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.base.records import new_record, read_record, write_record
 from hotlora.config import TrainConfig
 from hotlora.data import tokenize
 from hotlora.evaluate import response_loss
 from hotlora.hf.models import load_model
-from hotlora.load import load_adapter
 from hotlora.routing.profile import RoutingProfile
 from hotlora.run import profile_data, run_training
 from hotlora.run_evaluate import run_evaluation

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import HotLoraError
-from hotlora.count import parameters_from_config
 from hotlora.estimate import estimate
 from hotlora.scale import (
     H100,

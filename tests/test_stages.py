@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.load import load_adapter
+from hotlora.adapter.mask import SparseMask
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.base.files import read_json, write_json
 from hotlora.base.records import read_record
 from hotlora.config import TrainConfig
 from hotlora.data import batches, tokenize
 from hotlora.hf.models import load_model
-from hotlora.load import load_adapter
-from hotlora.mask import SparseMask
 from hotlora.methods import METHODS, resolve
 from hotlora.reprofile import Reprofiling
 from hotlora.routing.plan import ExpertPlan

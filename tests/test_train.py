@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from zoo import families, zoo_model
 
 from hotlora import checkpoints
-from hotlora.adapter import HotLoraConfig
+from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.config import TrainConfig
 from hotlora.data import IGNORE, batches, tokenize

@@ -14,8 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hotlora
+from hotlora.adapter.mask import draw_mask
 from hotlora.hf.models import moe_layers
-from hotlora.mask import draw_mask
 
 disable_progress_bar()
 PLAN = {0: [1, 3, 6], 1: [0, 2]}

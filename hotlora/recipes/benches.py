@@ -13,12 +13,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..adapter.count import parameters_from_config
 from ..base.files import write_json
 from ..bench import run_bench
 from ..bench_report import read_result
 from ..comparison_table import NONE
 from ..contenders import BenchConfig
-from ..count import parameters_from_config
 from ..figures import COLD, HOT, INK, WIDTH, style
 from ..methods import counted_options
 from ..published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT

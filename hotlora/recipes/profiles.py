@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapter.load import load_adapter
 from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..base.records import read_record
 from ..config import PROFILE_FRACTION, TrainConfig
 from ..data import load_examples
 from ..hf.models import load_tokenizer
-from ..load import load_adapter
 from ..methods import resolve
 from ..published import DATASETS
 from ..routing.profile import RoutingProfile

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
 
 
 class SeededFactor(nn.Module):

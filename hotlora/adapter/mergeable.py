@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
 from .factors import Slot
 
 

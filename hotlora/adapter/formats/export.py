@@ -23,18 +23,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from .adapter import HotLoraConfig
-from .base.errors import FileError, HotLoraError, ModelError
-from .base.files import atomic_folder, write_json
-from .base.quiet import quiet
-from .hf.experts_view import ExpertsView
-from .hf.models import attention_modules, moe_layers
-from .hot_experts import HotExperts, HotLoraExperts
-from .hot_weights import HotLoraRouter, HotLoraWeights
-from .load import CONFIG_FILE, WEIGHTS_FILE
-from .mergeable import MergeableLayer
-from .on_top_of import described, merged_for_now, merged_into
-from .routing.plan import ExpertPlan
+from ...base.errors import FileError, HotLoraError, ModelError
+from ...base.files import atomic_folder, write_json
+from ...base.quiet import quiet
+from ...hf.experts_view import ExpertsView
+from ...hf.models import attention_modules, moe_layers
+from ...routing.plan import ExpertPlan
+from ..experts import HotExperts, HotLoraExperts
+from ..load import CONFIG_FILE, WEIGHTS_FILE
+from ..mergeable import MergeableLayer
+from ..model import HotLoraConfig
+from ..on_top_of import described, merged_for_now, merged_into
+from ..raw_weights import HotLoraRouter, HotLoraWeights
 
 _log = logging.getLogger(__name__)
 

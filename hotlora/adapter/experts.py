@@ -11,11 +11,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .base.errors import HotLoraError, PlanError
+from ..base.errors import HotLoraError, PlanError
+from ..hf.experts_view import ExpertsView
+from ..layer.function import routed_experts, updates_on
+from ..layer.updates import Full, LowRank, Update
 from .factors import FactorDict, Slot, at_least_float32, factor_values, low_rank_products, new_factor
-from .hf.experts_view import ExpertsView
-from .layer.function import routed_experts, updates_on
-from .layer.updates import Full, LowRank, Update
 from .mergeable import MergeableLayer
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .base.errors import PlanError
+from ..base.errors import PlanError
 from .factors import Slot, at_least_float32, factor_values, new_factor
 from .mergeable import MergeableLayer
 

@@ -10,15 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapter import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
-from .base.errors import FileError, HotLoraError, PlanError
-from .base.files import read_json, sha256_file
-from .base.quiet import quiet
-from .base.unchanged import unchanged_on_error
-from .hf.peft_hooks import without_adapter_name
-from .layer.quantize import ExpertsQuantization
+from ..base.errors import FileError, HotLoraError, PlanError
+from ..base.files import read_json, sha256_file
+from ..base.quiet import quiet
+from ..base.unchanged import unchanged_on_error
+from ..hf.peft_hooks import without_adapter_name
+from ..layer.quantize import ExpertsQuantization
+from ..routing.plan import ExpertPlan
+from .model import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .on_top_of import check_entries, check_ground
-from .routing.plan import ExpertPlan
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -18,21 +18,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from .base.errors import FileError, HotLoraError, ModelError, PlanError
-from .base.files import read_json, sha256_file, write_json
-from .base.unchanged import unchanged_on_error
+from ..base.errors import FileError, HotLoraError, ModelError, PlanError
+from ..base.files import read_json, sha256_file, write_json
+from ..base.unchanged import unchanged_on_error
+from ..hf import peft_hooks
+from ..hf.models import attention_modules, check_in_memory, fingerprint, moe_layers, unwrap
+from ..layer.function import IMPLEMENTATION
+from ..layer.quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
+from ..routing.plan import ExpertPlan
 from .combine import combine, factor_pairs
+from .experts import HotExperts, HotFullExperts, HotLoraExperts
 from .factors import SeededFactor, Slot, SparseFactor
-from .hf import peft_hooks
-from .hf.models import attention_modules, check_in_memory, fingerprint, moe_layers, unwrap
-from .hot_experts import HotExperts, HotFullExperts, HotLoraExperts
-from .hot_weights import HotLoraRouter, HotLoraWeights
-from .layer.function import IMPLEMENTATION
-from .layer.quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 from .mask import SparseMask
 from .mergeable import MergeableLayer, factor_slots
 from .on_top_of import Entry, check_ground, described, merged_into, missing, note_merged
-from .routing.plan import ExpertPlan
+from .raw_weights import HotLoraRouter, HotLoraWeights
 
 WEIGHTS_HASH = "weights_sha256"
 """Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""

@@ -16,16 +16,16 @@ from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
-from .adapter import HotLoraConfig
-from .base.errors import FileError, HotLoraError
-from .base.files import read_json
-from .base.quiet import quiet
-from .base.unchanged import unchanged_on_error
+from ...base.errors import FileError, HotLoraError
+from ...base.files import read_json
+from ...base.quiet import quiet
+from ...base.unchanged import unchanged_on_error
+from ...hf.experts_view import ExpertsView
+from ...hf.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
+from ...routing.plan import ExpertPlan
+from ..load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
+from ..model import HotLoraConfig
 from .export import PREFIX, expert_parameters, loaded_by_peft, uniform
-from .hf.experts_view import ExpertsView
-from .hf.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
-from .load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
-from .routing.plan import ExpertPlan
 
 
 def import_adapter(

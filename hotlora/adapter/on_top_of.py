@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .base.errors import FileError, PlanError
+from ..base.errors import FileError, PlanError
 
 MERGED = "hotlora_merged"
 """Key in a model's config: a list of `Entry`, in the order of merging."""

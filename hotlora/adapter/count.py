@@ -8,14 +8,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .adapter import HotLoraConfig
-from .base.errors import ModelError
-from .base.quiet import quiet
+from ..base.errors import ModelError
+from ..base.quiet import quiet
+from ..hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
+from ..layer.quantize import quantized_parameters
+from ..routing.plan import ExpertPlan
+from ..routing.profile import experts_kept
 from .factors import SeededFactor, SparseFactor
-from .hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
-from .layer.quantize import quantized_parameters
-from .routing.plan import ExpertPlan
-from .routing.profile import experts_kept
+from .model import HotLoraConfig
 
 PARTS = ("attention", "router", "shared", "experts")
 

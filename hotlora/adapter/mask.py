@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from .base.errors import FileError, HotLoraError
-from .base.files import file_in
-from .base.tensor_files import load_tensors, save_tensors
+from ..base.errors import FileError, HotLoraError
+from ..base.files import file_in
+from ..base.tensor_files import load_tensors, save_tensors
 from .factors import SeededFactor, Slot, pack, unpack
 from .mergeable import factor_slots
 
