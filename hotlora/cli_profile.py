@@ -81,10 +81,10 @@ def profile(
     from .base.files import check_writable, file_in
     from .base.processes import is_main, start
     from .checks import check_adapters, check_sizes
-    from .data import load_examples, tokenize
     from .hf.models import load_tokenizer, vocab_size
     from .run import profile_data
     from .run_folder import load_base
+    from .tasks.data import load_examples, tokenize
 
     (source,) = chosen
     check_sizes(batch_size=batch_size, max_length=max_length)

@@ -35,10 +35,8 @@ from .base.processes import (
 )
 from .base.quiet import quiet
 from .base.records import Record, new_record, write_record
-from .chat import template_source
 from .checks import check_made_on, check_run, select
 from .config import PROFILE_FRACTION, TrainConfig
-from .data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .hf.forward import check_aux_loss
 from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
@@ -48,6 +46,8 @@ from .routing.plan import ExpertPlan
 from .routing.profile import RoutingProfile, profile_routing
 from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
+from .tasks.chat import template_source
+from .tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from .train import check_family, train
 
 _log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from .base.files import sha256_file, write_json
 from .base.quiet import quiet
 from .base.records import Record, new_record
 from .checks import check_adapters, check_sizes
-from .data import data_hash, load_examples, task_of, tokenize
 from .evaluate import Evaluation, evaluate_answers, evaluate_task, response_loss
 from .generate import GREEDY, Answer, Sampling
 from .generations import read_generations, score_generations
@@ -23,6 +22,7 @@ from .layer.quantize import ExpertsQuantization, experts_in, quantized_parameter
 from .run_export import export_saved
 from .run_folder import finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
+from .tasks.data import data_hash, load_examples, task_of, tokenize
 from .vllm_engine import check_vllm, load_engine, vllm_answers
 
 ENGINES = ("transformers", "vllm")

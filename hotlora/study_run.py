@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from .base.errors import DataError
 from .checks import check_adapters, check_sizes
-from .data import batches, data_hash, load_examples, tokenize
 from .hf.experts_view import ExpertsView
 from .hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
 from .layer.quantize import experts_in
 from .routing.profile import RoutingProfile, profile_examples
 from .routing.study import Study, study
 from .tasks import Example
+from .tasks.data import batches, data_hash, load_examples, tokenize
 
 _PROFILE = "profile.safetensors"
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from .base.errors import FileError
 from .base.records import Record, new_record, read_record, write_record
-from .chat import template_source
 from .crew import Job
-from .data import data_hash, load_examples, task_of, tokenize
 from .generate import Sampling
 from .hf.models import load_model, load_tokenizer, vocab_size
 from .layer.quantize import experts_in
@@ -18,6 +16,8 @@ from .routing.profile import RoutingProfile
 from .run import profile_data, profile_sample, run_training
 from .run_evaluate import run_evaluation, run_held_out
 from .stages import run_method
+from .tasks.chat import template_source
+from .tasks.data import data_hash, load_examples, task_of, tokenize
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
 TRAINING = inspect.signature(run_training).parameters

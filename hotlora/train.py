@@ -39,8 +39,8 @@ from .base.records import peak_memory_bytes, reset_peak_memory
 from .base.signals import on_stop
 from .checkpointing import checkpoint_kwargs
 from .config import TrainConfig, same_run
-from .data import IGNORE
 from .hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
+from .tasks.data import IGNORE
 
 _log = logging.getLogger(__name__)
 

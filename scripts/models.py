@@ -252,8 +252,8 @@ def _data() -> tuple[Any, Any]:
     """(a tokenizer, tokenized examples)."""
     from tiny_tokenizer import byte_tokenizer
 
-    from hotlora.data import tokenize
     from hotlora.tasks import Example
+    from hotlora.tasks.data import tokenize
 
     tokenizer = byte_tokenizer()
     examples = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(EXAMPLES)]

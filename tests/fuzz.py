@@ -29,12 +29,12 @@ from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records, new_record, read_record, read_results, write_record
 from hotlora.base.tensor_files import save_tensors
 from hotlora.comparison import as_dict, compare_runs
-from hotlora.data import load_examples, tokenize
 from hotlora.generations import read_generations
 from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.routing.profile import profile_routing
 from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task
+from hotlora.tasks.data import load_examples, tokenize
 
 _SMALL = st.one_of(st.integers(-3, 40), st.floats(allow_infinity=True), st.sampled_from([0.5, -0.0, 1e308]))
 _TEXT = st.text(max_size=8)

@@ -13,8 +13,8 @@ import trl
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.chat import at_time
-from hotlora.data import data_hash, encode_prompt, load_examples, tokenize
+from hotlora.tasks.chat import at_time
+from hotlora.tasks.data import data_hash, encode_prompt, load_examples, tokenize
 
 TEMPLATES = {
     file.stem: file.read_text("utf-8") for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")

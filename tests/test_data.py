@@ -10,7 +10,8 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.data import (
+from hotlora.tasks import Example
+from hotlora.tasks.data import (
     IGNORE,
     batches,
     data_hash,
@@ -21,7 +22,6 @@ from hotlora.data import (
     test_source,
     tokenize,
 )
-from hotlora.tasks import Example
 from hotlora.tasks.rows import without_filling
 
 test_source.__test__ = False  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.files import write_json
 from hotlora.cli_sweep import sweep as sweep_command
-from hotlora.data import load_examples
 from hotlora.estimate import estimate, meta_model, sized_config
 from hotlora.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
 from hotlora.published import MODELS, THROUGHPUT, UNIFORM_COVERAGE
@@ -29,6 +28,7 @@ from hotlora.recipes.result import Result, write_results
 from hotlora.routing.profile import RoutingProfile
 from hotlora.sweep import Condition
 from hotlora.tasks import TASKS
+from hotlora.tasks.data import load_examples
 from hotlora.worker import Worker
 
 APP = typer.Typer()

@@ -7,9 +7,9 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.data import tokenize
 from hotlora.evaluate import choice_scores, evaluate_task, generate, response_loss
 from hotlora.tasks import Example, Task, get_task
+from hotlora.tasks.data import tokenize
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 3 * i % 7) + str(i), f" answer {i}") for i in range(7)]

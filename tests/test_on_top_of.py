@@ -15,12 +15,12 @@ from hotlora.adapter.load import load_adapter, saved_config
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
-from hotlora.data import batches, tokenize
 from hotlora.hf.models import load_model
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import combine_saved, export_saved
 from hotlora.run_folder import load_base
+from hotlora.tasks.data import batches, tokenize
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from hotlora.base.errors import HotLoraError
-from hotlora.python_sandbox import Level, PythonResult, run_python, sandbox_level
+from hotlora.tasks.python_sandbox import Level, PythonResult, run_python, sandbox_level
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX system")
 SYSTEM_PYTHON = "/usr/bin/python3"

@@ -21,8 +21,8 @@ from hotlora import HotLoraConfig, RoutingProfile, checkpoints, load_adapter
 from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.lock import locked
-from hotlora.data import load_examples, tokenize
 from hotlora.tasks import Example
+from hotlora.tasks.data import load_examples, tokenize
 from hotlora.train import train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, locks and limits of POSIX")

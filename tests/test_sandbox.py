@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hotlora.sandbox import SqlSandbox
+from hotlora.tasks.sql_sandbox import SqlSandbox
 
 FOREVER = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 

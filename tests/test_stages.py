@@ -19,7 +19,6 @@ from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.base.files import read_json, write_json
 from hotlora.base.records import read_record
 from hotlora.config import TrainConfig
-from hotlora.data import batches, tokenize
 from hotlora.hf.models import load_model
 from hotlora.methods import METHODS, resolve
 from hotlora.reprofile import Reprofiling
@@ -30,6 +29,7 @@ from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import export_saved
 from hotlora.run_folder import load_base
 from hotlora.stages import run_method
+from hotlora.tasks.data import batches, tokenize
 from hotlora.train import train
 
 SHORT = {

@@ -19,10 +19,10 @@ from hotlora import checkpoints
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.config import TrainConfig
-from hotlora.data import IGNORE, batches, tokenize
 from hotlora.evaluate import response_loss
 from hotlora.run import run_training
 from hotlora.tasks import Example
+from hotlora.tasks.data import IGNORE, batches, tokenize
 from hotlora.train import make_trainer, train
 
 OMNI = "qwen3_omni_moe_thinker"

@@ -15,7 +15,6 @@ from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..base.records import read_record
 from ..config import PROFILE_FRACTION, TrainConfig
-from ..data import load_examples
 from ..hf.models import load_tokenizer
 from ..methods import resolve
 from ..published import DATASETS
@@ -24,6 +23,7 @@ from ..routing.study import Study, load_study, study
 from ..run import profile_data, profile_sample, run_training
 from ..run_folder import data_time, load_base
 from ..study_run import run_study
+from ..tasks.data import load_examples
 from . import hellora
 from . import profile_tables as tables
 from .direct import Direct, Tell

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from ..base.errors import DataError
-from ..python_sandbox import run_python
+from .python_sandbox import run_python
 from .rows import Row, load_rows, need_text
 from .task import Example, Task
 

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
-from ..sandbox import SqlSandbox
 from .rows import Row, need, need_text, read_rows, split_file
+from .sql_sandbox import SqlSandbox
 from .task import Example, Task
 
 STOP = ("\n\n", "\nQuestion:", "\nDatabase:", ";")

@@ -7,8 +7,8 @@ import pytest
 from published import ABSENT, DATA
 
 from hotlora.base.errors import DataError
-from hotlora.data import load_examples
 from hotlora.tasks import arc_challenge, boolq, get_task, mmlu, piqa
+from hotlora.tasks.data import load_examples
 from hotlora.tasks.rows import Row
 
 ARC = {

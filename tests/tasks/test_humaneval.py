@@ -13,10 +13,10 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.data import load_examples
-from hotlora.data import test_source as source_of_tests
 from hotlora.evaluate import evaluate_task
 from hotlora.tasks import humaneval
+from hotlora.tasks.data import load_examples
+from hotlora.tasks.data import test_source as source_of_tests
 from hotlora.tasks.humaneval import LORI, TASK, program, score
 from hotlora.tasks.rows import Row
 

@@ -7,12 +7,12 @@ import pytest
 from published import ABSENT, DATA
 
 from hotlora.base.errors import DataError
-from hotlora.data import load_examples
-from hotlora.data import test_source as source_of_tests
 from hotlora.evaluate import evaluate_answers
 from hotlora.generate import Answer
 from hotlora.tasks import get_task
 from hotlora.tasks.codealpaca import lori_example
+from hotlora.tasks.data import load_examples
+from hotlora.tasks.data import test_source as source_of_tests
 from hotlora.tasks.refusal import KEYWORDS, LORI_KEYWORDS, lori_refuses, lori_score, refuses
 from hotlora.tasks.rows import Row
 

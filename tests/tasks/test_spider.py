@@ -13,9 +13,9 @@ from published import ABSENT, DATA
 
 from hotlora.base.errors import DataError
 from hotlora.generate import cut
-from hotlora.sandbox import SqlSandbox
 from hotlora.tasks import spider
 from hotlora.tasks.spider import TASK, database_schema, databases, normalise, same_answer, score, table_schemas
+from hotlora.tasks.sql_sandbox import SqlSandbox
 
 REAL = DATA / "spider"
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"Spider: {ABSENT}")

@@ -8,8 +8,8 @@ from published import ABSENT, DATA
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.data import load_examples, tokenize
 from hotlora.tasks import codealpaca, get_task, mbpp
+from hotlora.tasks.data import load_examples, tokenize
 from hotlora.tasks.rows import Row
 
 MBPP = {

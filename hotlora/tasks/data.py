@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from .base.errors import DataError
-from .base.files import read_json
+from ..base.errors import DataError
+from ..base.files import read_json
+from . import TASKS, Example, Task, gsm8k
 from .chat import ChatTemplate, Notes, as_plain_text, read_conversation
-from .tasks import TASKS, Example, Task, gsm8k
-from .tasks.rows import SUFFIXES, Row, hub_rows, need_text, read_rows
+from .rows import SUFFIXES, Row, hub_rows, need_text, read_rows
 
 _log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from .base.errors import DataError
-from .base.files import JSON_ERRORS
-from .tasks import Example
-from .tasks.rows import Row
+from ..base.errors import DataError
+from ..base.files import JSON_ERRORS
+from . import Example
+from .rows import Row
 
 # What apply_chat_template is given by other ways than chat_template_kwargs.
 _TAKEN = (

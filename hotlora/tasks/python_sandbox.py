@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
 
 Level = Literal["namespaces", "bubblewrap", "limits"]
 
