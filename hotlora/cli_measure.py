@@ -24,7 +24,7 @@ from .cli_options import (
     number_list,
     out,
 )
-from .methods import METHODS, PLACEMENTS, counted_options
+from .train.methods import METHODS, PLACEMENTS, counted_options
 
 
 def params(

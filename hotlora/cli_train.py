@@ -36,8 +36,8 @@ from .cli_options import (
     err,
     out,
 )
-from .config import PROFILE_FRACTION, TrainConfig
-from .methods import METHODS, PLACEMENTS, resolve
+from .train.config import PROFILE_FRACTION, TrainConfig
+from .train.methods import METHODS, PLACEMENTS, resolve
 
 DEFAULTS = TrainConfig()
 

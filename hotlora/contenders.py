@@ -26,9 +26,9 @@ from .base.quiet import quiet
 from .estimate import model_class
 from .hf.experts_view import ExpertsView
 from .hf.models import attention_modules, moe_layers, unwrap
-from .methods import METHODS, PLACEMENTS
 from .routing.plan import ExpertPlan, select_experts
 from .routing.profile import RoutingProfile, profile_routing
+from .train.methods import METHODS, PLACEMENTS
 
 _LARGE = 2**20  # elements: larger parameters are filled by copying, and given back between turns
 _TILE = 2**20 - 3  # odd, so that the rows of a matrix differ

@@ -7,10 +7,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from .base.errors import DataError
 from .base.records import find_records
-from .config import TrainConfig
 from .report import conditions_table, write_report
 from .run import run_training
 from .run_evaluate import run_evaluation
+from .train.config import TrainConfig
 
 CONDITIONS = ("all", "hot", "random", "cold")
 FRACTION = 0.25  # MoE-Sieve s4

@@ -36,19 +36,19 @@ from .base.processes import (
 from .base.quiet import quiet
 from .base.records import Record, new_record, write_record
 from .checks import check_made_on, check_run, select
-from .config import PROFILE_FRACTION, TrainConfig
 from .evaluate import Evaluation, evaluate_task, response_loss, summarize
 from .hf.forward import check_aux_loss
 from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
 from .layer.quantize import quantized_parameters
-from .reprofile import Reprofiling
 from .routing.plan import ExpertPlan
 from .routing.profile import RoutingProfile, profile_routing
 from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .tasks import Example, Task
 from .tasks.chat import template_source
 from .tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
-from .train import check_family, train
+from .train.config import PROFILE_FRACTION, TrainConfig
+from .train.reprofile import Reprofiling
+from .train.trainer import check_family, train
 
 _log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from .base.errors import HotLoraError
 from .base.processes import is_main, wait_for_all
 from .base.records import Record, read_record, write_record
 from .checks import check_run
-from .config import PROFILE_FRACTION, TrainConfig
 from .hf.models import load_tokenizer
 from .routing.plan import select_experts
 from .routing.profile import RoutingProfile, jaccard
 from .run import profile_data, profile_sample, run_training
 from .run_folder import data_time, load_base
 from .tasks.data import load_examples
+from .train.config import PROFILE_FRACTION, TrainConfig
 
 WARMUPS = ("none", "lora")
 

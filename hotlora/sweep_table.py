@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from .base.records import Record, read_record
-from .checkpoints import last_complete, step_of
 from .crew import Job
 from .sweep_runs import make_profile, train_run
+from .train.checkpoints import last_complete, step_of
 
 
 def progress_table(name: str, jobs: Sequence[Job]) -> Table:

@@ -261,8 +261,8 @@ def _data() -> tuple[Any, Any]:
 
 
 def _train(model: Any, folder: Path, **options: Any) -> Any:
-    from hotlora.config import TrainConfig
-    from hotlora.train import train
+    from hotlora.train.config import TrainConfig
+    from hotlora.train.trainer import train
 
     config = {"batch_size": 4, "learning_rate": LEARNING_RATE, "lr_scheduler": "constant", "max_length": 64, "r": 4}
     tokenizer, dataset = _data()

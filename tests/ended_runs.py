@@ -25,8 +25,9 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer
 
-from hotlora import checkpoints, cli, crew, run
+from hotlora import cli, crew, run
 from hotlora.base.records import read_record
+from hotlora.train import checkpoints
 
 SAVE_STEPS = 3
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora import ExpertPlan, HotLoraConfig, RoutingProfile, checkpoints, load_adapter, select_experts
+from hotlora import ExpertPlan, HotLoraConfig, RoutingProfile, load_adapter, select_experts
 from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.formats.import_peft import import_adapter
 from hotlora.adapter.mask import SparseMask
@@ -35,6 +35,7 @@ from hotlora.routing.profile import profile_routing
 from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task
 from hotlora.tasks.data import load_examples, tokenize
+from hotlora.train import checkpoints
 
 _SMALL = st.one_of(st.integers(-3, 40), st.floats(allow_infinity=True), st.sampled_from([0.5, -0.0, 1e308]))
 _TEXT = st.text(max_size=8)

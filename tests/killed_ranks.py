@@ -26,7 +26,8 @@ from distributed_ranks import PATIENCE, exit_codes, fork_ranks, prepare
 from killed_run import SAVES, outcome, steps_of
 from transformers import Trainer
 
-from hotlora import checkpoints, run
+from hotlora import run
+from hotlora.train import checkpoints
 
 STEPS_A_KILL = 5
 LONGEST = 2.0  # seconds until a kill at a random time, after half the time that the calm run took to its first step

@@ -23,10 +23,10 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer, trainer
 
-from hotlora import checkpoints
 from hotlora.base.records import read_record
-from hotlora.config import TrainConfig
 from hotlora.run import run_training
+from hotlora.train import checkpoints
+from hotlora.train.config import TrainConfig
 
 STEPS_A_KILL = 5
 LONGEST = 1.0  # seconds until a kill at a random time

@@ -21,8 +21,8 @@ from tiny_tokenizer import byte_tokenizer
 
 from hotlora import crew
 from hotlora.base.records import find_records
-from hotlora.config import TrainConfig
 from hotlora.sweep import PROFILES, Condition, Sweep, run_sweep
+from hotlora.train.config import TrainConfig
 
 TIMES = ("started", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")
 CONFIG = TrainConfig(

@@ -24,9 +24,9 @@ from hotlora.contenders import Contender, RandomModel, adapted, skew_routers, sp
 from hotlora.estimate import SavedBytes
 from hotlora.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from hotlora.hf.models import moe_layers
-from hotlora.methods import counted_options
 from hotlora.routing.plan import ExpertPlan, select_experts
 from hotlora.routing.profile import profile_routing
+from hotlora.train.methods import counted_options
 from hotlora.worker import Worker
 
 R = 4

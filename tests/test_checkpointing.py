@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import families, zoo_model
 
 import hotlora
-from hotlora.checkpointing import checkpoint_kwargs
 from hotlora.hf.models import moe_layers
-from hotlora.train import make_trainer
+from hotlora.train.gradient_checkpointing import checkpoint_kwargs
+from hotlora.train.trainer import make_trainer
 
 PLAIN = {"use_reentrant": False}
 

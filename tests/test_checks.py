@@ -11,8 +11,8 @@ from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, cli, select_experts
-from hotlora.config import differences
 from hotlora.routing.profile import profile_routing
+from hotlora.train.config import differences
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,12 @@ from zoo import zoo_model
 from hotlora import HotLoraConfig, cli
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.config import TrainConfig
 from hotlora.evaluate import evaluate_task
 from hotlora.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.tasks import Example, Task, get_task
+from hotlora.train.config import TrainConfig
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 5 * i % 17) + str(i), f" answer {i}") for i in range(11)]

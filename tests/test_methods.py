@@ -6,7 +6,7 @@ import pytest
 
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import HotLoraError
-from hotlora.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
+from hotlora.train.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
 
 OLMOE = {
     "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,

@@ -10,10 +10,10 @@ from zoo import zoo_model
 
 from hotlora import preflight as module
 from hotlora.cli import app
-from hotlora.config import TrainConfig
 from hotlora.estimate import estimate
 from hotlora.preflight import ROOM, preflight
 from hotlora.routing.plan import ExpertPlan
+from hotlora.train.config import TrainConfig
 
 SMALL = TrainConfig(batch_size=8, max_length=128, r=8)
 

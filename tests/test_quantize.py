@@ -25,7 +25,6 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli import app
-from hotlora.config import TrainConfig
 from hotlora.evaluate import response_loss
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers
@@ -46,6 +45,7 @@ from hotlora.run_evaluate import run_evaluation, run_harness
 from hotlora.sweep import Condition, Sweep, sweep_jobs
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
+from hotlora.train.config import TrainConfig
 
 # One of each layout: the usual one; transposed; transposed, interleaved, with biases; no gate; a norm after.
 LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_train import CONFIG, EXAMPLES, TOKENIZER, adapted, adapter_tensors, dataset
 from tiny import tiny_model, tiny_plan
 
-from hotlora import HotLoraConfig, RoutingProfile, checkpoints, load_adapter
+from hotlora import HotLoraConfig, RoutingProfile, load_adapter
 from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.lock import locked
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples, tokenize
-from hotlora.train import train
+from hotlora.train import checkpoints
+from hotlora.train.trainer import train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, locks and limits of POSIX")
 

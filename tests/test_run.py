@@ -16,7 +16,6 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.base.records import new_record, read_record, write_record
-from hotlora.config import TrainConfig
 from hotlora.evaluate import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
@@ -26,6 +25,7 @@ from hotlora.run_export import combine_saved, export_saved
 from hotlora.study_run import run_study
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
+from hotlora.train.config import TrainConfig
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(24)]

@@ -18,10 +18,7 @@ from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.base.files import read_json, write_json
 from hotlora.base.records import read_record
-from hotlora.config import TrainConfig
 from hotlora.hf.models import load_model
-from hotlora.methods import METHODS, resolve
-from hotlora.reprofile import Reprofiling
 from hotlora.routing.plan import ExpertPlan
 from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.run import run_training
@@ -30,7 +27,10 @@ from hotlora.run_export import export_saved
 from hotlora.run_folder import load_base
 from hotlora.stages import run_method
 from hotlora.tasks.data import batches, tokenize
-from hotlora.train import train
+from hotlora.train.config import TrainConfig
+from hotlora.train.methods import METHODS, resolve
+from hotlora.train.reprofile import Reprofiling
+from hotlora.train.trainer import train
 
 SHORT = {
     "max_steps": 3,

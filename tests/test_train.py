@@ -15,15 +15,15 @@ from tiny_tokenizer import byte_tokenizer
 from trl import SFTTrainer
 from zoo import families, zoo_model
 
-from hotlora import checkpoints
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
-from hotlora.config import TrainConfig
 from hotlora.evaluate import response_loss
 from hotlora.run import run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import IGNORE, batches, tokenize
-from hotlora.train import make_trainer, train
+from hotlora.train import checkpoints
+from hotlora.train.config import TrainConfig
+from hotlora.train.trainer import make_trainer, train
 
 OMNI = "qwen3_omni_moe_thinker"
 TOKENIZER = byte_tokenizer()

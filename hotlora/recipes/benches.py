@@ -20,9 +20,9 @@ from ..bench_report import read_result
 from ..comparison_table import NONE
 from ..contenders import BenchConfig
 from ..figures import COLD, HOT, INK, WIDTH, style
-from ..methods import counted_options
 from ..published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..tables import human_seconds
+from ..train.methods import counted_options
 from .direct import Direct, Tell
 from .needs import bench_needs, config_file, number_of
 from .recipe import Column

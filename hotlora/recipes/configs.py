@@ -9,13 +9,13 @@ from typing import Any
 from ..base.errors import HotLoraError
 from ..base.files import read_json, write_json
 from ..comparison_table import NONE
-from ..config import PROFILE_FRACTION
 from ..estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
-from ..methods import METHODS, resolve
 from ..published import EXPERT_TO_FFN, MODELS
 from ..study_run import shared_experts
+from ..train.config import PROFILE_FRACTION
+from ..train.methods import METHODS, resolve
 from . import hellora
 from .direct import Direct, Tell
 from .needs import config_file

@@ -15,16 +15,16 @@ import torch
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from ..base.errors import FileError, HotLoraError
-from ..config import PROFILE_FRACTION, TrainConfig
 from ..contenders import Contender
 from ..estimate import coverage_at, estimate, meta_model, sized_config
 from ..flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
-from ..methods import resolve
 from ..routing.profile import experts_kept
 from ..sweep import Sweep, sweep_jobs
 from ..sweep_runs import make_profile
 from ..tasks.data import load_examples, task_of
+from ..train.config import PROFILE_FRACTION, TrainConfig
+from ..train.methods import resolve
 from ..worker import matrix_rate
 
 GPU_RATE = 100e12

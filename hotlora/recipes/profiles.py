@@ -14,9 +14,7 @@ from ..adapter.load import load_adapter
 from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..base.records import read_record
-from ..config import PROFILE_FRACTION, TrainConfig
 from ..hf.models import load_tokenizer
-from ..methods import resolve
 from ..published import DATASETS
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study, load_study, study
@@ -24,6 +22,8 @@ from ..run import profile_data, profile_sample, run_training
 from ..run_folder import data_time, load_base
 from ..study_run import run_study
 from ..tasks.data import load_examples
+from ..train.config import PROFILE_FRACTION, TrainConfig
+from ..train.methods import resolve
 from . import hellora
 from . import profile_tables as tables
 from .direct import Direct, Tell

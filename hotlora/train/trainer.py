@@ -19,13 +19,11 @@ from transformers.integrations.integration_utils import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from . import checkpoints, guard
-from .as_loaded import LoadedConfigs
-from .base.errors import DataError, FileError, HotLoraError, Stopped
-from .base.files import append_to, read_json, write_json
-from .base.lock import locked
-from .base.precision import say_if_slow
-from .base.processes import (
+from ..base.errors import DataError, FileError, HotLoraError, Stopped
+from ..base.files import append_to, read_json, write_json
+from ..base.lock import locked
+from ..base.precision import say_if_slow
+from ..base.processes import (
     all_objects,
     device_of,
     is_main,
@@ -34,13 +32,15 @@ from .base.processes import (
     wait_for_all,
     wants_checkpointing,
 )
-from .base.quiet import quiet
-from .base.records import peak_memory_bytes, reset_peak_memory
-from .base.signals import on_stop
-from .checkpointing import checkpoint_kwargs
+from ..base.quiet import quiet
+from ..base.records import peak_memory_bytes, reset_peak_memory
+from ..base.signals import on_stop
+from ..hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
+from ..tasks.data import IGNORE
+from . import checkpoints, guard
+from .as_loaded import LoadedConfigs
 from .config import TrainConfig, same_run
-from .hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
-from .tasks.data import IGNORE
+from .gradient_checkpointing import checkpoint_kwargs
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ Any option given beside a name comes before what the name stands for.
 import dataclasses
 from typing import Any
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
 from .config import TrainConfig
 
 _FROZEN_A = {"train_a": False}

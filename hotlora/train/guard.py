@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .base.processes import all_objects
-from .base.signals import say
+from ..base.processes import all_objects
+from ..base.signals import say
 
 _NAMED = 64  # examples that a message names
 

@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .adapter.experts import HotLoraExperts
-from .adapter.factors import low_rank_products, uniform
-from .adapter.model import HotLoraConfig
-from .base.errors import HotLoraError, PlanError
-from .base.files import append_to, atomic_path, read_json_lines, write_text
-from .base.processes import is_main, wait_for_all
-from .hf.models import moe_layers
-from .routing.plan import ExpertPlan
-from .routing.profile import RoutingProfile, jaccard
+from ..adapter.experts import HotLoraExperts
+from ..adapter.factors import low_rank_products, uniform
+from ..adapter.model import HotLoraConfig
+from ..base.errors import HotLoraError, PlanError
+from ..base.files import append_to, atomic_path, read_json_lines, write_text
+from ..base.processes import is_main, wait_for_all
+from ..hf.models import moe_layers
+from ..routing.plan import ExpertPlan
+from ..routing.profile import RoutingProfile, jaccard
 from .row_steps import move_rows, step_rows, take_rows
 
 LEFT = ("drop", "merge")

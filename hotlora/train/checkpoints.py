@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .base.errors import FileError, HotLoraError
-from .base.files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
+from ..base.errors import FileError, HotLoraError
+from ..base.files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
 from .config import differences
 
 _MARK = "complete.json"

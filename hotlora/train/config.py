@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
 
 PROFILE_FRACTION = 0.1
 """Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""
