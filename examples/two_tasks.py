@@ -6,7 +6,7 @@ import peft
 import torch
 
 import hotlora
-from hotlora.evaluate import evaluate_task
+from hotlora.evaluate.score import evaluate_task
 from hotlora.tasks import get_task
 from hotlora.tasks.data import batches, load_examples, tokenize
 

@@ -213,7 +213,7 @@ def evaluate(
 
     humaneval runs Python that the model wrote, as far apart from all else as the system allows: docs/evaluation.md.
     """
-    from .generate import Sampling
+    from .evaluate.generate import Sampling
     from .run_evaluate import run_evaluation, run_generations, run_harness
 
     if harness is not None or tasks is not None:

@@ -14,8 +14,8 @@ from rich.text import Text
 from .base import escape as escapes
 from .base.escape import one_line
 from .comparison import Comparison, Row, Table
+from .evaluate.stats import Interval
 from .paired import PairedRuns, PairedTask
-from .stats import Interval
 
 NONE = "–"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .base.errors import DataError, FileError
 from .base.records import Record, read_record, read_results
-from .stats import Interval, McNemar, mcnemar, paired_difference
+from .evaluate.stats import Interval, McNemar, mcnemar, paired_difference
 
 ALPHA = 0.05
 

@@ -36,7 +36,7 @@ from .base.processes import (
 from .base.quiet import quiet
 from .base.records import Record, new_record, write_record
 from .checks import check_made_on, check_run, select
-from .evaluate import Evaluation, evaluate_task, response_loss, summarize
+from .evaluate.score import Evaluation, evaluate_task, response_loss, summarize
 from .hf.forward import check_aux_loss
 from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
 from .layer.quantize import quantized_parameters

@@ -17,7 +17,7 @@ from .base.processes import all_objects, first_failure, is_main, sharding, wait_
 from .base.processes import described as described_error
 from .base.quiet import quiet
 from .base.records import Record, read_record, write_record
-from .evaluate import Evaluation
+from .evaluate.score import Evaluation
 from .hf.models import load_config, load_model
 from .layer.quantize import experts_in
 from .train import checkpoints

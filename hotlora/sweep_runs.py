@@ -9,7 +9,7 @@ from typing import Any
 from .base.errors import FileError
 from .base.records import Record, new_record, read_record, write_record
 from .crew import Job
-from .generate import Sampling
+from .evaluate.generate import Sampling
 from .hf.models import load_model, load_tokenizer, vocab_size
 from .layer.quantize import experts_in
 from .routing.profile import RoutingProfile

@@ -13,9 +13,9 @@ from rich.table import Table
 from .base.errors import FileError, HotLoraError
 from .base.escape import one_line
 from .base.records import Record, read_results
+from .evaluate.stats import Difference, paired_difference, proportion_interval
 from .routing.plan import ExpertPlan
 from .routing.profile import RoutingProfile
-from .stats import Difference, paired_difference, proportion_interval
 
 ORDER = ("base", "all", "hot", "random", "cold")
 COLUMNS = {

@@ -23,9 +23,9 @@ from hotlora.base.records import new_record, write_record
 from hotlora.cli_compare import compare
 from hotlora.comparison import as_dict, compare_runs
 from hotlora.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
+from hotlora.evaluate.stats import McNemar, paired_difference
 from hotlora.paired import as_dict as paired_dict
 from hotlora.paired import compare_examples
-from hotlora.stats import McNemar, paired_difference
 
 APP = typer.Typer()
 APP.command()(compare)

@@ -7,7 +7,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate import choice_scores, evaluate_task, generate, response_loss
+from hotlora.evaluate.score import choice_scores, evaluate_task, generate, response_loss
 from hotlora.tasks import Example, Task, get_task
 from hotlora.tasks.data import tokenize
 

@@ -22,8 +22,8 @@ from zoo import zoo_model
 from hotlora import HotLoraConfig, cli
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.evaluate import evaluate_task
-from hotlora.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
+from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
+from hotlora.evaluate.score import evaluate_task
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.tasks import Example, Task, get_task

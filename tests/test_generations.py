@@ -10,9 +10,9 @@ import pytest
 from hotlora import cli
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.generations import read_generations, score_generations
+from hotlora.evaluate.generations import read_generations, score_generations
+from hotlora.evaluate.stats import pass_at_k, proportion_interval
 from hotlora.run_evaluate import run_generations
-from hotlora.stats import pass_at_k, proportion_interval
 from hotlora.tasks import Example, Task, get_task, gsm8k
 from hotlora.tasks.rows import Row
 

@@ -14,8 +14,8 @@ from zoo import zoo_model
 from hotlora import HotLoraConfig, cli
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.evaluate import example_id
-from hotlora.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
+from hotlora.evaluate.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
+from hotlora.evaluate.score import example_id
 from hotlora.tasks import get_task, gsm8k, hellaswag
 from hotlora.tasks.rows import Row
 
@@ -113,7 +113,7 @@ def test_the_one_known_difference_in_gsm8k(folder: Path):
 
 @harness
 def test_an_adapted_model_in_memory(folder: Path):
-    from hotlora.evaluate import evaluate_task, generate
+    from hotlora.evaluate.score import evaluate_task, generate
 
     tokenizer = byte_tokenizer()
     base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=1024)
@@ -147,7 +147,7 @@ def test_an_adapted_model_in_memory(folder: Path):
 
 @harness
 def test_choices_past_the_models_window_are_cut_as_lm_eval_cuts_them(folder: Path):
-    from hotlora.evaluate import evaluate_task
+    from hotlora.evaluate.score import evaluate_task
 
     tokenizer, model = byte_tokenizer(), tiny_model("olmoe", vocab_size=259, max_position_embeddings=32)
     _, (theirs,) = evaluate_by_lm_eval(model, tokenizer, [f"hellaswag:{folder}/hellaswag"], num_fewshot=0)

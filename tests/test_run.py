@@ -16,7 +16,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.base.records import new_record, read_record, write_record
-from hotlora.evaluate import response_loss
+from hotlora.evaluate.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
 from hotlora.run import profile_data, run_training

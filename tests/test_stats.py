@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from hotlora.base.errors import DataError
-from hotlora.published import EQUIVALENCE, SEED_SD, SEEDS
-from hotlora.stats import (
+from hotlora.evaluate.stats import (
     MeanSd,
     holm,
     mcnemar,
@@ -25,6 +24,7 @@ from hotlora.stats import (
     proportion_interval,
     sd_ratio,
 )
+from hotlora.published import EQUIVALENCE, SEED_SD, SEEDS
 
 
 @pytest.fixture(autouse=True)

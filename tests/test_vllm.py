@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from hotlora import load_adapter, load_model, load_tokenizer
-from hotlora.generate import Sampling
+from hotlora.evaluate.generate import Sampling
+from hotlora.evaluate.vllm_engine import load_engine, vllm_answers
 from hotlora.hf.models import NANO, model_source
 from hotlora.run import run_training
 from hotlora.run_evaluate import run_evaluation
 from hotlora.run_export import export_saved
 from hotlora.tasks import get_task
 from hotlora.train.config import TrainConfig
-from hotlora.vllm_engine import load_engine, vllm_answers
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}  # before it is imported
 pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or a build of it for CPUs")

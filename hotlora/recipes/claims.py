@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..stats import PairedTest, sd_ratio
+from ..evaluate.stats import PairedTest, sd_ratio
 from .recipe import Recipe
 from .result import Number, Result
 from .scores import Cell, against, read_cells, task_name

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evaluate.stats import mean_interval
 from ..figures import GRID, HOT, INK, MUTED, style
-from ..stats import mean_interval
 from .recipe import Column, Recipe
 
 if TYPE_CHECKING:

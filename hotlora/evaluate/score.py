@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from .base.errors import DataError, FileError
-from .base.files import append_to, atomic_path
-from .base.processes import all_objects, device_of, num_processes, rank, shared_out
-from .base.records import read_results
+from ..base.errors import DataError, FileError
+from ..base.files import append_to, atomic_path
+from ..base.processes import all_objects, device_of, num_processes, rank, shared_out
+from ..base.records import read_results
+from ..hf.forward import inference, logits_at
+from ..tasks import Example, Task
+from ..tasks.data import IGNORE, batches, encode_completion, encode_prompt, pad
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, generate, track
-from .hf.forward import inference, logits_at
 from .stats import pass_at_k, proportion_interval
-from .tasks import Example, Task
-from .tasks.data import IGNORE, batches, encode_completion, encode_prompt, pad
 
 __all__ = ["Evaluation", "choice_scores", "evaluate_answers", "evaluate_task", "generate", "response_loss"]
 

@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from .base.errors import DataError, HotLoraError
-from .base.processes import device_of
-from .hf.forward import inference, padding_matters
-from .tasks import Example
-from .tasks.data import encode_prompt, pad
+from ..base.errors import DataError, HotLoraError
+from ..base.processes import device_of
+from ..hf.forward import inference, padding_matters
+from ..tasks import Example
+from ..tasks.data import encode_prompt, pad
 
 _log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter.load import CONFIG_FILE
-from .base.errors import HotLoraError
-from .base.files import read_json
+from ..adapter.load import CONFIG_FILE
+from ..base.errors import HotLoraError
+from ..base.files import read_json
+from ..tasks import Example
+from ..tasks.data import encode_prompt
 from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
-from .tasks import Example
-from .tasks.data import encode_prompt
 
 _RANKS = (8, 16, 32, 64, 128, 256, 512)  # of those that vLLM can make room for
 _AT_ONCE = 512  # answers given to the engine together: so many are lost at most where it is stopped

@@ -14,14 +14,14 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from .base.errors import DataError, HotLoraError
-from .base.files import write_text
-from .base.precision import say_if_slow
-from .evaluate import Evaluation, example_id
-from .hf.forward import TEXTS, padding_matters
+from ..base.errors import DataError, HotLoraError
+from ..base.files import write_text
+from ..base.precision import say_if_slow
+from ..hf.forward import TEXTS, padding_matters
+from ..tasks import Example, hellaswag
+from ..tasks.rows import Row, need_text, read_rows, split_file
+from .score import Evaluation, example_id
 from .stats import proportion_interval
-from .tasks import Example, hellaswag
-from .tasks.rows import Row, need_text, read_rows, split_file
 
 LOCAL = ("gsm8k", "hellaswag")
 """Tasks whose rows may come from local files."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from .base.errors import DataError
+from ..base.errors import DataError
 
 # Equal scores give differences that differ in their last bits: a spread below this, relative to the values, is none.
 _ROUNDING = 32 * np.finfo(float).eps

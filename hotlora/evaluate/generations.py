@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Sequence
 
-from .base.errors import DataError
-from .evaluate import Evaluation, results_of, summarize
-from .tasks import Example, Task
-from .tasks.rows import Row, need_text, read_rows
+from ..base.errors import DataError
+from ..tasks import Example, Task
+from ..tasks.rows import Row, need_text, read_rows
+from .score import Evaluation, results_of, summarize
 
 _NAMED = 5  # examples that an error names
 
