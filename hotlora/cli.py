@@ -214,7 +214,7 @@ def evaluate(
     humaneval runs Python that the model wrote, as far apart from all else as the system allows: docs/evaluation.md.
     """
     from .evaluate.generate import Sampling
-    from .run_evaluate import run_evaluation, run_generations, run_harness
+    from .runs.evaluation import run_evaluation, run_generations, run_harness
 
     if harness is not None or tasks is not None:
         if harness != "lm-eval" or not tasks or data or not model or generations:
@@ -292,7 +292,7 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
-    from .run_export import export_saved
+    from .runs.export import export_saved
 
     export_saved(model, adapter, output, format="merged", on_top_of=on_top_of or (), dtype=dtype, device=device)
     out.print(f"merged model: {output}", soft_wrap=True)
@@ -326,7 +326,7 @@ def export(
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
     vllm applies no update to MLA's kv_b_proj: --merge-attention.
     """
-    from .run_export import export_saved
+    from .runs.export import export_saved
 
     export_saved(
         model,
@@ -374,7 +374,7 @@ def combine(
     device: Device = "auto",
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
-    from .run_export import combine_saved
+    from .runs.export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
     combine_saved(model, adapters, output, on_top_of=on_top_of or (), weights=numbers, how=how, device=device)

@@ -80,10 +80,10 @@ def profile(
     output = output or Path("profile.safetensors")
     from .base.files import check_writable, file_in
     from .base.processes import is_main, start
-    from .checks import check_adapters, check_sizes
     from .hf.models import load_tokenizer, vocab_size
-    from .run import profile_data
-    from .run_folder import load_base
+    from .runs.checks import check_adapters, check_sizes
+    from .runs.folder import load_base
+    from .runs.training import profile_data
     from .tasks.data import load_examples, tokenize
 
     (source,) = chosen
@@ -133,8 +133,8 @@ def _compare(
     quantize: int | None,
 ) -> None:
     from .base.files import check_writable
+    from .runs.study import run_study
     from .study_report import write_study
-    from .study_run import run_study
 
     check_writable(output / "study.md")
 

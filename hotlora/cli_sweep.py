@@ -13,7 +13,7 @@ from .cli_options import err, named, out
 
 if TYPE_CHECKING:
     from .recipes import Direct
-    from .sweep import Sweep
+    from .runs.sweep import Sweep
 
 
 def sweep(
@@ -61,10 +61,10 @@ def sweep(
 def _trainings(
     study: "Sweep", output: Path | None, processes: int | None, tflops: float | None, dry_run: bool, tell_needs: bool
 ) -> None:
-    from .crew import LOG
     from .recipes.needs import sweep_needs
-    from .sweep import run_sweep, sweep_jobs
-    from .sweep_table import runs_table, title
+    from .runs.sweep import run_sweep, sweep_jobs
+    from .runs.sweep_table import runs_table, title
+    from .runs.worker_pool import LOG
 
     output = output or Path("runs") / study.name
     if tell_needs:

@@ -205,7 +205,7 @@ def train(
     Over several GPUs: `accelerate launch --config_file configs/fsdp2.yaml -m hotlora train …`, or torchrun.
     """
     from .base.processes import is_main, start
-    from .stages import run_method
+    from .runs.stages import run_method
 
     values = locals()
     given = {

@@ -24,7 +24,7 @@ from hotlora.base import processes as distributed
 from hotlora.base.records import environment
 from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan
-from hotlora.run_folder import load_base
+from hotlora.runs.folder import load_base
 from hotlora.scale import work
 from hotlora.train.gradient_checkpointing import checkpoint_kwargs
 

@@ -27,7 +27,7 @@ from hotlora.adapter.model import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import profile_routing
-from hotlora.run import run_training
+from hotlora.runs.training import run_training
 from hotlora.train.config import TrainConfig
 
 STEPS, PER_STEP = 4, 4

@@ -26,7 +26,7 @@ from distributed_ranks import PATIENCE, exit_codes, fork_ranks, prepare
 from killed_run import SAVES, outcome, steps_of
 from transformers import Trainer
 
-from hotlora import run
+from hotlora.runs import training as run
 from hotlora.train import checkpoints
 
 STEPS_A_KILL = 5

@@ -24,7 +24,7 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer, trainer
 
 from hotlora.base.records import read_record
-from hotlora.run import run_training
+from hotlora.runs.training import run_training
 from hotlora.train import checkpoints
 from hotlora.train.config import TrainConfig
 

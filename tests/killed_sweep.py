@@ -19,9 +19,9 @@ import psutil
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora import crew
 from hotlora.base.records import find_records
-from hotlora.sweep import PROFILES, Condition, Sweep, run_sweep
+from hotlora.runs import worker_pool as crew
+from hotlora.runs.sweep import PROFILES, Condition, Sweep, run_sweep
 from hotlora.train.config import TrainConfig
 
 TIMES = ("started", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")

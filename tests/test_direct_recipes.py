@@ -26,7 +26,7 @@ from hotlora.recipes.benches import BenchRecipe
 from hotlora.recipes.needs import config_file, data_size, sweep_needs
 from hotlora.recipes.result import Result, write_results
 from hotlora.routing.profile import RoutingProfile
-from hotlora.sweep import Condition
+from hotlora.runs.sweep import Condition
 from hotlora.tasks import TASKS
 from hotlora.tasks.data import load_examples
 from hotlora.worker import Worker

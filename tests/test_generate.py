@@ -24,8 +24,8 @@ from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.evaluate.score import evaluate_task
-from hotlora.run import run_training
-from hotlora.run_evaluate import run_evaluation
+from hotlora.runs.evaluation import run_evaluation
+from hotlora.runs.training import run_training
 from hotlora.tasks import Example, Task, get_task
 from hotlora.train.config import TrainConfig
 

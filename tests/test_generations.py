@@ -12,7 +12,7 @@ from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.evaluate.generations import read_generations, score_generations
 from hotlora.evaluate.stats import pass_at_k, proportion_interval
-from hotlora.run_evaluate import run_generations
+from hotlora.runs.evaluation import run_generations
 from hotlora.tasks import Example, Task, get_task, gsm8k
 from hotlora.tasks.rows import Row
 

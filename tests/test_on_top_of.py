@@ -16,10 +16,10 @@ from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model
-from hotlora.run import run_training
-from hotlora.run_evaluate import run_evaluation
-from hotlora.run_export import combine_saved, export_saved
-from hotlora.run_folder import load_base
+from hotlora.runs.evaluation import run_evaluation
+from hotlora.runs.export import combine_saved, export_saved
+from hotlora.runs.folder import load_base
+from hotlora.runs.training import run_training
 from hotlora.tasks.data import batches, tokenize
 
 WEIGHTS = "adapter_model.safetensors"

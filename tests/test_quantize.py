@@ -40,9 +40,9 @@ from hotlora.layer.quantize import (
     warn_if_experts_unquantized,
 )
 from hotlora.routing.plan import ExpertPlan
-from hotlora.run import run_training
-from hotlora.run_evaluate import run_evaluation, run_harness
-from hotlora.sweep import Condition, Sweep, sweep_jobs
+from hotlora.runs.evaluation import run_evaluation, run_harness
+from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
+from hotlora.runs.training import run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
 from hotlora.train.config import TrainConfig

@@ -1,10 +1,10 @@
 import pytest
 
 from hotlora.base.errors import HotLoraError
-from hotlora.crew import Job
 from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, find_sweep, names
 from hotlora.recipes.recipe import across_name, condition_name, scored_name
-from hotlora.sweep import Sweep, sweep_jobs
+from hotlora.runs.sweep import Sweep, sweep_jobs
+from hotlora.runs.worker_pool import Job
 
 RATE = {"learning_rate": 1e-4}
 

@@ -19,10 +19,10 @@ from hotlora.base.records import new_record, read_record, write_record
 from hotlora.evaluate.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
-from hotlora.run import profile_data, run_training
-from hotlora.run_evaluate import run_evaluation
-from hotlora.run_export import combine_saved, export_saved
-from hotlora.study_run import run_study
+from hotlora.runs.evaluation import run_evaluation
+from hotlora.runs.export import combine_saved, export_saved
+from hotlora.runs.study import run_study
+from hotlora.runs.training import profile_data, run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
 from hotlora.train.config import TrainConfig

@@ -21,11 +21,11 @@ from hotlora.base.records import read_record
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import ExpertPlan
 from hotlora.routing.profile import RoutingProfile, jaccard
-from hotlora.run import run_training
-from hotlora.run_evaluate import run_evaluation
-from hotlora.run_export import export_saved
-from hotlora.run_folder import load_base
-from hotlora.stages import run_method
+from hotlora.runs.evaluation import run_evaluation
+from hotlora.runs.export import export_saved
+from hotlora.runs.folder import load_base
+from hotlora.runs.stages import run_method
+from hotlora.runs.training import run_training
 from hotlora.tasks.data import batches, tokenize
 from hotlora.train.config import TrainConfig
 from hotlora.train.methods import METHODS, resolve

@@ -20,10 +20,10 @@ from hotlora.published import DATASETS, MODELS, OLMOE_SPIDER
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.routing.study import clusters, experts_for, hot_mask, load_study, overlap, stability, study, thirds
+from hotlora.runs.study import names_of, run_study, shared_experts
 from hotlora.study_claims import claims
 from hotlora.study_figures import layer_overlap
 from hotlora.study_report import page, write_page, write_study
-from hotlora.study_run import names_of, run_study, shared_experts
 from hotlora.tasks import TASKS
 
 E, L = 8, 4

@@ -18,7 +18,7 @@ from zoo import families, zoo_model
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.evaluate.score import response_loss
-from hotlora.run import run_training
+from hotlora.runs.training import run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import IGNORE, batches, tokenize
 from hotlora.train import checkpoints

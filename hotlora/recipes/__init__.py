@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..base.errors import FileError, HotLoraError
-from ..sweep import Sweep, load_sweep
+from ..runs.sweep import Sweep, load_sweep
 from . import benches, configs, hellora, moe_sieve, profiles
 from .direct import Direct
 from .recipe import Recipe

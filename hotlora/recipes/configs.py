@@ -13,7 +13,7 @@ from ..estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
 from ..published import EXPERT_TO_FFN, MODELS
-from ..study_run import shared_experts
+from ..runs.study import shared_experts
 from ..train.config import PROFILE_FRACTION
 from ..train.methods import METHODS, resolve
 from . import hellora

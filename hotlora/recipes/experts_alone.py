@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..demo import CONFIG, TASKS, TRAIN_EXAMPLES
-from ..sweep import Condition, Sweep
+from ..runs.sweep import Condition, Sweep
 
 
 def experts_alone(name: str, conditions: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> Sweep:

@@ -20,8 +20,8 @@ from ..estimate import coverage_at, estimate, meta_model, sized_config
 from ..flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
 from ..routing.profile import experts_kept
-from ..sweep import Sweep, sweep_jobs
-from ..sweep_runs import make_profile
+from ..runs.sweep import Sweep, sweep_jobs
+from ..runs.sweep_runs import make_profile
 from ..tasks.data import load_examples, task_of
 from ..train.config import PROFILE_FRACTION, TrainConfig
 from ..train.methods import resolve

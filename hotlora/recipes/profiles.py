@@ -18,9 +18,9 @@ from ..hf.models import load_tokenizer
 from ..published import DATASETS
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study, load_study, study
-from ..run import profile_data, profile_sample, run_training
-from ..run_folder import data_time, load_base
-from ..study_run import run_study
+from ..runs.folder import data_time, load_base
+from ..runs.study import run_study
+from ..runs.training import profile_data, profile_sample, run_training
 from ..tasks.data import load_examples
 from ..train.config import PROFILE_FRACTION, TrainConfig
 from ..train.methods import resolve

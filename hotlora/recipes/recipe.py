@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import HotLoraError
-from ..sweep import Condition, Sweep
+from ..runs.sweep import Condition, Sweep
 
 STORE = "papers"
 """All recipes' runs have one place, and a run that two tables show is made once."""

@@ -14,12 +14,12 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
-from .adapter.count import count_parameters
-from .adapter.load import WEIGHTS_FILE
-from .adapter.model import HotLoraConfig
-from .base.errors import DataError, HotLoraError, PlanError
-from .base.files import atomic_folder, file_in, sha256_file
-from .base.processes import (
+from ..adapter.count import count_parameters
+from ..adapter.load import WEIGHTS_FILE
+from ..adapter.model import HotLoraConfig
+from ..base.errors import DataError, HotLoraError, PlanError
+from ..base.files import atomic_folder, file_in, sha256_file
+from ..base.processes import (
     all_objects,
     check_alike,
     gathered,
@@ -33,22 +33,22 @@ from .base.processes import (
     uses_deepspeed,
     wait_for_all,
 )
-from .base.quiet import quiet
-from .base.records import Record, new_record, write_record
+from ..base.quiet import quiet
+from ..base.records import Record, new_record, write_record
+from ..evaluate.score import Evaluation, evaluate_task, response_loss, summarize
+from ..hf.forward import check_aux_loss
+from ..hf.models import fingerprint, load_config, load_tokenizer, vocab_size
+from ..layer.quantize import quantized_parameters
+from ..routing.plan import ExpertPlan
+from ..routing.profile import RoutingProfile, profile_routing
+from ..tasks import Example, Task
+from ..tasks.chat import template_source
+from ..tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
+from ..train.config import PROFILE_FRACTION, TrainConfig
+from ..train.reprofile import Reprofiling
+from ..train.trainer import check_family, train
 from .checks import check_made_on, check_run, select
-from .evaluate.score import Evaluation, evaluate_task, response_loss, summarize
-from .hf.forward import check_aux_loss
-from .hf.models import fingerprint, load_config, load_tokenizer, vocab_size
-from .layer.quantize import quantized_parameters
-from .routing.plan import ExpertPlan
-from .routing.profile import RoutingProfile, profile_routing
-from .run_folder import data_time, finished, load_base, recorded, save_evaluation, underneath
-from .tasks import Example, Task
-from .tasks.chat import template_source
-from .tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
-from .train.config import PROFILE_FRACTION, TrainConfig
-from .train.reprofile import Reprofiling
-from .train.trainer import check_family, train
+from .folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 
 _log = logging.getLogger(__name__)
 

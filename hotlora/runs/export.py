@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter.formats.export import check_attention, check_config, check_export, export_adapter
-from .adapter.load import load_adapter, saved_config
-from .adapter.model import check_combined
-from .base.errors import HotLoraError
-from .base.files import atomic_folder, check_writable
-from .base.quiet import quiet
+from ..adapter.formats.export import check_attention, check_config, check_export, export_adapter
+from ..adapter.load import load_adapter, saved_config
+from ..adapter.model import check_combined
+from ..base.errors import HotLoraError
+from ..base.files import atomic_folder, check_writable
+from ..base.quiet import quiet
+from ..hf.models import checkpoint_dtype, load_tokenizer, structure
 from .checks import check_adapters
-from .hf.models import checkpoint_dtype, load_tokenizer, structure
-from .run_folder import load_base, underneath
+from .folder import load_base, underneath
 
 
 def export_saved(

@@ -8,20 +8,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from .adapter.load import WEIGHTS_FILE, load_adapter, saved_config
-from .adapter.on_top_of import Entry, described, missing, noted
-from .base.errors import FileError, HotLoraError
-from .base.files import sha256_file
-from .base.lock import locked
-from .base.processes import all_objects, first_failure, is_main, sharding, wait_for_all
-from .base.processes import described as described_error
-from .base.quiet import quiet
-from .base.records import Record, read_record, write_record
-from .evaluate.score import Evaluation
-from .hf.models import load_config, load_model
-from .layer.quantize import experts_in
-from .train import checkpoints
-from .train.config import FREE_OPTIONS, same_run
+from ..adapter.load import WEIGHTS_FILE, load_adapter, saved_config
+from ..adapter.on_top_of import Entry, described, missing, noted
+from ..base.errors import FileError, HotLoraError
+from ..base.files import sha256_file
+from ..base.lock import locked
+from ..base.processes import all_objects, first_failure, is_main, sharding, wait_for_all
+from ..base.processes import described as described_error
+from ..base.quiet import quiet
+from ..base.records import Record, read_record, write_record
+from ..evaluate.score import Evaluation
+from ..hf.models import load_config, load_model
+from ..layer.quantize import experts_in
+from ..train import checkpoints
+from ..train.config import FREE_OPTIONS, same_run
 
 _log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from .base.errors import Stopped
-from .base.files import append_to
-from .base.signals import on_stop, say, stop, without_ctrl_c
+from ..base.errors import Stopped
+from ..base.files import append_to
+from ..base.signals import on_stop, say, stop, without_ctrl_c
 
 LOG = "log.txt"
 START = "spawn"  # a fork would inherit locks and threads of torch

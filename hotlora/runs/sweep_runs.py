@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base.errors import FileError
-from .base.records import Record, new_record, read_record, write_record
-from .crew import Job
-from .evaluate.generate import Sampling
-from .hf.models import load_model, load_tokenizer, vocab_size
-from .layer.quantize import experts_in
-from .routing.profile import RoutingProfile
-from .run import profile_data, profile_sample, run_training
-from .run_evaluate import run_evaluation, run_held_out
+from ..base.errors import FileError
+from ..base.records import Record, new_record, read_record, write_record
+from ..evaluate.generate import Sampling
+from ..hf.models import load_model, load_tokenizer, vocab_size
+from ..layer.quantize import experts_in
+from ..routing.profile import RoutingProfile
+from ..tasks.chat import template_source
+from ..tasks.data import data_hash, load_examples, task_of, tokenize
+from .evaluation import run_evaluation, run_held_out
 from .stages import run_method
-from .tasks.chat import template_source
-from .tasks.data import data_hash, load_examples, task_of, tokenize
+from .training import profile_data, profile_sample, run_training
+from .worker_pool import Job
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
 TRAINING = inspect.signature(run_training).parameters

@@ -7,19 +7,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .adapter.load import load_adapter
-from .adapter.mask import SparseMask, check_share, draw_mask
-from .base.errors import HotLoraError
-from .base.processes import is_main, wait_for_all
-from .base.records import Record, read_record, write_record
+from ..adapter.load import load_adapter
+from ..adapter.mask import SparseMask, check_share, draw_mask
+from ..base.errors import HotLoraError
+from ..base.processes import is_main, wait_for_all
+from ..base.records import Record, read_record, write_record
+from ..hf.models import load_tokenizer
+from ..routing.plan import select_experts
+from ..routing.profile import RoutingProfile, jaccard
+from ..tasks.data import load_examples
+from ..train.config import PROFILE_FRACTION, TrainConfig
 from .checks import check_run
-from .hf.models import load_tokenizer
-from .routing.plan import select_experts
-from .routing.profile import RoutingProfile, jaccard
-from .run import profile_data, profile_sample, run_training
-from .run_folder import data_time, load_base
-from .tasks.data import load_examples
-from .train.config import PROFILE_FRACTION, TrainConfig
+from .folder import data_time, load_base
+from .training import profile_data, profile_sample, run_training
 
 WARMUPS = ("none", "lora")
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor, nn
 
-from .base.errors import DataError
+from ..base.errors import DataError
+from ..hf.experts_view import ExpertsView
+from ..hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
+from ..layer.quantize import experts_in
+from ..routing.profile import RoutingProfile, profile_examples
+from ..routing.study import Study, study
+from ..tasks import Example
+from ..tasks.data import batches, data_hash, load_examples, tokenize
 from .checks import check_adapters, check_sizes
-from .hf.experts_view import ExpertsView
-from .hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
-from .layer.quantize import experts_in
-from .routing.profile import RoutingProfile, profile_examples
-from .routing.study import Study, study
-from .tasks import Example
-from .tasks.data import batches, data_hash, load_examples, tokenize
 
 _PROFILE = "profile.safetensors"
 

@@ -6,24 +6,24 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from .adapter.formats.export import not_applied
-from .adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
-from .base.errors import DataError, HotLoraError
-from .base.files import sha256_file, write_json
-from .base.quiet import quiet
-from .base.records import Record, new_record
+from ..adapter.formats.export import not_applied
+from ..adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
+from ..base.errors import DataError, HotLoraError
+from ..base.files import sha256_file, write_json
+from ..base.quiet import quiet
+from ..base.records import Record, new_record
+from ..evaluate.generate import GREEDY, Answer, Sampling
+from ..evaluate.generations import read_generations, score_generations
+from ..evaluate.harness import evaluate_by_lm_eval, lm_eval_version
+from ..evaluate.score import Evaluation, evaluate_answers, evaluate_task, response_loss
+from ..evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
+from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
+from ..layer.quantize import ExpertsQuantization, experts_in, quantized_parameters
+from ..tasks import Example, Task
+from ..tasks.data import data_hash, load_examples, task_of, tokenize
 from .checks import check_adapters, check_sizes
-from .evaluate.generate import GREEDY, Answer, Sampling
-from .evaluate.generations import read_generations, score_generations
-from .evaluate.harness import evaluate_by_lm_eval, lm_eval_version
-from .evaluate.score import Evaluation, evaluate_answers, evaluate_task, response_loss
-from .evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
-from .hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
-from .layer.quantize import ExpertsQuantization, experts_in, quantized_parameters
-from .run_export import export_saved
-from .run_folder import finished, load_base, recorded, save_evaluation, underneath
-from .tasks import Example, Task
-from .tasks.data import data_hash, load_examples, task_of, tokenize
+from .export import export_saved
+from .folder import finished, load_base, recorded, save_evaluation, underneath
 
 ENGINES = ("transformers", "vllm")
 

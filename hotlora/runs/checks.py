@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from .adapter.load import saved_config
-from .adapter.model import HotLoraConfig
-from .base.errors import HotLoraError, PlanError
-from .base.files import file_in
-from .hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
-from .layer.quantize import experts_in
-from .routing.plan import ExpertPlan, select_experts
-from .routing.profile import RoutingProfile
-from .train.config import TrainConfig
-from .train.reprofile import LEFT
-from .train.trainer import check_report_to
+from ..adapter.load import saved_config
+from ..adapter.model import HotLoraConfig
+from ..base.errors import HotLoraError, PlanError
+from ..base.files import file_in
+from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
+from ..layer.quantize import experts_in
+from ..routing.plan import ExpertPlan, select_experts
+from ..routing.profile import RoutingProfile
+from ..train.config import TrainConfig
+from ..train.reprofile import LEFT
+from ..train.trainer import check_report_to
 
 SELECTION = ("rule", "fraction", "experts_per_layer", "p", "budget", "fillers", "scores", "signal")
 

@@ -18,16 +18,16 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from .base.errors import DataError, FileError, HotLoraError
-from .base.escape import lines
-from .base.lock import locked
-from .crew import Job, default_processes, run_jobs
+from ..base.errors import DataError, FileError, HotLoraError
+from ..base.escape import lines
+from ..base.lock import locked
+from ..tasks.data import test_source
+from ..train.config import TrainConfig
+from ..train.methods import resolve
 from .stages import run_method
 from .sweep_runs import SAMPLING, TRAINING, keep_failure, make_profile, score_adapter, score_base, train_run
 from .sweep_table import progress_table, state, title
-from .tasks.data import test_source
-from .train.config import TrainConfig
-from .train.methods import resolve
+from .worker_pool import Job, default_processes, run_jobs
 
 PROFILES = "profiles"
 

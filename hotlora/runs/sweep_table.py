@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .base.records import Record, read_record
-from .crew import Job
+from ..base.records import Record, read_record
+from ..train.checkpoints import last_complete, step_of
 from .sweep_runs import make_profile, train_run
-from .train.checkpoints import last_complete, step_of
+from .worker_pool import Job
 
 
 def progress_table(name: str, jobs: Sequence[Job]) -> Table:
