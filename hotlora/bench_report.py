@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .base.errors import FileError
 from .base.files import read_json
-from .figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style
+from .report.figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style
 
 COLUMNS = (
     "contender",

@@ -394,7 +394,7 @@ def report(
     """
     from .base.records import find_records
     from .recipes.page import has_recipes, write_tables
-    from .report import conditions_table, write_report
+    from .report.page import conditions_table, write_report
 
     skipped: dict[Path, str] = {}
     records = find_records(runs, skipped)

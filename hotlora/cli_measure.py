@@ -131,7 +131,7 @@ def params(
     table.add_row("share", f"{counts['percent']:.4f}%")
     out.print(table)
     if estimate:
-        from .tables import human_bytes, human_flops
+        from .report.tables import human_bytes, human_flops
 
         found = counts["estimate"]
         title = f"A step of {batch_size} × {max_length:,} tokens on {found['device']}, in {found['dtype']}"

@@ -133,8 +133,8 @@ def _compare(
     quantize: int | None,
 ) -> None:
     from .base.files import check_writable
+    from .report.study_report import write_study
     from .runs.study import run_study
-    from .study_report import write_study
 
     check_writable(output / "study.md")
 

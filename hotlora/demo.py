@@ -7,7 +7,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .base.errors import DataError
 from .base.records import find_records
-from .report import conditions_table, write_report
+from .report.page import conditions_table, write_report
 from .runs.evaluation import run_evaluation
 from .runs.training import run_training
 from .train.config import TrainConfig

@@ -24,7 +24,7 @@ from study import page as study_page
 
 from hotlora.base.records import find_records
 from hotlora.bench_report import speed_tables
-from hotlora.tables import COLUMNS, read_sections, table_rows
+from hotlora.report.tables import COLUMNS, read_sections, table_rows
 from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent

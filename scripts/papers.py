@@ -21,7 +21,7 @@ from hotlora.recipes.configs import HyperparameterTable, ShapeTable
 from hotlora.recipes.page import table_results, write_tables
 from hotlora.recipes.profiles import ProfileRecipe
 from hotlora.recipes.result import Result
-from hotlora.tables import human_seconds
+from hotlora.report.tables import human_seconds
 from results import take_over
 
 ROOT = Path(__file__).resolve().parent.parent

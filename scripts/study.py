@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from hotlora.base.files import write_text
-from hotlora.published import HELLORA_OVERLAP
+from hotlora.report.published import HELLORA_OVERLAP
+from hotlora.report.study_report import page as study_page
+from hotlora.report.study_report import write_page
 from hotlora.routing.study import load_study
-from hotlora.study_report import page as study_page
-from hotlora.study_report import write_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "nano" / "study"

@@ -28,11 +28,11 @@ from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records, new_record, read_record, read_results, write_record
 from hotlora.base.tensor_files import save_tensors
-from hotlora.comparison import as_dict, compare_runs
 from hotlora.evaluate.generations import read_generations
 from hotlora.hf.models import load_model, load_tokenizer
+from hotlora.report.comparison import as_dict, compare_runs
+from hotlora.report.tables import conditions_table, read_sections, table_rows
 from hotlora.routing.profile import profile_routing
-from hotlora.tables import conditions_table, read_sections, table_rows
 from hotlora.tasks import TASKS, get_task
 from hotlora.tasks.data import load_examples, tokenize
 from hotlora.train import checkpoints

@@ -21,11 +21,11 @@ from hotlora.base import escape
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.records import new_record, write_record
 from hotlora.cli_compare import compare
-from hotlora.comparison import as_dict, compare_runs
-from hotlora.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
 from hotlora.evaluate.stats import McNemar, paired_difference
-from hotlora.paired import as_dict as paired_dict
-from hotlora.paired import compare_examples
+from hotlora.report.comparison import as_dict, compare_runs
+from hotlora.report.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
+from hotlora.report.paired import as_dict as paired_dict
+from hotlora.report.paired import compare_examples
 
 APP = typer.Typer()
 APP.command()(compare)

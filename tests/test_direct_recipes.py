@@ -20,11 +20,11 @@ from hotlora.base.files import write_json
 from hotlora.cli_sweep import sweep as sweep_command
 from hotlora.estimate import estimate, meta_model, sized_config
 from hotlora.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
-from hotlora.published import MODELS, THROUGHPUT, UNIFORM_COVERAGE
 from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, needs
 from hotlora.recipes.benches import BenchRecipe
 from hotlora.recipes.needs import config_file, data_size, sweep_needs
 from hotlora.recipes.result import Result, write_results
+from hotlora.report.published import MODELS, THROUGHPUT, UNIFORM_COVERAGE
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.sweep import Condition
 from hotlora.tasks import TASKS

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from hotlora.base.errors import DataError, FileError
 from hotlora.base.records import find_records, new_record, write_record
-from hotlora.report import conditions_table, write_report
+from hotlora.report.page import conditions_table, write_report
+from hotlora.report.tables import human_bytes, human_count, human_seconds, read_sections, table_rows
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
-from hotlora.tables import human_bytes, human_count, human_seconds, read_sections, table_rows
 
 MODEL = {"name": "nano", "fingerprint": "olmoe-3f2a91c0b4d7", "num_parameters": 5_663_872}
 ACCURACY = {"base": 0.08, "all": 0.62, "hot": 0.605, "random": 0.54, "cold": 0.465}

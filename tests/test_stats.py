@@ -24,7 +24,7 @@ from hotlora.evaluate.stats import (
     proportion_interval,
     sd_ratio,
 )
-from hotlora.published import EQUIVALENCE, SEED_SD, SEEDS
+from hotlora.report.published import EQUIVALENCE, SEED_SD, SEEDS
 
 
 @pytest.fixture(autouse=True)

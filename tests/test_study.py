@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, PlanError
 from hotlora.cli_profile import profile as profile_command
-from hotlora.published import DATASETS, MODELS, OLMOE_SPIDER
+from hotlora.report.published import DATASETS, MODELS, OLMOE_SPIDER
+from hotlora.report.study_claims import claims
+from hotlora.report.study_figures import layer_overlap
+from hotlora.report.study_report import page, write_page, write_study
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.routing.study import clusters, experts_for, hot_mask, load_study, overlap, stability, study, thirds
 from hotlora.runs.study import names_of, run_study, shared_experts
-from hotlora.study_claims import claims
-from hotlora.study_figures import layer_overlap
-from hotlora.study_report import page, write_page, write_study
 from hotlora.tasks import TASKS
 
 E, L = 8, 4

@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records
 from hotlora.cli_sweep import sweep as sweep_command
-from hotlora.comparison import compare_runs
+from hotlora.report.comparison import compare_runs
+from hotlora.report.tables import read_sections, table_rows
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs
 from hotlora.runs.sweep_runs import make_profile, score_base, train_run
 from hotlora.runs.training import run_training
 from hotlora.runs.worker_pool import worker_environment
-from hotlora.tables import read_sections, table_rows
 from hotlora.train.config import TrainConfig
 
 APP = typer.Typer()

@@ -17,11 +17,11 @@ from ..adapter.count import parameters_from_config
 from ..base.files import write_json
 from ..bench import run_bench
 from ..bench_report import read_result
-from ..comparison_table import NONE
 from ..contenders import BenchConfig
-from ..figures import COLD, HOT, INK, WIDTH, style
-from ..published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
-from ..tables import human_seconds
+from ..report.comparison_table import NONE
+from ..report.figures import COLD, HOT, INK, WIDTH, style
+from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
+from ..report.tables import human_seconds
 from ..train.methods import counted_options
 from .direct import Direct, Tell
 from .needs import bench_needs, config_file, number_of

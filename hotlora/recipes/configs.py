@@ -8,11 +8,11 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..base.files import read_json, write_json
-from ..comparison_table import NONE
 from ..estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
-from ..published import EXPERT_TO_FFN, MODELS
+from ..report.comparison_table import NONE
+from ..report.published import EXPERT_TO_FFN, MODELS
 from ..runs.study import shared_experts
 from ..train.config import PROFILE_FRACTION
 from ..train.methods import METHODS, resolve

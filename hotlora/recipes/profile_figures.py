@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
-from ..figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, WIDTH, style
-from ..published import MODELS, RATIOS
+from ..report.figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, WIDTH, style
+from ..report.published import MODELS, RATIOS
 from ..routing.profile import RoutingProfile, experts_kept
 from ..routing.study import FRACTION, Study
 

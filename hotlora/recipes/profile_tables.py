@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from matplotlib.figure import Figure
 
-from .. import study_figures
-from ..comparison_table import NONE
-from ..published import (
+from ..report import study_figures
+from ..report.comparison_table import NONE
+from ..report.published import (
     DATASETS,
     GREEDY_COVERAGE,
     GREEDY_EXPERTS,
@@ -19,10 +19,10 @@ from ..published import (
     RATIOS,
     UNIFORM_COVERAGE,
 )
+from ..report.study_claims import ACROSS, WITHIN
 from ..routing.plan import select_experts
 from ..routing.profile import RoutingProfile, experts_kept
 from ..routing.study import FRACTION, Study, hot_mask, overlap
-from ..study_claims import ACROSS, WITHIN
 from . import profile_figures as figures
 from .result import Number
 

@@ -15,7 +15,7 @@ from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..base.records import read_record
 from ..hf.models import load_tokenizer
-from ..published import DATASETS
+from ..report.published import DATASETS
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study, load_study, study
 from ..runs.folder import data_time, load_base

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from ..base import escape
 from ..base.files import atomic_path, write_text
-from ..comparison_table import latex_line, markdown_line
-from ..figures import plain_text
+from ..report.comparison_table import latex_line, markdown_line
+from ..report.figures import plain_text
 
 DPI = 120
 

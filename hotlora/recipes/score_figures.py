@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluate.stats import mean_interval
-from ..figures import GRID, HOT, INK, MUTED, style
+from ..report.figures import GRID, HOT, INK, MUTED, style
 from .recipe import Column, Recipe
 
 if TYPE_CHECKING:

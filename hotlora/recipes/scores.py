@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.records import read_record
-from ..comparison_table import NONE, ends, p_word
 from ..evaluate.stats import Interval, MeanSd, PairedTest, mean_interval, mean_sd, paired_test, sd_ratio
-from ..published import EQUIVALENCE, SEED_SD
+from ..report.comparison_table import NONE, ends, p_word
+from ..report.published import EQUIVALENCE, SEED_SD
 from ..routing.plan import ExpertPlan
 from .hellora import PUBLISHED_ACROSS
 from .recipe import Column, Recipe, Row, across_name, scored_name

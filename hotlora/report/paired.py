@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base.errors import DataError, FileError
-from .base.records import Record, read_record, read_results
-from .evaluate.stats import Interval, McNemar, mcnemar, paired_difference
+from ..base.errors import DataError, FileError
+from ..base.records import Record, read_record, read_results
+from ..evaluate.stats import Interval, McNemar, mcnemar, paired_difference
 
 ALPHA = 0.05
 

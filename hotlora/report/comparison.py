@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .base.errors import DataError
-from .base.records import Record, find_records
-from .evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
+from ..base.errors import DataError
+from ..base.records import Record, find_records
+from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)

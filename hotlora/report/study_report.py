@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..base.files import atomic_path, write_json, write_text
+from ..routing.profile import RoutingProfile
+from ..routing.study import Study, load_study, thirds
 from . import study_figures as figures
-from .base.files import atomic_path, write_json, write_text
 from .figures import plain_text
 from .published import MODELS, OLMOE_SPIDER, SPIDER_EXPERTS_FOR_60
-from .routing.profile import RoutingProfile
-from .routing.study import Study, load_study, thirds
 from .study_claims import claims
 
 NONE = "–"

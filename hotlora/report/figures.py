@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .routing.plan import ExpertPlan
-from .routing.profile import RoutingProfile
+from ..routing.plan import ExpertPlan
+from ..routing.profile import RoutingProfile
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the kept experts are always HOT.
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e4e7eb"

@@ -12,10 +12,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 from torch import Tensor
 
+from ..routing.profile import RoutingProfile
+from ..routing.study import Study
 from .figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, TOP, WIDTH, new_figure, style
 from .published import OLMOE_SPIDER
-from .routing.profile import RoutingProfile
-from .routing.study import Study
 
 
 def heat_maps(profiles: Mapping[str, RoutingProfile]) -> Figure:

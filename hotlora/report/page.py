@@ -10,10 +10,10 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
+from ..base.errors import DataError, FileError
+from ..base.files import atomic_path, read_json_lines, write_text
+from ..base.records import Record, find_records
 from . import figures
-from .base.errors import DataError, FileError
-from .base.files import atomic_path, read_json_lines, write_text
-from .base.records import Record, find_records
 from .tables import Section, against_all, conditions_table, covered, human_seconds, read_sections, table_rows
 
 # What the page shows of a run's record, besides its row.

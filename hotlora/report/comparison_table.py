@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .base import escape as escapes
-from .base.escape import one_line
+from ..base import escape as escapes
+from ..base.escape import one_line
+from ..evaluate.stats import Interval
 from .comparison import Comparison, Row, Table
-from .evaluate.stats import Interval
 from .paired import PairedRuns, PairedTask
 
 NONE = "–"

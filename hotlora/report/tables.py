@@ -10,12 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .base.errors import FileError, HotLoraError
-from .base.escape import one_line
-from .base.records import Record, read_results
-from .evaluate.stats import Difference, paired_difference, proportion_interval
-from .routing.plan import ExpertPlan
-from .routing.profile import RoutingProfile
+from ..base.errors import FileError, HotLoraError
+from ..base.escape import one_line
+from ..base.records import Record, read_results
+from ..evaluate.stats import Difference, paired_difference, proportion_interval
+from ..routing.plan import ExpertPlan
+from ..routing.profile import RoutingProfile
 
 ORDER = ("base", "all", "hot", "random", "cold")
 COLUMNS = {

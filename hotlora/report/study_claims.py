@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..routing.study import Study, clusters
 from .published import MBPP_STABILITY, MODELS, RATIOS
-from .routing.study import Study, clusters
 
 CODE = ("spider", "codealpaca", "mbpp")
 BROAD = ("hellaswag", "wikitext2")
