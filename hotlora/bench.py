@@ -22,8 +22,8 @@ from .base.precision import cpu_dtype, in_float32, say_once
 from .base.records import environment
 from .base.signals import without_ctrl_c
 from .contenders import KINDS, BenchConfig, Contender
-from .estimate import estimate, meta_model, sized_config, torch_dtype
-from .flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
+from .cost.estimate import estimate, meta_model, sized_config, torch_dtype
+from .cost.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
 from .hf.models import fingerprint, moe_layers
 from .routing.profile import RoutingProfile
 from .worker import PARTS, Worker

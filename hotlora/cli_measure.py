@@ -102,7 +102,7 @@ def params(
     if estimate and named:
         raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
-        from .estimate import estimate as estimate_step
+        from .cost.estimate import estimate as estimate_step
 
         counts["estimate"] = estimate_step(
             config,

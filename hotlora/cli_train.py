@@ -233,7 +233,7 @@ def train(
 def _check_memory(model: str, options: dict[str, Any]) -> None:
     """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
     from .base.processes import all_objects, is_main
-    from .preflight import preflight
+    from .cost.preflight import preflight
 
     found = all_objects(preflight(model, **options) if is_main() else None)[0]
     if found is None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .base.errors import ModelError
-from .estimate import autocast
+from .cost.estimate import autocast
 from .hf.models import moe_layers
 
 _ON_CPU = "UNSLOTH_ALLOW_CPU"  # Unsloth's own switch

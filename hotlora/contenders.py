@@ -23,7 +23,7 @@ from .adapter.mergeable import factor_slots
 from .adapter.model import HotLoraConfig
 from .base.errors import HotLoraError
 from .base.quiet import quiet
-from .estimate import model_class
+from .cost.estimate import model_class
 from .hf.experts_view import ExpertsView
 from .hf.models import attention_modules, moe_layers, unwrap
 from .routing.plan import ExpertPlan, select_experts

@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from .base.precision import is_fast_on_cpu
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
-from .estimate import SavedBytes, autocast, sized_config, torch_dtype
+from .cost.estimate import SavedBytes, autocast, sized_config, torch_dtype
 from .hf.models import attention_modules, moe_layers
 from .routing.plan import ExpertPlan
 from .routing.profile import profile_routing

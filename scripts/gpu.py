@@ -10,7 +10,7 @@ from typing import Any
 
 from marks import table
 
-from hotlora.scale import H100, H200, Machine
+from hotlora.cost.cluster import H100, H200, Machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
 MACHINES = {"h200": H200, "h100": H100}

@@ -20,8 +20,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from traffic import measure
 
 from hotlora.base.files import atomic_path, write_json, write_text
+from hotlora.cost.cluster import (
+    H100,
+    H200,
+    LAYOUTS,
+    Work,
+    expert_groups,
+    imbalance,
+    memory,
+    seconds,
+    smallest,
+    traffic,
+    work,
+)
 from hotlora.report.figures import INK, MUTED, SERIES, style
-from hotlora.scale import H100, H200, LAYOUTS, Work, expert_groups, imbalance, memory, seconds, smallest, traffic, work
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.png"

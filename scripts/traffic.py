@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.base.records import environment
+from hotlora.cost.cluster import work
 from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.folder import load_base
-from hotlora.scale import work
 from hotlora.train.gradient_checkpointing import checkpoint_kwargs
 
 BATCH, LENGTH, RANK, FRACTION = 2, 64, 8, 0.25

@@ -21,8 +21,14 @@ from hotlora.base.files import write_json
 from hotlora.bench import BenchConfig, run_bench, run_growth
 from hotlora.bench_report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
 from hotlora.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
-from hotlora.estimate import SavedBytes
-from hotlora.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
+from hotlora.cost.estimate import SavedBytes
+from hotlora.cost.flops import (
+    attention_adapter_flops,
+    dense_update_flops,
+    expert_adapter_flops,
+    forward_flops,
+    step_flops,
+)
 from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan, select_experts
 from hotlora.routing.profile import profile_routing

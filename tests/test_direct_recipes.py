@@ -18,8 +18,8 @@ from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.files import write_json
 from hotlora.cli_sweep import sweep as sweep_command
-from hotlora.estimate import estimate, meta_model, sized_config
-from hotlora.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
+from hotlora.cost.estimate import estimate, meta_model, sized_config
+from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
 from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, needs
 from hotlora.recipes.benches import BenchRecipe
 from hotlora.recipes.needs import config_file, data_size, sweep_needs

@@ -11,7 +11,7 @@ from zoo import zoo_model
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError
 from hotlora.contenders import BenchConfig, Contender
-from hotlora.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
+from hotlora.cost.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, profile_routing
 from hotlora.worker import Worker

@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner
 from zoo import zoo_model
 
-from hotlora import preflight as module
 from hotlora.cli import app
-from hotlora.estimate import estimate
-from hotlora.preflight import ROOM, preflight
+from hotlora.cost import preflight as module
+from hotlora.cost.estimate import estimate
+from hotlora.cost.preflight import ROOM, preflight
 from hotlora.routing.plan import ExpertPlan
 from hotlora.train.config import TrainConfig
 

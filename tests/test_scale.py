@@ -10,8 +10,7 @@ import pytest
 
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import HotLoraError
-from hotlora.estimate import estimate
-from hotlora.scale import (
+from hotlora.cost.cluster import (
     H100,
     H200,
     LAYOUTS,
@@ -25,6 +24,7 @@ from hotlora.scale import (
     traffic,
     work,
 )
+from hotlora.cost.estimate import estimate
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "benchmarks" / "configs"

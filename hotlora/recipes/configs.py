@@ -8,7 +8,7 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..base.files import read_json, write_json
-from ..estimate import meta_model, sized_config
+from ..cost.estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
 from ..report.comparison_table import NONE

@@ -16,8 +16,8 @@ from huggingface_hub.utils import build_hf_headers, get_session
 
 from ..base.errors import FileError, HotLoraError
 from ..contenders import Contender
-from ..estimate import coverage_at, estimate, meta_model, sized_config
-from ..flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
+from ..cost.estimate import coverage_at, estimate, meta_model, sized_config
+from ..cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
 from ..routing.profile import experts_kept
 from ..runs.sweep import Sweep, sweep_jobs

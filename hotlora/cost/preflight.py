@@ -14,15 +14,15 @@ import psutil
 import torch
 from transformers.utils import cached_file
 
-from . import scale
-from .base.errors import FileError, HotLoraError
-from .base.processes import num_processes, own_device, uses_deepspeed
+from ..base.errors import FileError, HotLoraError
+from ..base.processes import num_processes, own_device, uses_deepspeed
+from ..hf.models import NANO
+from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
+from ..routing.rules import READS
+from ..train.config import TrainConfig
+from . import cluster as scale
+from .cluster import Work
 from .estimate import meta_model, quantized_bytes, sized_config, torch_dtype, workspace_bytes
-from .hf.models import NANO
-from .routing.plan import DEFAULT_FRACTION, ExpertPlan
-from .routing.rules import READS
-from .scale import Work
-from .train.config import TrainConfig
 
 ROOM = 0.9
 """Share of the free memory that is counted on; the estimate is good to 15%, and leaves out fragmentation."""

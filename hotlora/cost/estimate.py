@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
-from .adapter.count import count_parameters
-from .adapter.experts import HotLoraExperts
-from .adapter.model import HotLoraConfig
-from .base.errors import HotLoraError, ModelError
-from .base.quiet import quiet
+from ..adapter.count import count_parameters
+from ..adapter.experts import HotLoraExperts
+from ..adapter.model import HotLoraConfig
+from ..base.errors import HotLoraError, ModelError
+from ..base.quiet import quiet
+from ..hf.experts_view import ExpertsView
+from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
+from ..routing.plan import ExpertPlan
+from ..routing.profile import experts_kept
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
-from .hf.experts_view import ExpertsView
-from .hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
-from .routing.plan import ExpertPlan
-from .routing.profile import experts_kept
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one

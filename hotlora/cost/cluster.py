@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
+from ..hf.experts_view import ExpertsView
+from ..hf.models import moe_layers, num_experts_per_tok, unwrap
 from .estimate import estimate, meta_model, sized_config, torch_dtype
 from .flops import expert_adapter_flops
-from .hf.experts_view import ExpertsView
-from .hf.models import moe_layers, num_experts_per_tok, unwrap
 
 LAYOUTS = ("ddp", "fsdp", "ep", "ep-wide", "sharded")
 NODE = 8
