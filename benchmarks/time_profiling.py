@@ -22,7 +22,7 @@ import torch
 from hotlora.base.files import write_json
 from hotlora.base.precision import cpu_dtype
 from hotlora.base.records import environment
-from hotlora.contenders import RandomModel
+from hotlora.bench.contenders import RandomModel
 from hotlora.cost.estimate import sized_config, torch_dtype
 from hotlora.routing.profile import profile_routing
 

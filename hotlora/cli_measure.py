@@ -193,8 +193,8 @@ def bench(
     Prints medians (quartiles) and ratios to the floor, which adapts attention alone.
     """
     from .base.files import atomic_path, write_json
-    from .bench import BenchConfig, run_bench, run_growth
-    from .bench_report import growth_figure, summary_table
+    from .bench.bench import BenchConfig, run_bench, run_growth
+    from .bench.report import growth_figure, summary_table
 
     config = BenchConfig(
         model=model,

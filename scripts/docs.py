@@ -23,7 +23,7 @@ from study import PAGE as STUDY_PAGE
 from study import page as study_page
 
 from hotlora.base.records import find_records
-from hotlora.bench_report import speed_tables
+from hotlora.bench.report import speed_tables
 from hotlora.report.tables import COLUMNS, read_sections, table_rows
 from results import auto_table, quantized_table
 

@@ -13,14 +13,15 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from zoo import zoo_model
 
-from hotlora import bench, worker
 from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.files import write_json
-from hotlora.bench import BenchConfig, run_bench, run_growth
-from hotlora.bench_report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
-from hotlora.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
+from hotlora.bench import bench, worker
+from hotlora.bench.bench import BenchConfig, run_bench, run_growth
+from hotlora.bench.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
+from hotlora.bench.report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
+from hotlora.bench.worker import Worker
 from hotlora.cost.estimate import SavedBytes
 from hotlora.cost.flops import (
     attention_adapter_flops,
@@ -33,7 +34,6 @@ from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan, select_experts
 from hotlora.routing.profile import profile_routing
 from hotlora.train.methods import counted_options
-from hotlora.worker import Worker
 
 R = 4
 

@@ -13,10 +13,11 @@ import typer
 from tiny import tiny_config
 from typer.testing import CliRunner
 
-from hotlora import bench, worker
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.files import write_json
+from hotlora.bench import bench, worker
+from hotlora.bench.worker import Worker
 from hotlora.cli_sweep import sweep as sweep_command
 from hotlora.cost.estimate import estimate, meta_model, sized_config
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
@@ -29,7 +30,6 @@ from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.sweep import Condition
 from hotlora.tasks import TASKS
 from hotlora.tasks.data import load_examples
-from hotlora.worker import Worker
 
 APP = typer.Typer()
 APP.command()(sweep_command)

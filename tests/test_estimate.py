@@ -10,11 +10,11 @@ from zoo import zoo_model
 
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError
-from hotlora.contenders import BenchConfig, Contender
+from hotlora.bench.contenders import BenchConfig, Contender
+from hotlora.bench.worker import Worker
 from hotlora.cost.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, profile_routing
-from hotlora.worker import Worker
 
 BATCH, LENGTH = 4, 64
 
@@ -161,8 +161,8 @@ def test_peak_on_a_gpu(fraction, write):
     """The whole peak, as CUDA's allocator saw it, within 15%."""
     from transformers import OlmoeConfig
 
-    from hotlora.contenders import BenchConfig, Contender
-    from hotlora.worker import Worker
+    from hotlora.bench.contenders import BenchConfig, Contender
+    from hotlora.bench.worker import Worker
 
     path = write(OlmoeConfig(intermediate_size=1024, num_hidden_layers=2, dtype="bfloat16"))
     contender = Contender("hot", fraction) if fraction < 1 else Contender("all")

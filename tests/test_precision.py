@@ -12,9 +12,9 @@ import torch
 from tiny import tiny_config, tiny_model
 
 from hotlora.base.precision import cpu_dtype, is_fast_on_cpu
-from hotlora.bench import _resolved
-from hotlora.contenders import BenchConfig
-from hotlora.worker import matrix_rate
+from hotlora.bench.bench import _resolved
+from hotlora.bench.contenders import BenchConfig
+from hotlora.bench.worker import matrix_rate
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """

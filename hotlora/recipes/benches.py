@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from ..adapter.count import parameters_from_config
 from ..base.files import write_json
-from ..bench import run_bench
-from ..bench_report import read_result
-from ..contenders import BenchConfig
+from ..bench.bench import run_bench
+from ..bench.contenders import BenchConfig
+from ..bench.report import read_result
 from ..report.comparison_table import NONE
 from ..report.figures import COLD, HOT, INK, WIDTH, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT

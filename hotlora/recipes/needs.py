@@ -15,7 +15,8 @@ import torch
 from huggingface_hub.utils import build_hf_headers, get_session
 
 from ..base.errors import FileError, HotLoraError
-from ..contenders import Contender
+from ..bench.contenders import Contender
+from ..bench.worker import matrix_rate
 from ..cost.estimate import coverage_at, estimate, meta_model, sized_config
 from ..cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
@@ -25,7 +26,6 @@ from ..runs.sweep_runs import make_profile
 from ..tasks.data import load_examples, task_of
 from ..train.config import PROFILE_FRACTION, TrainConfig
 from ..train.methods import resolve
-from ..worker import matrix_rate
 
 GPU_RATE = 100e12
 """FLOP/s that hours are counted at where none is given: about a third of what an A100 has at most in bfloat16."""

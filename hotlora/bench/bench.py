@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .base.errors import HotLoraError, ModelError
-from .base.precision import cpu_dtype, in_float32, say_once
-from .base.records import environment
-from .base.signals import without_ctrl_c
+from ..base.errors import HotLoraError, ModelError
+from ..base.precision import cpu_dtype, in_float32, say_once
+from ..base.records import environment
+from ..base.signals import without_ctrl_c
+from ..cost.estimate import estimate, meta_model, sized_config, torch_dtype
+from ..cost.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
+from ..hf.models import fingerprint, moe_layers
+from ..routing.profile import RoutingProfile
 from .contenders import KINDS, BenchConfig, Contender
-from .cost.estimate import estimate, meta_model, sized_config, torch_dtype
-from .cost.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
-from .hf.models import fingerprint, moe_layers
-from .routing.profile import RoutingProfile
 from .worker import PARTS, Worker
 
 VERSION = 1

@@ -24,9 +24,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .base.errors import ModelError
-from .cost.estimate import autocast
-from .hf.models import moe_layers
+from ..base.errors import ModelError
+from ..cost.estimate import autocast
+from ..hf.models import moe_layers
 
 _ON_CPU = "UNSLOTH_ALLOW_CPU"  # Unsloth's own switch
 _TOKENS = 8  # of the forward that shows whose code runs

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .base.errors import ModelError
-from .cost.estimate import autocast
-from .hf.models import moe_layers, unwrap
+from ..base.errors import ModelError
+from ..cost.estimate import autocast
+from ..hf.models import moe_layers, unwrap
 
 _TOKENS = 16  # of the forward that shows whose code runs; a multiple of 16, as the bench's, or Triton compiles twice
 _NODE = "ScatterMoELoRABackward"  # in autograd's graph, once for each adapted weight

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
-from .base.precision import is_fast_on_cpu
+from ..base.precision import is_fast_on_cpu
+from ..cost.estimate import SavedBytes, autocast, sized_config, torch_dtype
+from ..hf.models import attention_modules, moe_layers
+from ..routing.plan import ExpertPlan
+from ..routing.profile import profile_routing
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
-from .cost.estimate import SavedBytes, autocast, sized_config, torch_dtype
-from .hf.models import attention_modules, moe_layers
-from .routing.plan import ExpertPlan
-from .routing.profile import profile_routing
 
 PARTS = ("step", "forward", "backward", "optimizer")
 _SKEWED_ON = 512  # tokens; the routing that is reported is that of the whole batch

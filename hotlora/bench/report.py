@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from .base.errors import FileError
-from .base.files import read_json
-from .report.figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style
+from ..base.errors import FileError
+from ..base.files import read_json
+from ..report.figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style
 
 COLUMNS = (
     "contender",
