@@ -91,7 +91,7 @@ def demo(
     Profiles nano's router on a task, trains LoRA on all experts, on the hot 25%, on as many random ones and on as
     many cold ones, evaluates each and the base model, and writes one page. Run again, it goes on where it stopped.
     """
-    from .demo import CONFIG, run_demo
+    from .papers.demo import CONFIG, run_demo
 
     config = dataclasses.replace(CONFIG, seed=seed, train_attention=train_attention, train_router=train_router)
     run_demo(task, output, config=config, console=out)
@@ -393,7 +393,7 @@ def report(
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
     from .base.records import find_records
-    from .recipes.page import has_recipes, write_tables
+    from .papers.page import has_recipes, write_tables
     from .report.page import conditions_table, write_report
 
     skipped: dict[Path, str] = {}

@@ -15,12 +15,12 @@ from marks import filled
 
 from hotlora.base.files import write_text
 from hotlora.base.records import Record, find_records
-from hotlora.recipes import RECIPES, Recipe, Setting
-from hotlora.recipes.benches import BenchRecipe
-from hotlora.recipes.configs import HyperparameterTable, ShapeTable
-from hotlora.recipes.page import table_results, write_tables
-from hotlora.recipes.profiles import ProfileRecipe
-from hotlora.recipes.result import Result
+from hotlora.papers import RECIPES, Recipe, Setting
+from hotlora.papers.benches import BenchRecipe
+from hotlora.papers.configs import HyperparameterTable, ShapeTable
+from hotlora.papers.page import table_results, write_tables
+from hotlora.papers.profiles import ProfileRecipe
+from hotlora.papers.result import Result
 from hotlora.report.tables import human_seconds
 from results import take_over
 

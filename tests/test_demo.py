@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hotlora.base.records import find_records
-from hotlora.demo import CONDITIONS, CONFIG, run_demo
+from hotlora.papers.demo import CONDITIONS, CONFIG, run_demo
 
 
 def test_every_condition_ends_in_one_table_and_one_page(tmp_path: Path):

@@ -21,10 +21,10 @@ from hotlora.bench.worker import Worker
 from hotlora.cli_sweep import sweep as sweep_command
 from hotlora.cost.estimate import estimate, meta_model, sized_config
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
-from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, needs
-from hotlora.recipes.benches import BenchRecipe
-from hotlora.recipes.needs import config_file, data_size, sweep_needs
-from hotlora.recipes.result import Result, write_results
+from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, needs
+from hotlora.papers.benches import BenchRecipe
+from hotlora.papers.needs import config_file, data_size, sweep_needs
+from hotlora.papers.result import Result, write_results
 from hotlora.report.published import MODELS, THROUGHPUT, UNIFORM_COVERAGE
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.sweep import Condition

@@ -9,11 +9,11 @@ from test_cli import run
 
 from hotlora.base.errors import DataError
 from hotlora.base.records import new_record, write_record
-from hotlora.recipes import RECIPES, Setting
-from hotlora.recipes.claims import CLAIMS, claims_result, decide
-from hotlora.recipes.page import table_results, write_tables
-from hotlora.recipes.recipe import STORE, Column, Row
-from hotlora.recipes.scores import Cell, read_cells, result
+from hotlora.papers import RECIPES, Setting
+from hotlora.papers.claims import CLAIMS, claims_result, decide
+from hotlora.papers.page import table_results, write_tables
+from hotlora.papers.recipe import STORE, Column, Row
+from hotlora.papers.scores import Cell, read_cells, result
 from hotlora.routing.plan import ExpertPlan
 
 NANO = Setting("nano")

@@ -1,8 +1,8 @@
 import pytest
 
 from hotlora.base.errors import HotLoraError
-from hotlora.recipes import RECIPES, Direct, Recipe, Setting, find_recipe, find_sweep, names
-from hotlora.recipes.recipe import across_name, condition_name, scored_name
+from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, find_sweep, names
+from hotlora.papers.recipe import across_name, condition_name, scored_name
 from hotlora.runs.sweep import Sweep, sweep_jobs
 from hotlora.runs.worker_pool import Job
 

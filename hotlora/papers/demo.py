@@ -5,12 +5,12 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from .base.errors import DataError
-from .base.records import find_records
-from .report.page import conditions_table, write_report
-from .runs.evaluation import run_evaluation
-from .runs.training import run_training
-from .train.config import TrainConfig
+from ..base.errors import DataError
+from ..base.records import find_records
+from ..report.page import conditions_table, write_report
+from ..runs.evaluation import run_evaluation
+from ..runs.training import run_training
+from ..train.config import TrainConfig
 
 CONDITIONS = ("all", "hot", "random", "cold")
 FRACTION = 0.25  # MoE-Sieve s4

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..demo import CONFIG, TASKS, TRAIN_EXAMPLES
 from ..runs.sweep import Condition, Sweep
+from .demo import CONFIG, TASKS, TRAIN_EXAMPLES
 
 
 def experts_alone(name: str, conditions: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> Sweep:
