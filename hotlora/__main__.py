@@ -1,5 +1,5 @@
 """`python -m hotlora` is the command line, for launchers that take a module."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -22,7 +22,7 @@ from peft import get_peft_model
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
-import hotlora.cli
+import hotlora.cli.main
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.hf.models import load_model

@@ -25,8 +25,8 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer
 
-from hotlora import cli
 from hotlora.base.records import read_record
+from hotlora.cli import main as cli
 from hotlora.runs import training as run
 from hotlora.runs import worker_pool as crew
 from hotlora.train import checkpoints

@@ -23,7 +23,8 @@ from peft import get_peft_model
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora import HotLoraConfig, cli, select_experts
+from hotlora import HotLoraConfig, select_experts
+from hotlora.cli import main as cli
 from hotlora.routing.profile import profile_routing
 
 GROUP = typer.main.get_command(cli.app)

@@ -10,7 +10,8 @@ from peft import get_peft_model
 from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora import HotLoraConfig, cli, select_experts
+from hotlora import HotLoraConfig, select_experts
+from hotlora.cli import main as cli
 from hotlora.routing.profile import profile_routing
 from hotlora.train.config import differences
 

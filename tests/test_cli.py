@@ -11,8 +11,9 @@ from tiny import tiny_config, tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hotlora import ExpertPlan, RoutingProfile, cli
+from hotlora import ExpertPlan, RoutingProfile
 from hotlora.base.records import read_record
+from hotlora.cli import main as cli
 
 
 def run(*words: object) -> str:

@@ -18,7 +18,7 @@ from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.files import write_json
 from hotlora.bench import bench, worker
 from hotlora.bench.worker import Worker
-from hotlora.cli_sweep import sweep as sweep_command
+from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.cost.estimate import estimate, meta_model, sized_config
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
 from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, needs

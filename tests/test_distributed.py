@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
 from hotlora.base.processes import _hint_at_one_process, sharding, shared_out, start, summed
-from hotlora.cli import app
+from hotlora.cli.main import app
 from hotlora.routing.profile import RoutingProfile
 from hotlora.train.config import same_run
 

@@ -19,9 +19,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from zoo import zoo_model
 
-from hotlora import HotLoraConfig, cli
+from hotlora import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
+from hotlora.cli import main as cli
 from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.evaluate.score import evaluate_task
 from hotlora.runs.evaluation import run_evaluation

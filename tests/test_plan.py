@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotlora import cli
 from hotlora.base.errors import FileError, HotLoraError, PlanError
+from hotlora.cli import main as cli
 from hotlora.routing.plan import RULES, ExpertPlan, select_experts
 from hotlora.routing.profile import RoutingProfile
 

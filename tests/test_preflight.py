@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 from zoo import zoo_model
 
-from hotlora.cli import app
+from hotlora.cli.main import app
 from hotlora.cost import preflight as module
 from hotlora.cost.estimate import estimate
 from hotlora.cost.preflight import ROOM, preflight

@@ -24,7 +24,7 @@ from hotlora.adapter.count import count_parameters
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.cli import app
+from hotlora.cli.main import app
 from hotlora.evaluate.score import response_loss
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers

@@ -15,7 +15,7 @@ from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, PlanError
-from hotlora.cli_profile import profile as profile_command
+from hotlora.cli.profile import profile as profile_command
 from hotlora.report.published import DATASETS, MODELS, OLMOE_SPIDER
 from hotlora.report.study_claims import claims
 from hotlora.report.study_figures import layer_overlap

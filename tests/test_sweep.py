@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records
-from hotlora.cli_sweep import sweep as sweep_command
+from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.report.comparison import compare_runs
 from hotlora.report.tables import read_sections, table_rows
 from hotlora.routing.profile import RoutingProfile

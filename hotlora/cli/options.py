@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .base.errors import HotLoraError
+from ..base.errors import HotLoraError
 
 out = Console()
 err = Console(stderr=True)

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .base.errors import HotLoraError
-from .cli_options import (
+from ..base.errors import HotLoraError
+from ..train.methods import METHODS, PLACEMENTS, counted_options
+from .options import (
     AsJson,
     Attention,
     Device,
@@ -24,7 +25,6 @@ from .cli_options import (
     number_list,
     out,
 )
-from .train.methods import METHODS, PLACEMENTS, counted_options
 
 
 def params(
@@ -85,7 +85,7 @@ def params(
 
     With --estimate also the memory of a training step by kind, its FLOPs, and its time at a given rate.
     """
-    from .adapter.count import parameters_from_config
+    from ..adapter.count import parameters_from_config
 
     options: dict[str, Any] = {
         "experts_per_layer": experts_per_layer,
@@ -102,7 +102,7 @@ def params(
     if estimate and named:
         raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
-        from .cost.estimate import estimate as estimate_step
+        from ..cost.estimate import estimate as estimate_step
 
         counts["estimate"] = estimate_step(
             config,
@@ -131,7 +131,7 @@ def params(
     table.add_row("share", f"{counts['percent']:.4f}%")
     out.print(table)
     if estimate:
-        from .report.tables import human_bytes, human_flops
+        from ..report.tables import human_bytes, human_flops
 
         found = counts["estimate"]
         title = f"A step of {batch_size} × {max_length:,} tokens on {found['device']}, in {found['dtype']}"
@@ -192,9 +192,9 @@ def bench(
 
     Prints medians (quartiles) and ratios to the floor, which adapts attention alone.
     """
-    from .base.files import atomic_path, write_json
-    from .bench.bench import BenchConfig, run_bench, run_growth
-    from .bench.report import growth_figure, summary_table
+    from ..base.files import atomic_path, write_json
+    from ..bench.bench import BenchConfig, run_bench, run_growth
+    from ..bench.report import growth_figure, summary_table
 
     config = BenchConfig(
         model=model,

@@ -8,12 +8,12 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from .base.escape import lines
-from .cli_options import err, named, out
+from ..base.escape import lines
+from .options import err, named, out
 
 if TYPE_CHECKING:
-    from .papers import Direct
-    from .runs.sweep import Sweep
+    from ..papers import Direct
+    from ..runs.sweep import Sweep
 
 
 def sweep(
@@ -48,7 +48,7 @@ def sweep(
     Each run's record, adapter and log lie in OUTPUT/CONDITION/seedK. A run that fails is told at the end, and tried
     again the next time.
     """
-    from .papers import Direct, Setting, find_recipe
+    from ..papers import Direct, Setting, find_recipe
 
     setting = Setting(model, named("--data", data), seeds, {k: _plain(v) for k, v in named("--set", settings).items()})
     found = find_recipe(file, setting)
@@ -61,10 +61,10 @@ def sweep(
 def _trainings(
     study: "Sweep", output: Path | None, processes: int | None, tflops: float | None, dry_run: bool, tell_needs: bool
 ) -> None:
-    from .papers.needs import sweep_needs
-    from .runs.sweep import run_sweep, sweep_jobs
-    from .runs.sweep_table import runs_table, title
-    from .runs.worker_pool import LOG
+    from ..papers.needs import sweep_needs
+    from ..runs.sweep import run_sweep, sweep_jobs
+    from ..runs.sweep_table import runs_table, title
+    from ..runs.worker_pool import LOG
 
     output = output or Path("runs") / study.name
     if tell_needs:
@@ -88,7 +88,7 @@ def _trainings(
 
 def _direct(recipe: "Direct", output: Path | None, tflops: float | None, dry_run: bool) -> None:
     """A recipe without trainings: what is missing is made, then its table and pictures."""
-    from .papers.recipe import STORE
+    from ..papers.recipe import STORE
 
     output = output or Path("runs") / STORE
     _tell(recipe.needs(tflops))

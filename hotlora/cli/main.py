@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from . import __version__
-from .base.errors import HotLoraError, Stopped
-from .base.escape import lines
-from .base.signals import on_stop, stop
-from .cli_compare import compare
-from .cli_measure import bench, params
-from .cli_options import (
+from .. import __version__
+from ..base.errors import HotLoraError, Stopped
+from ..base.escape import lines
+from ..base.signals import on_stop, stop
+from .compare import compare
+from .measure import bench, params
+from .options import (
     AsJson,
     Attention,
     BatchSize,
@@ -41,9 +41,9 @@ from .cli_options import (
     number_list,
     out,
 )
-from .cli_profile import profile
-from .cli_sweep import sweep
-from .cli_train import print_evaluation, train
+from .profile import profile
+from .sweep import sweep
+from .train import print_evaluation, train
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -91,7 +91,7 @@ def demo(
     Profiles nano's router on a task, trains LoRA on all experts, on the hot 25%, on as many random ones and on as
     many cold ones, evaluates each and the base model, and writes one page. Run again, it goes on where it stopped.
     """
-    from .papers.demo import CONFIG, run_demo
+    from ..papers.demo import CONFIG, run_demo
 
     config = dataclasses.replace(CONFIG, seed=seed, train_attention=train_attention, train_router=train_router)
     run_demo(task, output, config=config, console=out)
@@ -115,8 +115,8 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .json file or a folder.")] = Path("plan.json"),
 ) -> None:
     """Choose the experts to adapt, from a profile. The file can be edited by hand."""
-    from .routing.plan import select_experts
-    from .routing.profile import RoutingProfile
+    from ..routing.plan import select_experts
+    from ..routing.profile import RoutingProfile
 
     chosen = select_experts(
         RoutingProfile.load(profile),
@@ -213,8 +213,8 @@ def evaluate(
 
     humaneval runs Python that the model wrote, as far apart from all else as the system allows: docs/evaluation.md.
     """
-    from .evaluate.generate import Sampling
-    from .runs.evaluation import run_evaluation, run_generations, run_harness
+    from ..evaluate.generate import Sampling
+    from ..runs.evaluation import run_evaluation, run_generations, run_harness
 
     if harness is not None or tasks is not None:
         if harness != "lm-eval" or not tasks or data or not model or generations:
@@ -292,7 +292,7 @@ def merge(
     device: Device = "auto",
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
-    from .runs.export import export_saved
+    from ..runs.export import export_saved
 
     export_saved(model, adapter, output, format="merged", on_top_of=on_top_of or (), dtype=dtype, device=device)
     out.print(f"merged model: {output}", soft_wrap=True)
@@ -326,7 +326,7 @@ def export(
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
     vllm applies no update to MLA's kv_b_proj: --merge-attention.
     """
-    from .runs.export import export_saved
+    from ..runs.export import export_saved
 
     export_saved(
         model,
@@ -347,7 +347,7 @@ def export(
 
 
 def _tell_of_quantization(adapter: Path) -> None:
-    from .adapter.load import saved_config
+    from ..adapter.load import saved_config
 
     if found := saved_config(adapter).base_quantization:
         kept = " but the hot ones" if found["keep"] else ""
@@ -374,7 +374,7 @@ def combine(
     device: Device = "auto",
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
-    from .runs.export import combine_saved
+    from ..runs.export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
     combine_saved(model, adapters, output, on_top_of=on_top_of or (), weights=numbers, how=how, device=device)
@@ -392,9 +392,9 @@ def report(
 
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
-    from .base.records import find_records
-    from .papers.page import has_recipes, write_tables
-    from .report.page import conditions_table, write_report
+    from ..base.records import find_records
+    from ..papers.page import has_recipes, write_tables
+    from ..report.page import conditions_table, write_report
 
     skipped: dict[Path, str] = {}
     records = find_records(runs, skipped)
@@ -435,7 +435,7 @@ def main() -> None:
             sys.exit(1)
         if not _has_lost_another(error):
             raise
-        from .base.processes import LOST
+        from ..base.processes import LOST
 
         err.print(f"[bold red]error:[/] {LOST}", highlight=False, soft_wrap=True)
         sys.exit(1)
@@ -447,7 +447,7 @@ def main() -> None:
 
 def _leave() -> None:
     if "WORLD_SIZE" in os.environ:
-        from .base.processes import leave
+        from ..base.processes import leave
 
         leave()
 
@@ -455,7 +455,7 @@ def _leave() -> None:
 def _has_lost_another(error: Exception) -> bool:
     if "WORLD_SIZE" not in os.environ:
         return False
-    from .base.processes import lost_another
+    from ..base.processes import lost_another
 
     return lost_another(error)
 
@@ -464,7 +464,7 @@ def _is_told_here(error: Exception) -> bool:
     """Of several processes, whether this one failed first; where they do not know of each other yet, the first one."""
     if "WORLD_SIZE" not in os.environ:
         return True
-    from .base.processes import first_failure, num_processes
+    from ..base.processes import first_failure, num_processes
 
     if num_processes() == 1:
         return os.environ.get("RANK", "0") == "0"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import AsJson, number_list, out
+from .options import AsJson, number_list, out
 
 
 def compare(
@@ -35,9 +35,9 @@ def compare(
 
     With two runs: the first against the second on the same test examples, by McNemar's test and a paired bootstrap.
     """
-    from .base.files import write_text
-    from .report import comparison_table
-    from .report.comparison import as_dict, compare_runs
+    from ..base.files import write_text
+    from ..report import comparison_table
+    from ..report.comparison import as_dict, compare_runs
 
     if len(runs) > 1:
         options = (reference, metric, margins, holm, csv, latex, markdown)
@@ -56,9 +56,9 @@ def compare(
 
 
 def _two_runs(runs: list[Path], has_options: bool, as_json: bool) -> None:
-    from .base.errors import HotLoraError
-    from .report.comparison_table import paired_table
-    from .report.paired import as_dict, compare_examples
+    from ..base.errors import HotLoraError
+    from ..report.comparison_table import paired_table
+    from ..report.paired import as_dict, compare_examples
 
     if len(runs) > 2:
         raise HotLoraError(f"{len(runs)} folders: give one that holds a sweep's runs, or two runs' own.")

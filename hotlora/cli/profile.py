@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .base.errors import DataError
-from .cli_options import BatchSize, Device, Dtype, ExpertParallel, Limit, MaxLength, Quantize, Seed, err, out
+from ..base.errors import DataError
+from .options import BatchSize, Device, Dtype, ExpertParallel, Limit, MaxLength, Quantize, Seed, err, out
 
 
 def profile(
@@ -78,13 +78,13 @@ def profile(
     if model is None:
         raise typer.BadParameter("give the model to profile", param_hint="--model")
     output = output or Path("profile.safetensors")
-    from .base.files import check_writable, file_in
-    from .base.processes import is_main, start
-    from .hf.models import load_tokenizer, vocab_size
-    from .runs.checks import check_adapters, check_sizes
-    from .runs.folder import load_base
-    from .runs.training import profile_data
-    from .tasks.data import load_examples, tokenize
+    from ..base.files import check_writable, file_in
+    from ..base.processes import is_main, start
+    from ..hf.models import load_tokenizer, vocab_size
+    from ..runs.checks import check_adapters, check_sizes
+    from ..runs.folder import load_base
+    from ..runs.training import profile_data
+    from ..tasks.data import load_examples, tokenize
 
     (source,) = chosen
     check_sizes(batch_size=batch_size, max_length=max_length)
@@ -132,9 +132,9 @@ def _compare(
     device: str,
     quantize: int | None,
 ) -> None:
-    from .base.files import check_writable
-    from .report.study_report import write_study
-    from .runs.study import run_study
+    from ..base.files import check_writable
+    from ..report.study_report import write_study
+    from ..runs.study import run_study
 
     check_writable(output / "study.md")
 

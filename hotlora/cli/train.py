@@ -6,8 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .base.errors import HotLoraError
-from .cli_options import (
+from ..base.errors import HotLoraError
+from ..train.config import PROFILE_FRACTION, TrainConfig
+from ..train.methods import METHODS, PLACEMENTS, resolve
+from .options import (
     Alpha,
     Attention,
     BatchSize,
@@ -36,8 +38,6 @@ from .cli_options import (
     err,
     out,
 )
-from .train.config import PROFILE_FRACTION, TrainConfig
-from .train.methods import METHODS, PLACEMENTS, resolve
 
 DEFAULTS = TrainConfig()
 
@@ -204,8 +204,8 @@ def train(
 
     Over several GPUs: `accelerate launch --config_file configs/fsdp2.yaml -m hotlora train …`, or torchrun.
     """
-    from .base.processes import is_main, start
-    from .runs.stages import run_method
+    from ..base.processes import is_main, start
+    from ..runs.stages import run_method
 
     values = locals()
     given = {
@@ -232,8 +232,8 @@ def train(
 
 def _check_memory(model: str, options: dict[str, Any]) -> None:
     """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
-    from .base.processes import all_objects, is_main
-    from .cost.preflight import preflight
+    from ..base.processes import all_objects, is_main
+    from ..cost.preflight import preflight
 
     found = all_objects(preflight(model, **options) if is_main() else None)[0]
     if found is None:
