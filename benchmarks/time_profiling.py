@@ -24,7 +24,7 @@ from hotlora.base.precision import cpu_dtype
 from hotlora.base.records import environment
 from hotlora.bench.contenders import RandomModel
 from hotlora.cost.estimate import sized_config, torch_dtype
-from hotlora.routing.profile import profile_routing
+from hotlora.routing.profiler import profile_routing
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 import hotlora
-from hotlora.tasks.data import load_examples
+from hotlora.data import load_examples
 
 MODEL, ADAPTER, OUTPUT = "nano", "runs/examples/sft/adapter", "runs/examples/dpo"
 STEPS = int(os.environ.get("STEPS", 30))

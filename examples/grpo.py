@@ -7,7 +7,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 import hotlora
-from hotlora.tasks.data import load_examples
+from hotlora.data import load_examples
 from hotlora.tasks.gsm8k import final_answer
 
 MODEL, ADAPTER, OUTPUT = "nano", "runs/examples/sft/adapter", "runs/examples/grpo"

@@ -6,7 +6,7 @@ import peft
 import torch
 
 import hotlora
-from hotlora.tasks.data import batches, load_examples, tokenize
+from hotlora.data import batches, load_examples, tokenize
 
 MODEL, DATA, OUTPUT = "nano", "nano-math", "runs/examples/plain"  # or "allenai/OLMoE-1B-7B-0924", "train.jsonl"
 STEPS = int(os.environ.get("STEPS", 100))

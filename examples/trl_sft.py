@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import hotlora
+from hotlora.data import load_examples
 from hotlora.hf.models import NANO_PATH
-from hotlora.tasks.data import load_examples
 
 MODEL = NANO_PATH  # embedded, needs no network; or the name of any supported model, "allenai/OLMoE-1B-7B-0924"
 OUTPUT = "runs/examples/sft"

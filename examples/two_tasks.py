@@ -6,9 +6,9 @@ import peft
 import torch
 
 import hotlora
+from hotlora.data import batches, load_examples, tokenize
 from hotlora.evaluate.score import evaluate_task
 from hotlora.tasks import get_task
-from hotlora.tasks.data import batches, load_examples, tokenize
 
 MODEL, TASKS, OUTPUT = "nano", {"math": "nano-math", "sql": "nano-sql"}, "runs/examples/two-tasks"
 STEPS = int(os.environ.get("STEPS", 60))

@@ -13,37 +13,37 @@ __version__ = "0.1.0"
 
 # name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
 _PUBLIC = {
-    "ExpertsQuantization": "quantize",
-    "export_adapter": "export",
-    "import_adapter": "import_peft",
-    "DataError": "errors",
-    "ExpertPlan": "plan",
-    "FileError": "errors",
-    "HotLoraConfig": "adapter",
-    "HotLoraError": "errors",
-    "ModelError": "errors",
-    "PlanError": "errors",
-    "RoutingProfile": "routing",
-    "base_quantization": "load",
-    "count_parameters": "count",
-    "jaccard": "routing",
-    "load_adapter": "load",
-    "load_model": "models",
-    "load_tokenizer": "models",
-    "profile_routing": "routing",
-    "quantize_experts": "quantize",
-    "select_experts": "plan",
+    "ExpertsQuantization": "layer.quantize",
+    "export_adapter": "adapter.formats.export",
+    "import_adapter": "adapter.formats.import_peft",
+    "DataError": "base.errors",
+    "ExpertPlan": "routing.plan",
+    "FileError": "base.errors",
+    "HotLoraConfig": "adapter.config",
+    "HotLoraError": "base.errors",
+    "ModelError": "base.errors",
+    "PlanError": "base.errors",
+    "RoutingProfile": "routing.profile",
+    "base_quantization": "adapter.load",
+    "count_parameters": "adapter.count",
+    "jaccard": "routing.profile",
+    "load_adapter": "adapter.load",
+    "load_model": "hf.models",
+    "load_tokenizer": "hf.models",
+    "profile_routing": "routing.profiler",
+    "quantize_experts": "layer.quantize",
+    "select_experts": "routing.plan",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
+    from .adapter.config import HotLoraConfig as HotLoraConfig
     from .adapter.count import count_parameters as count_parameters
     from .adapter.formats.export import export_adapter as export_adapter
     from .adapter.formats.import_peft import import_adapter as import_adapter
     from .adapter.load import base_quantization as base_quantization
     from .adapter.load import load_adapter as load_adapter
-    from .adapter.model import HotLoraConfig as HotLoraConfig
     from .base.errors import DataError as DataError
     from .base.errors import FileError as FileError
     from .base.errors import HotLoraError as HotLoraError
@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile
     from .routing.profile import jaccard as jaccard
-    from .routing.profile import profile_routing as profile_routing
+    from .routing.profiler import profile_routing as profile_routing
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ class Refused(Exception):
 def check_profile(family: str, folder: Path) -> list[str]:
     from test_families import BATCH, SKIPS, zoo_model
 
-    from hotlora.routing.profile import profile_routing
+    from hotlora.routing.profiler import profile_routing
 
     profile = profile_routing(zoo_model(family), [BATCH])
     assigned = profile.num_tokens * profile.num_experts_per_tok
@@ -241,7 +241,7 @@ def _to_train(family: str) -> Any:
     from test_families import plan_for
     from zoo import zoo_model
 
-    from hotlora.adapter.model import HotLoraConfig
+    from hotlora.adapter.config import HotLoraConfig
 
     model = zoo_model(family, vocab_size=259)
     return get_peft_model(model, HotLoraConfig(plan=plan_for(model), r=4))

@@ -105,7 +105,8 @@ def task_texts(n: int) -> dict[str, list[str]]:
 def routing_statistics(model, tokenizer, texts: list[str] | None, n: int = 200) -> dict:
     """Per nano task (and held-out text): layer and global CV, cold share, coverage; hot-set Jaccard between tasks."""
     from hotlora.routing.plan import select_experts
-    from hotlora.routing.profile import jaccard, profile_routing
+    from hotlora.routing.profile import jaccard
+    from hotlora.routing.profiler import profile_routing
 
     domains = task_texts(n) | ({"text": texts[:n]} if texts else {})
     stats, plans = {}, {}

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_gr
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.base.records import environment
 from hotlora.cost.cluster import work

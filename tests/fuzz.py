@@ -32,10 +32,10 @@ from hotlora.evaluate.generations import read_generations
 from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.report.comparison import as_dict, compare_runs
 from hotlora.report.tables import conditions_table, read_sections, table_rows
-from hotlora.routing.profile import profile_routing
+from hotlora.routing.profiler import profile_routing
 from hotlora.tasks import TASKS, get_task
 from hotlora.tasks.data import load_examples, tokenize
-from hotlora.train import checkpoints
+from hotlora.train.trainer import checkpoints
 
 _SMALL = st.one_of(st.integers(-3, 40), st.floats(allow_infinity=True), st.sampled_from([0.5, -0.0, 1e308]))
 _TEXT = st.text(max_size=8)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
 from transformers import AutoModelForCausalLM
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.adapter.raw_weights import HotLoraRouter
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.hf.models import moe_layers

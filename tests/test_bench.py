@@ -17,8 +17,7 @@ from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.files import write_json
-from hotlora.bench import bench, worker
-from hotlora.bench.bench import BenchConfig, run_bench, run_growth
+from hotlora.bench.bench import BenchConfig, bench, run_bench, run_growth, worker
 from hotlora.bench.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
 from hotlora.bench.report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
 from hotlora.bench.worker import Worker
@@ -32,7 +31,7 @@ from hotlora.cost.flops import (
 )
 from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan, select_experts
-from hotlora.routing.profile import profile_routing
+from hotlora.routing.profiler import profile_routing
 from hotlora.train.methods import counted_options
 
 R = 4

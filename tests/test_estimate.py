@@ -8,13 +8,14 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 from zoo import zoo_model
 
-from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import HotLoraError
 from hotlora.bench.contenders import BenchConfig, Contender
 from hotlora.bench.worker import Worker
 from hotlora.cost.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
 from hotlora.routing.plan import select_experts
-from hotlora.routing.profile import RoutingProfile, profile_routing
+from hotlora.routing.profile import RoutingProfile
+from hotlora.routing.profiler import profile_routing
 
 BATCH, LENGTH = 4, 64
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from zoo import families
 from zoo import zoo_model as build
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.formats.import_peft import import_adapter
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from zoo import zoo_model
 
-from hotlora.adapter import factors
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.experts import HotExperts, HotFullExperts, HotLoraExperts
 from hotlora.adapter.factors import SeededFactor, SparseFactor, pack, unpack
 from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask, draw_mask
-from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.model import factors
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.hf.models import moe_layers

@@ -11,15 +11,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from tiny import fill, tiny_batch
 from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_config, zoo_model
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters, parameters_from_config
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens
 from hotlora.routing.plan import select_experts
-from hotlora.routing.profile import profile_routing
+from hotlora.routing.profiler import profile_routing
 
 every_family = pytest.mark.parametrize("family", families())
 BATCH = tiny_batch(2, 24)

@@ -8,7 +8,7 @@ from test_routing import batch
 from tiny import tiny_model, tiny_plan
 from zoo import families, zoo_config, zoo_model
 
-from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import HotLoraError, ModelError
 from hotlora.hf.forward import check_aux_loss, check_packing, logits_at, padding_matters
 

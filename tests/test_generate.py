@@ -22,7 +22,7 @@ from zoo import zoo_model
 from hotlora import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.cli import main as cli
+from hotlora.cli.main import main as cli
 from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.evaluate.score import evaluate_task
 from hotlora.runs.evaluation import run_evaluation
@@ -275,9 +275,9 @@ def test_results_of_others_are_not_gone_on_with(model, tmp_path: Path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import hotlora.evaluate
-from hotlora.run_evaluate import run_evaluation
-from hotlora.generate import Sampling
+import hotlora.evaluate.score
+from hotlora.runs.evaluation import run_evaluation
+from hotlora.evaluate.generate import Sampling
 
 judge, left = hotlora.evaluate.judge, [int(sys.argv[3])]
 

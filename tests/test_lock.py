@@ -52,7 +52,7 @@ def test_what_is_appended_goes_through_no_link(tmp_path: Path):
 
 def test_on_a_full_disk_the_error_that_came_first_is_told(tmp_path: Path):
     code = (
-        "import resource, sys\nfrom hotlora.errors import HotLoraError\nfrom hotlora.lock import locked\n"
+        "import resource, sys\nfrom hotlora.base.errors import HotLoraError\nfrom hotlora.base.lock import locked\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
         "try:\n    with locked(sys.argv[1]): raise HotLoraError('the named error')\n"
         "except BaseException as error: print(type(error).__name__, error)"

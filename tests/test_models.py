@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hotlora.adapter.model import HotLoraConfig
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, ModelError
 from hotlora.hf import models
 from hotlora.hf.models import (
@@ -24,7 +24,7 @@ from hotlora.hf.models import (
     moe_layers,
     num_experts_per_tok,
 )
-from hotlora.routing.profile import profile_routing
+from hotlora.routing.profiler import profile_routing
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,8 +11,8 @@ import torch
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter, saved_config
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model

@@ -11,8 +11,9 @@ from plain_peft import facts, facts_and_changes
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
 import hotlora
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.model import HotLoraConfig, HotLoraModel
+from hotlora.adapter.model import HotLoraModel
 from hotlora.base.errors import HotLoraError
 from hotlora.hf.peft_hooks import without_adapter_name
 

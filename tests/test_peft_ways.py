@@ -11,9 +11,9 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from torch import nn
 from zoo import zoo_model
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.hf.models import moe_layers
 

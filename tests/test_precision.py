@@ -21,9 +21,9 @@ SCRIPT = """
 import sys
 import torch
 from tiny import tiny_batch
-from hotlora.models import load_model
-from hotlora.precision import is_fast_on_cpu
-from hotlora.routing import profile_routing
+from hotlora.hf.models import load_model
+from hotlora.base.precision import is_fast_on_cpu
+from hotlora.routing.profiler import profile_routing
 
 folder = sys.argv[1]
 print("fast" if is_fast_on_cpu(torch.bfloat16) else "slow", file=sys.stderr)

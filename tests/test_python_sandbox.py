@@ -398,7 +398,7 @@ def test_its_processes_end_with_the_caller(level: Level, tmp_path: Path):
     """A caller that is killed leaves nothing running."""
     timeout_s = 60.0625
     words = f"'while 1: pass', timeout_s={timeout_s}, level={level!r}"
-    code = f"from hotlora.python_sandbox import run_python; run_python({words})"
+    code = f"from hotlora.tasks.python_sandbox import run_python; run_python({words})"
     caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         assert _soon(lambda: bool(jailed(timeout_s)), 20)

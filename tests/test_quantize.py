@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from zoo import families, zoo_model
 
 import hotlora
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli.main import app
 from hotlora.evaluate.score import response_loss

@@ -8,11 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.experts import HotFullExperts
 from hotlora.adapter.formats.import_peft import import_adapter
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.layer.quantize import quantize_experts
 

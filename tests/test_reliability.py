@@ -23,8 +23,7 @@ from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.lock import locked
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples, tokenize
-from hotlora.train import checkpoints
-from hotlora.train.trainer import train
+from hotlora.train.trainer import checkpoints, train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, locks and limits of POSIX")
 
@@ -123,7 +122,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(ended: dict, kind: str):
 @posix
 def test_a_lock_is_the_processs_own_and_may_be_taken_again(tmp_path: Path):
     code = (
-        "import sys\nfrom hotlora.lock import locked\n"
+        "import sys\nfrom hotlora.base.lock import locked\n"
         "try:\n    with locked(sys.argv[1]): pass\nexcept Exception as error: print(type(error).__name__, error)"
     )
     other = [sys.executable, "-c", code, str(tmp_path)]

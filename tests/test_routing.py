@@ -13,7 +13,8 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from hotlora.base.errors import DataError, FileError, ModelError, PlanError
 from hotlora.hf.models import fingerprint, moe_layers
 from hotlora.routing.plan import select_experts
-from hotlora.routing.profile import RoutingProfile, experts_kept, jaccard, profile_examples, profile_routing
+from hotlora.routing.profile import RoutingProfile, experts_kept, jaccard
+from hotlora.routing.profiler import profile_examples, profile_routing
 
 E, K, PAD = 8, 2, 0
 
@@ -193,7 +194,7 @@ def test_an_adapted_model_is_profiled_too():
 def test_a_hotlora_model_is_profiled_too():
     import peft
 
-    from hotlora.adapter.model import HotLoraConfig
+    from hotlora.adapter.config import HotLoraConfig
 
     model = tiny_model()
     expected = profile_routing(model, [tiny_batch()])

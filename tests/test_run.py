@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.base.records import new_record, read_record, write_record
 from hotlora.evaluate.score import response_loss

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
+from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask
-from hotlora.adapter.model import HotLoraConfig
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.base.files import read_json, write_json
 from hotlora.base.records import read_record

@@ -132,7 +132,7 @@ def test_a_wrong_sweep_is_named(change, says):
         ("SWEEP = 1", "defines no SWEEP"),
         ("1 / 0", "cannot be run: ZeroDivisionError: division by zero"),
         ("SWEEP = (", "cannot be run: SyntaxError"),
-        ("from hotlora.sweep import Sweep\nSWEEP = Sweep('s', 'nano', 'nano-math', [])", "has no condition"),
+        ("from hotlora.runs.sweep import Sweep\nSWEEP = Sweep('s', 'nano', 'nano-math', [])", "has no condition"),
         (None, "does not exist: give a Python file that defines SWEEP"),
     ],
 )
@@ -179,8 +179,8 @@ def test_a_shared_profile_is_made_again_only_for_other_data(model_folder: Path, 
 
 
 FILE = """
-from hotlora.config import TrainConfig
-from hotlora.sweep import Condition, Sweep
+from hotlora.train.config import TrainConfig
+from hotlora.runs.sweep import Condition, Sweep
 
 SWEEP = Sweep(
     "study", {model!r}, "nano-choice",

@@ -17,7 +17,7 @@ from ..base.unchanged import unchanged_on_error
 from ..hf.peft_hooks import without_adapter_name
 from ..layer.quantize import ExpertsQuantization
 from ..routing.plan import ExpertPlan
-from .model import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
+from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .on_top_of import check_entries, check_ground
 
 CONFIG_FILE = "adapter_config.json"

@@ -1,1 +1,1 @@
-""""""
+"""Errors, files, locks, processes, signals: nothing of the field."""

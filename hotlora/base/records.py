@@ -254,7 +254,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of hotlora's own checkout; None for an installed package."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -1,1 +1,1 @@
-""""""
+"""Timings side by side."""

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..adapter.config import HotLoraConfig
 from ..adapter.factors import pack
 from ..adapter.mask import SparseMask
 from ..adapter.mergeable import factor_slots
-from ..adapter.model import HotLoraConfig
 from ..base.errors import HotLoraError
 from ..base.quiet import quiet
 from ..cost.estimate import model_class
 from ..hf.experts_view import ExpertsView
 from ..hf.models import attention_modules, moe_layers, unwrap
 from ..routing.plan import ExpertPlan, select_experts
-from ..routing.profile import RoutingProfile, profile_routing
+from ..routing.profile import RoutingProfile
+from ..routing.profiler import profile_routing
 from ..train.methods import METHODS, PLACEMENTS
 from . import axolotl as contender_axolotl
 from . import unsloth as contender_unsloth

@@ -15,7 +15,7 @@ from ..base.precision import is_fast_on_cpu
 from ..cost.estimate import SavedBytes, autocast, sized_config, torch_dtype
 from ..hf.models import attention_modules, moe_layers
 from ..routing.plan import ExpertPlan
-from ..routing.profile import profile_routing
+from ..routing.profiler import profile_routing
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
 
 PARTS = ("step", "forward", "backward", "optimizer")

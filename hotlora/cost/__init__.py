@@ -1,1 +1,1 @@
-""""""
+"""FLOPs, memory and time, before a run."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
+from ..adapter.config import HotLoraConfig
 from ..adapter.count import count_parameters
 from ..adapter.experts import HotLoraExperts
-from ..adapter.model import HotLoraConfig
 from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView

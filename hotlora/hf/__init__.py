@@ -1,1 +1,1 @@
-"""What hotlora knows of transformers: the only reader of its names and of the flags of its experts modules."""
+"""The only reader of transformers' names and expert flags, and the only place that changes PEFT."""

@@ -37,7 +37,7 @@ from ..base.processes import own_device
 from .experts_view import ExpertsView, is_experts
 
 NANO = "nano"
-NANO_PATH = Path(__file__).parent / "nano" / "model"
+NANO_PATH = Path(__file__).parents[1] / "nano" / "model"
 
 _ROUTERS = ("gate", "router")
 # q, k, v and o under the names of all families: MLA's split ones, fused ones, linear attention's. Not the gates

@@ -1,1 +1,1 @@
-"""The mathematics of a routed layer with updates on the rows of its hot experts. `function` is where to begin."""
+"""The mathematics of a routed layer with updates on the rows of its hot experts; `function` is where to begin."""

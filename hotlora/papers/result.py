@@ -103,7 +103,7 @@ def write_results(results: Sequence[Result], folder: str | os.PathLike[str], tit
     write_text(folder / "tables.md", "\n\n".join(part.strip("\n") for part in parts if part) + "\n")
     here = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here, here.parent]),
+        loader=jinja2.FileSystemLoader([here, here.parent / "report"]),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     page = environment.get_template("tables.html.j2").render(title=title, preface=preface, results=results)

@@ -1,1 +1,1 @@
-""""""
+"""From records and profiles to tables, figures and pages. Loads no model."""

@@ -1,1 +1,1 @@
-""""""
+"""Routing profiles, the hooks that make them, rules, and expert plans."""

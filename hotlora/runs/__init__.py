@@ -1,1 +1,1 @@
-""""""
+"""A run's folder; one training; evaluations, exports, stages and sweeps."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..adapter.config import HotLoraConfig
 from ..adapter.load import saved_config
-from ..adapter.model import HotLoraConfig
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure

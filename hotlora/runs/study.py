@@ -10,7 +10,8 @@ from ..base.errors import DataError
 from ..hf.experts_view import ExpertsView
 from ..hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
 from ..layer.quantize import experts_in
-from ..routing.profile import RoutingProfile, profile_examples
+from ..routing.profile import RoutingProfile
+from ..routing.profiler import profile_examples
 from ..routing.study import Study, study
 from ..tasks import Example
 from ..tasks.data import batches, data_hash, load_examples, tokenize

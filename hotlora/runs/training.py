@@ -14,9 +14,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import set_seed
 
+from ..adapter.config import HotLoraConfig
 from ..adapter.count import count_parameters
 from ..adapter.load import WEIGHTS_FILE
-from ..adapter.model import HotLoraConfig
 from ..base.errors import DataError, HotLoraError, PlanError
 from ..base.files import atomic_folder, file_in, sha256_file
 from ..base.processes import (
@@ -40,7 +40,8 @@ from ..hf.forward import check_aux_loss
 from ..hf.models import fingerprint, load_config, load_tokenizer, vocab_size
 from ..layer.quantize import quantized_parameters
 from ..routing.plan import ExpertPlan
-from ..routing.profile import RoutingProfile, profile_routing
+from ..routing.profile import RoutingProfile
+from ..routing.profiler import profile_routing
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize

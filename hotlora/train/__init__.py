@@ -1,1 +1,1 @@
-""""""
+"""TRL's trainer, wired: options, methods, checkpoints, re-profiling."""

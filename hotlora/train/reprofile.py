@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..adapter.config import HotLoraConfig
 from ..adapter.experts import HotLoraExperts
 from ..adapter.factors import low_rank_products, uniform
-from ..adapter.model import HotLoraConfig
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import append_to, atomic_path, read_json_lines, write_text
 from ..base.processes import is_main, wait_for_all

@@ -1,0 +1,75 @@
+"""The import contract: a folder imports only from those before it, and no two modules import each other."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import hotlora
+
+ROOT = Path(hotlora.__file__).parent
+FOLDERS = (
+    "base", "nano", "hf", "routing", "layer", "adapter", "tasks", "train", "evaluate", "runs", "report", "cost",
+    "bench", "papers", "cli",
+)  # fmt: skip
+"""In the order of dependence, as CONTRIBUTING.md has it."""
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The package's modules that a module imports, inside functions too; for type checkers alone does not count."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else source for name in names}
+    return found & MODULES.keys() - {name}
+
+
+def folder(name: str) -> str:
+    return name.split(".")[1] if name.count(".") else ""
+
+
+def test_every_folder_has_its_place():
+    there = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert there == set(FOLDERS)
+    assert {path.name for path in ROOT.glob("*.py")} <= {"__init__.py", "__main__.py", "data.py"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if folder(name) in FOLDERS])
+def test_a_folder_imports_only_from_those_before_it(name):
+    allowed = FOLDERS[: FOLDERS.index(folder(name)) + 1]
+    wrong = sorted(other for other in imports(name, MODULES[name]) if folder(other) not in (*allowed, ""))
+    assert not wrong, f"{name} imports {wrong}, which come after it"
+
+
+def test_no_two_modules_import_each_other():
+    TopologicalSorter({name: imports(name, path) for name, path in MODULES.items()}).prepare()  # CycleError names them
+
+
+@pytest.mark.parametrize("modules", ["report/*", "routing/*", "cost/__init__ cost/flops"])
+def test_what_shows_results_loads_no_trainer(modules):
+    """Pages are made, and plans, without TRL and PEFT. (`cost.estimate` builds adapted layers, so it needs PEFT.)"""
+    names = [module_name(path) for pattern in modules.split() for path in sorted(ROOT.glob(f"{pattern}.py"))]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += "print(sorted({'trl', 'peft'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
