@@ -12,8 +12,9 @@ from hotlora.base.records import new_record, write_record
 from hotlora.papers import RECIPES, Setting
 from hotlora.papers.claims import CLAIMS, claims_result, decide
 from hotlora.papers.page import table_results, write_tables
-from hotlora.papers.recipe import STORE, Column, Row
+from hotlora.papers.recipe import Column, Row
 from hotlora.papers.scores import Cell, read_cells, result
+from hotlora.report.page import STORE
 from hotlora.routing.plan import ExpertPlan
 
 NANO = Setting("nano")

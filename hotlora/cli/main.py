@@ -393,8 +393,7 @@ def report(
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
     from ..base.records import find_records
-    from ..papers.page import has_recipes, write_tables
-    from ..report.page import conditions_table, write_report
+    from ..report.page import conditions_table, has_recipes, write_report
 
     skipped: dict[Path, str] = {}
     records = find_records(runs, skipped)
@@ -404,6 +403,8 @@ def report(
         out.print(f"left out: {lines(f'{folder}: {why}')}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"page: {page}", soft_wrap=True)
     if has_recipes(records.values()):
+        from ..papers.page import write_tables  # it brings the trainer along, which a plain report does without
+
         for tables in write_tables(runs, output or runs):
             out.print(f"tables: {tables}", soft_wrap=True)
 

@@ -88,7 +88,7 @@ def _trainings(
 
 def _direct(recipe: "Direct", output: Path | None, tflops: float | None, dry_run: bool) -> None:
     """A recipe without trainings: what is missing is made, then its table and pictures."""
-    from ..papers.recipe import STORE
+    from ..report.page import STORE
 
     output = output or Path("runs") / STORE
     _tell(recipe.needs(tflops))

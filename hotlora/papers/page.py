@@ -1,24 +1,19 @@
 """A store of recipes' runs -> every table and figure that they make, model by model. Loads no model."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..base.errors import DataError
-from ..base.records import Record, find_records
+from ..base.records import find_records
+from ..report.page import has_recipes
 from . import RECIPES
 from .claims import claims_result
-from .recipe import STORE, Recipe
+from .recipe import Recipe
 from .result import Result, write_results
 from .scores import result
 from .settings import MIXTRAL, NANO, OLMOE, QWEN, Setting
 
 _PAPERS_OWN = (OLMOE, MIXTRAL, QWEN)
-
-
-def has_recipes(records: Iterable[Record]) -> bool:
-    """Whether some of the runs are a recipe's."""
-    return any((record.get("sweep") or {}).get("name") == STORE for record in records)
 
 
 def write_tables(runs: str | os.PathLike[str], output: str | os.PathLike[str]) -> list[Path]:

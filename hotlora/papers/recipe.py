@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import HotLoraError
+from ..report.page import STORE
 from ..runs.sweep import Condition, Sweep
-
-STORE = "papers"
-"""All recipes' runs have one place, and a run that two tables show is made once."""
 
 
 @dataclass(frozen=True)

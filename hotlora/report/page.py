@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
@@ -21,7 +22,15 @@ DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environ
 
 _MOST_LOSS = 1e30  # what is beyond flattens every other curve, and overflows in drawing
 
-__all__ = ["conditions_table", "write_report"]
+STORE = "papers"
+"""All recipes' runs have one place, and a run that two tables show is made once."""
+
+__all__ = ["STORE", "conditions_table", "has_recipes", "write_report"]
+
+
+def has_recipes(records: Iterable[Record]) -> bool:
+    """Whether some of the runs are a recipe's, whose tables `papers` makes."""
+    return any((record.get("sweep") or {}).get("name") == STORE for record in records)
 
 
 def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
