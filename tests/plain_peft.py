@@ -33,7 +33,16 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     assert "hotlora" not in sys.modules
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]
     before = _held(modules)
-    for name in ("adapter", "load", "export", "import_peft", "quantize", "reprofile", "checkpointing", "train"):
+    for name in (
+        "adapter",
+        "adapter.load",
+        "adapter.formats.export",
+        "adapter.formats.import_peft",
+        "layer.quantize",
+        "train.reprofile",
+        "train.gradient_checkpointing",
+        "train.trainer",
+    ):
         importlib.import_module(f"hotlora.{name}")
     after = _held(modules)
     assert after.keys() >= before.keys()

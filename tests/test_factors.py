@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from hotlora.experts import up_projection
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from zoo import zoo_model
 
+from hotlora.adapter import factors
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.experts import HotExperts, HotFullExperts, HotLoraExperts
@@ -20,9 +20,9 @@ from hotlora.adapter.factors import SeededFactor, SparseFactor, pack, unpack
 from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask, draw_mask
-from hotlora.adapter.model import factors
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.base.errors import FileError, HotLoraError, PlanError
+from hotlora.hf.experts_view import ExpertsView
 from hotlora.hf.models import moe_layers
 
 # Gated; biased, transposed and interleaved; without a gate; with raw shared experts.
@@ -675,7 +675,7 @@ def test_merged_full_experts_are_the_trained_weights_bit_for_bit(family, dtype):
     trained = layer.view.own_layout(layer.lora_full_gate_up["default"], layer.lora_full_down["default"])
     before = experts.down_proj.clone()
     model.merge_adapter()
-    merged = (getattr(experts, up_projection(experts))[ids], experts.down_proj[ids])
+    merged = (getattr(experts, ExpertsView(experts).up_name)[ids], experts.down_proj[ids])
     for weight, expected in zip(merged, trained, strict=True):
         assert torch.equal(weight, expected.to(dtype))
     model.unmerge_adapter()

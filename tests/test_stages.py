@@ -197,7 +197,7 @@ def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_pa
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr("hotlora.reprofile.Reprofiling.move", stop_after(3, stop))
+        patched.setattr("hotlora.train.reprofile.Reprofiling.move", stop_after(3, stop))
         with pytest.raises(Stopped):
             run_training(model_folder, data, tmp_path / "killed", **options)
     record = run_training(model_folder, data, tmp_path / "killed", **options)
