@@ -26,10 +26,10 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer
 
 from hotlora.base.records import read_record
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.runs import training as run
 from hotlora.runs import worker_pool as crew
-from hotlora.train.trainer import checkpoints
+from hotlora.train import checkpoints
 
 SAVE_STEPS = 3
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000

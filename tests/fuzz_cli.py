@@ -24,7 +24,7 @@ from tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, select_experts
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.routing.profiler import profile_routing
 
 GROUP = typer.main.get_command(cli.app)

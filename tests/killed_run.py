@@ -25,8 +25,8 @@ from transformers import Trainer, trainer
 
 from hotlora.base.records import read_record
 from hotlora.runs.training import run_training
+from hotlora.train import checkpoints
 from hotlora.train.config import TrainConfig
-from hotlora.train.trainer import checkpoints
 
 STEPS_A_KILL = 5
 LONGEST = 1.0  # seconds until a kill at a random time

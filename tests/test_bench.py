@@ -17,7 +17,8 @@ from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.files import write_json
-from hotlora.bench.bench import BenchConfig, bench, run_bench, run_growth, worker
+from hotlora.bench import bench, worker
+from hotlora.bench.bench import BenchConfig, run_bench, run_growth
 from hotlora.bench.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
 from hotlora.bench.report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
 from hotlora.bench.worker import Worker

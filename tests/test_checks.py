@@ -11,7 +11,7 @@ from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, select_experts
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.routing.profiler import profile_routing
 from hotlora.train.config import differences
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotlora import ExpertPlan, RoutingProfile
 from hotlora.base.records import read_record
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 
 
 def run(*words: object) -> str:

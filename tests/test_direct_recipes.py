@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.files import write_json
-from hotlora.bench.bench import bench, worker
+from hotlora.bench import bench, worker
 from hotlora.bench.worker import Worker
 from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.cost.estimate import estimate, meta_model, sized_config

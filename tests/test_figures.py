@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hotlora.report.page import figures
+from hotlora.report import figures
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 

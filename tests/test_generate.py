@@ -22,7 +22,7 @@ from zoo import zoo_model
 from hotlora import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.evaluate.score import evaluate_task
 from hotlora.runs.evaluation import run_evaluation

@@ -9,7 +9,7 @@ import pytest
 
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.evaluate.generations import read_generations, score_generations
 from hotlora.evaluate.stats import pass_at_k, proportion_interval
 from hotlora.runs.evaluation import run_generations

@@ -14,7 +14,7 @@ from zoo import zoo_model
 from hotlora import HotLoraConfig
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.evaluate.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
 from hotlora.evaluate.score import example_id
 from hotlora.tasks import get_task, gsm8k, hellaswag

@@ -42,7 +42,7 @@ CHANGED = {
     "peft.utils.hotswap.check_hotswap_configs_compatible",
     "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
 }
-"""All of hotlora/peft_hooks.py."""
+"""All of hotlora/hf/peft_hooks.py."""
 
 
 def test_plain_peft_does_what_it_does_without_hotlora(tmp_path):
@@ -53,7 +53,7 @@ def test_plain_peft_does_what_it_does_without_hotlora(tmp_path):
         assert with_it[name] == value, name
     assert without["tables: config"] and without["tables: isinstance"] and without["tables: tuner"]
     assert "of_a_newer_peft" in without["files: warnings"][0]
-    assert set(changed) == CHANGED and set(changed.values()) == {"hotlora.peft_hooks"}
+    assert set(changed) == CHANGED and set(changed.values()) == {"hotlora.hf.peft_hooks"}
 
 
 # Ours

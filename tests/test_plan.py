@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotlora.base.errors import FileError, HotLoraError, PlanError
-from hotlora.cli.main import main as cli
+from hotlora.cli import main as cli
 from hotlora.routing.plan import RULES, ExpertPlan, select_experts
 from hotlora.routing.profile import RoutingProfile
 

@@ -21,8 +21,9 @@ from hotlora.evaluate.score import response_loss
 from hotlora.runs.training import run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import IGNORE, batches, tokenize
+from hotlora.train import checkpoints
 from hotlora.train.config import TrainConfig
-from hotlora.train.trainer import checkpoints, make_trainer, train
+from hotlora.train.trainer import make_trainer, train
 
 OMNI = "qwen3_omni_moe_thinker"
 TOKENIZER = byte_tokenizer()
