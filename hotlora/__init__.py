@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
 _PUBLIC = {
-    "ExpertsQuantization": "layer.quantize",
+    "ExpertsQuantization": "adapter.quantize",
     "export_adapter": "adapter.formats.export",
     "import_adapter": "adapter.formats.import_peft",
     "DataError": "base.errors",
@@ -31,7 +31,7 @@ _PUBLIC = {
     "load_model": "hf.models",
     "load_tokenizer": "hf.models",
     "profile_routing": "routing.profiler",
-    "quantize_experts": "layer.quantize",
+    "quantize_experts": "adapter.quantize",
     "select_experts": "routing.plan",
 }
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .adapter.formats.import_peft import import_adapter as import_adapter
     from .adapter.load import base_quantization as base_quantization
     from .adapter.load import load_adapter as load_adapter
+    from .adapter.quantize import ExpertsQuantization as ExpertsQuantization
+    from .adapter.quantize import quantize_experts as quantize_experts
     from .base.errors import DataError as DataError
     from .base.errors import FileError as FileError
     from .base.errors import HotLoraError as HotLoraError
@@ -51,8 +53,6 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .base.errors import PlanError as PlanError
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
-    from .layer.quantize import ExpertsQuantization as ExpertsQuantization
-    from .layer.quantize import quantize_experts as quantize_experts
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile

@@ -38,7 +38,7 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
         "adapter.load",
         "adapter.formats.export",
         "adapter.formats.import_peft",
-        "layer.quantize",
+        "adapter.quantize",
         "train.reprofile",
         "train.gradient_checkpointing",
         "train.trainer",

@@ -23,22 +23,22 @@ import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.load import load_adapter
-from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.cli.main import app
-from hotlora.evaluate.score import response_loss
-from hotlora.hf.experts_view import FrozenWeight
-from hotlora.hf.models import load_model, moe_layers
-from hotlora.layer import cpu, gpu
-from hotlora.layer.quantize import (
+from hotlora.adapter.quantize import (
     ExpertsQuantization,
     QuantizedExperts,
-    _bitsandbytes,
     expert_bytes,
     quantize_experts,
     quantized_bits,
     quantized_parameters,
     warn_if_experts_unquantized,
 )
+from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
+from hotlora.cli.main import app
+from hotlora.evaluate.score import response_loss
+from hotlora.hf.experts_view import FrozenWeight
+from hotlora.hf.models import load_model, moe_layers
+from hotlora.layer import cpu, gpu
+from hotlora.layer.quantized import bitsandbytes_functional
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.evaluation import run_evaluation, run_harness
 from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
@@ -653,7 +653,7 @@ def test_models_that_cannot_be_quantized():
 def test_without_bitsandbytes(monkeypatch):
     for name in ("bitsandbytes", "bitsandbytes.functional"):
         monkeypatch.setitem(sys.modules, name, None)
-    _bitsandbytes.cache_clear()
+    bitsandbytes_functional.cache_clear()
     model = tiny_model()
     with pytest.raises(HotLoraError, match=r"pip install hotlora\[quantize\]"):
         quantize_experts(model)

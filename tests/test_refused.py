@@ -13,8 +13,8 @@ from hotlora.adapter.experts import HotFullExperts
 from hotlora.adapter.formats.import_peft import import_adapter
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
+from hotlora.adapter.quantize import quantize_experts
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.layer.quantize import quantize_experts
 
 BATCH = tiny_batch()
 

@@ -11,11 +11,11 @@ from torch import nn
 from ..base.errors import ModelError
 from ..base.quiet import quiet
 from ..hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
-from ..layer.quantize import quantized_parameters
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from .factors import SeededFactor, SparseFactor
 from .model import HotLoraConfig
+from .quantize import quantized_parameters
 
 PARTS = ("attention", "router", "shared", "experts")
 

@@ -15,10 +15,10 @@ from ..base.files import read_json, sha256_file
 from ..base.quiet import quiet
 from ..base.unchanged import unchanged_on_error
 from ..hf.peft_hooks import without_adapter_name
-from ..layer.quantize import ExpertsQuantization
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .on_top_of import check_entries, check_ground
+from .quantize import ExpertsQuantization
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

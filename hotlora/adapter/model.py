@@ -14,7 +14,6 @@ from ..base.errors import HotLoraError, PlanError
 from ..base.unchanged import unchanged_on_error
 from ..hf import peft_hooks
 from ..layer.function import IMPLEMENTATION
-from ..layer.quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 from ..routing.plan import ExpertPlan
 from .combine import combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
@@ -22,6 +21,7 @@ from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
 from .mergeable import factor_slots
 from .on_top_of import check_ground, described, merged_into, missing, note_merged
+from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 
 
 class HotLoraModel(LoraModel):

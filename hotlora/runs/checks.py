@@ -8,10 +8,10 @@ import torch
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.load import saved_config
+from ..adapter.quantize import experts_in
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
-from ..layer.quantize import experts_in
 from ..routing.plan import ExpertPlan, select_experts
 from ..routing.profile import RoutingProfile
 from ..train.config import TrainConfig

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from ..adapter.formats.export import not_applied
 from ..adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
+from ..adapter.quantize import ExpertsQuantization, experts_in, quantized_parameters
 from ..base.errors import DataError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet
@@ -18,7 +19,6 @@ from ..evaluate.harness import evaluate_by_lm_eval, lm_eval_version
 from ..evaluate.score import Evaluation, evaluate_answers, evaluate_task, response_loss
 from ..evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
-from ..layer.quantize import ExpertsQuantization, experts_in, quantized_parameters
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, tokenize
 from .checks import check_adapters, check_sizes

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ..adapter.load import WEIGHTS_FILE, load_adapter, saved_config
 from ..adapter.on_top_of import Entry, described, missing, noted
+from ..adapter.quantize import experts_in
 from ..base.errors import FileError, HotLoraError
 from ..base.files import sha256_file
 from ..base.lock import locked
@@ -19,7 +20,6 @@ from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
 from ..evaluate.score import Evaluation
 from ..hf.models import load_config, load_model
-from ..layer.quantize import experts_in
 from ..train import checkpoints
 from ..train.config import FREE_OPTIONS, same_run
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ..adapter.quantize import experts_in
 from ..base.errors import DataError
 from ..hf.experts_view import ExpertsView
 from ..hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
-from ..layer.quantize import experts_in
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_examples
 from ..routing.study import Study, study

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapter.quantize import experts_in
 from ..base.errors import FileError
 from ..base.records import Record, new_record, read_record, write_record
 from ..evaluate.generate import Sampling
 from ..hf.models import load_model, load_tokenizer, vocab_size
-from ..layer.quantize import experts_in
 from ..routing.profile import RoutingProfile
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of, tokenize

@@ -17,6 +17,7 @@ from transformers import set_seed
 from ..adapter.config import HotLoraConfig
 from ..adapter.count import count_parameters
 from ..adapter.load import WEIGHTS_FILE
+from ..adapter.quantize import quantized_parameters
 from ..base.errors import DataError, HotLoraError, PlanError
 from ..base.files import atomic_folder, file_in, sha256_file
 from ..base.processes import (
@@ -38,7 +39,6 @@ from ..base.records import Record, new_record, write_record
 from ..evaluate.score import Evaluation, evaluate_task, response_loss, summarize
 from ..hf.forward import check_aux_loss
 from ..hf.models import fingerprint, load_config, load_tokenizer, vocab_size
-from ..layer.quantize import quantized_parameters
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing

@@ -3,13 +3,9 @@
 transformers 5 keeps all experts of a layer in 3-D parameters, and 4-bit loading by bitsandbytes or torchao replaces
 `nn.Linear` only: nearly all of the model stays in 16 bits without a word (bitsandbytes#1849, unsloth#5344). Here each
 3-D parameter becomes a `QuantizedExperts` of the same name. What is multiplied is dequantized for that one product,
-and again in backward: no dense copy outlives a product.
-
-The arithmetic is bitsandbytes': NF4 (QLoRA s3) for 4 bits, 255 evenly spaced levels for 8 bits, in blocks of 64
-weights with a float32 scale each. Shape suffixes: E experts, G groups of rows, S rows, I inputs, O outputs.
+and again in backward: no dense copy outlives a product. `layer.quantized` has what holds them.
 """
 
-import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -24,105 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
-from .function import IMPLEMENTATION
+from ..layer.function import IMPLEMENTATION
+from ..layer.quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 
-_BLOCK = 64
-# Kernels count in int32; so far from the limit, what is made for them stays small too.
-_MOST_AT_ONCE = 2**30
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _METHOD = "hotlora_experts"
-
-
-class QuantizedExperts(nn.Module):
-    """One frozen 3-D parameter, quantized expert by expert. It has buffers only: nothing of it trains.
-
-    `shape`, `dtype` and `device` are those of what it stands for. `.to(dtype)` changes what `dequantize` returns and
-    leaves the stored values alone.
-    """
-
-    packed: Tensor
-    """uint8 `[E - n, bytes of an expert]`."""
-    scale_bits: Tensor
-    """int32 `[E - n, blocks of an expert]`: float32 scales by their bits, which `.to(bfloat16)` does not round."""
-    kept: Tensor
-    """`[n, ., .]`: the weights of the experts that are left as they were; n may be 0. It carries the dtype."""
-    _kept_index: Tensor
-    _cold_index: Tensor
-
-    def __init__(
-        self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, bits: int, kept: Tensor, kept_ids: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.shape, self.bits, self.kept_ids = shape, bits, tuple(kept_ids)
-        self._cold_ids = tuple(expert for expert in range(shape[0]) if expert not in self.kept_ids)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale_bits", scale_bits)
-        self.register_buffer("kept", kept)
-        for name, ids in (("_kept_index", self.kept_ids), ("_cold_index", self._cold_ids)):
-            index = torch.tensor(ids, dtype=torch.int64, device=packed.device)
-            self.register_buffer(name, index, persistent=False)
-
-    @classmethod
-    @torch.no_grad()
-    def from_weight(cls, weight: Tensor, bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
-        """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result.
-
-        keep: experts that are left as they are, ascending; not all of them.
-        """
-        weight = weight.detach()
-        experts = [_quantize(weight[e].reshape(-1), bits) for e in range(len(weight)) if e not in keep]
-        packed, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
-        return cls(packed, scales.view(torch.int32), weight.shape, bits, weight[list(keep)], keep)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.kept.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.packed.device
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.scale_bits.nbytes + self.kept.nbytes
-
-    def numel(self) -> int:
-        """How many weights it stands for."""
-        return self.shape.numel()
-
-    @torch.no_grad()
-    def dequantize(self) -> Tensor:
-        """Dense weights of all experts, `shape` in `dtype`."""
-        cold = self._dense(slice(None))
-        if not self.kept_ids:
-            return cold
-        dense = cold.new_empty(self.shape)
-        return dense.index_copy_(0, self._cold_index, cold).index_copy_(0, self._kept_index, self.kept)
-
-    @torch.no_grad()
-    def expert(self, number: int) -> Tensor:
-        """Dense weights of one expert, `shape[1:]` in `dtype`."""
-        if number in self.kept_ids:
-            return self.kept[self.kept_ids.index(number)]
-        place = self._cold_ids.index(number)
-        return self._dense(slice(place, place + 1))[0]
-
-    def _dense(self, places: slice) -> Tensor:
-        """Of the quantized experts that lie there."""
-        packed, scales = self.packed[places], self.scale_bits.view(torch.float32)[places]
-        # bitsandbytes has no float64.
-        dtype = self.dtype if self.dtype in _FLOATS else torch.float32
-        per_expert = scales.shape[1] * _BLOCK
-        step = max(1, _MOST_AT_ONCE // per_expert)
-        parts = [
-            _dequantize(p, s, self.bits, dtype) for p, s in zip(packed.split(step), scales.split(step), strict=True)
-        ]
-        dense = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return dense[:, : self.shape[1:].numel()].reshape(-1, *self.shape[1:]).to(self.dtype)
-
-    def extra_repr(self) -> str:
-        kept = f", kept={self.kept_ids}" if self.kept_ids else ""
-        return f"{tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}{kept}"
 
 
 def quantize_experts(
@@ -146,7 +47,7 @@ def quantize_experts(
         HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
     """
     _check_bits(bits)
-    _bitsandbytes()
+    bitsandbytes_functional()
     modules, kept = _experts_modules(model), _kept_ids(model, keep)
     if (there := quantized_bits(model)) is not None:
         raise ModelError(f"the experts are quantized to {there} bits already. Load the model again to change that.")
@@ -156,7 +57,7 @@ def quantize_experts(
         for name, weight in _dense_weights(experts):
             if weight.device.type == "meta":
                 raise ModelError(f"{path}.{name} is on the meta device, without weights. Load the model's weights.")
-            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+            if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in FLOATS:
                 raise ModelError(
                     f"{path}.{name} is {type(weight).__name__} of {weight.dtype}, and can be quantized from float32, "
                     "bfloat16 or float16. Load the model in one of them, without other quantization of its experts."
@@ -259,7 +160,7 @@ class ExpertsQuantization(QuantizationConfigMixin):
 
     def __init__(self, bits: int = 4, keep: Mapping[int, Sequence[int]] | None = None, **_: Any) -> None:
         _check_bits(bits)
-        _bitsandbytes()
+        bitsandbytes_functional()
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
         self.bits, self.keep = bits, keep
 
@@ -298,7 +199,7 @@ class _ExpertsQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return cast(ExpertsQuantization, self.quantization_config).bits / 8 + 4 / _BLOCK
+        return cast(ExpertsQuantization, self.quantization_config).bits / 8 + 4 / BLOCK
 
     def is_serializable(self) -> bool:
         return False
@@ -376,52 +277,6 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 def _check_bits(bits: Any) -> None:
     if bits not in (4, 8) or isinstance(bits, bool):
         raise HotLoraError(f"bits={bits!r} must be 4 or 8.")
-
-
-@functools.cache
-def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError as error:
-        raise HotLoraError(
-            f"quantized experts need bitsandbytes, which cannot be imported ({error}). "
-            "Install it: pip install hotlora[quantize]"
-        ) from error
-    return bnb
-
-
-@functools.cache
-def _levels(device: torch.device) -> Tensor:
-    """Of 8 bits, float32 `[256]`. On weights their error is 0.6 of that of bitsandbytes' own dynamic levels."""
-    with torch.inference_mode(False):
-        levels: Tensor = _bitsandbytes().create_linear_map(signed=True, total_bits=8)
-        return levels.to(device)
-
-
-def _quantize(flat: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """uint8 `[bytes]` and float32 `[blocks]` of one expert, filled up with zeros to whole blocks."""
-    flat = nn.functional.pad(flat, (0, -flat.numel() % _BLOCK))
-    if bits == 4:
-        packed, state = _bitsandbytes().quantize_4bit(flat, blocksize=_BLOCK, quant_type="nf4")
-    else:
-        packed, state = _bitsandbytes().quantize_blockwise(flat, code=_levels(flat.device), blocksize=_BLOCK)
-    return packed.view(-1), state.absmax
-
-
-def _dequantize(packed: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """`[n, weights of an expert]`, the filling included.
-
-    An expert is a row of whole blocks: bitsandbytes' kernel for the CPU goes row by row, and where a block of the
-    shape that it is given runs over the end of a row, its numbers are wrong (seen in 0.50.2).
-    """
-    bnb = _bitsandbytes()
-    absmax = scales.reshape(-1)
-    if bits == 8:
-        state = bnb.QuantState(absmax, code=_levels(packed.device), blocksize=_BLOCK, dtype=dtype)
-        return cast(Tensor, bnb.dequantize_blockwise(packed, state))
-    shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
-    state = bnb.QuantState(absmax, shape=shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype)
-    return cast(Tensor, bnb.dequantize_4bit(packed.reshape(-1, 1), state))
 
 
 def _size(num_bytes: int) -> str:

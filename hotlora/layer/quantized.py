@@ -1,0 +1,159 @@
+"""Frozen experts in 8 or 4 bits: what holds them, and how one of them is made dense.
+
+The arithmetic is bitsandbytes': NF4 (QLoRA s3) for 4 bits, 255 evenly spaced levels for 8 bits, in blocks of 64
+weights with a float32 scale each. Shape suffixes: E experts.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import HotLoraError
+
+BLOCK = 64
+"""Weights with a scale of their own."""
+# Kernels count in int32; so far from the limit, what is made for them stays small too.
+_MOST_AT_ONCE = 2**30
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What can be quantized, and come out again."""
+
+
+class QuantizedExperts(nn.Module):
+    """One frozen 3-D parameter, quantized expert by expert. It has buffers only: nothing of it trains.
+
+    `shape`, `dtype` and `device` are those of what it stands for. `.to(dtype)` changes what `dequantize` returns and
+    leaves the stored values alone.
+    """
+
+    packed: Tensor
+    """uint8 `[E - n, bytes of an expert]`."""
+    scale_bits: Tensor
+    """int32 `[E - n, blocks of an expert]`: float32 scales by their bits, which `.to(bfloat16)` does not round."""
+    kept: Tensor
+    """`[n, ., .]`: the weights of the experts that are left as they were; n may be 0. It carries the dtype."""
+    _kept_index: Tensor
+    _cold_index: Tensor
+
+    def __init__(
+        self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, bits: int, kept: Tensor, kept_ids: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.shape, self.bits, self.kept_ids = shape, bits, tuple(kept_ids)
+        self._cold_ids = tuple(expert for expert in range(shape[0]) if expert not in self.kept_ids)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_bits", scale_bits)
+        self.register_buffer("kept", kept)
+        for name, ids in (("_kept_index", self.kept_ids), ("_cold_index", self._cold_ids)):
+            index = torch.tensor(ids, dtype=torch.int64, device=packed.device)
+            self.register_buffer(name, index, persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(cls, weight: Tensor, bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
+        """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result.
+
+        keep: experts that are left as they are, ascending; not all of them.
+        """
+        weight = weight.detach()
+        experts = [_quantize(weight[e].reshape(-1), bits) for e in range(len(weight)) if e not in keep]
+        packed, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
+        return cls(packed, scales.view(torch.int32), weight.shape, bits, weight[list(keep)], keep)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kept.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale_bits.nbytes + self.kept.nbytes
+
+    def numel(self) -> int:
+        """How many weights it stands for."""
+        return self.shape.numel()
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """Dense weights of all experts, `shape` in `dtype`."""
+        cold = self._dense(slice(None))
+        if not self.kept_ids:
+            return cold
+        dense = cold.new_empty(self.shape)
+        return dense.index_copy_(0, self._cold_index, cold).index_copy_(0, self._kept_index, self.kept)
+
+    @torch.no_grad()
+    def expert(self, number: int) -> Tensor:
+        """Dense weights of one expert, `shape[1:]` in `dtype`."""
+        if number in self.kept_ids:
+            return self.kept[self.kept_ids.index(number)]
+        place = self._cold_ids.index(number)
+        return self._dense(slice(place, place + 1))[0]
+
+    def _dense(self, places: slice) -> Tensor:
+        """Of the quantized experts that lie there."""
+        packed, scales = self.packed[places], self.scale_bits.view(torch.float32)[places]
+        # bitsandbytes has no float64.
+        dtype = self.dtype if self.dtype in FLOATS else torch.float32
+        per_expert = scales.shape[1] * BLOCK
+        step = max(1, _MOST_AT_ONCE // per_expert)
+        parts = [
+            _dequantize(p, s, self.bits, dtype) for p, s in zip(packed.split(step), scales.split(step), strict=True)
+        ]
+        dense = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return dense[:, : self.shape[1:].numel()].reshape(-1, *self.shape[1:]).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        kept = f", kept={self.kept_ids}" if self.kept_ids else ""
+        return f"{tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}{kept}"
+
+
+@functools.cache
+def bitsandbytes_functional() -> Any:
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError as error:
+        raise HotLoraError(
+            f"quantized experts need bitsandbytes, which cannot be imported ({error}). "
+            "Install it: pip install hotlora[quantize]"
+        ) from error
+    return bnb
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """Of 8 bits, float32 `[256]`. On weights their error is 0.6 of that of bitsandbytes' own dynamic levels."""
+    with torch.inference_mode(False):
+        levels: Tensor = bitsandbytes_functional().create_linear_map(signed=True, total_bits=8)
+        return levels.to(device)
+
+
+def _quantize(flat: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """uint8 `[bytes]` and float32 `[blocks]` of one expert, filled up with zeros to whole blocks."""
+    flat = nn.functional.pad(flat, (0, -flat.numel() % BLOCK))
+    if bits == 4:
+        packed, state = bitsandbytes_functional().quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4")
+    else:
+        packed, state = bitsandbytes_functional().quantize_blockwise(flat, code=_levels(flat.device), blocksize=BLOCK)
+    return packed.view(-1), state.absmax
+
+
+def _dequantize(packed: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """`[n, weights of an expert]`, the filling included.
+
+    An expert is a row of whole blocks: bitsandbytes' kernel for the CPU goes row by row, and where a block of the
+    shape that it is given runs over the end of a row, its numbers are wrong (seen in 0.50.2).
+    """
+    bnb = bitsandbytes_functional()
+    absmax = scales.reshape(-1)
+    if bits == 8:
+        state = bnb.QuantState(absmax, code=_levels(packed.device), blocksize=BLOCK, dtype=dtype)
+        return cast(Tensor, bnb.dequantize_blockwise(packed, state))
+    shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+    state = bnb.QuantState(absmax, shape=shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+    return cast(Tensor, bnb.dequantize_4bit(packed.reshape(-1, 1), state))
