@@ -3,12 +3,15 @@
 #
 # Behaviour: on a CPU without bfloat16 instructions (or one that is told to do without, as here) the product of a
 # Linear's forward, x @ W.T, is many times faster in bfloat16 than the product of its backward, g @ W, of the same
-# size. In float32 the two take the same time. So a timing of forward passes tells nothing of what training will take.
+# size. In float32 the two take the same time (times vary; the script asks for a ratio above 3 and below 2.5). So a
+# timing of forward passes tells nothing of what training will take.
 #
 # A good engineer would guess: bfloat16 may be slow on such a CPU, but two products of square matrices with the same
 # number of operations take about the same time.
 #
-# Output seen (times vary; the script asks for a ratio above 3):
+# Output seen:
+#   torch.float32: x @ W.T 1.5 ms, g @ W 1.7 ms, ratio 1.1
+#   torch.bfloat16: x @ W.T 11.3 ms, g @ W 103.9 ms, ratio 9.2
 set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
