@@ -1,9 +1,9 @@
 #!/bin/sh
 # typer 0.29.2
 #
-# Behaviour: where a program calls its Typer app with standalone_mode=False, so as to handle the outcome itself, and the
-# user presses Ctrl-C in a command, app() returns the number 130 like any command's result. No exception comes out:
-# neither `except KeyboardInterrupt` nor `except click.Abort` runs, and the code after app() goes on.
+# Behaviour: where a program calls its Typer app with standalone_mode=False, so as to handle the outcome itself, and
+# the user presses Ctrl-C in a command, app() returns the number 130 like any command's result. No exception comes
+# out: neither `except KeyboardInterrupt` nor `except click.Abort` runs, and the code after app() goes on.
 #
 # A good engineer would guess: standalone_mode=False leaves KeyboardInterrupt alone, or raises Abort as click does.
 #
@@ -14,7 +14,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check typer==0.29.2 click==8.5.1
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check typer==0.29.2 click==8.5.1
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'
