@@ -2,11 +2,12 @@
 # transformers 5.23.0 (torch 2.13.0)
 #
 # Behaviour: examples packed into one row and told apart by position_ids that start again at 0 do not see each other,
-# but only where attention_mask is left out and use_cache=False. With an attention_mask of ones, which masks nothing, or
-# with the default use_cache, which leaves an empty cache, the second example attends to the first. There is no warning.
+# but only where attention_mask is left out and use_cache=False. With an attention_mask of ones, which masks nothing,
+# or with the default use_cache, which leaves an empty cache, the second example attends to the first. There is no
+# warning.
 #
-# A good engineer would guess: a mask of ones is the same as no mask, and a cache that is empty at the start changes no
-# logits; so either all of these keep the examples apart or none does.
+# A good engineer would guess: a mask of ones is the same as no mask, and a cache that is empty at the start changes
+# no logits; so either all of these keep the examples apart or none does.
 #
 # Output seen:
 #   How far the second example's logits are from those it has alone (largest difference):
@@ -17,7 +18,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'

@@ -1,14 +1,14 @@
 #!/bin/sh
 # transformers 5.23.0 (tokenizers 0.23.3)
 #
-# Behaviour: apply_chat_template(..., return_assistant_tokens_mask=True) depends on blanks at the ends of a
-# {% generation %} span where the tokenizer's post-processor is ByteLevel(trim_offsets=True), which is what
+# Behaviour: apply_chat_template(..., return_assistant_tokens_mask=True) depends on blanks at the ends of a {%
+# generation %} span where the tokenizer's post-processor is ByteLevel(trim_offsets=True), which is what
 # processors.ByteLevel() makes by default. A span that begins with a blank marks nothing, and neither does any later
 # span of that conversation. A span that ends with a blank marks everything up to the end of the conversation, the
 # user's next turn included.
 #
-# A good engineer would guess: the mask is 1 on the tokens of the generation spans and 0 elsewhere, wherever the blanks
-# are.
+# A good engineer would guess: the mask is 1 on the tokens of the generation spans and 0 elsewhere, wherever the
+# blanks are.
 #
 # Output seen:
 #   no blank:           ['day', 'you']
@@ -18,7 +18,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'

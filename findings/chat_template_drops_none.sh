@@ -2,8 +2,8 @@
 # transformers 5.23.0
 #
 # Behaviour: apply_chat_template takes the keys whose value is None out of a message before the template sees it. A
-# template's own branch for `content is none` is therefore never reached: the name is undefined there, and undefined is
-# not none. In the common pattern below an assistant's turn that is a tool call alone takes the branch for text.
+# template's own branch for `content is none` is therefore never reached: the name is undefined there, and undefined
+# is not none. In the common pattern below an assistant's turn that is a tool call alone takes the branch for text.
 #
 # A good engineer would guess: the template is given the messages as they are, so that content=None is none in it.
 #
@@ -14,7 +14,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check transformers==5.23.0 tokenizers==0.23.3 jinja2==3.1.6
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'

@@ -5,8 +5,8 @@
 # scaling where the two differ in lora_alpha. The logits are those of no adapter on disk, and there is no warning.
 # (PEFT's own hotswap_adapter, given the same two folders, takes the new scaling.)
 #
-# A good engineer would guess: after the swap the model computes what it computes with the new adapter loaded afresh, or
-# the swap is refused.
+# A good engineer would guess: after the swap the model computes what it computes with the new adapter loaded afresh,
+# or the swap is refused.
 #
 # Output seen:
 #   load_adapter(hotswap=True): scaling 1.0 of 8.0, logits off by 3.8701
@@ -15,7 +15,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'

@@ -2,13 +2,13 @@
 # transformers 5.23.0 (torch 2.13.0, accelerate 1.15.0)
 #
 # Behaviour: a checkpoint whose generation_config.json has `temperature` beside `"do_sample": false` loads, and
-# save_pretrained writes it again with a warning at most. Train it with Trainer and a tokenizer that has a pad token which
-# the generation config lacks, and the first checkpoint cannot be saved: Trainer writes the pad token into the generation
-# config, and one that has changed since it was loaded is checked strictly. The error, a ValueError, comes after the
-# steps up to that checkpoint have been paid for, and names temperature, which nobody has touched.
+# save_pretrained writes it again with a warning at most. Train it with Trainer and a tokenizer that has a pad token
+# which the generation config lacks, and the first checkpoint cannot be saved: Trainer writes the pad token into the
+# generation config, and one that has changed since it was loaded is checked strictly. The error, a ValueError, comes
+# after the steps up to that checkpoint have been paid for, and names temperature, which nobody has touched.
 #
-# A good engineer would guess: what loads and saves before training saves after it; if the file is refused at all, then
-# before the first step.
+# A good engineer would guess: what loads and saves before training saves after it; if the file is refused at all,
+# then before the first step.
 #
 # Output seen:
 #   saved before training: yes
@@ -18,7 +18,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 tokenizers==0.23.3
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 tokenizers==0.23.3
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'

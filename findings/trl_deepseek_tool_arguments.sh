@@ -1,10 +1,11 @@
 #!/bin/sh
 # trl 1.16.0 (transformers 5.23.0)
 #
-# Behaviour: for a tokenizer with DeepSeek-V3's chat template, TRL's training template (the one that SFTTrainer puts in
-# its place for assistant_only_loss=True) writes the arguments of a tool call that are a JSON string, as in OpenAI's
-# format, a second time as JSON: in quotes and with each inner quote escaped. DeepSeek's own template writes the string
-# as it is, and takes nothing but strings. So the model is trained on a form that it will not be asked for at inference.
+# Behaviour: for a tokenizer with DeepSeek-V3's chat template, TRL's training template (the one that SFTTrainer puts
+# in its place for assistant_only_loss=True) writes the arguments of a tool call that are a JSON string, as in
+# OpenAI's format, a second time as JSON: in quotes and with each inner quote escaped. DeepSeek's own template writes
+# the string as it is, and takes nothing but strings. So the model is trained on a form that it will not be asked for
+# at inference.
 #
 # A good engineer would guess: the training template differs by its generation marks alone and gives the same text.
 #
@@ -15,7 +16,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0 trl==1.16.0 tokenizers==0.23.3
+"$dir/venv/bin/pip" install --quiet --no-compile --disable-pip-version-check torch==2.13.0 transformers==5.23.0 trl==1.16.0 tokenizers==0.23.3
 cd "$dir"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 cat > observe.py <<'PY'
