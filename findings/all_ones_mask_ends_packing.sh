@@ -3,8 +3,8 @@
 #
 # Behaviour: examples packed into one row and told apart by position_ids that start again at 0 do not see each other,
 # but only where attention_mask is left out and use_cache=False. With an attention_mask of ones, which masks nothing,
-# or with the default use_cache, which leaves an empty cache, the second example attends to the first. There is no
-# warning.
+# or with the default use_cache, which makes an empty cache first, the second example attends to the first. There is
+# no warning.
 #
 # A good engineer would guess: a mask of ones is the same as no mask, and a cache that is empty at the start changes
 # no logits; so either all of these keep the examples apart or none does.
