@@ -222,7 +222,11 @@ def train(
     output = output or Path("runs") / "-".join(_slug(part) for part in (model, data, name, f"seed{seed}"))
     start(device)
     if is_main():
-        err.print(f"training {model} on {data} into {output}", highlight=False)
+        from ..train.checkpoints import last_complete
+
+        last = last_complete(output / "checkpoints")
+        resumed = f", resuming from {last.name}" if last else ""
+        err.print(f"training {model} on {data} into {output}{resumed}", highlight=False)
     if preflight:
         _check_memory(model, options)
     record = run_method(model, data, output, progress=True, **options)
