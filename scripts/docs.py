@@ -45,7 +45,7 @@ PICTURES = ("heat-map",)
 
 def cli_page() -> str:
     """Every command's help, as typer writes it."""
-    command = [sys.executable, "-m", "typer", "hotlora.cli", "utils", "docs", "--name", "hotlora"]
+    command = [sys.executable, "-m", "typer", "hotlora.cli.main", "utils", "docs", "--name", "hotlora"]
     page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return html.unescape(page).strip() + "\n"
 

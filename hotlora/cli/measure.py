@@ -16,7 +16,6 @@ from .options import (
     Attention,
     Device,
     ExpertsPerLayer,
-    Fraction,
     Rank,
     Router,
     Seed,
@@ -30,7 +29,13 @@ from .options import (
 def params(
     config: Annotated[str, typer.Argument(help="A model's config.json, its folder, or nano.")],
     experts_per_layer: ExpertsPerLayer = None,
-    fraction: Fraction = None,
+    fraction: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel="Which experts",
+            help="Share of each layer's experts to adapt (default: all of them, or what --method says).",
+        ),
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(METHODS)} (default: LoRA on what the budget says).")
     ] = None,
