@@ -123,7 +123,7 @@ def failing(output: Path) -> None:
     data = output.parent / ("broken.jsonl" if os.environ["RANK"] == "1" else "train.jsonl")
     (output.parent / "broken.jsonl").write_text('{"prompt": "no answer"}\n')
     sys.argv = ["hotlora", "train", "--model", str(output.parent / "model"), "--data", str(data), "-o", str(output)]
-    hotlora.cli.main()
+    hotlora.cli.main.main()
 
 
 def uneven(output: Path) -> None:
@@ -142,7 +142,7 @@ def other_data(output: Path) -> None:
         "hotlora", "train", "--model", str(output.parent / "model"), "--data", str(output.parent / name), "-o",
         str(output), "--device", "cpu", "--no-preflight",
     ]  # fmt: skip
-    hotlora.cli.main()
+    hotlora.cli.main.main()
 
 
 def gone(output: Path) -> None:

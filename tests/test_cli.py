@@ -63,7 +63,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys, hotlora.cli\n"
+        "import sys, hotlora.cli.main\n"
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules), 'help would take seconds'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
