@@ -147,7 +147,7 @@ def test_status_and_disabling_know_every_way_to_hold_a_factor(options):
     model = tiny_model()
     plan = tiny_plan(model) | ({"ranks": options.pop("ranks")} if "ranks" in options else {})
     if options.pop("is_sparse", False):
-        options["mask"] = hotlora.mask.draw_mask(adapted(train_a=False))
+        options["mask"] = hotlora.adapter.mask.draw_mask(adapted(train_a=False))
     base = logits(model)
     model = get_peft_model(model, HotLoraConfig(plan=plan, r=4, **options))
     fill(model, 0)

@@ -6,7 +6,7 @@ hotlora report runs/auto_k
 
 from typing import Any
 
-from .experts_alone import experts_alone
+from hotlora.papers.experts_alone import experts_alone
 
 CONDITIONS: list[dict[str, Any]] = [
     *({"rule": "hot", "fraction": fraction} for fraction in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)),

@@ -8,7 +8,7 @@ hotlora report runs/quantized
 
 from typing import Any
 
-from .experts_alone import experts_alone
+from hotlora.papers.experts_alone import experts_alone
 
 _HOT = {"rule": "hot", "fraction": 0.25}
 CONDITIONS: dict[str, dict[str, Any]] = {
