@@ -20,7 +20,7 @@ from .combine import combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
-from .mergeable import factor_slots
+from .mergeable import check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 
@@ -37,6 +37,7 @@ class HotLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if isinstance(config, HotLoraConfig):  # used before: PEFT would rewrite its exact targets (peft#3711)
             config.target_modules = config.target_parameters = None
+            check_adapter_name(adapter_name)
         with unchanged_on_error(self):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if isinstance(config, HotLoraConfig):
