@@ -615,3 +615,37 @@ def test_qwen_moe_a2_7b_counts(experts_per_layer, trainable):
     counts = count_parameters(get_peft_model(model, HotLoraConfig(plan=plan)))
     assert counts["trainable"] == trainable
     assert counts["experts"] + counts["attention"] + counts["router"] + counts["shared"] == trainable
+
+
+@pytest.mark.parametrize("name", ["values", "keys", "train", "_modules", "default.x", ""])
+def test_a_name_that_torch_cannot_hold_is_refused_before_anything_changes(name, tmp_path):
+    model = get_peft_model(tiny_model(), HotLoraConfig(plan=tiny_plan(tiny_model()), r=2))
+    model.save_pretrained(tmp_path)
+    before = [key for key, _ in model.named_modules()]
+    config = HotLoraConfig(plan=tiny_plan(tiny_model()), r=2, train_a=False)
+    base = tiny_model()
+    base_before = [key for key, _ in base.named_modules()]
+    for use in (
+        lambda: model.add_adapter(name, config),
+        lambda: load_adapter(model, tmp_path, name),
+        lambda: model.load_adapter(tmp_path, name),
+        lambda: model.add_weighted_adapter(["default"], [1.0], name),
+        lambda: get_peft_model(base, config, name),
+        lambda: load_adapter(base, tmp_path, name),
+    ):
+        with pytest.raises(HotLoraError, match=rf"adapter_name={name!r} cannot be used: give a name without dots"):
+            use()
+    assert list(model.peft_config) == ["default"] and [key for key, _ in model.named_modules()] == before
+    assert [key for key, _ in base.named_modules()] == base_before and not hasattr(base, "peft_config")
+
+
+def test_every_other_name_is_taken(tmp_path):
+    for name in ("kept", "weight", "lora_A", "rank_4", "base_layer", "a b", "1"):
+        model = get_peft_model(tiny_model(), HotLoraConfig(plan=tiny_plan(tiny_model()), r=2, train_a=False), name)
+        fill(model, 0, name)
+        model.save_pretrained(tmp_path)
+        with torch.no_grad():
+            expected, found = (
+                m.eval()(**tiny_batch()).logits for m in (model, load_adapter(tiny_model(), tmp_path / name))
+            )
+        assert torch.equal(found, expected)

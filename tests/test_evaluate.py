@@ -116,6 +116,17 @@ def test_choices_past_the_models_window_are_cut_on_the_left(caplog: pytest.LogCa
         choice_scores(small, TOKENIZER, [Example("p", "", choices=("a", "b" * 16), label=0)])
 
 
+def test_choices_are_checked_before_any_is_scored(tmp_path: Path):
+    small = tiny_model("olmoe", vocab_size=259, max_position_embeddings=16)
+    calls: list[int] = []
+    small.register_forward_pre_hook(lambda *_: calls.append(1))
+    good, long = [Example("pp", "", choices=("a", choice), label=0) for choice in ("b", "b" * 16)]
+    last = Example("p", "", choices=long.choices, label=0)  # of the shortest prompt, so in the last group
+    with pytest.raises(DataError, match="Example 2: choice 1 has 17 tokens"):
+        evaluate_task(small, TOKENIZER, get_task("nano-choice"), [good, good, last], batch_size=1)
+    assert not calls
+
+
 def test_a_prompt_past_the_models_window_is_told(caplog: pytest.LogCaptureFixture):
     small = tiny_model("olmoe", vocab_size=259, max_position_embeddings=16)
     generate(small, TOKENIZER, [Example("p" * 16, ""), Example("p" * 15, "")], max_new_tokens=1)

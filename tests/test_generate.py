@@ -204,6 +204,7 @@ def test_draws_have_the_models_probabilities():
         ({"samples": 0}, "samples = 0 is out of range"),
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": float("inf")}, "temperature = inf.*finite"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p = 0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p = 1.5"),
         ({"samples": 2}, "are all the same: give a temperature above 0"),

@@ -8,11 +8,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter, saved_config
+from hotlora.adapter.mask import draw_mask
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model
@@ -163,3 +165,82 @@ def test_plain_and_older_adapters_load_as_before(saved, tmp_path):
     write_json(tmp_path / "old" / "adapter_config.json", {**data, "on_top_of": [{"path": 3}]})
     with pytest.raises(FileError, match="on_top_of"):
         load_adapter(load_model(model), tmp_path / "old")
+
+
+IN_MEMORY = {"path": None, "weights_sha256": None}
+
+
+def test_one_merged_by_merge_adapter_is_noted_at_unload(saved):
+    model, first, second, _ = saved
+    adapted = load_adapter(load_model(model), first)
+    adapted.merge_adapter()
+    expected = logits(adapted)
+    base = adapted.unload()
+    assert torch.equal(logits(base), expected)
+    digest = sha256_file(Path(first) / WEIGHTS)
+    assert base.config.hotlora_merged == [{"path": first, "weights_sha256": digest}]
+    load_adapter(base, second)
+    adapted = load_adapter(load_model(model), first)
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()
+    assert not hasattr(adapted.unload().config, "hotlora_merged")
+    adapted = load_adapter(load_model(model), first)
+    adapted.merge_adapter()
+    assert len(adapted.merge_and_unload().config.hotlora_merged) == 1  # nothing is merged a second time
+
+
+def test_a_plain_adapter_merged_beside_ours_is_noted(saved):
+    model = load_adapter(load_model(saved[0]), saved[1], "hot")
+    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    base = model.merge_and_unload(adapter_names=["plain"])
+    assert base.config.hotlora_merged == [IN_MEMORY]
+
+
+@pytest.mark.parametrize("load", [load_adapter, peft.PeftModel.from_pretrained])
+@pytest.mark.parametrize("how", ["data", "no_grad", "loaded over"])
+def test_one_whose_values_were_changed_is_no_longer_its_file(saved, load, how):
+    model, first, second, _ = saved
+    adapted = load(load_model(model), first)
+    before = [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+    if how == "data":
+        before[-1].data.view(-1)[0] += 1e-6
+    elif how == "no_grad":
+        with torch.no_grad():
+            before[0].mul_(2)
+    else:
+        peft.set_peft_model_state_dict(adapted, load_file(Path(second) / WEIGHTS))
+    assert adapted.merge_and_unload().config.hotlora_merged == [IN_MEMORY]
+
+
+@pytest.mark.parametrize("load", [load_adapter, peft.PeftModel.from_pretrained])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_that_was_only_cast_is_its_file_still(saved, load, dtype):
+    model, first, _, _ = saved
+    merged = load(load_model(model), first).to(dtype).merge_and_unload().config.hotlora_merged
+    assert [entry["weights_sha256"] for entry in merged] == [sha256_file(Path(first) / WEIGHTS)]
+
+
+def test_a_saved_config_with_fresh_values_is_not_its_file(saved):
+    model, first, _, _ = saved
+    fresh = peft.get_peft_model(load_model(model), saved_config(first))
+    assert fresh.merge_and_unload().config.hotlora_merged == [IN_MEMORY]
+
+
+@pytest.mark.parametrize(
+    "options", [{"mask": True}, {"train_a": False}, {"use_dora": True}, {"train_full_experts": True}, {"ranks": True}]
+)
+@pytest.mark.parametrize("load", [load_adapter, peft.PeftModel.from_pretrained])
+def test_every_kind_of_adapter_is_known_as_its_file(options, load, tmp_path):
+    base, options = tiny_model("olmoe"), dict(options)
+    plan = tiny_plan(base) | ({"ranks": {"0": [2, 4, 8], "1": [4, 4, 2]}} if options.pop("ranks", False) else {})
+    if options.pop("mask", False):
+        frozen = peft.get_peft_model(tiny_model("olmoe"), HotLoraConfig(plan=plan, r=2, train_a=False))
+        fill(frozen, 1)
+        options = {"train_a": False, "mask": draw_mask(frozen)}
+    model = peft.get_peft_model(base, HotLoraConfig(plan=plan, r=2, **options))
+    fill(model, 0)
+    model.save_pretrained(tmp_path)
+    for change, digest in ((0.0, sha256_file(tmp_path / WEIGHTS)), (1e-6, None)):
+        loaded = load(tiny_model("olmoe"), tmp_path)
+        next(p for name, p in loaded.named_parameters() if "lora_" in name).data.view(-1)[0] += change
+        assert [e["weights_sha256"] for e in loaded.merge_and_unload().config.hotlora_merged] == [digest]

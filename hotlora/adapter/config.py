@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ from typing import Any, cast
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.errors import FileError, ModelError, PlanError
 from ..base.files import read_json, sha256_file, write_json
@@ -19,9 +19,10 @@ from ..hf.models import attention_modules, check_in_memory, fingerprint, moe_lay
 from ..routing.plan import ExpertPlan
 from .experts import HotFullExperts, HotLoraExperts
 from .factors import SeededFactor, Slot
+from .loaded import Digests, digests, is_as_loaded
 from .mask import SparseMask
 from .mergeable import MergeableLayer
-from .on_top_of import Entry
+from .on_top_of import NO_FILE, Entry
 from .raw_weights import HotLoraRouter, HotLoraWeights
 
 WEIGHTS_HASH = "weights_sha256"
@@ -121,8 +122,10 @@ class HotLoraConfig(LoraConfig):
         # SHA-256 of the frozen A that the model has, and of the one that the adapter was saved with.
         self._a_hash: str | None = None
         self._saved_a_hash: str | None = None
-        self._source: Entry = {"path": None, "weights_sha256": None}
+        self._source: Entry = dict(NO_FILE)
         """The file that the adapter was loaded from, as it is noted in a model that it is merged into."""
+        self._loaded: Digests | None = None
+        """Of the values that were loaded from it."""
 
     def _check_factors(self) -> None:
         if isinstance(self.mask, str | os.PathLike):
@@ -166,9 +169,17 @@ class HotLoraConfig(LoraConfig):
                 "changed, take the torch and hotlora that it was trained with, or train again."
             )
 
-    def source(self) -> Entry:
-        """What a model notes that the adapter is merged into. One that trains is no longer what its file holds."""
-        return self._source if self.inference_mode else {"path": None, "weights_sha256": None}
+    def note_loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Called with what is loaded from the adapter's file; what is loaded over it later is not the file's."""
+        if self._loaded is None and self.inference_mode and self._source["weights_sha256"] is not None:
+            self._loaded = digests(tensors)
+
+    def source(self, tensors: Callable[[], Mapping[str, Tensor]]) -> Entry:
+        """What a model notes that the adapter is merged into: its file, if `tensors()`, the adapter's by their keys,
+        still are what was loaded from it."""
+        if self.inference_mode and self._loaded is not None and is_as_loaded(tensors(), self._loaded):
+            return self._source
+        return dict(NO_FILE)
 
     def bind(self, model: nn.Module) -> None:
         """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it

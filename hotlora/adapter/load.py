@@ -17,6 +17,7 @@ from ..base.unchanged import unchanged_on_error
 from ..hf.peft_hooks import without_adapter_name
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
+from .mergeable import check_adapter_name
 from .on_top_of import check_entries, check_ground
 from .quantize import ExpertsQuantization
 
@@ -35,8 +36,9 @@ def load_adapter(
     Raises:
         FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
         or that do not fit the config. PlanError: the adapter was made for another model, or on top of an adapter that
-        is not merged into this one.
+        is not merged into this one. HotLoraError: an adapter_name that is taken, or that torch cannot take.
     """
+    check_adapter_name(adapter_name)
     folder = Path(path).expanduser()
     data = _read_config(folder)
     saved_hash = data.get(WEIGHTS_HASH)

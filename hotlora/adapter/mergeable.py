@@ -123,6 +123,18 @@ class MergeableLayer(nn.Module, LoraLayer):
             weight.data[rows] = new
 
 
+_CONTAINERS = (nn.ModuleDict(), nn.ParameterDict())
+
+
+def check_adapter_name(name: object) -> None:
+    """HotLoraError where torch's containers, which hold an adapter's parts under its name, cannot have such a key."""
+    if not isinstance(name, str) or not name or "." in name or any(hasattr(held, name) for held in _CONTAINERS):
+        raise HotLoraError(
+            f"adapter_name={name!r} cannot be used: give a name without dots, such as 'task_1', that is no "
+            "attribute of torch's ModuleDict (values, keys, train, …)."
+        )
+
+
 def factor_slots(model: nn.Module, adapter: str) -> Iterator[Slot]:
     """The low-rank factors of `adapter` in all layers of an adapted base model, ours and PEFT's Linears."""
     for path, layer in model.named_modules():

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..base.errors import HotLoraError, PlanError
@@ -19,8 +20,8 @@ from .combine import combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
-from .mergeable import factor_slots
-from .on_top_of import check_ground, described, merged_into, missing, note_merged
+from .mergeable import check_adapter_name, factor_slots
+from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
 
 
@@ -36,6 +37,7 @@ class HotLoraModel(LoraModel):
         config = self.peft_config[adapter_name]
         if isinstance(config, HotLoraConfig):  # used before: PEFT would rewrite its exact targets (peft#3711)
             config.target_modules = config.target_parameters = None
+            check_adapter_name(adapter_name)
         with unchanged_on_error(self):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if isinstance(config, HotLoraConfig):
@@ -53,10 +55,29 @@ class HotLoraModel(LoraModel):
             self.model.set_experts_implementation(IMPLEMENTATION)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's, for merge_and_unload and unload; the model's config then names all that is merged in."""
+        asked = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None) or self.active_adapters
+        names = dict.fromkeys([*self._merged(), *(asked if merge else [])])
+        entries = [self.entry_of(name) for name in names]
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        note_merged(model, entries)
         if hasattr(self, "_implementation_before") and quantized_bits(model) is None:
             model.set_experts_implementation(self._implementation_before)
         return model
+
+    def _merged(self) -> list[str]:
+        """Adapters that `merge_adapter` has put into the weights, in that order."""
+        layers = (module for module in self.model.modules() if isinstance(module, LoraLayer))
+        return list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+
+    def entry_of(self, adapter_name: str) -> Entry:
+        """What a model notes that the adapter is merged into."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, HotLoraConfig):
+            return dict(NO_FILE)
+        return config.source(
+            lambda: get_peft_model_state_dict(self, adapter_name=adapter_name, save_embedding_layers=False)
+        )
 
     def _copy_to_reference(self) -> None:
         """TRL's reference is a copy of "default". It copies parameters with `.default.` in their names: not the
@@ -122,14 +143,6 @@ class HotLoraModel(LoraModel):
         super()._check_merge_allowed()
         if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
             check_mergeable(self.model)
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """PEFT's; the model's config then names what is merged in."""
-        names = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None) or self.active_adapters
-        configs = [self.peft_config[name] for name in names]
-        model = super().merge_and_unload(*args, **kwargs)
-        note_merged(model, [config.source() for config in configs if isinstance(config, HotLoraConfig)])
-        return model
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -231,12 +244,14 @@ def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
 
 
 def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Draws a frozen A that PEFT left without values (low_cpu_mem_usage): it is not among what is loaded."""
+    """Notes what is loaded, and draws a frozen A that PEFT left without values (low_cpu_mem_usage): it is not
+    among it."""
     empty = [factor for factor in frozen_a(factor_slots(model, adapter_name)) if factor.values.device.type == "meta"]
     for factor in empty:
         factor.restore(next(iter(state_dict.values())).device)
     if empty:
         config.check_a(frozen_a(factor_slots(model, adapter_name)))
+    config.note_loaded({peft_hooks.without_adapter_name(key): tensor for key, tensor in state_dict.items()})
 
 
 peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading)

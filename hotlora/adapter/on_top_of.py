@@ -17,6 +17,7 @@ MERGED = "hotlora_merged"
 
 Entry = dict[str, str | None]
 """`path` of the adapter's folder and `weights_sha256` of its file; both None for an adapter that came from no file."""
+NO_FILE: Entry = {"path": None, "weights_sha256": None}
 
 
 def merged_into(model: nn.Module) -> list[Entry]:

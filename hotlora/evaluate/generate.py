@@ -6,6 +6,7 @@ options, and every sample draws from a seed of its own. So an evaluation that wa
 
 import hashlib
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,8 +52,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise HotLoraError(f"samples = {self.samples} is out of range: it must be 1 or more.")
-        if not self.temperature >= 0:
-            raise HotLoraError(f"temperature = {self.temperature} is out of range: it must be 0 (greedy) or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise HotLoraError(
+                f"temperature = {self.temperature} is out of range: it must be 0 (greedy) or more, and finite."
+            )
         if not 0 < self.top_p <= 1:
             raise HotLoraError(f"top_p = {self.top_p} is out of range: it must be in (0, 1].")
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):

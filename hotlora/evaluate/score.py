@@ -120,16 +120,17 @@ def evaluate_task(
 
     def scored(done: Collection[int]) -> Iterator[list[Result]]:
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
-        for group in track(list(_groups(order, batch_size)), "scoring", progress):
-            picked = sorted(group)
-            if not set(picked).issubset(done):
-                some = {i: examples[i] for i in picked}
-                per_character = task.metric == "acc_norm"
-                values, cuts = _scores_and_cuts(
-                    model, tokenizer, some, per_character=per_character, batch_size=batch_size
-                )
-                found = zip(picked, values, cuts, strict=True)
-                yield [_choice_result(i, examples[i], value, cut) for i, value, cut in found]
+        groups = [sorted(group) for group in _groups(order, batch_size)]
+        groups = [picked for picked in groups if not set(picked).issubset(done)]
+        window = context_length(model, tokenizer)
+        encoded = {i: _encoded(i, examples[i], tokenizer, window) for picked in groups for i in picked}
+        for picked in track(groups, "scoring", progress):
+            values = _scores(
+                model, tokenizer, [examples[i] for i in picked], [encoded[i] for i in picked],
+                per_character=task.metric == "acc_norm", batch_size=batch_size,
+            )  # fmt: skip
+            found = zip(picked, values, strict=True)
+            yield [_choice_result(i, examples[i], value, encoded[i].cut) for i, value in found]
 
     evaluation = _evaluate(task, examples, scored, results)
     _tell_cut(evaluation.cut, len(examples), model, tokenizer)
@@ -288,43 +289,58 @@ def choice_scores(
     Raises:
         DataError: no examples, an empty choice or prompt, or a choice that alone is longer than the window.
     """
-    scores, cuts = _scores_and_cuts(
-        model, tokenizer, dict(enumerate(examples)), per_character=per_character, batch_size=batch_size,
-        progress=progress,
-    )  # fmt: skip
-    _tell_cut(sum(map(bool, cuts)), len(examples), model, tokenizer)
+    check_batches(examples, batch_size)
+    window = context_length(model, tokenizer)
+    encoded = [_encoded(i, example, tokenizer, window) for i, example in enumerate(examples)]
+    scores = _scores(
+        model, tokenizer, examples, encoded, per_character=per_character, batch_size=batch_size, progress=progress
+    )
+    _tell_cut(sum(bool(example.cut) for example in encoded), len(examples), model, tokenizer)
     return scores
 
 
-def _scores_and_cuts(
+@dataclass(frozen=True)
+class _Encoded:
+    """An example's choices, each after the prompt."""
+
+    choices: list[tuple[torch.Tensor, int]]
+    """token ids, and how many of them are the prompt's"""
+    cut: int
+    """tokens of the longest one that do not fit into the window"""
+
+
+def _encoded(index: int, example: Example, tokenizer: Any, window: int | None) -> _Encoded:
+    """DataError: as `choice_scores`."""
+    prompt, choices, longest = encode_prompt(example, tokenizer), [], 0
+    for j, choice in enumerate(example.choices):
+        completion = encode_completion(example, f" {choice}", prompt, tokenizer)
+        if not choice or not completion or not prompt:
+            raise DataError(f"Example {index}: choice {j} or its prompt is empty, so it has no likelihood.")
+        if window is not None and len(completion) > window:
+            raise DataError(
+                f"Example {index}: choice {j} has {len(completion)} tokens, and the model's window is {window}: "
+                "leave the example out."
+            )
+        # As lm-eval cuts: the window holds what is read, and the last token is only predicted.
+        cut = max(0, len(prompt + completion) - window - 1) if window is not None else 0
+        longest = max(longest, cut)
+        choices.append((torch.tensor((prompt + completion)[cut:]), len(prompt) - cut))
+    return _Encoded(choices, longest)
+
+
+def _scores(
     model: Any,
     tokenizer: Any,
-    named: Mapping[int, Example],
+    examples: Sequence[Example],
+    encoded: Sequence[_Encoded],
     *,
     per_character: bool,
     batch_size: int,
     progress: bool = False,
-) -> tuple[list[list[float]], list[int]]:
-    """`choice_scores` of examples by their index, and how many tokens of each one's longest text did not fit."""
-    examples = list(named.values())
-    check_batches(examples, batch_size)
-    window = context_length(model, tokenizer)
-    rows, cuts = [], [0] * len(examples)  # rows: (example, choice, token ids, number of prompt tokens)
-    for i, (index, example) in enumerate(named.items()):
-        prompt = encode_prompt(example, tokenizer)
-        for j, choice in enumerate(example.choices):
-            completion = encode_completion(example, f" {choice}", prompt, tokenizer)
-            if not choice or not completion or not prompt:
-                raise DataError(f"Example {index}: choice {j} or its prompt is empty, so it has no likelihood.")
-            if window is not None and len(completion) > window:
-                raise DataError(
-                    f"Example {index}: choice {j} has {len(completion)} tokens, and the model's window is {window}: "
-                    "leave the example out."
-                )
-            # As lm-eval cuts: the window holds what is read, and the last token is only predicted.
-            cut = max(0, len(prompt + completion) - window - 1) if window is not None else 0
-            cuts[i] = max(cuts[i], cut)
-            rows.append((i, j, torch.tensor((prompt + completion)[cut:]), len(prompt) - cut))
+) -> list[list[float]]:
+    """`choice_scores` of examples that are encoded."""
+    # (example, choice, token ids, number of prompt tokens)
+    rows = [(i, j, *choice) for i, one in enumerate(encoded) for j, choice in enumerate(one.choices)]
     scores = [[0.0] * len(example.choices) for example in examples]
     order = sorted(range(len(rows)), key=lambda r: (-len(rows[r][2]), -rows[r][3]))
     with inference(model):
@@ -339,7 +355,7 @@ def _scores_and_cuts(
             for r, value in zip(picked, _log_likelihood(model, batch).tolist(), strict=True):
                 i, j = rows[r][:2]
                 scores[i][j] = value / len(examples[i].choices[j]) if per_character else value
-    return scores, cuts
+    return scores
 
 
 def _tell_cut(count: int, total: int, model: Any, tokenizer: Any) -> None:

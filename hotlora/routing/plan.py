@@ -51,6 +51,13 @@ class ExpertPlan:
     def __post_init__(self) -> None:
         if not _is_int(self.num_experts) or self.num_experts < 1:
             raise PlanError(f"num_experts is {self.num_experts!r}: it must be a positive integer")
+        if not isinstance(self.rule, str):
+            raise PlanError(f"rule is {self.rule!r}: it must be a string, such as 'manual'")
+        if not isinstance(self.params, dict):
+            raise PlanError(f"params is {self.params!r}: it must be an object, such as {{}}")
+        for name in ("profile_hash", "fingerprint"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise PlanError(f"{name} is {value!r}: it must be a string, or null")
         if not self.experts:
             raise PlanError("the plan names no layer: give each MoE layer's decoder index its expert ids")
         if self.ranks is not None and set(self.ranks) != set(self.experts):
@@ -93,7 +100,7 @@ class ExpertPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ExpertPlan":
         """The plan in `to_dict`'s form. PlanError where it is not one."""
-        if data.get("version") != VERSION:
+        if not _is_this_version(data):
             raise PlanError(
                 f"plan version {data.get('version')!r}: this hotlora reads version {VERSION}; "
                 "make the plan again with `hotlora plan`"
@@ -104,15 +111,12 @@ class ExpertPlan:
             raise PlanError(f"the plan lacks {sorted(missing)}: add them, or run `hotlora plan` again")
         if unknown := set(data) - allowed:
             raise PlanError(f"the plan has unknown keys {sorted(unknown)}: allowed are {sorted(allowed)}")
-        params = data.get("params") or {}
-        if not isinstance(params, dict):
-            raise PlanError(f"params is {params!r}: it must be an object")
         ranks = data.get("ranks")
         return cls(
             experts=layer_keys("experts", data["experts"]),
             num_experts=data["num_experts"],
-            rule=str(data.get("rule", "manual")),
-            params=dict(params),
+            rule=data.get("rule", "manual"),
+            params=data.get("params", {}),
             profile_hash=data.get("profile_hash"),
             fingerprint=data.get("fingerprint"),
             ranks=None if ranks is None else layer_keys("ranks", ranks),
@@ -134,7 +138,7 @@ class ExpertPlan:
         try:
             return cls.from_dict(data)
         except PlanError as error:
-            kind = PlanError if data.get("version") == VERSION else FileError
+            kind = PlanError if _is_this_version(data) else FileError
             raise kind(f"{file}: {error}") from error
 
 
@@ -252,6 +256,10 @@ def _budget(
     params: dict[str, Any] = {"fraction": fraction} if fraction is not None else {}
     params["experts_per_layer"] = kept
     return params | ({"budget": kept * num_layers} if rule == "greedy" else {})
+
+
+def _is_this_version(data: dict[str, Any]) -> bool:
+    return _is_int(data.get("version")) and data["version"] == VERSION
 
 
 def _checked_share(p: Any) -> float:

@@ -39,7 +39,7 @@ def read_scores(
     if isinstance(scores, Mapping):
         return _checked(scores, layers, num_experts)
     data = read_json(scores)
-    if data.get("version") != VERSION:
+    if type(data.get("version")) is not int or data["version"] != VERSION:
         raise FileError(f"{scores}: scores of version {data.get('version')!r}; this hotlora reads version {VERSION}")
     try:
         if unknown := set(data) - {"version", "fingerprint", "scores"}:

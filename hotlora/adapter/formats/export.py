@@ -136,7 +136,8 @@ def export_adapter(
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise HotLoraError(f"{merged[0]} has an adapter merged in: call unmerge_adapter() first.")
     if format == "merged":
-        with atomic_folder(output) as folder, merged_for_now(model.get_base_model(), [config.source()]):
+        tuner: Any = model.base_model
+        with atomic_folder(output) as folder, merged_for_now(model.get_base_model(), [tuner.entry_of(adapter_name)]):
             _save_checkpoint(model, adapter_name, list(layers), folder, tokenizer)
         return output
     into_base = [*(routers if merge_router else []), *attention]
