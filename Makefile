@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes; each takes up to 5 GB.
+JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-slow check docs models lint types clean
@@ -10,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/hotlora demo --output runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --slow
@@ -18,7 +20,7 @@ test-slow: $(INSTALLED)
 check: lint types $(INSTALLED)
 	$(BIN)/python scripts/docs.py --check
 	$(BIN)/python scripts/papers.py --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
