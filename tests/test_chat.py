@@ -63,6 +63,10 @@ WRITES_CALLS = (
     "qwen2_5.", "qwen3",
 )  # fmt: skip
 PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")  # they read no plain text
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _MARKS = {mark for text in TEMPLATES.values() for mark in re.findall(r"<[|｜]?[\w▁/]+[|｜]?>", text)}
 TOKENIZER = byte_tokenizer(extra_special_tokens=sorted(_MARKS))
 
@@ -245,6 +249,16 @@ def test_a_row_that_cannot_be_learned_is_one_error_with_its_line(template: str, 
         read(tmp_path, good, {"messages": messages, "tools": TOOLS}, good, tokenizer=tokenizer_of(template))
 
 
+def test_a_message_that_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = [{"messages": [{"role": "system", "content": f"Be brief {i}."}, USER, ANSWER]} for i in range(2)]
+    users = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    assert len(read(tmp_path, *rows, tokenizer=tokenizer_of(users))) == 2
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.endswith(
+        "line 1: the chat template does not write the content of a message of role 'system' (told once)"
+    )
+
+
 def test_tool_calls_need_a_template(tmp_path: Path):
     plain = byte_tokenizer()
     with pytest.raises(DataError, match="line 1: the tokenizer has no chat template"):
@@ -292,3 +306,133 @@ def test_blanks_at_the_edges_are_told_apart_by_tokenizers_that_leave_them_out_of
     kept = [i for i, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
     assert tokenizer.decode(kept) == " \n é 日 \n <|im_end|>" and tokenizer.decode(row["input_ids"]) == example.text
     assert row["completion_mask"][-1] == 0  # the line break after the end of the turn
+
+
+def parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+HI = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_content_in_parts_is_written_as_text_is(name: str, tmp_path: Path):
+    """Where a template writes a list as Python does, or nothing of it, it is given the text of the parts."""
+    messages = [{"role": "system", "content": "Be brief."}] if not name.startswith("gemma") else []
+    messages += [HI, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "a\nb"}, ANSWER]
+    listed = {"messages": [{**m, "content": parts(m["content"])} for m in messages]}
+    (example,) = read(tmp_path, listed, tokenizer=tokenizer_of(name))
+    assert "'text'" not in str(example.text) and '"text"' not in str(example.text)
+    if name.startswith(PARTS_ONLY):  # which refuse a text by an error, and write none silently
+        for number in range(1, 5):
+            row = [dict(m) if i == number else {**m, "content": parts(m["content"])} for i, m in enumerate(messages)]
+            if number != 2:  # what an assistant said before
+                with pytest.raises(
+                    DataError, match=r"line 1: the (chat template does not write|model's chat template)"
+                ):
+                    read(tmp_path, {"messages": row}, tokenizer=tokenizer_of(name))
+    else:
+        (plain,) = read(tmp_path, {"messages": messages}, tokenizer=tokenizer_of(name))
+        # DiffusionGemma puts a blank behind the parts of a system message.
+        assert str(example.text).replace("brief. ", "brief.") == plain.text and trained(example) == trained(plain)
+        assert example.source_hash != plain.source_hash  # what was read
+
+
+def test_parts_that_a_template_takes_no_list_of_are_joined_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    row = {"messages": [{"role": "user", "content": parts("h", "i")}, {"role": "assistant", "content": parts("s")}]}
+    as_json = CHATML.replace("m.content }}", "m.content if m.content is string else m.content | tojson }}")
+    for template in (CHATML, as_json):
+        (example,) = read(tmp_path, row, tokenizer=tokenizer_of(template))
+        assert example.text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\ns<|im_end|>\n"
+        assert trained(example) == "s<|im_end|>"
+    assert "takes no list as content" in caplog.text
+    silent = CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'user' }}")
+    with pytest.raises(DataError, match=r"rows.jsonl line 1: the chat template does not write the user's content"):
+        read(tmp_path, row, tokenizer=tokenizer_of(silent))
+    with pytest.raises(DataError, match="line 1: 'messages' must be a list of objects"):
+        read(tmp_path, {"messages": [HI, {"role": "assistant", "content": []}]}, tokenizer=tokenizer_of(CHATML))
+    # What it takes out of a user's text (/no_think of some) is its own affair.
+    rewrites = CHATML.replace("{{ m.content }}", "{{ m.content | replace(' /no_think', '') }}")
+    row = {"messages": [{"role": "user", "content": "A long question? /no_think"}, ANSWER]}
+    (example,) = read(tmp_path, row, tokenizer=tokenizer_of(rewrites))
+    assert example.prompt.count("A long question?<|im_end|>") == 1
+
+
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}<|im_end|>"
+    "{% endgeneration %}\n{% else %}{{ m.role }}: {% if loop.last %}!{% endif %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Apples\nare fine", "A: fine", "A"])
+def test_an_answer_that_begins_as_its_header_is_learned_whole_behind_marks(content: str, tmp_path: Path):
+    row = {"messages": [HI, {"role": "assistant", "content": content}]}
+    (example,) = read(tmp_path, row, tokenizer=tokenizer_of(MARKED))
+    assert trained(example) == f"{content}<|im_end|>"
+    inside = MARKED.replace("A: {% generation %}", "{% generation %}A: ")
+    (example,) = read(tmp_path, row, tokenizer=tokenizer_of(inside))
+    assert trained(example) == f"{content}<|im_end|>"
+
+
+@pytest.mark.parametrize("opens", ["<think>", "THINK:", "[THINK]"])
+def test_a_call_that_begins_as_the_generation_prompt_goes_on_is_learned_whole(opens: str, tmp_path: Path):
+    written = {"<think>": "<tcall>", "THINK:": "TOOL:", "[THINK]": "[TOOL]"}[opens]
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for t in m.tool_calls or [] %}" + written
+        + "{{ t.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<assistant>"
+        + opens + "\n{% endif %}"
+    )  # fmt: skip
+    (example,) = read(tmp_path, {"messages": [HI, call()]}, tokenizer=tokenizer_of(template))
+    assert trained(example).startswith(f'{written}{{"name": "get_weather"')
+
+
+def test_the_end_of_the_users_turn_is_not_learned_by_chance(tmp_path: Path):
+    """The generation prompt changes the last user's turn, and what ends that ends the answer too."""
+    more = "{{ m.content }}{% if add_generation_prompt and loop.last %} /t{% endif %}"
+    switch = CHATML.replace("{{ m.content }}", more)
+    with pytest.raises(DataError, match=r"line 1: .* nothing tells where the answer begins. Put \{% generation %\}"):
+        read(tmp_path, {"messages": [USER, ANSWER]}, tokenizer=tokenizer_of(switch))
+    marks = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+    )
+    marks = f"{marks}{{% endgeneration %}}{{% else %}}{more}<|im_end|>"
+    marks += "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    (example,) = read(tmp_path, {"messages": [USER, ANSWER]}, tokenizer=tokenizer_of(marks))
+    assert trained(example) == "It is sunny.<|im_end|>"
+
+
+def test_a_short_answer_that_is_not_written_is_not_found_elsewhere(tmp_path: Path):
+    users = "{% for m in messages %}<{{ m.role }}>{{ m.content if m.role == 'user' }}<eos>{% endfor %}"
+    users += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    for last, message in (
+        ({"role": "assistant", "content": "s"}, "content"),
+        ({"role": "assistant", "content": parts("s")}, "content"),
+        ({"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "e"}}]}, "tool calls"),
+    ):
+        with pytest.raises(DataError, match=f"line 2: the chat template does not write the answer's {message}"):
+            read(tmp_path, {"prompt": "a", "completion": "b"}, {"messages": [HI, last]}, tokenizer=tokenizer_of(users))
+
+
+def test_short_rows_of_one_form_are_rendered_once_more_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tokenizer, count = tokenizer_of("qwen3"), []
+    render = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *a, **k: count.append(1) or render(*a, **k))
+    rows = [{"messages": [HI, {"role": "assistant", "content": f"{i}"}]} for i in range(20)]
+    assert len(read(tmp_path, *rows, tokenizer=tokenizer)) == 20 and len(count) == 20 * 2 + 1
+
+
+def test_empty_answers_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    silent = [
+        {"prompt": "a", "completion": ""},
+        {"messages": [HI, {"role": "assistant", "content": " \n"}]},
+        {"messages": [HI, {"role": "assistant", "content": parts("")}]},
+    ]
+    said = [{"messages": TALKS["call"], "tools": TOOLS}, {"messages": [HI, {**THOUGHT, "content": ""}]}]
+    for tokenizer in (tokenizer_of("qwen3"), None):
+        caplog.clear()
+        assert len(read(tmp_path, {"prompt": "a", "completion": "b"}, *silent, *said, tokenizer=tokenizer)) == 6
+        (told,) = [r.getMessage() for r in caplog.records if "an empty answer" in r.getMessage()]
+        assert told.startswith("3 of 6 rows have an empty answer") and told.endswith("rows.jsonl line 2")

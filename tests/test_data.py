@@ -233,6 +233,53 @@ def test_training_shows_the_prompt_that_evaluation_gives():
         assert tokenize([example], tokenizer, 9)[0]["input_ids"] == [*ids, 0]
 
 
+def metaspace_tokenizer(kind: str, closes: bool = False):
+    """As Llama's and Mixtral's: a text, or one behind a special token, begins with a blank of its own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "<s>", "</s>", *sorted("abcdefghijklmnopqrstuvwxyz()▁:0123456789.=\n")]
+    merges = [("(", ")"), ("m", "b"), ("▁", "a"), ("1", "2"), (":", "\n"), ("▁", "x")]
+    vocab = {token: i for i, token in enumerate([*tokens, *("".join(pair) for pair in merges)])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    if kind == "prepend":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=kind, split=False)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if closes:
+        pair = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        inner.post_processor = pair
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always"])
+def test_no_blank_comes_between_a_prompt_and_its_completion(kind: str):
+    for closes in (False, True):
+        tokenizer = metaspace_tokenizer(kind, closes)
+        for prompt, completion in (
+            ("f(", ")"), ("num", "ber"), ("x 1", "2"), ("a ", "x"), ("a:", "\n b"), ("a(", ") b"),
+            ("=", "1"), ("=", " 1"),
+        ):  # fmt: skip
+            row = tokenize([Example(prompt, completion)], tokenizer, 64)[0]
+            start = encode_prompt(Example(prompt, completion), tokenizer)
+            assert row["input_ids"][: len(start)] == start and row["completion_mask"][: len(start)] == [0] * len(start)
+            written = tokenizer.decode(row["input_ids"], clean_up_tokenization_spaces=False)
+            assert written.removeprefix("<s>").lstrip() == f"{prompt}{completion}</s>"
+
+
+def test_only_the_end_that_a_tokenizer_adds_is_taken_from_a_prompt():
+    tokenizer = byte_tokenizer()
+    row = tokenize([Example("hi<eos>", "a")], tokenizer, 64)[0]
+    assert tokenizer.decode(row["input_ids"]) == "hi<eos>a<eos>" and row["completion_mask"] == [0, 0, 0, 1, 1]
+    closes = metaspace_tokenizer("first", closes=True)
+    for prompt in ("hi", "hi</s>", "hi</s></s>"):
+        ids = encode_prompt(Example(prompt, "a"), closes)
+        assert ids == [1, *closes(prompt, add_special_tokens=False)["input_ids"]]
+        (row,) = tokenize([Example(prompt, "a")], closes, 64)
+        assert row["completion_mask"] == [0] * len(ids) + [1, 1] and row["input_ids"][: len(ids)] == ids
+
+
 def test_batches_hold_every_example_once():
     tokenizer = byte_tokenizer()
     dataset = tokenize([Example("p" * (1 + i % 5), "c" * (1 + i % 3)) for i in range(11)], tokenizer, 64)

@@ -10,89 +10,37 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS
-from . import Example
-from .rows import Row
-
-# What apply_chat_template is given by other ways than chat_template_kwargs.
-_TAKEN = (
-    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
+from .messages import (
+    REASONING,
+    Conversation,
+    filled,
+    form,
+    function,
+    has_parts,
+    joined,
+    last_line,
+    marked,
+    reasoning,
+    said,
+    short,
+    texts,
 )  # fmt: skip
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives the template all, whichever a row has
+from .task import Example
+
 _PLAIN = ("role", "content", "tool_call_id")  # an id says nothing that could be written
 _DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")
+_SHORT = 8  # characters: what is shorter is in many a text by chance
+_UNIT = re.compile(r"<[^<>\n]*>|\[[^\[\]\s]*\]|\w+")  # never begun in its middle
+_CONTENT = (
+    " Give content in the form that the template reads: a text, or for some templates a list of "
+    '{"type": "text", "text": …}.'
+)
 
 Notes = dict[str, str]  # what a user should know of the data, once -> the first row that it is true of
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A row's messages, and what else the template is given. `options` are its chat_template_kwargs."""
-
-    place: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    options: dict[str, Any]
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of what was read, which no template and no date is part of."""
-        return hashlib.sha256(json.dumps([self.messages, self.tools, self.options]).encode()).hexdigest()
-
-
-def read_conversation(row: Row, tools: Any = None, options: Mapping[str, Any] | None = None) -> Conversation:
-    """The conversation of a row with `messages`; `tools` and `options` are the data set's, where the row has none.
-
-    Raises:
-        DataError: messages, tools or chat_template_kwargs of another form.
-    """
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not all(map(_is_message, messages)):
-        raise DataError(
-            f"{row.place}: 'messages' must be a list of objects with 'role' and 'content', a text or a list of "
-            "{'type': 'text', 'text': …}; only an assistant's message with 'tool_calls' or reasoning needs no content."
-        )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{row.place}: 'messages' must be a list of two or more, and the last one's role must be 'assistant'."
-        )
-    given = row.values.get("chat_template_kwargs") or {}
-    if not isinstance(given, dict):
-        raise DataError(f"{row.place}: 'chat_template_kwargs' must be an object, this is {_short(given)}.")
-    options = {**(options or {}), **given}
-    if taken := sorted(set(options).intersection(_TAKEN)):
-        raise DataError(f"{row.place}: 'chat_template_kwargs' cannot hold {', '.join(taken)}: leave it out.")
-    own = row.values.get("tools")
-    return Conversation(row.place, messages, _tools(row.place, tools if own is None else own), options)
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content, calls = message.get("content"), message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        return False
-    if content is None:
-        return message["role"] == "assistant" and bool(calls or _reasoning(message))
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
-
-
-def _tools(place: str, tools: Any) -> list[dict[str, Any]] | None:
-    if isinstance(tools, str):  # as TRL takes them, too: a column of one type for tools of many
-        try:
-            tools = json.loads(tools)
-        except JSON_ERRORS as error:
-            raise DataError(f"{place}: 'tools' is text that is no JSON ({error}); give a list of objects.") from error
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{place}: 'tools' must be a list of objects (JSON schemas), this is {_short(tools)}.")
-    return tools or None
 
 
 class ChatTemplate:
@@ -105,6 +53,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, now: datetime, notes: Notes) -> None:
         self.tokenizer, self.now, self.notes = tokenizer, now, notes
         self._tokens = tuple(tokenizer.get_added_vocab())
+        self._written: dict[tuple[object, ...], bool] = {}  # a message's form -> whether the template writes it
 
     def example(self, talk: Conversation) -> Example:
         """The conversation as an example of which the last message is trained.
@@ -146,39 +95,83 @@ class ChatTemplate:
         return at_time(self.tokenizer.get_chat_template(tools=talk.tools), self.now)
 
     def _accepted(self, talk: Conversation) -> tuple[Conversation, str]:
-        """The conversation and its text, with "" for no `content` where the template writes that whatever it is."""
-        try:
-            return talk, self.render(talk)
-        except DataError as refused:
-            filled = [{**m, "content": ""} if m.get("content") is None else m for m in talk.messages]
-            if filled == talk.messages:
-                raise
-            talk = replace(talk, messages=filled)
+        """The conversation in the first form that the template takes and writes, and its text: as it was read, with ""
+        for no `content`, with text for content in parts."""
+        found: tuple[Conversation, str] | None = None
+        refused: DataError | None = None
+        tried: list[Conversation] = []
+        for other in (talk, filled(talk), joined(talk), joined(filled(talk))):
+            if other in tried:
+                continue
+            tried.append(other)
             try:
-                return talk, self.render(talk)
-            except DataError:
-                raise refused from None
+                text = self.render(other)
+            except DataError as error:
+                refused = refused or error
+                continue
+            found = found or (other, text)
+            if all(self._writes(other, n) for n, message in enumerate(other.messages) if has_parts(message)):
+                found = (other, text)
+                break
+        if found is None:
+            raise cast(DataError, refused)
+        for message, written in zip(talk.messages, found[0].messages, strict=True):
+            if has_parts(message) and len(message["content"]) > 1 and not has_parts(written):
+                note = "the chat template takes no list as content, so the texts of one are written as one text"
+                self.notes.setdefault(note, talk.place)
+        return found
+
+    def _writes(self, talk: Conversation, number: int) -> bool:
+        """Whether the template writes the content, and the last calls' names, of messages of this one's form."""
+        key = form(talk, number)
+        if key not in self._written:
+            written = self._probe(talk) or [True] * len(talk.messages)  # unknown: what _check finds must do
+            for i, found in enumerate(written):
+                self._written[form(talk, i)] = self._written.get(form(talk, i), True) and found
+        return self._written[key]
+
+    def _writes_here(self, talk: Conversation, number: int) -> bool:
+        """The same of this very message, before it is refused."""
+        probed = self._probe(talk)
+        return probed is not None and probed[number]
+
+    def _probe(self, talk: Conversation) -> list[bool] | None:
+        """Whether the template writes each message, by a rendering of numbers in place of texts; None: it refuses."""
+        probe, marks = marked(talk)
+        try:
+            text = self.render(probe)
+        except DataError:
+            return None
+        # A list may be written as Python or JSON writes it, which has the text, and more.
+        raw = r"""['"]text['"]: *['"]"""
+        return [all(mark in text and not re.search(raw + mark, text) for mark in own) for own in marks]
 
     def _start(self, talk: Conversation, text: str, prompt: str) -> int:
         """Where the last message's part of the text begins."""
         if text.startswith(prompt):
             return len(prompt)
         before = self.render(talk, -1)
-        size = _common(prompt, before)
+        size = _parting(prompt, before)
         header, footer = prompt[size:], before[size:]  # some templates end every text, but for a generation prompt
+        # What the message says is never left out.
+        parts = said(talk.messages[-1])
+        places = [at for part in parts if (at := text.rfind(part)) >= size]
         if text.startswith(before[:size]) and text.endswith(footer):
-            # The generation prompt opens what this answer does not have, such as <think>. Both may go on alike by
-            # chance ("<b>"), so what the message says is never left out.
-            said = [at for part in _said(talk.messages[-1]) if (at := text.rfind(part)) >= size]
-            return min([_common(text, prompt), *said])
-        marked = self._marked_start(talk, text)
-        if marked is None:
+            # The generation prompt opens what this answer does not have, such as <think>.
+            start = min([max(size, _parting(text, prompt)), *places])
+            # Else that is the end of the message before, which the generation prompt changes.
+            if not footer or (not text.startswith(before) and (start > size or size in places)):
+                return start
+        first = self._marked_start(talk, text)
+        if first is None:
             raise DataError(
                 f"{talk.place}: the chat template writes the messages before the answer otherwise once the answer is "
                 "there, so nothing tells where the answer begins. Put {% generation %} and {% endgeneration %} around "
                 "what the assistant writes in the template."
             )
-        return marked + _common(header, text[marked:])
+        behind = first + len(header)
+        whole = all(part in text[behind:] for part in parts if part in text[first:])
+        return behind if text.startswith(header, first) and whole else first
 
     def _marked_start(self, talk: Conversation, text: str) -> int | None:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -199,25 +192,45 @@ class ChatTemplate:
         return marks[0][-1][0] if rendered[0] == text and len(marks[0]) == turns else None
 
     def _check(self, talk: Conversation, text: str, start: int) -> None:
-        """Nobody wants a model that learns to say nothing: the answer must be in what is trained."""
-        message, trained = talk.messages[-1], text[start:]
-        names = [_function(call).get("name") for call in message.get("tool_calls") or ()]
-        if any(str(name) not in trained for name in names):
+        """Nobody wants a model that learns to say nothing, or to answer nothing: the answer must be in what is trained,
+        and what the user says before it. Of other messages a template may leave out some."""
+        number = len(talk.messages) - 1
+        message, trained = talk.messages[number], text[start:]
+        names = [str(function(call).get("name")) for call in message.get("tool_calls") or ()]
+        lines = [last_line(part) for part in texts(message)]
+        probed = self._needs_probe(message, [*names, *lines])
+        unwritten = probed and not self._writes(talk, number) and not self._writes_here(talk, number)
+        if any(name not in trained for name in names) or (unwritten and names):
             raise DataError(
                 f"{talk.place}: the chat template does not write the answer's tool calls, so there is nothing to learn "
                 "from it. Leave the row out, or use a chat template that writes them."
             )
-        for part in _texts(message):
-            # Of a long text the last line: templates take away blanks, and reasoning.
-            last = part.rpartition("</think>")[2].strip().rpartition("\n")[2].strip()
-            if last not in trained:
-                raise DataError(
-                    f"{talk.place}: the chat template does not write the answer's content, {_short(last)}, where the "
-                    "answer is. Give content in the form that the template reads: a text, or for some templates a list "
-                    'of {"type": "text", "text": …}.'
-                )
+        for line in lines:
+            if line not in trained or unwritten:
+                raise DataError(_unwritten(talk.place, "answer's", line) + ", where the answer is." + _CONTENT)
         if not trained:
             raise DataError(f"{talk.place}: the chat template writes nothing for the answer: give it some content.")
+        self._check_users(talk, text[:start])
+
+    def _check_users(self, talk: Conversation, prompt: str) -> None:
+        at = 0
+        for number, message in enumerate(talk.messages):
+            if message["role"] != "user":
+                continue
+            lines = [last_line(part) for part in texts(message)]
+            for line in lines:
+                found = prompt.find(line, at)
+                if found < 0:  # a template may rewrite what a user says: leave out a switch such as /no_think
+                    written = False
+                else:
+                    at = found + len(line)
+                    written = not self._needs_probe(message, lines) or self._writes(talk, number)
+                if not written and not self._writes_here(talk, number):
+                    raise DataError(_unwritten(talk.place, "user's", line) + "." + _CONTENT)
+
+    def _needs_probe(self, message: Mapping[str, Any], lines: Sequence[str]) -> bool:
+        """Whether finding the lines in a text does not tell that the template writes them."""
+        return has_parts(message) or any(0 < len(line) < _SHORT for line in lines)
 
     def _note(self, talk: Conversation, text: str, start: int) -> None:
         """What is in the row and not in the text, or not as the user may think."""
@@ -234,18 +247,22 @@ class ChatTemplate:
         for name in talk.options:
             if not reads(name):
                 note(f"the chat template does not read {name!r} of 'chat_template_kwargs'")
+        for number, message in enumerate(talk.messages[:-1]):
+            lost = any(last_line(part) not in text for part in texts(message))
+            if message["role"] != "user" and lost and not self._writes(talk, number):
+                note(f"the chat template does not write the content of a message of role {message['role']!r}")
         for message in talk.messages:
             for name, value in message.items():
-                names = _REASONING if name in _REASONING else (name,)
+                names = REASONING if name in REASONING else (name,)
                 if value is not None and name not in _PLAIN and not reads(*names):
                     note(f"the chat template does not read {name!r} of 'messages'")
-            for arguments in (_function(call).get("arguments") for call in message.get("tool_calls") or ()):
+            for arguments in (function(call).get("arguments") for call in message.get("tool_calls") or ()):
                 if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
                     note("the chat template writes the arguments of tool calls as quoted text; most want an object")
-        thought = _reasoning(last) or next((t.partition("</think>")[0] for t in _texts(last) if "</think>" in t), "")
-        if (reads(*_REASONING) or not _reasoning(last)) and thought.removeprefix("<think>").strip() not in text[start:]:
+        thought = reasoning(last) or next((t.partition("</think>")[0] for t in texts(last) if "</think>" in t), "")
+        if (reads(*REASONING) or not reasoning(last)) and thought.removeprefix("<think>").strip() not in text[start:]:
             note("the chat template does not write the reasoning of the last message")
-        content = "".join(_texts(last)).rstrip()
+        content = "".join(texts(last)).rstrip()
         if content and not last.get("tool_calls") and text.rstrip().endswith(content):
             note("the chat template writes no end-of-turn token after an answer, so how to end one is not learned")
 
@@ -271,43 +288,15 @@ def at_time(template: str, now: datetime) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ {value} }}}}{{% endmacro %}}\n{template}"
 
 
-def as_plain_text(talk: Conversation, sized: bool) -> Example:
-    """`User: …`, a blank line, `Assistant: …`: for tokenizers without a chat template.
-
-    Args:
-        sized: there is no tokenizer, so the text is for its size, or to be read.
-    """
-    if not sized and any(m.get("content") is None or m.get("tool_calls") for m in talk.messages):
-        raise DataError(f"{talk.place}: the tokenizer has no chat template, which a row with tool calls needs.")
-    told = [(m["role"], "".join(_texts(m)) or json.dumps(m.get("tool_calls") or "")) for m in talk.messages]
-    prompt = "".join(f"{role.capitalize()}: {text}\n\n" for role, text in told[:-1])
-    return Example(f"{prompt}Assistant:", f" {told[-1][1]}", place=talk.place, source_hash=talk.hash)
+def _parting(a: str, b: str) -> int:
+    """Where two texts part, which is never inside of a word, a tag or a special token of either."""
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if size is None:
+        return min(len(a), len(b))
+    near = [unit for text in (a, b) for unit in _UNIT.finditer(text, max(0, size - 80), size + 80)]
+    inside = [unit.start() for unit in near if unit.start() < size < unit.end()]
+    return min(inside, default=size)
 
 
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    """The content of a message, in parts."""
-    content = message.get("content") or ""
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
-
-
-def _reasoning(message: Mapping[str, Any]) -> str:
-    return next((message[name] for name in _REASONING if isinstance(message.get(name), str)), "")
-
-
-def _said(message: Mapping[str, Any]) -> list[str]:
-    return [text for part in (_reasoning(message), *_texts(message)) if (text := part.strip())]
-
-
-def _common(a: str, b: str) -> int:
-    """The length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The function of a tool call; some rows give it without the object around it."""
-    function = call.get("function", call)
-    return function if isinstance(function, Mapping) else {}
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)[:60]
+def _unwritten(place: str, whose: str, line: str) -> str:
+    return f"{place}: the chat template does not write the {whose} content, {short(line)}"

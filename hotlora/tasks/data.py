@@ -16,13 +16,15 @@ from datasets import Dataset
 from ..base.errors import DataError
 from ..base.files import read_json
 from . import TASKS, Example, Task, gsm8k
-from .chat import ChatTemplate, Notes, as_plain_text, read_conversation
+from .chat import ChatTemplate, Notes
+from .messages import as_plain_text, is_empty, read_conversation
 from .rows import SUFFIXES, Row, hub_rows, need_text, read_rows
 
 _log = logging.getLogger(__name__)
 
 ALLOWED_FIELDS = "prompt + completion, messages, or question + answer (GSM8K's)"
 IGNORE = -100  # the label of a token without loss
+_ANCHORS = ("\n", ":", "a", "1", ")", "é")  # texts to tokenize a completion behind; one must not join with it
 _CHAT_FILE = ".chat.json"  # beside FILE.jsonl, for all its rows
 _CHAT_FIELDS = ("tools", "chat_template_kwargs")
 
@@ -74,9 +76,16 @@ def load_examples(
         shared |= {"tools": list(tools)} if tools is not None else {}
         shared |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs is not None else {}
         template = ChatTemplate(tokenizer, now or datetime.now(), notes) if _has_template(tokenizer) else None
-        examples = [_example(row, tokenizer, template, shared, notes) for row in _rows(source, split)]
+        rows = _rows(source, split)
+        examples = [_example(row, tokenizer, template, shared, notes) for row in rows]
         for note, place in notes.items():
             _log.warning("%s: %s (told once)", place, note)
+        empty = [row.place for row, example in zip(rows, examples, strict=True) if _is_empty(row, example)]
+        if empty:
+            _log.warning(
+                "%d of %d rows have an empty answer, from which a model learns to say nothing; the first: %s",
+                len(empty), len(rows), empty[0],
+            )  # fmt: skip
     if limit is None or limit >= len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
@@ -149,15 +158,28 @@ def _example(
     return example
 
 
+def _is_empty(row: Row, example: Example) -> bool:
+    talk = example.source_hash is not None
+    return is_empty(row.values["messages"][-1]) if talk else not example.completion.strip()
+
+
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
     """Token ids of the prompt, with the tokenizer's own opening tokens, in training and evaluation alike."""
     # A chat template has written its special tokens already.
     # verbose: a text longer than the model takes is cut later, and told then.
     chat = example.text is not None
     ids = tokenizer(example.prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
-    while not chat and ids and ids[-1] == tokenizer.eos_token_id and ids[-1] != tokenizer.bos_token_id:
-        ids = ids[:-1]  # some tokenizers close every text; the response must follow
+    if not chat and ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        # Some tokenizers close every text; the response must follow. What the prompt itself ends with stays.
+        own = tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        added = _num_last(ids, tokenizer.eos_token_id) - _num_last(own, tokenizer.eos_token_id)
+        ids = ids[: len(ids) - added]
     return ids
+
+
+def _num_last(ids: Sequence[int], token_id: int) -> int:
+    """How many times `token_id` stands at the end."""
+    return next((n for n, other in enumerate(reversed(ids)) if other != token_id), len(ids))
 
 
 def encode_completion(example: Example, completion: str, prompt_ids: Sequence[int], tokenizer: Any) -> list[int]:
@@ -171,8 +193,31 @@ def encode_completion(example: Example, completion: str, prompt_ids: Sequence[in
     if joint[: len(prompt_ids)] == list(prompt_ids):
         ids = joint[len(prompt_ids) :]
     else:
-        ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = _encode_apart(completion, prompt_ids, joint, tokenizer)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _encode_apart(completion: str, prompt_ids: Sequence[int], joint: list[int], tokenizer: Any) -> list[int]:
+    """The completion's own ids, which behind the prompt's read as the joint text does.
+
+    Llama's and Mixtral's tokenizers put a blank before every text, so there it is tokenized behind another one, whose
+    ids are cut off.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def text_of(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False).removesuffix(tokenizer.eos_token or "")
+
+    apart, wanted = encode(completion), text_of(joint)
+    if text_of([*prompt_ids, *apart]) == wanted:
+        return apart
+    for anchor in _ANCHORS:
+        head, both = encode(anchor), encode(anchor + completion)
+        if both[: len(head)] == head and text_of([*prompt_ids, *both[len(head) :]]) == wanted:
+            return both[len(head) :]
+    return apart  # a tokenizer whose ids do not give a text back, as by an unknown token
 
 
 def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vocab_size: int | None = None) -> Dataset:
