@@ -442,11 +442,11 @@ def test_empty_answers_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_a_template_may_go_by_what_stands_around_a_message(tmp_path: Path):
     """What a row of the same form has shown refuses no later one: each is looked at before it is refused."""
-    first = "{% for m in messages %}{{ m.role }}:{{ m.content if m.role != 'user' or messages | length < 4 }}<eos>"
+    first = "{% for m in messages %}{{ m.role }}:"
+    first += "{{ m.content if messages[0].role != 'developer' or m.role == 'assistant' }}<eos>"
     first += "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    turn = {"role": "assistant", "content": "ho"}
     template = ChatTemplate(tokenizer_of(first), NOW, {})
-    rows = [Row(f"line {i}", {"messages": [HI, *more, turn]}) for i, more in enumerate(([turn, turn], []), start=1)]
+    talk, before = [HI, {"role": "assistant", "content": "ho"}], {"role": "developer", "content": "x"}
     with pytest.raises(DataError, match="line 1: the chat template does not write the user's content"):
-        template.example(read_conversation(rows[0]))
-    assert template.example(read_conversation(rows[1])).prompt == "user:hi<eos>assistant:"
+        template.example(read_conversation(Row("line 1", {"messages": [before, *talk]})))
+    assert template.example(read_conversation(Row("line 2", {"messages": talk}))).prompt == "user:hi<eos>assistant:"
