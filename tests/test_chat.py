@@ -13,8 +13,10 @@ import trl
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.tasks.chat import at_time
+from hotlora.tasks.chat import ChatTemplate, at_time
 from hotlora.tasks.data import data_hash, encode_prompt, load_examples, tokenize
+from hotlora.tasks.messages import read_conversation
+from hotlora.tasks.rows import Row
 
 TEMPLATES = {
     file.stem: file.read_text("utf-8") for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
@@ -436,3 +438,15 @@ def test_empty_answers_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert len(read(tmp_path, {"prompt": "a", "completion": "b"}, *silent, *said, tokenizer=tokenizer)) == 6
         (told,) = [r.getMessage() for r in caplog.records if "an empty answer" in r.getMessage()]
         assert told.startswith("3 of 6 rows have an empty answer") and told.endswith("rows.jsonl line 2")
+
+
+def test_a_template_may_go_by_what_stands_around_a_message(tmp_path: Path):
+    """What a row of the same form has shown refuses no later one: each is looked at before it is refused."""
+    first = "{% for m in messages %}{{ m.role }}:"
+    first += "{{ m.content if messages[0].role != 'developer' or m.role == 'assistant' }}<eos>"
+    first += "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    template = ChatTemplate(tokenizer_of(first), NOW, {})
+    talk, before = [HI, {"role": "assistant", "content": "ho"}], {"role": "developer", "content": "x"}
+    with pytest.raises(DataError, match="line 1: the chat template does not write the user's content"):
+        template.example(read_conversation(Row("line 1", {"messages": [before, *talk]})))
+    assert template.example(read_conversation(Row("line 2", {"messages": talk}))).prompt == "user:hi<eos>assistant:"

@@ -200,7 +200,7 @@ class ChatTemplate:
         lines = [last_line(part) for part in texts(message)]
         probed = self._needs_probe(message, [*names, *lines])
         unwritten = probed and not self._writes(talk, number) and not self._writes_here(talk, number)
-        if any(name not in trained for name in names) or (unwritten and names):
+        if any(name not in trained for name in names) or (unwritten and names and not any(lines)):
             raise DataError(
                 f"{talk.place}: the chat template does not write the answer's tool calls, so there is nothing to learn "
                 "from it. Leave the row out, or use a chat template that writes them."
