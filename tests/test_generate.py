@@ -279,7 +279,7 @@ import hotlora.evaluate.score
 from hotlora.runs.evaluation import run_evaluation
 from hotlora.evaluate.generate import Sampling
 
-judge, left = hotlora.evaluate.judge, [int(sys.argv[3])]
+judge, left = hotlora.evaluate.score.judge, [int(sys.argv[3])]
 
 def dying(*args, **options):
     if not left[0]:
@@ -287,7 +287,7 @@ def dying(*args, **options):
     left[0] -= 1
     return judge(*args, **options)
 
-hotlora.evaluate.judge = dying
+hotlora.evaluate.score.judge = dying
 run_evaluation(sys.argv[1], "nano-math", sys.argv[2], limit=9, batch_size=2,
                sampling=Sampling(samples=2, temperature=1.0))
 """
