@@ -373,7 +373,7 @@ if libc.syscall(keyctl, 1, None) < 0:
 key = libc.syscall(add_key, b"user", b"hotlora-probe", b"secret", ctypes.c_size_t(6), -3)
 read = lambda: libc.syscall(keyctl, 11, key, ctypes.create_string_buffer(9), ctypes.c_size_t(9))
 assert read() == 6
-from hotlora import python_jail
+from hotlora.tasks import python_jail
 python_jail._new_session_keyring()
 assert read() == -1
 """
