@@ -4,6 +4,7 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each worker has a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.pop("COLUMNS", None)  # xdist hands on its terminal's width, and the commands' console would keep it
 
 import pytest
 import torch
