@@ -425,7 +425,9 @@ def test_the_page_shows_what_compare_writes(runs: Path):
 
 
 def test_comparing_loads_no_model():
-    code = "import sys, hotlora.report.comparison_table; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
+    code = (
+        "import sys, hotlora.report.comparison_table; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
