@@ -94,11 +94,11 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
 def _located(entry: Entry, needed_by: str | Path) -> Path:
     """Where an adapter lies that another was trained on top of."""
     path, what = Path(entry["path"] or ""), f"{needed_by} was trained on top of {described([entry])}"
-    mend = "give its folder (--on-top-of), or the model that it is merged into"
+    advice = "give its folder (--on-top-of), or the model that it is merged into"
     if entry["path"] is None or not (path / WEIGHTS_FILE).is_file():
-        raise FileError(f"{what}, and that is not there: {mend}.")
+        raise FileError(f"{what}, and that is not there: {advice}.")
     if sha256_file(path / WEIGHTS_FILE) != entry["weights_sha256"]:
-        raise FileError(f"{what}, and that has other weights now (another SHA-256): {mend}.")
+        raise FileError(f"{what}, and that has other weights now (another SHA-256): {advice}.")
     return path
 
 
