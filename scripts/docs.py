@@ -6,6 +6,7 @@ python scripts/docs.py --demo runs/demo    # first take over a demo's records an
 """
 
 import argparse
+import dataclasses
 import html
 import json
 import shutil
@@ -25,6 +26,7 @@ from study import page as study_page
 from hotlora.base.records import find_records
 from hotlora.bench.report import speed_tables
 from hotlora.report.tables import COLUMNS, read_sections, table_rows
+from hotlora.runs.options import RunOptions
 from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,31 @@ QUANTIZED_MARK = "<!-- made by scripts/docs.py from results/nano/quantized -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
 GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
+OPTIONS_HEAD = """# Options of a run
+
+<!-- made by scripts/docs.py from hotlora/runs/options.py -->
+
+Each has one name everywhere. `max_length` is
+
+- `--max-length 1024` on the command line (`hotlora train --help` has the few that are called otherwise, as `--dora`),
+- `max_length: 1024` in a file that `hotlora train --config FILE.yaml` reads,
+- `RunOptions(max_length=1024, …)` in Python, and an option of a condition in a [sweep](sweep.md),
+- `config.max_length` in the run's `run.json`.
+
+```yaml
+# run.yaml:  hotlora train --config run.yaml
+model: allenai/OLMoE-1B-7B-0924
+data: rows.jsonl
+method: hellora          # method, preset, placement, output and preflight can stand here, too
+learning_rate: 4e-4
+max_length: 1024
+```
+
+What the command line says comes before the file, the file before a method's or preset's own values, these before the
+defaults. A name that does not exist is an error that names the nearest one. `null` leaves an option to its default.
+Every command with options of a model takes `--config`: `evaluate`, `profile`, `plan`, `params`, `merge`, `export`,
+`combine` with their own.
+"""
 SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
 PICTURES = ("heat-map",)
@@ -48,6 +75,23 @@ def cli_page() -> str:
     command = [sys.executable, "-m", "typer", "hotlora.cli.main", "utils", "docs", "--name", "hotlora"]
     page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return html.unescape(page).strip() + "\n"
+
+
+def options_page() -> str:
+    """The options of `hotlora train`, from the dataclasses that hold them."""
+    lines = [OPTIONS_HEAD]
+    chosen = [field for field in dataclasses.fields(RunOptions) if field.metadata["cli"]]
+    chosen.sort(key=lambda field: field.default is not dataclasses.MISSING)  # the required first
+    for panel in ("", "Which experts", "Method", "Adapter", "Training", "LoRI"):
+        lines += [f"## {panel or 'Model, data, run'}", "", "| name | default | |", "|---|---|---|"]
+        for field in chosen:
+            if (field.metadata["panel"] or "") == panel:
+                is_given = field.default is not dataclasses.MISSING
+                default = json.dumps(list(field.default) if field.default == () else field.default) if is_given else ""
+                help = field.metadata["help"].replace("|", "\\|")
+                lines.append(f"| `{field.name}` | {default and f'`{default}`'} | {help} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def runs_table(folder: Path) -> str:
@@ -135,6 +179,7 @@ def main() -> None:
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
+        ROOT / "docs" / "options.md": options_page(),
         readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
         method: filled(of_method, QUANTIZED_MARK, quantized_table(studies / "quantized")),
         MODELS_PAGE: models_page(),

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import torch
 from peft import get_peft_model
+from runs import run_training
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
@@ -27,7 +28,6 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.hf.models import load_model
 from hotlora.routing.profiler import profile_routing
-from hotlora.runs.training import run_training
 from hotlora.train.config import TrainConfig
 
 STEPS, PER_STEP = 4, 4

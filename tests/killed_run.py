@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runs import run_training
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer, trainer
 
 from hotlora.base.records import read_record
-from hotlora.runs.training import run_training
 from hotlora.train import checkpoints
 from hotlora.train.config import TrainConfig
 

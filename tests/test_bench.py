@@ -33,7 +33,7 @@ from hotlora.cost.flops import (
 from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan, select_experts
 from hotlora.routing.profiler import profile_routing
-from hotlora.train.methods import counted_options
+from hotlora.runs.methods import counted_options
 
 R = 4
 

@@ -20,7 +20,7 @@ from hotlora.base.errors import HotLoraError
 from hotlora.base.processes import _hint_at_one_process, sharding, shared_out, start, summed
 from hotlora.cli.main import app
 from hotlora.routing.profile import RoutingProfile
-from hotlora.train.config import same_run
+from hotlora.train.identity import same_run
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"

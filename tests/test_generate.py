@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from runs import run_evaluation, run_training
 from tiny import fill, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -25,8 +26,6 @@ from hotlora.base.records import read_record
 from hotlora.cli import main as cli
 from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.evaluate.score import evaluate_task
-from hotlora.runs.evaluation import run_evaluation
-from hotlora.runs.training import run_training
 from hotlora.tasks import Example, Task, get_task
 from hotlora.train.config import TrainConfig
 
@@ -277,7 +276,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import hotlora.evaluate.score
-from hotlora.runs.evaluation import run_evaluation
 from hotlora.evaluate.generate import Sampling
 
 judge, left = hotlora.evaluate.score.judge, [int(sys.argv[3])]

@@ -6,7 +6,7 @@ import pytest
 
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import HotLoraError
-from hotlora.train.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
+from hotlora.runs.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
 
 OLMOE = {
     "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
@@ -47,46 +47,50 @@ def test_what_depends_on_the_data_is_not_counted():
         counted_options("esft", None)
 
 
+def resolved(method=None, **given):
+    return resolve(method, **{"model": "nano", "data": "nano-math", **given})
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_resolves(name):
-    options = resolve(name)
-    assert options["condition"] == name
-    assert resolve(name, placement="pure")["config"].train_attention is False
+    options = resolved(name)
+    assert options.condition == name
+    assert resolved(name, placement="pure").train_attention is False
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_resolves(name):
-    options = resolve(preset=name, learning_rate=1e-3)
-    assert options["config"].learning_rate == 1e-3
-    assert options["condition"] in METHODS and name.startswith(options["condition"])
+    options = resolved(preset=name, learning_rate=1e-3)
+    assert options.learning_rate == 1e-3
+    assert options.condition in METHODS and name.startswith(options.condition)
 
 
 def test_the_published_hyperparameters():
-    hellora = resolve(preset="hellora-code")
-    config = hellora["config"]
+    hellora = resolved(preset="hellora-code")
+    config = hellora
     assert (config.r, config.lora_alpha, config.lora_dropout) == (32, 64, 0.0)
     assert (config.learning_rate, config.epochs, config.batch_size) == (2e-3, 2, 128)
-    assert (hellora["rule"], hellora["experts_per_layer"]) == ("hot", "top_k")
-    assert resolve(preset="fft-safety")["config"].learning_rate == 2e-5
-    assert resolve(preset="fft-math")["config"].batch_size == 256
-    lori = resolve(preset="lori-s-math")
-    assert (lori["config"].learning_rate, lori["dense_learning_rate"], lori["keep"]) == (5e-4, 5e-5, 0.1)
-    assert lori["config"].train_a is False and lori["config"].batch_size == 32
-    esft = resolve(preset="esft-gate")
-    assert (esft["signal"], esft["config"].adam_beta2, esft["config"].weight_decay) == ("mass", 0.95, 0.1)
-    sieve = resolve(preset="sieve", learning_rate=1e-4)
-    assert (sieve["fraction"], sieve["config"].lora_dropout, sieve["config"].batch_size) == (0.25, 0.05, 64)
+    assert (hellora.rule, hellora.experts_per_layer) == ("hot", "top_k")
+    assert resolved(preset="fft-safety").learning_rate == 2e-5
+    assert resolved(preset="fft-math").batch_size == 256
+    lori = resolved(preset="lori-s-math")
+    assert (lori.learning_rate, lori.dense_learning_rate, lori.keep) == (5e-4, 5e-5, 0.1)
+    assert lori.train_a is False and lori.batch_size == 32
+    esft = resolved(preset="esft-gate")
+    assert (esft.signal, esft.adam_beta2, esft.weight_decay) == ("mass", 0.95, 0.1)
+    sieve = resolved(preset="sieve", learning_rate=1e-4)
+    assert (sieve.fraction, sieve.lora_dropout, sieve.batch_size) == (0.25, 0.05, 64)
 
 
 def test_what_is_given_comes_first():
-    assert resolve("sieve", lora_dropout=0.0)["config"].lora_dropout == 0.0
-    assert "fraction" not in resolve("sieve", experts_per_layer=3)
-    assert "experts_per_layer" not in resolve("hellora", fraction=0.5)
-    assert "experts_per_layer" not in resolve("hellora", rule="coverage", p=0.5)
-    assert resolve("hellora", rule="coverage", p=0.5)["rule"] == "coverage"
-    assert resolve(preset="hellora-math", epochs=1)["config"].epochs == 1
-    assert resolve("lora", placement="gate")["condition"] == "lora-gate"
-    assert "condition" not in resolve(rule="cold")
+    assert resolved("sieve", lora_dropout=0.0).lora_dropout == 0.0
+    assert resolved("sieve", experts_per_layer=3).fraction is None
+    assert resolved("hellora", fraction=0.5).experts_per_layer is None
+    assert resolved("hellora", rule="coverage", p=0.5).experts_per_layer is None
+    assert resolved("hellora", rule="coverage", p=0.5).rule == "coverage"
+    assert resolved(preset="hellora-math", epochs=1).epochs == 1
+    assert resolved("lora", placement="gate").condition == "lora-gate"
+    assert resolved(rule="cold").condition is None
     assert PLACEMENTS["full"] == {}
 
 
@@ -98,8 +102,9 @@ def test_what_is_given_comes_first():
         ({"placement": "left"}, "placement 'left' does not exist: choose one of full, gate, pure"),
         ({"preset": "sieve"}, "preset 'sieve' has no learning_rate, for its paper states none"),
         ({"preset": "hellora-math", "method": "lora"}, "is for method 'hellora', and method is 'lora'"),
+        ({"learning_rte": 1.0}, r"learning_rte \(did you mean learning_rate\?\): no such option"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(HotLoraError, match=message):
-        resolve(**options)
+        resolved(**options)

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from runs import run_evaluation, run_training
 from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
@@ -18,10 +19,8 @@ from hotlora.adapter.mask import draw_mask
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model
-from hotlora.runs.evaluation import run_evaluation
 from hotlora.runs.export import combine_saved, export_saved
 from hotlora.runs.folder import load_base
-from hotlora.runs.training import run_training
 from hotlora.tasks.data import batches, tokenize
 
 WEIGHTS = "adapter_model.safetensors"

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from runs import run_options
 from typer.testing import CliRunner
 from zoo import zoo_model
 
@@ -28,7 +29,9 @@ def needed(config=SMALL, **options) -> int:
 
 
 def check(**options):
-    return preflight("nano", **{"config": SMALL, "device": "cpu", **options})
+    given = {"model": "nano", "config": SMALL, "device": "cpu", **options}
+    free = given.pop("free", None)
+    return preflight(run_options(data="nano-math", **given), free=free)
 
 
 def test_one_line_where_it_fits():
@@ -145,20 +148,20 @@ def test_a_family_that_cannot_be_estimated_stops_nothing(tmp_path, monkeypatch):
         raise AttributeError("this one is odd\nin two lines")
 
     monkeypatch.setattr(module.scale, "work", fails)
-    found = preflight(str(tmp_path), config=SMALL, device="cpu")
+    found = check(model=tmp_path)
     assert str(found) == "memory: whether it fits is not known (this one is odd)" and not found.is_hopeless
 
 
 @pytest.mark.parametrize("options", [{"model": "/not/there"}, {"device": "nonsense"}, {"plan": "/not/there.json"}])
 def test_what_the_run_tells_better_is_left_to_it(options):
-    assert preflight(**{"model": "nano", **options}) is None
+    assert check(**options) is None
 
 
 def test_it_reads_no_weights(tmp_path):
     """A folder that has a config and nothing else."""
     config = zoo_model("qwen3_moe").config
     config.save_pretrained(tmp_path)
-    assert preflight(str(tmp_path), config=SMALL, device="cpu", free=10**11).fits
+    assert check(model=tmp_path, free=10**11).fits
 
 
 def train(tmp_path, *flags):

@@ -12,6 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from runs import run_evaluation, run_training
 from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from torch import Tensor
@@ -40,9 +41,8 @@ from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.layer.quantized import bitsandbytes_functional
 from hotlora.routing.plan import ExpertPlan
-from hotlora.runs.evaluation import run_evaluation, run_harness
+from hotlora.runs.evaluation import run_harness
 from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
-from hotlora.runs.training import run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
 from hotlora.train.config import TrainConfig

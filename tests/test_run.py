@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from runs import run_evaluation, run_training
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
@@ -19,10 +20,9 @@ from hotlora.base.records import new_record, read_record, write_record
 from hotlora.evaluate.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
-from hotlora.runs.evaluation import run_evaluation
 from hotlora.runs.export import combine_saved, export_saved
 from hotlora.runs.study import run_study
-from hotlora.runs.training import profile_data, run_training
+from hotlora.runs.training import profile_data
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
 from hotlora.train.config import TrainConfig

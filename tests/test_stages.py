@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from runs import run_evaluation, run_method, run_training
 from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
@@ -21,14 +22,11 @@ from hotlora.base.records import read_record
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import ExpertPlan
 from hotlora.routing.profile import RoutingProfile, jaccard
-from hotlora.runs.evaluation import run_evaluation
 from hotlora.runs.export import export_saved
 from hotlora.runs.folder import load_base
-from hotlora.runs.stages import run_method
-from hotlora.runs.training import run_training
+from hotlora.runs.methods import METHODS
 from hotlora.tasks.data import batches, tokenize
 from hotlora.train.config import TrainConfig
-from hotlora.train.methods import METHODS, resolve
 from hotlora.train.reprofile import Reprofiling
 from hotlora.train.trainer import train
 
@@ -66,7 +64,7 @@ def logits(model):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fft", "lori-s", "hellori-s")])
 def test_each_method_trains_saves_loads_and_merges(method, model_folder, data, tmp_path):
-    record = run_method(model_folder, data, tmp_path / "run", **resolve(method, **SHORT))
+    record = run_method(model_folder, data, tmp_path / "run", method=method, **SHORT)
     assert record["status"] == "done" and record["condition"] == method
     assert record["training"]["loss_last"] < record["training"]["loss_first"]
     adapted = load_adapter(load_model(model_folder), tmp_path / "run" / "adapter")
@@ -80,7 +78,7 @@ def test_each_method_trains_saves_loads_and_merges(method, model_folder, data, t
 
 
 def test_full_fine_tuning_saves_a_model(model_folder, data, tmp_path):
-    record = run_method(model_folder, data, tmp_path / "run", **resolve("fft", **SHORT))
+    record = run_method(model_folder, data, tmp_path / "run", method="fft", **SHORT)
     base = load_model(model_folder)
     assert record["parameters"]["trainable"] == base.num_parameters() and "plan" not in record
     assert record["training"]["loss_last"] < record["training"]["loss_first"]
@@ -102,7 +100,7 @@ def test_full_fine_tuning_leaves_the_configs_as_they_were(model_folder, data, tm
     generation = {**read_json(base / "generation_config.json"), "do_sample": False, "temperature": 0.6}
     del generation["pad_token_id"]  # which the trainer takes from the tokenizer
     write_json(base / "generation_config.json", generation)
-    run_method(str(base), data, tmp_path / "run", **resolve("fft", **SHORT))
+    run_method(str(base), data, tmp_path / "run", method="fft", **SHORT)
     for folder in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "checkpoint-3"):
         assert read_json(folder / "config.json") == config
         assert read_json(folder / "generation_config.json") == generation
@@ -115,7 +113,7 @@ def test_full_fine_tuning_leaves_the_configs_as_they_were(model_folder, data, tm
 
 
 def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp_path):
-    options = resolve("hellori-s", **SHORT, dense_learning_rate=1e-3)
+    options = {"method": "hellori-s", **SHORT, "dense_learning_rate": 1e-3}
     record = run_method(model_folder, data, tmp_path / "run", **options)
     dense = read_record(tmp_path / "run" / "dense")
     assert dense["config"]["learning_rate"] == 1e-3 and record["config"]["learning_rate"] == 3e-3
@@ -131,7 +129,7 @@ def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp
     # Run again: nothing is trained twice. Another run may take the mask; another A is another start.
     assert run_method(model_folder, data, tmp_path / "run", **options) == record
     plan = tmp_path / "run" / "plan.json"
-    given = resolve("hellori-s", **SHORT, mask=tmp_path / "run" / "mask.safetensors", plan=plan, rule="hot")
+    given = {"method": "hellori-s", **SHORT, "mask": tmp_path / "run" / "mask.safetensors", "plan": plan, "rule": "hot"}
     again = run_method(model_folder, data, tmp_path / "again", **given)
     files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "again")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
@@ -142,7 +140,7 @@ def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp
 
 
 def test_a_warm_up_comes_before_the_profile(model_folder, data, tmp_path):
-    options = resolve("hellora", **SHORT, warmup="lora")
+    options = {"method": "hellora", **SHORT, "warmup": "lora"}
     record = run_method(model_folder, data, tmp_path / "run", **options)
     warm = RoutingProfile.load(tmp_path / "run" / "warmup" / "warm-profile.safetensors")
     base = RoutingProfile.load(tmp_path / "run" / "warmup" / "profile.safetensors")
@@ -161,11 +159,11 @@ def test_a_warm_up_comes_before_the_profile(model_folder, data, tmp_path):
 
 
 def test_a_task_on_top_of_another(model_folder, data, tmp_path):
-    run_method(model_folder, data, tmp_path / "one", **resolve("sieve", **SHORT))
+    run_method(model_folder, data, tmp_path / "one", method="sieve", **SHORT)
     first = tmp_path / "one" / "adapter"
     rows = tmp_path / "other.jsonl"
     rows.write_text(Path(data).read_text().replace("make", "give"))
-    other = run_method(model_folder, str(rows), tmp_path / "two", **resolve("sieve", **SHORT), on_top_of=[first])
+    other = run_method(model_folder, str(rows), tmp_path / "two", method="sieve", **SHORT, on_top_of=[first])
     assert len(other["config"]["on_top_of"]) == 1
     base = load_base(model_folder, [first])
     torch.testing.assert_close(

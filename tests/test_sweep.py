@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from runs import run_training
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
@@ -21,9 +22,9 @@ from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.report.comparison import compare_runs
 from hotlora.report.tables import read_sections, table_rows
 from hotlora.routing.profile import RoutingProfile
+from hotlora.runs.options import RunOptions
 from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs
 from hotlora.runs.sweep_runs import make_profile, score_base, train_run
-from hotlora.runs.training import run_training
 from hotlora.runs.worker_pool import worker_environment
 from hotlora.train.config import TrainConfig
 
@@ -71,14 +72,17 @@ def test_conditions_times_seeds_and_their_shared_profiles(tmp_path: Path):
     assert [job.arguments["max_length"] for job in profiles] == [512, 99, 512]
     needs = [runs[f"{name}/seed3"].needs for name in names]
     assert needs == [profiles[0], profiles[0], profiles[1], profiles[2], None, None]
-    assert runs["hot/seed1"].arguments["profile"] == profiles[0].arguments["path"]
-    assert "profile" not in runs["given/seed3"].arguments and "profile" not in runs["warm/seed3"].arguments
+    assert runs["hot/seed1"].arguments["options"].profile == profiles[0].arguments["path"]
+    assert all(runs[f"{name}/seed3"].arguments["options"].profile is None for name in ("given", "warm"))
     lower = runs["small/lower/seed1"]
-    assert lower.arguments["config"] == TrainConfig(max_steps=7, learning_rate=1e-4, seed=1)
-    assert lower.arguments["fraction"] == 0.125 and lower.arguments["limit"] == 9 and lower.function is train_run
+    assert lower.arguments["options"] == RunOptions(
+        model="nano", data="nano-math", max_steps=7, learning_rate=1e-4, seed=1, fraction=0.125, limit=9, test_limit=5,
+        profile=profiles[0].arguments["path"],
+    )  # fmt: skip
+    assert lower.function is train_run
     base = runs["base"]
     assert base.function is score_base and base.seed is None
-    assert base.arguments["data"] == "nano-math" and base.arguments["limit"] == 5
+    assert base.arguments["data"] == "nano-math" and base.arguments["options"].limit == 5
 
 
 def test_a_condition_has_the_words_of_train(tmp_path: Path):
@@ -87,11 +91,11 @@ def test_a_condition_has_the_words_of_train(tmp_path: Path):
         Condition("preset", {"preset": "hellora-math", "batch_size": 2}),
         config=TrainConfig(max_steps=7, learning_rate=2e-3, seed=9),
     )
-    by_name = {job.name: job.arguments for job in sweep_jobs(sweep, tmp_path) if job.function is train_run}
-    config = by_name["sieve"]["config"]
+    by_name = {job.name: job.arguments["options"] for job in sweep_jobs(sweep, tmp_path) if job.function is train_run}
+    config = by_name["sieve"]
     assert (config.lora_dropout, config.train_attention, config.max_steps, config.seed) == (0.05, False, 7, 0)
-    assert by_name["sieve"]["fraction"] == 0.25 and by_name["sieve"]["condition"] == "sieve-pure"
-    config = by_name["preset"]["config"]
+    assert by_name["sieve"].fraction == 0.25 and by_name["sieve"].condition == "sieve-pure"
+    config = by_name["preset"]
     assert (config.learning_rate, config.lr_scheduler, config.batch_size) == (2e-3, "constant", 2)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from runs import run_training
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
@@ -18,7 +19,6 @@ from zoo import families, zoo_model
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.evaluate.score import response_loss
-from hotlora.runs.training import run_training
 from hotlora.tasks import Example
 from hotlora.tasks.data import IGNORE, batches, tokenize
 from hotlora.train import checkpoints

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import run_evaluation, run_training
 
 from hotlora import load_adapter, load_model, load_tokenizer
 from hotlora.evaluate.generate import Sampling
 from hotlora.evaluate.vllm_engine import load_engine, vllm_answers
 from hotlora.hf.models import NANO, model_source
-from hotlora.runs.evaluation import run_evaluation
 from hotlora.runs.export import export_saved
-from hotlora.runs.training import run_training
 from hotlora.tasks import get_task
 from hotlora.train.config import TrainConfig
 

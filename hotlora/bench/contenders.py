@@ -28,7 +28,7 @@ from ..hf.models import attention_modules, moe_layers, unwrap
 from ..routing.plan import ExpertPlan, select_experts
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing
-from ..train.methods import METHODS, PLACEMENTS
+from ..runs.methods import METHODS, PLACEMENTS
 from . import axolotl as contender_axolotl
 from . import unsloth as contender_unsloth
 

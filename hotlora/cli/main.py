@@ -15,32 +15,11 @@ from .. import __version__
 from ..base.errors import HotLoraError, Stopped
 from ..base.escape import lines
 from ..base.signals import on_stop, stop
+from ..routing.selection import Selection
+from ..runs.options import EvalOptions, LoadOptions, RunOptions
 from .compare import compare
 from .measure import bench, params
-from .options import (
-    AsJson,
-    Attention,
-    BatchSize,
-    Budget,
-    Device,
-    Dtype,
-    ExpertsPerLayer,
-    Fillers,
-    Fraction,
-    KeepHot,
-    Limit,
-    Model,
-    OnTopOf,
-    Router,
-    Rule,
-    Scores,
-    Seed,
-    Share,
-    Signal,
-    err,
-    number_list,
-    out,
-)
+from .options import AsJson, err, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
 from .train import print_evaluation, train
@@ -79,12 +58,11 @@ def root(
 
 
 @app.command()
+@options_of(RunOptions, only=("seed", "train_attention", "train_router"))
 def demo(
     task: Annotated[str, typer.Option(help="nano-math, nano-sql or nano-choice.")] = "nano-math",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where runs and page go.")] = Path("runs/demo"),
-    seed: Seed = 0,
-    train_attention: Attention = True,
-    train_router: Router = True,
+    **given: Any,
 ) -> None:
     """See the whole way in a few minutes, on the embedded model: no network and no GPU needed.
 
@@ -93,64 +71,43 @@ def demo(
     """
     from ..papers.demo import CONFIG, run_demo
 
-    config = dataclasses.replace(CONFIG, seed=seed, train_attention=train_attention, train_router=train_router)
-    run_demo(task, output, config=config, console=out)
+    run_demo(task, output, config=dataclasses.replace(CONFIG, **given), console=out)
 
 
 app.command()(profile)
 
 
 @app.command()
+@options_of(Selection)
 def plan(
     profile: Annotated[Path, typer.Argument(help="A profile.safetensors, or the folder that holds it.")],
-    rule: Rule = "hot",
-    fraction: Fraction = None,
-    experts_per_layer: ExpertsPerLayer = None,
-    p: Share = None,
-    budget: Budget = None,
-    fillers: Fillers = None,
-    scores: Scores = None,
-    signal: Signal = "count",
-    seed: Seed = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .json file or a folder.")] = Path("plan.json"),
+    seed: Annotated[int, typer.Option(help="Of rules that draw.")] = 0,
+    **given: Any,
 ) -> None:
     """Choose the experts to adapt, from a profile. The file can be edited by hand."""
-    from ..routing.plan import select_experts
+    from ..routing.plan import selected
     from ..routing.profile import RoutingProfile
 
-    chosen = select_experts(
-        RoutingProfile.load(profile),
-        rule=rule,
-        fraction=fraction,
-        experts_per_layer=experts_per_layer,
-        p=p,
-        budget=budget,
-        fillers=fillers,
-        scores=scores,
-        signal=signal,
-        seed=seed,
-    )
+    selection = Selection(**given)
+    chosen = selected(RoutingProfile.load(profile), selection, seed=seed)
     chosen.save(output)
     sizes = [len(ids) for ids in chosen.experts.values()]
     total = chosen.num_experts * len(sizes)
     each = f", {min(sizes)} to {max(sizes)} in each" if len(set(sizes)) > 1 else ""
-    out.print(f"{rule}: {sum(sizes)} of {total} experts in {len(sizes)} layers{each}; plan: {output}")
+    out.print(f"{selection.rule}: {sum(sizes)} of {total} experts in {len(sizes)} layers{each}; plan: {output}")
 
 
 app.command()(train)
 
 
 @app.command()
+@options_of(EvalOptions, leave=("model", "expert_parallel"))
 def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", "-d", "--task", help="A task, or a task and its files (gsm8k:DIR).")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A saved adapter; none: the model as it is.")] = None,
-    on_top_of: OnTopOf = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Fold the adapter into the weights first, in memory: faster.")
-    ] = False,
     engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
     samples: Annotated[
         int, typer.Option(rich_help_panel="Sampling", help="Answers to each prompt, for pass@k (with a temperature).")
@@ -194,18 +151,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep run.json and every example's result here.")
     ] = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 64,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantize: Annotated[
-        int | None,
-        typer.Option(
-            help="Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training)."
-        ),
-    ] = None,
-    keep_hot: KeepHot = False,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
     """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split.
 
@@ -222,53 +169,25 @@ def evaluate(
         if samples != 1 or temperature or top_p != 1 or engine != "transformers":
             raise HotLoraError("lm-eval's tasks say how answers are drawn: leave the engine and the sampling out.")
         names = [name.strip() for name in tasks.split(",")]
-        record = run_harness(
-            model,
-            names,
-            output,
-            adapter=adapter,
-            on_top_of=on_top_of or (),
-            include_path=include_path,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            merge=merge,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            keep_hot=keep_hot,
-        )
+        options = EvalOptions(model=model, **given)
+        record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)
         _show_evaluation(record, output, as_json)
         return
     if data is None or num_fewshot is not None or include_path is not None:
         raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
     sampling = Sampling(samples, temperature, top_p, seed)
-    answering = adapter or on_top_of or merge or engine != "transformers" or sampling != Sampling()
+    answering = set(given) - {"limit"} or engine != "transformers" or sampling != Sampling()
     if (model is None) == (generations is None) or (generations is not None and answering):
         raise HotLoraError("Give --model (and an adapter), which answers, or --generations, which holds the answers.")
     if model is None:
         assert generations is not None
+        limit = given.get("limit")
         record, _ = run_generations(
             data, generations, output, allow_missing=allow_missing, limit=limit, progress=not as_json
         )
     else:
-        record, _ = run_evaluation(
-            model,
-            data,
-            output,
-            adapter=adapter,
-            on_top_of=on_top_of or (),
-            limit=limit,
-            batch_size=batch_size,
-            sampling=sampling,
-            merge=merge,
-            engine=engine,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            keep_hot=keep_hot,
-            progress=True,
-        )
+        options = EvalOptions(model=model, **given)
+        record, _ = run_evaluation(options, data, output, sampling=sampling, engine=engine, progress=True)
     _show_evaluation(record, output, as_json)
 
 
@@ -283,25 +202,24 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
 
 
 @app.command()
+@options_of(LoadOptions, only=("model", "on_top_of", "device"))
 def merge(
-    model: Model,
     adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the merged model.")],
-    on_top_of: OnTopOf = None,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
-    device: Device = "auto",
+    **given: Any,
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
     from ..runs.export import export_saved
 
-    export_saved(model, adapter, output, format="merged", on_top_of=on_top_of or (), dtype=dtype, device=device)
+    export_saved(given.pop("model"), adapter, output, format="merged", dtype=dtype, **given)
     out.print(f"merged model: {output}", soft_wrap=True)
     _tell_of_quantization(adapter)
 
 
 @app.command()
+@options_of(LoadOptions, only=("model", "on_top_of", "device"))
 def export(
-    model: Model,
     adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
     format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft or merged.")],
@@ -317,9 +235,8 @@ def export(
         bool,
         typer.Option("--merge-attention", help="vllm: MLA's kv_b_proj goes into that base model, too."),
     ] = False,
-    on_top_of: OnTopOf = None,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
-    device: Device = "auto",
+    **given: Any,
 ) -> None:
     """Write an adapter in the format of a server, or of plain PEFT.
 
@@ -329,17 +246,9 @@ def export(
     from ..runs.export import export_saved
 
     export_saved(
-        model,
-        adapter,
-        output,
-        format=format,
-        merge_router=merge_router,
-        drop_router=drop_router,
-        merge_attention=merge_attention,
-        on_top_of=on_top_of or (),
-        dtype=dtype,
-        device=device,
-    )
+        given.pop("model"), adapter, output, format=format, merge_router=merge_router, drop_router=drop_router,
+        merge_attention=merge_attention, dtype=dtype, **given,
+    )  # fmt: skip
     out.print(f"{format}: {output}", soft_wrap=True)
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
@@ -362,22 +271,21 @@ app.command()(sweep)
 
 
 @app.command()
+@options_of(LoadOptions, only=("model", "on_top_of", "device"))
 def combine(
-    model: Model,
     adapters: Annotated[list[Path], typer.Argument(help="The folders of two saved adapters or more.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the adapter.")],
     weights: Annotated[str | None, typer.Option(help="One for each adapter, with commas between (default 1).")] = None,
     how: Annotated[
         str, typer.Option(help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors.")
     ] = "cat",
-    on_top_of: OnTopOf = None,
-    device: Device = "auto",
+    **given: Any,
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
     from ..runs.export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
-    combine_saved(model, adapters, output, on_top_of=on_top_of or (), weights=numbers, how=how, device=device)
+    combine_saved(given.pop("model"), adapters, output, weights=numbers, how=how, **given)
     out.print(f"adapter: {output}", soft_wrap=True)
 
 

@@ -10,47 +10,29 @@ import typer
 from rich.table import Table
 
 from ..base.errors import HotLoraError
-from ..train.methods import METHODS, PLACEMENTS, counted_options
-from .options import (
-    AsJson,
-    Attention,
-    Device,
-    ExpertsPerLayer,
-    Rank,
-    Router,
-    Seed,
-    Shared,
-    err,
-    number_list,
-    out,
-)
+from ..runs.methods import METHODS, PLACEMENTS, counted_options
+from ..runs.options import RunOptions
+from .options import AsJson, err, number_list, of, options_of, out
+
+_COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared")
+_ESTIMATED = ("batch_size", "max_length", "quantize", "keep_hot", "gradient_checkpointing")
 
 
+@options_of(RunOptions, only=(*_COUNTED, *_ESTIMATED))
 def params(
-    config: Annotated[str, typer.Argument(help="A model's config.json, its folder, or nano.")],
-    experts_per_layer: ExpertsPerLayer = None,
-    fraction: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel="Which experts",
-            help="Share of each layer's experts to adapt (default: all of them, or what --method says).",
-        ),
-    ] = None,
+    model: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's config.json, its folder, or nano.")],
+    fraction: of(  # type: ignore[valid-type]
+        "fraction", help="Share of each layer's experts to adapt (default: all of them, or what --method says)."
+    ) = None,
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(METHODS)} (default: LoRA on what the budget says).")
     ] = None,
     placement: Annotated[
         str | None, typer.Option(help=f"{', '.join(PLACEMENTS)}: all; experts and router; experts alone.")
     ] = None,
-    r: Rank = 32,
-    train_attention: Attention = True,
-    train_router: Router = True,
-    train_shared: Shared = True,
     estimate: Annotated[
         bool, typer.Option("--estimate", rich_help_panel="Estimate", help="Also a step's memory and time.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(rich_help_panel="Estimate", help="Sequences of a step.")] = 16,
-    max_length: Annotated[int, typer.Option(rich_help_panel="Estimate", help="Tokens of a sequence.")] = 512,
     device: Annotated[
         str,
         typer.Option(rich_help_panel="Estimate", help="What the step is to run on: cuda or cpu. It need not be here."),
@@ -62,15 +44,6 @@ def params(
             help="Of the base: auto (the config's own; float32 with --device cpu), float32, bfloat16, float16.",
         ),
     ] = "auto",
-    quantize: Annotated[
-        int | None, typer.Option(rich_help_panel="Estimate", help="Bits of the routed experts: 8 or 4.")
-    ] = None,
-    keep_hot: Annotated[
-        bool, typer.Option("--keep-hot", rich_help_panel="Estimate", help="With --quantize: of the others only.")
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", rich_help_panel="Estimate", help="Less memory, slower.")
-    ] = False,
     coverage: Annotated[
         float | None,
         typer.Option(
@@ -85,6 +58,7 @@ def params(
         ),
     ] = None,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
     """Count what would be trained, from a model's config.json alone; no weights are read.
 
@@ -92,40 +66,25 @@ def params(
     """
     from ..adapter.count import parameters_from_config
 
-    options: dict[str, Any] = {
-        "experts_per_layer": experts_per_layer,
-        "fraction": fraction,
-        "r": r,
-        "train_attention": train_attention,
-        "train_router": train_router,
-        "train_shared": train_shared,
-    }
+    options = {"fraction": fraction, **{name: given[name] for name in _COUNTED if name in given}}
     named = counted_options(method, placement)
-    if experts_per_layer is not None or fraction is not None:
+    if fraction is not None or "experts_per_layer" in given:
         named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
-    counts: dict[str, Any] = dict(parameters_from_config(config, **{**options, **named}))
+    counts: dict[str, Any] = dict(parameters_from_config(model, **{**options, **named}))
     if estimate and named:
         raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
         from ..cost.estimate import estimate as estimate_step
 
+        rate = None if tflops is None else tflops * 1e12
+        sizes = {"batch_size": 16, "max_length": 512, "fraction": fraction, **given}
         counts["estimate"] = estimate_step(
-            config,
-            **options,
-            batch_size=batch_size,
-            max_length=max_length,
-            coverage=coverage,
-            dtype=dtype,
-            quantize=quantize,
-            keep_hot=keep_hot,
-            gradient_checkpointing=gradient_checkpointing,
-            device=device,
-            flops_per_second=None if tflops is None else tflops * 1e12,
+            model, coverage=coverage, dtype=dtype, device=device, flops_per_second=rate, **sizes
         )
     if as_json:
         print(json.dumps(counts))
         return
-    table = Table(title=f"Trainable parameters at rank {r}" + (f", {method}" if method else ""))
+    table = Table(title=f"Trainable parameters at rank {counts['r']}" + (f", {method}" if method else ""))
     table.add_column("part")
     table.add_column("parameters", justify="right")
     for part in ("attention", "router", "shared", "experts"):
@@ -139,7 +98,8 @@ def params(
         from ..report.tables import human_bytes, human_flops
 
         found = counts["estimate"]
-        title = f"A step of {batch_size} × {max_length:,} tokens on {found['device']}, in {found['dtype']}"
+        step = f"{sizes['batch_size']} × {sizes['max_length']:,} tokens"
+        title = f"A step of {step} on {found['device']}, in {found['dtype']}"
         table = Table(title=title, min_width=len(title))
         table.add_column("memory")
         table.add_column("takes", justify="right")
@@ -165,14 +125,14 @@ def bench(
     length: Annotated[
         int | None, typer.Option(help="Tokens of a sequence (default 2048, or what the model and --tokens allow).")
     ] = None,
-    r: Rank = 32,
+    r: of("r") = 32,  # type: ignore[valid-type]
     dtype: Annotated[
         str,
         typer.Option(
             help="auto (the config's own; float32 on a CPU that is slow in it), float32, bfloat16 or float16."
         ),
     ] = "auto",
-    device: Device = "auto",
+    device: of("device") = "auto",  # type: ignore[valid-type]
     cv: Annotated[float, typer.Option(help="Skew routers until each layer's counts have this CV.")] = 1.0,
     contenders: Annotated[
         str,
@@ -190,7 +150,7 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result as JSON; with --grow a picture beside it.")
     ] = None,
-    seed: Seed = 0,
+    seed: of("seed") = 0,  # type: ignore[valid-type]
     as_json: AsJson = False,
 ) -> None:
     """Time LoRA on hot experts beside other ways, on this machine: one process each, step by step in turn.

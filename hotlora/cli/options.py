@@ -1,102 +1,117 @@
-"""What several commands share: their options and their consoles."""
+"""A command's options, made from the dataclasses that hold them, and from a YAML file; and the commands' consoles."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..base.errors import HotLoraError
+from ..base.options import Options, read_yaml
+from ..runs.options import RunOptions
 
 out = Console()
 err = Console(stderr=True)
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        "-d",
-        help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with "
-        "prompt and completion, or messages.",
-    ),
-]
-OnTopOf = Annotated[
-    list[Path] | None,
-    typer.Option(help="An adapter of an earlier task, merged into the model first; may be given several times."),
-]
-Dtype = Annotated[str, typer.Option(help="auto: the checkpoint's own on a GPU, float32 on the CPU.")]
-Device = Annotated[str, typer.Option(help="auto: cuda if there is one, else the CPU.")]
-Quantize = Annotated[
-    int | None, typer.Option(help="Store the routed experts in 8 or 4 bits (pip install hotlora\\[quantize]).")
-]
-KeepHot = Annotated[
-    bool, typer.Option("--keep-hot", help="With --quantize: store the cold experts so, and leave the adapted ones.")
-]
-ExpertParallel = Annotated[
-    int, typer.Option(help="Processes that share out each layer's experts (torchrun, accelerate launch).")
-]
-Limit = Annotated[int | None, typer.Option(help="Use at most so many examples, drawn by the seed.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences in a batch.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens in an example; longer ones are cut.")]
-Rule = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel="Which experts",
-        help="How experts are chosen: hot, all, random, cold, global, greedy, coverage, cumulative, hot+random, "
-        "scores or auto.",
-    ),
-]
-Fraction = Annotated[
-    float | None,
-    typer.Option(rich_help_panel="Which experts", help="Share of each layer's experts to adapt (default 0.25)."),
-]
-ExpertsPerLayer = Annotated[
-    int | None, typer.Option(rich_help_panel="Which experts", help="Their number, in place of --fraction.")
-]
-Share = Annotated[
-    float | None,
-    typer.Option(
-        "--p",
-        rich_help_panel="Which experts",
-        help="Share of each layer's routing to reach: coverage (default 0.6), cumulative (0.2; by mass 0.1 of a "
-        "token's gate weight).",
-    ),
-]
-Budget = Annotated[
-    int | None,
-    typer.Option(rich_help_panel="Which experts", help="greedy: experts over all layers, in place of --fraction."),
-]
-Fillers = Annotated[
-    int | None,
-    typer.Option(rich_help_panel="Which experts", help="hot+random: how many are random (default half)."),
-]
-Scores = Annotated[
-    Path | None, typer.Option(rich_help_panel="Which experts", help="scores: a JSON file of each expert's score.")
-]
-Signal = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel="Which experts", help="What ranks experts: count (assignments) or mass (gate weights)."
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Rank = Annotated[int, typer.Option("--r", rich_help_panel="Adapter", help="Rank of every adapter.")]
-Alpha = Annotated[int, typer.Option("--lora-alpha", rich_help_panel="Adapter", help="Scaling is lora_alpha / r.")]
-Attention = Annotated[
-    bool, typer.Option("--train-attention/--no-attention", rich_help_panel="Adapter", help="Adapt q, k, v, o.")
-]
-Router = Annotated[
-    bool, typer.Option("--train-router/--no-router", rich_help_panel="Adapter", help="Adapt the router.")
-]
-Shared = Annotated[
-    bool,
-    typer.Option(
-        "--train-shared/--no-shared", rich_help_panel="Adapter", help="Adapt shared experts, where there are any."
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_GIVEN = ("COMMANDLINE", "DEFAULT_MAP")
+
+
+def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """A command with an option for each field of `options`, and with --config FILE.yaml for all of its options.
+
+    The command gets those of the fields that were given, on the command line or in the file, as keywords, and its own
+    parameters as Typer gives them.
+
+    Args:
+        only, leave: these fields alone; all but these.
+    """
+    chosen = [f for f in fields(options) if f.metadata["cli"] and f.name not in leave and (not only or f.name in only)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [_parameter(field) for field in chosen]
+        required = [p for p in made if p.default is p.empty]  # these are shown first
+        order = (*required, *own, *(p for p in made if p.default is not p.empty))
+        parameters = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in order}
+        known = {name: p.annotation for name, p in parameters.items()} | {field.name: field.type for field in chosen}
+
+        def read(context: typer.Context, file: Path | None) -> Path | None:
+            if file is not None:
+                types = {name: _plain(kind) for name, kind in known.items()}
+                context.default_map = {**(context.default_map or {}), **read_yaml(file, types)}
+            return file
+
+        config = Annotated[
+            Path | None,
+            typer.Option(
+                "--config", callback=read, is_eager=True, metavar="FILE.yaml",
+                help="Take options from a YAML file (learning_rate: 4e-4); the command line comes first.",
+            ),
+        ]  # fmt: skip
+
+        @wraps(command)
+        def run(context: typer.Context, config: Path | None = None, **values: Any) -> None:
+            sources = {field.name: context.get_parameter_source(field.name) for field in chosen}
+            given = {name for name, source in sources.items() if source is not None and source.name in _GIVEN}
+            kept = {name: values[name] for name in values if name not in sources or name in given}
+            command(**kept)
+
+        file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config)
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        run.__signature__ = signature.replace(parameters=[context, *parameters.values(), file])  # type: ignore[attr-defined]
+        run.__annotations__ = {
+            "context": typer.Context, "config": config, **{name: p.annotation for name, p in parameters.items()}
+        }  # fmt: skip
+        return run
+
+    return decorate
+
+
+def of(name: str, options: type[Options] = RunOptions, **changes: Any) -> Any:
+    """The annotation of one field, for a command's own parameter. changes: of the help or the panel."""
+    (field,) = (field for field in fields(options) if field.name == name)
+    return _annotation(field, **changes)
+
+
+def _parameter(field: Field[Any]) -> inspect.Parameter:
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    if get_origin(field.type) is Sequence:
+        default = None
+    annotation = _annotation(field)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(field: Field[Any], help: str | None = None, panel: str | None = None) -> Any:
+    flag = "--" + field.name.replace("_", "-")
+    flags = field.metadata["flags"] or ((f"{flag}/--no-{flag[2:]}",) if field.type is bool else (flag,))
+    told = typer.Option(
+        *flags, help=escape(help or field.metadata["help"]), rich_help_panel=panel or field.metadata["panel"]
+    )
+    return Annotated[_typer_type(field.type), told]
+
+
+def _typer_type(kind: Any) -> Any:
+    """What Typer takes for a field's type: it knows no unions but with None."""
+    if get_origin(kind) is Sequence:
+        return list[Path] | None
+    kinds = get_args(kind) or (kind,)
+    one = Path if Path in kinds else str if str in kinds else next(k for k in kinds if k is not NoneType)
+    return one | None if NoneType in kinds else one
+
+
+def _plain(annotation: Any) -> Any:
+    """The type in an `Annotated`; of a list, as a dataclass has it."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return str | Path | NoneType if kind == Path | None else kind
 
 
 def number_list(name: str, text: str, kind: type) -> tuple[Any, ...]:

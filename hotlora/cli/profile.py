@@ -3,15 +3,17 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..base.errors import DataError
-from .options import BatchSize, Device, Dtype, ExpertParallel, Limit, MaxLength, Quantize, Seed, err, out
+from ..base.errors import DataError, HotLoraError
+from ..runs.options import ProfileOptions
+from .options import err, options_of, out
 
 
+@options_of(ProfileOptions, leave=("model", "on_top_of", "keep_hot"))
 def profile(
     sources: Annotated[
         list[str] | None,
@@ -42,14 +44,7 @@ def profile(
             help="A .safetensors file or a folder (default profile.safetensors); with --compare a folder (runs/study).",
         ),
     ] = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 16,
-    max_length: MaxLength = 512,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantize: Quantize = None,
-    expert_parallel: ExpertParallel = 1,
+    **given: Any,
 ) -> None:
     """Watch which experts the router uses on the data: one pass without gradients.
 
@@ -60,18 +55,9 @@ def profile(
     if not chosen:
         raise typer.BadParameter("give a data set", param_hint="--data")
     if compare:
-        _compare(
-            chosen,
-            model,
-            output or Path("runs/study"),
-            limit=limit,
-            batch_size=batch_size,
-            max_length=max_length,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-        )
+        if given.pop("expert_parallel", 1) != 1:
+            raise HotLoraError("--compare profiles in one process: leave --expert-parallel out.")
+        _compare(chosen, model, output or Path("runs/study"), given)
         return
     if len(chosen) > 1:
         raise DataError(f"{', '.join(chosen)} are {len(chosen)} data sets: add --compare to study them together.")
@@ -87,31 +73,25 @@ def profile(
     from ..tasks.data import load_examples, tokenize
 
     (source,) = chosen
-    check_sizes(batch_size=batch_size, max_length=max_length)
+    options = ProfileOptions(model=model, **given)
+    sizes: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
+    check_sizes(**sizes)
     check_writable(file_in(output, "profile.safetensors"))
-    start(device)
-    check_adapters(model, (), dtype=dtype, device=device)
+    start(options.device)
+    check_adapters(model, (), dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(model)
-    examples = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
-    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
-    base = load_base(model, dtype=dtype, device=device, quantize=quantize, expert_parallel=expert_parallel)
-    result = profile_data(
-        base, tokenizer, examples, source, model, batch_size=batch_size, max_length=max_length, dataset=dataset
-    )
+    examples = load_examples(source, "train", limit=options.limit, seed=options.seed, tokenizer=tokenizer)
+    dataset = tokenize(examples, tokenizer, options.max_length, vocab_size=vocab_size(model))
+    base = load_base(model, **options.loading())
+    result = profile_data(base, tokenizer, examples, source, model, dataset=dataset, **sizes)
     if not is_main():
         return
     result.save(output)
     table = Table(title=f"Routing of {model} on {source}: {result.num_tokens:,} tokens")
     for column in ("layer", "CV", "cold experts", "coverage of the top 25%", "entropy"):
         table.add_column(column, justify="right")
-    rows = zip(
-        result.layers,
-        result.layer_cv(),
-        result.cold_share(),
-        result.coverage(fraction=0.25),
-        result.entropy(),
-        strict=True,
-    )
+    columns = (result.layer_cv(), result.cold_share(), result.coverage(fraction=0.25), result.entropy())
+    rows = zip(result.layers, *columns, strict=True)
     for layer, cv, cold, coverage, entropy in rows:
         table.add_row(str(layer), f"{cv:.2f}", f"{cold:.0%}", f"{coverage:.0%}", f"{entropy:.3f}")
     out.print(table)
@@ -119,19 +99,7 @@ def profile(
     out.print(f"profile: {output}")
 
 
-def _compare(
-    sources: list[str],
-    model: str | None,
-    output: Path,
-    *,
-    limit: int | None,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    dtype: str,
-    device: str,
-    quantize: int | None,
-) -> None:
+def _compare(sources: list[str], model: str | None, output: Path, given: dict[str, Any]) -> None:
     from ..base.files import check_writable
     from ..report.study_report import write_study
     from ..runs.study import run_study
@@ -141,18 +109,7 @@ def _compare(
     def tell(text: str) -> None:
         err.print(text, highlight=False, markup=False)
 
-    result, profiles = run_study(
-        sources,
-        model,
-        limit=limit,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
-        tell=tell,
-    )
+    result, profiles = run_study(sources, model, tell=tell, **given)
     page = write_study(result, profiles, output, shlex.join(["hotlora", *sys.argv[1:]]))
     table = Table(title=f"Routing of {result['model']['name']} on {len(profiles)} data sets")
     table.add_column("data set", no_wrap=True)

@@ -7,45 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from ..base.errors import HotLoraError
-from ..train.config import PROFILE_FRACTION, TrainConfig
-from ..train.methods import METHODS, PLACEMENTS, resolve
-from .options import (
-    Alpha,
-    Attention,
-    BatchSize,
-    Budget,
-    Data,
-    Device,
-    Dtype,
-    ExpertParallel,
-    ExpertsPerLayer,
-    Fillers,
-    Fraction,
-    KeepHot,
-    Limit,
-    MaxLength,
-    Model,
-    OnTopOf,
-    Quantize,
-    Rank,
-    Router,
-    Rule,
-    Scores,
-    Seed,
-    Share,
-    Shared,
-    Signal,
-    err,
-    out,
-)
-
-DEFAULTS = TrainConfig()
+from ..runs.methods import METHODS, PLACEMENTS, resolve
+from ..runs.options import RunOptions
+from .options import err, options_of, out
 
 
+@options_of(RunOptions)
 def train(
-    context: typer.Context,
-    model: Model,
-    data: Data,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run's folder (default runs/MODEL-DATA-METHOD-SEED).")
     ] = None,
@@ -68,135 +36,11 @@ def train(
             help=f"{', '.join(PLACEMENTS)}: all that the method adapts; experts and router; experts alone.",
         ),
     ] = None,
-    warmup: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="Method", help="lora: profile after a short LoRA on all experts (HELLoRA); or none."
-        ),
-    ] = "none",
-    on_top_of: OnTopOf = None,
-    rule: Rule = "hot",
-    fraction: Fraction = None,
-    experts_per_layer: ExpertsPerLayer = None,
-    p: Share = None,
-    budget: Budget = None,
-    fillers: Fillers = None,
-    scores: Scores = None,
-    signal: Signal = "count",
-    plan_seed: Annotated[
-        int | None,
-        typer.Option(rich_help_panel="Which experts", help="Of rules that draw (default: --seed, a new draw each)."),
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option(rich_help_panel="Which experts", help="Use this profile; none is made.")
-    ] = None,
-    profile_fraction: Annotated[
-        float,
-        typer.Option(rich_help_panel="Which experts", help="Share of the training data to profile the router on."),
-    ] = PROFILE_FRACTION,
-    plan: Annotated[
-        Path | None, typer.Option(rich_help_panel="Which experts", help="Use this plan; no profile is made.")
-    ] = None,
-    reprofile_every: Annotated[
-        int | None,
-        typer.Option(rich_help_panel="Which experts", help="Profile and choose again after every so many steps."),
-    ] = None,
-    reprofile_left: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="Which experts", help="What experts that are not chosen again had learned: drop or merge."
-        ),
-    ] = "drop",
-    test_data: Annotated[str | None, typer.Option(help="Held-out data; a task has its own.")] = None,
-    limit: Limit = None,
-    test_limit: Annotated[int | None, typer.Option(help="The same for the held-out data.")] = None,
-    evaluate: Annotated[bool, typer.Option("--evaluate/--no-evaluate", help="Score a task after training.")] = True,
-    epochs: Annotated[float, typer.Option(rich_help_panel="Training", help="Passes over the data.")] = DEFAULTS.epochs,
-    max_steps: Annotated[
-        int | None, typer.Option(rich_help_panel="Training", help="Optimizer steps, in place of --epochs.")
-    ] = None,
-    batch_size: BatchSize = DEFAULTS.batch_size,
-    gradient_accumulation_steps: Annotated[
-        int, typer.Option(rich_help_panel="Training", help="Batches added up for one step.")
-    ] = DEFAULTS.gradient_accumulation_steps,
-    learning_rate: Annotated[
-        float, typer.Option(rich_help_panel="Training", help="Peak rate of AdamW.")
-    ] = DEFAULTS.learning_rate,
-    lr_scheduler: Annotated[
-        str, typer.Option(rich_help_panel="Training", help="constant, constant_with_warmup, linear or cosine.")
-    ] = DEFAULTS.lr_scheduler,
-    warmup_ratio: Annotated[
-        float, typer.Option(rich_help_panel="Training", help="Share of the steps in which the rate rises.")
-    ] = DEFAULTS.warmup_ratio,
-    weight_decay: Annotated[
-        float, typer.Option(rich_help_panel="Training", help="AdamW's decay.")
-    ] = DEFAULTS.weight_decay,
-    adam_beta2: Annotated[
-        float, typer.Option(rich_help_panel="Training", help="Decay of AdamW's second moment.")
-    ] = DEFAULTS.adam_beta2,
-    max_length: MaxLength = DEFAULTS.max_length,
-    packing: Annotated[
-        bool, typer.Option("--packing", rich_help_panel="Training", help="Several examples in one row.")
-    ] = False,
-    save_steps: Annotated[
-        int, typer.Option(rich_help_panel="Training", help="Steps between checkpoints.")
-    ] = DEFAULTS.save_steps,
-    seed: Seed = DEFAULTS.seed,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", rich_help_panel="Training", help="Less memory, slower.")
-    ] = False,
-    aux_loss_coef: Annotated[
-        float, typer.Option(rich_help_panel="Training", help="Weight of the router's balancing loss; 0 is off.")
-    ] = DEFAULTS.aux_loss_coef,
-    r: Rank = DEFAULTS.r,
-    lora_alpha: Alpha = DEFAULTS.lora_alpha,
-    lora_dropout: Annotated[
-        float, typer.Option(rich_help_panel="Adapter", help="Dropout before A.")
-    ] = DEFAULTS.lora_dropout,
-    train_attention: Attention = True,
-    train_router: Router = True,
-    train_shared: Shared = True,
-    use_rslora: Annotated[
-        bool, typer.Option("--rslora", rich_help_panel="Adapter", help="Scale by lora_alpha over the root of r.")
-    ] = False,
-    use_dora: Annotated[
-        bool, typer.Option("--dora", rich_help_panel="Adapter", help="A magnitude for each output, too.")
-    ] = False,
-    lora_fa: Annotated[
-        bool, typer.Option("--lora-fa", rich_help_panel="Adapter", help="Freeze A; its seed is saved in its place.")
-    ] = False,
-    a_seed: Annotated[int | None, typer.Option(rich_help_panel="Adapter", help="Of a frozen A (default 0).")] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel="LoRI", help="lori-s: train the entries of this mask; no dense run comes first."),
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(rich_help_panel="LoRI", help="Share of B that trains (lori-s: 0.1).")
-    ] = None,
-    granularity: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel="LoRI", help="The largest of what are kept: model, module, projection, layer or matrix."
-        ),
-    ] = "model",
-    dense_learning_rate: Annotated[
-        float | None, typer.Option(rich_help_panel="LoRI", help="Of the dense run (default: the same).")
-    ] = None,
-    fresh_a: Annotated[
-        bool, typer.Option("--fresh-a", rich_help_panel="LoRI", help="Another A than in the dense run.")
-    ] = False,
-    report_to: Annotated[
-        str, typer.Option(rich_help_panel="Training", help="Also send metrics to: wandb, trackio, …")
-    ] = DEFAULTS.report_to,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    quantize: Quantize = None,
-    keep_hot: KeepHot = False,
-    expert_parallel: ExpertParallel = 1,
     preflight: Annotated[
         bool,
         typer.Option("--preflight/--no-preflight", help="Say first whether it fits into memory; stop if it cannot."),
     ] = True,
+    **given: Any,
 ) -> None:
     """Profile the router, choose experts, train their adapter, evaluate. Run again to go on after a stop.
 
@@ -207,39 +51,30 @@ def train(
     from ..base.processes import is_main, start
     from ..runs.stages import run_method
 
-    values = locals()
-    given = {
-        name: values[name]
-        for name in context.params
-        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    }
-    if given.pop("lora_fa", False):
-        given["train_a"] = False
-    for name in ("model", "data", "output", "method", "preset", "placement", "preflight"):
-        given.pop(name, None)
     options = resolve(method, preset=preset, placement=placement, **given)
-    name = preset or options.get("condition") or rule
-    output = output or Path("runs") / "-".join(_slug(part) for part in (model, data, name, f"seed{seed}"))
-    start(device)
+    name = preset or options.condition or options.rule
+    parts = (options.model, options.data, name, f"seed{options.seed}")
+    output = output or Path("runs") / "-".join(_slug(part) for part in parts)
+    start(options.device)
     if is_main():
         from ..train.checkpoints import last_complete
 
         last = last_complete(output / "checkpoints")
         resumed = f", resuming from {last.name}" if last else ""
-        err.print(f"training {model} on {data} into {output}{resumed}", highlight=False)
+        err.print(f"training {options.model} on {options.data} into {output}{resumed}", highlight=False)
     if preflight:
-        _check_memory(model, options)
-    record = run_method(model, data, output, progress=True, **options)
+        _check_memory(options)
+    record = run_method(options, output, progress=True)
     if is_main():
         print_run(record, output)
 
 
-def _check_memory(model: str, options: dict[str, Any]) -> None:
+def _check_memory(options: RunOptions) -> None:
     """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
     from ..base.processes import all_objects, is_main
     from ..cost.preflight import preflight
 
-    found = all_objects(preflight(model, **options) if is_main() else None)[0]
+    found = all_objects(preflight(options) if is_main() else None)[0]
     if found is None:
         return
     if found.is_hopeless:

@@ -19,6 +19,7 @@ from ..base.processes import num_processes, own_device, uses_deepspeed
 from ..hf.models import NANO
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
+from ..runs.options import RunOptions
 from ..train.config import TrainConfig
 from . import cluster as scale
 from .cluster import Work
@@ -30,7 +31,6 @@ _MOST_REMEDIES = 3
 _RECOMPUTE = "--gradient-checkpointing"
 _SHORTEST = 64  # tokens that an example is not to be cut to less than
 _FIXED = ("weights", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
-_DEFAULT = TrainConfig()
 
 
 @dataclass(frozen=True)
@@ -76,76 +76,59 @@ class Preflight:
         return f"{start} No option makes it fit here: {on_cpu if self.device == 'cpu' else on_gpus}"
 
 
-def preflight(
-    model: str,
-    *,
-    config: TrainConfig = _DEFAULT,
-    rule: str = "hot",
-    fraction: float | None = None,
-    experts_per_layer: int | str | None = None,
-    budget: int | None = None,
-    plan: str | Path | None = None,
-    full: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: int | None = None,
-    keep_hot: bool = False,
-    expert_parallel: int = 1,
-    free: int | None = None,
-    **others: Any,
-) -> Preflight | None:
-    """Whether a step of `run.run_training` with these options fits. Nothing of the model's weights is read.
+def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | None:
+    """Whether a step of a run with these options fits. Nothing of the model's weights is read.
 
-    free: bytes; None: what the device says. others: further options of a run, which change nothing here.
+    free: bytes; None: what the device says.
 
     None where there is no such model, device or plan, of which the run tells better.
     """
     try:
-        where, there = _device(device)
-        path = _config_file(model)
-        kept = _experts(rule, fraction, experts_per_layer, budget, plan)
+        where, there = _device(options.device)
+        path = _config_file(options.model)
+        kept = _experts(options)
     except (HotLoraError, OSError, RuntimeError):
         return None
     free = there if free is None else free
     unknown = Preflight(str(where), free, 0)
     for name, is_asked in (
-        ("full fine-tuning", full),
-        ("full experts", config.train_full_experts),
-        ("DoRA", config.use_dora),
+        ("full fine-tuning", options.full),
+        ("full experts", options.train_full_experts),
+        ("DoRA", options.use_dora),
     ):
         if is_asked:
             return replace(unknown, unknown=f"the estimate does not know {name}")
-    layout = _layout(expert_parallel)
+    layout = _layout(options.expert_parallel)
 
     def work(config: TrainConfig, experts: dict[str, Any]) -> Work:
         return scale.work(
             path, batch_size=config.batch_size, max_length=config.max_length,
             gradient_checkpointing=config.gradient_checkpointing, r=config.r, train_attention=config.train_attention,
-            train_router=config.train_router, train_shared=config.train_shared, dtype=dtype, quantize=quantize,
-            keep_hot=keep_hot, device=where, **experts,
+            train_router=config.train_router, train_shared=config.train_shared, dtype=options.dtype,
+            quantize=options.quantize, keep_hot=options.keep_hot, device=where, **experts,
         )  # fmt: skip
 
     try:
-        plain = work(config, kept)
+        plain = work(options, kept)
         memory = scale.memory(plain, num_processes(), layout)
         found = replace(
             unknown,
             needed=round(memory["total"]),
             fixed=round(sum(memory[kind] for kind in _FIXED)),
-            batch=f"{config.batch_size} × {config.max_length:,}",
+            batch=f"{options.batch_size} × {options.max_length:,}",
         )
         if found.fits:
             return found
         cut = sized_config(path)
-        meta, compute = meta_model(cut), torch_dtype(dtype, cut, where.type)
+        meta, compute = meta_model(cut), torch_dtype(options.dtype, cut, where.type)
         trials = _Trials(
-            config, kept, plain, compute.itemsize, work,
+            options, kept, plain, compute.itemsize, work,
             workspace=lambda tokens: workspace_bytes(meta, tokens, compute, where),
             size=lambda work: round(scale.memory(work, num_processes(), layout)["total"]),
             room=ROOM * free,
         )  # fmt: skip
         changes = _changes(trials)
-        if quantize is None and layout == "ddp":  # weights that are spread over processes cannot be quantized
+        if options.quantize is None and layout == "ddp":  # weights that are spread over processes cannot be quantized
             changes = chain(changes, _quantized(trials))
         return replace(found, remedies=_remedies(changes, trials))
     except FileError:
@@ -233,20 +216,18 @@ def _in_bits(work: Work, bits: int, itemsize: int) -> Work:
     return replace(work, experts=round(work.experts * quantized_bytes(bits) / itemsize))
 
 
-def _experts(
-    rule: str, fraction: float | None, experts_per_layer: int | str | None, budget: int | None, plan: str | Path | None
-) -> dict[str, Any]:
+def _experts(options: RunOptions) -> dict[str, Any]:
     """The budget as `estimate` takes it; none is all, which is also what a rule may choose at most that goes by the
     data."""
-    if plan is not None:
-        return {"experts_per_layer": max(map(len, ExpertPlan.load(plan).experts.values()))}
-    if rule == "all" or "fraction" not in READS.get(rule, ()) or budget is not None:
+    if options.plan is not None:
+        return {"experts_per_layer": max(map(len, ExpertPlan.load(options.plan).experts.values()))}
+    if options.rule == "all" or "fraction" not in READS.get(options.rule, ()) or options.budget is not None:
         return {}
-    if isinstance(experts_per_layer, str):  # top_k, which is never more than a quarter of a model's experts
+    if isinstance(options.experts_per_layer, str):  # top_k, which is never more than a quarter of a model's experts
         return {"fraction": DEFAULT_FRACTION}
-    if experts_per_layer is not None:
-        return {"experts_per_layer": experts_per_layer}
-    return {"fraction": DEFAULT_FRACTION if fraction is None else fraction}
+    if options.experts_per_layer is not None:
+        return {"experts_per_layer": options.experts_per_layer}
+    return {"fraction": DEFAULT_FRACTION if options.fraction is None else options.fraction}
 
 
 def _layout(expert_parallel: int) -> str:

@@ -22,7 +22,7 @@ from ..report.comparison_table import NONE
 from ..report.figures import COLD, HOT, INK, WIDTH, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..report.tables import human_seconds
-from ..train.methods import counted_options
+from ..runs.methods import counted_options
 from .direct import Direct, Tell
 from .needs import bench_needs, config_file, number_of
 from .recipe import Column

@@ -13,9 +13,9 @@ from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
 from ..report.comparison_table import NONE
 from ..report.published import EXPERT_TO_FFN, MODELS
+from ..runs.methods import METHODS, resolve
+from ..runs.options import RunOptions
 from ..runs.study import shared_experts
-from ..train.config import PROFILE_FRACTION
-from ..train.methods import METHODS, resolve
 from . import hellora
 from .direct import Direct, Tell
 from .needs import config_file
@@ -54,14 +54,14 @@ class HyperparameterTable(Direct):
         return Result(self.name, self.title, self.where, ["", "published", "here"], rows, numbers, notes, texts=3)
 
     def _lines(self) -> list[tuple[str, str, str]]:
-        def of(column: int, get: Callable[[Mapping[str, Any]], Any]) -> str:
+        def of(column: int, get: Callable[[RunOptions], Any]) -> str:
             return _grouped({label: get(options) for label, options in self._options(column).items()})
 
         def field_of(name: str, column: int = 0) -> str:
-            return of(column, lambda options: getattr(options["config"], name))
+            return of(column, lambda options: getattr(options, name))
 
         assert self.trainings is not None
-        epochs = "max_steps" if self._options(0)["LoRA"]["config"].max_steps is not None else "epochs"
+        epochs = "max_steps" if self._options(0)["LoRA"].max_steps is not None else "epochs"
         told = "steps" if epochs == "max_steps" else "epochs"
         k = METHODS["hellora"]["experts_per_layer"]
         return [
@@ -73,17 +73,13 @@ class HyperparameterTable(Direct):
             (f"{told}, math", "3 epochs", field_of(epochs)),
             (f"{told}, code", "2 epochs", field_of(epochs, 1)),
             (f"{told}, safety", "1 epoch", field_of(epochs, 2)),
-            (
-                "samples to find hot experts",
-                "10%",
-                of(0, lambda options: f"{options.get('profile_fraction', PROFILE_FRACTION):.0%}"),
-            ),
+            ("samples to find hot experts", "10%", of(0, lambda options: f"{options.profile_fraction:.0%}")),
             ("hot experts of a layer", "8", "the router's own K" if k == "top_k" else str(k)),
             ("scaling α", "64", field_of("lora_alpha")),
             ("seeds", "10", str(len(self.trainings.seeds))),
         ]
 
-    def _options(self, column: int) -> dict[str, dict[str, Any]]:
+    def _options(self, column: int) -> dict[str, RunOptions]:
         """A method's label -> a run's resolved options."""
         assert self.trainings is not None
         place = self.trainings.columns[column]

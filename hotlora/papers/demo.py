@@ -1,5 +1,6 @@
 """The whole way on the embedded model: profile, plan, train, evaluate, compare, one page."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from ..base.errors import DataError
 from ..base.records import find_records
 from ..report.page import conditions_table, write_report
 from ..runs.evaluation import run_evaluation
+from ..runs.options import EvalOptions, RunOptions
 from ..runs.training import run_training
 from ..train.config import TrainConfig
 
@@ -48,17 +50,18 @@ def run_demo(
     disable_progress_bar()  # nano loads in no time
     steps = len(CONDITIONS) + 1
     console.print(f"[bold]1/{steps} base[/]: nano as it is, on {test_examples} questions of {task}")
-    run_evaluation("nano", task, folder / "base", limit=test_examples, progress=True)
+    run_evaluation(EvalOptions(model="nano", limit=test_examples), task, folder / "base", progress=True)
     profile = None
     for number, rule in enumerate(CONDITIONS, start=2):
         budget = None if rule == "all" else FRACTION
         told = "every expert" if budget is None else f"the {rule} {budget:.0%} of each layer's experts"
         rest = "attention, " * config.train_attention + "router, " * config.train_router
         console.print(f"[bold]{number}/{steps} {rule}[/]: LoRA on {rest}{told}")
-        run_training(
-            "nano", task, folder / rule, config=config, rule=rule, fraction=budget, profile=profile,
-            profile_fraction=1.0, limit=train_examples, test_limit=test_examples, progress=True,
+        options = RunOptions(
+            model="nano", data=task, **asdict(config), rule=rule, fraction=budget, profile=profile,
+            profile_fraction=1.0, limit=train_examples, test_limit=test_examples,
         )  # fmt: skip
+        run_training(options, folder / rule, progress=True)
         profile = folder / CONDITIONS[0] / "profile.safetensors"
     page = write_report(folder, folder)
     console.print()

@@ -20,12 +20,13 @@ from ..bench.worker import matrix_rate
 from ..cost.estimate import coverage_at, estimate, meta_model, sized_config
 from ..cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
 from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
+from ..routing.plan import DEFAULT_FRACTION
 from ..routing.profile import experts_kept
+from ..runs.options import RunOptions
 from ..runs.sweep import Sweep, sweep_jobs
 from ..runs.sweep_runs import make_profile
 from ..tasks.data import load_examples, task_of
-from ..train.config import PROFILE_FRACTION, TrainConfig
-from ..train.methods import resolve
+from ..train.config import TrainConfig
 
 GPU_RATE = 100e12
 """FLOP/s that hours are counted at where none is given: about a third of what an A100 has at most in bfloat16."""
@@ -46,10 +47,9 @@ class Load:
     """
 
     name: str
-    config: TrainConfig
+    options: RunOptions
     flops: float | None
     share: float | None
-    options: Mapping[str, Any]
 
 
 def config_file(model: str) -> str:
@@ -184,31 +184,30 @@ def _loads(sweep: Sweep, model: str) -> tuple[list[Load], dict[str, float]]:
         given = sweep.options_of(condition)
         if given["model"] != model or not condition.train or condition.scores is not None:
             continue
-        options = resolve(**given)
-        config: TrainConfig = options["config"]
-        key = (str(given["data"]), options.get("limit"), config.max_length)
+        options = sweep.resolved(condition)
+        key = (options.data, options.limit, options.max_length)
         if key not in sizes:
             sizes[key] = data_size(key[0], model, key[1], key[2])
-        share = None if options.get("full") else _adapted_share(meta, options)
+        share = None if options.full else _adapted_share(meta, options)
         size, flops = sizes[key], None
         if size is not None:
-            flops = _trained_tokens(config, *size) * _flops_per_token(meta, config, share)
-            flops *= 2 if options.get("keep") else 1  # LoRI's dense run comes first
-            part = size[1] * options.get("profile_fraction", PROFILE_FRACTION)
-            forward[key[0]] = part * sum(forward_flops(meta, config.max_length).values())
-        loads.append(Load(condition.name, config, flops, share, options))
+            flops = _trained_tokens(options, *size) * _flops_per_token(meta, options, share)
+            flops *= 2 if options.keep else 1  # LoRI's dense run comes first
+            part = size[1] * options.profile_fraction
+            forward[key[0]] = part * sum(forward_flops(meta, options.max_length).values())
+        loads.append(Load(condition.name, options, flops, share))
     return loads, forward
 
 
-def _adapted_share(meta: Any, options: Mapping[str, Any]) -> float:
+def _adapted_share(meta: Any, options: RunOptions) -> float:
     """Of a layer's experts, as far as it is known before the data is."""
-    if options.get("rule", "hot") == "all":
+    if options.rule == "all":
         return 1.0
     experts = moe_layers(meta)[0].num_experts
-    number = options.get("experts_per_layer")
+    number = options.experts_per_layer
     if number is not None:
-        return experts_kept(experts, None, num_experts_per_tok(meta) if number == "top_k" else number) / experts
-    return float(options.get("fraction") or 0.25)
+        return experts_kept(experts, None, num_experts_per_tok(meta) if number == "top_k" else int(number)) / experts
+    return options.fraction or DEFAULT_FRACTION
 
 
 def _trained_tokens(config: TrainConfig, examples: int, tokens: int) -> float:
@@ -233,12 +232,12 @@ def _memory_words(model: str, loads: Sequence[Load]) -> str:
     adapted = [load for load in loads if load.share is not None]
     words = []
     if adapted:
-        most = max(adapted, key=lambda load: (load.share or 0) * 1e6 + load.config.batch_size)
-        config = most.config
+        most = max(adapted, key=lambda load: (load.share or 0) * 1e6 + load.options.batch_size)
+        config = most.options
         found = estimate(
             config_file(model), batch_size=config.batch_size, max_length=config.max_length,
             fraction=most.share if most.share != 1 else None, r=config.r, train_attention=config.train_attention,
-            train_router=config.train_router, train_shared=config.train_shared, quantize=most.options.get("quantize"),
+            train_router=config.train_router, train_shared=config.train_shared, quantize=config.quantize,
             gradient_checkpointing=config.gradient_checkpointing, device=_device(model),
         )["memory"]  # fmt: skip
         step = f"{config.batch_size} × {config.max_length} tokens"

@@ -19,11 +19,12 @@ from ..report.published import DATASETS
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study, load_study, study
 from ..runs.folder import data_time, load_base
+from ..runs.methods import resolve
+from ..runs.options import PROFILE_FRACTION
 from ..runs.study import run_study
 from ..runs.training import profile_data, profile_sample, run_training
 from ..tasks.data import load_examples
-from ..train.config import PROFILE_FRACTION, TrainConfig
-from ..train.methods import resolve
+from ..train.config import TrainConfig
 from . import hellora
 from . import profile_tables as tables
 from .direct import Direct, Tell
@@ -134,21 +135,20 @@ class ProfileRecipe(Direct):
         folder = self._warm_up_folder(output, task)
         if (folder / _WARMED).is_file():
             return
-        options = resolve(**self.warm_up)
-        config: TrainConfig = dataclasses.replace(options["config"], epochs=1, max_steps=None)
-        load = {name: options[name] for name in ("dtype", "device", "quantize") if name in options}
+        options = resolve(**{**self.warm_up, "model": model, "data": source})
         tokenizer = load_tokenizer(model)
-        examples = load_examples(source, "train", limit=options.get("limit"), tokenizer=tokenizer)
+        examples = load_examples(source, "train", limit=options.limit, tokenizer=tokenizer)
         number = len(profile_sample(examples, PROFILE_FRACTION))
         tell(f"warm-up of {model} on {number} examples of {task}")
-        run_training(
-            model, source, folder, config=config, rule="all", limit=number, profile_fraction=1.0, evaluate=False,
-            condition="warm-up", **load,
+        training = dataclasses.replace(
+            options, epochs=1, max_steps=None, rule="all", limit=number, profile_fraction=1.0, evaluate=False,
+            condition="warm-up",
         )  # fmt: skip
+        run_training(training, folder)
         some = load_examples(source, "train", limit=number, tokenizer=tokenizer, now=data_time(folder))
-        warmed = load_adapter(load_base(model, **load), folder / "adapter")
+        warmed = load_adapter(load_base(model, **options.loading()), folder / "adapter")
         profile = profile_data(
-            warmed, tokenizer, some, source, model, batch_size=config.batch_size, max_length=config.max_length
+            warmed, tokenizer, some, source, model, batch_size=options.batch_size, max_length=options.max_length
         )
         profile.save(folder / _WARMED)
 

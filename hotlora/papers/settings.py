@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..base.errors import HotLoraError
-from ..train.methods import METHODS
+from ..runs.methods import METHODS
 from .recipe import Column, Recipe, Row
 
 OLMOE = "allenai/OLMoE-1B-7B-0924"

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..base.files import file_in, read_json, write_json
 from .profile import RoutingProfile, experts_kept
 from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
+from .selection import Selection
 
 VERSION = 1
 MOST_RANK = 65536  # more than any matrix is wide
@@ -140,6 +141,16 @@ class ExpertPlan:
         except PlanError as error:
             kind = PlanError if _is_this_version(data) else FileError
             raise kind(f"{file}: {error}") from error
+
+
+def selected(profile: RoutingProfile, selection: Selection, *, seed: int = 0) -> ExpertPlan:
+    """`select_experts` with options, whose experts_per_layer may be "top_k": the router's K."""
+    options = {field.name: getattr(selection, field.name) for field in fields(Selection)}
+    if options["experts_per_layer"] == "top_k":
+        options["experts_per_layer"] = profile.num_experts_per_tok
+    elif isinstance(number := options["experts_per_layer"], str):
+        raise PlanError(f"experts_per_layer = {number!r}: give a number, or top_k for the router's own.")
+    return select_experts(profile, **options, seed=seed)
 
 
 def select_experts(

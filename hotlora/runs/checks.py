@@ -1,6 +1,6 @@
 """What is wrong with a run's options, told before a model is loaded, which may take long: by its config alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +11,50 @@ from ..adapter.load import saved_config
 from ..adapter.quantize import experts_in
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
+from ..base.processes import sharding, uses_deepspeed
+from ..hf.forward import check_aux_loss
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
-from ..routing.plan import ExpertPlan, select_experts
+from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
-from ..train.config import TrainConfig
 from ..train.reprofile import LEFT
 from ..train.trainer import check_report_to
+from .options import RunOptions
 
-SELECTION = ("rule", "fraction", "experts_per_layer", "p", "budget", "fillers", "scores", "signal")
 
-
-def check_run(
-    model: str,
-    *,
-    config: TrainConfig,
-    rule: str = "hot",
-    signal: str = "count",
-    plan_seed: int | None = None,
-    profile: str | Path | None = None,
-    plan: str | Path | None = None,
-    full: bool = False,
-    reprofile_every: int | None = None,
-    reprofile_left: str = "drop",
-    eval_batch_size: int = 64,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: int | None = None,
-    **options: Any,
-) -> None:
-    """Raises what `run.run_training` with these options would raise for them sooner or later; else does nothing.
+def check_run(options: RunOptions) -> None:
+    """Raises what a run with these options would raise for them sooner or later; else does nothing.
 
     The rule is tried on the given profile, or on one in which all experts are used alike; the plan is held against
     the model's modules on the meta device.
 
-    options: of `run.run_training`; those that are no rule's are not looked at.
-
     HotLoraError: an option out of range, or that does not go with another. ModelError: no such model, or without MoE
     layers. PlanError: a rule, budget, plan or profile that does not fit the model.
     """
-    check_sizes(eval_batch_size=eval_batch_size, reprofile_every=reprofile_every)
-    check_report_to(config.report_to)
-    checked_device(device)
-    checked_dtype(dtype)
-    experts_in(quantize)
-    if reprofile_left not in LEFT:
-        raise HotLoraError(f"reprofile_left is {reprofile_left!r}: choose one of {', '.join(LEFT)}.")
-    if reprofile_every is not None and (not config.train_a or config.use_dora or config.train_full_experts):
+    check_sizes(eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every)
+    check_report_to(options.report_to)
+    checked_device(options.device)
+    checked_dtype(options.dtype)
+    experts_in(options.quantize)
+    if options.reprofile_left not in LEFT:
+        raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
+    needs_all = options.full or options.reprofile_every or options.use_dora or options.train_full_experts
+    if needs_all and (sharding(options.expert_parallel) or uses_deepspeed()):
         raise HotLoraError(
-            "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen A and full "
-            "experts."
+            "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
+            "or launch without FSDP, DeepSpeed and expert parallelism."
         )
-    there = structure(model)
-    if full:
+    there = structure(options.model)
+    check_aux_loss(there.config, options.aux_loss_coef)
+    if options.full:
         return
-    if plan is not None:
-        chosen = ExpertPlan.load(plan)
+    if options.plan is not None:
+        chosen = ExpertPlan.load(options.plan)
     else:
-        routing = _alike(there) if profile is None else RoutingProfile.load(profile)
-        check_made_on(routing, fingerprint(there), profile, model)
-        selection = {"rule": rule, "signal": signal, **{key: options.get(key) for key in SELECTION[1:-1]}}
-        chosen = select(routing, selection, config.seed if plan_seed is None else plan_seed)
-    names = ("train_attention", "train_router", "train_shared", "use_dora", "train_a", "train_full_experts")
-    HotLoraConfig(plan=chosen, r=config.r, **{name: getattr(config, name) for name in names}).bind(there)
+        routing = _alike(there) if options.profile is None else RoutingProfile.load(options.profile)
+        check_made_on(routing, fingerprint(there), options.profile, options.model)
+        chosen = select(routing, options)
+    names = ("r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "train_full_experts")
+    HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -103,11 +85,9 @@ def check_made_on(routing: RoutingProfile, model_fingerprint: str, file: str | P
         raise PlanError(f"{at} is the profile of {made_on}, and {model} is {model_fingerprint}: profile this model.")
 
 
-def select(routing: RoutingProfile, selection: Mapping[str, Any], seed: int) -> ExpertPlan:
-    """`select_experts` with a run's options, where experts_per_layer may be "top_k": the router's K."""
-    if selection["experts_per_layer"] == "top_k":
-        selection = {**selection, "experts_per_layer": routing.num_experts_per_tok}
-    return select_experts(routing, **selection, seed=seed)
+def select(routing: RoutingProfile, options: RunOptions) -> ExpertPlan:
+    """The experts that a run adapts; rules that draw do so by `plan_seed`, or by the training's seed."""
+    return selected(routing, options, seed=options.seed if options.plan_seed is None else options.plan_seed)
 
 
 def _alike(model: Any) -> RoutingProfile:

@@ -24,26 +24,18 @@ from ..tasks.data import data_hash, load_examples, task_of, tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
 from .folder import finished, load_base, recorded, save_evaluation, underneath
+from .options import EvalOptions
 
 ENGINES = ("transformers", "vllm")
 
 
 def run_evaluation(
-    model: str,
+    options: EvalOptions,
     data: str,
     output: str | Path | None = None,
     *,
-    adapter: str | Path | None = None,
-    on_top_of: Sequence[str | Path] = (),
-    limit: int | None = None,
-    batch_size: int = 64,
     sampling: Sampling = GREEDY,
-    merge: bool = False,
     engine: str = "transformers",
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: int | None = None,
-    keep_hot: bool = False,
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
     """Scores a model, or a model with a saved adapter, on a task's test split.
@@ -53,15 +45,8 @@ def run_evaluation(
     Args:
         data: a task, or a task and its files (`gsm8k:DIR`).
         output: gets run.json and results-TASK.jsonl; None keeps nothing.
-        on_top_of: saved adapters that are merged into the model, in this order, under `adapter`; those that it was
-            trained on top of are merged by themselves.
-        limit: at most so many examples, the same ones every time.
         sampling: how answers are drawn, and how many each example gets.
-        merge: whether to fold the adapter into the weights first, in memory: faster, and rounded to their dtype.
         engine: "transformers" or "vllm".
-        quantize: bits in which the routed experts are stored, 8 or 4, or 0 for the checkpoint's own; None: all as the
-            adapter was trained on them.
-        keep_hot: the experts of the adapter are not quantized; with `quantize`.
 
     Returns:
         the record, and the evaluation; None in its place where `output` held the same one, done.
@@ -71,156 +56,100 @@ def run_evaluation(
         HotLoraError: `output` holds other work, or options that do not go together.
     """
     task = _need_task(data)
-    stored = _quantization(adapter, quantize, keep_hot)
-    on_top_of = underneath(model, on_top_of, adapter)
-    _check_engine(engine, task, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
-    check_sizes(batch_size=batch_size)
-    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
-    tokenizer = load_tokenizer(model)
-    test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
-    weights = Path(adapter) / WEIGHTS_FILE if adapter else None
-    options: dict[str, Any] = {
-        "model": model, "data": data, "test_hash": data_hash(test), "dtype": dtype,
-        "quantize": stored.bits if stored else None, "adapter": str(adapter) if adapter else None,
-        "adapter_hash": sha256_file(weights) if weights else None,
-        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
-        "eval_batch_size": batch_size,
+    scored = _Scored(options, engine, task)
+    tokenizer = load_tokenizer(options.model)
+    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer)
+    identity = {
+        "model": options.model, "data": data, "test_hash": data_hash(test), **scored.identity(),
+        "eval_batch_size": options.batch_size,
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
-    options |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
-    options |= {"merge": True} if merge else {}
-    options |= {"keep_hot": True} if stored and stored.keep else {}
-    options |= {"engine": engine} if engine != "transformers" else {}
-    results = None if output is None else Path(output) / f"results-{task.name}.jsonl"
-    if output is not None and (done := finished(Path(output), options, results)) is not None:
+    identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
+    identity |= {"merge": True} if options.merge else {}
+    identity |= {"keep_hot": True} if scored.keep else {}
+    identity |= {"engine": engine} if engine != "transformers" else {}
+    folder = None if output is None else Path(output)
+    results = None if folder is None else folder / f"results-{task.name}.jsonl"
+    if folder is not None and (done := finished(folder, identity, results)) is not None:
         return done, None
-    condition = "adapter" if adapter else "base"
-    record = new_record(
-        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
-        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
-    )  # fmt: skip
-    with recorded(record, Path(output) if output else None):
+    record = scored.record(identity, {"name": data, "hash": identity["test_hash"], "train": 0, "test": len(test)})
+    with recorded(record, folder):
         if engine == "vllm":
-            evaluation = _by_vllm(model, adapter, tokenizer, task, test, sampling, merge, dtype, results, progress)
+            evaluation = _by_vllm(options, tokenizer, task, test, sampling, results, progress)
         else:
-            net = _adapted(record, model, adapter, on_top_of, merge, stored, dtype=dtype, device=device)
             evaluation = evaluate_task(
-                net, tokenizer, task, test,
-                batch_size=batch_size, sampling=sampling, results=results, progress=progress,
+                scored.load(record), tokenizer, task, test,
+                batch_size=options.batch_size, sampling=sampling, results=results, progress=progress,
             )  # fmt: skip
-        record["evaluation"] = save_evaluation(evaluation, Path(output) if output else None)
+        record["evaluation"] = save_evaluation(evaluation, folder)
     return record, evaluation
 
 
-def run_held_out(
-    model: str,
-    data: str,
-    output: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    on_top_of: Sequence[str | Path] = (),
-    limit: int | None = None,
-    batch_size: int = 64,
-    max_length: int = 512,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: int | None = None,
-    keep_hot: bool = False,
-) -> Record:
+def run_held_out(options: EvalOptions, data: str, output: str | Path, *, max_length: int = 512) -> Record:
     """The held-out loss of a model, or of a model with a saved adapter, on data that names no task: what stands for a
     score there. In the record it is where a training has its own, `training` / `test_loss`.
 
-    Args: as of `run_evaluation`; max_length: tokens at which an example is cut.
+    max_length: tokens at which an example is cut.
 
     Raises:
         HotLoraError: `output` holds other work, or options that do not go together.
     """
-    stored = _quantization(adapter, quantize, keep_hot)
-    check_sizes(batch_size=batch_size, max_length=max_length)
-    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
-    tokenizer = load_tokenizer(model)
-    test = load_examples(data, "test", limit=limit, tokenizer=tokenizer)
-    weights = Path(adapter) / WEIGHTS_FILE if adapter else None
-    options = {
-        "model": model, "test_data": data, "test_hash": data_hash(test), "dtype": dtype, "max_length": max_length,
-        "quantize": stored.bits if stored else None, "adapter": str(adapter) if adapter else None,
-        "adapter_hash": sha256_file(weights) if weights else None, "keep_hot": bool(stored and stored.keep),
-        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
-        "eval_batch_size": batch_size,
+    check_sizes(max_length=max_length)
+    scored = _Scored(options)
+    tokenizer = load_tokenizer(options.model)
+    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer)
+    identity = {
+        "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,
+        **scored.identity(), "keep_hot": scored.keep, "eval_batch_size": options.batch_size,
     }  # fmt: skip
-    if (done := finished(Path(output), options)) is not None:
+    if (done := finished(Path(output), identity)) is not None:
         return done
-    condition = "adapter" if adapter else "base"
-    record = new_record(
-        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
-        data={"name": data, "hash": options["test_hash"], "train": 0, "test": len(test)},
-    )  # fmt: skip
+    record = scored.record(identity, {"name": data, "hash": identity["test_hash"], "train": 0, "test": len(test)})
     with recorded(record, Path(output)):
-        net = _adapted(record, model, adapter, on_top_of, False, stored, dtype=dtype, device=device)
+        model = scored.load(record)
         dataset = tokenize(test, tokenizer, max_length)
-        record["training"] = {"test_loss": response_loss(net, tokenizer, dataset, batch_size=batch_size)}
+        record["training"] = {"test_loss": response_loss(model, tokenizer, dataset, batch_size=options.batch_size)}
     return record
 
 
 def run_harness(
-    model: str,
+    options: EvalOptions,
     tasks: Sequence[str],
     output: str | Path | None = None,
     *,
-    adapter: str | Path | None = None,
-    on_top_of: Sequence[str | Path] = (),
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 64,
-    merge: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    quantize: int | None = None,
-    keep_hot: bool = False,
 ) -> Record:
     """Scores a model, or a model with a saved adapter, on tasks of lm-eval: its prompts, metrics and filters.
 
     Args:
+        options: `limit` takes the first examples here, as lm-eval does.
         tasks: lm-eval's names; `gsm8k:DIR` and `hellaswag:DIR` read local files.
         output: gets run.json, results-TASK.jsonl of each task and results-lm-eval.json, what lm-eval itself reports.
         include_path: a folder with task configs of your own, as lm-eval's `--include_path`.
         num_fewshot: examples in the prompt; None: the task's own number.
-        limit: at most so many examples, the first ones.
-        model, adapter, on_top_of, merge, quantize, keep_hot: as `run_evaluation` takes them.
 
     Raises:
         HotLoraError: lm-eval is not installed, `output` holds other work, or lm-eval has no such task.
     """
     version = lm_eval_version()
-    stored = _quantization(adapter, quantize, keep_hot)
-    on_top_of = underneath(model, on_top_of, adapter)
-    _check_engine("transformers", None, merge=merge, adapter=adapter, on_top_of=on_top_of, stored=stored)
-    check_sizes(batch_size=batch_size, limit=limit)
-    check_adapters(model, (*on_top_of, *([adapter] if adapter else [])), dtype=dtype, device=device)
-    tokenizer = load_tokenizer(model)
-    weights = Path(adapter) / WEIGHTS_FILE if adapter else None
-    options: dict[str, Any] = {
-        "model": model, "harness": f"lm-eval {version}", "tasks": list(tasks), "num_fewshot": num_fewshot,
-        "limit": limit, "include_path": str(include_path) if include_path else None, "dtype": dtype,
-        "quantize": stored.bits if stored else None, "merge": merge, "adapter": str(adapter) if adapter else None,
-        "adapter_hash": sha256_file(weights) if weights else None,
-        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
+    check_sizes(limit=options.limit)
+    scored = _Scored(options)
+    tokenizer = load_tokenizer(options.model)
+    identity = {
+        "model": options.model, "harness": f"lm-eval {version}", "tasks": list(tasks), "num_fewshot": num_fewshot,
+        "limit": options.limit, "include_path": str(include_path) if include_path else None, "merge": options.merge,
+        **scored.identity(),
     }  # fmt: skip
-    options |= {"keep_hot": True} if stored and stored.keep else {}
-    if output is not None and (done := finished(Path(output), options)) is not None:
-        return done
-    condition = "adapter" if adapter else "base"
-    record = new_record(
-        name=condition, condition=condition, config=options, model={"name": model, "fingerprint": ""},
-        data={"name": ",".join(tasks), "train": 0},
-    )  # fmt: skip
+    identity |= {"keep_hot": True} if scored.keep else {}
     folder = Path(output) if output else None
+    if folder is not None and (done := finished(folder, identity)) is not None:
+        return done
+    record = scored.record(identity, {"name": ",".join(tasks), "train": 0})
     with recorded(record, folder):
-        net = _adapted(record, model, adapter, on_top_of, merge, stored, dtype=dtype, device=device)
         report, evaluations = evaluate_by_lm_eval(
-            net, tokenizer, tasks,
-            include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size,
+            scored.load(record), tokenizer, tasks,
+            include_path=include_path, num_fewshot=num_fewshot, limit=options.limit, batch_size=options.batch_size,
         )  # fmt: skip
         record["evaluation"] = {}
         for evaluation in evaluations:
@@ -271,39 +200,65 @@ def run_generations(
     return record, evaluation
 
 
-def _quantization(adapter: str | Path | None, quantize: int | None, keep_hot: bool) -> ExpertsQuantization | None:
-    """How the base's experts are to be stored; None: as the checkpoint has them."""
-    if keep_hot and not (quantize and adapter):
-        raise HotLoraError("keep_hot is for the experts of an adapter on a quantized model: give adapter and quantize.")
-    if quantize is None:
-        return base_quantization(adapter) if adapter else None
-    if quantize == 0:
-        return None
-    return experts_in(quantize, planned_experts(adapter) if adapter and keep_hot else None)
+class _Scored:
+    """What is scored: the model, with its adapter and what lies under that. Checks first, loads when asked."""
 
+    def __init__(self, options: EvalOptions, engine: str = "transformers", task: Task | None = None) -> None:
+        self.options = options
+        self.stored = _quantization(options)
+        self.keep = bool(self.stored and self.stored.keep)
+        self.on_top_of = underneath(options.model, options.on_top_of, options.adapter)
+        self._check_engine(engine, task)
+        check_sizes(batch_size=options.batch_size)
+        adapters = (*self.on_top_of, *([options.adapter] if options.adapter else []))
+        check_adapters(options.model, adapters, dtype=options.dtype, device=options.device)
 
-def _check_engine(
-    engine: str,
-    task: Task | None,
-    *,
-    merge: bool,
-    adapter: str | Path | None,
-    on_top_of: Sequence[str | Path],
-    stored: ExpertsQuantization | None,
-) -> None:
-    if engine not in ENGINES:
-        raise HotLoraError(f"engine {engine!r} does not exist: choose one of {', '.join(ENGINES)}.")
-    if merge and adapter is None:
-        raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
-    if stored and (merge or on_top_of):
-        raise HotLoraError(
-            f"an adapter cannot be merged into {stored}, whether asked for or as the adapter was trained on: leave "
-            "merge and on_top_of out, or give quantize 0 (--quantize 0) for the experts of the checkpoint."
-        )
-    if engine == "vllm":
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for an evaluation to go on, beside its data."""
+        adapter = self.options.adapter
+        return {
+            "dtype": self.options.dtype, "quantize": self.stored.bits if self.stored else None,
+            "adapter": str(adapter) if adapter else None,
+            "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
+            "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
+        }  # fmt: skip
+
+    def record(self, identity: dict[str, Any], data: dict[str, Any]) -> Record:
+        condition = "adapter" if self.options.adapter else "base"
+        model = {"name": self.options.model, "fingerprint": ""}
+        return new_record(name=condition, condition=condition, config=identity, model=model, data=data)
+
+    def load(self, record: Record) -> Any:
+        """The model with its adapter, or with the adapter folded into it; the record says what it is."""
+        options, loading = self.options, {**self.options.loading(), "on_top_of": self.on_top_of, "quantize": None}
+        loading |= {"quantize": self.stored.bits, "keep": self.stored.keep} if self.stored else {}
+        net = load_base(options.model, **loading)
+        num_parameters = net.num_parameters() + quantized_parameters(net)
+        record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
+        record["parameters"] = {"trainable": 0, "total": num_parameters, "percent": 0.0}
+        if options.adapter is None:
+            return net
+        record["parameters"]["adapter_bytes"] = (Path(options.adapter) / WEIGHTS_FILE).stat().st_size
+        with quiet():
+            net = load_adapter(net, options.adapter)
+            return cast(Any, net).merge_and_unload() if options.merge else net
+
+    def _check_engine(self, engine: str, task: Task | None) -> None:
+        merge, stored = self.options.merge, self.stored
+        if engine not in ENGINES:
+            raise HotLoraError(f"engine {engine!r} does not exist: choose one of {', '.join(ENGINES)}.")
+        if merge and self.options.adapter is None:
+            raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
+        if stored and (merge or self.on_top_of):
+            raise HotLoraError(
+                f"an adapter cannot be merged into {stored}, whether asked for or as the adapter was trained on: leave "
+                "merge and on_top_of out, or give quantize 0 (--quantize 0) for the experts of the checkpoint."
+            )
+        if engine != "vllm":
+            return
         if task is not None and task.kind == "choice":
             raise HotLoraError(f"{task.name} ranks choices, which the engine vllm is not used for: leave --engine out.")
-        if on_top_of:
+        if self.on_top_of:
             raise HotLoraError(
                 "the engine vllm takes no on_top_of here, whether asked for or as the adapter was trained: merge those "
                 "adapters first (hotlora merge) and give the merged model, or leave the engine out."
@@ -316,56 +271,39 @@ def _check_engine(
         check_vllm()
 
 
-def _adapted(
-    record: Record,
-    model: str,
-    adapter: str | Path | None,
-    on_top_of: Sequence[str | Path],
-    merge: bool,
-    stored: ExpertsQuantization | None,
-    **options: Any,
-) -> Any:
-    """The model with its adapter, or with the adapter folded into it; the record says what it is."""
-    options |= {"quantize": stored.bits, "keep": stored.keep} if stored else {}
-    net = load_base(model, on_top_of, **options)
-    num_parameters = net.num_parameters() + quantized_parameters(net)
-    record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
-    record["parameters"] = {"trainable": 0, "total": num_parameters, "percent": 0.0}
-    if adapter is None:
-        return net
-    record["parameters"]["adapter_bytes"] = (Path(adapter) / WEIGHTS_FILE).stat().st_size
-    with quiet():
-        net = load_adapter(net, adapter)
-        return cast(Any, net).merge_and_unload() if merge else net
+def _quantization(options: EvalOptions) -> ExpertsQuantization | None:
+    """How the base's experts are to be stored; None: as the checkpoint has them."""
+    adapter, quantize = options.adapter, options.quantize
+    if options.keep_hot and not (quantize and adapter):
+        raise HotLoraError("keep_hot is for the experts of an adapter on a quantized model: give adapter and quantize.")
+    if quantize is None:
+        return base_quantization(adapter) if adapter else None
+    if quantize == 0:
+        return None
+    return experts_in(quantize, planned_experts(adapter) if adapter and options.keep_hot else None)
 
 
 def _by_vllm(
-    model: str,
-    adapter: str | Path | None,
-    tokenizer: Any,
-    task: Task,
-    test: Sequence[Example],
-    sampling: Sampling,
-    merge: bool,
-    dtype: str,
-    results: Path | None,
-    progress: bool,
-) -> Evaluation:
+    options: EvalOptions, tokenizer: Any, task: Task, test: Sequence[Example], sampling: Sampling,
+    results: Path | None, progress: bool,
+) -> Evaluation:  # fmt: skip
     """Exports the adapter for vLLM, for as long as this takes, and lets vLLM answer."""
     with tempfile.TemporaryDirectory() as temporary:
+        model, merge = options.model, options.merge
         base, lora, out = model_source(model), None, Path(temporary) / "export"
-        if adapter is not None:
-            config = saved_config(adapter)
+        if options.adapter is not None:
+            config = saved_config(options.adapter)
             format = "merged" if merge else "vllm"
             router = not merge and config.train_router
             trained = attention_modules(structure(model)) if config.train_attention else []
             attention = bool(not_applied(trained, format))
             export_saved(
-                model, adapter, out, format=format, merge_router=router, merge_attention=attention, device="cpu"
-            )
+                model, options.adapter, out,
+                format=format, merge_router=router, merge_attention=attention, device="cpu",
+            )  # fmt: skip
             base = str(out) if merge else str(out / "base") if router or attention else base
             lora = None if merge else out / "adapter" if router or attention else out
-        loaded, request = load_engine(base, lora, dtype=dtype)
+        loaded, request = load_engine(base, lora, dtype=options.dtype)
 
         def answers(done: Collection[int]) -> Iterator[list[Answer]]:
             return vllm_answers(

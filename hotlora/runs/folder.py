@@ -21,7 +21,7 @@ from ..base.records import Record, read_record, write_record
 from ..evaluate.score import Evaluation
 from ..hf.models import load_config, load_model
 from ..train import checkpoints
-from ..train.config import FREE_OPTIONS, same_run
+from ..train.identity import FREE_OPTIONS, check_same, same_run
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def finished(output: Path, options: dict[str, Any], results: Path | None = None)
     if done or begun or checkpoints.last_complete(output / "checkpoints"):
         # The size of a batch can change the last bits, so the rest of an evaluation is made in the same batches.
         free = (*FREE_OPTIONS, "eval_batch_size") if done else FREE_OPTIONS
-        checkpoints.check_same(same_run(record["config"], free), same_run(options, free), output)
+        check_same(same_run(record["config"], free), same_run(options, free), output)
     if done:
         _log.info("%s is done already", output)
     return record if done else None

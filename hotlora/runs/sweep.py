@@ -11,7 +11,7 @@ import os
 import re
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from ..base.escape import lines
 from ..base.lock import locked
 from ..tasks.data import test_source
 from ..train.config import TrainConfig
-from ..train.methods import resolve
-from .stages import run_method
-from .sweep_runs import SAMPLING, TRAINING, keep_failure, make_profile, score_adapter, score_base, train_run
+from .methods import resolve
+from .options import EvalOptions, RunOptions
+from .sweep_runs import SAMPLING, keep_failure, make_profile, score_adapter, score_base, train_run
 from .sweep_table import progress_table, state, title
 from .worker_pool import Job, default_processes, run_jobs
 
@@ -34,22 +34,18 @@ PROFILES = "profiles"
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
 _DEFAULT = TrainConfig()
 _FIELDS = dataclasses.asdict(_DEFAULT)
-_NAMES = (
-    *inspect.signature(resolve).parameters, *inspect.signature(run_method).parameters, *TRAINING, *_FIELDS, *SAMPLING
-)  # fmt: skip
-_OPTIONS = {*_NAMES} - {"given", "options", "output", "config", "seed", "progress"}
-# What a profile depends on, besides the training examples and the length at which they are cut.
-_PROFILE = ("model", "data", "limit", "profile_fraction", "dtype", "device", "quantize")
-# By these, a run profiles another model than the base, or none.
-_OWN_PROFILE = ("plan", "profile", "on_top_of", "full")
+_OPTIONS = {
+    *inspect.signature(resolve).parameters, *(field.name for field in dataclasses.fields(RunOptions)), *SAMPLING
+} - {"given", "seed"}  # fmt: skip
+# What a profile depends on, besides the training examples.
+_PROFILE = ("model", "data", "limit", "profile_fraction", "dtype", "device", "quantize", "max_length")
 
 
 @dataclass(frozen=True)
 class Condition:
     """One way to train, run once for each seed.
 
-    options: what sets it apart, in the words of `hotlora train`: `methods.resolve`'s names, the options of
-        `stages.run_method` and `run.run_training`, and fields of `TrainConfig`.
+    options: what sets it apart, in the words of `hotlora train`: fields of `RunOptions`, and `methods.resolve`'s names.
     train: False scores the model as it is, once.
     scores: the name of a condition before this one, whose adapters are scored on this one's data, seed by seed, in
         place of a training. The base is quantized as it was in training, unless `options` here say otherwise.
@@ -107,7 +103,7 @@ class Sweep:
             if condition.train and condition.scores is None:
                 trained.add(condition.name)
             try:
-                resolve(**options)
+                self.resolved(condition)
             except HotLoraError as error:
                 raise HotLoraError(f"{self.name}: {condition.name}: {error}") from error
 
@@ -116,6 +112,11 @@ class Sweep:
         changed = {name: value for name, value in dataclasses.asdict(self.config).items() if value != _FIELDS[name]}
         changed.pop("seed", None)
         return {"model": self.model, "data": self.data, **changed, **self.options, **condition.options}
+
+    def resolved(self, condition: Condition, **more: Any) -> RunOptions:
+        """A condition's options as a run takes them; those of how answers are drawn are `run_evaluation`'s."""
+        options = {**self.options_of(condition), **more}
+        return resolve(**{name: value for name, value in options.items() if name not in SAMPLING})
 
 
 def load_sweep(file: str | os.PathLike[str]) -> Sweep:
@@ -176,11 +177,11 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
     jobs: list[Job] = []
     for condition in sweep.conditions:
         own, given = condition.options, sweep.options_of(condition)
+        options = sweep.resolved(condition)
         folder = output / condition.name
         kept = {"sweep": {"name": sweep.name, "condition": condition.name}}
         if not condition.train:
-            arguments = _scoring(resolve(**given), folder, kept)
-            arguments |= {"quantize": given["quantize"]} if "quantize" in given else {}
+            arguments = _scoring(options, given, folder, kept, {"quantize": options.quantize})
             jobs.append(Job(condition.name, folder, score_base, arguments))
             continue
         if condition.scores is not None:
@@ -188,17 +189,17 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
                 at = folder / f"seed{seed}"
                 trained = next(job for job in jobs if (job.name, job.seed) == (condition.scores, seed))
                 mark = {"sweep": {**kept["sweep"], "scores": condition.scores}}
-                arguments = _scoring(resolve(**given), at, mark) | {"trained": trained.folder, "seed": seed}
-                arguments |= {name: own[name] for name in ("quantize", "keep_hot") if name in own}
+                stored = {name: own[name] for name in ("quantize", "keep_hot") if name in own}
+                arguments = _scoring(options, given, at, mark, stored) | {"trained": trained.folder, "seed": seed}
                 jobs.append(Job(condition.name, at, score_adapter, arguments, trained, seed))
             continue
-        needs = _profile_job(resolve(**given), output)
+        needs = _profile_job(options, output)
         if needs is not None:
             needs = profiles.setdefault(needs.folder, needs)
-            given["profile"] = needs.folder / "profile.safetensors"
+            options = replace(options, profile=needs.folder / "profile.safetensors")
         for seed in sweep.seeds:
             at = folder / f"seed{seed}"
-            arguments = {**resolve(**given, seed=seed), "output": at, "kept": kept}
+            arguments = {"options": replace(options, seed=seed), "output": at, "kept": kept}
             jobs.append(Job(condition.name, at, train_run, arguments, needs, seed))
     return [*profiles.values(), *jobs]
 
@@ -213,27 +214,32 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
         raise HotLoraError(f"{where}: options must be plain values, such as JSON holds ({error}).") from error
 
 
-def _scoring(arguments: Mapping[str, Any], folder: Path, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `run_evaluation`, or `run_held_out`, such that it scores what `run_training` would."""
-    names = {"test_limit": "limit", "eval_batch_size": "batch_size"}
-    taken = ("test_limit", "eval_batch_size", "on_top_of", "dtype", "device", *SAMPLING)
-    scoring = {names.get(name, name): arguments[name] for name in taken if name in arguments}
-    scoring["max_length"] = arguments["config"].max_length
-    data = test_source(arguments["data"], arguments.get("test_data"))
+def _scoring(
+    options: RunOptions, given: Mapping[str, Any], folder: Path, kept: Mapping[str, Any], stored: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `score_base` or `score_adapter`, such that it scores what `run_training` would."""
+    data = test_source(options.data, options.test_data)
     if data is None:
-        raise DataError(f"{arguments['data']} has no test examples of its own to score: give test_data.")
-    return {"model": arguments["model"], "data": data, "output": folder, "kept": kept, **scoring}
+        raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
+    scored = EvalOptions(
+        model=options.model, on_top_of=options.on_top_of, limit=options.test_limit, batch_size=options.eval_batch_size,
+        dtype=options.dtype, device=options.device, **stored,
+    )  # fmt: skip
+    sampling = {name: given[name] for name in SAMPLING if name in given}
+    return {
+        "options": scored, "data": data, "output": folder, "kept": kept, "max_length": options.max_length,
+        "sampling": sampling,
+    }  # fmt: skip
 
 
-def _profile_job(options: Mapping[str, Any], output: Path) -> Job | None:
-    """What makes the profile that runs share; None where a run has its own."""
-    if any(options.get(name) for name in _OWN_PROFILE) or options.get("warmup", "none") != "none":
+def _profile_job(options: RunOptions, output: Path) -> Job | None:
+    """What makes the profile that runs share; None where a run profiles another model than the base, or none."""
+    own = options.plan or options.profile or options.on_top_of or options.full or options.warmup != "none"
+    if own:
         return None
-    config = options["config"]
-    settings = {name: options.get(name, TRAINING[name].default) for name in _PROFILE}
-    settings["max_length"] = config.max_length
+    settings = {name: getattr(options, name) for name in _PROFILE}
     digest = hashlib.sha256(json.dumps(settings, default=os.fspath).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["data"])).stem).strip("-")
     folder = output / PROFILES / f"{name}-{digest}"
-    settings |= {"path": folder / "profile.safetensors", "batch_size": config.batch_size}
+    settings |= {"path": folder / "profile.safetensors", "batch_size": options.batch_size}
     return Job(f"profile of {settings['data']}", folder, make_profile, settings)

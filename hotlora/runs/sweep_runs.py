@@ -1,8 +1,8 @@
 """What a sweep's processes do: profiles, trainings, and the scores of the model as it is."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +15,40 @@ from ..routing.profile import RoutingProfile
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of, tokenize
 from .evaluation import run_evaluation, run_held_out
+from .options import EvalOptions, RunOptions
 from .stages import run_method
-from .training import profile_data, profile_sample, run_training
+from .training import profile_data, profile_sample
 from .worker_pool import Job
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
-TRAINING = inspect.signature(run_training).parameters
 
 
-def train_run(kept: Mapping[str, Any], **arguments: Any) -> Record:
+def train_run(kept: Mapping[str, Any], options: RunOptions, output: Path) -> Record:
     """`run_method`, and `kept` beside it in the record."""
-    return _mark(run_method(**arguments), arguments["output"], kept)
+    return _mark(run_method(options, output), output, kept)
 
 
-def score_base(kept: Mapping[str, Any], **arguments: Any) -> Record:
+def score_base(kept: Mapping[str, Any], options: EvalOptions, output: Path, **arguments: Any) -> Record:
     """The score of a model as it is, and `kept` beside it in the record."""
-    return _mark(_scored(arguments), arguments["output"], kept)
+    return _mark(_scored(options, output, **arguments), output, kept)
 
 
-def score_adapter(kept: Mapping[str, Any], trained: Path, seed: int, **arguments: Any) -> Record:
+def score_adapter(
+    kept: Mapping[str, Any], options: EvalOptions, output: Path, trained: Path, seed: int, **arguments: Any
+) -> Record:
     """The adapter, or the model, that the run in `trained` left, on other data."""
     if (trained / "model").is_dir():
-        arguments["model"] = str(trained / "model")
+        options = replace(options, model=str(trained / "model"))
     else:
-        arguments["adapter"] = trained / "adapter"
-    return _mark(_scored(arguments), arguments["output"], {**kept, "seed": seed})
+        options = replace(options, adapter=trained / "adapter")
+    return _mark(_scored(options, output, **arguments), output, {**kept, "seed": seed})
 
 
-def _scored(arguments: dict[str, Any]) -> Record:
+def _scored(options: EvalOptions, output: Path, *, data: str, max_length: int, sampling: Mapping[str, Any]) -> Record:
     """Of the task; where the data names none, the held-out loss."""
-    sampling = Sampling(**{name: arguments.pop(name) for name in SAMPLING if name in arguments})
-    max_length = arguments.pop("max_length")
-    if task_of(arguments["data"]) is None:
-        return run_held_out(**arguments, max_length=max_length)
-    return run_evaluation(**arguments, sampling=sampling)[0]
+    if task_of(data) is None:
+        return run_held_out(options, data, output, max_length=max_length)
+    return run_evaluation(options, data, output, sampling=Sampling(**sampling))[0]
 
 
 def make_profile(
@@ -86,10 +86,13 @@ def keep_failure(job: Job) -> None:
     try:
         record = read_record(job.folder)
     except FileError:
-        rule = arguments.get("rule", TRAINING["rule"].default) if job.function is train_run else "base"
+        options = arguments["options"]
+        data, condition = arguments.get("data"), "base"
+        if isinstance(options, RunOptions):
+            data, condition = options.data, options.condition or options.rule
         record = new_record(
-            name=job.name, condition=arguments.get("condition", rule), seed=job.seed or 0,
-            model={"name": arguments["model"], "fingerprint": ""}, data={"name": arguments["data"]},
+            name=job.name, condition=condition, seed=job.seed or 0,
+            model={"name": options.model, "fingerprint": ""}, data={"name": data},
         )  # fmt: skip
     if record["status"] != "done":  # a run with other options, which is left as it is
         write_record(job.folder, {**record, **arguments["kept"], "status": "failed", "error": job.error})

@@ -54,7 +54,7 @@ def state(job: Job) -> str:
     if job.status == "running" and job.function is train_run:
         for stage in ("", "dense", "warmup"):  # what comes last is looked for first
             if (job.folder / stage / "metrics.jsonl").is_file():
-                steps = job.arguments["config"].max_steps if stage != "warmup" else None
+                steps = job.arguments["options"].max_steps if stage != "warmup" else None
                 return f"{stage} step {_step(job.folder / stage)}".strip() + (f"/{steps}" if steps else "")
     return job.status
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..base.errors import FileError, HotLoraError
 from ..base.files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
-from .config import differences
 
 _MARK = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -117,16 +116,6 @@ def told_when_full(folder: Path) -> Iterator[None]:
 
 def _up(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same."""
-    new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
-    if found := differences(old, new):
-        raise HotLoraError(
-            f"{folder} holds another run: {', '.join(found)} (now against then). Give the same options to go on with "
-            "it, another folder (--output) to start a new run, or delete the folder."
-        )
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Fine-tuning through TRL's trainer: loss on the response only, in a run that may be killed any moment."""
 
-import dataclasses
 import json
 import logging
 import time
@@ -39,8 +38,9 @@ from ..hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
 from ..tasks.data import IGNORE
 from . import checkpoints, guard
 from .as_loaded import LoadedConfigs
-from .config import TrainConfig, same_run
+from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_kwargs
+from .identity import check_same, same_run
 
 _log = logging.getLogger(__name__)
 
@@ -135,11 +135,11 @@ def _train(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise HotLoraError("The model has no trainable parameter: put an adapter on it first.")
     check_family(model, tokenizer, config)
-    resolved = {**dataclasses.asdict(config), **(identity or {}), "examples": len(dataset)}
+    resolved = {**config.recorded(), **(identity or {}), "examples": len(dataset)}
     resolved["processes"] = num_processes()
     checkpoint = checkpoints.last_whole(folder)
     if checkpoint is not None:
-        checkpoints.check_same(same_run(read_json(output / "train.json")), same_run(resolved), output)
+        check_same(same_run(read_json(output / "train.json")), same_run(resolved), output)
         _log.info("going on from %s", checkpoint)
     start = checkpoints.step_of(checkpoint)
     rows = checkpoints.read_metrics(metrics, start)

@@ -4,11 +4,12 @@ HELLoRA's table 1 and section 4, MoE-Sieve's section 4, LoRI (arXiv 2504.07448, 
 Any option given beside a name comes before what the name stands for.
 """
 
-import dataclasses
+from dataclasses import fields
 from typing import Any
 
 from ..base.errors import HotLoraError
-from .config import TrainConfig
+from ..base.options import suggest
+from .options import RunOptions
 
 _FROZEN_A = {"train_a": False}
 _SPARSE = {**_FROZEN_A, "keep": 0.1}
@@ -71,16 +72,16 @@ _NOT_PUBLISHED = {"sieve": ("learning_rate",)}
 
 def resolve(
     method: str | None = None, *, preset: str | None = None, placement: str | None = None, **given: Any
-) -> dict[str, Any]:
-    """The options of `stages.run_method`, its `config` among them, that a method, a preset and a placement stand for.
+) -> RunOptions:
+    """The options of a run that a method, a preset and a placement stand for.
 
     Args:
         method, preset, placement: names from METHODS, PRESETS and PLACEMENTS. A preset has its own method.
-        given: options of a run and of `TrainConfig`; they come before the names'.
+        given: fields of `RunOptions`; they come before the names'.
 
     Raises:
         HotLoraError: a name that does not exist, two methods, or a preset whose paper leaves a value open that is
-        not given either.
+        not given either; an option as `RunOptions` refuses it.
     """
     options: dict[str, Any] = {}
     if preset is not None:
@@ -101,13 +102,16 @@ def resolve(
         options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
     if "rule" in given and given["rule"] != options.get("rule"):
         options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
-    options |= given
-    fields = [field.name for field in dataclasses.fields(TrainConfig)]
-    config = TrainConfig(**{name: options.pop(name) for name in fields if name in options})
     if method is not None:
         suffix = "" if placement in (None, "full") else f"-{placement}"
         options["condition"] = f"{method}{suffix}"
-    return {"config": config, **options}
+    options |= given
+    known = [field.name for field in fields(RunOptions)]
+    if unknown := sorted(set(options) - set(known)):
+        raise HotLoraError(
+            f"{suggest(unknown, known)}: no such option. There are: method, preset, placement, {', '.join(known)}."
+        )
+    return RunOptions(**options)
 
 
 def counted_options(method: str | None, placement: str | None) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""Options as dataclasses: a field has its type, its default and one line of help.
+
+The command line, `--config FILE.yaml` and the docs are made from these. Imports nothing heavy.
+"""
+
+import dataclasses
+import difflib
+import numbers
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from .errors import FileError, HotLoraError
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    NoneType: "none",
+}
+
+
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    panel: str | None = None,
+    flags: tuple[str, ...] = (),
+    cli: bool = True,
+    resume: str | None = "same",
+) -> Any:
+    """A field of an `Options` dataclass.
+
+    Args:
+        help: one line, with the unit.
+        panel: the heading that `--help` and the docs list it under.
+        flags: how the command line calls it, where not by its own name.
+        cli: whether the command line has it; what only a method's name sets is not there.
+        resume: same: a run that goes on must have the same; free: its record holds it, and it may change; None: its
+            record does not hold it (it changes nothing, or what it names is held by a hash).
+    """
+    metadata = {"help": help, "panel": panel, "flags": flags, "cli": cli, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """HotLoraError, naming the option, where a value is of another type than its field."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, converted(field.name, getattr(self, field.name), field.type))
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run's record holds of these."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["resume"]}
+
+
+def converted(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, a field's type, has it: 4 for 4.0, a number for "4e-4" (YAML reads it as text), a tuple for a
+    list. HotLoraError where it cannot be."""
+    allowed = get_args(kind) if get_origin(kind) is not Sequence else (kind,)
+    allowed = allowed or (kind,)
+    for one in allowed:
+        if get_origin(one) is Sequence and isinstance(value, Iterable):
+            values = (value,) if isinstance(value, str | os.PathLike) else value
+            return tuple(converted(name, each, get_args(one)[0]) for each in values)
+    if (value is None and NoneType in allowed) or (isinstance(value, bool) and bool in allowed):
+        return value
+    if isinstance(value, str):
+        number = _number(value, allowed)
+        if number is not None or str in allowed:
+            return value if number is None else number
+    elif isinstance(value, os.PathLike) and (Path in allowed or str in allowed):
+        return value if Path in allowed else os.fspath(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if float in allowed:
+            return value if isinstance(value, int) else float(value)
+        if int in allowed and float(value).is_integer():
+            return int(float(value))
+    words = " or ".join(_WORDS.get(one, "a list") for one in allowed)
+    raise HotLoraError(f"{name} = {value!r} has the wrong type: it must be {words}.")
+
+
+def _number(text: str, allowed: tuple[Any, ...]) -> float | int | None:
+    for kind in (int, float):
+        if kind in allowed:
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    return None
+
+
+def suggest(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """For an error about names that do not exist: each with the nearest that does."""
+    known = list(known)
+    told = []
+    for name in unknown:
+        near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+        told.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    return ", ".join(told)
+
+
+def read_yaml(file: str | os.PathLike[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Options from a YAML file, NAME: VALUE. What is null is left to its default.
+
+    known: name -> type.
+
+    FileError: there is no such file. HotLoraError: it is no YAML of that kind, has a name that does not exist (the
+    nearest is named) or twice, or a value of another type; each says the file.
+    """
+    path = Path(file)
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror}): --config takes a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HotLoraError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise HotLoraError(f"{path} holds no options: write NAME: VALUE, one a line, as in learning_rate: 4e-4.")
+    if unknown := [str(name) for name in found if name not in known]:
+        raise HotLoraError(
+            f"{path} has options that do not exist: {suggest(unknown, known)}. There are: {', '.join(sorted(known))}."
+        )
+    try:
+        return {name: converted(name, value, known[name]) for name, value in found.items() if value is not None}
+    except HotLoraError as error:
+        raise HotLoraError(f"{path}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader takes the last of two equal names; here they are an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{min(twice)} is given twice")
+        return super().construct_mapping(node, deep)

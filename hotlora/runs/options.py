@@ -1,0 +1,142 @@
+"""The options of whole runs: trainings, evaluations, profiles. Imports nothing heavy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import DataError, HotLoraError, PlanError
+from ..base.options import Options, option
+from ..routing.selection import Selection
+from ..train.config import TrainConfig
+
+PROFILE_FRACTION = 0.1
+"""Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""
+WARMUPS = ("none", "lora")
+BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
+_METHOD, _EXPERTS, _LORI = "Method", "Which experts", "LoRI"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(Options):
+    """The base model, and how it is loaded."""
+
+    model: str = option("A folder, a name on the Hub, or nano.", flags=("--model", "-m"))
+    on_top_of: Sequence[str | Path] = option(
+        "An adapter of an earlier task, merged into the model first; may be given several times.", (), resume=None,
+    )  # fmt: skip
+    dtype: str = option(
+        "float32, bfloat16 or float16; auto: the checkpoint's own on a GPU, float32 on the CPU.", "auto"
+    )
+    device: str = option("cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU.", "auto", resume=None)
+    quantize: int | None = option("Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).", None)
+    keep_hot: bool = option(
+        "With --quantize: store the cold experts so, and leave the adapted ones.", False, resume=None
+    )
+    expert_parallel: int = option(
+        "Processes that share out each layer's experts (torchrun, accelerate launch).", 1, resume="free"
+    )
+
+    def loading(self) -> dict[str, Any]:
+        """What `folder.load_base` takes beside the model."""
+        names = ("on_top_of", "dtype", "device", "quantize", "expert_parallel")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(LoadOptions, Selection, TrainConfig):
+    """All options of `run_method`: what to train on what, which experts, and how.
+
+    HotLoraError: an option of another type, out of range, or that does not go with another.
+    """
+
+    data: str = option(
+        "A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with prompt and "
+        "completion, or messages.", flags=("--data", "-d"),
+    )  # fmt: skip
+    test_data: str | None = option("Held-out data, for its response loss; a task has its own.", None)
+    limit: int | None = option("Use at most so many examples, the same ones for every seed.", None, resume=None)
+    test_limit: int | None = option("The same for the held-out data.", None, resume=None)
+    evaluate: bool = option("Score a task after training.", True)
+    eval_batch_size: int = option("Examples that are scored at a time.", 64, resume=None)
+    condition: str | None = option("The record's name for it (default: the rule).", None, cli=False, resume=None)
+    full: bool = option("Train all of the model's weights, in float32 unless dtype says otherwise.", False, cli=False)
+
+    profile: str | Path | None = option("Use this profile; none is made.", None, panel=_EXPERTS, resume=None)
+    profile_fraction: float = option(
+        "Share of the training data to profile the router on.", PROFILE_FRACTION, panel=_EXPERTS
+    )
+    plan: str | Path | None = option("Use this plan; no profile is made.", None, panel=_EXPERTS, resume=None)
+    plan_seed: int | None = option("Of rules that draw (default: --seed, a new draw each).", None, panel=_EXPERTS)
+    reprofile_every: int | None = option(
+        "Profile the adapted model and choose again after every so many steps.", None, panel=_EXPERTS
+    )
+    reprofile_left: str = option(
+        "What becomes of what experts that are not chosen again had learned: drop or merge.", "drop", panel=_EXPERTS
+    )
+
+    warmup: str = option(
+        "lora: profile after a short LoRA on all experts (HELLoRA s4.1); or none.", "none", panel=_METHOD, resume=None
+    )
+    mask: str | Path | None = option(
+        "lori-s: train the entries of this mask; no dense run comes first.", None, panel=_LORI, resume=None
+    )
+    keep: float | None = option("Share of B that trains (lori-s: 0.1).", None, panel=_LORI, resume=None)
+    granularity: str = option(
+        "The largest of what are kept: model, module, projection, layer or matrix.", "model", panel=_LORI, resume=None
+    )
+    dense_learning_rate: float | None = option("Of the dense run (default: the same).", None, panel=_LORI, resume=None)
+    fresh_a: bool = option(
+        "Another A for the sparse run than for the dense one, as in LoRI's own code.", False, panel=_LORI, resume=None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.profile_fraction <= 1:
+            raise DataError(f"profile_fraction = {self.profile_fraction} is out of range: it must be in (0, 1].")
+        budgets = [name for name in BUDGETS if getattr(self, name) is not None]
+        if self.plan is not None and (budgets or self.profile is not None):
+            raise PlanError("A plan names its experts already: leave out profile, fraction and every other budget.")
+        if self.full and (self.quantize or self.mask or self.reprofile_every or self.plan is not None):
+            raise HotLoraError(
+                "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
+            )
+        if self.keep_hot and (not self.quantize or self.reprofile_every):
+            raise HotLoraError(
+                "keep_hot is for quantized experts that stay chosen: give quantize, and no reprofile_every."
+            )
+        if self.plan is not None and self.reprofile_every is not None:
+            raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
+        if self.reprofile_every is not None and (not self.train_a or self.use_dora or self.train_full_experts):
+            raise HotLoraError(
+                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen A and full "
+                "experts."
+            )
+        if self.warmup not in WARMUPS:
+            raise HotLoraError(f"warmup {self.warmup!r} does not exist: choose one of {', '.join(WARMUPS)}.")
+        if self.warmup != "none" and (self.profile is not None or self.plan is not None or self.full):
+            raise HotLoraError("a warm-up is there to make a profile: leave out profile, plan and full fine-tuning.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(LoadOptions):
+    """What is scored: a model, or a model with a saved adapter."""
+
+    adapter: str | Path | None = option("A saved adapter; none: the model as it is.", None)
+    merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
+    limit: int | None = option("Use at most so many examples, the same ones every time.", None)
+    batch_size: int = option("Prompts that are answered at a time.", 64)
+    quantize: int | None = option(
+        "Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training).", None
+    )
+    keep_hot: bool = option("With --quantize: not those of the adapter.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions(LoadOptions):
+    """What a routing profile is made with, beside its data."""
+
+    limit: int | None = option("Use at most so many examples, drawn by the seed.", None)
+    batch_size: int = option("Sequences of a batch.", 16)
+    max_length: int = option("Tokens of an example; longer ones are cut from the right.", 512)
+    seed: int = option("Of which examples --limit draws.", 0)

@@ -1,0 +1,85 @@
+"""Whether a run that was begun is the one that is asked for: its options, and hashes of what they name."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import HotLoraError
+from .config import TrainConfig
+
+# Changing these changes nothing of what is learned, so a run may go on under others.
+FREE_OPTIONS = (*(field.name for field in fields(TrainConfig) if field.metadata["resume"] == "free"), "expert_parallel")
+_FLAGS = {
+    field.name: field.metadata["flags"][0].split("/")[0] for field in fields(TrainConfig) if field.metadata["flags"]
+}
+# What a record holds beside options of the command line.
+_WORDS = {
+    **_FLAGS, "train_a": "--lora-fa", "full": "--method fft", "train_full_experts": "--method esft",
+    "eval_batch_size": "the batch size of the evaluation (--batch-size)", "examples": "training examples",
+    "examples_per_step": "examples a step (--batch-size x --gradient-accumulation-steps x processes)",
+    "processes": "processes",
+}  # fmt: skip
+_HASHES = {
+    "chat_template": ("the model's chat template", "model"),
+    "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
+    "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
+    "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
+    "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
+}  # fmt: skip
+"""hash -> (what it is of, the option that changes it wherever it differs itself)"""
+_BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
+
+
+def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same."""
+    new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
+    if found := differences(old, new):
+        raise HotLoraError(
+            f"{folder} holds another run: {', '.join(found)} (now against then). Give the same options to go on with "
+            "it, another folder (--output) to start a new run, or delete the folder."
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between a run's options and those given now, in the command line's words: `--r 8 against 4`."""
+    old, new = _flat(old), _flat(new)
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    said = []
+    for name in changed:
+        was, now = old.get(name), new.get(name)
+        if name == "train_a":  # --lora-fa is its opposite
+            was, now = was is False, now is False
+        if name not in _HASHES:
+            flag = _WORDS.get(name, "--" + name.replace("_", "-"))
+            said.append(f"{flag} {_shown(now)} against {_shown(was)}")
+            continue
+        what, option = _HASHES[name]
+        if option not in changed and not (name == "test_hash" and "data" in changed):
+            here = "is not what it was" if was and now else "was not given before" if now else "was given before"
+            said.append(f"{what} {here}")
+    return said
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of options (how answers are drawn) among the others."""
+    inner = [(key, item) for value in options.values() if isinstance(value, Mapping) for key, item in value.items()]
+    return {name: value for name, value in options.items() if not isinstance(value, Mapping)} | dict(inner)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def same_run(options: Mapping[str, Any], free: tuple[str, ...] = FREE_OPTIONS) -> dict[str, Any]:
+    """The options that must be equal for a run to go on: without `free` ones; and of the batches only how many examples
+    a step has, however many processes have them, at once or one after another."""
+    kept = {name: value for name, value in options.items() if name not in free}
+    if all(isinstance(kept.get(name), int) for name in _BATCH[:2]):
+        kept["examples_per_step"] = math.prod(kept.pop(name, 1) for name in _BATCH)
+    return kept

@@ -1,0 +1,162 @@
+"""Options once: the dataclasses, and what the command line, YAML files and records make of them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hotlora.base.errors import FileError, HotLoraError
+from hotlora.base.options import converted, read_yaml
+from hotlora.cli.options import options_of
+from hotlora.routing.selection import Selection
+from hotlora.runs.methods import METHODS, PRESETS, resolve
+from hotlora.runs.options import EvalOptions, LoadOptions, ProfileOptions, RunOptions
+from hotlora.train.config import TrainConfig
+
+CLASSES = (TrainConfig, Selection, LoadOptions, RunOptions, EvalOptions, ProfileOptions)
+TYPES = {"learning_rate": float, "max_steps": int | None, "packing": bool, "rule": str, "plan": str | Path | None}
+
+
+@pytest.mark.parametrize("options", CLASSES)
+def test_every_option_has_its_line_and_its_default_its_type(options):
+    for field in dataclasses.fields(options):
+        told = field.metadata["help"]
+        assert told and told[-1] in ".)…" and "\n" not in told, field.name
+        if field.default is not dataclasses.MISSING:
+            assert converted(field.name, field.default, field.type) == field.default
+
+
+def test_what_the_command_line_has_not_a_method_sets():
+    hidden = {field.name for field in dataclasses.fields(RunOptions) if not field.metadata["cli"]}
+    assert hidden == {"full", "train_full_experts", "condition"}
+    assert {"full", "train_full_experts"} <= {name for method in METHODS.values() for name in method}
+    names = {field.name for field in dataclasses.fields(RunOptions)} | {"method"}
+    assert {name for options in (*METHODS.values(), *PRESETS.values()) for name in options} <= names
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "becomes"),
+    [
+        (float, "4e-4", 4e-4), (float, 3, 3), (int, 4.0, 4), (int | None, None, None), (str | Path | None, "a", "a"),
+        (int | str | None, "top_k", "top_k"), (int | str | None, "8", 8), (str, Path("a/b"), "a/b"),
+    ],
+)  # fmt: skip
+def test_values_become_their_type(kind, value, becomes):
+    found = converted("it", value, kind)
+    assert found == becomes and type(found) is type(becomes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 8.5}, r"r = 8.5 has the wrong type: it must be a whole number"),
+        ({"r": True}, "r = True has the wrong type"),
+        ({"packing": 1}, "packing = 1 has the wrong type: it must be true or false"),
+        ({"learning_rate": "fast"}, "learning_rate = 'fast' has the wrong type: it must be a number"),
+        ({"learning_rate": None}, "learning_rate = None has the wrong type"),
+        ({"on_top_of": 3}, "on_top_of = 3 has the wrong type: it must be a list"),
+        ({"rule": ["hot"]}, r"rule = \['hot'\] has the wrong type: it must be text"),
+    ],
+)
+def test_other_types_are_told(given, message):
+    with pytest.raises(HotLoraError, match=message):
+        RunOptions(model="nano", data="nano-math", **given)
+
+
+def test_a_yaml_file(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 4e-4\nmax_steps: null\npacking: true\n", encoding="utf-8")
+    assert read_yaml(file, TYPES) == {"learning_rate": 4e-4, "packing": True}
+    file.write_text("", encoding="utf-8")
+    assert read_yaml(file, TYPES) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", r"run.yaml has options that do not exist: learning_rte \(did you mean learning_rate\?\)"),
+        ("learning-rate: 1", r"learning-rate \(did you mean learning_rate\?\)"),
+        ("zzz: 1", "do not exist: zzz. There are: learning_rate, max_steps"),
+        ("rule: hot\nrule: all", "rule is given twice"),
+        ("max_steps: 2.5", r"run.yaml: max_steps = 2.5 has the wrong type: it must be a whole number or none"),
+        ("- rule", "holds no options: write NAME: VALUE"),
+        ("rule: [", "is not valid YAML"),
+        ("rule: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_message(tmp_path: Path, text: str, message: str):
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(HotLoraError, match=message):
+        read_yaml(file, TYPES)
+
+
+def test_a_missing_yaml_file_is_told(tmp_path: Path):
+    with pytest.raises(FileError, match="cannot be read"):
+        read_yaml(tmp_path / "none.yaml", TYPES)
+
+
+@pytest.fixture
+def given():
+    """Calls a command that has `train`'s options: what it was given."""
+    app, seen = typer.Typer(), {}
+
+    @app.command()
+    @options_of(RunOptions)
+    def command(method: str | None = None, output: Path | None = None, **options) -> None:
+        seen.clear()
+        seen.update(options, method=method, output=output)
+
+    def call(*words: object) -> dict:
+        done = CliRunner().invoke(app, [*map(str, words)])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return dict(seen)
+
+    return call
+
+
+def test_the_command_line_comes_before_the_file(given, tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: nano\ndata: rows.jsonl\nmethod: hellora\noutput: runs/x\nlearning_rate: 1e-3\nr: 8\npacking: true\n"
+        "train_a: false\non_top_of: [a, b]\nexperts_per_layer: 4\n",
+        encoding="utf-8",
+    )
+    expected = {
+        "model": "nano", "data": "rows.jsonl", "method": "hellora", "output": Path("runs/x"), "learning_rate": 1e-3,
+        "r": 8, "packing": True, "train_a": False, "on_top_of": [Path("a"), Path("b")], "experts_per_layer": "4",
+    }  # fmt: skip
+    assert given("--config", file) == expected
+    words = "--r 4 --no-packing --train-a --data b.jsonl --method lora --on-top-of c"
+    over = given("--config", file, *words.split())
+    assert over == {
+        **expected, "r": 4, "packing": False, "train_a": True, "data": "b.jsonl", "method": "lora",
+        "on_top_of": [Path("c")],
+    }  # fmt: skip
+    method = over.pop("method")
+    over.pop("output")
+    assert resolve(method, **over).experts_per_layer == 4
+
+
+def test_only_what_is_given_is_handed_on(given):
+    assert given("--model", "nano", "--data", "d") == {"model": "nano", "data": "d", "method": None, "output": None}
+
+
+def test_a_file_may_not_name_what_a_method_sets(given, tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("full: true\n", encoding="utf-8")
+    with pytest.raises(HotLoraError, match="do not exist: full"):
+        given("--config", file, "--model", "nano", "--data", "d")
+
+
+def test_what_a_record_holds():
+    """Changing this makes every run that was begun another one."""
+    held = set(RunOptions(model="nano", data="nano-math").recorded())
+    assert held - {field.name for field in dataclasses.fields(TrainConfig)} == {
+        "model", "data", "test_data", "evaluate", "full", "dtype", "quantize", "expert_parallel", "profile_fraction",
+        "plan_seed", "reprofile_every", "reprofile_left", *(field.name for field in dataclasses.fields(Selection)),
+    }  # fmt: skip
