@@ -277,6 +277,8 @@ import os, signal, sys
 from pathlib import Path
 import hotlora.evaluate.score
 from hotlora.evaluate.generate import Sampling
+from hotlora.runs.evaluation import run_evaluation
+from hotlora.runs.options import EvalOptions
 
 judge, left = hotlora.evaluate.score.judge, [int(sys.argv[3])]
 
@@ -287,7 +289,7 @@ def dying(*args, **options):
     return judge(*args, **options)
 
 hotlora.evaluate.score.judge = dying
-run_evaluation(sys.argv[1], "nano-math", sys.argv[2], limit=9, batch_size=2,
+run_evaluation(EvalOptions(model=sys.argv[1], limit=9, batch_size=2), "nano-math", sys.argv[2],
                sampling=Sampling(samples=2, temperature=1.0))
 """
 

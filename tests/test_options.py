@@ -128,14 +128,14 @@ def test_the_command_line_comes_before_the_file(given, tmp_path: Path):
     )
     expected = {
         "model": "nano", "data": "rows.jsonl", "method": "hellora", "output": Path("runs/x"), "learning_rate": 1e-3,
-        "r": 8, "packing": True, "train_a": False, "on_top_of": [Path("a"), Path("b")], "experts_per_layer": "4",
+        "r": 8, "packing": True, "train_a": False, "on_top_of": (Path("a"), Path("b")), "experts_per_layer": 4,
     }  # fmt: skip
     assert given("--config", file) == expected
     words = "--r 4 --no-packing --train-a --data b.jsonl --method lora --on-top-of c"
     over = given("--config", file, *words.split())
     assert over == {
         **expected, "r": 4, "packing": False, "train_a": True, "data": "b.jsonl", "method": "lora",
-        "on_top_of": [Path("c")],
+        "on_top_of": (Path("c"),),
     }  # fmt: skip
     method = over.pop("method")
     over.pop("output")

@@ -42,6 +42,7 @@ from hotlora.layer import cpu, gpu
 from hotlora.layer.quantized import bitsandbytes_functional
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.evaluation import run_harness
+from hotlora.runs.options import EvalOptions
 from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
@@ -449,7 +450,7 @@ def test_a_sweep_scores_an_adapter_on_what_it_was_trained_on(trained_on_4_bits, 
         options={"quantize": 8, "test_limit": 1, "device": "cpu"},
     )  # fmt: skip
     jobs = {job.name: job for job in sweep_jobs(sweep, tmp_path)}
-    assert jobs["base"].arguments["quantize"] == 8
+    assert jobs["base"].arguments["options"].quantize == 8
     shutil.copytree(trained_on_4_bits, jobs["cold"].folder)
     job = jobs["elsewhere"]
     config = job.function(**job.arguments)["config"]
@@ -464,7 +465,10 @@ def test_lm_eval_scores_an_adapter_on_what_it_was_trained_on(trained_on_4_bits, 
     task, likelihoods = f"hellaswag:{tmp_path}", {}
     for name, options in {"own": {}, "said": {"quantize": 4, "keep_hot": True}, "dense": {"quantize": 0}}.items():
         record = run_harness(
-            "nano", [task], tmp_path / name, adapter=trained_on_4_bits / "adapter", num_fewshot=0, **options
+            EvalOptions(model="nano", adapter=trained_on_4_bits / "adapter", **options),
+            [task],
+            tmp_path / name,
+            num_fewshot=0,
         )
         assert record["config"]["quantize"] == (None if name == "dense" else 4)
         likelihoods[name] = (tmp_path / name / "results-hellaswag.jsonl").read_text()

@@ -77,14 +77,21 @@ def params(
         from ..cost.estimate import estimate as estimate_step
 
         rate = None if tflops is None else tflops * 1e12
-        sizes = {"batch_size": 16, "max_length": 512, "fraction": fraction, **given}
+        sizes = {
+            "batch_size": RunOptions.batch_size,
+            "max_length": RunOptions.max_length,
+            "fraction": fraction,
+            **given,
+        }
         counts["estimate"] = estimate_step(
             model, coverage=coverage, dtype=dtype, device=device, flops_per_second=rate, **sizes
         )
     if as_json:
         print(json.dumps(counts))
         return
-    table = Table(title=f"Trainable parameters at rank {counts['r']}" + (f", {method}" if method else ""))
+    table = Table(
+        title=f"Trainable parameters at rank {given.get('r', RunOptions.r)}" + (f", {method}" if method else "")
+    )
     table.add_column("part")
     table.add_column("parameters", justify="right")
     for part in ("attention", "router", "shared", "experts"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..base.errors import HotLoraError
-from ..base.options import Options, read_yaml
+from ..base.options import Options, converted, read_yaml
 from ..runs.options import RunOptions
 
 out = Console()
@@ -34,20 +34,18 @@ def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Seque
         only, leave: these fields alone; all but these.
     """
     chosen = [f for f in fields(options) if f.metadata["cli"] and f.name not in leave and (not only or f.name in only)]
+    types = {field.name: field.type for field in chosen}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [_parameter(field) for field in chosen]
         required = [p for p in made if p.default is p.empty]  # these are shown first
-        order = (*required, *own, *(p for p in made if p.default is not p.empty))
-        parameters = {p.name: p.replace(kind=p.KEYWORD_ONLY) for p in order}
-        known = {name: p.annotation for name, p in parameters.items()} | {field.name: field.type for field in chosen}
+        parameters = [*required, *own, *(p for p in made if p.default is not p.empty)]
+        known = {p.name: _plain(p.annotation) for p in own} | types
 
         def read(context: typer.Context, file: Path | None) -> Path | None:
             if file is not None:
-                types = {name: _plain(kind) for name, kind in known.items()}
-                context.default_map = {**(context.default_map or {}), **read_yaml(file, types)}
+                context.default_map = read_yaml(file, known)
             return file
 
         config = Annotated[
@@ -60,17 +58,21 @@ def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Seque
 
         @wraps(command)
         def run(context: typer.Context, config: Path | None = None, **values: Any) -> None:
-            sources = {field.name: context.get_parameter_source(field.name) for field in chosen}
-            given = {name for name, source in sources.items() if source is not None and source.name in _GIVEN}
-            kept = {name: values[name] for name in values if name not in sources or name in given}
-            command(**kept)
+            for name, kind in types.items():
+                source = context.get_parameter_source(name)
+                if source is not None and source.name in _GIVEN:
+                    values[name] = converted(name, values[name], kind)
+                else:
+                    del values[name]
+            command(**values)
 
-        file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config)
-        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        run.__signature__ = signature.replace(parameters=[context, *parameters.values(), file])  # type: ignore[attr-defined]
-        run.__annotations__ = {
-            "context": typer.Context, "config": config, **{name: p.annotation for name, p in parameters.items()}
-        }  # fmt: skip
+        parameters = [
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *(p.replace(kind=p.KEYWORD_ONLY) for p in parameters),
+            inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config),
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
     return decorate

@@ -21,7 +21,7 @@ from .direct import Direct, Tell
 from .needs import config_file
 from .recipe import Column, Recipe
 from .result import Number, Result
-from .settings import OLMOE, QWEN, Setting
+from .settings import NANO, OLMOE, QWEN, Setting
 
 FOLDER = "configs"
 _NUMBERS = ("layers", "num_experts", "shared", "num_experts_per_tok")
@@ -83,7 +83,11 @@ class HyperparameterTable(Direct):
         """A method's label -> a run's resolved options."""
         assert self.trainings is not None
         place = self.trainings.columns[column]
-        return {row.label: resolve(**self.trainings.options(row, place)) for row in self.trainings.rows if row.method}
+        return {
+            row.label: resolve(**{"model": NANO, "data": "", **self.trainings.options(row, place)})
+            for row in self.trainings.rows
+            if row.method
+        }
 
 
 @dataclass(frozen=True)
