@@ -27,6 +27,7 @@ _PUBLIC = {
     "base_quantization": "adapter.load",
     "count_parameters": "adapter.count",
     "jaccard": "routing.profile",
+    "load": "runs.load",
     "load_adapter": "adapter.load",
     "load_model": "hf.models",
     "load_tokenizer": "hf.models",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .routing.profile import RoutingProfile as RoutingProfile
     from .routing.profile import jaccard as jaccard
     from .routing.profiler import profile_routing as profile_routing
+    from .runs.load import load as load
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from .measure import bench, params
 from .options import AsJson, err, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
+from .talk import chat, generate
 from .train import print_evaluation, train
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
@@ -199,6 +200,10 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
         if bits := record.get("config", {}).get("quantize"):
             kept = "; those of the adapter are not" if record["config"].get("keep_hot") else ""
             out.print(f"experts were stored in {bits} bits{kept} (--quantize)", highlight=False)
+
+
+app.command()(generate)
+app.command()(chat)
 
 
 @app.command()

@@ -66,6 +66,9 @@ def train(
         _check_memory(options)
     record = run_method(options, output, progress=True)
     if is_main():
+        from ..report.card import write_card
+
+        write_card(output)
         print_run(record, output)
 
 

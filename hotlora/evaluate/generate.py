@@ -156,7 +156,7 @@ def answer_batches(
                 TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p),
                 _Draw(seeds, width, max_new_tokens),
             ]  # fmt: skip
-        with inference(model), _no_generation_config(model):
+        with inference(model), without_generation_config(model):
             output = model.generate(
                 input_ids=pad(ids, tokenizer.pad_token_id, "left").to(device_of(model)),
                 attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(device_of(model)),
@@ -204,7 +204,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _no_generation_config(model: Any) -> Iterator[None]:
+def without_generation_config(model: Any) -> Iterator[None]:
     """Without what the checkpoint's generation_config.json says, which `generate` takes wherever it is told nothing."""
     owners = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
     own = [module.generation_config for module in owners]

@@ -195,7 +195,8 @@ class _Run:
         if options.full:
             _save_model(model, self.tokenizer, self.output / "model")
         else:
-            record["parameters"]["adapter_bytes"] = _save_adapter(model, self.output / "adapter", options.model)
+            size = _save_adapter(model, self.tokenizer, self.output / "adapter", options.model)
+            record["parameters"]["adapter_bytes"] = size
         if is_main():
             write_record(self.output, record)
 
@@ -329,8 +330,8 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(beside)
 
 
-def _save_adapter(model: Any, folder: Path, model_name: str) -> int:
-    """Saves the adapter; returns the size of its weights in bytes."""
+def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str) -> int:
+    """Saves the adapter, and its tokenizer beside it; returns the size of its weights in bytes."""
     # As the user calls it: the embedded model's folder is another one on every machine.
     model.peft_config["default"].base_model_name_or_path = model_name
     with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
@@ -339,6 +340,7 @@ def _save_adapter(model: Any, folder: Path, model_name: str) -> int:
             with atomic_folder(folder) as beside, quiet():
                 # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
                 model.save_pretrained(beside, save_embedding_layers=False, state_dict=ours)
+                tokenizer.save_pretrained(beside)
     wait_for_all()
     return (folder / WEIGHTS_FILE).stat().st_size
 

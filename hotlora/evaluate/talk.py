@@ -1,0 +1,68 @@
+"""A model's answer to one prompt or conversation, as it is written: for people, not for scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from ..base.errors import DataError, HotLoraError
+from ..base.processes import device_of
+from ..hf.forward import inference
+from ..tasks import Example
+from ..tasks.data import encode_prompt
+from .generate import GREEDY, Sampling, end_ids, without_generation_config, written
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a plain prompt, as in training on prompts and completions; or of a conversation, by the tokenizer's
+    chat template, with what opens the assistant's answer.
+
+    DataError: a conversation, and the tokenizer has no chat template, or the template refuses it.
+    """
+    if isinstance(prompt, str):
+        return encode_prompt(Example(prompt, ""), tokenizer)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "This model's tokenizer has no chat template: prompt it with plain text (hotlora generate --raw)."
+        )
+    try:
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises
+        raise DataError(f"the chat template refuses the conversation: {error}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 512,
+    sampling: Sampling = GREEDY,
+    stream: bool = False,
+) -> str:
+    """What the model writes after `prompt`, as `prompt_ids` takes it, up to its end-of-text token.
+
+    Args:
+        sampling: how tokens are drawn.
+        stream: also print it, as it comes.
+    """
+    if max_new_tokens < 1:
+        raise HotLoraError(f"max_new_tokens = {max_new_tokens} is out of range: it must be 1 or more.")
+    ids = prompt_ids(tokenizer, prompt)
+    drawing: dict[str, Any] = {}
+    if sampling.temperature > 0:
+        drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
+        **drawing,
+    )  # fmt: skip
+    torch.manual_seed(sampling.seed)
+    given = torch.tensor([ids], device=device_of(model))
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    with inference(model), without_generation_config(model):
+        output = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), generation_config=config, streamer=streamer
+        )
+    return written(tokenizer, [ids], [output[0, len(ids) :].tolist()])[0]

@@ -1,0 +1,142 @@
+"""The model card of a saved adapter or model: its README.md, made from the run's record. Loads no model."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..base.errors import DataError
+from ..base.files import atomic_path, write_text
+from ..base.records import Record, read_record
+from ..routing.plan import ExpertPlan
+from ..routing.profile import RoutingProfile
+from .figures import heat_map
+
+PICTURE = "experts.png"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a reader of the card would look for; the record has all options.
+_SHOWN = (
+    "rule", "fraction", "experts_per_layer", "r", "lora_alpha", "lora_dropout", "train_attention", "train_router",
+    "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "max_length",
+    "packing", "seed", "dtype", "quantize",
+)  # fmt: skip
+
+
+def write_card(run: str | os.PathLike[str]) -> Path:
+    """Writes README.md, and a picture of the plan, beside what the run in this folder trained; returns its path.
+
+    DataError: the run has not come to its end. FileError: it has no record.
+    """
+    folder = Path(run)
+    record = read_record(folder)
+    trained = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
+    if record["status"] != "done" or not trained:
+        raise DataError(f"{folder} has nothing trained to describe: its status is {record['status']!r}.")
+    profile, plan = folder / str(record.get("profile", {}).get("path", "")), folder / "plan.json"
+    if has_picture := profile.is_file() and plan.is_file():
+        with atomic_path(trained[0] / PICTURE) as picture:
+            heat_map(RoutingProfile.load(profile), ExpertPlan.load(plan)).savefig(picture, dpi=110, format="png")
+    card = trained[0] / "README.md"
+    write_text(card, card_text(record, trained[0].name, has_picture))
+    return card
+
+
+def card_text(record: Record, kind: str, has_picture: bool = False) -> str:
+    """A card in the Hub's form.
+
+    Args:
+        kind: "adapter" or "model", what was saved.
+    """
+    config, training = record.get("config", {}), record.get("training", {})
+    model, data = _shared(record["model"]["name"]), _shared(record["data"]["name"])
+    name = f"{Path(model).name}, {record['name']}, on {data}"
+    blocks = [f"---\n{_metadata(record, kind, name)}\n---", f"# {name}", _summary(record, kind, model)]
+    if has_picture:
+        blocks.append(f"![Which experts the router uses, layer by layer; the adapted ones are outlined]({PICTURE})")
+    blocks += ["## Use", _usage(model, kind), "## Results", _results(record), "## Training"]
+    rows = [("data", f"{data} ({record['data'].get('train', 0):,} examples)")]
+    shown = [key for key in _SHOWN if config.get(key) is not None]
+    rows += [(key, config[key]) for key in shown if key != "epochs" or config.get("max_steps") is None]
+    rows += [("steps", training.get("steps")), ("tokens read", training.get("tokens"))]
+    blocks += [_table(("option", "value"), rows), "## Made with"]
+    environment = record.get("environment", {})
+    rows = [
+        (key, environment[key]) for key in ("hotlora", "transformers", "peft", "trl", "torch") if key in environment
+    ]
+    blocks.append(_table(("library", "version"), rows))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _metadata(record: Record, kind: str, name: str) -> str:
+    model, results = record["model"]["name"], []
+    for task, found in (record.get("evaluation") or {}).items():
+        results.append(
+            EvalResult(
+                task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=found["metric"],
+                metric_value=round(100 * found["accuracy"], 2), metric_name=f"{found['metric']}, %",
+            )
+        )  # fmt: skip
+    is_on_hub = _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    tags = ["hotlora", "mixture-of-experts", *(["lora"] if kind == "adapter" else [])]
+    return ModelCardData(
+        base_model=model if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation", tags=tags, model_name=name if results else None,
+        eval_results=results or None,
+    ).to_yaml()  # fmt: skip
+
+
+def _summary(record: Record, kind: str, model: str) -> str:
+    parameters, plan = record["parameters"], record.get("plan", {})
+    share = f"{parameters['trainable']:,} trained parameters ({parameters['percent']:.2f}%)"
+    if kind == "model":
+        return f"`{model}`, fine-tuned in full: {share}."
+    rule = f", chosen by the rule `{plan['rule']}`" if plan.get("rule") else ""
+    return (
+        f"A LoRA adapter for `{model}` on planned experts{rule}: {share}. Made by hotlora, which adapts the experts "
+        "that the router really uses."
+    )
+
+
+def _usage(model: str, kind: str) -> str:
+    if kind == "model":
+        return "It is a plain checkpoint of transformers."
+    return f"""```python
+import hotlora
+
+model, tokenizer = hotlora.load("PATH/TO/THIS/FOLDER")  # onto {model}; or hotlora.load(…, model="PATH/TO/BASE")
+```
+
+or `hotlora chat FOLDER`. Plain PEFT does not know its layers on experts: `hotlora export --format peft` writes an
+adapter that it loads, `--format vllm` and `--format sglang` what servers load, `hotlora merge` a plain checkpoint."""
+
+
+def _results(record: Record) -> str:
+    training, rows = record.get("training", {}), []
+    for task, found in (record.get("evaluation") or {}).items():
+        low, high = 100 * found["ci_low"], 100 * found["ci_high"]
+        score = f"{100 * found['accuracy']:.1f}% [{low:.1f} to {high:.1f}]"
+        rows.append((f"{task}, {found['metric']} on {found['n']:,} examples", score))
+    if "test_loss" in training:
+        before = f", {training['test_loss_before']:.4f} before" if "test_loss_before" in training else ""
+        rows.append(("held-out response loss, nats a token", f"{training['test_loss']:.4f}{before}"))
+    if not rows:
+        return "It was not evaluated."
+    return _table(("", "result"), rows) + "\n\nThe brackets are 95% intervals over test examples."
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    lines += [f"| {name} | {value:,} |" if isinstance(value, int) and not isinstance(value, bool)
+              else f"| {name} | {_cell(value)} |" for name, value in rows if value is not None]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _shared(name: str) -> str:
+    """A file or folder without where it lies on this machine, which is nobody else's business."""
+    return Path(name).name if name.startswith((".", "/", "~")) or Path(name).expanduser().exists() else name

@@ -1,0 +1,216 @@
+"""What a run left, used: loaded, answering, chatting, described by its card."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from runs import run_method
+from transformers.utils.logging import disable_progress_bar
+
+import hotlora
+from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
+from hotlora.base.records import read_record, write_record
+from hotlora.cli import main as cli
+from hotlora.evaluate.generate import Sampling, generate
+from hotlora.evaluate.talk import answer, prompt_ids
+from hotlora.report.card import PICTURE, write_card
+from hotlora.runs.load import find
+from hotlora.tasks import Example
+
+SHORT = {"max_steps": 8, "batch_size": 8, "limit": 80, "test_limit": 4, "learning_rate": 2e-3, "r": 4, "lora_alpha": 8}
+PROMPT = "Question: 3 + 4 ="
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    disable_progress_bar()
+    folder = tmp_path_factory.mktemp("talk") / "run"
+    run_method("nano", "nano-math", folder, **SHORT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    rows = folder / "rows.jsonl"
+    rows.write_text((json.dumps({"messages": talk}) + "\n") * 16)
+    run_method("nano", str(rows), folder / "run", **{**SHORT, "max_steps": 2})
+    return folder / "run"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+
+    def run_here(*words: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hotlora", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run_here
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model(**tokenizer(PROMPT, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_a_run_or_its_adapter_alone_is_enough(run: Path, part: str):
+    model, tokenizer = hotlora.load(run / part)
+    by_hand = hotlora.load_adapter(hotlora.load_model("nano"), run / "adapter")
+    assert torch.equal(logits(model, tokenizer), logits(by_hand, hotlora.load_tokenizer("nano")))
+    merged, _ = hotlora.load(run / part, merge=True)
+    assert not hasattr(merged, "peft_config")
+    torch.testing.assert_close(logits(merged, tokenizer), logits(by_hand, tokenizer), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_and_a_fully_trained_one(run: Path, tmp_path: Path):
+    model, tokenizer = hotlora.load("nano")
+    assert torch.equal(logits(model, tokenizer), logits(hotlora.load_model("nano"), tokenizer))
+    run_method("nano", "nano-math", tmp_path / "full", method="fft", **{**SHORT, "max_steps": 3, "learning_rate": 1e-4})
+    whole, tokenizer = hotlora.load(tmp_path / "full")
+    assert torch.equal(logits(whole, tokenizer), logits(hotlora.load_model(tmp_path / "full" / "model"), tokenizer))
+    assert not torch.equal(logits(whole, tokenizer), logits(model, tokenizer))
+
+
+def test_a_base_that_moved_is_given(run: Path, tmp_path: Path):
+    model, tokenizer = hotlora.load("nano")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    moved, _ = hotlora.load(run, model=str(tmp_path / "base"))
+    assert torch.equal(logits(moved, tokenizer), logits(hotlora.load(run)[0], tokenizer))
+
+
+def test_what_is_not_there_is_told(run: Path, tmp_path: Path):
+    with pytest.raises(FileError, match="holds no run, adapter or model"):
+        hotlora.load(tmp_path)
+    with pytest.raises(HotLoraError, match="is no adapter, so there is nothing to load onto x"):
+        hotlora.load("nano", model="x")
+    record = read_record(run)
+    write_record(tmp_path, {**record, "status": "failed"})
+    with pytest.raises(FileError, match="has not been trained to its end"):
+        hotlora.load(tmp_path)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "alone").mkdir()
+    for noted, error, message in (
+        (None, FileError, "notes no base model"),
+        ("gone/away/far", HotLoraError, "gone/away"),
+    ):
+        (tmp_path / "alone" / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": noted})
+        )
+        with pytest.raises(error, match=message):
+            hotlora.load(tmp_path / "alone")
+
+
+def test_an_answer_is_what_evaluation_writes(run: Path):
+    model, tokenizer = hotlora.load(run)
+    (text,) = generate(model, tokenizer, [Example(PROMPT, "")], max_new_tokens=12)
+    assert answer(model, tokenizer, PROMPT, max_new_tokens=12) == text
+    drawn = [
+        answer(model, tokenizer, PROMPT, max_new_tokens=12, sampling=Sampling(1, 1.5, 1.0, seed)) for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(HotLoraError, match="max_new_tokens = 0"):
+        answer(model, tokenizer, PROMPT, max_new_tokens=0)
+
+
+def test_a_conversation_goes_through_the_template(run: Path):
+    _, tokenizer = hotlora.load(run)
+    messages = [{"role": "user", "content": "hi"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(tokenizer, messages) == whole
+    with pytest.raises(DataError, match="the chat template refuses"):
+        prompt_ids(tokenizer, [{"content": 3}])
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        prompt_ids(tokenizer, messages)
+
+
+def test_generate_and_chat(call, run: Path, chats: Path):
+    model, tokenizer = hotlora.load(run)
+    expected = answer(model, tokenizer, PROMPT, max_new_tokens=8)
+    code, out, _ = call("generate", PROMPT, "--adapter", run, "--max-new-tokens", 8)
+    assert code == 0 and out.strip() == expected.strip()
+    code, piped, _ = call("generate", "--adapter", run, "--max-new-tokens", 8, stdin=PROMPT)
+    assert code == 0 and piped == out
+    # As it was trained: that run on plain text, this one on conversations.
+    assert find(run).is_chat is False and find(chats).is_chat is True
+    model, tokenizer = hotlora.load(chats)
+    asked = [{"role": "user", "content": "a?"}]
+    said = answer(model, tokenizer, asked, max_new_tokens=6)
+    code, out, _ = call("generate", "a?", "--adapter", chats, "--max-new-tokens", 6)
+    assert code == 0 and out.strip() == said.strip()
+    code, out, _ = call("chat", chats, "--max-new-tokens", 6, stdin="a?\n\nagain\n/clear\na?\n/exit\nnever\n")
+    asked += [{"role": "assistant", "content": said.strip()}, {"role": "user", "content": "again"}]
+    again = answer(model, tokenizer, asked, max_new_tokens=6)
+    assert code == 0 and out.split() == f"{said} {again} {said}".split()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "hi"], "Give --adapter"),
+        (["generate", "--model", "nano"], "There is no prompt"),
+        (["generate", "hi", "--model", "nano", "--raw", "--system", "s"], "A system message needs the chat template"),
+        (["generate", "hi", "--model", "nano", "--temperature", "-1"], "temperature = -1.0 is out of range"),
+        (["chat", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_wrong_words_are_one_message(call, words, message):
+    code, _, err = call(*words)
+    assert code == 1 and message in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_the_card(run: Path, tmp_path: Path):
+    assert write_card(run) == run / "adapter" / "README.md"
+    card = ModelCard.load(run / "adapter" / "README.md")
+    data, record = card.data.to_dict(), read_record(run)
+    assert data["library_name"] == "peft" and "hotlora" in data["tags"] and "base_model" not in data
+    metric = data["model-index"][0]["results"][0]["metrics"][0]
+    assert metric["value"] == round(100 * record["evaluation"]["nano-math"]["accuracy"], 2)
+    assert f"{record['parameters']['trainable']:,} trained parameters" in card.text and f"]({PICTURE})" in card.text
+    assert (run / "adapter" / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert f"{record['training']['test_loss']:.4f}" in card.text and "| learning_rate | 0.002 |" in card.text
+    # A path of this machine is nobody's business; a name on the Hub is the card's base.
+    write_record(run, {**record, "data": {**record["data"], "name": str(tmp_path / "mine.jsonl")},
+                       "model": {**record["model"], "name": "allenai/OLMoE-1B-7B-0924"}})  # fmt: skip
+    try:
+        card = ModelCard.load(write_card(run))
+    finally:
+        write_record(run, record)
+    assert str(tmp_path) not in card.content and "mine.jsonl" in card.text
+    assert card.data.to_dict()["base_model"] == "allenai/OLMoE-1B-7B-0924"
+
+
+def test_a_run_without_an_end_has_no_card(run: Path, tmp_path: Path):
+    write_record(tmp_path, {**read_record(run), "status": "failed"})
+    with pytest.raises(DataError, match="its status is 'failed'"):
+        write_card(tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path):
+    from tiny import tiny_model
+    from tiny_tokenizer import byte_tokenizer
+
+    tiny_model("mixtral", vocab_size=259).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(PlanError):
+        hotlora.load(run, model=str(tmp_path / "other"))
+
+
+def test_a_card_needs_no_model():
+    code = "import sys, hotlora.report.card; print(sorted({'trl', 'peft'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
