@@ -69,7 +69,7 @@ class SeededFactor(nn.Module):
             return torch.empty(self.shape, dtype=torch.float32, device=device)
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return uniform(self.shape, generator).to(device)
+        return kaiming_uniform(self.shape, generator).to(device)
 
 
 class SparseFactor(nn.Module):
@@ -154,10 +154,10 @@ def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = Fal
     if is_zero or device.type == "meta":
         on = "meta" if device.type == "meta" else "cpu"
         return nn.Parameter(torch.zeros(shape, device=on, dtype=torch.float32))
-    return nn.Parameter(uniform(shape))
+    return nn.Parameter(kaiming_uniform(shape))
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """What kaiming_uniform_(a=sqrt(5)) draws: the bound is 1/sqrt(in_features). In float32 and on the CPU, whatever
     torch's defaults are: one seed gives one factor."""
     bound = 1 / math.sqrt(shape[-1])

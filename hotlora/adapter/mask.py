@@ -67,15 +67,15 @@ class SparseMask:
     def load(cls, path: str | os.PathLike[str]) -> "SparseMask":
         """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short, altered or foreign."""
         file = file_in(path, "mask.safetensors")
-        mend = "make it again with `hotlora train --method lori-s`"
-        packed, meta = load_tensors(file, format=_FORMAT, version=_VERSION, what="mask", mend=mend)
+        fix = "make it again with `hotlora train --method lori-s`"
+        packed, meta = load_tensors(file, format=_FORMAT, version=_VERSION, what="mask", fix=fix)
         try:
             shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
             packed = {name: packed[name] for name in shapes}
             mask = cls(packed, shapes, meta["keep"], meta["granularity"], meta["a_seed"], meta["source"])
             mask.num_kept()
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise FileError(f"{file} is not a whole mask ({error}): {mend}") from error
+            raise FileError(f"{file} is not a whole mask ({error}): {fix}") from error
         return mask
 
 

@@ -106,7 +106,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def full_disk(path: Path) -> str:
-    """What to say of it: how much is free where `path` is, and the mend."""
+    """What to say of it: how much is free where `path` is, and the fix."""
     there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(there).free / 1e6
     return (

@@ -29,7 +29,7 @@ _FAILURE = "hotlora/failure"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exiting prematurely")
 LOST = (
     "another process of this run is gone without a message: it crashed, or was killed (as systems do when memory runs "
-    "out). The same command goes on from what is saved."
+    "out). Run the same command again to resume from what is saved."
 )
 _wishes: set[str] = set()
 """What the launcher's configuration asks for, and is not to be asked for a second time."""

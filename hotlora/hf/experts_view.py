@@ -71,9 +71,14 @@ class ExpertsView:
     @property
     def num_experts_everywhere(self) -> int:
         """E, of all processes: under expert parallelism `num_experts` counts this process's own."""
-        if getattr(self.experts, "_is_expert_parallel", False):
+        if self.is_expert_parallel:
             return int(self.experts.down_proj.shape[0])
         return self.num_experts
+
+    @property
+    def is_expert_parallel(self) -> bool:
+        """Whether this process has some of the experts."""
+        return bool(getattr(self.experts, "_is_expert_parallel", False))
 
     @property
     def may_be_elsewhere(self) -> bool:
@@ -85,7 +90,7 @@ class ExpertsView:
         """The experts whose weights this process has: all, but for expert parallelism, which gives each process a
         run."""
         mesh = getattr(self.experts.down_proj, "device_mesh", None)
-        if mesh is None or not getattr(self.experts, "_is_expert_parallel", False):
+        if mesh is None or not self.is_expert_parallel:
             return range(self.num_experts)
         start = mesh.get_local_rank("ep") * self.num_experts
         return range(start, start + self.num_experts)
@@ -119,6 +124,12 @@ class ExpertsView:
     def up_name(self) -> str:
         """The name of the weights that lead into an expert."""
         return "gate_up_proj" if self.experts.has_gate else "up_proj"
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Of both projections, in the order in which the module has them."""
+        names = [name for name, _ in self.experts.named_parameters(recurse=False)]
+        return [name for name in names if name in (self.up_name, "down_proj")]
 
     @property
     def is_forwarded_by_others(self) -> bool:

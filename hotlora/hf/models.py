@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-)
-from transformers.integrations.moe import use_experts_implementation
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
 from ..base.errors import FileError, HotLoraError, ModelError
@@ -137,7 +135,7 @@ def check_in_memory(model: nn.Module) -> None:
     """ModelError where Accelerate keeps some of the model's weights elsewhere until each is used: PEFT's layers do not
     work on such weights, and gradients do not pass through them."""
     away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if away and any(map(has_offloaded_params, model.modules())):
         raise ModelError(
             f"{len(away)} of the model's weights, {away[0]} the first, are offloaded to disk or to the CPU's memory "
             "(device_map), where they cannot be adapted: load the model without device_map, its experts in 4 bits "
@@ -230,11 +228,11 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of every kind: a broken file is told by whatever trips over it
-        mend = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
+        fix = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
         if distributed_config:
-            mend += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."
+            fix += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."
         raise ModelError(
-            f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {mend}"
+            f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {fix}"
         ) from error
     return model.eval()
 
@@ -401,7 +399,7 @@ def _no_experts(model: nn.Module) -> ModelError:
     file = sys.modules[type(_decoder(model)).__module__]
     parts = (config, getattr(config, "ffn_config", None))  # dbrx counts them in a part of its own
     counts = any(getattr(part, name, None) for part in parts for name in _EXPERT_COUNTS)
-    if hasattr(file, use_experts_implementation.__name__) or not counts:
+    if hasattr(file, "use_experts_implementation") or not counts:
         return ModelError(
             f"this {config.model_type} model has no MoE layer: all of its decoder layers are dense, so it has no "
             "experts to choose from. Use a model with routed experts."

@@ -75,10 +75,6 @@ class Rows:
         """Adds to `sums` the sum over each expert's rows."""
         sums_EO.index_add_(0, self.expert_S, self._here(y_SO).to(sums_EO.dtype))
 
-    def hot(self, update: Any) -> "Hot":
-        """The rows of an update's experts."""
-        return Hot(self, update)
-
     def _of_rows(self, values_EO: Tensor) -> Tensor:
         return self._here(values_EO.index_select(0, self.expert_S))
 
@@ -99,9 +95,16 @@ class Hot:
         """`[S, I]`: of each row its token's."""
         return x_TI.index_select(0, self.token_S)
 
-    def product(self, x_SI: Tensor, weight_NOI: Tensor, scaling: float = 1.0) -> Tensor:
-        """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others."""
+    def product(self, x_SI: Tensor, weight_NOI: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
+        """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others. scaling: one, or each expert's `[N]`."""
+        if isinstance(scaling, Tensor):
+            return (self.product(x_SI, weight_NOI) * self.by_rows(scaling, self.dtype)).to(self.dtype)
         return _call(hot_linear, x_SI.to(self.dtype), weight_NOI.to(self.dtype), self.ends_E, self.slot_E, scaling)
+
+    def by_rows(self, scaling_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[S, 1]`: of each hot row its expert's, in float32 at least."""
+        slot_S = self.slot_E.index_select(0, self.expert_S).clamp(min=0)
+        return scaling_N.to(torch.promote_types(dtype, torch.float32)).index_select(0, slot_S).unsqueeze(1)
 
     def add_product(self, y_SO: Tensor, x_SI: Tensor, weight_NOI: Tensor, drop: "Dropout | None" = None) -> None:
         """y += drop(weight[n] @ x) in hot rows, in place and in y's dtype."""
