@@ -34,12 +34,12 @@ class HotExperts(MergeableLayer):
     @property
     def lora_A(self) -> nn.ParameterDict:  # type: ignore[override]
         """PEFT asks `name in layer.lora_A` to learn whether a layer has an adapter."""
-        held: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
-        return held
+        return getattr(self, self.adapter_layer_names[0])
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Any = None
     ) -> Tensor:
+        """Output `[T, D]` for hidden `[T, D]`, the chosen experts `[T, K]` and their weights `[T, K]`."""
         active = self._active_here(adapter_names)
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
@@ -57,6 +57,7 @@ class HotExperts(MergeableLayer):
 
     @property
     def view(self) -> ExpertsView:
+        """The experts module, as all families look alike."""
         return ExpertsView(self.get_base_layer())
 
     def update(self, adapter: str) -> Update:
@@ -64,6 +65,7 @@ class HotExperts(MergeableLayer):
         raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What a merge adds: `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]`, in float32 at least."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ class SparseMask:
         return unpack(self.packed[name], self.shapes[name])
 
     def num_kept(self) -> dict[str, int]:
+        """Name of each B -> how many of its entries train."""
         return {name: int(self.entries(name, shape).sum()) for name, shape in self.shapes.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -65,6 +65,7 @@ def _hint_at_one_process() -> None:
 
 
 def num_processes() -> int:
+    """How many processes take part in this run; 1 for one by itself."""
     return dist.get_world_size() if _are_many() else 1
 
 
@@ -93,8 +94,7 @@ def own_device() -> torch.device | None:
 
 def device_of(model: Any) -> torch.device:
     """Where the model computes: not where its weights wait, if they are offloaded."""
-    device: torch.device = own_device() or model.device
-    return device
+    return own_device() or model.device
 
 
 def all_objects(obj: T) -> list[T]:

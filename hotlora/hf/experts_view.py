@@ -34,11 +34,11 @@ class FrozenWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.value.dtype
-        return dtype
+        return self.value.dtype
 
     @property
     def num_outputs(self) -> int:
+        """O of `[E, I, O]`."""
         return int(self.value.shape[2 if self.is_transposed else 1])
 
     @property
@@ -107,11 +107,13 @@ class ExpertsView:
 
     @property
     def num_weights_of_an_expert(self) -> int:
+        """Weights of one expert, all projections, without biases."""
         width, expert_width = self.widths
         return (self.num_parts + 1) * width * expert_width
 
     @property
     def is_quantized(self) -> bool:
+        """Whether the weights are held in 8 or 4 bits."""
         return not isinstance(self.experts.down_proj, Tensor)
 
     @property
@@ -144,8 +146,8 @@ class ExpertsView:
 
     @property
     def norm_after(self) -> nn.Module | None:
-        norm: nn.Module | None = self.experts.post_expert_norm if self.has_norm_after else None
-        return norm
+        """The norm of each expert's output; None in most families."""
+        return self.experts.post_expert_norm if self.has_norm_after else None
 
     # What autograd has to know of: in this order, in `tensors` and in the arguments of `up` and the others.
 
@@ -165,6 +167,7 @@ class ExpertsView:
         return self._frozen(self.up_name, weight)
 
     def down(self, weight: Tensor | None) -> FrozenWeight:
+        """The projection out of the experts; `weight`: as in `tensors`."""
         return self._frozen("down_proj", weight)
 
     def _frozen(self, name: str, weight: Tensor | None) -> FrozenWeight:
@@ -191,8 +194,7 @@ class ExpertsView:
 
     def activation(self, up_SPF: Tensor) -> Tensor:
         """`[S, F]`"""
-        act_SF: Tensor = self.experts._apply_gate(up_SPF) if self.experts.has_gate else self.experts.act_fn(up_SPF)
-        return act_SF
+        return self.experts._apply_gate(up_SPF) if self.experts.has_gate else self.experts.act_fn(up_SPF)
 
     def linears_of(self, expert: int) -> list[tuple[Tensor, Tensor | None]]:
         """(weight `[out, in]`, bias) of one expert's gate, where there is one, up and down, as views."""

@@ -152,12 +152,10 @@ def skips_tokens(model: nn.Module) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a
-    sha256.
+    """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a sha256.
 
-    Hashes the number of decoder layers and, for each MoE layer, its index and E, K, D, F. Weights, dtype,
-    device and adapters do not enter, so a fine-tuned sister model shares it and a model on the meta device
-    has it.
+    Hashes the number of decoder layers and, for each MoE layer, its index and E, K, D, F. Weights, dtype, device and
+    adapters do not enter, so a fine-tuned sister model shares it and a model on the meta device has it.
     """
     config = _config(model)
     found = moe_layers(model)
@@ -210,7 +208,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if is_left_to_us:
             say_once(in_float32(own_dtype(config)))
-        moe_layers(_on_meta(config))  # before gigabytes of weights are read
+        _built(config)  # before gigabytes of weights are read
         model = auto_class(config).from_pretrained(
             source,
             config=config,
@@ -258,15 +256,11 @@ def checked_dtype(dtype: str | torch.dtype) -> None:
 
 def structure(name_or_path: str | Path) -> PreTrainedModel:
     """The model's modules and shapes on the meta device, from its config alone. ModelError: as `load_model`."""
-    source = model_source(name_or_path)
+    config = load_config(name_or_path)
     try:
-        model = _on_meta(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        moe_layers(model)
+        return _built(config)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
-    except Exception as error:
-        raise ModelError(f"no config could be read from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return model
 
 
 def load_config(name_or_path: str | Path) -> PreTrainedConfig:
@@ -322,8 +316,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
 
 def model_from_config(path: str | Path) -> PreTrainedModel:
-    """The model that a `config.json` (or a folder with one) describes, on the meta device: shapes without
-    weights.
+    """The model that a `config.json` (or a folder with one) describes, on the meta device: shapes without weights.
 
     Raises:
         FileError: the file is missing or is not a transformers config.
@@ -340,9 +333,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
             f"{file} is not a config.json that transformers knows: {_first_line(error)} "
             "It must be JSON with a `model_type`."
         ) from error
-    model = _on_meta(config)
-    moe_layers(model)
-    return model
+    return _built(config)
 
 
 def model_source(name_or_path: str | Path) -> str:
@@ -374,16 +365,18 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules and shapes, without weights."""
+def _built(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules and shapes, without weights. ModelError: it has no MoE layers that are supported."""
     auto = auto_class(config)
     try:
         with torch.device("meta"):
-            return auto.from_config(config).eval()
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+            model: PreTrainedModel = auto.from_config(config).eval()
+    except Exception as error:  # of every kind: a broken config is told by whatever trips over it
         raise ModelError(
             f"transformers cannot build a {config.model_type} model from this config: {_first_line(error)}"
         ) from error
+    moe_layers(model)
+    return model
 
 
 def _config(model: nn.Module) -> PreTrainedConfig:

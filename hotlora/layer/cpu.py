@@ -67,6 +67,7 @@ class Rows:
             out_EOI[expert] = y_SO[a:b].T @ x_SI[a:b]
 
     def add_bias(self, y_SO: Tensor, bias_EO: Tensor) -> None:
+        """Adds to each row its expert's row of `bias`, in place."""
         for expert, a, b in self.by_expert:
             y_SO[a:b] += bias_EO[expert]
 
@@ -105,6 +106,7 @@ class ExpertRows:
 
     @property
     def rows(self) -> slice:
+        """Those that products are made for."""
         return slice(self.start, self.stop)
 
     def own(self, z: Tensor) -> Tensor:
@@ -209,4 +211,5 @@ class Dropout:
         return dropped_SI
 
     def of(self, its: ExpertRows, x_nI: Tensor) -> Tensor:
+        """`x` `[n, I]`, of one expert's own rows, dropped."""
         return (x_nI * self.masks[its.n]).div_(1 - self.p) if self.p else x_nI

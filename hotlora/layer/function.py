@@ -44,8 +44,7 @@ def routed_experts(
     products = cpu if hidden_TD.device.type == "cpu" and not torch.compiler.is_compiling() else gpu
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
-    output: Tensor = RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
-    return output
+    return RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
 
 
 IMPLEMENTATION = "hotlora"
@@ -224,8 +223,7 @@ class _Pass:
         names = [name for name, _ in norm.named_parameters()]
 
         def normed(y_SD: Tensor, *parameters: Tensor) -> Tensor:
-            output: Tensor = torch.func.functional_call(norm, dict(zip(names, parameters, strict=True)), y_SD)
-            return output
+            return torch.func.functional_call(norm, dict(zip(names, parameters, strict=True)), y_SD)
 
         y_SD = self._down(rows, hots, act_SF, again=True)
         with self.autocast.again():
@@ -261,21 +259,17 @@ class _Pass:
         weight, scale_EO = self.weights[place], self.base_scales[place]
         if scale_EO is not None:
             grad_SO = rows.scaled(grad_SO, scale_EO)
-        grad_SI: Tensor = rows.product(grad_SO.to(weight.dtype), weight.T)
-        return grad_SI
+        return rows.product(grad_SO.to(weight.dtype), weight.T)
 
     def make_gradients(self) -> None:
         """Zeros for all that trains, which `backward` fills, a block after the other."""
         self.own_gradients = [None if t is None or not t.requires_grad else torch.zeros_like(t) for t in self.own]
+        scales_train = any(tensor.requires_grad for tensors in self.tensors_of for tensor in tensors[4:])
         self.scale_gradients = [
-            None if scale is None or not self._scales_train else torch.zeros_like(scale) for scale in self.base_scales
+            None if scale is None or not scales_train else torch.zeros_like(scale) for scale in self.base_scales
         ]
         for update, tensors in zip(self.updates, self.tensors_of, strict=True):
             update.make_gradients(tensors)
-
-    @property
-    def _scales_train(self) -> bool:
-        return any(tensor.requires_grad for tensors in self.tensors_of for tensor in tensors[4:])
 
     def _wants_own_gradients(self, place: int) -> bool:
         wanted = (self.own_gradients[place], self.own_gradients[place + 2], self.scale_gradients[place])
@@ -321,8 +315,7 @@ def _placed(all_S: Tensor | None, rows: Any, some_S: Tensor, num_rows: int) -> T
 
 def _summed_by_token(x_SD: Any, top_k: int) -> Tensor:
     """`[T, D]`: the sum over each token's K rows, in the order in which the router chose them."""
-    summed_TD: Tensor = x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
-    return summed_TD
+    return x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
 
 
 def _two_seeds() -> tuple[Any, Any]:

@@ -64,9 +64,11 @@ class LowRank:
 
     @property
     def num_tensors(self) -> int:
+        """As many as `tensors` has."""
         return 4 if self.scale_up_NPF is None else 6
 
     def in_pass(self, tensors: Sequence[Tensor], dtype: torch.dtype, source: Any) -> "LowRankPass":
+        """What a pass works with. tensors: as `tensors`; dtype: of the products; source: see `LowRankPass`."""
         return LowRankPass(self, tensors, dtype, source)
 
 

@@ -48,8 +48,7 @@ def load_examples(
     """The examples of a split of a task, a local file or a hub data set.
 
     Args:
-        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or
-        JSON
+        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or JSON
             file, or a hub id (`openai/gsm8k:main` names a configuration). Rows of a file or of the hub hold
             `prompt` and `completion`, or `messages`, or GSM8K's `question` and `answer`. A file is one split,
             whatever `split` says.

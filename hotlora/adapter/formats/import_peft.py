@@ -174,13 +174,7 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def _read_parameter(
-    module: Any,
-    layer: MoELayer,
-    name: str,
-    pair: tuple[Tensor, Tensor],
-    config: LoraConfig,
-    folder: Path,
-    joined: bool,
+    module: Any, layer: MoELayer, name: str, pair: tuple[Tensor, Tensor], config: LoraConfig, folder: Path, joined: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Projection -> A `[E, R, in]` and B `[E, out, R]` of one parameter, the scaling in B.
 

@@ -90,6 +90,7 @@ def _as_peft_loads(base: Any, tensors: dict[str, Tensor], config: LoraConfig) ->
 
 
 def loaded_by_peft(base: Any, tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The tensors by the keys under which PEFT looks for a model's parameters when it loads them."""
     return convert_peft_adapter_state_dict_for_transformers(base, config, tensors)
 
 

@@ -182,6 +182,7 @@ def _checkpoint_keys(base: Any, key: str, shape: Sequence[int]) -> list[str]:
 
 
 def pair(path: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """A and B under the keys of a module at `path`."""
     return {f"{PREFIX}{path}.lora_A.weight": A.contiguous(), f"{PREFIX}{path}.lora_B.weight": B.contiguous()}
 
 
