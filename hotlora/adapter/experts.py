@@ -113,7 +113,7 @@ class HotExperts(MergeableLayer):
         return None, None
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        return base_layer.down_proj.device, base_layer.down_proj.dtype
+        return ExpertsView(base_layer).device_and_dtype
 
 
 def _updates_here(
@@ -271,25 +271,26 @@ class HotLoraExperts(HotExperts):
     def slots(self, path: str, adapter: str) -> Iterator[Slot]:
         for group in self._groups[adapter]:
             for name in self.adapter_layer_names[:4]:
-                held = getattr(self, name)
                 parts = self.view.num_parts if "gate_up" in name else 1
-                if group.name is None:
-                    yield Slot(f"{path}.{name}", "_A_" in name, held, adapter, parts)
-                else:
-                    yield Slot(f"{path}.{name}.{group.name}", "_A_" in name, held[adapter], group.name, parts)
+                own = f"{path}.{name}" if group.name is None else f"{path}.{name}.{group.name}"
+                yield Slot(own, "_A_" in name, *self._place(name, adapter, group), parts)
 
-    def _hold(self, name: str, adapter: str, group: _Group, parameter: nn.Parameter) -> None:
+    def _place(self, name: str, adapter: str, group: _Group) -> tuple[Any, str]:
+        """What holds a group's tensor, and under which key."""
         held = getattr(self, name)
         if group.name is None:
-            held[adapter] = parameter
-        else:
-            if adapter not in held:
-                held[adapter] = nn.ParameterDict()
-            held[adapter][group.name] = parameter
+            return held, adapter
+        if adapter not in held:
+            held[adapter] = nn.ParameterDict()
+        return held[adapter], group.name
+
+    def _hold(self, name: str, adapter: str, group: _Group, parameter: nn.Parameter) -> None:
+        held, key = self._place(name, adapter, group)
+        held[key] = parameter
 
     def _held(self, name: str, adapter: str, group: _Group) -> Any:
-        held = getattr(self, name)[adapter]
-        return held if group.name is None else held[group.name]
+        held, key = self._place(name, adapter, group)
+        return held[key]
 
     def _tensors_of(self, adapter: str, group: _Group) -> list[Tensor]:
         return [factor_values(self._held(name, adapter, group)) for name in self.adapter_layer_names[:4]]

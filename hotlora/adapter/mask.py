@@ -55,13 +55,7 @@ class SparseMask:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; any other path is a folder that gets `mask.safetensors`."""
-        meta = {
-            "shapes": self.shapes,
-            "keep": self.keep,
-            "granularity": self.granularity,
-            "a_seed": self.a_seed,
-            "source": self.source,
-        }
+        meta = {name: getattr(self, name) for name in ("shapes", "keep", "granularity", "a_seed", "source")}
         save_tensors(file_in(path, "mask.safetensors"), self.packed, meta, format=_FORMAT, version=_VERSION)
 
     @classmethod

@@ -64,7 +64,7 @@ def quantize_experts(
     for path, experts in modules.items():
         for name in [name for name, weight in _dense_weights(experts) if len(kept[path]) < len(weight)]:
             _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
-    _finish(_transformers_model(model))
+    _finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
     return model
 
 
@@ -253,11 +253,6 @@ def _weights(experts: nn.Module) -> Iterator[tuple[str, Any]]:
 def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
     delattr(experts, name)
     setattr(experts, name, holder)
-
-
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    """Inside of a PeftModel too."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def _finish(model: PreTrainedModel) -> None:

@@ -123,6 +123,10 @@ class ExpertsView:
         return (columns, rows) if self.experts.is_transposed else (rows, columns)
 
     @property
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        return self.experts.down_proj.device, self.experts.down_proj.dtype
+
+    @property
     def up_name(self) -> str:
         """The name of the weights that lead into an expert."""
         return "gate_up_proj" if self.experts.has_gate else "up_proj"

@@ -380,8 +380,8 @@ class _Trainer(SFTTrainer):
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
             )
             raise FileError(
-                f"{checkpoint} cannot be gone on from: one of its files was replaced, or is of another training "
-                f"({reason}). Restore it, or delete this checkpoint, to go on from the one before."
+                f"training cannot resume from {checkpoint}: one of its files was replaced, or is of another training "
+                f"({reason}). Restore it, or delete this checkpoint to resume from the one before."
             ) from error
 
 

@@ -75,7 +75,8 @@ def export_adapter(
         raise ModelError(f"{type(model).__name__} has no adapter. Give a PeftModel, as load_adapter returns it.")
     config = _config(model, adapter_name)
     _check_plain(config, format)
-    layers = _lora_layers(model, adapter_name)
+    modules: Any = model.get_base_model().named_modules()
+    layers = {path: m for path, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
     routers = [path for path, layer in layers.items() if isinstance(layer, HotLoraRouter)]
     _check_router_choice(format, bool(routers), merge_router, drop_router)
     attention = not_applied(layers, format)
@@ -149,11 +150,6 @@ def _config(model: PeftModel, adapter_name: str) -> HotLoraConfig:
     if not isinstance(config, HotLoraConfig):
         raise HotLoraError(f"adapter {adapter_name!r} is not a hotlora adapter: save it with save_pretrained.")
     return config
-
-
-def _lora_layers(model: PeftModel, adapter_name: str) -> dict[str, Any]:
-    modules = model.get_base_model().named_modules()
-    return {path: m for path, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
 
 
 def _check_router_choice(format: str, has_router: bool, merge_router: bool, drop_router: bool) -> None:

@@ -35,10 +35,11 @@ def _targets(parts: AdapterFactors) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for experts in parts.experts:
         names = ExpertsView(experts.module).weight_names
         for depth, name in enumerate(names):
-            A, B = _all_experts(*_fused(experts, name), experts.ids, experts.num_experts)
+            A_E, B_E = _all_experts(*_fused(experts, name), experts.ids, experts.num_experts)
             # PEFT wraps a module once for each of its parameters, the first one innermost.
             path = experts.path + ".base_layer" * (len(names) - 1 - depth)
-            tensors |= pair(path, *_stacked(A, B))
+            # Its ParamWrapper has all experts in one: A `[E * R, in]`, expert slowest; B `[out, R * E]`, fastest.
+            tensors |= pair(path, A_E.flatten(0, 1), B_E.permute(1, 2, 0).flatten(1))
             parameters.append(f"{experts.path}.{name}")
     for linear in parts.linears:
         tensors |= pair(linear.path, linear.A, linear.B)
@@ -101,10 +102,8 @@ def _fused(experts: ExpertFactors, name: str) -> tuple[Tensor, Tensor]:
     (A_gate, B_gate), (A_up, B_up) = experts.factors["gate"], experts.factors["up"]
     A = torch.cat([A_gate, A_up], 1)
     B_gate = nn.functional.pad(B_gate, (0, A_up.shape[1]))
-    B_up = nn.functional.pad(B_up, (A_gate.shape[1], 0))
-    if ExpertsView(experts.module).is_interleaved:
-        return A, torch.stack([B_gate, B_up], 2).flatten(1, 2)
-    return A, torch.cat([B_gate, B_up], 1)
+    B = torch.cat([B_gate, nn.functional.pad(B_up, (A_gate.shape[1], 0))], 1)
+    return A, ExpertsView(experts.module).join(B.transpose(1, 2)).transpose(1, 2)
 
 
 def _all_experts(A: Tensor, B: Tensor, ids: Sequence[int], num_experts: int) -> tuple[Tensor, Tensor]:
@@ -112,8 +111,3 @@ def _all_experts(A: Tensor, B: Tensor, ids: Sequence[int], num_experts: int) -> 
     A_E, B_E = (factor.new_zeros(num_experts, *factor.shape[1:]) for factor in (A, B))
     A_E[list(ids)], B_E[list(ids)] = A, B
     return A_E, B_E
-
-
-def _stacked(A_E: Tensor, B_E: Tensor) -> tuple[Tensor, Tensor]:
-    """As PEFT's ParamWrapper holds all experts: A `[E * R, in]`, expert slowest; B `[out, R * E]`, fastest."""
-    return A_E.flatten(0, 1), B_E.permute(1, 2, 0).flatten(1)
