@@ -107,7 +107,7 @@ def pairs(layer: Layer) -> dict[str, tuple[Callable[[], Any], Callable[[], Any],
         return torchs, lambda: gemm.grouped_gemm(x, weight, ends), flops
 
     factors = layer.factors.in_pass(layer.tensors, dtype, (None, None, None))
-    hot = rows.hot(factors)
+    hot = gpu.Hot(rows, factors)
     z_SR = gemm.grouped_gemm(x_SD, factors.A_up, ends, hot.slot_E)
     low_rank = gemm.LowRank(factors.A_up, factors.B_up, hot.slot_E, 2.0)
     hot_rows = num_rows * layer.coverage

@@ -15,7 +15,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward, use_expert
 
 from hotlora.hf.experts_view import ExpertsView
 from hotlora.layer import cpu, gpu
-from hotlora.layer.function import Layer, RoutedExperts, routed_experts
+from hotlora.layer.function import Layer, RoutedExperts, routed_experts, use_routed_layer
 from hotlora.layer.updates import Full, LowRank
 
 E, K, T, D, WIDTH = 8, 2, 40, 32, 16
@@ -124,7 +124,8 @@ def loop(experts, hidden: Tensor, index: Tensor, weights: Tensor, factors: LowRa
             return (factors.up[n] if is_up else factors.down[n]) @ x + bias
         A, B = (factors.A_gate_up[n], factors.B_gate_up[n]) if is_up else (factors.A_down[n], factors.B_down[n])
         pairs = zip(A.split(B.shape[1]), B.chunk(A.shape[0] // B.shape[1]), strict=True)
-        update = torch.cat([factors.scaling * (b @ (a @ x)) for a, b in pairs])
+        scaling = factors.scaling[n] if isinstance(factors.scaling, Tensor) else factors.scaling
+        update = torch.cat([scaling * (b @ (a @ x)) for a, b in pairs])
         scale = factors.scale_up_NPF if is_up else factors.scale_down_ND
         return weight @ x + bias + update if scale is None else scale[n] * (weight @ x + update) + bias
 
@@ -182,6 +183,15 @@ def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance
 @both
 def test_output_and_every_gradient_equal_the_loop(routed_experts, dtype, tolerance, r):
     experts, inputs, factors = make_experts(dtype), make_inputs(dtype), make_factors([1, 3, 6], r, dtype)
+    ours = output_and_gradients(routed_experts, experts, *inputs, factors)
+    assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@both
+def test_a_scaling_of_each_expert(routed_experts, dtype, tolerance):
+    factors = replace(make_factors([1, 3, 6], 8, dtype), scaling=torch.tensor([2.0, 1 / 3, 5.0], dtype=torch.float64))
+    experts, inputs = make_experts(dtype), make_inputs(dtype)
     ours = output_and_gradients(routed_experts, experts, *inputs, factors)
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
 
@@ -288,7 +298,7 @@ def test_registered_implementation_is_the_base(family):
     model, batch = tiny_model(family), tiny_batch()
     with torch.no_grad():
         expected = model(**batch).logits
-        model.set_experts_implementation("hotlora")
+        use_routed_layer(model)
         assert torch.equal(model(**batch).logits, expected)
 
 
@@ -341,7 +351,7 @@ def hot_rows(products, update, index, dtype=torch.float64):
     seeds = [products.seeded(3)] * 3
     run = update.in_pass([tensor.detach() for tensor in update.tensors], dtype, seeds)
     (rows,) = products.Rows.blocks(E, index, 1, True)
-    return run, rows, rows.hot(run)
+    return run, rows, products.Hot(rows, run)
 
 
 @pytest.mark.parametrize("products", [cpu, gpu])

@@ -108,10 +108,20 @@ def test_experts_have_the_ranks_of_the_plan(use_rslora, tmp_path):
     assert {n: p["default"]["rank_8"].shape for n, p in first.named_children() if n == "lora_B_down"} == {
         "lora_B_down": (1, 32, 8)
     }
-    ranks = [factors.A_down.shape[1] for factors in first.updates("default")]
-    scalings = [factors.scaling for factors in first.updates("default")]
-    assert ranks == [2, 4, 8] and scalings == pytest.approx([8 / (r**0.5 if use_rslora else r) for r in ranks])
-    assert [f.expert_ids_N.tolist() for f in second.updates("default")] == [[6], [1, 3]]
+    for module, ranks in ((first, RANKS["0"]), (second, RANKS["1"])):
+        update = module.update("default")
+        assert update.expert_ids_N.tolist() == list(module.expert_ids["default"])
+        assert update.scaling.tolist() == pytest.approx([8 / (r**0.5 if use_rslora else r) for r in ranks])
+        for n, (expert, r) in enumerate(zip(module.expert_ids["default"], ranks, strict=True)):
+            pairs = {
+                name: module.factor_pairs("default", folded=False)[expert, name] for name in ("gate", "up", "down")
+            }
+            for name, (A, B) in pairs.items():
+                part = {"gate": 0, "up": 1}.get(name)
+                A_n = update.A_down[n] if part is None else update.A_gate_up[n].chunk(2)[part]
+                B_n = update.B_down[n] if part is None else update.B_gate_up[n].chunk(2)[part]
+                assert torch.equal(A_n[:r], A) and torch.equal(B_n[:, :r], B) and A.shape[0] == r
+                assert not A_n[r:].any() and not B_n[:, r:].any()
     trained = sum(p.numel() for p in first.parameters() if p.requires_grad)
     assert trained == sum(RANKS["0"]) * (2 * (32 + 16) + (16 + 32))
     expected = torch.func.functional_call(tiny_model(), by_hand(model), (), dict(BATCH)).logits
@@ -338,8 +348,8 @@ def test_another_frozen_A_than_the_saved_one_is_refused(load, options, tmp_path,
         assert options or not any("lora" in name for name, _ in base.named_modules())
         base = tiny_model()
     file.write_text(json.dumps(saved))
-    draw = factors.uniform  # another generator, such as another torch might have
-    monkeypatch.setattr(factors, "uniform", lambda *args: draw(*args) * 1.0001)
+    draw = factors.kaiming_uniform  # another generator, such as another torch might have
+    monkeypatch.setattr(factors, "kaiming_uniform", lambda *args: draw(*args) * 1.0001)
     with pytest.raises(FileError, match="is not the one"):
         load(base, tmp_path, **options)
     monkeypatch.undo()

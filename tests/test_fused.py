@@ -97,7 +97,7 @@ def test_rounded_rows_hold_an_experts_own_and_are_of_few_sizes(num_rows):
     sizes = set()
     for a in range(0, num_rows, 1 + num_rows // 20):
         for b in range(a + 1, num_rows + 1):
-            span = cpu.span_of(0, a, b, num_rows, True)
+            span = cpu.expert_rows(0, a, b, num_rows, True)
             assert 0 <= span.start <= a < b <= span.stop <= num_rows
             z = span.own(torch.ones(span.stop - span.start, 1))
             assert z.sum() == b - a and z[a - span.start : b - span.start].all()

@@ -80,7 +80,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(ended: dict):
 def test_ctrl_c_before_training_leaves_nothing_half_written(ended: dict, stage: str):
     report = ended[f"ctrl-c-{stage}"]
     assert report["code"] == 130 and report["steps"] == 0, report
-    assert "stopped by Ctrl-C: nothing is half-written, and the same command goes on" in report["said"]
+    assert "stopped by Ctrl-C: nothing is half-written; run the same command again to resume" in report["said"]
     assert "Traceback" not in report["said"] and not report["left"] and report["again"] == 0 and report["same"]
 
 

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 from hotlora.base.errors import DataError, FileError, ModelError, PlanError
-from hotlora.hf.models import fingerprint, moe_layers
+from hotlora.hf.models import fingerprint, moe_layers, unwrap
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, experts_kept, jaccard
 from hotlora.routing.profiler import profile_examples, profile_routing
@@ -347,11 +347,19 @@ def test_a_model_on_the_meta_device_is_told():
         profile_routing(model.to("meta"), [tiny_batch()])
 
 
-def test_indices_of_other_ranks_are_dropped():
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_indices_of_other_ranks_are_dropped(is_adapted):
     """Under expert parallelism a slot that is not here carries the sentinel num_experts."""
+    import peft
+
+    from hotlora.adapter.config import HotLoraConfig
+
     model = tiny_model()
+    if is_adapted:
+        plan = select_experts(profile_routing(model, [tiny_batch()]))
+        model = peft.get_peft_model(model, HotLoraConfig(plan=plan, r=2, train_router=False))
     for layer in moe_layers(model):
-        model.get_submodule(layer.experts)._is_expert_parallel = True
+        unwrap(model.get_submodule(layer.experts))._is_expert_parallel = True
         router = model.get_submodule(layer.router)
         router.register_forward_hook(lambda module, args, out: (out[0], out[1], torch.where(out[2] < 4, out[2], E)))
     profile = profile_routing(model, [tiny_batch()])

@@ -73,3 +73,13 @@ def test_what_shows_results_loads_no_trainer(modules):
     code += "print(sorted({'trl', 'peft'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+def test_only_the_experts_view_reads_the_flags_of_experts():
+    flags = {"has_gate", "has_bias", "is_concatenated", "_apply_gate", "_is_expert_parallel", "has_post_expert_norm"}
+    readers = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            read = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+            readers |= {name} if isinstance(read, str) and read in flags else set()
+    assert readers == {"hotlora.hf.experts_view"}

@@ -31,6 +31,7 @@ def combine(module: LoraLayer, weights: dict[str, float], adapter_name: str, how
 
 
 def factor_pairs(module: Any, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:
+    """An adapter's A `[..., R, in]` and B `[..., out, R]` in one layer, as views, under what each pair updates."""
     if isinstance(module, MergeableLayer):
         return module.factor_pairs(adapter)
     return {"weight": (module.lora_A[adapter].weight, module.lora_B[adapter].weight)}

@@ -182,8 +182,7 @@ class HotLoraConfig(LoraConfig):
         return dict(NO_FILE)
 
     def bind(self, model: nn.Module) -> None:
-        """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it
-        is.
+        """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it is.
 
         Raises:
             PlanError: the plan is for another model or names a layer that is not there, or nothing would
@@ -251,6 +250,7 @@ def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
 
 
 def frozen_a(slots: Iterable[Slot]) -> list[SeededFactor]:
+    """Those of some slots that hold an A which its seed gives back."""
     return [factor for slot in slots if isinstance(factor := slot.held[slot.key], SeededFactor)]
 
 

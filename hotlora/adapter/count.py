@@ -33,11 +33,7 @@ def count_parameters(model: nn.Module) -> dict[str, int | float]:
         raise ModelError(f"{type(model).__name__} has no adapter. Give the result of peft.get_peft_model.")
     trainable, total = model.get_nb_trainable_parameters()
     total += quantized_parameters(model) + sum(_not_held(module) for module in model.modules())
-    counts: dict[str, int | float] = {
-        "trainable": trainable,
-        "total": total,
-        "percent": 100 * trainable / total,
-    }
+    counts: dict[str, int | float] = {"trainable": trainable, "total": total, "percent": 100 * trainable / total}
     for part, paths in _part_paths(model).items():
         parameters = (p for path in paths for p in model.get_submodule(path).parameters())
         counts[part] = sum(p.numel() for p in parameters if p.requires_grad)

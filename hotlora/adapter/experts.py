@@ -29,27 +29,27 @@ class HotExperts(MergeableLayer):
             setattr(self, name, FactorDict())
         self.expert_ids: dict[str, tuple[int, ...]] = {}
         self._groups: dict[str, list[_Group]] = {}
-        self._ids_on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._on_device: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
     @property
     def lora_A(self) -> nn.ParameterDict:  # type: ignore[override]
         """PEFT asks `name in layer.lora_A` to learn whether a layer has an adapter."""
-        held: nn.ParameterDict = getattr(self, self.adapter_layer_names[0])
-        return held
+        return getattr(self, self.adapter_layer_names[0])
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Any = None
     ) -> Tensor:
+        """Output `[T, D]` for hidden `[T, D]`, the chosen experts `[T, K]` and their weights `[T, K]`."""
         active = self._active_here(adapter_names)
         if not active:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        updates: Sequence[Update] = [update for name in active for update in self.updates(name)]
+        updates: Sequence[Update] = [self.update(name) for name in active]
         experts: Any = self.get_base_layer()
         if not self.view.is_forwarded_by_others:
             return routed_experts(experts, hidden_states, top_k_index, top_k_weights, updates)
         here = self.view.ids_here
         if len(here) < self.view.num_experts_everywhere:
-            ids = [group.ids for name in active for group in self._groups[name]]
+            ids = [self.expert_ids[name] for name in active]
             hidden_states, updates = _updates_here(here, ids, hidden_states, cast(Any, updates))
         with updates_on(experts, updates):  # and their forward is the routed layer since the adapter was injected
             output: Tensor = experts(hidden_states, top_k_index, top_k_weights)
@@ -57,13 +57,15 @@ class HotExperts(MergeableLayer):
 
     @property
     def view(self) -> ExpertsView:
+        """The experts module, as all families look alike."""
         return ExpertsView(self.get_base_layer())
 
-    def updates(self, adapter: str) -> Sequence[Update]:
+    def update(self, adapter: str) -> Update:
         """What `adapter` adds, as the layer takes it; dropout is 0 outside training."""
         raise NotImplementedError
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What a merge adds: `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]`, in float32 at least."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -77,10 +79,10 @@ class HotExperts(MergeableLayer):
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
         deltas = self.view.own_layout(*self.get_delta_weight(adapter))
-        for (weight, ids), delta in zip(self._merged_into(adapter), deltas, strict=True):
+        for (weight, ids), delta in zip(self.merge_targets(adapter), deltas, strict=True):
             yield weight, ids, delta
 
-    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+    def merge_targets(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
         yield from self.view.parameters_of(self.expert_ids[adapter])
 
     def _ids_planned(self, config: LoraConfig, path: str) -> tuple[int, ...]:
@@ -98,19 +100,20 @@ class HotExperts(MergeableLayer):
             )
         return self.view.weights_of(ids)
 
-    def _ids_tensor(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
-        """Expert ids on the device, sent there once. Not a buffer: buffers made on meta are lost with it."""
-        key = (ids, device)
-        if key not in self._ids_on_device:
+    def _sent(self, numbers: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
+        """int64 or float64, on the device, sent there once. Not a buffer: buffers made on meta are lost with it."""
+        key = (numbers, device)
+        if key not in self._on_device:
+            kind = torch.int64 if isinstance(numbers[0], int) else torch.float64
             with torch.inference_mode(False):  # a tensor born in inference mode could not be used in training later
-                self._ids_on_device[key] = torch.tensor(ids, device=device)
-        return self._ids_on_device[key]
+                self._on_device[key] = torch.tensor(numbers, dtype=kind, device=device)
+        return self._on_device[key]
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
         return None, None
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        return base_layer.down_proj.device, base_layer.down_proj.dtype
+        return ExpertsView(base_layer).device_and_dtype
 
 
 def _updates_here(
@@ -123,7 +126,9 @@ def _updates_here(
     parts = []
     for i, (its, update) in enumerate(zip(ids, updates, strict=True)):
         some = slice(bisect_left(its, here.start), bisect_left(its, here.stop))
-        own = {name: tensor[some] for name, tensor in zip(names, tensors[4 * i : 4 * i + 4], strict=True)}
+        own: dict[str, Any] = dict(zip(names, (t[some] for t in tensors[4 * i : 4 * i + 4]), strict=True))
+        if isinstance(update.scaling, Tensor):
+            own["scaling"] = update.scaling[some]
         parts.append(replace(update, expert_ids_N=update.expert_ids_N[some] - here.start, **own))
     return hidden_TD, parts
 
@@ -160,19 +165,9 @@ class HotLoraExperts(HotExperts):
     """
 
     adapter_layer_names = (
-        "lora_A_gate_up",
-        "lora_B_gate_up",
-        "lora_A_down",
-        "lora_B_down",
-        "lora_magnitude_gate_up",
-        "lora_magnitude_down",
+        *("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down"),
+        *("lora_magnitude_gate_up", "lora_magnitude_down"),
     )
-
-    lora_A_gate_up: nn.ParameterDict
-    lora_B_gate_up: nn.ParameterDict
-    lora_A_down: nn.ParameterDict
-    lora_B_down: nn.ParameterDict
-    lora_magnitude_gate_up: nn.ParameterDict
     lora_magnitude_down: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -206,27 +201,22 @@ class HotLoraExperts(HotExperts):
                     self._hold(name, adapter_name, group, nn.Parameter(norms))
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def updates(self, adapter: str) -> list[LowRank]:
-        """One for each rank."""
-        dropout = cast(nn.Dropout, self.lora_dropout[adapter])
-        found = []
-        for group in self._groups[adapter]:
-            A_gate_up, B_gate_up, A_down, B_down = self._tensors_of(adapter, group)
-            up, down = self._dora_scales(adapter, group) or (None, None)
-            found.append(
-                LowRank(
-                    self._ids_tensor(group.ids, A_gate_up.device),
-                    A_gate_up,
-                    B_gate_up,
-                    A_down,
-                    B_down,
-                    scaling=self._scaling(adapter, group),
-                    dropout=dropout.p if self.training else 0.0,
-                    scale_up_NPF=up,
-                    scale_down_ND=down,
-                )
-            )
-        return found
+    def update(self, adapter: str) -> LowRank:
+        """Where experts have ranks of their own, all at the largest: parameters, their gradients and an optimizer's
+        state are of the true ranks, and the zeros are added for one forward."""
+        groups, ids = self._groups[adapter], self.expert_ids[adapter]
+        tensors = [[*self._tensors_of(adapter, group), *self._dora_scales(adapter, group)] for group in groups]
+        device = tensors[0][0].device
+        scaling: float | Tensor = self._scaling(adapter, groups[0])
+        if len(groups) > 1:
+            scaling = self._sent(tuple(self.scaling_of(adapter, expert) for expert in ids), device)
+            by_group = [expert for group in groups for expert in group.ids]
+            order = self._sent(tuple(by_group.index(expert) for expert in ids), device)
+            padded = [_padded(its, groups[-1].r, self.view.num_parts) for its in tensors]
+            tensors = [[torch.cat(its).index_select(0, order) for its in zip(*padded, strict=True)]]
+        A_gate_up, B_gate_up, A_down, B_down, *dora = tensors[0]
+        p = cast(nn.Dropout, self.lora_dropout[adapter]).p if self.training else 0.0
+        return LowRank(self._sent(ids, device), A_gate_up, B_gate_up, A_down, B_down, scaling, p, *dora)
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         """What a merge adds to the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
@@ -281,25 +271,26 @@ class HotLoraExperts(HotExperts):
     def slots(self, path: str, adapter: str) -> Iterator[Slot]:
         for group in self._groups[adapter]:
             for name in self.adapter_layer_names[:4]:
-                held = getattr(self, name)
                 parts = self.view.num_parts if "gate_up" in name else 1
-                if group.name is None:
-                    yield Slot(f"{path}.{name}", "_A_" in name, held, adapter, parts)
-                else:
-                    yield Slot(f"{path}.{name}.{group.name}", "_A_" in name, held[adapter], group.name, parts)
+                own = f"{path}.{name}" if group.name is None else f"{path}.{name}.{group.name}"
+                yield Slot(own, "_A_" in name, *self._place(name, adapter, group), parts)
 
-    def _hold(self, name: str, adapter: str, group: _Group, parameter: nn.Parameter) -> None:
+    def _place(self, name: str, adapter: str, group: _Group) -> tuple[Any, str]:
+        """What holds a group's tensor, and under which key."""
         held = getattr(self, name)
         if group.name is None:
-            held[adapter] = parameter
-        else:
-            if adapter not in held:
-                held[adapter] = nn.ParameterDict()
-            held[adapter][group.name] = parameter
+            return held, adapter
+        if adapter not in held:
+            held[adapter] = nn.ParameterDict()
+        return held[adapter], group.name
+
+    def _hold(self, name: str, adapter: str, group: _Group, parameter: nn.Parameter) -> None:
+        held, key = self._place(name, adapter, group)
+        held[key] = parameter
 
     def _held(self, name: str, adapter: str, group: _Group) -> Any:
-        held = getattr(self, name)[adapter]
-        return held if group.name is None else held[group.name]
+        held, key = self._place(name, adapter, group)
+        return held[key]
 
     def _tensors_of(self, adapter: str, group: _Group) -> list[Tensor]:
         return [factor_values(self._held(name, adapter, group)) for name in self.adapter_layer_names[:4]]
@@ -315,10 +306,10 @@ class HotLoraExperts(HotExperts):
         scaling = self._scaling(adapter, group)
         return gate_up * scaling, down * scaling
 
-    def _dora_scales(self, adapter: str, group: _Group) -> tuple[Tensor, Tensor] | None:
-        """Magnitude over norm: `[N, P*F]` and `[N, D]`. The norm carries no gradient (DoRA, section 4.3)."""
+    def _dora_scales(self, adapter: str, group: _Group) -> tuple[Tensor, ...]:
+        """Magnitude over norm: `[N, P*F]` and `[N, D]`, or none. The norm carries no gradient (DoRA, section 4.3)."""
         if adapter not in self.lora_magnitude_down:
-            return None
+            return ()
         up, down = (
             self._held(name, adapter, group) / norms
             for name, norms in zip(self.adapter_layer_names[4:], self._norms(adapter, group), strict=True)
@@ -358,9 +349,9 @@ class HotFullExperts(HotExperts):
             getattr(self, name)[adapter_name] = nn.Parameter(weight.contiguous())
         self._add_adapter(adapter_name, r, lora_alpha, config)
 
-    def updates(self, adapter: str) -> list[Full]:
+    def update(self, adapter: str) -> Full:
         up, down = self._weights(adapter)
-        return [Full(self._ids_tensor(self.expert_ids[adapter], up.device), up, down)]
+        return Full(self._sent(self.expert_ids[adapter], up.device), up, down)
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         """What a merge adds to the planned experts, in float32 at least: `[N, P*F, D]` and `[N, D, F]`, gate rows
@@ -374,7 +365,7 @@ class HotFullExperts(HotExperts):
 
     def _merged_values(self, adapter: str) -> list[tuple[Tensor, list[int] | slice, Tensor]]:
         values = self.view.own_layout(*(weight.detach() for weight in self._weights(adapter)))
-        pairs = zip(self._merged_into(adapter), values, strict=True)
+        pairs = zip(self.merge_targets(adapter), values, strict=True)
         return [(weight, rows, value.to(weight.dtype)) for (weight, rows), value in pairs]
 
     def slots(self, path: str, adapter: str) -> Iterator[Slot]:
@@ -382,6 +373,20 @@ class HotFullExperts(HotExperts):
 
     def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.lora_full_gate_up[adapter], self.lora_full_down[adapter]
+
+
+def _padded(tensors: Sequence[Tensor], r: int, parts: int) -> list[Tensor]:
+    """The factors of some experts with zeros up to rank r; DoRA's scales, which follow them, have none."""
+    A_gate_up, B_gate_up, A_down, B_down, *scales = tensors
+    missing, pad = r - A_down.shape[1], nn.functional.pad
+    A_gate_up = pad(A_gate_up.unflatten(1, (parts, -1)), (0, 0, 0, missing)).flatten(1, 2)
+    return [
+        A_gate_up,
+        pad(B_gate_up, (0, missing)),
+        pad(A_down, (0, 0, 0, missing)),
+        pad(B_down, (0, missing)),
+        *scales,
+    ]
 
 
 def _tensors(held: Any) -> list[Tensor]:

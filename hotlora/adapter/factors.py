@@ -69,7 +69,7 @@ class SeededFactor(nn.Module):
             return torch.empty(self.shape, dtype=torch.float32, device=device)
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        return uniform(self.shape, generator).to(device)
+        return kaiming_uniform(self.shape, generator).to(device)
 
 
 class SparseFactor(nn.Module):
@@ -106,8 +106,7 @@ class SparseFactor(nn.Module):
                     "as well."
                 )
             self._is_checked = True
-        dense: Tensor = _Scatter.apply(self.values, self.kept, self.shape)
-        return dense
+        return _Scatter.apply(self.values, self.kept, self.shape)
 
     @torch.no_grad()
     def keep(self, mask: Tensor) -> None:
@@ -141,8 +140,7 @@ def factor_values(held: Any) -> Tensor:
 
 def factor_dtype(held: Any) -> torch.dtype:
     """The dtype of `factor_values`, without making them."""
-    dtype: torch.dtype = held.values.dtype if isinstance(held, SparseFactor) else factor_values(held).dtype
-    return dtype
+    return held.values.dtype if isinstance(held, SparseFactor) else factor_values(held).dtype
 
 
 def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = False) -> nn.Parameter:
@@ -154,10 +152,10 @@ def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = Fal
     if is_zero or device.type == "meta":
         on = "meta" if device.type == "meta" else "cpu"
         return nn.Parameter(torch.zeros(shape, device=on, dtype=torch.float32))
-    return nn.Parameter(uniform(shape))
+    return nn.Parameter(kaiming_uniform(shape))
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
     """What kaiming_uniform_(a=sqrt(5)) draws: the bound is 1/sqrt(in_features). In float32 and on the CPU, whatever
     torch's defaults are: one seed gives one factor."""
     bound = 1 / math.sqrt(shape[-1])
@@ -216,6 +214,7 @@ class Slot:
 
     @property
     def values(self) -> Tensor:
+        """The factor's values, whichever way it is held."""
         return factor_values(self.held[self.key])
 
     def hold(self, factor: nn.Module) -> None:
@@ -233,4 +232,5 @@ def low_rank_products(A_gate_up: Tensor, B_gate_up: Tensor, A_down: Tensor, B_do
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

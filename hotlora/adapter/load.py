@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn

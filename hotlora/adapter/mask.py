@@ -50,32 +50,27 @@ class SparseMask:
         return unpack(self.packed[name], self.shapes[name])
 
     def num_kept(self) -> dict[str, int]:
+        """Name of each B -> how many of its entries train."""
         return {name: int(self.entries(name, shape).sum()) for name, shape in self.shapes.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; any other path is a folder that gets `mask.safetensors`."""
-        meta = {
-            "shapes": self.shapes,
-            "keep": self.keep,
-            "granularity": self.granularity,
-            "a_seed": self.a_seed,
-            "source": self.source,
-        }
+        meta = {name: getattr(self, name) for name in ("shapes", "keep", "granularity", "a_seed", "source")}
         save_tensors(file_in(path, "mask.safetensors"), self.packed, meta, format=_FORMAT, version=_VERSION)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SparseMask":
         """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short, altered or foreign."""
         file = file_in(path, "mask.safetensors")
-        mend = "make it again with `hotlora train --method lori-s`"
-        packed, meta = load_tensors(file, format=_FORMAT, version=_VERSION, what="mask", mend=mend)
+        fix = "make it again with `hotlora train --method lori-s`"
+        packed, meta = load_tensors(file, format=_FORMAT, version=_VERSION, what="mask", fix=fix)
         try:
             shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
             packed = {name: packed[name] for name in shapes}
             mask = cls(packed, shapes, meta["keep"], meta["granularity"], meta["a_seed"], meta["source"])
             mask.num_kept()
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            raise FileError(f"{file} is not a whole mask ({error}): {mend}") from error
+            raise FileError(f"{file} is not a whole mask ({error}): {fix}") from error
         return mask
 
 

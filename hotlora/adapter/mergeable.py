@@ -95,10 +95,10 @@ class MergeableLayer(nn.Module, LoraLayer):
             if before is None:
                 self._write(name, self._sums([(weight, rows, -d) for weight, rows, d in self._deltas(name)]), False)
             else:
-                for (weight, rows), old in zip(self._merged_into(name), before, strict=True):
+                for (weight, rows), old in zip(self.merge_targets(name), before, strict=True):
                     weight.data[rows] = old
 
-    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+    def merge_targets(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
         """(parameter, rows) of `_deltas`, without working out the deltas."""
         raise NotImplementedError
 

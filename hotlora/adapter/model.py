@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base.errors import HotLoraError, PlanError
 from ..base.unchanged import unchanged_on_error
 from ..hf import peft_hooks
-from ..layer.function import IMPLEMENTATION
+from ..layer.function import IMPLEMENTATION, use_routed_layer
 from ..routing.plan import ExpertPlan
 from .combine import combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
@@ -52,7 +52,7 @@ class HotLoraModel(LoraModel):
         before = self.model.config._experts_implementation
         if before != IMPLEMENTATION:
             self._implementation_before = before
-            self.model.set_experts_implementation(IMPLEMENTATION)
+            use_routed_layer(self.model)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         """PEFT's, for merge_and_unload and unload; the model's config then names all that is merged in."""

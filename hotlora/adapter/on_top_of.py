@@ -81,6 +81,7 @@ def check_ground(on_top_of: Sequence[Entry] | None, model: nn.Module) -> None:
 
 
 def described(entries: Sequence[Entry]) -> str:
+    """For messages: the adapters' folders."""
     return " and ".join(entry["path"] or "an adapter that was merged in memory" for entry in entries)
 
 

@@ -13,14 +13,13 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers import ConversionOps, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
-from ..layer.function import IMPLEMENTATION
+from ..layer.function import use_routed_layer
 from ..layer.quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 
 _METHOD = "hotlora_experts"
@@ -32,7 +31,7 @@ def quantize_experts(
     """Stores the routed experts of `model` in `bits` bits, in place, and returns `model`.
 
     Only routed experts: attention, shared experts and embeddings keep their dtype, or what bitsandbytes has made of
-    them. The model runs on hotlora's forward from here on (`set_experts_implementation("hotlora")`), trains by
+    them. The model runs on hotlora's forward from here on (`layer.function.use_routed_layer`), trains by
     adapters only, and cannot be saved as a whole. Quantizing needs the memory of one projection of one layer more
     than the model has; `ExpertsQuantization` quantizes while it loads.
 
@@ -65,7 +64,7 @@ def quantize_experts(
     for path, experts in modules.items():
         for name in [name for name, weight in _dense_weights(experts) if len(kept[path]) < len(weight)]:
             _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
-    _finish(_transformers_model(model))
+    _finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
     return model
 
 
@@ -256,13 +255,8 @@ def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
     setattr(experts, name, holder)
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    """Inside of a PeftModel too."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
 def _finish(model: PreTrainedModel) -> None:
-    model.set_experts_implementation(IMPLEMENTATION)
+    use_routed_layer(model)
     # On the instance: PeftModel's own save_pretrained, which saves the adapter, stays as it is.
     model.__dict__["save_pretrained"] = _refuse_to_save
 

@@ -96,10 +96,10 @@ class HotLoraWeights(MergeableLayer):
         return torch.linalg.vector_norm(weight + low_rank, dim=-1)
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
-        for name, (weight, rows) in zip(self._weights, self._merged_into(adapter), strict=True):
+        for name, (weight, rows) in zip(self._weights, self.merge_targets(adapter), strict=True):
             yield weight, rows, self._delta(adapter, name)
 
-    def _merged_into(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+    def merge_targets(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
         for weight in self._weights.values():
             yield self.get_base_layer().get_parameter(weight), slice(None)
 

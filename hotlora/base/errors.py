@@ -1,4 +1,4 @@
-"""One base error, few subclasses. Every message names the value, what is allowed, and the mend."""
+"""One base error, few subclasses. Every message names the value, what is allowed, and the fix."""
 
 
 class HotLoraError(ValueError):
@@ -22,7 +22,7 @@ class FileError(HotLoraError):
 
 
 class Stopped(SystemExit):
-    """Something asked the process to end, SIGTERM or Ctrl-C: what was done is saved, and the same command goes on. Exit
+    """Something asked the process to end, SIGTERM or Ctrl-C: what was done is saved, and the same command resumes. Exit
     code 143 or 130, as of a process that the signal ends."""
 
     def __init__(self, message: str, by: str = "SIGTERM") -> None:

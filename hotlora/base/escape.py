@@ -27,6 +27,7 @@ def markdown(text: str) -> str:
 
 
 def latex(text: str) -> str:
+    """In a table of LaTeX: no command, on one line."""
     return "".join(_LATEX.get(sign, sign) for sign in one_line(text))
 
 

@@ -34,10 +34,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Makes the parent folders. The temporary name keeps the suffix, by which some writers choose a format. FileError,
     naming `path`, where it cannot be written: a full disk, no permission.
     """
-    path = Path(path)
-    temporary = _beside(path)
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside_made(Path(path)) as temporary:
         try:
             yield temporary
             os.replace(temporary, path)
@@ -49,10 +46,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The same for a folder: yields a new name beside `path`, whose folder replaces `path`'s on success."""
-    path = Path(path)
-    temporary = _beside(path)
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside_made(Path(path)) as temporary:
         try:
             yield temporary
             shutil.rmtree(path, ignore_errors=True)
@@ -85,6 +79,15 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
+def _beside_made(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, in its folder, which is made."""
+    temporary = _beside(path)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+
+
+@contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Tells what the system refuses to write as one FileError with the path."""
     try:
@@ -106,7 +109,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def full_disk(path: Path) -> str:
-    """What to say of it: how much is free where `path` is, and the mend."""
+    """What to say of it: how much is free where `path` is, and the fix."""
     there = next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(there).free / 1e6
     return (
@@ -153,6 +156,7 @@ def file_in(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 text, whole or not at all. FileError: as `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -210,14 +214,18 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
 def whole_text(obj: Any, source: str) -> Any:
     """`obj`, which the JSON in `source` says; ValueError where a text in it holds half a character: JSON can write one
     half of a surrogate pair, and nothing can encode it."""
-    if "\\u" not in source:
-        return obj
+    if "\\u" in source and (half := half_character(obj)):
+        raise ValueError(f"a text holds half a character ({half}), which is none")
+    return obj
+
+
+def half_character(obj: Any) -> str:
+    """The first lone surrogate in an object's texts, as `\\ud83d`; empty where there is none."""
     try:
         json.dumps(obj, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])[1:-1]
-        raise ValueError(f"a text holds half a character ({half}), which is none") from None
-    return obj
+        return ascii(error.object[error.start])[1:-1]
+    return ""
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

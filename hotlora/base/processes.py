@@ -29,7 +29,7 @@ _FAILURE = "hotlora/failure"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exiting prematurely")
 LOST = (
     "another process of this run is gone without a message: it crashed, or was killed (as systems do when memory runs "
-    "out). The same command goes on from what is saved."
+    "out). Run the same command again to resume from what is saved."
 )
 _wishes: set[str] = set()
 """What the launcher's configuration asks for, and is not to be asked for a second time."""
@@ -65,6 +65,7 @@ def _hint_at_one_process() -> None:
 
 
 def num_processes() -> int:
+    """How many processes take part in this run; 1 for one by itself."""
     return dist.get_world_size() if _are_many() else 1
 
 
@@ -93,8 +94,7 @@ def own_device() -> torch.device | None:
 
 def device_of(model: Any) -> torch.device:
     """Where the model computes: not where its weights wait, if they are offloaded."""
-    device: torch.device = own_device() or model.device
-    return device
+    return own_device() or model.device
 
 
 def all_objects(obj: T) -> list[T]:

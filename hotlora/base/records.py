@@ -63,13 +63,7 @@ Record = dict[str, Any]
 
 
 def new_record(
-    *,
-    name: str,
-    condition: str,
-    model: Mapping[str, Any],
-    data: Mapping[str, Any],
-    seed: int = 0,
-    **sections: Any,
+    *, name: str, condition: str, model: Mapping[str, Any], data: Mapping[str, Any], seed: int = 0, **sections: Any
 ) -> Record:
     """A record with status "running", the time in UTC and the environment; `sections` are added as given."""
     record = {

@@ -45,7 +45,7 @@ def on_stop(handler: Callable[[str], None]) -> Iterator[None]:
 
 def stop(by: str) -> None:
     """A handler that unwinds, so that nothing is left half-written."""
-    raise Stopped(f"stopped by {by}: nothing is half-written, and the same command goes on from what was saved", by)
+    raise Stopped(f"stopped by {by}: nothing is half-written; run the same command again to resume", by)
 
 
 def say(text: str) -> None:

@@ -27,34 +27,34 @@ def save_tensors(
 
 
 def load_tensors(
-    path: str | os.PathLike[str], *, format: str, version: str, what: str, mend: str
+    path: str | os.PathLike[str], *, format: str, version: str, what: str, fix: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the meta of a file that `save_tensors` wrote; the hash is compared where the file has one.
 
-    FileError, naming the file, `what` it should be and the `mend`: it is missing, cut short, foreign or altered.
+    FileError, naming the file, `what` it should be and the `fix`: it is missing, cut short, foreign or altered.
     """
     file = Path(path)
     if not file.is_file():
-        raise FileError(f"{file} does not exist: check the path, or {mend}")
+        raise FileError(f"{file} does not exist: check the path, or {fix}")
     try:
         with safe_open(file, "pt") as stored:
             head = stored.metadata() or {}
             if head.get("format") != format:
-                raise FileError(f"{file} is a safetensors file, but not a {what}: {mend}")
+                raise FileError(f"{file} is a safetensors file, but not a {what}: {fix}")
             if head.get("version") != version:
-                raise FileError(f"{file} has version {head.get('version')!r}, this hotlora reads {version!r}: {mend}")
+                raise FileError(f"{file} has version {head.get('version')!r}, this hotlora reads {version!r}: {fix}")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
             text = head["json"]
         # Older files have none.
         if head.get("sha256", found := _digest(tensors, text)) != found:
-            raise FileError(f"{file} is damaged: its content is not what was written (another SHA-256): {mend}")
+            raise FileError(f"{file} is damaged: its content is not what was written (another SHA-256): {fix}")
         meta = json.loads(text)
     except (OSError, SafetensorError, KeyError, *JSON_ERRORS) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{file} is not a whole {what} ({error}): {mend}") from error
+        raise FileError(f"{file} is not a whole {what} ({error}): {fix}") from error
     if not isinstance(meta, dict):
-        raise FileError(f"{file} is not a whole {what} (its json is no object): {mend}")
+        raise FileError(f"{file} is not a whole {what} (its json is no object): {fix}")
     return tensors, meta
 
 

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.factors import pack
@@ -22,9 +21,9 @@ from ..adapter.mask import SparseMask
 from ..adapter.mergeable import factor_slots
 from ..base.errors import HotLoraError
 from ..base.quiet import quiet
-from ..cost.estimate import model_class
 from ..hf.experts_view import ExpertsView
-from ..hf.models import attention_modules, moe_layers, unwrap
+from ..hf.internals import internal
+from ..hf.models import attention_modules, auto_class, moe_layers, unwrap
 from ..routing.plan import ExpertPlan, select_experts
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing
@@ -148,8 +147,9 @@ class RandomModel:
     again, so that several processes take turns with the memory of one."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        no_init_weights = internal("transformers.initialization:no_init_weights")
         with quiet(), torch.device(device), no_init_weights():
-            self.model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
+            self.model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
         # PEFT and the loop keep these very tensors, or views of them.
         self._large = [p for p in self.model.parameters() if p.numel() >= _LARGE]
         self._sizes = [p.untyped_storage().nbytes() for p in self._large]
@@ -247,7 +247,7 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
 def random_mask(model: PreTrainedModel, config: LoraConfig, keep: float) -> SparseMask:
     """A mask as large as LoRI-S's: which entries stay does not matter to time and memory."""
     with torch.device("meta"), quiet():
-        empty = get_peft_model(model_class(model.config)._from_config(copy.deepcopy(model.config)), config)
+        empty = get_peft_model(auto_class(model.config).from_config(copy.deepcopy(model.config)), config)
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for slot in factor_slots(empty.get_base_model(), "default"):

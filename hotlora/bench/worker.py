@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from trl.trainer.utils import add_fused_lm_head
 
 from ..base.precision import is_fast_on_cpu
 from ..cost.estimate import SavedBytes, autocast, sized_config, torch_dtype
+from ..hf.internals import internal
 from ..hf.models import attention_modules, moe_layers
 from ..routing.plan import ExpertPlan
 from ..routing.profiler import profile_routing
@@ -58,7 +58,9 @@ class Worker:
         base = self._random()
         skew_routers(base.model, spreads, self.config.seed)
         blocks = _moe_blocks(base.model)
-        add_fused_lm_head(base.model)  # as TRL's trainer does: a loss without the whole of the logits
+        internal("trl.trainer.utils:add_fused_lm_head")(
+            base.model
+        )  # as TRL's trainer does: a loss without the whole of the logits
         chosen = None if plan is None else ExpertPlan.from_dict(plan)
         self.model = adapted(base.model, self.contender, chosen, self.config.r)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

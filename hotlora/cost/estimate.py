@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.count import count_parameters
@@ -24,6 +24,7 @@ from ..adapter.experts import HotLoraExperts
 from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
+from ..hf.internals import internal
 from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
@@ -213,14 +214,9 @@ def sized_config(config: str | Path, layers: int | None = None) -> PreTrainedCon
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config without weights. ModelError where no MoE layer is left."""
     with torch.device("meta"), quiet():
-        model = model_class(config)._from_config(copy.deepcopy(config))
+        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
     moe_layers(model)
     return model
-
-
-def model_class(config: PreTrainedConfig) -> Any:
-    """The class that generates text with this config."""
-    return auto_class(config)._model_mapping[type(config)]
 
 
 def torch_dtype(name: str, config: PreTrainedConfig, device_type: str = "cuda") -> torch.dtype:
@@ -271,11 +267,10 @@ def _expert_bytes(
 
 
 def _two_experts(experts: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    two = copy.copy(experts)
-    two.__dict__["_parameters"] = {
-        name: nn.Parameter(torch.zeros(2, *p.shape[1:], dtype=dtype, device=device), requires_grad=False)
-        for name, p in experts.named_parameters(recurse=False)
-    }
+    two = copy.deepcopy(experts)  # without weights: the model is on the meta device
+    for name, p in experts.named_parameters(recurse=False):
+        weights = torch.zeros(2, *p.shape[1:], dtype=dtype, device=device)
+        setattr(two, name, nn.Parameter(weights, requires_grad=False))
     two.num_experts = 2
     return two
 
@@ -286,7 +281,7 @@ def _other_activations(
     """Bytes that all but the routed experts keep, and the counts of parameters: the adapted decoder, run on tensors
     that have shapes only."""
     with torch.device("meta"), quiet():
-        base = model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
+        base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
         model = get_peft_model(base, lora).train()
     with FakeTensorMode(), quiet():
         _on_cpu(model)
@@ -301,13 +296,11 @@ def _other_activations(
 def _on_cpu(model: nn.Module) -> None:
     """From the meta device to tensors that say they are on the CPU, where attention takes its fused kernels."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            new = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 class _Inputs(torch.autograd.Function):
@@ -335,7 +328,9 @@ def _without_experts(model: nn.Module) -> Iterator[None]:
 def _unpacked() -> Iterator[None]:
     """transformers asks the values of position_ids whether sequences are packed, and without values builds a mask, at
     the size of length x length, which a real step has not."""
-    asked = masking_utils.find_packed_sequence_indices
+    from transformers import masking_utils
+
+    asked = internal("transformers.masking_utils:find_packed_sequence_indices")
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield

@@ -22,7 +22,6 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
@@ -193,7 +192,8 @@ def context_length(model: Any, tokenizer: Any) -> int | None:
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if (length := getattr(config, name, None)) is not None:
             return int(length)
-    return int(tokenizer.model_max_length) if tokenizer.model_max_length < VERY_LARGE_INTEGER else None
+    length = tokenizer.model_max_length  # transformers has 10^30 where nothing tells
+    return int(length) if length < int(1e30) else None
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

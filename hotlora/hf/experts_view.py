@@ -34,11 +34,11 @@ class FrozenWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.value.dtype
-        return dtype
+        return self.value.dtype
 
     @property
     def num_outputs(self) -> int:
+        """O of `[E, I, O]`."""
         return int(self.value.shape[2 if self.is_transposed else 1])
 
     @property
@@ -71,9 +71,14 @@ class ExpertsView:
     @property
     def num_experts_everywhere(self) -> int:
         """E, of all processes: under expert parallelism `num_experts` counts this process's own."""
-        if getattr(self.experts, "_is_expert_parallel", False):
+        if self.is_expert_parallel:
             return int(self.experts.down_proj.shape[0])
         return self.num_experts
+
+    @property
+    def is_expert_parallel(self) -> bool:
+        """Whether this process has some of the experts."""
+        return bool(getattr(self.experts, "_is_expert_parallel", False))
 
     @property
     def may_be_elsewhere(self) -> bool:
@@ -85,7 +90,7 @@ class ExpertsView:
         """The experts whose weights this process has: all, but for expert parallelism, which gives each process a
         run."""
         mesh = getattr(self.experts.down_proj, "device_mesh", None)
-        if mesh is None or not getattr(self.experts, "_is_expert_parallel", False):
+        if mesh is None or not self.is_expert_parallel:
             return range(self.num_experts)
         start = mesh.get_local_rank("ep") * self.num_experts
         return range(start, start + self.num_experts)
@@ -102,11 +107,13 @@ class ExpertsView:
 
     @property
     def num_weights_of_an_expert(self) -> int:
+        """Weights of one expert, all projections, without biases."""
         width, expert_width = self.widths
         return (self.num_parts + 1) * width * expert_width
 
     @property
     def is_quantized(self) -> bool:
+        """Whether the weights are held in 8 or 4 bits."""
         return not isinstance(self.experts.down_proj, Tensor)
 
     @property
@@ -116,9 +123,19 @@ class ExpertsView:
         return (columns, rows) if self.experts.is_transposed else (rows, columns)
 
     @property
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        return self.experts.down_proj.device, self.experts.down_proj.dtype
+
+    @property
     def up_name(self) -> str:
         """The name of the weights that lead into an expert."""
         return "gate_up_proj" if self.experts.has_gate else "up_proj"
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Of both projections, in the order in which the module has them."""
+        names = [name for name, _ in self.experts.named_parameters(recurse=False)]
+        return [name for name in names if name in (self.up_name, "down_proj")]
 
     @property
     def is_forwarded_by_others(self) -> bool:
@@ -133,8 +150,8 @@ class ExpertsView:
 
     @property
     def norm_after(self) -> nn.Module | None:
-        norm: nn.Module | None = self.experts.post_expert_norm if self.has_norm_after else None
-        return norm
+        """The norm of each expert's output; None in most families."""
+        return self.experts.post_expert_norm if self.has_norm_after else None
 
     # What autograd has to know of: in this order, in `tensors` and in the arguments of `up` and the others.
 
@@ -154,6 +171,7 @@ class ExpertsView:
         return self._frozen(self.up_name, weight)
 
     def down(self, weight: Tensor | None) -> FrozenWeight:
+        """The projection out of the experts; `weight`: as in `tensors`."""
         return self._frozen("down_proj", weight)
 
     def _frozen(self, name: str, weight: Tensor | None) -> FrozenWeight:
@@ -180,8 +198,7 @@ class ExpertsView:
 
     def activation(self, up_SPF: Tensor) -> Tensor:
         """`[S, F]`"""
-        act_SF: Tensor = self.experts._apply_gate(up_SPF) if self.experts.has_gate else self.experts.act_fn(up_SPF)
-        return act_SF
+        return self.experts._apply_gate(up_SPF) if self.experts.has_gate else self.experts.act_fn(up_SPF)
 
     def linears_of(self, expert: int) -> list[tuple[Tensor, Tensor | None]]:
         """(weight `[out, in]`, bias) of one expert's gate, where there is one, up and down, as views."""

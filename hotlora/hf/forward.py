@@ -107,8 +107,7 @@ def padding_matters(model: Any, ids: Sequence[int]) -> bool:
 
     def run(positions_wanted: Tensor, **inputs: Tensor) -> Tensor:
         device = device_of(model)
-        logits: Tensor = logits_at(model, _on(device, inputs), positions_wanted.to(device)).logits
-        return logits
+        return logits_at(model, _on(device, inputs), positions_wanted.to(device)).logits
 
     with inference(model):
         alone = run(last, input_ids=row, attention_mask=torch.ones_like(row))

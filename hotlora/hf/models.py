@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-)
-from transformers.integrations.moe import use_experts_implementation
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
 from ..base.errors import FileError, HotLoraError, ModelError
@@ -137,7 +135,7 @@ def check_in_memory(model: nn.Module) -> None:
     """ModelError where Accelerate keeps some of the model's weights elsewhere until each is used: PEFT's layers do not
     work on such weights, and gradients do not pass through them."""
     away = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if away and any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if away and any(map(has_offloaded_params, model.modules())):
         raise ModelError(
             f"{len(away)} of the model's weights, {away[0]} the first, are offloaded to disk or to the CPU's memory "
             "(device_map), where they cannot be adapted: load the model without device_map, its experts in 4 bits "
@@ -154,12 +152,10 @@ def skips_tokens(model: nn.Module) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a
-    sha256.
+    """What a plan was made for, such as `olmoe-3f2a91c0b4d7`: the family and the first 12 hex digits of a sha256.
 
-    Hashes the number of decoder layers and, for each MoE layer, its index and E, K, D, F. Weights, dtype,
-    device and adapters do not enter, so a fine-tuned sister model shares it and a model on the meta device
-    has it.
+    Hashes the number of decoder layers and, for each MoE layer, its index and E, K, D, F. Weights, dtype, device and
+    adapters do not enter, so a fine-tuned sister model shares it and a model on the meta device has it.
     """
     config = _config(model)
     found = moe_layers(model)
@@ -212,7 +208,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if is_left_to_us:
             say_once(in_float32(own_dtype(config)))
-        moe_layers(_on_meta(config))  # before gigabytes of weights are read
+        _built(config)  # before gigabytes of weights are read
         model = auto_class(config).from_pretrained(
             source,
             config=config,
@@ -230,11 +226,11 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of every kind: a broken file is told by whatever trips over it
-        mend = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
+        fix = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
         if distributed_config:
-            mend += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."
+            fix += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."
         raise ModelError(
-            f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {mend}"
+            f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {fix}"
         ) from error
     return model.eval()
 
@@ -260,15 +256,11 @@ def checked_dtype(dtype: str | torch.dtype) -> None:
 
 def structure(name_or_path: str | Path) -> PreTrainedModel:
     """The model's modules and shapes on the meta device, from its config alone. ModelError: as `load_model`."""
-    source = model_source(name_or_path)
+    config = load_config(name_or_path)
     try:
-        model = _on_meta(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        moe_layers(model)
+        return _built(config)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
-    except Exception as error:
-        raise ModelError(f"no config could be read from {str(name_or_path)!r}: {_first_line(error)}") from error
-    return model
 
 
 def load_config(name_or_path: str | Path) -> PreTrainedConfig:
@@ -324,8 +316,7 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
 
 
 def model_from_config(path: str | Path) -> PreTrainedModel:
-    """The model that a `config.json` (or a folder with one) describes, on the meta device: shapes without
-    weights.
+    """The model that a `config.json` (or a folder with one) describes, on the meta device: shapes without weights.
 
     Raises:
         FileError: the file is missing or is not a transformers config.
@@ -342,9 +333,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
             f"{file} is not a config.json that transformers knows: {_first_line(error)} "
             "It must be JSON with a `model_type`."
         ) from error
-    model = _on_meta(config)
-    moe_layers(model)
-    return model
+    return _built(config)
 
 
 def model_source(name_or_path: str | Path) -> str:
@@ -376,16 +365,18 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules and shapes, without weights."""
+def _built(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model's modules and shapes, without weights. ModelError: it has no MoE layers that are supported."""
     auto = auto_class(config)
     try:
         with torch.device("meta"):
-            return auto.from_config(config).eval()
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
+            model: PreTrainedModel = auto.from_config(config).eval()
+    except Exception as error:  # of every kind: a broken config is told by whatever trips over it
         raise ModelError(
             f"transformers cannot build a {config.model_type} model from this config: {_first_line(error)}"
         ) from error
+    moe_layers(model)
+    return model
 
 
 def _config(model: nn.Module) -> PreTrainedConfig:
@@ -401,7 +392,7 @@ def _no_experts(model: nn.Module) -> ModelError:
     file = sys.modules[type(_decoder(model)).__module__]
     parts = (config, getattr(config, "ffn_config", None))  # dbrx counts them in a part of its own
     counts = any(getattr(part, name, None) for part in parts for name in _EXPERT_COUNTS)
-    if hasattr(file, use_experts_implementation.__name__) or not counts:
+    if hasattr(file, "use_experts_implementation") or not counts:
         return ModelError(
             f"this {config.model_type} model has no MoE layer: all of its decoder layers are dense, so it has no "
             "experts to choose from. Use a model with routed experts."

@@ -22,19 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..hf.experts_view import ExpertsView
+from ..hf.internals import internal
 from . import cpu, gpu
 from .updates import Update, compute_dtype
 
 
 def routed_experts(
-    experts: Any,
-    hidden_TD: Tensor,
-    top_k_index_TK: Tensor,
-    top_k_weights_TK: Tensor,
-    updates: Sequence[Update] = (),
+    experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor, updates: Sequence[Update] = ()
 ) -> Tensor:
     """Output `[T, D]` of an experts module, with `updates` on its hot experts.
 
@@ -48,12 +44,17 @@ def routed_experts(
     products = cpu if hidden_TD.device.type == "cpu" and not torch.compiler.is_compiling() else gpu
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
-    output: Tensor = RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
-    return output
+    return RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
 
 
 IMPLEMENTATION = "hotlora"
-"""The layer's name among transformers' own: `model.set_experts_implementation("hotlora")`."""
+"""The layer's name among transformers' own."""
+
+
+def use_routed_layer(model: Any) -> None:
+    """Makes `routed_experts` the forward of a transformers model's experts, as `set_experts_implementation` does."""
+    internal("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS").register(IMPLEMENTATION, _forward_of_experts)
+    model.set_experts_implementation(IMPLEMENTATION)
 
 
 @contextmanager
@@ -69,9 +70,6 @@ def updates_on(experts: Any, updates: Sequence[Update]) -> Iterator[None]:
 def _forward_of_experts(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
     updates = getattr(experts, "hotlora_updates", ())
     return routed_experts(experts, hidden_TD, top_k_index_TK, top_k_weights_TK, updates)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward_of_experts)
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,8 @@ class _Pass:
     """One pass through the layer, forward or backward: all tensors, each where it belongs."""
 
     def __init__(self, ctx: Any, tensors: Sequence[Tensor | None]) -> None:
-        self.view, self.autocast, updates = ctx.layer.view, ctx.autocast, ctx.layer.updates
+        self.view, self.products, updates = ctx.layer.view, ctx.layer.products, ctx.layer.updates
+        self.autocast = ctx.autocast
         own = len(tensors) - sum(update.num_tensors for update in updates)
         self.own, rest = tensors[:own], tensors[own:]
         self.weights = self.view.up(self.own[0]), self.view.down(self.own[1])
@@ -143,7 +142,7 @@ class _Pass:
         self.tensors_of: list[Any] = []
         for update, dtype, (up_seed, down_seed) in zip(updates, ctx.dtypes, ctx.seeds, strict=True):
             its, rest = rest[: update.num_tensors], rest[update.num_tensors :]
-            source = [update.dropout and ctx.layer.products.seeded(seed) for seed in (up_seed, down_seed, down_seed)]
+            source = [update.dropout and self.products.seeded(seed) for seed in (up_seed, down_seed, down_seed)]
             self.updates.append(update.in_pass(its, dtype, source))
             self.tensors_of.append(its)
         self.base_scales = self._base_scale(0), self._base_scale(1)
@@ -160,7 +159,7 @@ class _Pass:
 
     def forward(self, rows: Any, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Of a block of rows the outputs of the up projection `[S, P*F]` and of the experts `[S, D]`."""
-        hots = [rows.hot(update) for update in self.updates]
+        hots = [self.products.Hot(rows, update) for update in self.updates]
         with self.autocast.off():
             x_SD = hidden_TD.index_select(0, rows.token_S)
             up_SPF = self._base(0, rows, x_SD)
@@ -179,7 +178,8 @@ class _Pass:
         self, rows: Any, up_SPF: Tensor, hidden_TD: Tensor, top_k_weights_TK: Tensor, grad_TD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of a block of rows the gradients of the experts' input `[S, D]` and of the routing weights `[S]`."""
-        hots, weight_S1 = [rows.hot(update) for update in self.updates], _by_rows(rows, top_k_weights_TK)
+        hots = [self.products.Hot(rows, update) for update in self.updates]
+        weight_S1 = _by_rows(rows, top_k_weights_TK)
         dup_SPF, dweight_S = self._down_backward(rows, hots, up_SPF, grad_TD.index_select(0, rows.token_S), weight_S1)
         dx_SD = self._base_backward(0, rows, dup_SPF)
         if self._wants_own_gradients(0):
@@ -223,8 +223,7 @@ class _Pass:
         names = [name for name, _ in norm.named_parameters()]
 
         def normed(y_SD: Tensor, *parameters: Tensor) -> Tensor:
-            output: Tensor = torch.func.functional_call(norm, dict(zip(names, parameters, strict=True)), y_SD)
-            return output
+            return torch.func.functional_call(norm, dict(zip(names, parameters, strict=True)), y_SD)
 
         y_SD = self._down(rows, hots, act_SF, again=True)
         with self.autocast.again():
@@ -260,21 +259,17 @@ class _Pass:
         weight, scale_EO = self.weights[place], self.base_scales[place]
         if scale_EO is not None:
             grad_SO = rows.scaled(grad_SO, scale_EO)
-        grad_SI: Tensor = rows.product(grad_SO.to(weight.dtype), weight.T)
-        return grad_SI
+        return rows.product(grad_SO.to(weight.dtype), weight.T)
 
     def make_gradients(self) -> None:
         """Zeros for all that trains, which `backward` fills, a block after the other."""
         self.own_gradients = [None if t is None or not t.requires_grad else torch.zeros_like(t) for t in self.own]
+        scales_train = any(tensor.requires_grad for tensors in self.tensors_of for tensor in tensors[4:])
         self.scale_gradients = [
-            None if scale is None or not self._scales_train else torch.zeros_like(scale) for scale in self.base_scales
+            None if scale is None or not scales_train else torch.zeros_like(scale) for scale in self.base_scales
         ]
         for update, tensors in zip(self.updates, self.tensors_of, strict=True):
             update.make_gradients(tensors)
-
-    @property
-    def _scales_train(self) -> bool:
-        return any(tensor.requires_grad for tensors in self.tensors_of for tensor in tensors[4:])
 
     def _wants_own_gradients(self, place: int) -> bool:
         wanted = (self.own_gradients[place], self.own_gradients[place + 2], self.scale_gradients[place])
@@ -320,8 +315,7 @@ def _placed(all_S: Tensor | None, rows: Any, some_S: Tensor, num_rows: int) -> T
 
 def _summed_by_token(x_SD: Any, top_k: int) -> Tensor:
     """`[T, D]`: the sum over each token's K rows, in the order in which the router chose them."""
-    summed_TD: Tensor = x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
-    return summed_TD
+    return x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
 
 
 def _two_seeds() -> tuple[Any, Any]:

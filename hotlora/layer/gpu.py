@@ -61,6 +61,7 @@ class Rows:
         out_EOI.copy_(_call(grouped_outer, y_SO.contiguous(), x_SI, self.ends_E))
 
     def add_bias(self, y_SO: Tensor, bias_EO: Tensor) -> None:
+        """Adds to each row its expert's row of `bias`, in place."""
         y_SO += self._of_rows(bias_EO)
 
     def dot_bias(self, g_SO: Tensor, bias_EO: Tensor) -> Tensor:
@@ -74,10 +75,6 @@ class Rows:
     def add_sums(self, sums_EO: Tensor, y_SO: Tensor) -> None:
         """Adds to `sums` the sum over each expert's rows."""
         sums_EO.index_add_(0, self.expert_S, self._here(y_SO).to(sums_EO.dtype))
-
-    def hot(self, update: Any) -> "Hot":
-        """The rows of an update's experts."""
-        return Hot(self, update)
 
     def _of_rows(self, values_EO: Tensor) -> Tensor:
         return self._here(values_EO.index_select(0, self.expert_S))
@@ -99,9 +96,16 @@ class Hot:
         """`[S, I]`: of each row its token's."""
         return x_TI.index_select(0, self.token_S)
 
-    def product(self, x_SI: Tensor, weight_NOI: Tensor, scaling: float = 1.0) -> Tensor:
-        """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others."""
+    def product(self, x_SI: Tensor, weight_NOI: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
+        """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others. scaling: one, or each expert's `[N]`."""
+        if isinstance(scaling, Tensor):
+            return (self.product(x_SI, weight_NOI) * self.by_rows(scaling, self.dtype)).to(self.dtype)
         return _call(hot_linear, x_SI.to(self.dtype), weight_NOI.to(self.dtype), self.ends_E, self.slot_E, scaling)
+
+    def by_rows(self, scaling_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[S, 1]`: of each hot row its expert's, in float32 at least."""
+        slot_S = self.slot_E.index_select(0, self.expert_S).clamp(min=0)
+        return scaling_N.to(torch.promote_types(dtype, torch.float32)).index_select(0, slot_S).unsqueeze(1)
 
     def add_product(self, y_SO: Tensor, x_SI: Tensor, weight_NOI: Tensor, drop: "Dropout | None" = None) -> None:
         """y += drop(weight[n] @ x) in hot rows, in place and in y's dtype."""
@@ -122,6 +126,8 @@ class Hot:
 
 
 class Dropout:
+    """The same masks at each call."""
+
     def __init__(self, hot: Hot, p: float, seed: Any) -> None:
         self.dtype, self.p, self.seed = hot.dtype, p, seed
         if p:
@@ -137,8 +143,7 @@ class Dropout:
 def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`y[s] = weight[expert of s] @ x[s]`, `[S, O]`; rows past the last expert hold anything."""
     if use_kernels(x_SI):
-        product: Tensor = _gemm().grouped_gemm(x_SI, weight_EOI, ends_E)
-        return product
+        return _gemm().grouped_gemm(x_SI, weight_EOI, ends_E)
     if _grouped_mm_takes(x_SI, weight_EOI):
         return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
     y_SO = x_SI.new_zeros(x_SI.shape[0], weight_EOI.shape[1])
@@ -150,8 +155,7 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     """`[E, O, I]`: the sum of y[s] x[s]^T over each expert's rows; rows past the last expert take no part."""
     if use_kernels(x_SI):
-        sums: Tensor = _gemm().grouped_outer(y_SO, x_SI, ends_E)
-        return sums
+        return _gemm().grouped_outer(y_SO, x_SI, ends_E)
     if _grouped_mm_takes(x_SI, y_SO.unsqueeze(0)):
         return F.grouped_mm(y_SO.T, x_SI, offs=ends_E)
     return torch.stack([y_SO[a:b].T @ x_SI[a:b] for a, b in _slices(ends_E)])
@@ -160,8 +164,7 @@ def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
 def hot_linear(x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float) -> Tensor:
     """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert."""
     if use_kernels(x_SI, is_thin=True):
-        product: Tensor = _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
-        return product
+        return _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
     weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
     y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
     row_S1 = torch.arange(len(x_SI), device=x_SI.device).unsqueeze(1)
@@ -171,8 +174,7 @@ def hot_linear(x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor,
 def hot_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, ids_N: Tensor) -> Tensor:
     """`[N, O, I]`: `grouped_outer` of the experts in `ids`."""
     if use_kernels(x_SI, is_thin=True):
-        sums: Tensor = _gemm().grouped_outer(y_SO, x_SI, ends_E, ids_N)
-        return sums
+        return _gemm().grouped_outer(y_SO, x_SI, ends_E, ids_N)
     return grouped_outer(y_SO.contiguous(), x_SI.contiguous(), ends_E).index_select(0, ids_N)
 
 
@@ -192,10 +194,8 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
     """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
     if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x_SI.device.type == "cuda":
-        if torch.cuda.get_device_capability(x_SI.device) < (8, 0):
-            return False
-    elif x_SI.device.type != "cpu":
+    is_new_gpu = x_SI.device.type == "cuda" and torch.cuda.get_device_capability(x_SI.device) >= (8, 0)
+    if not is_new_gpu and x_SI.device.type != "cpu":
         return False
     step = 16 // x_SI.element_size()
     return all(n % step == 0 for n in (x_SI.stride(0), max(weight_EOI.stride()[1:]), *weight_EOI.shape[1:]))
@@ -255,5 +255,4 @@ for _function, _operation in _OPERATIONS.items():
 
 def _call(function: Any, *args: Any) -> Tensor:
     """As an operation of the graph, where one is made."""
-    result: Tensor = (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*args)
-    return result
+    return (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*args)

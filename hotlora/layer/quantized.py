@@ -72,6 +72,7 @@ class QuantizedExperts(nn.Module):
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes."""
         return self.packed.nbytes + self.scale_bits.nbytes + self.kept.nbytes
 
     def numel(self) -> int:
@@ -115,6 +116,7 @@ class QuantizedExperts(nn.Module):
 
 @functools.cache
 def bitsandbytes_functional() -> Any:
+    """bitsandbytes' functions. HotLoraError: it cannot be imported."""
     try:
         import bitsandbytes.functional as bnb
     except ImportError as error:

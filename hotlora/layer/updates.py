@@ -41,8 +41,9 @@ class LowRank:
     """`[N, R, F]`."""
     B_down: Tensor
     """`[N, D, R]`."""
-    scaling: float
-    """lora_alpha / r."""
+    scaling: float | Tensor
+    """lora_alpha / r; float64 `[N]` where experts have ranks of their own, whose factors have zeros up to the largest,
+    R."""
     dropout: float = 0.0
     """Probability with which an input of the update is dropped; 0 outside training."""
     scale_up_NPF: Tensor | None = None
@@ -63,13 +64,11 @@ class LowRank:
 
     @property
     def num_tensors(self) -> int:
+        """As many as `tensors` has."""
         return 4 if self.scale_up_NPF is None else 6
 
-    @property
-    def own_dtype(self) -> torch.dtype:
-        return self.A_down.dtype
-
     def in_pass(self, tensors: Sequence[Tensor], dtype: torch.dtype, source: Any) -> "LowRankPass":
+        """What a pass works with. tensors: as `tensors`; dtype: of the products; source: see `LowRankPass`."""
         return LowRankPass(self, tensors, dtype, source)
 
 
@@ -91,10 +90,6 @@ class Full:
     def tensors(self) -> list[Tensor]:
         return [self.up, self.down]
 
-    @property
-    def own_dtype(self) -> torch.dtype:
-        return self.down.dtype
-
     def in_pass(self, tensors: Sequence[Tensor], dtype: torch.dtype, source: Any) -> "FullPass":
         return FullPass(self, tensors, dtype)
 
@@ -105,7 +100,8 @@ Update = LowRank | Full
 def compute_dtype(update: Update) -> torch.dtype:
     """The factors' own, as in PEFT's Linear. Autocast does not know grouped products, so it is followed by hand."""
     device_type = update.expert_ids_N.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else update.own_dtype
+    own = (update.down if isinstance(update, Full) else update.A_down).dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else own
 
 
 class LowRankPass:
@@ -151,7 +147,8 @@ class LowRankPass:
         if dA is not None:
             hot.outer(dA, (g_SR * weight_S1).to(self.dtype), dropped_SF)
         if dB is not None:
-            hot.outer(dB, grad_SD, (z_SR * (weight_S1 * self.scaling)).to(self.dtype))
+            each = hot.by_rows(self.scaling, weight_S1.dtype) if isinstance(self.scaling, Tensor) else self.scaling
+            hot.outer(dB, grad_SD, (z_SR * (weight_S1 * each).to(weight_S1.dtype)).to(self.dtype))
         hot.add_product(u_SF, g_SR, self.A_down.transpose(1, 2), drop)
 
     def up_backward(self, hot: Any, dx_SD: Tensor, dparts: Sequence[Tensor], x_SD: Tensor) -> None:

@@ -45,6 +45,7 @@ class Database:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The table's columns, in order."""
         return ("name", *self.text_columns, *self.number_columns)
 
 

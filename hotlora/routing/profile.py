@@ -137,8 +137,8 @@ class RoutingProfile:
     def load(cls, path: str | os.PathLike[str]) -> "RoutingProfile":
         """Reads what `save` wrote. FileError, naming the file, where it is missing, cut short, altered or foreign."""
         file = file_in(path, "profile.safetensors")
-        what, mend = "routing profile", "make it again with `hotlora profile`"
-        tensors, meta = load_tensors(file, format=FORMAT, version=VERSION, what=what, mend=mend)
+        what, fix = "routing profile", "make it again with `hotlora profile`"
+        tensors, meta = load_tensors(file, format=FORMAT, version=VERSION, what=what, fix=fix)
         try:
             return cls(
                 layers=tuple(meta["layers"]),
@@ -149,7 +149,7 @@ class RoutingProfile:
                 source=dict(meta["source"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{file} is not a whole {what} ({error}): {mend}") from error
+            raise FileError(f"{file} is not a whole {what} ({error}): {fix}") from error
 
 
 def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: int | None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..base import processes
 from ..base.errors import DataError, ModelError
 from ..hf import forward, models
+from ..hf.experts_view import ExpertsView
 from .profile import RoutingProfile
 
 # Gate weights are summed as integers of this unit: then a sum does not depend on the order in which a GPU's
@@ -172,7 +173,7 @@ class _Counter:
         if self.sums is None:
             self.sums = torch.zeros(2, self.num_experts + 1, dtype=torch.int64, device=device)
             self.bad = torch.zeros((), dtype=torch.int64, device=device)
-            self.is_expert_parallel = bool(getattr(module, "_is_expert_parallel", False))
+            self.is_expert_parallel = ExpertsView(models.unwrap(module)).is_expert_parallel
         if device not in self.masks:
             self.masks[device] = next(iter(self.masks.values())).to(device, non_blocking=True)
         mask_T = self.masks[device]

@@ -22,10 +22,7 @@ from .rows import Row, load_rows, need, need_text
 from .task import Example, Task
 
 HUB_ID = "allenai/ai2_arc"
-_FILES = {
-    "train": ["ARC-Challenge-Train.jsonl", "train.jsonl"],
-    "test": ["ARC-Challenge-Test.jsonl", "test.jsonl"],
-}
+_FILES = {"train": ["ARC-Challenge-Train.jsonl", "train.jsonl"], "test": ["ARC-Challenge-Test.jsonl", "test.jsonl"]}
 
 
 def example(row: Row) -> Example:

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from ..base.errors import DataError
+from ..hf.internals import internal
 from .messages import (
     REASONING,
     Conversation,
@@ -174,14 +175,15 @@ class ChatTemplate:
         return behind if text.startswith(header, first) and whole else first
 
     def _marked_start(self, talk: Conversation, text: str) -> int | None:
-        from transformers.utils.chat_template_utils import render_jinja_template
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+        from trl import get_training_chat_template
 
+        render = internal("transformers.utils.chat_template_utils:render_jinja_template")
+        has_markers = internal("trl.chat_template_utils:has_generation_markers")
         template = self.tokenizer.get_chat_template(tools=talk.tools)
         try:
-            if not has_generation_markers(template):
+            if not has_markers(template):
                 template = get_training_chat_template(self.tokenizer) or template
-            rendered, marks = cast(Any, render_jinja_template)(
+            rendered, marks = render(
                 [[{key: value for key, value in m.items() if value is not None} for m in talk.messages]],
                 tools=talk.tools, chat_template=at_time(template, self.now), return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **talk.options},

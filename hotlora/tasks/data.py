@@ -48,8 +48,7 @@ def load_examples(
     """The examples of a split of a task, a local file or a hub data set.
 
     Args:
-        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or
-        JSON
+        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or JSON
             file, or a hub id (`openai/gsm8k:main` names a configuration). Rows of a file or of the hub hold
             `prompt` and `completion`, or `messages`, or GSM8K's `question` and `answer`. A file is one split,
             whatever `split` says.
@@ -75,7 +74,8 @@ def load_examples(
         shared = _chat_options(source)
         shared |= {"tools": list(tools)} if tools is not None else {}
         shared |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs is not None else {}
-        template = ChatTemplate(tokenizer, now or datetime.now(), notes) if _has_template(tokenizer) else None
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        template = ChatTemplate(tokenizer, now or datetime.now(), notes) if has_template else None
         rows = _rows(source, split)
         examples = [_example(row, tokenizer, template, shared, notes) for row in rows]
         for note, place in notes.items():
@@ -129,10 +129,6 @@ def _chat_options(source: str) -> dict[str, Any]:
         raise DataError(f"{beside}: 'chat_template_kwargs' must be an object.")
     _log.info("%s for all rows, from %s", " and ".join(found), beside)
     return found
-
-
-def _has_template(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _example(

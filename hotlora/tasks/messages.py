@@ -104,10 +104,12 @@ def texts(message: Mapping[str, Any]) -> list[str]:
 
 
 def reasoning(message: Mapping[str, Any]) -> str:
+    """What a message says under one of `REASONING`; empty where it has none."""
     return next((message[name] for name in REASONING if isinstance(message.get(name), str)), "")
 
 
 def said(message: Mapping[str, Any]) -> list[str]:
+    """All of its texts, reasoning first, without blanks around them."""
     return [text for part in (reasoning(message), *texts(message)) if (text := part.strip())]
 
 
@@ -127,6 +129,7 @@ def joined(talk: Conversation) -> Conversation:
 
 
 def has_parts(message: Mapping[str, Any]) -> bool:
+    """Whether the content is a list of parts, not one text."""
     return isinstance(message.get("content"), list)
 
 
@@ -190,4 +193,5 @@ def function(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def short(value: Any) -> str:
+    """For messages: the beginning of a value, as JSON."""
     return json.dumps(value, default=str, ensure_ascii=False)[:60]

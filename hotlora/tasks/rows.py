@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS
+from ..base.files import JSON_ERRORS, half_character
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
@@ -53,13 +53,11 @@ def read_rows(path: str | Path) -> list[Row]:
 def check_characters(rows: Sequence[Row]) -> None:
     """No tokenizer, and no file, takes a lone surrogate, which JSON can hold: half of an emoji that was cut."""
     for place, values in rows:
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
+        if half := half_character(values):
             raise DataError(
-                f"{place}: holds half a character, \\u{ord(error.object[error.start]):04x} (a lone surrogate), which "
-                "is no text: give the whole character, or delete it."
-            ) from error
+                f"{place}: holds half a character, {half} (a lone surrogate), which is no text: give the whole "
+                "character, or delete it."
+            )
 
 
 def _parse_lines(path: Path, text: str) -> Iterator[Row]:

@@ -86,14 +86,7 @@ class SqlSandbox:
         if self._worker is None or self._worker.poll() is not None:
             self._stop()
             # -I: nothing of the user's environment or folders is imported.
-            command = [
-                sys.executable,
-                "-I",
-                __file__,
-                str(self.memory_mb),
-                str(self.max_rows),
-                str(self.timeout_s),
-            ]
+            command = [sys.executable, "-I", __file__, str(self.memory_mb), str(self.max_rows), str(self.timeout_s)]
             pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
             # A session of its own: Ctrl-C must not end it under a query, whose answer would then count as wrong.
             worker = subprocess.Popen(

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.experts import HotLoraExperts
-from ..adapter.factors import low_rank_products, uniform
+from ..adapter.factors import kaiming_uniform, low_rank_products
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import append_to, atomic_path, read_json_lines, write_text
 from ..base.processes import is_main, wait_for_all
@@ -151,7 +151,7 @@ class Reprofiling(TrainerCallback):
                 parameter = held["default"]
                 fresh = torch.zeros_like(parameter[0])
                 if "_A_" in name:
-                    fresh = uniform(tuple(fresh.shape), generator).to(fresh)
+                    fresh = kaiming_uniform(tuple(fresh.shape), generator).to(fresh)
                 taken = [slots.get(expert) for expert in new]
                 take_rows(parameter, taken, fresh)
                 if optimizer is not None and taken != list(range(len(taken))):  # else all is as it was
@@ -180,7 +180,7 @@ class Reprofiling(TrainerCallback):
                 factors = [p["default"][n].detach().clone() for p in self._held(module)]
                 held.setdefault((layer, expert), []).append(factors)
         for (layer, expert), weights in self._frozen.items():
-            for (weight, _), frozen in zip(self._layers[layer]._merged_into("default"), weights, strict=True):
+            for (weight, _), frozen in zip(self._layers[layer].merge_targets("default"), weights, strict=True):
                 weight.data[expert] = frozen
         experts = {i: tuple(sorted(e for layer, e in held if layer == i)) for i in plan.experts}
         ranks = {i: tuple(config.r * len(held[i, e]) for e in ids) for i, ids in experts.items()}
@@ -212,7 +212,7 @@ class Reprofiling(TrainerCallback):
         scaling = module.scaling["default"]
         up, down = (product.unsqueeze(0) * scaling for product in low_rank_products(*left.factors))
         deltas = module.view.own_layout(up, down)
-        weights = [weight for weight, _ in module._merged_into("default")]
+        weights = [weight for weight, _ in module.merge_targets("default")]
         self._frozen.setdefault(key, [weight.data[left.expert].clone() for weight in weights])
         for weight, delta in zip(weights, deltas, strict=True):
             weight.data[left.expert] = (weight.data[left.expert].to(delta.dtype) + delta[0].to(weight.device)).to(

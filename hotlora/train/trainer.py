@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import DataError, FileError, HotLoraError, Stopped
@@ -35,6 +31,7 @@ from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
 from ..base.signals import on_stop
 from ..hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
+from ..hf.internals import internal
 from ..tasks.data import IGNORE
 from . import checkpoints, guard
 from .as_loaded import LoadedConfigs
@@ -46,9 +43,8 @@ _log = logging.getLogger(__name__)
 
 # TRL's own default is on, under either name; setting the older one warns in a transformers that has the
 # newer.
-_CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
-)
+_OPTIONS = {field.name for field in dataclasses.fields(SFTConfig)}
+_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -282,10 +278,13 @@ def make_trainer(
 
 def check_report_to(name: str) -> None:
     """HotLoraError: no such tracker, or its package is not installed."""
-    known = sorted(INTEGRATION_TO_CALLBACK)
-    if name not in ("none", "all", *known):
+    if name == "none":
+        return
+    known = sorted(internal("transformers.integrations:INTEGRATION_TO_CALLBACK"))
+    if name not in ("all", *known):
         raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
-    if name in known and name not in (*get_available_reporting_integrations(), "flyte"):
+    available = internal("transformers.integrations:get_available_reporting_integrations")
+    if name in known and name not in (*available(), "flyte"):
         raise HotLoraError(
             f"report_to = {name!r} needs a package that is not installed: install {name}, or leave it out."
         )
@@ -381,8 +380,8 @@ class _Trainer(SFTTrainer):
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
             )
             raise FileError(
-                f"{checkpoint} cannot be gone on from: one of its files was replaced, or is of another training "
-                f"({reason}). Restore it, or delete this checkpoint, to go on from the one before."
+                f"training cannot resume from {checkpoint}: one of its files was replaced, or is of another training "
+                f"({reason}). Restore it, or delete this checkpoint to resume from the one before."
             ) from error
 
 

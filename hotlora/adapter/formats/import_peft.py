@@ -25,7 +25,8 @@ from ...hf.models import MoELayer, attention_modules, fingerprint, moe_layers, u
 from ...routing.plan import ExpertPlan
 from ..load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from ..model import HotLoraConfig
-from .export import PREFIX, expert_parameters, loaded_by_peft, uniform
+from .peft import loaded_by_peft
+from .shared import PREFIX, at_rank
 
 
 def import_adapter(
@@ -151,7 +152,7 @@ def _read_experts(
     """A layer's experts with an update, ascending, and their factors by projection; takes them out of `pairs`."""
     module = unwrap(model.get_submodule(layer.experts))
     targets = config.target_parameters or []
-    present = expert_parameters(module) if layer.experts in pairs else []
+    present = ExpertsView(module).weight_names if layer.experts in pairs else []
     names = [name for name in present if _is_target(f"{layer.experts}.{name}", targets)]
     if joined := not names:  # there was a pair for each expert: no parameter is named, and all are there
         names = present
@@ -173,13 +174,7 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def _read_parameter(
-    module: Any,
-    layer: MoELayer,
-    name: str,
-    pair: tuple[Tensor, Tensor],
-    config: LoraConfig,
-    folder: Path,
-    joined: bool,
+    module: Any, layer: MoELayer, name: str, pair: tuple[Tensor, Tensor], config: LoraConfig, folder: Path, joined: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Projection -> A `[E, R, in]` and B `[E, out, R]` of one parameter, the scaling in B.
 
@@ -230,7 +225,7 @@ def _hot_state(
         ids, factors = experts[layer.layer]
         if not ids:
             continue
-        padded = {name: uniform(A, B, r, 1) for name, (A, B) in factors.items()}
+        padded = {name: at_rank(A, B, r, 1) for name, (A, B) in factors.items()}
         gate_up = [padded[name] for name in ("gate", "up") if name in padded]
         if gate_up:
             state[f"{layer.experts}.lora_A_gate_up"] = torch.cat([A for A, _ in gate_up], 1)
@@ -238,6 +233,6 @@ def _hot_state(
         if "down" in padded:
             state[f"{layer.experts}.lora_A_down"], state[f"{layer.experts}.lora_B_down"] = padded["down"]
     for path, (A, B) in linears.items():
-        A, B = uniform(A, B, r, 1)
+        A, B = at_rank(A, B, r, 1)
         state |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
     return state

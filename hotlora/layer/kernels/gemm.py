@@ -115,12 +115,7 @@ def grouped_gemm_low_rank(
 
 
 def grouped_outer(
-    y_SO: Tensor,
-    x_SI: Tensor,
-    ends_G: Tensor,
-    group_N: Tensor | None = None,
-    *,
-    row_S: Tensor | None = None,
+    y_SO: Tensor, x_SI: Tensor, ends_G: Tensor, group_N: Tensor | None = None, *, row_S: Tensor | None = None
 ) -> Tensor:
     """`[N, O, I]`: the sum of y[s] x[s]^T over the rows of each group of `group_N` (None: of all groups).
 

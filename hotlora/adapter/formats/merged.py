@@ -1,0 +1,48 @@
+"""A whole checkpoint of the model with an adapter, or a part of it, folded in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from torch import Tensor
+
+from ...base.quiet import quiet
+from ..mergeable import MergeableLayer
+from .shared import without_adapters
+
+
+def save_checkpoint(model: PeftModel, adapter: str, paths: list[str], folder: Path, tokenizer: Any) -> None:
+    """The base model with the adapter of the layers at `paths` folded in."""
+    base = cast(Any, model.get_base_model())
+    layers = [base.get_submodule(path) for path in paths]
+    with _merged(layers, adapter), without_adapters(base), quiet():
+        base.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _merged(layers: list[Any], adapter: str) -> Iterator[None]:
+    """Folds the adapter into the layers' weights, and puts the very same weights back afterwards."""
+    kept = [(weight, rows, weight.data[rows].clone()) for layer in layers for weight, rows in _touched(layer, adapter)]
+    try:
+        for layer in layers:
+            layer.merge(adapter_names=[adapter])
+        yield
+    finally:
+        for weight, rows, data in kept:
+            weight.data[rows] = data
+        for layer in layers:
+            layer.merged_adapters.clear()
+            if isinstance(layer, MergeableLayer):
+                layer.replaced.clear()
+
+
+def _touched(layer: Any, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
+    """The weights that merging changes: of experts the planned rows, which may be a small part of the model."""
+    if isinstance(layer, MergeableLayer):
+        yield from layer.merge_targets(adapter)
+    else:
+        yield from ((weight, slice(None)) for weight in layer.get_base_layer().parameters())
