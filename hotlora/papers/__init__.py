@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ..base.errors import FileError, HotLoraError
@@ -13,13 +14,13 @@ from .settings import Setting
 
 __all__ = ["RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "find_sweep", "names"]
 
-RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
-    **{f"hellora-{name}": make for part in (hellora.RECIPES, configs.HELLORA, profiles.HELLORA, benches.HELLORA)
-       for name, make in part.items()},
-    **{f"moe-sieve-{name}": make
-       for part in (moe_sieve.RECIPES, configs.MOE_SIEVE, profiles.MOE_SIEVE, benches.MOE_SIEVE)
-       for name, make in part.items()},
+_MAKERS: dict[str, Callable[[str, Setting], Recipe | Direct]] = {
+    **hellora.RECIPES, **configs.HELLORA, **profiles.HELLORA, **benches.HELLORA,
+    **moe_sieve.RECIPES, **configs.MOE_SIEVE, **profiles.MOE_SIEVE, **benches.MOE_SIEVE,
 }  # fmt: skip
+RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
+    name: partial(make, name) for name, make in _MAKERS.items()
+}
 _STUDIES = ("auto_k", "quantized")
 _DEFAULT = Setting()
 
