@@ -29,14 +29,13 @@ from ..routing.plan import ExpertPlan, select_experts
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing
 from ..train.methods import METHODS, PLACEMENTS
-from . import axolotl as contender_axolotl
-from . import unsloth as contender_unsloth
+from . import axolotl, unsloth
 
 _LARGE = 2**20  # elements: larger parameters are filled by copying, and given back between turns
 _TILE = 2**20 - 3  # odd, so that the rows of a matrix differ
 _LOWEST_TO_HIGHEST = 4.0  # widest spread of the routers' rows, in powers of e
 KINDS = ("floor", "hot", "all", "peft", "loop", "unsloth", "axolotl")
-_ELSEWHERE: dict[str, Any] = {"unsloth": contender_unsloth, "axolotl": contender_axolotl}
+_OTHER_LIBRARIES: dict[str, Any] = {"unsloth": unsloth, "axolotl": axolotl}
 _METHODS = tuple(name for name in METHODS if name != "esft")  # how much esft trains depends on the data
 _ADAPTER = ("train_attention", "train_router", "train_shared", "train_a", "use_dora")
 
@@ -76,12 +75,11 @@ class Contender:
 
     def plan(self, profile: RoutingProfile) -> ExpertPlan | None:
         """The experts to adapt, where the contender has such."""
-        options = self.options
-        if "rule" not in options:
-            return None
-        number = options.get("experts_per_layer")
-        number = profile.num_experts_per_tok if number == "top_k" else number
-        return select_experts(profile, rule=options["rule"], fraction=options.get("fraction"), experts_per_layer=number)
+        names = ("rule", "fraction", "experts_per_layer")
+        chosen = {name: value for name, value in self.options.items() if name in names}
+        if chosen.get("experts_per_layer") == "top_k":
+            chosen["experts_per_layer"] = profile.num_experts_per_tok
+        return select_experts(profile, **chosen) if chosen else None
 
     def _method(self) -> tuple[str, str]:
         """(method, placement)"""
@@ -91,7 +89,7 @@ class Contender:
     @property
     def missing(self) -> str | None:
         """Why this one cannot take part here, or None."""
-        module = _ELSEWHERE.get(self.kind)
+        module = _OTHER_LIBRARIES.get(self.kind)
         return None if module is None else module.missing()
 
 
@@ -228,19 +226,16 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
         else:
             modules = [re.escape(path) for path in attention]
             parameters: list[str] | None = None
-            if contender.kind in ("peft", *_ELSEWHERE):
+            if contender.kind in ("peft", *_OTHER_LIBRARIES):
                 parameters = _expert_parameters(model)
             elif contender.kind == "loop":
                 modules += [rf"{re.escape(path)}\.\d+\.[^.]+_linear" for path in unroll_experts(model)]
             config = LoraConfig(
-                r=r,
-                lora_alpha=2 * r,
-                target_modules="|".join(modules),
-                target_parameters=parameters,
+                r=r, lora_alpha=2 * r, target_modules="|".join(modules), target_parameters=parameters,
                 task_type="CAUSAL_LM",
-            )
-        if contender.kind in _ELSEWHERE:
-            return cast(PeftModel, _ELSEWHERE[contender.kind].adapted(model, config))
+            )  # fmt: skip
+        if contender.kind in _OTHER_LIBRARIES:
+            return cast(PeftModel, _OTHER_LIBRARIES[contender.kind].adapted(model, config))
         return cast(PeftModel, get_peft_model(model, config)).train()
 
 
@@ -313,11 +308,8 @@ class LoopedExpert(nn.Module):
 
 
 def _expert_parameters(model: PreTrainedModel) -> list[str]:
-    names = []
-    for layer in moe_layers(model):
-        view = ExpertsView(unwrap(model.get_submodule(layer.experts)))
-        names += [f"{layer.experts}.{view.up_name}", f"{layer.experts}.down_proj"]
-    return names
+    views = {layer.experts: ExpertsView(unwrap(model.get_submodule(layer.experts))) for layer in moe_layers(model)}
+    return [f"{path}.{name}" for path, view in views.items() for name in (view.up_name, "down_proj")]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

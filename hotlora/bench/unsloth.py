@@ -1,4 +1,4 @@
-"""The contender `unsloth`: the LoRA of PEFT's `target_parameters`, computed by Unsloth's MoE code.
+"""The baseline `unsloth`: the LoRA of PEFT's `target_parameters`, computed by Unsloth's MoE code.
 
 Unsloth patches torch, transformers and PEFT for the whole process when it is imported. So it is imported in `adapted`
 and nowhere else, and `bench` gives each contender a process of its own.

@@ -4,6 +4,7 @@ From models' configs, by `estimate` and `flops`, and from data that is on this m
 nothing is downloaded but a config.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,17 +39,14 @@ _WAIT = 5.0  # seconds for the Hub's answer
 
 @dataclass(frozen=True)
 class Load:
-    """A condition's part of the arithmetic.
-
-    Attributes:
-        flops: of one run; None where its data is not here.
-        share: of the experts that it adapts; None by full fine-tuning.
-    """
+    """A condition's part of the arithmetic."""
 
     name: str
     config: TrainConfig
     flops: float | None
+    """of one run; None where its data is not here"""
     share: float | None
+    """of the experts that it adapts; None by full fine-tuning"""
     options: Mapping[str, Any]
 
 
@@ -106,7 +104,9 @@ def profile_needs(
         except HotLoraError as error:
             lines.append(f"{model}: memory and hours unknown: {error}")
             continue
-        size = sum(p.numel() for p in meta.parameters()) * _bytes(model, meta)
+        # A weight as it is loaded: float32 on the CPU, the checkpoint's own on a GPU.
+        own: Any = meta.config.get_text_config().dtype
+        size = sum(p.numel() for p in meta.parameters()) * (4 if model == NANO or own is None else own.itemsize)
         length = int(options.get("max_length", 512))
         sizes = [data_size(source, model, options.get("limit"), length) for source in sources]
         forward = sum(forward_flops(meta, length).values())
@@ -166,7 +166,9 @@ def time_words(model: str, flops: float, tflops: float | None, what: str) -> str
         told = f"{REACHED:.0%} of what a matrix product gets here now"
     else:
         rate, told = GPU_RATE, "--tflops tells yours"
-    return f"{flops:.2g} FLOP of {what}, {_hours(flops / rate)} at {rate / 1e12:,.3g} TFLOP/s ({told})"
+    seconds = flops / rate
+    time = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+    return f"{flops:.2g} FLOP of {what}, {time} at {rate / 1e12:,.3g} TFLOP/s ({told})"
 
 
 def number_of(number: int, one: str, many: str | None = None) -> str:
@@ -177,7 +179,7 @@ def number_of(number: int, one: str, many: str | None = None) -> str:
 def _loads(sweep: Sweep, model: str) -> tuple[list[Load], dict[str, float]]:
     """Every condition that trains this model; and FLOPs of the forward pass over each data set's profiled part."""
     meta = meta_model(sized_config(config_file(model)))
-    sizes: dict[tuple[Any, ...], tuple[int, int] | None] = {}
+    size_of = functools.cache(data_size)
     loads: list[Load] = []
     forward: dict[str, float] = {}
     for condition in sweep.conditions:
@@ -186,16 +188,18 @@ def _loads(sweep: Sweep, model: str) -> tuple[list[Load], dict[str, float]]:
             continue
         options = resolve(**given)
         config: TrainConfig = options["config"]
-        key = (str(given["data"]), options.get("limit"), config.max_length)
-        if key not in sizes:
-            sizes[key] = data_size(key[0], model, key[1], key[2])
+        data, flops = str(given["data"]), None
+        size = size_of(data, model, options.get("limit"), config.max_length)
         share = None if options.get("full") else _adapted_share(meta, options)
-        size, flops = sizes[key], None
         if size is not None:
-            flops = _trained_tokens(config, *size) * _flops_per_token(meta, config, share)
+            trained = config.epochs * size[1]
+            if config.max_steps is not None:
+                examples = config.max_steps * config.batch_size * config.gradient_accumulation_steps
+                trained = examples * size[1] / size[0]
+            flops = trained * _flops_per_token(meta, config, share)
             flops *= 2 if options.get("keep") else 1  # LoRI's dense run comes first
             part = size[1] * options.get("profile_fraction", PROFILE_FRACTION)
-            forward[key[0]] = part * sum(forward_flops(meta, config.max_length).values())
+            forward[data] = part * sum(forward_flops(meta, config.max_length).values())
         loads.append(Load(condition.name, config, flops, share, options))
     return loads, forward
 
@@ -209,12 +213,6 @@ def _adapted_share(meta: Any, options: Mapping[str, Any]) -> float:
     if number is not None:
         return experts_kept(experts, None, num_experts_per_tok(meta) if number == "top_k" else number) / experts
     return float(options.get("fraction") or 0.25)
-
-
-def _trained_tokens(config: TrainConfig, examples: int, tokens: int) -> float:
-    if config.max_steps is None:
-        return config.epochs * tokens
-    return config.max_steps * config.batch_size * config.gradient_accumulation_steps * tokens / examples
 
 
 def _flops_per_token(meta: Any, config: TrainConfig, share: float | None) -> float:
@@ -279,13 +277,3 @@ def _is_here(data: str) -> bool:
 def _device(model: str) -> str:
     """What the estimate is for: nano runs on any CPU, a paper's model wants a GPU."""
     return "cpu" if model == NANO and not torch.cuda.is_available() else "cuda"
-
-
-def _bytes(model: str, meta: Any) -> int:
-    """Of a weight as it is loaded: float32 on the CPU, the checkpoint's own on a GPU."""
-    own = meta.config.get_text_config().dtype
-    return 4 if model == NANO or own is None else own.itemsize
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"

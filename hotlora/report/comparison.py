@@ -152,17 +152,14 @@ def compare_runs(
                 )
             groups.setdefault(key, {}).setdefault(condition, {})[place] = record
     if not groups:
-        told = "; ".join(left_out[:3])
-        raise DataError(
-            f"no run of a sweep here is done and has a {metric.replace('_', ' ')}"
-            f"{f' ({told})' if told else ''}: `hotlora sweep` makes such runs."
-        )
+        told = f" ({'; '.join(left_out[:3])})" if left_out else ""
+        wanted = metric.replace("_", " ")
+        raise DataError(f"no run of a sweep here is done and has a {wanted}{told}: `hotlora sweep` makes such runs.")
     names = {name for conditions in groups.values() for name in conditions}
     if not any(_reference_of(name, reference, names) for name in names):
         raise DataError(f"no condition is called {reference!r}: there are {', '.join(sorted(names))}.")
-    tables = tuple(
-        _table(key, groups[key], reference, metric, bounds, holm, lacking) for key in sorted(groups, key=_in_order)
-    )
+    order = sorted(groups, key=lambda key: (key[0], key[2], key[1]))  # by sweep, task and model
+    tables = tuple(_table(key, groups[key], reference, metric, bounds, holm, lacking) for key in order)
     return Comparison(reference, metric, bounds, holm, tables, tuple(left_out))
 
 
@@ -198,24 +195,13 @@ def _table(
                 notes.append(f"{name}: no seed in common with {partner}.")
             elif against.test.reason:
                 notes.append(f"{name} against {partner}: {against.test.reason}.")
-        own = list(by_seed.values())
-        rows.append(
-            Row(
-                name, values[name], mean_sd(list(values[name].values())),
-                _mean([(record.get("parameters") or {}).get("percent") for record in own]),
-                _mean([(record.get("training") or {}).get("tokens_per_second") for record in own]),
-                against,
-            )
-        )  # fmt: skip
+        percent = _mean(_part(record, "parameters").get("percent") for record in by_seed.values())
+        speed = _mean(_part(record, "training").get("tokens_per_second") for record in by_seed.values())
+        rows.append(Row(name, values[name], mean_sd(list(values[name].values())), percent, speed, against))
     if corrected:
         rows = _correct(rows, bounds)
     unit = " points" if metric == "score" else ""
-    rows = [
-        dataclasses.replace(row, against=dataclasses.replace(row.against, verdict=verdict(row.against, unit)))
-        if row.against
-        else row
-        for row in rows
-    ]
+    rows = [_changed(row, verdict=verdict(row.against, unit)) if row.against else row for row in rows]
     rows.sort(key=lambda row: _place(row, reference))
     return Table(sweep, model, task, _measure(conditions, task, metric), tuple(rows), tuple(notes))
 
@@ -235,19 +221,14 @@ def _against(
     reference: str, ours: Mapping[int | None, float], theirs: Mapping[int | None, float], bounds: Sequence[float]
 ) -> Against | None:
     """None without a common seed. A model as it is has the same value at every seed."""
-    seeds = sorted(seed for seed in {*ours, *theirs} if seed is not None and _all_have(seed, ours, theirs))
+    either = {seed for seed in {*ours, *theirs} if seed is not None}
+    seeds = sorted(seed for seed in either if all(seed in side or None in side for side in (ours, theirs)))
     pairs: list[int | None] = [*seeds] or ([None] if None in ours and None in theirs else [])
     if not pairs:
         return None
     a, b = ([side[seed if seed in side else None] for seed in pairs] for side in (ours, theirs))
-    test = paired_test(a, b, bounds=bounds)
-    return Against(
-        reference, tuple(seeds), test, sd_ratio(mean_sd(list(ours.values())), mean_sd(list(theirs.values())))
-    )
-
-
-def _all_have(seed: int, *sides: Mapping[int | None, float]) -> bool:
-    return all(seed in side or None in side for side in sides)
+    spreads = (mean_sd(list(side.values())) for side in (ours, theirs))
+    return Against(reference, tuple(seeds), paired_test(a, b, bounds=bounds), sd_ratio(*spreads))
 
 
 def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
@@ -256,11 +237,21 @@ def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
     p_values = holm([against.test.p for _, against in found])
     by_bound = {bound: holm([against.test.tost[bound] for _, against in found]) for bound in bounds}
     corrected = list(rows)
-    for place, (i, against) in enumerate(found):
+    for place, (i, _) in enumerate(found):
         tost = {bound: by_bound[bound][place] for bound in bounds}
-        changed = dataclasses.replace(against, p_holm=p_values[place], tost_holm=tost)
-        corrected[i] = dataclasses.replace(rows[i], against=changed)
+        corrected[i] = _changed(rows[i], p_holm=p_values[place], tost_holm=tost)
     return corrected
+
+
+def _changed(row: Row, **changes: Any) -> Row:
+    """With other values in `against`, which is there."""
+    assert row.against is not None
+    return dataclasses.replace(row, against=dataclasses.replace(row.against, **changes))
+
+
+def _part(record: Record, name: str) -> Mapping[str, Any]:
+    """A section of a record; empty where it has none."""
+    return record.get(name) or {}
 
 
 def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping[str, Any] | set[str]) -> str | None:
@@ -270,23 +261,23 @@ def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping
 
 def _is_trained(record: Record) -> bool:
     """Not so the model as it is, of which the held-out loss may have been taken."""
-    return bool(record.get("training")) and (record.get("parameters") or {}).get("trainable") != 0
+    return bool(record.get("training")) and _part(record, "parameters").get("trainable") != 0
 
 
 def _metric(metric: str, records: Iterable[Record]) -> str:
     done = [record for record in records if record.get("sweep") and record["status"] == "done"]
     if metric == "score" and not any(record.get("evaluation") for record in done):
-        has_loss = any((record.get("training") or {}).get("test_loss") is not None for record in done)
+        has_loss = any(_part(record, "training").get("test_loss") is not None for record in done)
         return "test_loss" if has_loss else metric
     return metric
 
 
 def _tasks(record: Record, metric: str) -> list[str]:
     if metric == "score":
-        return list(record.get("evaluation") or {})
-    if (record.get("training") or {}).get("test_loss") is None:
+        return list(_part(record, "evaluation"))
+    if _part(record, "training").get("test_loss") is None:
         return []
-    return [(record.get("config") or {}).get("test_data") or record["data"]["name"]]
+    return [_part(record, "config").get("test_data") or record["data"]["name"]]
 
 
 def _value(record: Record, task: str, metric: str) -> float:
@@ -320,8 +311,7 @@ def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task:
     for name, runs in conditions.items():
         for record in runs.values():
             result = record["evaluation"][task] if metric == "score" else {}
-            examples = (record.get("config") or {}).get("test_hash")
-            kind = (result.get("metric"), result.get("n"), examples)
+            kind = (result.get("metric"), result.get("n"), _part(record, "config").get("test_hash"))
             kinds.setdefault(kind, []).append(name)
     if len(kinds) == 1:
         return []
@@ -343,12 +333,7 @@ def _place(row: Row, reference: str) -> tuple[str, int, str]:
     return str(path.parent), 0 if None in row.values else 1 if path.name == reference else 2, row.condition
 
 
-def _in_order(key: _Key) -> tuple[str, str, str]:
-    sweep, model, task = key
-    return sweep, task, model
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None
 
