@@ -159,21 +159,15 @@ def evaluate_answers(
             for answer in batch:
                 waiting.setdefault(answer.index, {})[answer.sample] = answer.text
             whole = sorted(i for i, texts in waiting.items() if len(texts) == samples)
-            texts = {i: [waiting[i][sample] for sample in range(samples)] for i in whole}
-            for i in whole:
-                del waiting[i]
+            found = {i: waiting.pop(i) for i in whole}
+            texts = {i: [by_sample[sample] for sample in range(samples)] for i, by_sample in found.items()}
             yield results_of(task, examples, {i: t for i, t in texts.items() if i not in done}, several=samples > 1)
 
     return _evaluate(task, examples, judged, results)
 
 
 def results_of(
-    task: Task,
-    examples: Sequence[Example],
-    texts: Mapping[int, Sequence[str]],
-    *,
-    several: bool,
-    progress: bool = False,
+    task: Task, examples: Sequence[Example], texts: Mapping[int, Sequence[str]], several: bool, progress: bool = False
 ) -> list[Result]:
     """The judged results of some examples, by their index; with `several` texts each, as lists."""
     pairs = [(examples[i], text) for i, some in texts.items() for text in some]
@@ -195,15 +189,11 @@ def summarize(task: Task, examples: Sequence[Example], results: list[Result], se
     correct, n = sum(result["correct"] for result in results), len(examples)
     passed = [result["passed"] for result in results if "passed" in result]
     fewest = min((len(right) for right in passed if right), default=0)
-    passes = {
-        k: sum(pass_at_k(len(right), sum(right), k) if right else 0.0 for right in passed) / n
-        for k in KS
-        if k <= fewest
-    }
-    low, high = proportion_interval(correct, n)
-    return Evaluation(
-        task.name, task.metric_name(examples), correct / n, n, correct, low, high, results, seconds, passes
-    )
+    passes = {}
+    for k in (k for k in KS if k <= fewest):
+        passes[k] = sum(pass_at_k(len(right), sum(right), k) if right else 0.0 for right in passed) / n
+    name, (low, high) = task.metric_name(examples), proportion_interval(correct, n)
+    return Evaluation(task.name, name, correct / n, n, correct, low, high, results, seconds, passes)
 
 
 def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], *, progress: bool = False) -> list[bool]:
