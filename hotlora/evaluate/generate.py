@@ -74,24 +74,6 @@ class Answer:
     text: str
 
 
-def generate(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[str]:
-    """The model's greedy continuation of every prompt, up to the end-of-text token or the first of `stop`."""
-    batches = answer_batches(
-        model, tokenizer, examples, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, progress=progress
-    )
-    texts = {answer.index: answer.text for batch in batches for answer in batch}
-    return [texts[i] for i in range(len(examples))]
-
-
 def answer_batches(
     model: Any,
     tokenizer: Any,
