@@ -13,6 +13,7 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.records import Record, find_records
 from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
+from .tables import part
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)
@@ -195,8 +196,8 @@ def _table(
                 notes.append(f"{name}: no seed in common with {partner}.")
             elif against.test.reason:
                 notes.append(f"{name} against {partner}: {against.test.reason}.")
-        percent = _mean(_part(record, "parameters").get("percent") for record in by_seed.values())
-        speed = _mean(_part(record, "training").get("tokens_per_second") for record in by_seed.values())
+        percent = _mean(part(record, "parameters").get("percent") for record in by_seed.values())
+        speed = _mean(part(record, "training").get("tokens_per_second") for record in by_seed.values())
         rows.append(Row(name, values[name], mean_sd(list(values[name].values())), percent, speed, against))
     if corrected:
         rows = _correct(rows, bounds)
@@ -249,11 +250,6 @@ def _changed(row: Row, **changes: Any) -> Row:
     return dataclasses.replace(row, against=dataclasses.replace(row.against, **changes))
 
 
-def _part(record: Record, name: str) -> Mapping[str, Any]:
-    """A section of a record; empty where it has none."""
-    return record.get(name) or {}
-
-
 def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping[str, Any] | set[str]) -> str | None:
     beside = str(PurePosixPath(condition).parent / reference)
     return beside if beside in names else reference if reference in names else None
@@ -261,23 +257,23 @@ def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping
 
 def _is_trained(record: Record) -> bool:
     """Not so the model as it is, of which the held-out loss may have been taken."""
-    return bool(record.get("training")) and _part(record, "parameters").get("trainable") != 0
+    return bool(record.get("training")) and part(record, "parameters").get("trainable") != 0
 
 
 def _metric(metric: str, records: Iterable[Record]) -> str:
     done = [record for record in records if record.get("sweep") and record["status"] == "done"]
     if metric == "score" and not any(record.get("evaluation") for record in done):
-        has_loss = any(_part(record, "training").get("test_loss") is not None for record in done)
+        has_loss = any(part(record, "training").get("test_loss") is not None for record in done)
         return "test_loss" if has_loss else metric
     return metric
 
 
 def _tasks(record: Record, metric: str) -> list[str]:
     if metric == "score":
-        return list(_part(record, "evaluation"))
-    if _part(record, "training").get("test_loss") is None:
+        return list(part(record, "evaluation"))
+    if part(record, "training").get("test_loss") is None:
         return []
-    return [_part(record, "config").get("test_data") or record["data"]["name"]]
+    return [part(record, "config").get("test_data") or record["data"]["name"]]
 
 
 def _value(record: Record, task: str, metric: str) -> float:
@@ -311,7 +307,7 @@ def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task:
     for name, runs in conditions.items():
         for record in runs.values():
             result = record["evaluation"][task] if metric == "score" else {}
-            kind = (result.get("metric"), result.get("n"), _part(record, "config").get("test_hash"))
+            kind = (result.get("metric"), result.get("n"), part(record, "config").get("test_hash"))
             kinds.setdefault(kind, []).append(name)
     if len(kinds) == 1:
         return []

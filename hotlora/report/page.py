@@ -17,7 +17,7 @@ from ..base.errors import DataError, FileError
 from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
-from .tables import Section, against_all, conditions_table, covered, human_seconds, read_sections, table_rows
+from .tables import Section, against_all, conditions_table, covered, human_seconds, part, read_sections, table_rows
 
 # What the page shows of a run's record, besides its row.
 DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")
@@ -32,7 +32,7 @@ __all__ = ["STORE", "conditions_table", "has_recipes", "write_report"]
 
 def has_recipes(records: Iterable[Record]) -> bool:
     """Whether some of the runs are a recipe's, whose tables `papers` makes."""
-    return any((record.get("sweep") or {}).get("name") == STORE for record in records)
+    return any(part(record, "sweep").get("name") == STORE for record in records)
 
 
 def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
@@ -124,7 +124,7 @@ def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
     curves = []
     rows = table_rows(section, section.data)
     for row, (folder, record) in zip(rows, section.records.items(), strict=True):
-        name = (record.get("training") or {}).get("metrics")
+        name = part(record, "training").get("metrics")
         if name and (folder / name).is_file():
             try:
                 steps, losses = _losses(folder / name)
@@ -221,7 +221,7 @@ def _metric(section: Section, task: str) -> str:
     metrics = {
         record["evaluation"][task]["metric"]: record["evaluation"][task]["n"]
         for record in section.records.values()
-        if task in (record.get("evaluation") or {})
+        if task in part(record, "evaluation")
     }
     return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics.items())
 

@@ -6,17 +6,8 @@ Shares are fractions of 1. Names of models and data sets are the paper's; the da
 from typing import Any
 
 DATASETS = (
-    "spider",
-    "gsm8k",
-    "hellaswag",
-    "arc_challenge",
-    "boolq",
-    "piqa",
-    "mmlu",
-    "codealpaca",
-    "wikitext2",
-    "mbpp",
-)
+    "spider", "gsm8k", "hellaswag", "arc_challenge", "boolq", "piqa", "mmlu", "codealpaca", "wikitext2", "mbpp",
+)  # fmt: skip
 """the ten of section 3.1, in its order"""
 
 MODELS: dict[str, dict[str, Any]] = {
