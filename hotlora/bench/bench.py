@@ -272,21 +272,18 @@ def run_growth(
     if axis not in AXES:
         raise HotLoraError(f"there is no growth by {axis!r}: choose one of {', '.join(AXES)}.")
     config = _resolved(config)
-    values = list(values or _growth_values(config, axis))
+    if not values and axis == "rank":
+        values = [8, 16, 32, 64]
+    elif not values:
+        most = {"tokens": config.tokens, "experts": _num_experts(config), "layers": config.layers or 1}[axis]
+        values = sorted({most * part // 4 for part in (1, 2, 3, 4)} - {0})
     if axis == "tokens":  # in sequences of one length
         config = dataclasses.replace(config, length=math.gcd(config.length or 1, *values))
     runs = []
     for value in values:
         tell(f"{axis} = {value}")
         runs.append(run_bench(_grown(config, axis, value), tell=tell))
-    return {"version": VERSION, "kind": "growth", "axis": axis, "values": values, "runs": runs}
-
-
-def _growth_values(config: BenchConfig, axis: str) -> list[int]:
-    if axis == "rank":
-        return [8, 16, 32, 64]
-    most = {"tokens": config.tokens, "experts": _num_experts(config), "layers": config.layers or 1}[axis]
-    return sorted({most * part // 4 for part in (1, 2, 3, 4)} - {0})
+    return {"version": VERSION, "kind": "growth", "axis": axis, "values": list(values), "runs": runs}
 
 
 def _num_experts(config: BenchConfig) -> int:

@@ -51,7 +51,7 @@ class Contender:
     fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS and self._method()[0] not in _METHODS:
+        if self.kind not in KINDS and self.method[0] not in _METHODS:
             raise HotLoraError(
                 f"contender {self.kind!r} does not exist: choose from {', '.join(KINDS)}, or a method: "
                 f"{', '.join(_METHODS)}, each also with -pure or -gate."
@@ -70,7 +70,7 @@ class Contender:
             return {"rule": self.kind, "fraction": self.fraction, "train_router": False, "train_shared": False}
         if self.kind in KINDS:
             return {}
-        method, placement = self._method()
+        method, placement = self.method
         return {**METHODS[method], **PLACEMENTS[placement]}
 
     def plan(self, profile: RoutingProfile) -> ExpertPlan | None:
@@ -81,8 +81,9 @@ class Contender:
             chosen["experts_per_layer"] = profile.num_experts_per_tok
         return select_experts(profile, **chosen) if chosen else None
 
-    def _method(self) -> tuple[str, str]:
-        """(method, placement)"""
+    @property
+    def method(self) -> tuple[str, str]:
+        """(method, placement), where the kind is one of the papers'."""
         method, _, placement = self.kind.rpartition("-")
         return (method, placement) if placement in PLACEMENTS else (self.kind, "full")
 
@@ -131,9 +132,8 @@ class BenchConfig:
             raise HotLoraError(f"cv is {self.cv}: it must be 0 or more.")
         if not self.contenders:
             raise HotLoraError(f"contenders is empty: name some of {', '.join(KINDS)}.")
-        for fraction in self.fractions:
-            if not 0 < fraction < 1:
-                raise HotLoraError(f"fraction is {fraction}: it must be between 0 and 1; `all` has all experts.")
+        if wrong := [fraction for fraction in self.fractions if not 0 < fraction < 1]:
+            raise HotLoraError(f"fraction is {wrong[0]}: it must be between 0 and 1; `all` has all experts.")
         self.all_contenders()
 
     def all_contenders(self) -> list[Contender]:
@@ -215,7 +215,6 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
     options = contender.options
     if options.get("full"):
         return model.requires_grad_(True).train()
-    attention = attention_modules(model)
     with quiet():
         if "rule" in options:
             own = {name: options[name] for name in _ADAPTER if name in options}
@@ -224,14 +223,15 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
                 mask = random_mask(model, config, options["keep"])
                 config = HotLoraConfig(plan=plan, r=r, lora_alpha=2 * r, mask=mask, **own)
         else:
-            modules = [re.escape(path) for path in attention]
-            parameters: list[str] | None = None
-            if contender.kind in ("peft", *_OTHER_LIBRARIES):
-                parameters = _expert_parameters(model)
-            elif contender.kind == "loop":
+            modules = [re.escape(path) for path in attention_modules(model)]
+            if contender.kind == "loop":
                 modules += [rf"{re.escape(path)}\.\d+\.[^.]+_linear" for path in unroll_experts(model)]
+            fused = None
+            if contender.kind in ("peft", *_OTHER_LIBRARIES):
+                paths = {x.experts: ExpertsView(unwrap(model.get_submodule(x.experts))) for x in moe_layers(model)}
+                fused = [f"{path}.{name}" for path, view in paths.items() for name in (view.up_name, "down_proj")]
             config = LoraConfig(
-                r=r, lora_alpha=2 * r, target_modules="|".join(modules), target_parameters=parameters,
+                r=r, lora_alpha=2 * r, target_modules="|".join(modules), target_parameters=fused,
                 task_type="CAUSAL_LM",
             )  # fmt: skip
         if contender.kind in _OTHER_LIBRARIES:
@@ -305,11 +305,6 @@ class LoopedExpert(nn.Module):
         if not self._view.has_own_gate:
             return self._act_fn(gate) * up
         return self._view.activation(self._view.join(torch.cat([gate, up], -1)))
-
-
-def _expert_parameters(model: PreTrainedModel) -> list[str]:
-    views = {layer.experts: ExpertsView(unwrap(model.get_submodule(layer.experts))) for layer in moe_layers(model)}
-    return [f"{path}.{name}" for path, view in views.items() for name in (view.up_name, "down_proj")]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -152,28 +152,20 @@ def work(
     if gradient_checkpointing:
         experts += flops["forward_per_token"]["experts"] + adapter
         total += sum(flops["forward_per_token"].values()) + flops["adapter_per_token"]
-    head = meta.get_output_embeddings()
+    by_layer = largest.values()
     return Work(
-        tokens=tokens,
-        num_experts=found_layers[0].num_experts,
-        top_k=num_experts_per_tok(meta),
-        moe_layers=len(found_layers),
-        row=ExpertsView(modules[0]).widths[0] * compute.itemsize,
-        experts=memory["weights"] - dense,
-        dense=dense,
-        largest_layer=round(max(scale * e + compute.itemsize * d for e, d in largest.values())),
-        largest_dense=round(max(compute.itemsize * d for _, d in largest.values())),
-        head=head.weight.numel() * compute.itemsize,
-        trainable=found["trainable"],
-        casts=memory["adapter"] - 4 * found["trainable"],
-        activations=memory["activations"],
-        expert_row=found["expert_bytes_per_token_layer"],
-        live_layers=1 if gradient_checkpointing else len(found_layers),
-        workspace=memory["workspace"],
-        passes=3 if gradient_checkpointing else 2,
-        expert_flops=experts * tokens,
+        tokens=tokens, num_experts=found_layers[0].num_experts, top_k=num_experts_per_tok(meta),
+        moe_layers=len(found_layers), row=ExpertsView(modules[0]).widths[0] * compute.itemsize,
+        experts=memory["weights"] - dense, dense=dense,
+        largest_layer=round(max(scale * e + compute.itemsize * d for e, d in by_layer)),
+        largest_dense=round(max(compute.itemsize * d for _, d in by_layer)),
+        head=meta.get_output_embeddings().weight.numel() * compute.itemsize,
+        trainable=found["trainable"], casts=memory["adapter"] - 4 * found["trainable"],
+        activations=memory["activations"], expert_row=found["expert_bytes_per_token_layer"],
+        live_layers=1 if gradient_checkpointing else len(found_layers), workspace=memory["workspace"],
+        passes=3 if gradient_checkpointing else 2, expert_flops=experts * tokens,
         other_flops=(total - experts) * tokens,
-    )
+    )  # fmt: skip
 
 
 def expert_groups(num_experts: int, gpus: int, layout: str) -> tuple[int, int]:

@@ -171,30 +171,25 @@ def _evaluation(task: str, samples: Sequence[dict[str, Any]], seconds: float) ->
     """lm-eval's samples of a task as an evaluation; None where no metric of an example is a number from 0 to 1."""
     first = samples[0]
     metrics = sorted(first["metrics"], key=lambda name: name != "acc_norm")  # stable: else the first
-    shares = [name for name in metrics if all(_is_share(s[name]) for s in samples if name in s)]
-    if not shares:
+    for metric in metrics:
+        values = [sample[metric] for sample in samples if metric in sample]
+        if all(isinstance(value, Real) and 0 <= float(value) <= 1 for value in values):
+            break
+    else:
         return None
-    metric, results = shares[0], []
+    results = []
     some = sorted((s for s in samples if s["filter"] == first["filter"]), key=lambda s: s["doc_id"])
     for sample in some:
-        correct = float(sample[metric])
+        correct, text = float(sample[metric]), sample["resps"][0][0]
+        # The text, or what the task's filter left of the choices' likelihoods.
+        prediction = text if isinstance(text, str) else sample["filtered_resps"]
         results.append({
             "index": sample["doc_id"], "id": example_id(Example(sample["arguments"][0][0], "")),
-            "prediction": _prediction(sample), "correct": bool(correct) if correct in (0, 1) else correct,
+            "prediction": prediction, "correct": bool(correct) if correct in (0, 1) else correct,
         })  # fmt: skip
     correct, n = sum(result["correct"] for result in results), len(results)
     low, high = proportion_interval(correct, n)
     return Evaluation(task, metric, correct / n, n, correct, low, high, results, seconds)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) <= 1
-
-
-def _prediction(sample: dict[str, Any]) -> Any:
-    """The text, or what the task's filter left of the choices' likelihoods."""
-    text = sample["resps"][0][0]
-    return text if isinstance(text, str) else sample["filtered_resps"]
 
 
 @contextmanager

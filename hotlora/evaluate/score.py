@@ -208,11 +208,9 @@ def example_id(example: Example) -> str:
 
 
 def _evaluate(
-    task: Task,
-    examples: Sequence[Example],
-    work: Callable[[Collection[int]], Iterable[list[Result]]],
+    task: Task, examples: Sequence[Example], work: Callable[[Collection[int]], Iterable[list[Result]]],
     path: str | os.PathLike[str] | None,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """The results of `work` on what is not done, and of what is; each is in the file as soon as it is there."""
     started = time.perf_counter()
     results = {} if path is None else _kept(Path(path), examples)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..adapter.count import parameters_from_config
 from ..base.files import write_json
 from ..bench.bench import run_bench
-from ..bench.contenders import BenchConfig
+from ..bench.contenders import BenchConfig, Contender
 from ..bench.report import read_result
 from ..report.figures import COLD, HOT, INK, WIDTH, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
@@ -109,7 +109,7 @@ class BenchRecipe(Direct):
         """Contender -> trained parameters, by the whole model's config."""
         file, counts = config_file(model), {}
         for kind in contenders:
-            options = counted_options(*_parts(kind))
+            options = counted_options(*Contender(kind).method)
             options = options if options.get("full") else {**options, "r": r}
             counts[kind] = int(parameters_from_config(file, **options)["trainable"])
         return counts
@@ -204,17 +204,12 @@ def throughput_figure(bars: Mapping[str, Sequence[float]]) -> Figure:
         axes.bar(x, statistics.median(values), color=HOT if label.startswith("HELL") else COLD, width=0.62)
         axes.plot([x] * len(values), values, "o", color=INK, markersize=3)
     axes.set_xticks(range(len(bars)), list(bars))
-    axes.set_ylabel("tokens a second", color=INK)
+    axes.set_ylabel("tokens a second")
     return figure
 
 
 def _kind(method: str, placement: str) -> str:
     return method if placement == "full" else f"{method}-{placement}"
-
-
-def _parts(kind: str) -> tuple[str, str]:
-    method, _, placement = kind.rpartition("-")
-    return (method, placement) if placement in _PLACEMENTS else (kind, "full")
 
 
 def _row(bench: Row | None, kind: str) -> Row | None:

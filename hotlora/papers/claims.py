@@ -16,6 +16,7 @@ from ..evaluate.stats import sd_ratio
 from .cells import Cell, against, read_cells, task_name
 from .recipe import Recipe
 from .result import Heading, Result, Shown
+from .settings import LABELS
 
 MARGIN = 2.0
 VERDICTS = {True: "agrees", False: "differs", None: "cannot tell"}
@@ -39,19 +40,20 @@ class Claim:
 
 
 _T2, _T4, _T5, _T7 = (f"hellora-table-{number}" for number in (2, 4, 5, 7))
+_S61, _S73, _ALONE = "moe-sieve-section-6.1", "moe-sieve-section-7.3", "moe-sieve-experts-alone"
 CLAIMS = (
-    *(
-        Claim("HELLoRA 4.3", f"HELLoRA outperforms {label}.", _T2, "hellora", "above", other)
-        for other, label in (("lora", "LoRA"), ("fft", "full fine-tuning"), ("dora", "DoRA"), ("lori-d", "LoRI-D"))
-    ),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms LoRA.", _T2, "hellora", "above", "lora"),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms full fine-tuning.", _T2, "hellora", "above", "fft"),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms DoRA.", _T2, "hellora", "above", "dora"),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms LoRI-D.", _T2, "hellora", "above", "lori-d"),
     Claim("HELLoRA 4.3", "HELLoRI-D matches or exceeds LoRI-D.", _T2, "hellori-d", "as good", "lori-d"),
     Claim("HELLoRA 4.3", "HELLoRI-S matches or exceeds LoRI-S.", _T2, "hellori-s", "as good", "lori-s"),
     Claim("HELLoRA 1", "HELLoRI-S reaches LoRA's accuracy.", _T2, "hellori-s", "as good", "lora"),
     Claim("HELLoRA 4.3", "HELLoRI does not overtake HELLoRA.", _T2, "hellori-d", "below", "hellora"),
     *(
-        Claim("HELLoRA 4.5.1", f"{label}: hot in each layer beats {told}.", _T4, f"{method}-{rule}", "below", method)
+        Claim("HELLoRA 4.5.1", f"{LABELS[name]}: hot in each layer beats {told}.", _T4, f"{name}-{rule}", "below", name)
         for rule, told in (("global", "hot over all layers"), ("cold", "cold"))
-        for method, label in (("hellora", "HELLoRA"), ("hellori-d", "HELLoRI-D"), ("hellori-s", "HELLoRI-S"))
+        for name in ("hellora", "hellori-d", "hellori-s")
     ),
     Claim("HELLoRA 4.5.2", "Without attention and router accuracy drops.", _T5, "hellora-pure", "below", "hellora"),
     Claim("HELLoRA 4.5.2", "The router's adapter recovers a part.", _T5, "hellora-gate", "above", "hellora-pure"),
@@ -62,11 +64,9 @@ CLAIMS = (
           "equivalent", "sieve-all"),
     Claim("MoE-Sieve 7.1", "A quarter of the experts makes seeds differ less.", "moe-sieve-table-6", "sieve", "spread",
           "sieve-all"),
-    Claim("MoE-Sieve 6.1", "Random is worse at 25%.", "moe-sieve-section-6.1", "sieve-random", "below", "sieve"),
-    Claim("MoE-Sieve 6.1", "Random is worse at 12.5%.", "moe-sieve-section-6.1", "sieve-random-8of64", "below",
-          "sieve-8of64"),
-    Claim("MoE-Sieve 6.1", "Random 25% is worse than hot 12.5%.", "moe-sieve-section-6.1", "sieve-random", "below",
-          "sieve-8of64"),
+    Claim("MoE-Sieve 6.1", "Random is worse at 25%.", _S61, "sieve-random", "below", "sieve"),
+    Claim("MoE-Sieve 6.1", "Random is worse at 12.5%.", _S61, "sieve-random-8of64", "below", "sieve-8of64"),
+    Claim("MoE-Sieve 6.1", "Random 25% is worse than hot 12.5%.", _S61, "sieve-random", "below", "sieve-8of64"),
     Claim("MoE-Sieve 6.2", "Greedy budgets do not improve on the same k in each layer.", "moe-sieve-table-5",
           "sieve", "as good", "sieve-greedy"),
     Claim("MoE-Sieve 6.2", "A coverage of 60% is no better than 25%.", "moe-sieve-section-6.2", "sieve", "as good",
@@ -74,20 +74,20 @@ CLAIMS = (
     Claim("MoE-Sieve 7.2", "Half of the experts is as good as all.", "moe-sieve-figure-4", "sieve-32of64", "as good",
           "sieve-all"),
     Claim("MoE-Sieve 7.3", "Cold fillers add noise: at one budget, hot and random experts are worse than hot ones.",
-          "moe-sieve-section-7.3", "sieve-half-random", "below", "sieve"),
-    Claim("MoE-Sieve 7.3", "Cold fillers add noise: hot ones alone make seeds differ less.", "moe-sieve-section-7.3",
-          "sieve", "spread", "sieve-half-random"),
+          _S73, "sieve-half-random", "below", "sieve"),
+    Claim("MoE-Sieve 7.3", "Cold fillers add noise: hot ones alone make seeds differ less.", _S73, "sieve", "spread",
+          "sieve-half-random"),
     *(
-        Claim(where, says, "moe-sieve-experts-alone", f"sieve-pure-{name}", "below", "sieve-pure-hot")
+        Claim(where, f"{says}, with adapters on experts alone.", _ALONE, f"sieve-pure-{name}", "below",
+              "sieve-pure-hot")
         for name, where, says in (
-            ("random", "MoE-Sieve 6.1", "Random is worse, with adapters on experts alone."),
-            ("cold", "HELLoRA 4.5.1", "Cold is worse, with adapters on experts alone."),
-            ("global", "HELLoRA 4.5.1", "Hot over all layers is worse, with adapters on experts alone."),
-            ("hot+random", "MoE-Sieve 7.3", "Hot and random are worse than hot, with adapters on experts alone."),
+            ("random", "MoE-Sieve 6.1", "Random is worse"), ("cold", "HELLoRA 4.5.1", "Cold is worse"),
+            ("global", "HELLoRA 4.5.1", "Hot over all layers is worse"),
+            ("hot+random", "MoE-Sieve 7.3", "Hot and random are worse than hot"),
         )
     ),
-    Claim("MoE-Sieve 6.2", "Greedy does not improve on uniform, with adapters on experts alone.",
-          "moe-sieve-experts-alone", "sieve-pure-hot", "as good", "sieve-pure-greedy"),
+    Claim("MoE-Sieve 6.2", "Greedy does not improve on uniform, with adapters on experts alone.", _ALONE,
+          "sieve-pure-hot", "as good", "sieve-pure-greedy"),
 )  # fmt: skip
 
 

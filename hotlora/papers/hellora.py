@@ -67,28 +67,18 @@ _NUMBERS = [
 ]
 
 RECIPES: dict[str, Callable[[str, Setting], Recipe]] = {
-    "hellora-table-2": recipe(
-        "Accuracy of the methods on mathematics, code and safety", "HELLoRA, section 4.3, table 2", _COLUMNS, _METHODS,
-        reference="lora",
-    ),
-    "hellora-table-3": recipe(
-        "Accuracy on another model", "HELLoRA, section 4.3, table 3", _MIXTRAL, _ON_MIXTRAL, reference="lora"
-    ),
-    "hellora-table-4": recipe(
-        "Which experts are adapted", "HELLoRA, section 4.5.1, table 4", _GSM8K, _WHICH_EXPERTS, reference="hellora"
-    ),
-    "hellora-table-5": recipe(
-        "What is adapted beside the experts", "HELLoRA, section 4.5.2, table 5", _COLUMNS, _BESIDE_EXPERTS,
-        reference="hellora",
-    ),
-    "hellora-table-7": recipe(
-        "The number of hot experts", "HELLoRA, section 4.5.3, table 7", _GSM8K, _NUMBERS, view="curve",
-        reference="hellora",
-    ),
-    "hellora-table-8": recipe(
-        "Other tasks before and after", "HELLoRA, appendix C, table 8", _COLUMNS, [_BASE, _OURS[0]], view="across",
-        across=True,
-    ),
+    "hellora-table-2": recipe("Accuracy of the methods on mathematics, code and safety",
+                              "HELLoRA, section 4.3, table 2", _COLUMNS, _METHODS, reference="lora"),
+    "hellora-table-3": recipe("Accuracy on another model", "HELLoRA, section 4.3, table 3", _MIXTRAL, _ON_MIXTRAL,
+                              reference="lora"),
+    "hellora-table-4": recipe("Which experts are adapted", "HELLoRA, section 4.5.1, table 4", _GSM8K, _WHICH_EXPERTS,
+                              reference="hellora"),
+    "hellora-table-5": recipe("What is adapted beside the experts", "HELLoRA, section 4.5.2, table 5", _COLUMNS,
+                              _BESIDE_EXPERTS, reference="hellora"),
+    "hellora-table-7": recipe("The number of hot experts", "HELLoRA, section 4.5.3, table 7", _GSM8K, _NUMBERS,
+                              view="curve", reference="hellora"),
+    "hellora-table-8": recipe("Other tasks before and after", "HELLoRA, appendix C, table 8", _COLUMNS,
+                              [_BASE, _OURS[0]], view="across", across=True),
 }  # fmt: skip
 
 

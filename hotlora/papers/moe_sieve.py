@@ -71,39 +71,24 @@ _NUMBERS_ELSEWHERE = [
 _AGAINST_ALL: dict[str, Any] = {"columns": _BOTH_MODELS, "rows": [_ALL, _QUARTER], "reference": _ALL.name}
 
 RECIPES = {
-    "moe-sieve-table-3": recipe(
-        "A quarter of the experts against all", "MoE-Sieve, section 5.2, table 3", view="pairs", **_AGAINST_ALL
-    ),
-    "moe-sieve-table-5": recipe(
-        "Greedy budgets over layers", "MoE-Sieve, section 6.2, table 5", _BOTH_MODELS, [_QUARTER, _GREEDY],
-        view="pairs", reference=_QUARTER.name,
-    ),
-    "moe-sieve-table-6": recipe(
-        "How much seeds differ", "MoE-Sieve, section 7.1, table 6", view="spread", **_AGAINST_ALL
-    ),
-    "moe-sieve-table-8": recipe(
-        "Equivalence tests", "MoE-Sieve, appendix B, table 8", view="equivalence", **_AGAINST_ALL
-    ),
-    "moe-sieve-table-10": recipe(
-        "The number of experts on other tasks", "MoE-Sieve, appendix D, table 10", [_HELLASWAG, _SPIDER],
-        _NUMBERS_ELSEWHERE, view="curve", reference=_ALL.name,
-    ),
-    "moe-sieve-figure-4": recipe(
-        "Accuracy over the number of experts", "MoE-Sieve, section 7.2, figure 4", [_GSM8K], _NUMBERS, view="curve",
-        reference=_ALL.name,
-    ),
-    "moe-sieve-section-6.1": recipe(
-        "Random experts at the same budget", "MoE-Sieve, section 6.1", [_GSM8K], _AT_ONE_BUDGET,
-        reference=_QUARTER.name,
-    ),
-    "moe-sieve-section-6.2": recipe(
-        "Rules at a quarter of the experts", "MoE-Sieve, section 6.2", [_GSM8K, _HELLASWAG], _RULES,
-        reference=_QUARTER.name,
-    ),
-    "moe-sieve-section-7.3": recipe(
-        "Hot experts and random fillers at one budget", "MoE-Sieve, section 7.3", [_GSM8K], _FILLERS,
-        reference=_QUARTER.name,
-    ),
+    "moe-sieve-table-3": recipe("A quarter of the experts against all", "MoE-Sieve, section 5.2, table 3",
+                                view="pairs", **_AGAINST_ALL),
+    "moe-sieve-table-5": recipe("Greedy budgets over layers", "MoE-Sieve, section 6.2, table 5", _BOTH_MODELS,
+                                [_QUARTER, _GREEDY], view="pairs", reference=_QUARTER.name),
+    "moe-sieve-table-6": recipe("How much seeds differ", "MoE-Sieve, section 7.1, table 6", view="spread",
+                                **_AGAINST_ALL),
+    "moe-sieve-table-8": recipe("Equivalence tests", "MoE-Sieve, appendix B, table 8", view="equivalence",
+                                **_AGAINST_ALL),
+    "moe-sieve-table-10": recipe("The number of experts on other tasks", "MoE-Sieve, appendix D, table 10",
+                                 [_HELLASWAG, _SPIDER], _NUMBERS_ELSEWHERE, view="curve", reference=_ALL.name),
+    "moe-sieve-figure-4": recipe("Accuracy over the number of experts", "MoE-Sieve, section 7.2, figure 4", [_GSM8K],
+                                 _NUMBERS, view="curve", reference=_ALL.name),
+    "moe-sieve-section-6.1": recipe("Random experts at the same budget", "MoE-Sieve, section 6.1", [_GSM8K],
+                                    _AT_ONE_BUDGET, reference=_QUARTER.name),
+    "moe-sieve-section-6.2": recipe("Rules at a quarter of the experts", "MoE-Sieve, section 6.2",
+                                    [_GSM8K, _HELLASWAG], _RULES, reference=_QUARTER.name),
+    "moe-sieve-section-7.3": recipe("Hot experts and random fillers at one budget", "MoE-Sieve, section 7.3",
+                                    [_GSM8K], _FILLERS, reference=_QUARTER.name),
     "moe-sieve-experts-alone": recipe(
         "Which experts, with adapters on experts alone",
         "Not in the papers: MoE-Sieve's sections 6 and 7.3 without adapters on attention and router",

@@ -28,7 +28,7 @@ def two_loads(loads: Mapping[str, Sequence[float]]) -> Figure:
         axes.set_title(name, fontsize=10, color=INK, loc="left", pad=4)
         axes.set_xlim(-0.6, len(shares) - 0.4)
         axes.yaxis.set_major_formatter("{x:g}%")
-    panels[-1].set_xlabel("expert", color=INK)
+    panels[-1].set_xlabel("expert")
     figure.supylabel("share of the assignments (dashed: uniform)", fontsize=10.5, color=INK)
     return figure
 
@@ -75,9 +75,8 @@ def ratios(studies: Mapping[str, Study]) -> Figure:
         mean = np.nanmean(by_layer, axis=0)
         right.plot(depth, mean, color=color, linewidth=1.8, marker="o", markersize=3, label=model)
     left.set_yticks(range(len(names)), names)
-    left.set_ylim(-0.6, len(names) - 0.4)
     left.set_xlim(left=0)
-    left.set_xlabel("layer CV / global CV (grey: the paper's range)", color=INK)
+    left.set(ylim=(-0.6, len(names) - 0.4), xlabel="layer CV / global CV (grey: the paper's range)")
     style_depth(right, "layer (band: data sets)", "CV of a layer's counts")
     right.legend(**LEGEND, loc="lower right")
     return figure
@@ -102,10 +101,8 @@ def coverage(curves: Mapping[str, np.ndarray]) -> Figure:
         label = f"{model}, published: {value:.0f}%"
         axes.plot(100 * FRACTION, value, mark, color=INK, markersize=9, markeredgewidth=1.8, label=label)
     axes.axvline(100 * FRACTION, color=INK, linewidth=0.8)
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("routed experts kept in each layer", color=INK)
-    axes.set_ylabel("of a token's experts, shared ones included", color=INK)
+    axes.set(xlim=(0, 100), ylim=(0, 101), xlabel="routed experts kept in each layer")
+    axes.set_ylabel("of a token's experts, shared ones included")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:.0f}%")
     axes.legend(**LEGEND, loc="lower right")

@@ -232,52 +232,30 @@ def _lora(setting: Setting) -> Mapping[str, Any]:
 
 
 HELLORA = {
-    "hellora-figure-1": _recipe(
-        "Load of a layer's experts, and by index over all layers", "HELLoRA, section 1, figure 1",
-        tables.layer_and_global, [OLMOE], _HELLORA_TASKS[:1],
-    ),
-    "hellora-figure-3": _recipe(
-        "Hot experts of the warm-up against the real ones", "HELLoRA, section 4.1, figure 3", tables.warm_up,
-        [OLMOE], _HELLORA_TASKS[:1], _lora,
-    ),
-    "hellora-figure-4": _recipe(
-        "Loads of experts in five layers on three tasks", "HELLoRA, section 4.2, figure 4", tables.five_layers,
-        [OLMOE], _HELLORA_TASKS,
-    ),
-    "hellora-figure-6": _recipe(
-        "Loads of experts in five layers on three tasks, Mixtral", "HELLoRA, appendix B, figure 6",
-        tables.five_layers, [MIXTRAL], _HELLORA_TASKS,
-    ),
+    "hellora-figure-1": _recipe("Load of a layer's experts, and by index over all layers",
+                                "HELLoRA, section 1, figure 1", tables.layer_and_global, [OLMOE], _HELLORA_TASKS[:1]),
+    "hellora-figure-3": _recipe("Hot experts of the warm-up against the real ones", "HELLoRA, section 4.1, figure 3",
+                                tables.warm_up, [OLMOE], _HELLORA_TASKS[:1], _lora),
+    "hellora-figure-4": _recipe("Loads of experts in five layers on three tasks", "HELLoRA, section 4.2, figure 4",
+                                tables.five_layers, [OLMOE], _HELLORA_TASKS),
+    "hellora-figure-6": _recipe("Loads of experts in five layers on three tasks, Mixtral",
+                                "HELLoRA, appendix B, figure 6", tables.five_layers, [MIXTRAL], _HELLORA_TASKS),
 }  # fmt: skip
 MOE_SIEVE = {
-    "moe-sieve-table-2": _recipe(
-        "Skew inside layers and over all layers", "MoE-Sieve, section 3.1, table 2", tables.skew, _SIEVE_MODELS,
-        DATASETS,
-    ),
-    "moe-sieve-table-7": _recipe(
-        "Layer by layer on Spider", "MoE-Sieve, appendix A.1, table 7", tables.by_layer, [OLMOE], ["spider"]
-    ),
-    "moe-sieve-table-9": _recipe(
-        "The same number of experts in each layer, or greedily spread", "MoE-Sieve, appendix C, table 9",
-        tables.greedy, [OLMOE], ["gsm8k"],
-    ),
-    "moe-sieve-figure-1": _recipe(
-        "Layer CV over global CV", "MoE-Sieve, section 3.1, figure 1", tables.ratios, _SIEVE_MODELS, DATASETS
-    ),
-    "moe-sieve-figure-2": _recipe(
-        "Coverage of a token by the busiest experts", "MoE-Sieve, section 3.2, figure 2", tables.coverage,
-        _SIEVE_MODELS, DATASETS,
-    ),
-    "moe-sieve-figure-3": _recipe(
-        "Overlap of the hot experts of two data sets", "MoE-Sieve, section 3.2, figure 3", tables.overlaps, [OLMOE],
-        DATASETS,
-    ),
-    "moe-sieve-figure-5": _recipe(
-        "Load of all experts on all data sets", "MoE-Sieve, appendix A.2, figure 5", tables.heat_maps, [OLMOE],
-        DATASETS,
-    ),
-    "moe-sieve-figure-6": _recipe(
-        "Hot experts of a tenth of the examples", "MoE-Sieve, appendix A.3, figure 6", tables.stability,
-        _SIEVE_MODELS, DATASETS,
-    ),
+    "moe-sieve-table-2": _recipe("Skew inside layers and over all layers", "MoE-Sieve, section 3.1, table 2",
+                                 tables.skew, _SIEVE_MODELS, DATASETS),
+    "moe-sieve-table-7": _recipe("Layer by layer on Spider", "MoE-Sieve, appendix A.1, table 7", tables.by_layer,
+                                 [OLMOE], ["spider"]),
+    "moe-sieve-table-9": _recipe("The same number of experts in each layer, or greedily spread",
+                                 "MoE-Sieve, appendix C, table 9", tables.greedy, [OLMOE], ["gsm8k"]),
+    "moe-sieve-figure-1": _recipe("Layer CV over global CV", "MoE-Sieve, section 3.1, figure 1", tables.ratios,
+                                  _SIEVE_MODELS, DATASETS),
+    "moe-sieve-figure-2": _recipe("Coverage of a token by the busiest experts", "MoE-Sieve, section 3.2, figure 2",
+                                  tables.coverage, _SIEVE_MODELS, DATASETS),
+    "moe-sieve-figure-3": _recipe("Overlap of the hot experts of two data sets", "MoE-Sieve, section 3.2, figure 3",
+                                  tables.overlaps, [OLMOE], DATASETS),
+    "moe-sieve-figure-5": _recipe("Load of all experts on all data sets", "MoE-Sieve, appendix A.2, figure 5",
+                                  tables.heat_maps, [OLMOE], DATASETS),
+    "moe-sieve-figure-6": _recipe("Hot experts of a tenth of the examples", "MoE-Sieve, appendix A.3, figure 6",
+                                  tables.stability, _SIEVE_MODELS, DATASETS),
 }  # fmt: skip

@@ -132,7 +132,8 @@ def compare_runs(
         sweep = record.get("sweep")
         if not sweep:
             if not any(parent in records for parent in folder.parents):  # else a run's warm-up, or another stage
-                left_out.append(_outside(folder, record))
+                why = "still running" if record["status"] == "running" else "not of a sweep"
+                left_out.append(f"{record['name']}, seed {record['seed']} ({folder}): left out, {why}")
             continue
         condition, seed = sweep["condition"], record["seed"]
         if record["status"] != "done":
@@ -143,7 +144,9 @@ def compare_runs(
             continue
         if not _tasks(record, metric):
             left_out.append(f"{condition}, seed {seed} ({folder}): done, without a {metric.replace('_', ' ')}")
-        place = seed if _is_trained(record) or sweep.get("scores") else None
+        # A model as it is has no seed; its held-out loss may have been taken by a training of nothing.
+        is_trained = part(record, "training") and part(record, "parameters").get("trainable") != 0
+        place = seed if is_trained or sweep.get("scores") else None
         for task in _tasks(record, metric):
             key = (sweep["name"], record["model"]["name"], task)
             if (twin := folders.setdefault((key, condition, place), folder)) != folder:
@@ -170,14 +173,9 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _table(
-    key: _Key,
-    conditions: Mapping[str, Mapping[int | None, Record]],
-    reference: str,
-    metric: str,
-    bounds: Sequence[float],
-    corrected: bool,
-    lacking: Mapping[tuple[str, str, int], str],
-) -> Table:
+    key: _Key, conditions: Mapping[str, Mapping[int | None, Record]], reference: str, metric: str,
+    bounds: Sequence[float], corrected: bool, lacking: Mapping[tuple[str, str, int], str],
+) -> Table:  # fmt: skip
     sweep, model, task = key
     values = {
         name: {seed: _value(record, task, metric) for seed, record in by_seed.items()}
@@ -255,11 +253,6 @@ def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping
     return beside if beside in names else reference if reference in names else None
 
 
-def _is_trained(record: Record) -> bool:
-    """Not so the model as it is, of which the held-out loss may have been taken."""
-    return bool(record.get("training")) and part(record, "parameters").get("trainable") != 0
-
-
 def _metric(metric: str, records: Iterable[Record]) -> str:
     done = [record for record in records if record.get("sweep") and record["status"] == "done"]
     if metric == "score" and not any(record.get("evaluation") for record in done):
@@ -316,11 +309,6 @@ def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task:
         for (kind, n, _), names in kinds.items()
     )
     return [f"These were not measured on the same examples by the same measure, so they are not paired: {told}."]
-
-
-def _outside(folder: Path, record: Record) -> str:
-    why = "still running" if record["status"] == "running" else "not of a sweep"
-    return f"{record['name']}, seed {record['seed']} ({folder}): left out, {why}"
 
 
 def _place(row: Row, reference: str) -> tuple[str, int, str]:

@@ -50,8 +50,7 @@ def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
         width = 1.3 if is_coarse else 0.7
         axes.add_collection(PolyCollection(boxes, facecolors="none", edgecolors=INK, linewidths=width))
     axes.tick_params(which="both", length=0)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
+    axes.set(xlabel="expert", ylabel="layer")
     tick_layers(axes.yaxis, profile.layers, 16)
     axes.xaxis.set_major_locator(MaxNLocator(min(num_experts, 16), integer=True))
     bar = load_bar(figure, image, axes, load.max(), fraction=0.03, pad=0.015, aspect=18)
@@ -81,8 +80,7 @@ def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figu
         if row.max() > top:
             text = f"up to {row.max():.1f}×"
             axes.text(num_experts, top, text, fontsize=8.5, color=MUTED, ha="right", va="top")
-        axes.set_xlim(0.5, num_experts + 0.5)
-        axes.set_ylim(0, top * 1.02)
+        axes.set(xlim=(0.5, num_experts + 0.5), ylim=(0, top * 1.02))
         axes.yaxis.set_major_formatter("{x:g}×")
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.set_xticks([1, num_experts])
@@ -127,8 +125,7 @@ def loss_curves(curves: Sequence[tuple[str, str, Sequence[int], Sequence[float]]
         window = max(1, len(values) // 25)
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
         axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss")
+    axes.set(xlabel="optimizer step", ylabel="training loss")
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     whole_numbers(axes.xaxis)
@@ -150,10 +147,8 @@ def coverage_axes(height: float, num_experts: int) -> tuple[Figure, Axes]:
     """A figure of the routing covered, in percent, over the experts kept in each layer."""
     figure, axes = new_figure(height)
     style(axes)
-    axes.set_xlim(0, num_experts)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("experts kept in each layer")
-    axes.set_ylabel("share of routing covered")
+    axes.set(xlim=(0, num_experts), ylim=(0, 101))
+    axes.set(xlabel="experts kept in each layer", ylabel="share of routing covered")
     axes.yaxis.set_major_formatter("{x:.0f}%")
     whole_numbers(axes.xaxis)
     return figure, axes
@@ -179,6 +174,8 @@ def style(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
     axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9.5, colors=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(INK)
 
 
 def whole_numbers(axis: Axis) -> None:

@@ -188,7 +188,10 @@ def _summary(section: Section) -> str:
         if hot["condition"] != "hot" or (found := against_all(section, folder, section.data)) is None:
             continue
         reference, difference = found
-        share = _share_trained(hot, reference)
+        share = ""
+        if hot.get("parameters") and reference.get("parameters"):
+            of_all = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
+            share = f", with {of_all:.1%} of the trained parameters"
         if section.by_loss:
             ours, theirs = (record["training"]["test_loss"] for record in (hot, reference))
             return (
@@ -208,13 +211,6 @@ def _summary(section: Section) -> str:
             text += f" That is {abs(points):.1f} points {side}, more than chance over test examples explains."
         return text
     return ""
-
-
-def _share_trained(hot: Record, reference: Record) -> str:
-    if not (hot.get("parameters") and reference.get("parameters")):
-        return ""
-    share = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
-    return f", with {share:.1%} of the trained parameters"
 
 
 def _metric(section: Section, task: str) -> str:

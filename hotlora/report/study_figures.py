@@ -129,8 +129,7 @@ def robustness(result: Study) -> Figure:
     panels: list[Axes] = list(figure.subplots(1, 2 if stable else 1, sharey=True, squeeze=False).flat)
     for axes in panels:
         style(axes, grid="x")
-        axes.set_xlim(0, 1.02)
-        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set(xlim=(0, 1.02), ylim=(-0.6, len(names) - 0.4))
         axes.set_yticks(range(len(names)), names)
     for name in stable:
         row, y = rows[name]["stability"], names.index(name)
@@ -138,14 +137,14 @@ def robustness(result: Study) -> Figure:
         panels[0].plot(row["mean"], y, "o", color=HOT, markersize=6)
     if stable:
         share, draws = result["settings"]["subsample"], result["settings"]["draws"]
-        panels[0].set_xlabel(f"Jaccard, a {share:.0%} subsample against all (bar: {draws} draws)", color=INK)
+        panels[0].set_xlabel(f"Jaccard, a {share:.0%} subsample against all (bar: {draws} draws)")
     right = panels[-1]
     for y, name in enumerate(names):
         row = rows[name]["signals"]
         right.plot(row["jaccard"], y, "o", color=HOT, markersize=6, label="Jaccard of the hot sets" if y == 0 else None)
         label = "Spearman of the scores" if y == 0 else None
         right.plot(row["spearman"], y, "o", color=INK, markersize=6, fillstyle="none", label=label)
-    right.set_xlabel("count against mass", color=INK)
+    right.set_xlabel("count against mass")
     right.legend(**LEGEND, loc="lower left")
     return figure
 
@@ -160,11 +159,9 @@ def layer_overlap(overlaps: Mapping[str, Tensor | Sequence[float]], layers: Sequ
         axes.bar(range(len(layers)), shown, color=HOT, width=0.7)
         axes.axhline(shown.mean(), color=INK, linewidth=0.8, linestyle=DASHED)
         axes.set_title(f"{name}: mean {shown.mean():.2f}", fontsize=10, color=INK, loc="left", pad=4)
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0, 0.5, 1])
-        axes.set_xlim(-0.6, len(layers) - 0.4)
+        axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(-0.6, len(layers) - 0.4))
     figures.tick_layers(panels[-1].xaxis, layers, 24)
-    panels[-1].set_xlabel("layer", color=INK)
+    panels[-1].set_xlabel("layer")
     figure.supylabel("Jaccard of the hot experts", fontsize=10.5, color=INK)
     return figure
 
@@ -179,8 +176,7 @@ def style_depth(axes: Axes, across: str, up: str) -> None:
     style(axes)
     axes.set_ylim(bottom=0)
     axes.set_xticks([0, 1], ["first", "last"])
-    axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
+    axes.set(xlabel=across, ylabel=up)
 
 
 def colors(names: Sequence[str]) -> dict[str, Any]:

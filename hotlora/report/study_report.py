@@ -108,6 +108,8 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         if len(rows) <= 3:
             parts += [picture("overlap-by-layer", f"{_OVERLAP}, in each layer.")]
         parts += [_nearest(result)]
+    verdicts = {True: "agrees", False: "**does not**", None: "not tested"}
+    decided = [[c.section, c.says, c.rule, c.here or NONE, verdicts[c.holds]] for c in claims(result)]
     parts += [
         "## How robust",
         _stability_words(result),
@@ -115,7 +117,7 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         picture("robustness", "The same in a picture."),
         "## The paper's claims",
         "Each claim of section 3 that one model can decide, by a rule that code applies to the numbers above.",
-        _table(["section", "the paper says", "decided by", "here", ""], _claim_rows(result)),
+        _table(["section", "the paper says", "decided by", "here", ""], decided),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -199,12 +201,6 @@ def _examples_words(result: Study) -> str:
         f"Examples are of the training splits, {some}, prompt and response. They are cut at {settings['max_length']} "
         "tokens; those whose prompt alone is that long are left out."
     )
-
-
-def _claim_rows(result: Study) -> Iterable[list[str]]:
-    verdicts = {True: "agrees", False: "**does not**", None: "not tested"}
-    for claim in claims(result):
-        yield [claim.section, claim.says, claim.rule, claim.here or NONE, verdicts[claim.holds]]
 
 
 def _nearest(result: Study) -> str:

@@ -185,7 +185,10 @@ def select_experts(
     elif "fraction" in reads:
         params |= _budget(rule, (num_layers, num_experts), fraction, experts_per_layer, budget)
     if "fillers" in reads:
-        params["fillers"] = _checked_fillers(fillers, params["experts_per_layer"])
+        kept = params["experts_per_layer"]
+        params["fillers"] = kept // 2 if fillers is None else fillers
+        if not _is_int(params["fillers"]) or not 0 <= params["fillers"] <= kept:
+            raise PlanError(f"fillers is {fillers!r}: it must be an integer from 0 to the {kept} experts of a layer")
     if "signal" in reads:
         params["signal"] = signal
     if "seed" in reads:
@@ -242,14 +245,6 @@ def _budget(
 
 def _is_this_version(data: dict[str, Any]) -> bool:
     return _is_int(data.get("version")) and data["version"] == VERSION
-
-
-def _checked_fillers(fillers: int | None, kept: int) -> int:
-    if fillers is None:
-        return kept // 2
-    if not _is_int(fillers) or not 0 <= fillers <= kept:
-        raise PlanError(f"fillers is {fillers!r}: it must be an integer from 0 to the {kept} experts of a layer")
-    return fillers
 
 
 def _check_shares(rule: str, layers: Sequence[int], table: Tensor) -> None:

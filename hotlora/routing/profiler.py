@@ -64,14 +64,9 @@ def profile_examples(
 
 
 def _profile(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    progress: bool,
-    source: Mapping[str, Any] | None,
-    *,
-    per_example: bool,
-    share_out: bool = False,
-) -> tuple[RoutingProfile, Tensor]:
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: bool, source: Mapping[str, Any] | None,
+    *, per_example: bool, share_out: bool = False,
+) -> tuple[RoutingProfile, Tensor]:  # fmt: skip
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
