@@ -137,6 +137,7 @@ class BenchConfig:
         self.all_contenders()
 
     def all_contenders(self) -> list[Contender]:
+        """In order; "hot" once for each of the fractions."""
         hot = [Contender("hot", fraction) for fraction in self.fractions]
         return [c for kind in self.contenders for c in (hot if kind == "hot" else [Contender(kind)])]
 
@@ -168,6 +169,7 @@ class RandomModel:
 
     @torch.no_grad()
     def wake(self) -> None:
+        """Makes them again, with the same values."""
         for parameter, size in zip(self._large, self._sizes, strict=True):
             parameter.untyped_storage().resize_(size)
         self._fill()

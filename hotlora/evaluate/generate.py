@@ -1,7 +1,8 @@
 """Answers to prompts: greedy or sampled, in batches of similar length, with a KV cache.
 
 What a prompt is answered does not depend on what was answered before: batches are the same for the same examples and
-options, and every sample draws from a seed of its own. So an evaluation that was stopped goes on to the same end.
+options, and every sample draws from a seed of its own. So an evaluation that was stopped comes to the same end when it
+is run again.
 """
 
 import hashlib
@@ -195,6 +196,7 @@ def track(items: Iterable, description: str, progress: bool, total: int | None =
 
 
 def check_batches(examples: Sequence[Example], batch_size: int) -> None:
+    """DataError: no examples, or a batch size below 1."""
     if not examples:
         raise DataError("There are no examples to evaluate; give at least one.")
     if batch_size < 1:

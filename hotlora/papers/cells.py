@@ -34,6 +34,7 @@ class Cell:
 
     @property
     def summary(self) -> MeanSd:
+        """Over the seeds, in points."""
         return mean_sd(list(self.values.values()))
 
 

@@ -34,6 +34,7 @@ class Column:
 
     @property
     def folder(self) -> str:
+        """Of its runs in a store: MODEL/TASK."""
         task = self.data.partition(":")[0]
         return f"{model_folder(self.model)}/{_slug(task)}"
 

@@ -46,10 +46,12 @@ class Against:
 
     @property
     def p(self) -> float | None:
+        """Corrected, where there is a correction."""
         return self.test.p if self.tost_holm is None else self.p_holm
 
     @property
     def tost(self) -> Mapping[float, float | None]:
+        """Bound -> p of equivalence, corrected as `p`."""
         return self.test.tost if self.tost_holm is None else self.tost_holm
 
 
@@ -86,6 +88,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
+    """What `compare_runs` found, by its settings."""
+
     reference: str
     metric: str
     margins: tuple[float, ...]
