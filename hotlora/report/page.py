@@ -53,7 +53,7 @@ def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[st
     names: set[str] = set()
     sections = [_shown_section(section, runs_dir, out_dir, names) for section in read_sections(records)]
     template = Path(__file__).parent / "report.html.j2"
-    page = render(template, sections=sections, skipped=skipped, runs_dir=runs_dir, out_dir=out_dir)
+    page = render(template, sections=sections, skipped=skipped, runs_dir=runs_dir, out_dir=out_dir, covered=covered)
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
 
@@ -90,10 +90,7 @@ def _shown_section(section: Section, runs_dir: Path, out_dir: Path, names: set[s
         }
         for folder, record in section.records.items()
     ]
-    facts, summary = _facts(section), _summary(section)
-    return {
-        "section": section, "tables": tables, "facts": facts, "summary": summary, "pictures": pictures, "runs": runs
-    }  # fmt: skip
+    return {"section": section, "tables": tables, "summary": _summary(section), "pictures": pictures, "runs": runs}
 
 
 def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
@@ -154,32 +151,6 @@ def _losses(path: Path) -> tuple[list[int], list[float]]:
         if abs(loss) < _MOST_LOSS:  # and no NaN
             points[step] = float(loss)
     return list(points), list(points.values())
-
-
-def _facts(section: Section) -> list[str]:
-    """What the profile says, in plain words."""
-    profile, plan = section.profile, section.plan
-    if profile is None:
-        return []
-    cold, num_experts = profile.cold_share().mean().item(), profile.num_experts
-    facts = [
-        f"The router was watched on {profile.num_tokens:,} tokens. Each token goes to "
-        f"{profile.num_experts_per_tok} of {num_experts} experts, in each of {len(profile.layers)} layers.",
-    ]
-    if plan is not None:
-        kept = sum(len(ids) for ids in plan.experts.values()) / len(plan.experts)
-        facts.append(
-            f"The {kept:g} experts that the plan keeps in each layer take {covered(profile, plan):.1%} of "
-            f"the traffic. If all experts were used alike, they would take {kept / num_experts:.1%}."
-        )
-    facts.append(
-        f"{cold:.1%} of the experts are cold: they get less than half of an even share of the traffic in their layer."
-    )
-    facts.append(
-        f"Inside a layer the coefficient of variation of the load is {profile.mean_layer_cv():.2f}. Summed "
-        f"over layers by expert number it is {profile.global_cv():.2f}: load balancing evens out that one."
-    )
-    return facts
 
 
 def _summary(section: Section) -> str:
