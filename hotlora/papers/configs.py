@@ -12,7 +12,7 @@ from ..cost.estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
 from ..report import text
-from ..report.published import EXPERT_TO_FFN, MODELS
+from ..report.published import MODELS
 from ..runs.study import shared_experts
 from ..train.config import PROFILE_FRACTION
 from ..train.methods import METHODS, resolve
@@ -115,7 +115,7 @@ class ShapeTable(Direct):
             "DeepSeek-MoE-16B needs code of its own, which hotlora does not run.",
         ])  # fmt: skip
         lines = [(f"{Path(model).name} (here)", found) for model, found in there.items()]
-        lines += [(f"{name} (paper)", {**row, "expert_to_ffn": EXPERT_TO_FFN[name]}) for name, row in MODELS.items()]
+        lines += [(f"{name} (paper)", row) for name, row in MODELS.items()]
         for label, found in lines:
             numbers = {key: found[key] for key in (*_NUMBERS, "expert_to_ffn")}
             cells = [f"{found[key]:g}" for key in _NUMBERS]

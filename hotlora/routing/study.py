@@ -172,12 +172,9 @@ def thirds(num_layers: int) -> dict[str, list[int]]:
 
 def _metrics(profile: RoutingProfile, shared: float, kept: int) -> dict[str, Any]:
     table = {
-        "cv": profile.layer_cv(),
-        "cold_share": profile.cold_share(),
-        "coverage": profile.coverage(fraction=FRACTION),
-        "entropy": profile.entropy(),
-        "experts_for_60": experts_for(profile),
-    }
+        "cv": profile.layer_cv(), "cold_share": profile.cold_share(), "coverage": profile.coverage(fraction=FRACTION),
+        "entropy": profile.entropy(), "experts_for_60": experts_for(profile),
+    }  # fmt: skip
     means = {name: _mean(values.tolist()) for name, values in table.items()}
     top_k, global_cv = profile.num_experts_per_tok, profile.global_cv()
     return {
