@@ -7,12 +7,22 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.score import choice_scores, evaluate_task, generate, response_loss
+from hotlora.evaluate.generate import answer_batches
+from hotlora.evaluate.score import evaluate_task, response_loss
 from hotlora.tasks import Example, Task, get_task
 from hotlora.tasks.data import tokenize
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 3 * i % 7) + str(i), f" answer {i}") for i in range(7)]
+
+
+def generate(model, tokenizer, examples: list[Example], **options) -> list[str]:
+    answers = [answer for batch in answer_batches(model, tokenizer, examples, **options) for answer in batch]
+    return [answer.text for answer in sorted(answers, key=lambda answer: answer.index)]
+
+
+def choice_scores(model, examples: list[Example], task: str = "nano-choice", **options) -> list[list[float]]:
+    return [r["scores"] for r in evaluate_task(model, TOKENIZER, get_task(task), examples, **options).results]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,7 @@ def likelihood(model, prompt: str, ending: str) -> float:
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_choices_by_likelihood_a_character(model, batch_size: int):
     examples = [Example("p" * (2 + i), "", choices=("é", "two words", "x" * (1 + i)), label=i % 3) for i in range(5)]
-    scores = choice_scores(model, TOKENIZER, examples, batch_size=batch_size)
+    scores = choice_scores(model, examples, batch_size=batch_size)
     for example, row in zip(examples, scores, strict=True):
         expected = [likelihood(model, example.prompt, f" {c}") / len(c) for c in example.choices]
         assert row == pytest.approx(expected, rel=1e-5)
@@ -82,7 +92,7 @@ def test_choices_by_likelihood_a_character(model, batch_size: int):
 def test_acc_ranks_whole_choices(model):
     """boolq's and mmlu's metric: not divided by the length, so that the two metrics can differ."""
     examples = [Example("p" * (2 + i), "", choices=("no", "yes, " * (1 + i)), label=0) for i in range(5)]
-    scores = choice_scores(model, TOKENIZER, examples, per_character=False)
+    scores = choice_scores(model, examples, "boolq")
     for example, row in zip(examples, scores, strict=True):
         assert row == pytest.approx([likelihood(model, example.prompt, f" {c}") for c in example.choices], rel=1e-5)
     evaluation = evaluate_task(model, TOKENIZER, get_task("boolq"), examples)
@@ -99,7 +109,7 @@ def test_choices_past_the_models_window_are_cut_on_the_left(caplog: pytest.LogCa
     hook = small.register_forward_pre_hook(
         lambda _module, _args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    scores = choice_scores(small, TOKENIZER, examples, batch_size=batch_size)
+    scores = choice_scores(small, examples, batch_size=batch_size)
     hook.remove()
     assert max(widths) == 16
     for example, row in zip(examples, scores, strict=True):
@@ -113,7 +123,7 @@ def test_choices_past_the_models_window_are_cut_on_the_left(caplog: pytest.LogCa
     assert [r.get("cut") for r in evaluation.results] == [None, 8, 16, 24]  # 8, 16, 24, 32 + 9 bytes; 17 of them count
     assert evaluation.summary()["cut"] == 3 and caplog.text.count("3 of 4 examples") == 1
     with pytest.raises(DataError, match="Example 0: choice 1 has 17 tokens, and the model's window is 16"):
-        choice_scores(small, TOKENIZER, [Example("p", "", choices=("a", "b" * 16), label=0)])
+        choice_scores(small, [Example("p", "", choices=("a", "b" * 16), label=0)])
 
 
 def test_choices_are_checked_before_any_is_scored(tmp_path: Path):
@@ -142,7 +152,7 @@ def test_data_without_a_scorer_is_not_evaluated_on(model):
 
 def test_an_empty_choice_is_an_error(model):
     with pytest.raises(DataError, match="Example 0: choice 1 or its prompt is empty"):
-        choice_scores(model, TOKENIZER, [Example("p", "", choices=("a", ""), label=0)])
+        choice_scores(model, [Example("p", "", choices=("a", ""), label=0)])
     examples = [Example("p" * (9 - i), "", choices=("a", "b" * (i != 2)), label=0) for i in range(4)]
     with pytest.raises(DataError, match="Example 2: choice 1"):
         evaluate_task(model, TOKENIZER, get_task("boolq"), examples, batch_size=1)

@@ -114,7 +114,8 @@ def test_the_one_known_difference_in_gsm8k(folder: Path):
 
 @harness
 def test_an_adapted_model_in_memory(folder: Path):
-    from hotlora.evaluate.score import evaluate_task, generate
+    from hotlora.evaluate.generate import answer_batches
+    from hotlora.evaluate.score import evaluate_task
 
     tokenizer = byte_tokenizer()
     base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=1024)
@@ -133,8 +134,9 @@ def test_an_adapted_model_in_memory(folder: Path):
     assert before[0].results[:3] != after[1].results, "the adapter takes part"
     examples = get_task("gsm8k").load("test", str(folder / "gsm8k"), None, 0)[:3]
     task = get_task("gsm8k")
-    ours = generate(model, tokenizer, examples, max_new_tokens=task.max_new_tokens, stop=task.stop)
-    assert [r["prediction"] for r in after[0].results] == ours
+    batches = answer_batches(model, tokenizer, examples, max_new_tokens=task.max_new_tokens, stop=task.stop)
+    ours = {answer.index: answer.text for batch in batches for answer in batch}
+    assert {r["index"]: r["prediction"] for r in after[0].results} == ours
     examples = get_task("hellaswag").load("test", str(folder / "hellaswag"), None, 0)[:3]
     found = evaluate_task(model, tokenizer, get_task("hellaswag"), examples)
     assert [r["id"] for r in after[1].results] == [r["id"] for r in found.results]

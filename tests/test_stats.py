@@ -24,7 +24,10 @@ from hotlora.evaluate.stats import (
     proportion_interval,
     sd_ratio,
 )
-from hotlora.report.published import EQUIVALENCE, SEED_SD, SEEDS
+from hotlora.papers.settings import SEEDS as SEEDS_OF
+from hotlora.report.published import EQUIVALENCE, SEED_SD
+
+SEEDS = SEEDS_OF["moe-sieve"]
 
 
 @pytest.fixture(autouse=True)

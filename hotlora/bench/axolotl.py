@@ -1,4 +1,4 @@
-"""The contender `axolotl`: the LoRA of PEFT's `target_parameters`, computed by Axolotl's ScatterMoE-LoRA kernels.
+"""The baseline `axolotl`: the LoRA of PEFT's `target_parameters`, computed by Axolotl's ScatterMoE-LoRA kernels.
 
 As Axolotl's KernelsPlugin does with `use_scattermoe`: its kernels become an implementation of transformers' experts,
 and PEFT's ParamWrapper hands A and B to them. Both hold for the whole process, so nothing is imported before `adapted`,

@@ -31,6 +31,11 @@ from .worker import PARTS, Worker
 VERSION = 1
 AXES = ("tokens", "experts", "rank", "layers")
 
+Rows = dict[str, dict[str, Any]]
+"""Contender -> what a result holds of it."""
+Times = dict[str, list[dict[str, float] | None]]
+"""Contender -> seconds of each round's step and its parts; None from the round on in which it failed."""
+
 
 def run_bench(config: BenchConfig, *, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Times every contender and returns what a result's JSON holds; see docs/speed.md for its keys.
@@ -48,40 +53,34 @@ def run_bench(config: BenchConfig, *, tell: Callable[[str], None] = lambda text:
     for contender in contenders:
         if contender.missing:
             rows[contender.name] |= {"status": "missing", "reason": contender.missing}
-    with _processes(config, [c for c in contenders if not c.missing]) as crew:
-        if not crew:
+    with _processes(config, [c for c in contenders if not c.missing]) as processes:
+        if not processes:
             raise HotLoraError("none of the contenders is here: name some of floor, hot, all, peft, loop.")
         tell("starting processes")
-        for process in crew:  # what follows is timed: none of them may still be importing
+        for process in processes:  # what follows is timed: none of them may still be importing
             process.ask("ready")
         tell("skewing routers, profiling, measuring the machine's matrix rate")
-        common = crew[0].ask("calibrate")
-        times = _rounds(config, crew, common, rows, tell)
-    profile = RoutingProfile(**{name: _tensor(value) for name, value in common["profile"].items()})
+        common = processes[0].ask("calibrate")
+        times = _rounds(config, processes, common, rows, tell)
+    # What goes from process to process holds no tensor.
+    profiled = common["profile"] | {name: torch.tensor(common["profile"][name]) for name in ("counts", "mass")}
+    profile = RoutingProfile(**profiled)
     cut = sized_config(config.model, config.layers)
     model = meta_model(cut)
     _add_times(rows, times, config.tokens)
     _add_arithmetic(rows, config, model, profile, common["rate"])
     text = cut.get_text_config()
     return {
-        "version": VERSION,
-        "kind": "bench",
-        "started": started,
-        "settings": dataclasses.asdict(config),
+        "version": VERSION, "kind": "bench", "started": started, "settings": dataclasses.asdict(config),
         "model": {
-            "type": cut.model_type,
-            "fingerprint": fingerprint(model),
-            "layers": text.num_hidden_layers,
-            "hidden_size": text.hidden_size,
-            "num_experts": profile.num_experts,
+            "type": cut.model_type, "fingerprint": fingerprint(model), "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size, "num_experts": profile.num_experts,
             "num_experts_per_tok": profile.num_experts_per_tok,
             "parameters": sum(p.numel() for p in model.parameters()),
         },
         "routing": {"cv": profile.mean_layer_cv(), "layer_cv": profile.layer_cv().tolist()},
-        "matrix_rate": common["rate"],
-        "contenders": list(rows.values()),
-        "environment": environment(),
-    }
+        "matrix_rate": common["rate"], "contenders": list(rows.values()), "environment": environment(),
+    }  # fmt: skip
 
 
 def _resolved(config: BenchConfig) -> BenchConfig:
@@ -97,24 +96,13 @@ def _resolved(config: BenchConfig) -> BenchConfig:
     if config.dtype == "auto" and torch.device(device).type == "cpu":
         say_once(in_float32(dtype))
         dtype = cpu_dtype(dtype)
-    return dataclasses.replace(
-        config,
-        device=device,
-        length=length,
-        dtype=str(dtype).removeprefix("torch."),
-        layers=cut.get_text_config().num_hidden_layers,
-    )
+    name, layers = str(dtype).removeprefix("torch."), cut.get_text_config().num_hidden_layers
+    return dataclasses.replace(config, device=device, length=length, dtype=name, layers=layers)
 
 
 def _rounds(
-    config: BenchConfig,
-    crew: "list[_Process]",
-    common: dict[str, Any],
-    rows: dict[str, dict[str, Any]],
-    tell: Callable[[str], None],
-) -> dict[str, list[dict[str, float] | None]]:
-    """Name -> the times of each round; None from the round on in which it failed."""
-
+    config: BenchConfig, processes: "list[_Process]", common: dict[str, Any], rows: Rows, tell: Callable[[str], None]
+) -> Times:
     def attempt(process: _Process, what: str, *args: Any) -> Any:
         try:
             return process.ask(what, *args)
@@ -124,13 +112,13 @@ def _rounds(
             return None
 
     alive = []
-    for process in crew:
+    for process in processes:
         tell(f"{process.contender.name}: building, counting, warming up")
         measured = attempt(process, "prepare", common["spreads"], common["plans"].get(process.contender.name))
         if measured is not None:
             rows[process.contender.name] |= measured
             alive.append(process)
-    times: dict[str, list[dict[str, float] | None]] = {process.contender.name: [] for process in alive}
+    times: Times = {process.contender.name: [] for process in alive}
     for i in range(config.rounds):
         tell(f"round {i + 1} of {config.rounds}")
         first = i % max(1, len(alive))
@@ -143,7 +131,7 @@ def _rounds(
     return times
 
 
-def _add_times(rows: dict[str, dict[str, Any]], times: dict[str, list[dict[str, float] | None]], tokens: int) -> None:
+def _add_times(rows: Rows, times: Times, tokens: int) -> None:
     floor = times.get("floor", [])
     for name, found in times.items():
         if rows[name]["status"] != "done":
@@ -161,9 +149,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": median, "q1": low, "q3": high, "min": min(values), "all": list(values)}
 
 
-def _add_arithmetic(
-    rows: dict[str, dict[str, Any]], config: BenchConfig, model: Any, profile: RoutingProfile, rate: float
-) -> None:
+def _add_arithmetic(rows: Rows, config: BenchConfig, model: Any, profile: RoutingProfile, rate: float) -> None:
     """FLOPs of a step by formula, their share of the machine's rate, the coverage, and the memory that `estimate`
     foresees."""
     assert config.length is not None
@@ -195,26 +181,13 @@ def _estimated_memory(config: BenchConfig, fraction: float, coverage: float) -> 
     assert config.length is not None
     try:
         foreseen = estimate(
-            config.model,
-            layers=config.layers,
-            batch_size=config.tokens // config.length,
-            max_length=config.length,
-            fraction=fraction,
-            coverage=coverage,
-            r=config.r,
-            train_router=False,
-            train_shared=False,
-            dtype=config.dtype,
-            device=config.device,
-        )
+            config.model, layers=config.layers, batch_size=config.tokens // config.length, max_length=config.length,
+            fraction=fraction, coverage=coverage, r=config.r, train_router=False, train_shared=False,
+            dtype=config.dtype, device=config.device,
+        )  # fmt: skip
     except ModelError:
         return None
     return int(foreseen["memory"]["total"])
-
-
-def _tensor(value: Any) -> Any:
-    """Lists as tensors: what goes from process to process holds none."""
-    return torch.tensor(value) if isinstance(value, list) else value
 
 
 class _Failed(Exception):
@@ -254,15 +227,15 @@ class _Process:
 
 @contextmanager
 def _processes(config: BenchConfig, contenders: list[Contender]) -> "Iterator[list[_Process]]":
-    crew: list[_Process] = []
+    processes: list[_Process] = []
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the processes': torch's profiler tells that it starts
     try:
-        crew += [_Process(config, contender) for contender in contenders]
-        yield crew
+        processes += [_Process(config, contender) for contender in contenders]
+        yield processes
     except _Failed as failure:
         raise HotLoraError(f"the model could not be built and profiled: {failure}") from None
     finally:
-        for process in crew:
+        for process in processes:
             process.end()
 
 
@@ -299,27 +272,27 @@ def run_growth(
     if axis not in AXES:
         raise HotLoraError(f"there is no growth by {axis!r}: choose one of {', '.join(AXES)}.")
     config = _resolved(config)
-    values = list(values or _growth_values(config, axis))
+    if not values and axis == "rank":
+        values = [8, 16, 32, 64]
+    elif not values:
+        most = {"tokens": config.tokens, "experts": _num_experts(config), "layers": config.layers or 1}[axis]
+        values = sorted({most * part // 4 for part in (1, 2, 3, 4)} - {0})
     if axis == "tokens":  # in sequences of one length
         config = dataclasses.replace(config, length=math.gcd(config.length or 1, *values))
     runs = []
     for value in values:
         tell(f"{axis} = {value}")
         runs.append(run_bench(_grown(config, axis, value), tell=tell))
-    return {"version": VERSION, "kind": "growth", "axis": axis, "values": values, "runs": runs}
+    return {"version": VERSION, "kind": "growth", "axis": axis, "values": list(values), "runs": runs}
 
 
-def _growth_values(config: BenchConfig, axis: str) -> list[int]:
-    if axis == "rank":
-        return [8, 16, 32, 64]
-    experts = moe_layers(meta_model(sized_config(config.model, config.layers)))[0].num_experts
-    most = {"tokens": config.tokens, "experts": experts, "layers": config.layers or 1}[axis]
-    return sorted({most * part // 4 for part in (1, 2, 3, 4)} - {0})
+def _num_experts(config: BenchConfig) -> int:
+    return moe_layers(meta_model(sized_config(config.model, config.layers)))[0].num_experts
 
 
 def _grown(config: BenchConfig, axis: str, value: int) -> BenchConfig:
     if axis == "experts":
-        experts = moe_layers(meta_model(sized_config(config.model, config.layers)))[0].num_experts
+        experts = _num_experts(config)
         kinds = ("floor", "all" if value == experts else "hot")
         return dataclasses.replace(config, contenders=kinds, fractions=(value / experts,) if value < experts else ())
     changed: dict[str, Any] = {{"rank": "r"}.get(axis, axis): value}

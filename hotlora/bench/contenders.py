@@ -28,14 +28,13 @@ from ..routing.plan import ExpertPlan, select_experts
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing
 from ..runs.methods import METHODS, PLACEMENTS
-from . import axolotl as contender_axolotl
-from . import unsloth as contender_unsloth
+from . import axolotl, unsloth
 
 _LARGE = 2**20  # elements: larger parameters are filled by copying, and given back between turns
 _TILE = 2**20 - 3  # odd, so that the rows of a matrix differ
 _LOWEST_TO_HIGHEST = 4.0  # widest spread of the routers' rows, in powers of e
 KINDS = ("floor", "hot", "all", "peft", "loop", "unsloth", "axolotl")
-_ELSEWHERE: dict[str, Any] = {"unsloth": contender_unsloth, "axolotl": contender_axolotl}
+_OTHER_LIBRARIES: dict[str, Any] = {"unsloth": unsloth, "axolotl": axolotl}
 _METHODS = tuple(name for name in METHODS if name != "esft")  # how much esft trains depends on the data
 _ADAPTER = ("train_attention", "train_router", "train_shared", "train_a", "use_dora")
 
@@ -51,7 +50,7 @@ class Contender:
     fraction: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS and self._method()[0] not in _METHODS:
+        if self.kind not in KINDS and self.method[0] not in _METHODS:
             raise HotLoraError(
                 f"contender {self.kind!r} does not exist: choose from {', '.join(KINDS)}, or a method: "
                 f"{', '.join(_METHODS)}, each also with -pure or -gate."
@@ -70,27 +69,27 @@ class Contender:
             return {"rule": self.kind, "fraction": self.fraction, "train_router": False, "train_shared": False}
         if self.kind in KINDS:
             return {}
-        method, placement = self._method()
+        method, placement = self.method
         return {**METHODS[method], **PLACEMENTS[placement]}
 
     def plan(self, profile: RoutingProfile) -> ExpertPlan | None:
         """The experts to adapt, where the contender has such."""
-        options = self.options
-        if "rule" not in options:
-            return None
-        number = options.get("experts_per_layer")
-        number = profile.num_experts_per_tok if number == "top_k" else number
-        return select_experts(profile, rule=options["rule"], fraction=options.get("fraction"), experts_per_layer=number)
+        names = ("rule", "fraction", "experts_per_layer")
+        chosen = {name: value for name, value in self.options.items() if name in names}
+        if chosen.get("experts_per_layer") == "top_k":
+            chosen["experts_per_layer"] = profile.num_experts_per_tok
+        return select_experts(profile, **chosen) if chosen else None
 
-    def _method(self) -> tuple[str, str]:
-        """(method, placement)"""
+    @property
+    def method(self) -> tuple[str, str]:
+        """(method, placement), where the kind is one of the papers'."""
         method, _, placement = self.kind.rpartition("-")
         return (method, placement) if placement in PLACEMENTS else (self.kind, "full")
 
     @property
     def missing(self) -> str | None:
         """Why this one cannot take part here, or None."""
-        module = _ELSEWHERE.get(self.kind)
+        module = _OTHER_LIBRARIES.get(self.kind)
         return None if module is None else module.missing()
 
 
@@ -132,12 +131,12 @@ class BenchConfig:
             raise HotLoraError(f"cv is {self.cv}: it must be 0 or more.")
         if not self.contenders:
             raise HotLoraError(f"contenders is empty: name some of {', '.join(KINDS)}.")
-        for fraction in self.fractions:
-            if not 0 < fraction < 1:
-                raise HotLoraError(f"fraction is {fraction}: it must be between 0 and 1; `all` has all experts.")
+        if wrong := [fraction for fraction in self.fractions if not 0 < fraction < 1]:
+            raise HotLoraError(f"fraction is {wrong[0]}: it must be between 0 and 1; `all` has all experts.")
         self.all_contenders()
 
     def all_contenders(self) -> list[Contender]:
+        """In order; "hot" once for each of the fractions."""
         hot = [Contender("hot", fraction) for fraction in self.fractions]
         return [c for kind in self.contenders for c in (hot if kind == "hot" else [Contender(kind)])]
 
@@ -170,6 +169,7 @@ class RandomModel:
 
     @torch.no_grad()
     def wake(self) -> None:
+        """Makes them again, with the same values."""
         for parameter, size in zip(self._large, self._sizes, strict=True):
             parameter.untyped_storage().resize_(size)
         self._fill()
@@ -217,7 +217,6 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
     options = contender.options
     if options.get("full"):
         return model.requires_grad_(True).train()
-    attention = attention_modules(model)
     with quiet():
         if "rule" in options:
             own = {name: options[name] for name in _ADAPTER if name in options}
@@ -226,21 +225,19 @@ def adapted(model: PreTrainedModel, contender: Contender, plan: ExpertPlan | Non
                 mask = random_mask(model, config, options["keep"])
                 config = HotLoraConfig(plan=plan, r=r, lora_alpha=2 * r, mask=mask, **own)
         else:
-            modules = [re.escape(path) for path in attention]
-            parameters: list[str] | None = None
-            if contender.kind in ("peft", *_ELSEWHERE):
-                parameters = _expert_parameters(model)
-            elif contender.kind == "loop":
+            modules = [re.escape(path) for path in attention_modules(model)]
+            if contender.kind == "loop":
                 modules += [rf"{re.escape(path)}\.\d+\.[^.]+_linear" for path in unroll_experts(model)]
+            fused = None
+            if contender.kind in ("peft", *_OTHER_LIBRARIES):
+                paths = {x.experts: ExpertsView(unwrap(model.get_submodule(x.experts))) for x in moe_layers(model)}
+                fused = [f"{path}.{name}" for path, view in paths.items() for name in (view.up_name, "down_proj")]
             config = LoraConfig(
-                r=r,
-                lora_alpha=2 * r,
-                target_modules="|".join(modules),
-                target_parameters=parameters,
+                r=r, lora_alpha=2 * r, target_modules="|".join(modules), target_parameters=fused,
                 task_type="CAUSAL_LM",
-            )
-        if contender.kind in _ELSEWHERE:
-            return cast(PeftModel, _ELSEWHERE[contender.kind].adapted(model, config))
+            )  # fmt: skip
+        if contender.kind in _OTHER_LIBRARIES:
+            return cast(PeftModel, _OTHER_LIBRARIES[contender.kind].adapted(model, config))
         return cast(PeftModel, get_peft_model(model, config)).train()
 
 
@@ -310,14 +307,6 @@ class LoopedExpert(nn.Module):
         if not self._view.has_own_gate:
             return self._act_fn(gate) * up
         return self._view.activation(self._view.join(torch.cat([gate, up], -1)))
-
-
-def _expert_parameters(model: PreTrainedModel) -> list[str]:
-    names = []
-    for layer in moe_layers(model):
-        view = ExpertsView(unwrap(model.get_submodule(layer.experts)))
-        names += [f"{layer.experts}.{view.up_name}", f"{layer.experts}.down_proj"]
-    return names
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,37 +1,25 @@
 """What `bench` found, as a table for the terminal, as Markdown, and as a picture. Loads no model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from ..base.errors import FileError
 from ..base.files import read_json
-from ..report.figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style
+from ..report.figures import HOT, INK, MUTED, OTHER_SERIES, SERIES, new_figure, style, whole_numbers
+from ..report.text import NONE, shown
 
 COLUMNS = (
-    "contender",
-    "step, s",
-    "× floor",
-    "forward + backward + optimizer, s",
-    "tokens/s",
-    "peak memory",
-    "kept, a token and layer",
-    "operations",
-    "share of rate",
-)
-_AXES = {
-    "tokens": "tokens of a step",
-    "experts": "adapted experts of a layer",
-    "rank": "rank",
-    "layers": "layers",
-}
+    "contender", "step, s", "× floor", "forward + backward + optimizer, s", "tokens/s", "peak memory",
+    "kept, a token and layer", "operations", "share of rate",
+)  # fmt: skip
+_AXES = {"tokens": "tokens of a step", "experts": "adapted experts of a layer", "rank": "rank", "layers": "layers"}
 
 Result = Mapping[str, Any]
 
@@ -51,19 +39,14 @@ def summary_table(result: Result) -> Table:
     for title in ("step, s", "quartiles", "× floor", "tokens/s", "peak GB", "kept kB", "rate"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in result["contenders"]:
-        if row["status"] != "done":
-            continue
-        step, ratio = row["seconds"]["step"], row.get("times_floor")
-        table.add_row(
-            row["name"],
-            f"{step['median']:.3g}",
-            f"{step['q1']:.3g}–{step['q3']:.3g}",
-            f"{ratio['median']:.2f}" if ratio else "–",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['peak_memory_bytes'] / 1e9:.2f}",
-            f"{row['saved_bytes_per_token_layer'] / 1000:.1f}",
-            _share(row),
-        )
+        if row["status"] == "done":
+            step, ratio = row["seconds"]["step"], row.get("times_floor")
+            table.add_row(
+                row["name"], f"{step['median']:.3g}", f"{step['q1']:.3g}–{step['q3']:.3g}",
+                shown(ratio["median"] if ratio else None, ".2f"), f"{row['tokens_per_second']:,.0f}",
+                f"{row['peak_memory_bytes'] / 1e9:.2f}", f"{row['saved_bytes_per_token_layer'] / 1000:.1f}",
+                shown(row.get("share_of_rate"), ".0%"),
+            )  # fmt: skip
     notes = ["kept: bytes for backward, a token and MoE layer; rate: share of the machine's"]
     notes += [f"{row['name']}: {row['reason']}" for row in result["contenders"] if row["status"] != "done"]
     table.caption = escape("\n".join(notes))
@@ -83,30 +66,26 @@ def markdown(result: Result) -> str:
         f"Layer CV {result['routing']['cv']:.2f}; matrix rate {result['matrix_rate'] / 1e12:.3g} TFLOP/s; "
         f"{len(_first_times(result))} rounds.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
     ]
-    return "\n".join(head + ["| " + " | ".join(_cells(row)) + " |" for row in result["contenders"]])
+    lines = [_line(COLUMNS), "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    return "\n".join([*head, *lines, *(_line(_cells(row)) for row in result["contenders"])])
 
 
 def _growth_markdown(result: Result) -> str:
     """Seconds of a step, a row for each value of what grew."""
     first, lines = result["runs"][-1], growth_lines(result)
-    values = result["values"]
-    head = [
-        f"**Growth with {_AXES[result['axis']]}, else {_heading(first)}**", "",
+    axis = _AXES[result["axis"]]
+    found = [
+        f"**Growth with {axis}, else {_heading(first)}**", "",
         f"{first['started']}, {first['environment']['device']}. `{first.get('command', '')}` "
         f"Median seconds of a step (quartiles), {len(_first_times(first))} rounds.", "",
-        f"| {_AXES[result['axis']]} | " + " | ".join(lines) + " |",
-        "|---:" * (len(lines) + 1) + "|",
+        _line([axis, *lines]), "|---:" * (len(lines) + 1) + "|",
     ]  # fmt: skip
-    for value in values:
-        cells = []
-        for points in lines.values():
-            found = next((p for p in points if p[0] == value), None)
-            cells.append("–" if found is None else f"{found[1]:.3g} ({found[2]:.3g}–{found[3]:.3g})")
-        head.append(f"| {value} | " + " | ".join(cells) + " |")
-    return "\n".join(head)
+    for value in result["values"]:
+        at = [next((point for point in points if point[0] == value), None) for points in lines.values()]
+        cells = [NONE if p is None else f"{p[1]:.3g} ({p[2]:.3g}–{p[3]:.3g})" for p in at]
+        found.append(_line([str(value), *cells]))
+    return "\n".join(found)
 
 
 def speed_tables(folder: str | os.PathLike[str]) -> str:
@@ -117,15 +96,11 @@ def speed_tables(folder: str | os.PathLike[str]) -> str:
     pages = []
     for file in files:
         result = read_result(file)
-        picture = file.with_suffix(".png")
-        shown = f"\n\n![Step time by {result['axis']}.](../{_with_folder(picture)})" if picture.is_file() else ""
-        pages.append(f"### {file.stem}\n\n{markdown(result)}{shown}")
+        picture, image = file.with_suffix(".png"), ""
+        if picture.is_file():
+            image = f"\n\n![Step time by {result['axis']}.](../{picture.parent.name}/{picture.name})"
+        pages.append(f"### {file.stem}\n\n{markdown(result)}{image}")
     return "\n\n".join(pages)
-
-
-def _with_folder(path: Path) -> str:
-    """The file's name with its folder's."""
-    return f"{path.parent.name}/{path.name}"
 
 
 def growth_lines(result: Result) -> dict[str, list[tuple[float, float, float, float]]]:
@@ -152,11 +127,10 @@ def growth_figure(result: Result) -> Figure:
         color = colors.get(name) or next(spare)
         axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0)
         axes.plot(x, median, color=color, linewidth=2, marker="o", markersize=4, label=name)
-    axes.set_xlabel(_AXES[result["axis"]])
-    axes.set_ylabel("seconds a step")
+    axes.set(xlabel=_AXES[result["axis"]], ylabel="seconds a step")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    whole_numbers(axes.xaxis)
     axes.legend(frameon=False, labelcolor=INK)
     return figure
 
@@ -170,28 +144,28 @@ def _heading(result: Result) -> str:
     )
 
 
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    none = ["–"] * (len(COLUMNS) - 2)
+    """In the order of COLUMNS."""
     if row["status"] != "done":
-        return [row["name"], f"{row['status']}: {row['reason']}" if row["status"] == "failed" else row["reason"], *none]
+        told = f"failed: {row['reason']}" if row["status"] == "failed" else row["reason"]
+        return [row["name"], told, *[NONE] * (len(COLUMNS) - 2)]
     seconds = row["seconds"]
     step, ratio = seconds["step"], row.get("times_floor")
-    parts = " + ".join(f"{seconds[part]['median']:.3g}" for part in ("forward", "backward", "optimizer"))
     return [
         row["name"],
         f"{step['median']:.3g} ({step['q1']:.3g}–{step['q3']:.3g}; min {step['min']:.3g})",
-        f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})" if ratio else "–",
-        parts,
+        f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})" if ratio else NONE,
+        " + ".join(f"{seconds[part]['median']:.3g}" for part in ("forward", "backward", "optimizer")),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         f"{row['saved_bytes_per_token_layer'] / 1000:.1f} kB",
         f"{row['operations']:,}",
-        _share(row),
+        shown(row.get("share_of_rate"), ".0%"),
     ]
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    return f"{row['share_of_rate']:.0%}" if "share_of_rate" in row else "–"
 
 
 def _first_times(result: Result) -> list[float]:

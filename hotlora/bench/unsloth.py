@@ -1,4 +1,4 @@
-"""The contender `unsloth`: the LoRA of PEFT's `target_parameters`, computed by Unsloth's MoE code.
+"""The baseline `unsloth`: the LoRA of PEFT's `target_parameters`, computed by Unsloth's MoE code.
 
 Unsloth patches torch, transformers and PEFT for the whole process when it is imported. So it is imported in `adapted`
 and nowhere else, and `bench` gives each contender a process of its own.
@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.errors import ModelError
@@ -110,7 +110,8 @@ def _check(model: PreTrainedModel, calls: dict[str, tuple[Any, Any, Tensor]]) ->
         found.float().square().mean().backward()
         ran += counted
         errors.append(((found.float() - expected.float()).norm() / expected.float().norm()).item())
-        untouched += sum(not _has_gradient(p) for name, p in experts.named_parameters() if "lora_B" in name)
+        gradients = [p.grad for name, p in experts.named_parameters() if "lora_B" in name]
+        untouched += sum(gradient is None or not gradient.any() for gradient in gradients)
     model.zero_grad()
     grouped, by_peft = (sum(ran[name] for name in names) for names in (_GROUPED, _BY_PEFT))
     allowed = grouped if model.device.type != "cpu" else grouped + ran[_LOOP]
@@ -143,7 +144,3 @@ def _count_calls() -> Iterator[Counter[str]]:
         yield calls
     finally:
         sys.setprofile(before)
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())

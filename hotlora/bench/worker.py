@@ -36,6 +36,7 @@ class Worker:
         self._base: RandomModel | None = None
 
     def ready(self) -> bool:
+        """Answers once the process has imported everything."""
         return True
 
     def calibrate(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Worker:
         return times
 
     def step(self) -> dict[str, float]:
+        """Seconds of a step and of its parts, by PARTS' names."""
         self.input_ids.copy_(self._tokens())  # in place: a profiler warns of what is freed that it did not see made
         clock = _Clock(self.device)
         loss = self.loss()

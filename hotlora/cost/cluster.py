@@ -36,7 +36,6 @@ _LAYER = re.compile(r"(.*\.layers\.\d+)\.")
 _ADAM_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes all but the gradient, float32
 _DRAWS = 2000
 
-
 H200_SHARES = {"frozen": 0.206, "torch": 0.104, "triton": 0.184}
 """Kernels of the routed experts -> share of an H200's peak that a training step got: FLOPs by formula over its seconds.
 `benchmarks/gpu/h200.json` has the steps, of OLMoE-1B-7B with 16,384 tokens and without checkpointing. frozen: experts
@@ -122,18 +121,7 @@ class Work:
 
 
 def work(
-    config: str | Path,
-    *,
-    batch_size: int,
-    max_length: int,
-    fraction: float | None = None,
-    gradient_checkpointing: bool = True,
-    coverage: float | None = None,
-    r: int = 32,
-    dtype: str = "auto",
-    quantize: int | None = None,
-    keep_hot: bool = False,
-    **options: Any,
+    config: str | Path, *, r: int = 32, gradient_checkpointing: bool = True, layers: int | None = None, **options: Any
 ) -> Work:
     """What `estimate` says of one GPU, taken apart for `memory`, `traffic` and `seconds`.
 
@@ -143,14 +131,11 @@ def work(
     Raises:
         As `estimate`.
     """
-    found = estimate(
-        config, batch_size=batch_size, max_length=max_length, fraction=fraction, coverage=coverage, r=r, dtype=dtype,
-        quantize=quantize, keep_hot=keep_hot, gradient_checkpointing=gradient_checkpointing, **options,
-    )  # fmt: skip
-    cut = sized_config(config, options.get("layers"))
+    found = estimate(config, r=r, gradient_checkpointing=gradient_checkpointing, layers=layers, **options)
+    cut = sized_config(config, layers)
     meta, compute = meta_model(cut), torch_dtype(found["dtype"], cut)
-    layers = moe_layers(meta)
-    modules = [unwrap(meta.get_submodule(layer.experts)) for layer in layers]
+    found_layers = moe_layers(meta)
+    modules = [unwrap(meta.get_submodule(layer.experts)) for layer in found_layers]
     of_experts = {id(p) for module in modules for p in module.parameters()}
     dense = sum(p.numel() for p in meta.parameters() if id(p) not in of_experts) * compute.itemsize
     # Quantized experts are smaller than their layer's parameters say.
@@ -161,35 +146,26 @@ def work(
             sizes = largest.setdefault(match[1], [0.0, 0.0])
             sizes[id(parameter) not in of_experts] += parameter.numel()
     memory, flops, tokens = found["memory"], found["flops"], found["tokens"]
-    adapter = expert_adapter_flops(meta, r, {layer.layer: found["coverage"] for layer in layers})
+    adapter = expert_adapter_flops(meta, r, {layer.layer: found["coverage"] for layer in found_layers})
     experts = 2 * flops["forward_per_token"]["experts"] + 3 * adapter
     total = flops["step"] / tokens
-    again = gradient_checkpointing
-    if again:
+    if gradient_checkpointing:
         experts += flops["forward_per_token"]["experts"] + adapter
         total += sum(flops["forward_per_token"].values()) + flops["adapter_per_token"]
-    head = meta.get_output_embeddings()
+    by_layer = largest.values()
     return Work(
-        tokens=tokens,
-        num_experts=layers[0].num_experts,
-        top_k=num_experts_per_tok(meta),
-        moe_layers=len(layers),
-        row=ExpertsView(modules[0]).widths[0] * compute.itemsize,
-        experts=memory["weights"] - dense,
-        dense=dense,
-        largest_layer=round(max(scale * e + compute.itemsize * d for e, d in largest.values())),
-        largest_dense=round(max(compute.itemsize * d for _, d in largest.values())),
-        head=head.weight.numel() * compute.itemsize,
-        trainable=found["trainable"],
-        casts=memory["adapter"] - 4 * found["trainable"],
-        activations=memory["activations"],
-        expert_row=found["expert_bytes_per_token_layer"],
-        live_layers=1 if again else len(layers),
-        workspace=memory["workspace"],
-        passes=3 if again else 2,
-        expert_flops=experts * tokens,
+        tokens=tokens, num_experts=found_layers[0].num_experts, top_k=num_experts_per_tok(meta),
+        moe_layers=len(found_layers), row=ExpertsView(modules[0]).widths[0] * compute.itemsize,
+        experts=memory["weights"] - dense, dense=dense,
+        largest_layer=round(max(scale * e + compute.itemsize * d for e, d in by_layer)),
+        largest_dense=round(max(compute.itemsize * d for _, d in by_layer)),
+        head=meta.get_output_embeddings().weight.numel() * compute.itemsize,
+        trainable=found["trainable"], casts=memory["adapter"] - 4 * found["trainable"],
+        activations=memory["activations"], expert_row=found["expert_bytes_per_token_layer"],
+        live_layers=1 if gradient_checkpointing else len(found_layers), workspace=memory["workspace"],
+        passes=3 if gradient_checkpointing else 2, expert_flops=experts * tokens,
         other_flops=(total - experts) * tokens,
-    )
+    )  # fmt: skip
 
 
 def expert_groups(num_experts: int, gpus: int, layout: str) -> tuple[int, int]:

@@ -108,7 +108,10 @@ def estimate(
         raise HotLoraError(f"quantize is {quantize}: it must be 4 or 8 bits.")
     if coverage is not None and not 0 <= coverage <= 1:
         raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")
-    device = _known_device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise HotLoraError(f"device is {str(device)!r}: give cuda or cpu.") from error
     cut = sized_config(config, layers)
     compute = torch_dtype(dtype, cut, device.type)
     meta = meta_model(cut)
@@ -119,21 +122,14 @@ def estimate(
     if coverage is None:
         coverage = coverage_at(kept[0] / found[0].num_experts)
     tokens = batch_size * max_length
+    experts = {layer.layer: tuple(range(n)) for layer, n in zip(found, kept, strict=True)}
     lora = HotLoraConfig(
-        plan=ExpertPlan(
-            experts={layer.layer: tuple(range(n)) for layer, n in zip(found, kept, strict=True)},
-            num_experts=found[0].num_experts,
-            rule="first",
-            params={},
-        ),
-        r=r,
-        train_attention=train_attention,
-        train_router=train_router,
-        train_shared=train_shared,
-    )
+        plan=ExpertPlan(experts, found[0].num_experts, rule="first", params={}), r=r,
+        train_attention=train_attention, train_router=train_router, train_shared=train_shared,
+    )  # fmt: skip
     weights = sum(p.numel() for p in meta.parameters())
-    experts = [sum(p.numel() for p in x.parameters()) for x in _experts(meta)]
-    dense = sum(n * k / layer.num_experts for n, k, layer in zip(experts, kept, found, strict=True)) if keep_hot else 0
+    sizes = [sum(p.numel() for p in x.parameters()) for x in _experts(meta)]
+    dense = sum(n * k / layer.num_experts for n, k, layer in zip(sizes, kept, found, strict=True)) if keep_hot else 0
     forward = forward_flops(meta, max_length)
     adapter = expert_adapter_flops(meta, r, {layer.layer: coverage for layer in found})
     adapter += attention_adapter_flops(meta, r) if train_attention else 0.0
@@ -157,8 +153,8 @@ def estimate(
         activations = tokens * width * num_layers + activations // num_layers
     memory = {
         "weights": int(
-            (weights - sum(experts) + dense) * compute.itemsize
-            + (sum(experts) - dense) * (quantized_bytes(quantize) if quantize else compute.itemsize)
+            (weights - sum(sizes) + dense) * compute.itemsize
+            + (sum(sizes) - dense) * (quantized_bytes(quantize) if quantize else compute.itemsize)
         ),
         "adapter": trained * 4 + casts,
         "gradients": trained * 4,
@@ -167,22 +163,15 @@ def estimate(
         "workspace": workspace_bytes(meta, tokens, compute, device),
     }
     result: dict[str, Any] = {
-        "memory": memory | {"total": sum(memory.values())},
-        "expert_bytes_per_token_layer": round(per_token),
-        "coverage": coverage,
-        "trainable": trained,
+        "memory": memory | {"total": sum(memory.values())}, "expert_bytes_per_token_layer": round(per_token),
+        "coverage": coverage, "trainable": trained,
         "flops": {"forward_per_token": forward, "adapter_per_token": adapter, "step": flops},
-        "tokens": tokens,
-        "device": device.type,
-        "dtype": str(compute).removeprefix("torch."),
-    }
+        "tokens": tokens, "device": device.type, "dtype": str(compute).removeprefix("torch."),
+    }  # fmt: skip
     if flops_per_second:
         seconds = flops / flops_per_second
-        result["time"] = {
-            "flops_per_second": flops_per_second,
-            "seconds_per_step": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
+        speed = tokens / seconds
+        result["time"] = {"flops_per_second": flops_per_second, "seconds_per_step": seconds, "tokens_per_second": speed}
     return result
 
 
@@ -226,13 +215,6 @@ def torch_dtype(name: str, config: PreTrainedConfig, device_type: str = "cuda") 
     if name not in DTYPES:
         raise HotLoraError(f"dtype is {name!r}: choose one of auto, {', '.join(DTYPES)}.")
     return DTYPES[name]
-
-
-def _known_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise HotLoraError(f"device is {str(device)!r}: give cuda or cpu.") from error
 
 
 def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:

@@ -1,7 +1,8 @@
 """Answers to prompts: greedy or sampled, in batches of similar length, with a KV cache.
 
 What a prompt is answered does not depend on what was answered before: batches are the same for the same examples and
-options, and every sample draws from a seed of its own. So an evaluation that was stopped goes on to the same end.
+options, and every sample draws from a seed of its own. So an evaluation that was stopped comes to the same end when it
+is run again.
 """
 
 import hashlib
@@ -14,14 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
@@ -49,14 +43,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise HotLoraError(f"samples = {self.samples} is out of range: it must be 1 or more.")
-        if not 0 <= self.temperature < math.inf:
-            raise HotLoraError(
-                f"temperature = {self.temperature} is out of range: it must be 0 (greedy) or more, and finite."
-            )
-        if not 0 < self.top_p <= 1:
-            raise HotLoraError(f"top_p = {self.top_p} is out of range: it must be in (0, 1].")
+        for name, is_right, told in (
+            ("samples", self.samples >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more, and finite"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+        ):
+            if not is_right:
+                raise HotLoraError(f"{name} = {getattr(self, name)} is out of range: it must be {told}.")
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
             raise HotLoraError(
                 "Greedy answers to a prompt are all the same: give a temperature above 0 (--temperature 0.2), or leave "
@@ -79,27 +72,6 @@ class Answer:
     index: int
     sample: int
     text: str
-
-
-def generate(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[str]:
-    """The model's greedy continuation of every prompt, up to the end-of-text token or the first of `stop`."""
-    texts = [""] * len(examples)
-    batches = answer_batches(
-        model, tokenizer, examples, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, progress=progress
-    )
-    for batch in batches:
-        for answer in batch:
-            texts[answer.index] = answer.text
-    return texts
 
 
 def answer_batches(
@@ -151,16 +123,14 @@ def answer_batches(
         drawing: list[LogitsProcessor] = []
         if sampling.temperature > 0:
             seeds = [sampling.seed_of(examples[i], sample) for i, sample in group]
-            drawing = [
-                TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p),
-                _Draw(seeds, width, max_new_tokens),
-            ]  # fmt: skip
+            drawing = [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)]
+            drawing.append(_Draw(seeds, width, max_new_tokens))
         with inference(model), without_generation_config(model):
             output = model.generate(
                 input_ids=pad(ids, tokenizer.pad_token_id, "left").to(device_of(model)),
                 attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(device_of(model)),
                 generation_config=config,
-                logits_processor=LogitsProcessorList(drawing),
+                logits_processor=drawing,
                 stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,
             )
         decoded = written(tokenizer, [prompts[i] for i, _ in group], output[:, width:].tolist())
@@ -226,6 +196,7 @@ def track(items: Iterable, description: str, progress: bool, total: int | None =
 
 
 def check_batches(examples: Sequence[Example], batch_size: int) -> None:
+    """DataError: no examples, or a batch size below 1."""
     if not examples:
         raise DataError("There are no examples to evaluate; give at least one.")
     if batch_size < 1:
@@ -235,9 +206,8 @@ def check_batches(examples: Sequence[Example], batch_size: int) -> None:
 def _answers_change_with_padding(model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> bool:
     """By a text as long as the longest prompt and its answer, of the prompts' tokens shuffled."""
     pool = torch.tensor([token for prompt in prompts for token in prompt])
-    picked = torch.randint(
-        len(pool), (max(map(len, prompts)) + max_new_tokens,), generator=torch.Generator().manual_seed(0)
-    )
+    length = max(map(len, prompts)) + max_new_tokens
+    picked = torch.randint(len(pool), (length,), generator=torch.Generator().manual_seed(0))
     return padding_matters(model, pool[picked].tolist())
 
 

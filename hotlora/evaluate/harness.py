@@ -139,12 +139,11 @@ def _named(task: str, folder: Path) -> str:
 
 
 def _gsm8k_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    parts: dict[str, list[dict[str, Any]]] = {}
+    parts = {}
+    names = ("question", "answer")
     for split in ("train", "test"):  # few-shot examples come from train
-        parts[split] = []
-        for row in read_rows(split_file(folder, [f"{split}.jsonl", f"{split}.jsonl.gz"])):
-            question, answer = need_text(row, "question", "answer")
-            parts[split].append({"question": question, "answer": answer})
+        rows = read_rows(split_file(folder, [f"{split}.jsonl", f"{split}.jsonl.gz"]))
+        parts[split] = [dict(zip(names, need_text(row, *names), strict=True)) for row in rows]
     return parts
 
 
@@ -171,37 +170,26 @@ def _hellaswag_row(row: Row) -> dict[str, Any]:
 def _evaluation(task: str, samples: Sequence[dict[str, Any]], seconds: float) -> Evaluation | None:
     """lm-eval's samples of a task as an evaluation; None where no metric of an example is a number from 0 to 1."""
     first = samples[0]
-    metrics = sorted(
-        first["metrics"], key=lambda name: name != "acc_norm"
-    )  # a stable sort: the first, but for acc_norm
-    shares = [name for name in metrics if all(_is_share(s[name]) for s in samples if name in s)]
-    if not shares:
+    metrics = sorted(first["metrics"], key=lambda name: name != "acc_norm")  # stable: else the first
+    for metric in metrics:
+        values = [sample[metric] for sample in samples if metric in sample]
+        if all(isinstance(value, Real) and 0 <= float(value) <= 1 for value in values):
+            break
+    else:
         return None
-    metric, results = shares[0], []
+    results = []
     some = sorted((s for s in samples if s["filter"] == first["filter"]), key=lambda s: s["doc_id"])
     for sample in some:
-        correct = float(sample[metric])
-        results.append(
-            {
-                "index": sample["doc_id"],
-                "id": example_id(Example(sample["arguments"][0][0], "")),
-                "prediction": _prediction(sample),
-                "correct": bool(correct) if correct in (0, 1) else correct,
-            }
-        )
+        correct, text = float(sample[metric]), sample["resps"][0][0]
+        # The text, or what the task's filter left of the choices' likelihoods.
+        prediction = text if isinstance(text, str) else sample["filtered_resps"]
+        results.append({
+            "index": sample["doc_id"], "id": example_id(Example(sample["arguments"][0][0], "")),
+            "prediction": prediction, "correct": bool(correct) if correct in (0, 1) else correct,
+        })  # fmt: skip
     correct, n = sum(result["correct"] for result in results), len(results)
     low, high = proportion_interval(correct, n)
     return Evaluation(task, metric, correct / n, n, correct, low, high, results, seconds)
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) <= 1
-
-
-def _prediction(sample: dict[str, Any]) -> Any:
-    """The text, or what the task's filter left of the choices' likelihoods."""
-    text = sample["resps"][0][0]
-    return text if isinstance(text, str) else sample["filtered_resps"]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -22,16 +22,15 @@ from ..base.records import read_results
 from ..hf.forward import inference, logits_at
 from ..tasks import Example, Task
 from ..tasks.data import IGNORE, batches, encode_completion, encode_prompt, pad
-from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, generate, track
+from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, track
 from .stats import pass_at_k, proportion_interval
-
-__all__ = ["Evaluation", "choice_scores", "evaluate_answers", "evaluate_task", "generate", "response_loss"]
 
 KS = (1, 5, 10)  # of pass@k, where every example has that many answers
 _CHUNK = 2048  # tokens whose float32 logits are held at once
 _JUDGES = min(4, os.cpu_count() or 1)  # answers judged at once: each may wait for a process of its own
 
 Result = dict[str, Any]
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -44,9 +43,9 @@ class Evaluation:
             "refusal_rate", where an example is right if it is refused.
         correct: the examples answered right; where an example has several answers, it counts by their right share.
         results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
-            `prediction` (the text, or the index of the choice), `correct`; for choices also `scores`, as
-            `choice_scores`, and `cut`, the tokens of its prompt that did not fit into the model's window, if any; for
-            several answers, the lists `predictions` and `passed`.
+            `prediction` (the text, or the index of the choice), `correct`; for choices also `scores` (nats; for
+            acc_norm over the length), and `cut`, the tokens of its prompt that did not fit into the model's window, if
+            any; for several answers, the lists `predictions` and `passed`.
         seconds: wall-clock time, of what was not done before.
         pass_at_k: by k, the mean chance that k answers hold a right one; empty where each example has one answer.
     """
@@ -125,15 +124,15 @@ def evaluate_task(
         window = context_length(model, tokenizer)
         encoded = {i: _encoded(i, examples[i], tokenizer, window) for picked in groups for i in picked}
         for picked in track(groups, "scoring", progress):
-            values = _scores(
-                model, tokenizer, [examples[i] for i in picked], [encoded[i] for i in picked],
-                per_character=task.metric == "acc_norm", batch_size=batch_size,
-            )  # fmt: skip
-            found = zip(picked, values, strict=True)
-            yield [_choice_result(i, examples[i], value, encoded[i].cut) for i, value in found]
+            found = _scores(model, tokenizer, {i: encoded[i] for i in picked}, batch_size)
+            yield [_choice_result(task, i, examples[i], values, encoded[i].cut) for i, values in found.items()]
 
     evaluation = _evaluate(task, examples, scored, results)
-    _tell_cut(evaluation.cut, len(examples), model, tokenizer)
+    if evaluation.cut:
+        _log.warning(
+            "%d of %d examples are longer than the model's window of %d tokens: their prompts were cut on the left.",
+            evaluation.cut, len(examples), context_length(model, tokenizer),
+        )  # fmt: skip
     return evaluation
 
 
@@ -159,21 +158,15 @@ def evaluate_answers(
             for answer in batch:
                 waiting.setdefault(answer.index, {})[answer.sample] = answer.text
             whole = sorted(i for i, texts in waiting.items() if len(texts) == samples)
-            texts = {i: [waiting[i][sample] for sample in range(samples)] for i in whole}
-            for i in whole:
-                del waiting[i]
+            found = {i: waiting.pop(i) for i in whole}
+            texts = {i: [by_sample[sample] for sample in range(samples)] for i, by_sample in found.items()}
             yield results_of(task, examples, {i: t for i, t in texts.items() if i not in done}, several=samples > 1)
 
     return _evaluate(task, examples, judged, results)
 
 
 def results_of(
-    task: Task,
-    examples: Sequence[Example],
-    texts: Mapping[int, Sequence[str]],
-    *,
-    several: bool,
-    progress: bool = False,
+    task: Task, examples: Sequence[Example], texts: Mapping[int, Sequence[str]], several: bool, progress: bool = False
 ) -> list[Result]:
     """The judged results of some examples, by their index; with `several` texts each, as lists."""
     pairs = [(examples[i], text) for i, some in texts.items() for text in some]
@@ -195,15 +188,11 @@ def summarize(task: Task, examples: Sequence[Example], results: list[Result], se
     correct, n = sum(result["correct"] for result in results), len(examples)
     passed = [result["passed"] for result in results if "passed" in result]
     fewest = min((len(right) for right in passed if right), default=0)
-    passes = {
-        k: sum(pass_at_k(len(right), sum(right), k) if right else 0.0 for right in passed) / n
-        for k in KS
-        if k <= fewest
-    }
-    low, high = proportion_interval(correct, n)
-    return Evaluation(
-        task.name, task.metric_name(examples), correct / n, n, correct, low, high, results, seconds, passes
-    )
+    passes = {}
+    for k in (k for k in KS if k <= fewest):
+        passes[k] = sum(pass_at_k(len(right), sum(right), k) if right else 0.0 for right in passed) / n
+    name, (low, high) = task.metric_name(examples), proportion_interval(correct, n)
+    return Evaluation(task.name, name, correct / n, n, correct, low, high, results, seconds, passes)
 
 
 def judge(task: Task, examples: Sequence[Example], texts: Sequence[str], *, progress: bool = False) -> list[bool]:
@@ -219,11 +208,9 @@ def example_id(example: Example) -> str:
 
 
 def _evaluate(
-    task: Task,
-    examples: Sequence[Example],
-    work: Callable[[Collection[int]], Iterable[list[Result]]],
+    task: Task, examples: Sequence[Example], work: Callable[[Collection[int]], Iterable[list[Result]]],
     path: str | os.PathLike[str] | None,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """The results of `work` on what is not done, and of what is; each is in the file as soon as it is there."""
     started = time.perf_counter()
     results = {} if path is None else _kept(Path(path), examples)
@@ -264,39 +251,14 @@ def _named(index: int, example: Example) -> Result:
     return {"index": index, "id": example_id(example), **named}
 
 
-def _choice_result(index: int, example: Example, scores: list[float], cut: int) -> Result:
+def _choice_result(task: Task, index: int, example: Example, values: Sequence[float], cut: int) -> Result:
+    """Choices are ranked by their likelihood: acc by the whole, acc_norm over the choice's length in characters."""
+    scores = list(values)
+    if task.metric == "acc_norm":
+        scores = [value / len(choice) for value, choice in zip(values, example.choices, strict=True)]
     best = max(range(len(scores)), key=scores.__getitem__)  # a tie goes to the lower index
     result = {**_named(index, example), "prediction": best, "correct": best == example.label, "scores": scores}
     return {**result, "cut": cut} if cut else result
-
-
-def choice_scores(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    per_character: bool = True,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[list[float]]:
-    """For every example and choice, the log-likelihood of the choice after the prompt (nats).
-
-    Args:
-        per_character: over the choice's length, as acc_norm ranks choices; acc ranks them by the whole.
-
-    A prompt that does not fit into the model's window with its choice is cut on the left; a warning says how many are.
-
-    Raises:
-        DataError: no examples, an empty choice or prompt, or a choice that alone is longer than the window.
-    """
-    check_batches(examples, batch_size)
-    window = context_length(model, tokenizer)
-    encoded = [_encoded(i, example, tokenizer, window) for i, example in enumerate(examples)]
-    scores = _scores(
-        model, tokenizer, examples, encoded, per_character=per_character, batch_size=batch_size, progress=progress
-    )
-    _tell_cut(sum(bool(example.cut) for example in encoded), len(examples), model, tokenizer)
-    return scores
 
 
 @dataclass(frozen=True)
@@ -310,7 +272,7 @@ class _Encoded:
 
 
 def _encoded(index: int, example: Example, tokenizer: Any, window: int | None) -> _Encoded:
-    """DataError: as `choice_scores`."""
+    """DataError: an empty choice or prompt, or a choice that alone is longer than the window."""
     prompt, choices, longest = encode_prompt(example, tokenizer), [], 0
     for j, choice in enumerate(example.choices):
         completion = encode_completion(example, f" {choice}", prompt, tokenizer)
@@ -328,42 +290,24 @@ def _encoded(index: int, example: Example, tokenizer: Any, window: int | None) -
     return _Encoded(choices, longest)
 
 
-def _scores(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    encoded: Sequence[_Encoded],
-    *,
-    per_character: bool,
-    batch_size: int,
-    progress: bool = False,
-) -> list[list[float]]:
-    """`choice_scores` of examples that are encoded."""
+def _scores(model: Any, tokenizer: Any, encoded: Mapping[int, _Encoded], batch_size: int) -> dict[int, list[float]]:
+    """By example, the log-likelihood of each choice after the prompt (nats)."""
     # (example, choice, token ids, number of prompt tokens)
-    rows = [(i, j, *choice) for i, one in enumerate(encoded) for j, choice in enumerate(one.choices)]
-    scores = [[0.0] * len(example.choices) for example in examples]
-    order = sorted(range(len(rows)), key=lambda r: (-len(rows[r][2]), -rows[r][3]))
+    rows = [(i, j, *choice) for i, one in encoded.items() for j, choice in enumerate(one.choices)]
+    scores = {i: [0.0] * len(one.choices) for i, one in encoded.items()}
+    rows.sort(key=lambda row: (-len(row[2]), -row[3]))
     with inference(model):
-        for picked in track(list(_groups(order, batch_size)), "scoring", progress):
-            labels = [rows[r][2].index_fill(0, torch.arange(rows[r][3]), IGNORE) for r in picked]
-            ids = [rows[r][2][:-1] for r in picked]
+        for picked in _groups(rows, batch_size):
+            ids = [tokens[:-1] for _, _, tokens, _ in picked]
+            labels = [tokens.index_fill(0, torch.arange(start), IGNORE) for _, _, tokens, start in picked]
             batch = {
                 "input_ids": pad(ids, tokenizer.pad_token_id),
                 "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
                 "labels": pad(labels, IGNORE),
             }
-            for r, value in zip(picked, _log_likelihood(model, batch).tolist(), strict=True):
-                i, j = rows[r][:2]
-                scores[i][j] = value / len(examples[i].choices[j]) if per_character else value
+            for (i, j, *_), value in zip(picked, _log_likelihood(model, batch).tolist(), strict=True):
+                scores[i][j] = value
     return scores
-
-
-def _tell_cut(count: int, total: int, model: Any, tokenizer: Any) -> None:
-    if count:
-        _log.warning(
-            "%d of %d examples are longer than the model's window of %d tokens: their prompts were cut on the left.",
-            count, total, context_length(model, tokenizer),
-        )  # fmt: skip
 
 
 def response_loss(
@@ -419,5 +363,5 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return values.sum(1)
 
 
-def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _groups(order: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (order[start : start + size] for start in range(0, len(order), size))

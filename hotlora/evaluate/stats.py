@@ -16,6 +16,8 @@ from ..base.errors import DataError
 
 # Equal scores give differences that differ in their last bits: a spread below this, relative to the values, is none.
 _ROUNDING = 32 * np.finfo(float).eps
+_RESAMPLES = 10_000
+_TAIL = 50 * (1 - 0.95)  # percent on each side of a 95% interval
 
 
 class Interval(NamedTuple):
@@ -92,7 +94,8 @@ def proportion_interval(correct: float, n: int, confidence: float = 0.95) -> Int
 
     DataError: correct outside 0..n, or a confidence outside (0, 1).
     """
-    _check_confidence(confidence)
+    if not 0 < confidence < 1:
+        raise DataError(f"confidence is {confidence}: it must be between 0 and 1, such as 0.95")
     if n < 0 or not 0 <= correct <= n:
         raise DataError(f"{correct} correct of {n}: correct must be from 0 to n")
     if n == 0:
@@ -105,33 +108,23 @@ def proportion_interval(correct: float, n: int, confidence: float = 0.95) -> Int
     return Interval(float(max(0.0, min(centre - half, share))), float(min(1.0, max(centre + half, share))))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean, for example over seeds (ddof 1).
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Student's 95% t interval of the mean, for example over seeds (ddof 1).
 
     One value has no spread: (nan, nan). Values that are all equal give an interval of width zero.
     DataError: no value.
     """
-    _check_confidence(confidence)
-    array = np.asarray(values, dtype=float)
-    if array.ndim != 1 or not array.size:
-        raise DataError("no value to take a mean of: give at least one number")
+    array = _vector(values)
     if array.size == 1:
         return Interval(math.nan, math.nan)
     mean = float(array.mean())
     error = array.std(ddof=1) / math.sqrt(array.size)
-    half = float(stats.t.ppf(0.5 + confidence / 2, array.size - 1) * error)
+    half = float(stats.t.ppf(0.975, array.size - 1) * error)
     return Interval(mean - half, mean + half)
 
 
-def paired_difference(
-    a_correct: Sequence[bool | int | float],
-    b_correct: Sequence[bool | int | float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Difference:
-    """Mean of a - b over the same examples, with a seeded bootstrap (percentile) interval.
+def paired_difference(a_correct: Sequence[float], b_correct: Sequence[float]) -> Difference:
+    """Mean of a - b over the same examples, with a 95% bootstrap interval (percentile, 10,000 resamples, seed 0).
 
     Both lists hold one score per example, in the same order. The examples are resampled, so the interval
     tells what other test examples would do; it does not tell what other training seeds would. One example
@@ -139,7 +132,6 @@ def paired_difference(
 
     DataError: lists of different lengths, or empty ones.
     """
-    _check_confidence(confidence)
     _check_pairs(a_correct, b_correct, "examples")
     differences = np.asarray(a_correct, dtype=float) - np.asarray(b_correct, dtype=float)
     mean, n = float(differences.mean()), len(differences)
@@ -147,9 +139,8 @@ def paired_difference(
         return Difference(mean, math.nan, math.nan)
     # A resample only matters by how often each distinct difference is drawn: at most three for right/wrong.
     values, counts = np.unique(differences, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(draws @ values / n, [tail, 100 - tail])
+    draws = np.random.default_rng(0).multinomial(n, counts / n, size=_RESAMPLES)
+    low, high = np.percentile(draws @ values / n, [_TAIL, 100 - _TAIL])
     return Difference(mean, float(low), float(high))
 
 
@@ -185,11 +176,8 @@ def paired_test_from_stats(mean: float, sd: float | None, n: int, *, bounds: Seq
     if n < 1 or (n > 1 and (sd is None or not 0 <= sd < math.inf)):
         raise DataError(f"{n} pairs with the standard deviation {sd}: give at least one pair, and from two on its sd")
     if n == 1 or not sd:
-        reason = (
-            "one pair has no spread: no interval and no test"
-            if n == 1
-            else f"all {n} differences are equal (sd 0): no interval and no test"
-        )
+        why = "one pair has no spread" if n == 1 else f"all {n} differences are equal (sd 0)"
+        reason = f"{why}: no interval and no test"
         return PairedTest(n, mean, None if n == 1 else 0.0, None, None, None, dict.fromkeys(bounds), reason)
     error = sd / math.sqrt(n)
     # Of the two one-sided tests that of the nearer bound has the larger p.
@@ -215,7 +203,7 @@ def sd_ratio(a: MeanSd, b: MeanSd) -> SdRatio:
     return SdRatio(ratio, Interval(ratio / math.sqrt(high), ratio / math.sqrt(low)))
 
 
-def mcnemar(a_correct: Sequence[bool | int], b_correct: Sequence[bool | int]) -> McNemar:
+def mcnemar(a_correct: Sequence[int], b_correct: Sequence[int]) -> McNemar:
     """Exact McNemar test over the same examples: is either run right more often where only one is?
 
     p is the two-sided binomial test of the examples that only one has right; 1 where there is none.
@@ -272,10 +260,15 @@ def _mean_sd(values: np.ndarray, magnitude: float) -> MeanSd:
     return MeanSd(n, mean, sd, "" if sd else f"all {n} values are equal")
 
 
-def _finite(values: Sequence[float]) -> np.ndarray:
+def _vector(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not array.size:
         raise DataError("no value to take a mean of: give at least one number")
+    return array
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    array = _vector(values)
     if not np.isfinite(array).all():
         raise DataError(f"{array[~np.isfinite(array)][0]} is among the values: leave out what is not a number")
     return array
@@ -286,8 +279,3 @@ def _check_pairs(a: Sequence[float], b: Sequence[float], what: str) -> None:
         raise DataError(
             f"{len(a)} and {len(b)} results: a paired difference needs the same {what} in both, at least one"
         )
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise DataError(f"confidence is {confidence}: it must be between 0 and 1, such as 0.95")

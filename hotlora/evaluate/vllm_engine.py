@@ -76,14 +76,11 @@ def vllm_answers(
         some = rows[start : start + _AT_ONCE]
         params = [
             SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed_of(examples[i], sample) if sampling.temperature else None,
-                max_tokens=max_new_tokens,
-                stop=list(stop) or None,
+                temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=max_new_tokens,
+                stop=list(stop) or None, seed=sampling.seed_of(examples[i], sample) if sampling.temperature else None,
             )
             for i, sample in some
-        ]
+        ]  # fmt: skip
         prompts = [{"prompt_token_ids": encode_prompt(examples[i], tokenizer)} for i, _ in some]
         outputs = engine.generate(prompts, params, lora_request=request, use_tqdm=False)
         yield [Answer(i, s, cut(out.outputs[0].text, stop)) for (i, s), out in zip(some, outputs, strict=True)]

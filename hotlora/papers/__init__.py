@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ..base.errors import FileError, HotLoraError
@@ -11,24 +12,23 @@ from .direct import Direct
 from .recipe import Recipe
 from .settings import Setting
 
-__all__ = ["RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "find_sweep", "names"]
+__all__ = ["RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "names"]
 
-RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
-    **{f"hellora-{name}": make for part in (hellora.RECIPES, configs.HELLORA, profiles.HELLORA, benches.HELLORA)
-       for name, make in part.items()},
-    **{f"moe-sieve-{name}": make
-       for part in (moe_sieve.RECIPES, configs.MOE_SIEVE, profiles.MOE_SIEVE, benches.MOE_SIEVE)
-       for name, make in part.items()},
+_MAKERS: dict[str, Callable[[str, Setting], Recipe | Direct]] = {
+    **hellora.RECIPES, **configs.HELLORA, **profiles.HELLORA, **benches.HELLORA,
+    **moe_sieve.RECIPES, **configs.MOE_SIEVE, **profiles.MOE_SIEVE, **benches.MOE_SIEVE,
 }  # fmt: skip
+RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
+    name: partial(make, name) for name, make in _MAKERS.items()
+}
 _STUDIES = ("auto_k", "quantized")
 _DEFAULT = Setting()
 
 
 def find_recipe(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAULT) -> Sweep | Direct:
-    """What a recipe runs in a setting: a sweep of trainings, or by itself; or a sweep as `find_sweep` finds it.
+    """What a recipe runs in a setting: a sweep of trainings, or by itself; or the `SWEEP` of a Python file or study.
 
-    Raises:
-        FileError, HotLoraError: as `find_sweep`.
+    FileError: there is no such file or recipe. HotLoraError: the file fails, or a setting for what has none.
     """
     name = str(file_or_name)
     if name in RECIPES:
@@ -43,18 +43,6 @@ def find_recipe(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAUL
     if setting != _DEFAULT:
         raise HotLoraError(f"{name} says itself what it runs: leave out --model, --seeds, --data and --set.")
     return load_sweep(path)
-
-
-def find_sweep(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAULT) -> Sweep:
-    """The sweep of a recipe in a setting; or the `SWEEP` of a Python file, or of a study by name.
-
-    FileError: there is no such file or recipe. HotLoraError: the file fails, the recipe needs no trainings, or a
-    setting for what has none.
-    """
-    found = find_recipe(file_or_name, setting)
-    if isinstance(found, Direct):
-        raise HotLoraError(f"{found.name} is made without trainings, so it is no sweep: use find_recipe.")
-    return found
 
 
 def names() -> list[str]:

@@ -6,8 +6,8 @@ placements are a bench each: all eighteen at once would need as much memory as a
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,21 @@ from matplotlib.figure import Figure
 from ..adapter.count import parameters_from_config
 from ..base.files import write_json
 from ..bench.bench import run_bench
-from ..bench.contenders import BenchConfig
+from ..bench.contenders import BenchConfig, Contender
 from ..bench.report import read_result
-from ..report.comparison_table import NONE
 from ..report.figures import COLD, HOT, INK, WIDTH, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..report.tables import human_seconds
+from ..report.text import NONE, shown
 from ..runs.methods import counted_options
 from .direct import Direct, Tell
 from .needs import bench_needs, config_file, number_of
-from .recipe import Column
-from .result import Result
-from .settings import OLMOE, QWEN, Setting
+from .recipe import model_folder
+from .result import Number, Result, Shown
+from .settings import LABELS, OLMOE, QWEN, Setting
 
 FOLDER = "benches"
 _PLACEMENTS = ("pure", "gate", "full")
-_LABELS = {
-    "fft": "FFT", "lora": "LoRA", "lori-d": "LoRI-D", "lori-s": "LoRI-S", "hellora": "HELLoRA",
-    "hellori-d": "HELLoRI-D", "hellori-s": "HELLoRI-S",
-}  # fmt: skip
 # On a GPU as many tokens as keep it busy; a sequence is as long as the trainings' may be.
 _LARGE = {"tokens": 8192, "length": 512}
 _NANO = {"tokens": 2048, "length": 256, "r": 8}
@@ -48,7 +44,7 @@ _NOT_OPTIONS = ("model", "contenders", "fractions")
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchRecipe(Direct):
     """A table or figure of throughput, or of cost.
 
@@ -56,17 +52,16 @@ class BenchRecipe(Direct):
         models: each is timed.
         benches: name of a bench -> its contenders.
         settings: of `BenchConfig`, where the user gives none.
-        view: "table", "figure" or "cost".
+        show: (model, name of a bench) -> its result, as a table or figure.
     """
 
-    models: Sequence[str] = ()
-    benches: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    view: str = "table"
+    models: Sequence[str]
+    benches: Mapping[str, Sequence[str]]
+    settings: Mapping[str, Any]
+    show: Callable[[Mapping[tuple[str, str], Row]], Shown]
 
     def __post_init__(self) -> None:
-        names = {field.name for field in dataclasses.fields(BenchConfig)} - set(_NOT_OPTIONS)
-        self.check_options(names)
+        self.check_options({field.name for field in dataclasses.fields(BenchConfig)} - set(_NOT_OPTIONS))
 
     def needs(self, tflops: float | None = None) -> list[str]:
         kinds = [kind for contenders in self.benches.values() for kind in contenders]
@@ -76,128 +71,120 @@ class BenchRecipe(Direct):
             "an idle machine, for what else runs is timed too; random weights, no data",
         ]
         for model in self.models:
-            lines += bench_needs(model, self._options(), kinds)
+            lines += bench_needs(model, {**self.settings, **self.options}, kinds)
         return lines
 
-    def state(self, output: Path) -> list[tuple[str, Path, str]]:
-        files = [
-            (f"{model}, {name}", _file(output, model, name)) for model in self.models for name in self.benches
-        ]  # fmt: skip
-        return [(what, file, "done" if file.is_file() else "new") for what, file in files]
+    def files(self, output: Path) -> list[tuple[str, Path, Path]]:
+        return [(f"{model}, {name}", file, file) for (model, name), file in self._results(output).items()]
 
     def run(self, output: Path, tell: Tell) -> None:
-        for model in self.models:
-            for name, contenders in self.benches.items():
-                file = _file(output, model, name)
-                if file.is_file():
-                    continue
-                tell(f"bench {name} of {model}")
-                config = BenchConfig(config_file(model), contenders=tuple(contenders), **self._options())
-                result = run_bench(config, tell=tell)
-                result["recipe"] = {"model": model, "counts": self.counts(model, contenders, config.r)}
-                write_json(file, result)
+        for (model, name), file in self._results(output).items():
+            if file.is_file():
+                continue
+            tell(f"bench {name} of {model}")
+            contenders = tuple(self.benches[name])
+            config = BenchConfig(config_file(model), contenders=contenders, **{**self.settings, **self.options})
+            result = run_bench(config, tell=tell)
+            result["recipe"] = {"model": model, "counts": self.counts(model, contenders, config.r)}
+            write_json(file, result)
 
     def result(self, folder: Path) -> Result | None:
-        found = {
-            (model, name): read_result(file)
-            for model in self.models for name in self.benches
-            if (file := _file(folder, model, name)).is_file()
-        }  # fmt: skip
+        files = self._results(folder)
+        found = {key: read_result(file) for key, file in files.items() if file.is_file()}
         if not found:
             return None
-        made = {"table": self._throughput, "figure": self._figure, "cost": self._cost}[self.view](found)
-        columns, rows, numbers, figures = made
-        notes = [_words(key, result) for key, result in found.items()]
-        notes += _COST_NOTES if self.view == "cost" else []
-        lacking = [f"{model}, {name}: no bench." for model in self.models for name in self.benches
-                   if (model, name) not in found]  # fmt: skip
-        failed = [
-            f"{row['name']}: {row['reason']}" for result in found.values() for row in result["contenders"]
-            if row["status"] != "done"
-        ]  # fmt: skip
-        return Result(self.name, self.title, self.where, columns, rows, numbers, [*notes, *lacking, *failed], figures)
+        shown = self.show(found)
+        lacking = [f"{model}, {name}: no bench." for model, name in files if (model, name) not in found]
+        rows = [row for result in found.values() for row in result["contenders"]]
+        failed = [f"{row['name']}: {row['reason']}" for row in rows if row["status"] != "done"]
+        shown.notes = [*(_words(key, result) for key, result in found.items()), *shown.notes, *lacking, *failed]
+        return self.over(shown)
 
-    def _options(self) -> dict[str, Any]:
-        return {**self.settings, **self.options}
+    def _results(self, output: Path) -> dict[tuple[str, str], Path]:
+        """(model, name of a bench) -> its result's file."""
+        folders = {model: output / FOLDER / model_folder(model) for model in self.models}
+        return {(model, name): at / f"{name}.json" for model, at in folders.items() for name in self.benches}
 
     def counts(self, model: str, contenders: Sequence[str], r: int) -> dict[str, int]:
         """Contender -> trained parameters, by the whole model's config."""
         file, counts = config_file(model), {}
         for kind in contenders:
-            method, placement = _parts(kind)
-            options = counted_options(method, placement)
+            options = counted_options(*Contender(kind).method)
             options = options if options.get("full") else {**options, "r": r}
             counts[kind] = int(parameters_from_config(file, **options)["trainable"])
         return counts
 
-    def _throughput(self, found: Mapping[tuple[str, str], Row]) -> tuple[Any, Any, Any, Any]:
-        """HELLoRA's table 6: methods by placements, each also over LoRA in the same placement."""
-        columns = ["", "trained"]
-        for placement in ("_pure", "_gate", "all"):
-            columns += [f"{placement}: tokens/s", "× LoRA", "published: samples/s", "× LoRA"]
-        rows, numbers = [], []
-        for method, published in THROUGHPUT.items():
-            counted: int | None = None
-            cells = []
-            for placement, printed, reference in zip(_PLACEMENTS, published, THROUGHPUT["lora"], strict=True):
-                bench = found.get((self.models[0], f"hellora-{placement}"))
-                kind = _kind(method, placement)
-                row, lora = _row(bench, kind), _row(bench, _kind("lora", placement))
-                ratio = over(row, lora)
-                counted = bench["recipe"]["counts"].get(kind) if bench else counted
-                cells += [_rate(row), _times(ratio), f"{printed:.2f}", f"{printed / reference:.2f}"]
-                numbers.append({
-                    "method": method, "placement": placement, "tokens_per_second": _speed(row),
-                    "over_lora": ratio, "published_samples_per_second": printed,
-                    "published_over_lora": printed / reference,
-                })  # fmt: skip
-            rows.append([_LABELS[method], NONE if counted is None else f"{counted:,}", *cells])
-        return columns, rows, numbers, {}
 
-    def _figure(self, found: Mapping[tuple[str, str], Row]) -> tuple[Any, Any, Any, Any]:
-        """HELLoRA's figure 5: every method with all of its adapters, and full fine-tuning."""
-        (bench,) = found.values()
-        rows, numbers, bars = [], [], {}
-        lora, fft = _row(bench, "lora"), _row(bench, "fft")
-        for method, label in _LABELS.items():
-            row = _row(bench, method)
-            printed = THROUGHPUT.get(method, (None, None, None))[2]
-            ratios = over(row, lora), over(row, fft)
-            shown = NONE if printed is None else f"{printed:.2f}"
-            rows.append([label, _rate(row), *map(_times, ratios), shown])
-            numbers.append({
-                "method": method, "tokens_per_second": _speed(row), "over_lora": ratios[0], "over_fft": ratios[1],
-                "published_samples_per_second": printed,
+def _throughput(found: Mapping[tuple[str, str], Row]) -> Shown:
+    """HELLoRA's table 6: methods by placements, each also over LoRA in the same placement."""
+    benches = {name.removeprefix("hellora-"): bench for (_, name), bench in found.items()}
+    columns = ["", "trained"]
+    for placement in ("_pure", "_gate", "all"):
+        columns += [f"{placement}: tokens/s", "× LoRA", "published: samples/s", "× LoRA"]
+    table = Shown(columns)
+    for method, published in THROUGHPUT.items():
+        counted: int | None = None
+        cells = []
+        for placement, printed, reference in zip(_PLACEMENTS, published, THROUGHPUT["lora"], strict=True):
+            bench, kind = benches.get(placement), _kind(method, placement)
+            row, lora = _row(bench, kind), _row(bench, _kind("lora", placement))
+            counted = bench["recipe"]["counts"].get(kind) if bench else counted
+            ratio, ours = over(row, lora), row["tokens_per_second"] if row else None
+            cells += [shown(ours, ",.0f"), shown(ratio, ".2f"), f"{printed:.2f}", f"{printed / reference:.2f}"]
+            table.numbers.append({
+                "method": method, "placement": placement, "tokens_per_second": ours,
+                "over_lora": ratio, "published_samples_per_second": printed,
+                "published_over_lora": printed / reference,
             })  # fmt: skip
-            if row is not None:
-                bars[label] = [bench["settings"]["tokens"] / second for second in row["seconds"]["step"]["all"]]
-        told = HELLORA_SPEEDUP
-        rows.append(["published, HELLoRA", NONE, f"{told['lora']:.2f}", f"{told['fft']:.1f}", NONE])
-        columns = ["", "tokens/s", "× LoRA", "× FFT", "published: samples/s (table 6)"]
-        return columns, rows, numbers, {"": throughput_figure(bars)}
+        table.rows.append([LABELS[method], shown(counted, ","), *cells])
+    return table
 
-    def _cost(self, found: Mapping[tuple[str, str], Row]) -> tuple[Any, Any, Any, Any]:
-        """MoE-Sieve's table 4: parameters, checkpoint and time of all experts and of the hot quarter."""
-        lines: list[tuple[str, dict[str, Sequence[float | None]], Mapping[str, float]]] = []
-        for (model, _), bench in found.items():
-            full, hot = (bench["recipe"]["counts"][kind] for kind in ("lora", "sieve"))
-            timed = (_row(bench, "lora"), _row(bench, "sieve"))
-            seconds = [None if row is None else row["seconds"]["step"]["median"] for row in timed]
-            lines.append((f"{Path(model).name} (here)", {
-                "parameters": (full, hot), "bytes": (_BYTES * full, _BYTES * hot), "seconds": seconds,
-            }, {}))  # fmt: skip
-        lines += [(f"{model} (paper)", dict(cost), SAVED[model]) for model, cost in COST.items()]
-        rows, numbers = [], []
-        for label, cost, printed in lines:
-            cells, number = [], {"model": label}
-            for what, (full, hot) in cost.items():
-                saved = printed.get(what, None if full is None or hot is None else 1 - hot / full)
-                cells += [_arrow(what, full, hot), NONE if saved is None else f"{saved:.1%}"]
-                number |= {f"{what}_all": full, f"{what}_hot": hot, f"{what}_saved": saved}  # type: ignore[dict-item]
-            rows.append([label, *cells])
-            numbers.append(number)
-        columns = ["", "parameters, all → hot", "saved", "checkpoint", "saved", "time (here of a step)", "saved"]
-        return columns, rows, numbers, {}
+
+def _methods(found: Mapping[tuple[str, str], Row]) -> Shown:
+    """HELLoRA's figure 5: every method with all of its adapters, and full fine-tuning."""
+    (bench,) = found.values()
+    bars = {}
+    table = Shown(["", "tokens/s", "× LoRA", "× FFT", "published: samples/s (table 6)"])
+    for method in ("fft", *THROUGHPUT):
+        row = _row(bench, method)
+        printed = THROUGHPUT.get(method, (None, None, None))[2]
+        ours = row["tokens_per_second"] if row else None
+        ratios = [over(row, _row(bench, other)) for other in ("lora", "fft")]
+        cells = [shown(ours, ",.0f"), *(shown(ratio, ".2f") for ratio in ratios), shown(printed, ".2f")]
+        table.add(
+            [LABELS[method], *cells], method=method, tokens_per_second=ours, over_lora=ratios[0], over_fft=ratios[1],
+            published_samples_per_second=printed,
+        )  # fmt: skip
+        if row is not None:
+            bars[LABELS[method]] = [bench["settings"]["tokens"] / second for second in row["seconds"]["step"]["all"]]
+    told = HELLORA_SPEEDUP
+    table.rows.append(["published, HELLoRA", NONE, f"{told['lora']:.2f}", f"{told['fft']:.1f}", NONE])
+    table.figures = {"": throughput_figure(bars)}
+    return table
+
+
+def _cost(found: Mapping[tuple[str, str], Row]) -> Shown:
+    """MoE-Sieve's table 4: parameters, checkpoint and time of all experts and of the hot quarter."""
+    lines: list[tuple[str, Mapping[str, Sequence[float | None]], Mapping[str, float]]] = []
+    for (model, _), bench in found.items():
+        kinds = ("lora", "sieve")
+        counts = [bench["recipe"]["counts"][kind] for kind in kinds]
+        timed = [_row(bench, kind) for kind in kinds]
+        seconds = [row["seconds"]["step"]["median"] if row else None for row in timed]
+        sizes = {"parameters": counts, "bytes": [_BYTES * count for count in counts], "seconds": seconds}
+        lines.append((f"{Path(model).name} (here)", sizes, {}))
+    lines += [(f"{model} (paper)", cost, SAVED[model]) for model, cost in COST.items()]
+    columns = ["", "parameters, all → hot", "saved", "checkpoint", "saved", "time (here of a step)", "saved"]
+    table = Shown(columns, notes=[*_COST_NOTES])
+    for label, cost, printed in lines:
+        cells: list[str] = []
+        numbers: dict[str, Number] = {}
+        for what, (full, hot) in cost.items():
+            saved = printed.get(what, None if full is None or hot is None else 1 - hot / full)
+            cells += [_arrow(what, full, hot), shown(saved, ".1%")]
+            numbers |= {f"{what}_all": full, f"{what}_hot": hot, f"{what}_saved": saved}
+        table.add([label, *cells], model=label, **numbers)
+    return table
 
 
 def over(row: Row | None, other: Row | None) -> float | None:
@@ -217,38 +204,17 @@ def throughput_figure(bars: Mapping[str, Sequence[float]]) -> Figure:
         axes.bar(x, statistics.median(values), color=HOT if label.startswith("HELL") else COLD, width=0.62)
         axes.plot([x] * len(values), values, "o", color=INK, markersize=3)
     axes.set_xticks(range(len(bars)), list(bars))
-    axes.set_ylabel("tokens a second", color=INK)
+    axes.set_ylabel("tokens a second")
     return figure
-
-
-def _file(output: Path, model: str, name: str) -> Path:
-    return output / FOLDER / Column(name, model, name).folder.split("/")[0] / f"{name}.json"
 
 
 def _kind(method: str, placement: str) -> str:
     return method if placement == "full" else f"{method}-{placement}"
 
 
-def _parts(kind: str) -> tuple[str, str]:
-    method, _, placement = kind.rpartition("-")
-    return (method, placement) if placement in _PLACEMENTS else (kind, "full")
-
-
 def _row(bench: Row | None, kind: str) -> Row | None:
     rows = [] if bench is None else bench["contenders"]
     return next((row for row in rows if row["name"] == kind and row["status"] == "done"), None)
-
-
-def _speed(row: Row | None) -> float | None:
-    return None if row is None else row["tokens_per_second"]
-
-
-def _rate(row: Row | None) -> str:
-    return NONE if row is None else f"{row['tokens_per_second']:,.0f}"
-
-
-def _times(ratio: float | None) -> str:
-    return NONE if ratio is None else f"{ratio:.2f}"
 
 
 def _arrow(what: str, full: float | None, hot: float | None) -> str:
@@ -273,44 +239,32 @@ def _words(key: tuple[str, str], result: Row) -> str:
     )
 
 
-def _make(
-    paper: str, setting: Setting, name: str, title: str, where: str, models: Sequence[str],
-    benches: Mapping[str, Sequence[str]], view: str,
-) -> BenchRecipe:  # fmt: skip
-    models = models if setting.model is None else (setting.model,)
-    return BenchRecipe(
-        f"{paper}-{name}", title, where, setting.options, models, benches, _NANO if setting.is_nano else _LARGE, view
+def _recipe(
+    title: str, where: str, models: Sequence[str], benches: Mapping[str, Sequence[str]],
+    show: Callable[[Mapping[tuple[str, str], Row]], Shown],
+) -> Callable[[str, Setting], BenchRecipe]:  # fmt: skip
+    def make(name: str, setting: Setting) -> BenchRecipe:
+        return BenchRecipe(
+            name, title, where, setting.options, models=setting.models(*models), benches=benches,
+            settings=_NANO if setting.is_nano else _LARGE, show=show,
+        )  # fmt: skip
+
+    return make
+
+
+_FULL = {"hellora-full": [*THROUGHPUT, "fft"]}
+_PLACED = {f"hellora-{placement}": [f"{method}-{placement}" for method in THROUGHPUT] for placement in ("pure", "gate")}
+HELLORA = {
+    "hellora-table-6": _recipe(
+        "Throughput by what is adapted", "HELLoRA, section 4.5.2, table 6", [OLMOE], {**_PLACED, **_FULL}, _throughput
+    ),
+    "hellora-figure-5": _recipe(
+        "Throughput of the methods", "HELLoRA, section 4.4, figure 5", [OLMOE], _FULL, _methods
+    ),
+}  # fmt: skip
+MOE_SIEVE = {
+    "moe-sieve-table-4": _recipe(
+        "What the hot quarter saves", "MoE-Sieve, section 5.2, table 4", [OLMOE, QWEN],
+        {"moe-sieve": ["lora", "sieve"]}, _cost,
     )
-
-
-def _hellora_bench(placement: str) -> list[str]:
-    return [_kind(method, placement) for method in THROUGHPUT] + (["fft"] if placement == "full" else [])
-
-
-def hellora_table_6(setting: Setting) -> BenchRecipe:
-    """Methods by what is adapted beside the experts."""
-    benches = {f"hellora-{placement}": _hellora_bench(placement) for placement in _PLACEMENTS}
-    return _make(
-        "hellora", setting, "table-6", "Throughput by what is adapted", "HELLoRA, section 4.5.2, table 6", [OLMOE],
-        benches, "table",
-    )  # fmt: skip
-
-
-def hellora_figure_5(setting: Setting) -> BenchRecipe:
-    """Methods with all of their adapters, and full fine-tuning."""
-    return _make(
-        "hellora", setting, "figure-5", "Throughput of the methods", "HELLoRA, section 4.4, figure 5", [OLMOE],
-        {"hellora-full": _hellora_bench("full")}, "figure",
-    )  # fmt: skip
-
-
-def sieve_table_4(setting: Setting) -> BenchRecipe:
-    """What the hot quarter saves."""
-    return _make(
-        "moe-sieve", setting, "table-4", "What the hot quarter saves", "MoE-Sieve, section 5.2, table 4",
-        [OLMOE, QWEN], {"moe-sieve": ["lora", "sieve"]}, "cost",
-    )  # fmt: skip
-
-
-HELLORA = {"table-6": hellora_table_6, "figure-5": hellora_figure_5}
-MOE_SIEVE = {"table-4": sieve_table_4}
+}  # fmt: skip

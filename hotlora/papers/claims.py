@@ -8,14 +8,15 @@ A claim holds (agrees), does not (differs), or the seeds cannot tell. The rules:
 - spread: the ratio of standard deviations is below 1 with its whole 95% interval; above 1 with it: differs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluate.stats import PairedTest, sd_ratio
+from ..evaluate.stats import sd_ratio
+from .cells import Cell, against, read_cells, task_name
 from .recipe import Recipe
-from .result import Number, Result
-from .scores import Cell, against, read_cells, task_name
+from .result import Heading, Result, Shown
+from .settings import LABELS
 
 MARGIN = 2.0
 VERDICTS = {True: "agrees", False: "differs", None: "cannot tell"}
@@ -28,7 +29,6 @@ class Claim:
     Attributes:
         recipe: name of the recipe whose runs decide it.
         rule: above, below, as good, equivalent or spread.
-        columns: names of the columns that it is about; empty: all.
     """
 
     where: str
@@ -37,24 +37,23 @@ class Claim:
     row: str
     rule: str
     reference: str
-    columns: tuple[str, ...] = ()
 
 
 _T2, _T4, _T5, _T7 = (f"hellora-table-{number}" for number in (2, 4, 5, 7))
-_MATH = ("GSM8K",)
+_S61, _S73, _ALONE = "moe-sieve-section-6.1", "moe-sieve-section-7.3", "moe-sieve-experts-alone"
 CLAIMS = (
-    *(
-        Claim("HELLoRA 4.3", f"HELLoRA outperforms {label}.", _T2, "hellora", "above", other)
-        for other, label in (("lora", "LoRA"), ("fft", "full fine-tuning"), ("dora", "DoRA"), ("lori-d", "LoRI-D"))
-    ),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms LoRA.", _T2, "hellora", "above", "lora"),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms full fine-tuning.", _T2, "hellora", "above", "fft"),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms DoRA.", _T2, "hellora", "above", "dora"),
+    Claim("HELLoRA 4.3", "HELLoRA outperforms LoRI-D.", _T2, "hellora", "above", "lori-d"),
     Claim("HELLoRA 4.3", "HELLoRI-D matches or exceeds LoRI-D.", _T2, "hellori-d", "as good", "lori-d"),
     Claim("HELLoRA 4.3", "HELLoRI-S matches or exceeds LoRI-S.", _T2, "hellori-s", "as good", "lori-s"),
     Claim("HELLoRA 1", "HELLoRI-S reaches LoRA's accuracy.", _T2, "hellori-s", "as good", "lora"),
     Claim("HELLoRA 4.3", "HELLoRI does not overtake HELLoRA.", _T2, "hellori-d", "below", "hellora"),
     *(
-        Claim("HELLoRA 4.5.1", f"{label}: hot in each layer beats {told}.", _T4, f"{method}-{rule}", "below", method)
+        Claim("HELLoRA 4.5.1", f"{LABELS[name]}: hot in each layer beats {told}.", _T4, f"{name}-{rule}", "below", name)
         for rule, told in (("global", "hot over all layers"), ("cold", "cold"))
-        for method, label in (("hellora", "HELLoRA"), ("hellori-d", "HELLoRI-D"), ("hellori-s", "HELLoRI-S"))
+        for name in ("hellora", "hellori-d", "hellori-s")
     ),
     Claim("HELLoRA 4.5.2", "Without attention and router accuracy drops.", _T5, "hellora-pure", "below", "hellora"),
     Claim("HELLoRA 4.5.2", "The router's adapter recovers a part.", _T5, "hellora-gate", "above", "hellora-pure"),
@@ -65,11 +64,9 @@ CLAIMS = (
           "equivalent", "sieve-all"),
     Claim("MoE-Sieve 7.1", "A quarter of the experts makes seeds differ less.", "moe-sieve-table-6", "sieve", "spread",
           "sieve-all"),
-    Claim("MoE-Sieve 6.1", "Random is worse at 25%.", "moe-sieve-section-6.1", "sieve-random", "below", "sieve"),
-    Claim("MoE-Sieve 6.1", "Random is worse at 12.5%.", "moe-sieve-section-6.1", "sieve-random-8of64", "below",
-          "sieve-8of64"),
-    Claim("MoE-Sieve 6.1", "Random 25% is worse than hot 12.5%.", "moe-sieve-section-6.1", "sieve-random", "below",
-          "sieve-8of64"),
+    Claim("MoE-Sieve 6.1", "Random is worse at 25%.", _S61, "sieve-random", "below", "sieve"),
+    Claim("MoE-Sieve 6.1", "Random is worse at 12.5%.", _S61, "sieve-random-8of64", "below", "sieve-8of64"),
+    Claim("MoE-Sieve 6.1", "Random 25% is worse than hot 12.5%.", _S61, "sieve-random", "below", "sieve-8of64"),
     Claim("MoE-Sieve 6.2", "Greedy budgets do not improve on the same k in each layer.", "moe-sieve-table-5",
           "sieve", "as good", "sieve-greedy"),
     Claim("MoE-Sieve 6.2", "A coverage of 60% is no better than 25%.", "moe-sieve-section-6.2", "sieve", "as good",
@@ -77,51 +74,45 @@ CLAIMS = (
     Claim("MoE-Sieve 7.2", "Half of the experts is as good as all.", "moe-sieve-figure-4", "sieve-32of64", "as good",
           "sieve-all"),
     Claim("MoE-Sieve 7.3", "Cold fillers add noise: at one budget, hot and random experts are worse than hot ones.",
-          "moe-sieve-section-7.3", "sieve-half-random", "below", "sieve"),
-    Claim("MoE-Sieve 7.3", "Cold fillers add noise: hot ones alone make seeds differ less.", "moe-sieve-section-7.3",
-          "sieve", "spread", "sieve-half-random"),
+          _S73, "sieve-half-random", "below", "sieve"),
+    Claim("MoE-Sieve 7.3", "Cold fillers add noise: hot ones alone make seeds differ less.", _S73, "sieve", "spread",
+          "sieve-half-random"),
     *(
-        Claim(where, says, "moe-sieve-experts-alone", f"sieve-pure-{name}", "below", "sieve-pure-hot")
+        Claim(where, f"{says}, with adapters on experts alone.", _ALONE, f"sieve-pure-{name}", "below",
+              "sieve-pure-hot")
         for name, where, says in (
-            ("random", "MoE-Sieve 6.1", "Random is worse, with adapters on experts alone."),
-            ("cold", "HELLoRA 4.5.1", "Cold is worse, with adapters on experts alone."),
-            ("global", "HELLoRA 4.5.1", "Hot over all layers is worse, with adapters on experts alone."),
-            ("hot+random", "MoE-Sieve 7.3", "Hot and random are worse than hot, with adapters on experts alone."),
+            ("random", "MoE-Sieve 6.1", "Random is worse"), ("cold", "HELLoRA 4.5.1", "Cold is worse"),
+            ("global", "HELLoRA 4.5.1", "Hot over all layers is worse"),
+            ("hot+random", "MoE-Sieve 7.3", "Hot and random are worse than hot"),
         )
     ),
-    Claim("MoE-Sieve 6.2", "Greedy does not improve on uniform, with adapters on experts alone.",
-          "moe-sieve-experts-alone", "sieve-pure-hot", "as good", "sieve-pure-greedy"),
+    Claim("MoE-Sieve 6.2", "Greedy does not improve on uniform, with adapters on experts alone.", _ALONE,
+          "sieve-pure-hot", "as good", "sieve-pure-greedy"),
 )  # fmt: skip
 
 
 def claims_result(recipes: Mapping[str, Recipe], folder: Path) -> Result | None:
     """Every claim on every task that has the runs to decide it; None where none has."""
-    rows: list[list[str]] = []
-    numbers: list[dict[str, Number]] = []
+    table = Shown(["section", "the paper says", "task", "rule", "here, in points", ""], texts=6)
     runs = {name: read_cells(recipes[name], folder) for name in {claim.recipe for claim in CLAIMS}}
     for claim in CLAIMS:
-        recipe, cells = recipes[claim.recipe], runs[claim.recipe]
-        for column in recipe.columns:
-            pair = [cells.get((name, column.name)) for name in (claim.row, claim.reference)]
-            if (claim.columns and column.name not in claim.columns) or pair[0] is None or pair[1] is None:
+        for column in recipes[claim.recipe].columns:
+            cell, reference = (runs[claim.recipe].get((row, column.name)) for row in (claim.row, claim.reference))
+            if cell is None or reference is None:
                 continue
-            here, holds = decide(claim.rule, pair[0], pair[1])
-            rows.append([claim.where, claim.says, task_name(column), claim.rule, here, VERDICTS[holds]])
-            numbers.append(
-                {"where": claim.where, "claim": claim.says, "model": column.model, "data": column.data,
-                 "row": claim.row, "rule": claim.rule, "reference": claim.reference, "here": here,
-                 "verdict": VERDICTS[holds]}
+            here, holds = decide(claim.rule, cell, reference)
+            table.add(
+                [claim.where, claim.says, task_name(column), claim.rule, here, VERDICTS[holds]],
+                where=claim.where, claim=claim.says, model=column.model, data=column.data, row=claim.row,
+                rule=claim.rule, reference=claim.reference, here=here, verdict=VERDICTS[holds],
             )  # fmt: skip
-    if not rows:
+    if not table.rows:
         return None
-    agree, differ, untold = (sum(row[-1] == word for row in rows) for word in VERDICTS.values())
-    told = f"{agree} of {len(rows)} agree, {differ} differ, {untold} cannot be told"
-    rules = [line.removeprefix("- ") for line in (__doc__ or "").splitlines() if line.startswith("- ")]
-    return Result(
-        "claims", f"The papers' claims: {told}", "Each claim is decided by a rule, on each task by itself",
-        ["section", "the paper says", "task", "rule", "here, in points", ""], rows, numbers, rules,
-        texts=6,
-    )  # fmt: skip
+    agree, differ, untold = (sum(row[-1] == word for row in table.rows) for word in VERDICTS.values())
+    told = f"{agree} of {len(table.rows)} agree, {differ} differ, {untold} cannot be told"
+    table.notes = [line.removeprefix("- ") for line in (__doc__ or "").splitlines() if line.startswith("- ")]
+    where = "Each claim is decided by a rule, on each task by itself"
+    return Heading("claims", f"The papers' claims: {told}", where).over(table)
 
 
 def decide(rule: str, cell: Cell, reference: Cell) -> tuple[str, bool | None]:
@@ -135,27 +126,12 @@ def decide(rule: str, cell: Cell, reference: Cell) -> tuple[str, bool | None]:
     test = against(cell, reference)
     if test is None or test.interval is None:
         return test.reason if test else "no seed in common", None
-    low, high = test.interval
-    return f"{test.mean:+.1f} [{low:.1f}, {high:.1f}], {test.n} seeds", _RULES[rule](test, low, high)
-
-
-def _above(test: PairedTest, low: float, high: float) -> bool | None:
-    return True if low > 0 else False if high < 0 else None
-
-
-def _below(test: PairedTest, low: float, high: float) -> bool | None:
-    return True if high < 0 else False if low > 0 else None
-
-
-def _as_good(test: PairedTest, low: float, high: float) -> bool | None:
-    return True if low > -MARGIN else False if high < -MARGIN else None
-
-
-def _equivalent(test: PairedTest, low: float, high: float) -> bool | None:
-    p = test.tost[MARGIN]
-    return True if p is not None and p < 0.05 else False if low > MARGIN or high < -MARGIN else None
-
-
-_RULES: dict[str, Callable[[PairedTest, float, float], bool | None]] = {
-    "above": _above, "below": _below, "as good": _as_good, "equivalent": _equivalent,
-}  # fmt: skip
+    (low, high), p = test.interval, test.tost[MARGIN]
+    agrees, differs = {
+        "above": (low > 0, high < 0),
+        "below": (high < 0, low > 0),
+        "as good": (low > -MARGIN, high < -MARGIN),
+        "equivalent": (p is not None and p < 0.05, low > MARGIN or high < -MARGIN),
+    }[rule]
+    told = f"{test.mean:+.1f} [{low:.1f}, {high:.1f}], {test.n} seeds"
+    return told, True if agrees else False if differs else None

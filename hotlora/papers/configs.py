@@ -11,47 +11,39 @@ from ..base.files import read_json, write_json
 from ..cost.estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
 from ..hf.models import moe_layers, num_experts_per_tok, unwrap
-from ..report.comparison_table import NONE
-from ..report.published import EXPERT_TO_FFN, MODELS
+from ..report import text
+from ..report.published import MODELS
 from ..runs.methods import METHODS, resolve
 from ..runs.options import RunOptions
 from ..runs.study import shared_experts
 from . import hellora
 from .direct import Direct, Tell
 from .needs import config_file
-from .recipe import Column, Recipe
-from .result import Number, Result
+from .recipe import Recipe, model_folder
+from .result import Result, Shown
 from .settings import NANO, OLMOE, QWEN, Setting
 
 FOLDER = "configs"
 _NUMBERS = ("layers", "num_experts", "shared", "num_experts_per_tok")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HyperparameterTable(Direct):
     """HELLoRA's table 1, beside what its recipes train with."""
 
-    trainings: Recipe | None = None
+    trainings: Recipe
 
     def needs(self, tflops: float | None = None) -> list[str]:
         return ["nothing: no run, no network"]
 
-    def state(self, output: Path) -> list[tuple[str, Path, str]]:
-        return []
-
-    def run(self, output: Path, tell: Tell) -> None:
-        pass
-
     def result(self, folder: Path) -> Result:
-        rows = [[name, published, here] for name, published, here in self._lines()]
-        numbers: list[dict[str, Number]] = [
-            {"name": name, "published": published, "here": here} for name, published, here in self._lines()
-        ]
-        notes = [
+        shown = Shown(["", "published", "here"], texts=3, notes=[
             "LoRI's own hyperparameters stand for its methods here (arXiv 2504.07448); the table has them as others.",
             "Here: the recipes' own. What `--set` changed of runs is in their records.",
-        ]
-        return Result(self.name, self.title, self.where, ["", "published", "here"], rows, numbers, notes, texts=3)
+        ])  # fmt: skip
+        for name, published, here in self._lines():
+            shown.add([name, published, here], name=name, published=published, here=here)
+        return self.over(shown)
 
     def _lines(self) -> list[tuple[str, str, str]]:
         def of(column: int, get: Callable[[RunOptions], Any]) -> str:
@@ -60,7 +52,6 @@ class HyperparameterTable(Direct):
         def field_of(name: str, column: int = 0) -> str:
             return of(column, lambda options: getattr(options, name))
 
-        assert self.trainings is not None
         epochs = "max_steps" if self._options(0)["LoRA"].max_steps is not None else "epochs"
         told = "steps" if epochs == "max_steps" else "epochs"
         k = METHODS["hellora"]["experts_per_layer"]
@@ -81,7 +72,6 @@ class HyperparameterTable(Direct):
 
     def _options(self, column: int) -> dict[str, RunOptions]:
         """A method's label -> a run's resolved options."""
-        assert self.trainings is not None
         place = self.trainings.columns[column]
         return {
             row.label: resolve(**{"model": NANO, "data": "", **self.trainings.options(row, place)})
@@ -90,11 +80,11 @@ class HyperparameterTable(Direct):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShapeTable(Direct):
     """MoE-Sieve's table of models."""
 
-    models: Sequence[str] = ()
+    models: Sequence[str]
 
     def __post_init__(self) -> None:
         self.check_options(())
@@ -108,35 +98,33 @@ class ShapeTable(Direct):
                 lines.append(str(error))
         return lines
 
-    def state(self, output: Path) -> list[tuple[str, Path, str]]:
-        files = [(model, _file(output, model)) for model in self.models]
-        return [(f"shape of {model}", file, "done" if file.is_file() else "new") for model, file in files]
+    def files(self, output: Path) -> list[tuple[str, Path, Path]]:
+        files = {model: output / FOLDER / f"{model_folder(model)}.json" for model in self.models}
+        return [(f"shape of {model}", file, file) for model, file in files.items()]
 
     def run(self, output: Path, tell: Tell) -> None:
-        for model in self.models:
-            if not (file := _file(output, model)).is_file():
-                tell(f"shape of {model}")
+        for model, (what, _, file) in zip(self.models, self.files(output), strict=True):
+            if not file.is_file():
+                tell(what)
                 write_json(file, shape(config_file(model)))
 
     def result(self, folder: Path) -> Result | None:
-        there = {model: read_json(file) for model in self.models if (file := _file(folder, model)).is_file()}
+        files = zip(self.models, self.files(folder), strict=True)
+        there = {model: read_json(file) for model, (*_, file) in files if file.is_file()}
         if not there:
             return None
-        lines = [(f"{Path(model).name} (here)", found) for model, found in there.items()]
-        lines += [(f"{name} (paper)", {**row, "expert_to_ffn": EXPERT_TO_FFN[name]}) for name, row in MODELS.items()]
-        rows = [
-            [label, *(f"{found[key]:g}" for key in _NUMBERS), _ratio(found["expert_to_ffn"])] for label, found in lines
-        ]
-        numbers = [
-            {"model": label, **{key: found[key] for key in (*_NUMBERS, "expert_to_ffn")}} for label, found in lines
-        ]
-        columns = ["", "MoE layers", "routed", "shared", "top-K", "expert / FFN"]
-        notes = [
+        shown = Shown(["", "MoE layers", "routed", "shared", "top-K", "expert / FFN"], notes=[
             "Shared experts are counted in routed ones' widths. Expert / FFN is an expert's width over the config's "
             "intermediate_size; OLMoE's experts are its whole FFN.",
             "DeepSeek-MoE-16B needs code of its own, which hotlora does not run.",
-        ]
-        return Result(self.name, self.title, self.where, columns, rows, numbers, notes)
+        ])  # fmt: skip
+        lines = [(f"{Path(model).name} (here)", found) for model, found in there.items()]
+        lines += [(f"{name} (paper)", row) for name, row in MODELS.items()]
+        for label, found in lines:
+            numbers = {key: found[key] for key in (*_NUMBERS, "expert_to_ffn")}
+            cells = [f"{found[key]:g}" for key in _NUMBERS]
+            shown.add([label, *cells, text.shown(found["expert_to_ffn"], ".2f")], model=label, **numbers)
+        return self.over(shown)
 
 
 def shape(file: str) -> dict[str, float | None]:
@@ -170,28 +158,15 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def _ratio(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
+def _hyperparameters(name: str, setting: Setting) -> HyperparameterTable:
+    where = "HELLoRA, section 4.1, table 1"
+    return HyperparameterTable(name, "Hyperparameters", where, trainings=hellora.table_2(setting))
 
 
-def _file(output: Path, model: str) -> Path:
-    return output / FOLDER / f"{Column('', model, 'config').folder.split('/')[0]}.json"
+def _shapes(name: str, setting: Setting) -> ShapeTable:
+    where = "MoE-Sieve, section 3.1, its first table"
+    return ShapeTable(name, "The models", where, setting.options, models=setting.models(OLMOE, QWEN))
 
 
-def hellora_table_1(setting: Setting) -> HyperparameterTable:
-    """Hyperparameters."""
-    return HyperparameterTable(
-        "hellora-table-1", "Hyperparameters", "HELLoRA, section 4.1, table 1", {}, hellora.table_2(setting)
-    )
-
-
-def sieve_table_1(setting: Setting) -> ShapeTable:
-    """The models' shapes."""
-    models = (OLMOE, QWEN) if setting.model is None else (setting.model,)
-    return ShapeTable(
-        "moe-sieve-table-1", "The models", "MoE-Sieve, section 3.1, its first table", setting.options, models
-    )
-
-
-HELLORA = {"table-1": hellora_table_1}
-MOE_SIEVE = {"table-1": sieve_table_1}
+HELLORA = {"hellora-table-1": _hyperparameters}
+MOE_SIEVE = {"moe-sieve-table-1": _shapes}

@@ -7,36 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import HotLoraError
-from .result import Result
+from .result import Heading, Result
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Direct(ABC):
+class Direct(Heading, ABC):
     """A table or figure made by profiles, benches or configs.
 
     Attributes:
-        name: such as hellora-figure-1.
-        title: what it shows.
-        where: the paper and its section.
         options: the user's, of every profile or bench.
     """
 
-    name: str
-    title: str
-    where: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @abstractmethod
     def needs(self, tflops: float | None = None) -> list[str]:
         """What it needs before it starts, a line each. Downloads no data and no weights."""
 
-    @abstractmethod
-    def state(self, output: Path) -> list[tuple[str, Path, str]]:
-        """(what, where, "done" or "new") of all that it makes in a store."""
+    def files(self, output: Path) -> list[tuple[str, Path, Path]]:
+        """(what, where, the file that is there once it is made) of all that it makes in a store."""
+        return []
 
-    @abstractmethod
+    def state(self, output: Path) -> list[tuple[str, Path, str]]:
+        """(what, where, "done" or "new") of the same."""
+        return [(what, at, "done" if file.is_file() else "new") for what, at, file in self.files(output)]
+
     def run(self, output: Path, tell: Tell) -> None:
         """Makes what is missing in the store `output`; tell hears what is going on, in a line."""
 

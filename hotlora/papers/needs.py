@@ -4,6 +4,7 @@ From models' configs, by `estimate` and `flops`, and from data that is on this m
 nothing is downloaded but a config.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,17 +40,14 @@ _WAIT = 5.0  # seconds for the Hub's answer
 
 @dataclass(frozen=True)
 class Load:
-    """A condition's part of the arithmetic.
-
-    Attributes:
-        flops: of one run; None where its data is not here.
-        share: of the experts that it adapts; None by full fine-tuning.
-    """
+    """A condition's part of the arithmetic."""
 
     name: str
     options: RunOptions
     flops: float | None
+    """of one run; None where its data is not here"""
     share: float | None
+    """of the experts that it adapts; None by full fine-tuning"""
 
 
 def config_file(model: str) -> str:
@@ -106,7 +104,9 @@ def profile_needs(
         except HotLoraError as error:
             lines.append(f"{model}: memory and hours unknown: {error}")
             continue
-        size = sum(p.numel() for p in meta.parameters()) * _bytes(model, meta)
+        # A weight as it is loaded: float32 on the CPU, the checkpoint's own on a GPU.
+        own: Any = meta.config.get_text_config().dtype
+        size = sum(p.numel() for p in meta.parameters()) * (4 if model == NANO or own is None else own.itemsize)
         length = int(options.get("max_length", 512))
         sizes = [data_size(source, model, options.get("limit"), length) for source in sources]
         forward = sum(forward_flops(meta, length).values())
@@ -166,7 +166,9 @@ def time_words(model: str, flops: float, tflops: float | None, what: str) -> str
         told = f"{REACHED:.0%} of what a matrix product gets here now"
     else:
         rate, told = GPU_RATE, "--tflops tells yours"
-    return f"{flops:.2g} FLOP of {what}, {_hours(flops / rate)} at {rate / 1e12:,.3g} TFLOP/s ({told})"
+    seconds = flops / rate
+    time = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+    return f"{flops:.2g} FLOP of {what}, {time} at {rate / 1e12:,.3g} TFLOP/s ({told})"
 
 
 def number_of(number: int, one: str, many: str | None = None) -> str:
@@ -177,24 +179,25 @@ def number_of(number: int, one: str, many: str | None = None) -> str:
 def _loads(sweep: Sweep, model: str) -> tuple[list[Load], dict[str, float]]:
     """Every condition that trains this model; and FLOPs of the forward pass over each data set's profiled part."""
     meta = meta_model(sized_config(config_file(model)))
-    sizes: dict[tuple[Any, ...], tuple[int, int] | None] = {}
+    size_of = functools.cache(data_size)
     loads: list[Load] = []
     forward: dict[str, float] = {}
     for condition in sweep.conditions:
         given = sweep.options_of(condition)
         if given["model"] != model or not condition.train or condition.scores is not None:
             continue
-        options = sweep.resolved(condition)
-        key = (options.data, options.limit, options.max_length)
-        if key not in sizes:
-            sizes[key] = data_size(key[0], model, key[1], key[2])
+        options, flops = sweep.resolved(condition), None
+        size = size_of(options.data, model, options.limit, options.max_length)
         share = None if options.full else _adapted_share(meta, options)
-        size, flops = sizes[key], None
         if size is not None:
-            flops = _trained_tokens(options, *size) * _flops_per_token(meta, options, share)
+            trained = options.epochs * size[1]
+            if options.max_steps is not None:
+                examples = options.max_steps * options.batch_size * options.gradient_accumulation_steps
+                trained = examples * size[1] / size[0]
+            flops = trained * _flops_per_token(meta, options, share)
             flops *= 2 if options.keep else 1  # LoRI's dense run comes first
             part = size[1] * options.profile_fraction
-            forward[key[0]] = part * sum(forward_flops(meta, options.max_length).values())
+            forward[options.data] = part * sum(forward_flops(meta, options.max_length).values())
         loads.append(Load(condition.name, options, flops, share))
     return loads, forward
 
@@ -208,12 +211,6 @@ def _adapted_share(meta: Any, options: RunOptions) -> float:
     if number is not None:
         return experts_kept(experts, None, num_experts_per_tok(meta) if number == "top_k" else int(number)) / experts
     return options.fraction or DEFAULT_FRACTION
-
-
-def _trained_tokens(config: TrainConfig, examples: int, tokens: int) -> float:
-    if config.max_steps is None:
-        return config.epochs * tokens
-    return config.max_steps * config.batch_size * config.gradient_accumulation_steps * tokens / examples
 
 
 def _flops_per_token(meta: Any, config: TrainConfig, share: float | None) -> float:
@@ -278,13 +275,3 @@ def _is_here(data: str) -> bool:
 def _device(model: str) -> str:
     """What the estimate is for: nano runs on any CPU, a paper's model wants a GPU."""
     return "cpu" if model == NANO and not torch.cuda.is_available() else "cuda"
-
-
-def _bytes(model: str, meta: Any) -> int:
-    """Of a weight as it is loaded: float32 on the CPU, the checkpoint's own on a GPU."""
-    own = meta.config.get_text_config().dtype
-    return 4 if model == NANO or own is None else own.itemsize
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..report.figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, WIDTH, style
+from ..report.figures import COLD, DASHED, HOT, INK, LEGEND, MUTED, OTHER_SERIES, SERIES, WIDTH, style
 from ..report.published import MODELS, RATIOS
+from ..report.study_figures import depths, style_depth
 from ..routing.profile import RoutingProfile, experts_kept
 from ..routing.study import FRACTION, Study
 
@@ -23,11 +24,11 @@ def two_loads(loads: Mapping[str, Sequence[float]]) -> Figure:
     for axes, (name, shares), color in zip(panels, loads.items(), (HOT, MUTED), strict=False):
         style(axes)
         axes.bar(range(len(shares)), 100 * np.asarray(shares), color=color, width=0.8)
-        axes.axhline(100 / len(shares), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(100 / len(shares), color=INK, linewidth=0.8, linestyle=DASHED)
         axes.set_title(name, fontsize=10, color=INK, loc="left", pad=4)
         axes.set_xlim(-0.6, len(shares) - 0.4)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
-    panels[-1].set_xlabel("expert", color=INK)
+        axes.yaxis.set_major_formatter("{x:g}%")
+    panels[-1].set_xlabel("expert")
     figure.supylabel("share of the assignments (dashed: uniform)", fontsize=10.5, color=INK)
     return figure
 
@@ -44,9 +45,9 @@ def activations(profiles: Mapping[str, RoutingProfile], picked: Sequence[int], h
             axes.grid(axis="x", visible=False)
             colors = [HOT if is_hot else COLD for is_hot in hot[task][row].tolist()]
             axes.bar(range(profile.num_experts), shares[row], color=colors, width=0.85)
-            axes.axhline(100 / profile.num_experts, color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+            axes.axhline(100 / profile.num_experts, color=INK, linewidth=0.7, linestyle=DASHED)
             axes.set_xlim(-0.6, profile.num_experts - 0.4)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+            axes.yaxis.set_major_formatter("{x:g}%")
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if line == 0:
@@ -62,29 +63,22 @@ def ratios(studies: Mapping[str, Study]) -> Figure:
     names = list(next(iter(studies.values()))["datasets"])[::-1]
     figure = Figure(figsize=(WIDTH, max(2.9, 0.3 * len(names) + 1.3)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes in (left, right):
-        style(axes)
-    left.grid(axis="y", visible=False)
-    left.grid(axis="x", color=GRID, linewidth=0.8)
+    style(left, grid="x")
     left.axvspan(*RATIOS, color=COLD, alpha=0.35, linewidth=0)
     for (model, result), color, mark in zip(studies.items(), _COLORS, _MARKS, strict=False):
         rows = result["datasets"]
         there = [(rows[name]["ratio"], y) for y, name in enumerate(names) if name in rows]
         left.plot(*zip(*there, strict=True), mark, color=color, markersize=6, label=model)
         by_layer = np.array([row["by_layer"]["cv"] for row in rows.values()], dtype=float)
-        depth = np.linspace(0, 1, by_layer.shape[1]) if by_layer.shape[1] > 1 else np.array([0.5])
+        depth, (low, high) = depths(by_layer.shape[1]), (np.nanmin(by_layer, axis=0), np.nanmax(by_layer, axis=0))
+        right.fill_between(depth, low, high, color=color, alpha=0.15)
         mean = np.nanmean(by_layer, axis=0)
-        right.fill_between(depth, np.nanmin(by_layer, axis=0), np.nanmax(by_layer, axis=0), color=color, alpha=0.15)
         right.plot(depth, mean, color=color, linewidth=1.8, marker="o", markersize=3, label=model)
     left.set_yticks(range(len(names)), names)
-    left.set_ylim(-0.6, len(names) - 0.4)
     left.set_xlim(left=0)
-    left.set_xlabel("layer CV / global CV (grey: the paper's range)", color=INK)
-    right.set_ylim(bottom=0)
-    right.set_xticks([0, 1], ["first", "last"])
-    right.set_xlabel("layer (band: data sets)", color=INK)
-    right.set_ylabel("CV of a layer's counts", color=INK)
-    right.legend(frameon=False, labelcolor=INK, fontsize=9.5, loc="lower right")
+    left.set(ylim=(-0.6, len(names) - 0.4), xlabel="layer CV / global CV (grey: the paper's range)")
+    style_depth(right, "layer (band: data sets)", "CV of a layer's counts")
+    right.legend(**LEGEND, loc="lower right")
     return figure
 
 
@@ -107,11 +101,9 @@ def coverage(curves: Mapping[str, np.ndarray]) -> Figure:
         label = f"{model}, published: {value:.0f}%"
         axes.plot(100 * FRACTION, value, mark, color=INK, markersize=9, markeredgewidth=1.8, label=label)
     axes.axvline(100 * FRACTION, color=INK, linewidth=0.8)
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("routed experts kept in each layer", color=INK)
-    axes.set_ylabel("of a token's experts, shared ones included", color=INK)
+    axes.set(xlim=(0, 100), ylim=(0, 101), xlabel="routed experts kept in each layer")
+    axes.set_ylabel("of a token's experts, shared ones included")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}%"))
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9.5, loc="lower right")
+        axis.set_major_formatter("{x:.0f}%")
+    axes.legend(**LEGEND, loc="lower right")
     return figure

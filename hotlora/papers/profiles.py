@@ -6,7 +6,7 @@ Shape suffixes as in `study`: L MoE layers, E experts, X examples.
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from . import hellora
 from . import profile_tables as tables
 from .direct import Direct, Tell
 from .needs import profile_needs
-from .profile_tables import Profiled, Shown, WarmUp
+from .profile_tables import Profiled, WarmUp
 from .recipe import Column
-from .result import Result
+from .result import Result, Shown
 from .settings import HELLORA_TASKS, MIXTRAL, NANO, OLMOE, QWEN, Setting, source_of
 
 FOLDER = "profiles"
@@ -47,7 +47,7 @@ _HELLORA_TASKS = tuple(column.data for column in HELLORA_TASKS.values())
 _SIEVE_MODELS = (OLMOE, QWEN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProfileRecipe(Direct):
     """A table or figure of routing.
 
@@ -60,11 +60,11 @@ class ProfileRecipe(Direct):
         warm_up: the training of HELLoRA's figure 3, of the first model on the first task: options of a run.
     """
 
-    models: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    stand_ins: Sequence[str] = ()
-    sources: Mapping[str, str] = field(default_factory=dict)
-    show: Callable[[Sequence[Profiled]], Shown] = tables.skew
+    models: Sequence[str]
+    tasks: Sequence[str]
+    stand_ins: Sequence[str]
+    sources: Mapping[str, str]
+    show: Callable[[Sequence[Profiled]], Shown]
     warm_up: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -77,14 +77,11 @@ class ProfileRecipe(Direct):
             lines.append("and a warm-up: LoRA on all experts for an epoch of a tenth of the data.")
         return lines
 
-    def state(self, output: Path) -> list[tuple[str, Path, str]]:
-        found = [
-            (f"{model} on {task}", _folder(output, model, task), _STUDY)
-            for model in self.models for task in self.sources
-        ]  # fmt: skip
+    def files(self, output: Path) -> list[tuple[str, Path, Path]]:
+        made = [(f"{m} on {task}", _folder(output, m, task), _STUDY) for m in self.models for task in self.sources]
         if self.warm_up is not None:
-            found.append(("warm-up", self._warm_up_folder(output, next(iter(self.sources))), _WARMED))
-        return [(what, folder, "done" if (folder / file).is_file() else "new") for what, folder, file in found]
+            made.append(("warm-up", self._warm_up_folder(output, next(iter(self.sources))), _WARMED))
+        return [(what, folder, folder / file) for what, folder, file in made]
 
     def run(self, output: Path, tell: Tell) -> None:
         for model in self.models:
@@ -100,14 +97,10 @@ class ProfileRecipe(Direct):
         if not there:
             return None
         if self.warm_up is not None:
-            warmed = self._read_warm_up(folder, tasks[0])
-            there = [dataclasses.replace(there[0], warm_up=warmed)]
+            there = [dataclasses.replace(there[0], warm_up=self._read_warm_up(folder, tasks[0]))]
         shown = self.show(there)
-        notes = [*shown.notes, *self._missing(folder, tasks)]
-        return Result(
-            self.name, self.title, self.where, shown.columns, shown.rows, shown.numbers, notes, shown.figures,
-            shown.texts,
-        )  # fmt: skip
+        shown.notes += self._missing(folder, tasks)
+        return self.over(shown)
 
     def _profiling(self) -> dict[str, Any]:
         given = {name: value for name, value in self.options.items() if name in _PROFILING}
@@ -208,89 +201,61 @@ def _read(output: Path, model: str, tasks: Sequence[str]) -> Profiled | None:
     return Profiled(Path(model).name, whole, profiles)
 
 
-def _make(
-    paper: str, setting: Setting, name: str, title: str, where: str, models: Sequence[str], tasks: Sequence[str],
-    show: Callable[[Sequence[Profiled]], Shown], **rest: Any,
-) -> ProfileRecipe:  # fmt: skip
-    models = models if setting.model is None else (setting.model,)
-    if not setting.is_nano:
+def _recipe(
+    title: str, where: str, show: Callable[[Sequence[Profiled]], Shown], models: Sequence[str], tasks: Sequence[str],
+    warm_up: Callable[[Setting], Mapping[str, Any]] | None = None,
+) -> Callable[[str, Setting], ProfileRecipe]:  # fmt: skip
+    """What makes a recipe of a name in a setting: on the setting's model and data, or on nano's tasks."""
+
+    def make(name: str, setting: Setting) -> ProfileRecipe:
         sources, stand_ins = {task: source_of(task, setting) for task in tasks}, []
-    else:
-        tasks = [task.removesuffix("-lori") for task in tasks]
-        stand_ins = list(dict.fromkeys(_STANDS_FOR[task] for task in tasks if task in _STANDS_FOR))
-        given = {task: setting.sources.get(task) or setting.sources.get(f"{task}-lori") for task in tasks}
-        own = {task: task for task in stand_ins}
-        sources = {task: f"{task}:{path}" for task, path in given.items()} if all(given.values()) else own
-    return ProfileRecipe(
-        f"{paper}-{name}", title, where, setting.options, models, tasks, stand_ins, sources, show, **rest
-    )
-
-
-def hellora_figure_1(setting: Setting) -> ProfileRecipe:
-    """One layer's load against that of all layers."""
-    return _make(
-        "hellora", setting, "figure-1", "Load of a layer's experts, and by index over all layers",
-        "HELLoRA, section 1, figure 1", [OLMOE], _HELLORA_TASKS[:1], tables.layer_and_global,
-    )  # fmt: skip
-
-
-def hellora_figure_3(setting: Setting) -> ProfileRecipe:
-    """Hot experts of the warm-up against the real ones."""
-    lora = hellora.table_2(setting)
-    row = next(row for row in lora.rows if row.name == "lora")
-    return _make(
-        "hellora", setting, "figure-3", "Hot experts of the warm-up against the real ones",
-        "HELLoRA, section 4.1, figure 3", [OLMOE], _HELLORA_TASKS[:1], tables.warm_up,
-        warm_up=lora.options(row, lora.columns[0]),
-    )  # fmt: skip
-
-
-def hellora_figure_4(setting: Setting) -> ProfileRecipe:
-    """Loads of five layers on three tasks."""
-    return _make(
-        "hellora", setting, "figure-4", "Loads of experts in five layers on three tasks",
-        "HELLoRA, section 4.2, figure 4", [OLMOE], _HELLORA_TASKS, tables.five_layers,
-    )  # fmt: skip
-
-
-def hellora_figure_6(setting: Setting) -> ProfileRecipe:
-    """The same of Mixtral."""
-    return _make(
-        "hellora", setting, "figure-6", "Loads of experts in five layers on three tasks, Mixtral",
-        "HELLoRA, appendix B, figure 6", [MIXTRAL], _HELLORA_TASKS, tables.five_layers,
-    )  # fmt: skip
-
-
-def _sieve(
-    name: str, title: str, where: str, show: Callable[[Sequence[Profiled]], Shown],
-    models: Sequence[str] = _SIEVE_MODELS, tasks: Sequence[str] = DATASETS,
-) -> Callable[[Setting], ProfileRecipe]:  # fmt: skip
-    def make(setting: Setting) -> ProfileRecipe:
-        return _make("moe-sieve", setting, name, title, f"MoE-Sieve, {where}", models, tasks, show)
+        if setting.is_nano:
+            papers = [task.removesuffix("-lori") for task in tasks]
+            stand_ins = list(dict.fromkeys(_STANDS_FOR[task] for task in papers if task in _STANDS_FOR))
+            given = {task: setting.sources.get(task) or setting.sources.get(f"{task}-lori") for task in papers}
+            own = {task: task for task in stand_ins}
+            sources = {task: f"{task}:{path}" for task, path in given.items()} if all(given.values()) else own
+        return ProfileRecipe(
+            name, title, where, setting.options, models=setting.models(*models),
+            tasks=papers if setting.is_nano else tasks, stand_ins=stand_ins, sources=sources, show=show,
+            warm_up=None if warm_up is None else warm_up(setting),
+        )  # fmt: skip
 
     return make
 
 
+def _lora(setting: Setting) -> Mapping[str, Any]:
+    """The options of table 2's LoRA on the first task."""
+    table = hellora.table_2(setting)
+    row = next(row for row in table.rows if row.name == "lora")
+    return table.options(row, table.columns[0])
+
+
 HELLORA = {
-    "figure-1": hellora_figure_1, "figure-3": hellora_figure_3, "figure-4": hellora_figure_4,
-    "figure-6": hellora_figure_6,
+    "hellora-figure-1": _recipe("Load of a layer's experts, and by index over all layers",
+                                "HELLoRA, section 1, figure 1", tables.layer_and_global, [OLMOE], _HELLORA_TASKS[:1]),
+    "hellora-figure-3": _recipe("Hot experts of the warm-up against the real ones", "HELLoRA, section 4.1, figure 3",
+                                tables.warm_up, [OLMOE], _HELLORA_TASKS[:1], _lora),
+    "hellora-figure-4": _recipe("Loads of experts in five layers on three tasks", "HELLoRA, section 4.2, figure 4",
+                                tables.five_layers, [OLMOE], _HELLORA_TASKS),
+    "hellora-figure-6": _recipe("Loads of experts in five layers on three tasks, Mixtral",
+                                "HELLoRA, appendix B, figure 6", tables.five_layers, [MIXTRAL], _HELLORA_TASKS),
 }  # fmt: skip
 MOE_SIEVE = {
-    "table-2": _sieve("table-2", "Skew inside layers and over all layers", "section 3.1, table 2", tables.skew),
-    "table-7": _sieve(
-        "table-7", "Layer by layer on Spider", "appendix A.1, table 7", tables.by_layer, [OLMOE], ["spider"]
-    ),
-    "table-9": _sieve(
-        "table-9", "The same number of experts in each layer, or greedily spread", "appendix C, table 9",
-        tables.greedy, [OLMOE], ["gsm8k"],
-    ),
-    "figure-1": _sieve("figure-1", "Layer CV over global CV", "section 3.1, figure 1", tables.ratios),
-    "figure-2": _sieve("figure-2", "Coverage of a token by the busiest experts", "section 3.2, figure 2",
-                       tables.coverage),
-    "figure-3": _sieve("figure-3", "Overlap of the hot experts of two data sets", "section 3.2, figure 3",
-                       tables.overlaps, [OLMOE]),
-    "figure-5": _sieve("figure-5", "Load of all experts on all data sets", "appendix A.2, figure 5",
-                       tables.heat_maps, [OLMOE]),
-    "figure-6": _sieve("figure-6", "Hot experts of a tenth of the examples", "appendix A.3, figure 6",
-                       tables.stability),
+    "moe-sieve-table-2": _recipe("Skew inside layers and over all layers", "MoE-Sieve, section 3.1, table 2",
+                                 tables.skew, _SIEVE_MODELS, DATASETS),
+    "moe-sieve-table-7": _recipe("Layer by layer on Spider", "MoE-Sieve, appendix A.1, table 7", tables.by_layer,
+                                 [OLMOE], ["spider"]),
+    "moe-sieve-table-9": _recipe("The same number of experts in each layer, or greedily spread",
+                                 "MoE-Sieve, appendix C, table 9", tables.greedy, [OLMOE], ["gsm8k"]),
+    "moe-sieve-figure-1": _recipe("Layer CV over global CV", "MoE-Sieve, section 3.1, figure 1", tables.ratios,
+                                  _SIEVE_MODELS, DATASETS),
+    "moe-sieve-figure-2": _recipe("Coverage of a token by the busiest experts", "MoE-Sieve, section 3.2, figure 2",
+                                  tables.coverage, _SIEVE_MODELS, DATASETS),
+    "moe-sieve-figure-3": _recipe("Overlap of the hot experts of two data sets", "MoE-Sieve, section 3.2, figure 3",
+                                  tables.overlaps, [OLMOE], DATASETS),
+    "moe-sieve-figure-5": _recipe("Load of all experts on all data sets", "MoE-Sieve, appendix A.2, figure 5",
+                                  tables.heat_maps, [OLMOE], DATASETS),
+    "moe-sieve-figure-6": _recipe("Hot experts of a tenth of the examples", "MoE-Sieve, appendix A.3, figure 6",
+                                  tables.stability, _SIEVE_MODELS, DATASETS),
 }  # fmt: skip

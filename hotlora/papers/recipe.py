@@ -1,7 +1,7 @@
 """What a table or figure of a paper is made from: its rows are ways to train, its columns models and tasks."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from ..base.errors import HotLoraError
 from ..report.page import STORE
 from ..runs.sweep import Condition, Sweep
+from .result import Heading
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Column:
 
     @property
     def folder(self) -> str:
+        """Of its runs in a store: MODEL/TASK."""
         task = self.data.partition(":")[0]
-        return f"{_slug(Path(self.model).name)}/{_slug(task)}"
+        return f"{model_folder(self.model)}/{_slug(task)}"
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Heading):
     """A table or figure that trainings make.
 
     Attributes:
-        name: such as hellora-table-2.
-        title: what it shows.
-        where: the paper and its section.
         across: (row, other column) pairs that are scored besides: adapters of the row on another task's data.
         view: how the report lays it out: "scores" (rows by columns), "curve" (the same over a budget), "across", or
             "pairs", "spread" and "equivalence" (MoE-Sieve's tables 3, 6 and 8: the last row against the reference).
         reference: name of the row that others are compared with.
     """
 
-    name: str
-    title: str
-    where: str
     columns: Sequence[Column]
     rows: Sequence[Row]
     seeds: Sequence[int]
@@ -84,13 +80,14 @@ class Recipe:
     reference: str | None = None
     across: bool = False
 
+    def places(self) -> Iterator[tuple[Row, Column]]:
+        """The cells that the table has, column by column."""
+        for column in self.columns:
+            yield from ((row, column) for row in self.rows if not row.only or column.name in row.only)
+
     def sweep(self) -> Sweep:
         """Every run of the table, in its order."""
-        conditions: list[Condition] = []
-        for column in self.columns:
-            for row in self.rows:
-                if not row.only or column.name in row.only:
-                    conditions += self._conditions(row, column)
+        conditions = [made for row, column in self.places() for made in self._conditions(row, column)]
         return Sweep(STORE, self.columns[0].model, self.columns[0].data, conditions, seeds=self.seeds)
 
     def _conditions(self, row: Row, column: Column) -> list[Condition]:
@@ -124,6 +121,11 @@ def scored_name(row: Row, column: Column) -> str:
 def across_name(row: Row, column: Column, other: Column) -> str:
     """The folder of their scores on another column's data."""
     return f"{condition_name(row, column)}-on-{other.folder.split('/')[1]}"
+
+
+def model_folder(model: str) -> str:
+    """The name of the folder of all that a store has of a model."""
+    return _slug(Path(model).name)
 
 
 def _slug(text: str) -> str:

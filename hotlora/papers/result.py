@@ -1,32 +1,27 @@
 """A table or figure as it is shown: ours beside the published numbers, as CSV, LaTeX, Markdown and PNG."""
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 from matplotlib.figure import Figure
 
-from ..base import escape
-from ..base.files import atomic_path, write_text
-from ..report.comparison_table import latex_line, markdown_line
-from ..report.figures import plain_text
+from ..base.files import write_text
+from ..report.figures import save_figure
+from ..report.page import render
+from ..report.text import csv_table, latex_comments, latex_table, markdown_items, markdown_table
 
 DPI = 120
 
 Number = str | float | int | None
 
 
-@dataclass(frozen=True)
-class Result:
-    """One table or figure.
+@dataclass
+class Shown:
+    """What a table or figure shows.
 
     Attributes:
-        name: the recipe's, and of the files.
-        title, where: what it shows; paper and section.
         columns, rows: the table as text; "–" where there is no number.
         numbers: the same as plain numbers, a line each, for the CSV: column -> value; None is empty.
         notes: what a reader must know: seeds that are missing, what a rule counts.
@@ -34,47 +29,64 @@ class Result:
         texts: so many columns, the first ones, are words and not numbers.
     """
 
+    columns: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    numbers: list[dict[str, Number]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    texts: int = 1
+
+    def add(self, cells: list[str], /, **numbers: Number) -> None:
+        """A line of the table, and of the CSV."""
+        self.rows.append(cells)
+        self.numbers.append(numbers)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What a recipe and its result are called.
+
+    Attributes:
+        name: such as hellora-table-2; of the result's files, too.
+        title: what it shows.
+        where: the paper and its section.
+    """
+
     name: str
     title: str
     where: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: Sequence[Mapping[str, Number]]
-    notes: Sequence[str] = ()
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-    texts: int = 1
+
+    def over(self, shown: Shown) -> "Result":
+        """The result under this heading."""
+        return Result(name=self.name, title=self.title, where=self.where, **vars(shown))
+
+
+@dataclass(kw_only=True)
+class Result(Shown):
+    """A table or figure under its recipe's heading."""
+
+    name: str
+    title: str
+    where: str
 
     def markdown(self) -> str:
         """A heading, the table, the notes and the pictures, which lie beside."""
         lines = [f"## {self.title}", "", f"{self.where}.", ""]
         if self.rows:
-            lines += [markdown_line(self.columns), markdown_line(self._sides("---", "---:"))]
-            lines += [*map(markdown_line, self.rows), ""]
-        for note in self.notes:
-            lines += [f"- {escape.markdown(note)}"]
-        lines += [""] if self.notes else []
+            lines += [*markdown_table(self.columns, self.rows, self._sides()), ""]
+        lines += [*markdown_items(self.notes), *([""] if self.notes else [])]
         for end in self.figures:
             lines += [f"![{self.title}]({self.picture(end)})", ""]
         return "\n".join(lines)
 
     def latex(self) -> str:
         """A `tabular` for \\usepackage{booktabs}; title and notes are comments above it."""
-        lines = [f"% {escape.one_line(text)}" for text in (f"{self.title}. {self.where}", *self.notes)]
-        lines += [rf"\begin{{tabular}}{{{''.join(self._sides('l', 'r'))}}}", r"\toprule", latex_line(self.columns)]
-        lines += [r"\midrule", *map(latex_line, self.rows), r"\bottomrule", r"\end{tabular}"]
-        return "\n".join(lines) + "\n"
+        lines = latex_comments([f"{self.title}. {self.where}", *self.notes])
+        return "\n".join([*lines, *latex_table(self.columns, self.rows, self._sides())]) + "\n"
 
     def csv(self) -> str:
-        file = io.StringIO()
-        writer = csv.DictWriter(
-            file, list(dict.fromkeys(key for row in self.numbers for key in row)), lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows({name: escape.csv(value) for name, value in row.items()} for row in self.numbers)
-        return file.getvalue()
-
-    def _sides(self, left: str, right: str) -> list[str]:
-        return [left if place < self.texts else right for place in range(len(self.columns))]
+        """The numbers."""
+        return csv_table(self.numbers)
 
     def picture(self, end: str) -> str:
         """A picture's file name."""
@@ -87,11 +99,10 @@ class Result:
             write_text(folder / f"{self.name}.csv", self.csv())
             write_text(folder / f"{self.name}.tex", self.latex())
         for end, figure in self.figures.items():
-            plain_text(figure)
-            with atomic_path(folder / self.picture(end)) as temporary:
-                figure.savefig(
-                    temporary, format="png", dpi=DPI, metadata={"Software": None}
-                )  # the same bytes each time
+            save_figure(figure, folder / self.picture(end), DPI)
+
+    def _sides(self) -> str:
+        return "l" * self.texts + "r" * (len(self.columns) - self.texts)
 
 
 def write_results(results: Sequence[Result], folder: str | os.PathLike[str], title: str, preface: str = "") -> Path:
@@ -101,11 +112,6 @@ def write_results(results: Sequence[Result], folder: str | os.PathLike[str], tit
         result.write(folder)
     parts = [f"# {title}", preface, *(result.markdown() for result in results)]
     write_text(folder / "tables.md", "\n\n".join(part.strip("\n") for part in parts if part) + "\n")
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([here, here.parent / "report"]),
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("tables.html.j2").render(title=title, preface=preface, results=results)
-    write_text(folder / "tables.html", page)
+    template = Path(__file__).parent / "tables.html.j2"
+    write_text(folder / "tables.html", render(template, title=title, preface=preface, results=results))
     return folder / "tables.html"

@@ -1,6 +1,6 @@
 """On what a paper's tables are made: its models, tasks and hyperparameters, or nano and its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,8 +26,13 @@ _STANDS_FOR = {
     "GSM8K": "nano-math", "HUMAN": "nano-sql", "SAFE": "nano-choice", "Spider": "nano-sql", "HellaSwag": "nano-choice",
 }  # fmt: skip
 
-HELLORA_SEEDS = 10  # its table 1
-SIEVE_SEEDS = 8  # its section 5.1
+LABELS = {
+    "fft": "FFT", "lora": "LoRA", "dora": "DoRA", "lori-d": "LoRI-D", "lori-s": "LoRI-S", "hellora": "HELLoRA",
+    "hellori-d": "HELLoRI-D", "hellori-s": "HELLoRI-S",
+}  # fmt: skip
+"""methods as HELLoRA prints them"""
+
+SEEDS = {"hellora": 10, "moe-sieve": 8}  # by HELLoRA's table 1, MoE-Sieve's section 5.1
 NANO_SEEDS = {"hellora": 3, "moe-sieve": 8}
 
 # The best of a grid on nano-math with a seed of its own (docs/log.md).
@@ -63,22 +68,32 @@ class Setting:
     def is_nano(self) -> bool:
         return self.model == NANO
 
+    def models(self, *papers: str) -> tuple[str, ...]:
+        """The user's, else the paper's."""
+        return papers if self.model is None else (self.model,)
 
-def make(
-    paper: str, setting: Setting, name: str, title: str, where: str, columns: Sequence[Column], rows: Sequence[Row],
-    **rest: Any,
-) -> Recipe:  # fmt: skip
-    """A recipe in a setting: its columns on the setting's model and data, and each cell's hyperparameters."""
-    columns = [_placed(column, setting) for column in columns]
-    published = HELLORA_SEEDS if paper == "hellora" else SIEVE_SEEDS
-    seeds = setting.seeds or (NANO_SEEDS[paper] if setting.is_nano else published)
-    options = partial(_options, paper, setting)
-    return Recipe(f"{paper}-{name}", title, where, columns, rows, range(seeds), options, **rest)
+
+def recipe(
+    title: str, where: str, columns: Sequence[Column], rows: Sequence[Row], **rest: Any
+) -> Callable[[str, Setting], Recipe]:
+    """What makes a recipe of a name, such as hellora-table-2, in a setting: its columns are put on the setting's model
+    and data, and each cell gets its hyperparameters. Columns of one task on several models are one on a user's model.
+    """
+
+    def make(name: str, setting: Setting) -> Recipe:
+        paper = "hellora" if name.startswith("hellora") else "moe-sieve"
+        own = {column.data: replace(column, name=column.name.split()[-1]) for column in columns}
+        placed = [_placed(column, setting) for column in (columns if setting.model is None else own.values())]
+        seeds = setting.seeds or (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
+        options = partial(_options, paper, setting)
+        return Recipe(name, title, where, placed, rows, range(seeds), options, **rest)
+
+    return make
 
 
 def _placed(column: Column, setting: Setting) -> Column:
     if setting.is_nano:
-        return replace(column, model=NANO, data=_STANDS_FOR[column.name.split()[-1]], scored=None)
+        return replace(column, model=NANO, data=_STANDS_FOR[column.name], scored=None)
     scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     model = setting.model or column.model
     return replace(column, model=model, data=source_of(column.data, setting), scored=scored)

@@ -13,6 +13,7 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.records import Record, find_records
 from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
+from .tables import part
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)
@@ -45,10 +46,12 @@ class Against:
 
     @property
     def p(self) -> float | None:
+        """Corrected, where there is a correction."""
         return self.test.p if self.tost_holm is None else self.p_holm
 
     @property
     def tost(self) -> Mapping[float, float | None]:
+        """Bound -> p of equivalence, corrected as `p`."""
         return self.test.tost if self.tost_holm is None else self.tost_holm
 
 
@@ -85,6 +88,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
+    """What `compare_runs` found, by its settings."""
+
     reference: str
     metric: str
     margins: tuple[float, ...]
@@ -131,7 +136,8 @@ def compare_runs(
         sweep = record.get("sweep")
         if not sweep:
             if not any(parent in records for parent in folder.parents):  # else a run's warm-up, or another stage
-                left_out.append(_outside(folder, record))
+                why = "still running" if record["status"] == "running" else "not of a sweep"
+                left_out.append(f"{record['name']}, seed {record['seed']} ({folder}): left out, {why}")
             continue
         condition, seed = sweep["condition"], record["seed"]
         if record["status"] != "done":
@@ -142,7 +148,9 @@ def compare_runs(
             continue
         if not _tasks(record, metric):
             left_out.append(f"{condition}, seed {seed} ({folder}): done, without a {metric.replace('_', ' ')}")
-        place = seed if _is_trained(record) or sweep.get("scores") else None
+        # A model as it is has no seed; its held-out loss may have been taken by a training of nothing.
+        is_trained = part(record, "training") and part(record, "parameters").get("trainable") != 0
+        place = seed if is_trained or sweep.get("scores") else None
         for task in _tasks(record, metric):
             key = (sweep["name"], record["model"]["name"], task)
             if (twin := folders.setdefault((key, condition, place), folder)) != folder:
@@ -152,17 +160,14 @@ def compare_runs(
                 )
             groups.setdefault(key, {}).setdefault(condition, {})[place] = record
     if not groups:
-        told = "; ".join(left_out[:3])
-        raise DataError(
-            f"no run of a sweep here is done and has a {metric.replace('_', ' ')}"
-            f"{f' ({told})' if told else ''}: `hotlora sweep` makes such runs."
-        )
+        told = f" ({'; '.join(left_out[:3])})" if left_out else ""
+        wanted = metric.replace("_", " ")
+        raise DataError(f"no run of a sweep here is done and has a {wanted}{told}: `hotlora sweep` makes such runs.")
     names = {name for conditions in groups.values() for name in conditions}
     if not any(_reference_of(name, reference, names) for name in names):
         raise DataError(f"no condition is called {reference!r}: there are {', '.join(sorted(names))}.")
-    tables = tuple(
-        _table(key, groups[key], reference, metric, bounds, holm, lacking) for key in sorted(groups, key=_in_order)
-    )
+    order = sorted(groups, key=lambda key: (key[0], key[2], key[1]))  # by sweep, task and model
+    tables = tuple(_table(key, groups[key], reference, metric, bounds, holm, lacking) for key in order)
     return Comparison(reference, metric, bounds, holm, tables, tuple(left_out))
 
 
@@ -172,14 +177,9 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _table(
-    key: _Key,
-    conditions: Mapping[str, Mapping[int | None, Record]],
-    reference: str,
-    metric: str,
-    bounds: Sequence[float],
-    corrected: bool,
-    lacking: Mapping[tuple[str, str, int], str],
-) -> Table:
+    key: _Key, conditions: Mapping[str, Mapping[int | None, Record]], reference: str, metric: str,
+    bounds: Sequence[float], corrected: bool, lacking: Mapping[tuple[str, str, int], str],
+) -> Table:  # fmt: skip
     sweep, model, task = key
     values = {
         name: {seed: _value(record, task, metric) for seed, record in by_seed.items()}
@@ -198,24 +198,13 @@ def _table(
                 notes.append(f"{name}: no seed in common with {partner}.")
             elif against.test.reason:
                 notes.append(f"{name} against {partner}: {against.test.reason}.")
-        own = list(by_seed.values())
-        rows.append(
-            Row(
-                name, values[name], mean_sd(list(values[name].values())),
-                _mean([(record.get("parameters") or {}).get("percent") for record in own]),
-                _mean([(record.get("training") or {}).get("tokens_per_second") for record in own]),
-                against,
-            )
-        )  # fmt: skip
+        percent = _mean(part(record, "parameters").get("percent") for record in by_seed.values())
+        speed = _mean(part(record, "training").get("tokens_per_second") for record in by_seed.values())
+        rows.append(Row(name, values[name], mean_sd(list(values[name].values())), percent, speed, against))
     if corrected:
         rows = _correct(rows, bounds)
     unit = " points" if metric == "score" else ""
-    rows = [
-        dataclasses.replace(row, against=dataclasses.replace(row.against, verdict=verdict(row.against, unit)))
-        if row.against
-        else row
-        for row in rows
-    ]
+    rows = [_changed(row, verdict=verdict(row.against, unit)) if row.against else row for row in rows]
     rows.sort(key=lambda row: _place(row, reference))
     return Table(sweep, model, task, _measure(conditions, task, metric), tuple(rows), tuple(notes))
 
@@ -235,19 +224,14 @@ def _against(
     reference: str, ours: Mapping[int | None, float], theirs: Mapping[int | None, float], bounds: Sequence[float]
 ) -> Against | None:
     """None without a common seed. A model as it is has the same value at every seed."""
-    seeds = sorted(seed for seed in {*ours, *theirs} if seed is not None and _all_have(seed, ours, theirs))
+    either = {seed for seed in {*ours, *theirs} if seed is not None}
+    seeds = sorted(seed for seed in either if all(seed in side or None in side for side in (ours, theirs)))
     pairs: list[int | None] = [*seeds] or ([None] if None in ours and None in theirs else [])
     if not pairs:
         return None
     a, b = ([side[seed if seed in side else None] for seed in pairs] for side in (ours, theirs))
-    test = paired_test(a, b, bounds=bounds)
-    return Against(
-        reference, tuple(seeds), test, sd_ratio(mean_sd(list(ours.values())), mean_sd(list(theirs.values())))
-    )
-
-
-def _all_have(seed: int, *sides: Mapping[int | None, float]) -> bool:
-    return all(seed in side or None in side for side in sides)
+    spreads = (mean_sd(list(side.values())) for side in (ours, theirs))
+    return Against(reference, tuple(seeds), paired_test(a, b, bounds=bounds), sd_ratio(*spreads))
 
 
 def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
@@ -256,11 +240,16 @@ def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
     p_values = holm([against.test.p for _, against in found])
     by_bound = {bound: holm([against.test.tost[bound] for _, against in found]) for bound in bounds}
     corrected = list(rows)
-    for place, (i, against) in enumerate(found):
+    for place, (i, _) in enumerate(found):
         tost = {bound: by_bound[bound][place] for bound in bounds}
-        changed = dataclasses.replace(against, p_holm=p_values[place], tost_holm=tost)
-        corrected[i] = dataclasses.replace(rows[i], against=changed)
+        corrected[i] = _changed(rows[i], p_holm=p_values[place], tost_holm=tost)
     return corrected
+
+
+def _changed(row: Row, **changes: Any) -> Row:
+    """With other values in `against`, which is there."""
+    assert row.against is not None
+    return dataclasses.replace(row, against=dataclasses.replace(row.against, **changes))
 
 
 def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping[str, Any] | set[str]) -> str | None:
@@ -268,25 +257,20 @@ def _reference_of(condition: str, reference: str, names: Sequence[str] | Mapping
     return beside if beside in names else reference if reference in names else None
 
 
-def _is_trained(record: Record) -> bool:
-    """Not so the model as it is, of which the held-out loss may have been taken."""
-    return bool(record.get("training")) and (record.get("parameters") or {}).get("trainable") != 0
-
-
 def _metric(metric: str, records: Iterable[Record]) -> str:
     done = [record for record in records if record.get("sweep") and record["status"] == "done"]
     if metric == "score" and not any(record.get("evaluation") for record in done):
-        has_loss = any((record.get("training") or {}).get("test_loss") is not None for record in done)
+        has_loss = any(part(record, "training").get("test_loss") is not None for record in done)
         return "test_loss" if has_loss else metric
     return metric
 
 
 def _tasks(record: Record, metric: str) -> list[str]:
     if metric == "score":
-        return list(record.get("evaluation") or {})
-    if (record.get("training") or {}).get("test_loss") is None:
+        return list(part(record, "evaluation"))
+    if part(record, "training").get("test_loss") is None:
         return []
-    return [(record.get("config") or {}).get("test_data") or record["data"]["name"]]
+    return [part(record, "config").get("test_data") or record["data"]["name"]]
 
 
 def _value(record: Record, task: str, metric: str) -> float:
@@ -320,8 +304,7 @@ def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task:
     for name, runs in conditions.items():
         for record in runs.values():
             result = record["evaluation"][task] if metric == "score" else {}
-            examples = (record.get("config") or {}).get("test_hash")
-            kind = (result.get("metric"), result.get("n"), examples)
+            kind = (result.get("metric"), result.get("n"), part(record, "config").get("test_hash"))
             kinds.setdefault(kind, []).append(name)
     if len(kinds) == 1:
         return []
@@ -332,23 +315,13 @@ def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task:
     return [f"These were not measured on the same examples by the same measure, so they are not paired: {told}."]
 
 
-def _outside(folder: Path, record: Record) -> str:
-    why = "still running" if record["status"] == "running" else "not of a sweep"
-    return f"{record['name']}, seed {record['seed']} ({folder}): left out, {why}"
-
-
 def _place(row: Row, reference: str) -> tuple[str, int, str]:
     """In each folder of conditions first what was not trained, then the reference."""
     path = PurePosixPath(row.condition)
     return str(path.parent), 0 if None in row.values else 1 if path.name == reference else 2, row.condition
 
 
-def _in_order(key: _Key) -> tuple[str, str, str]:
-    sweep, model, task = key
-    return sweep, task, model
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None
 

@@ -1,8 +1,6 @@
 """A comparison as tables: for the terminal, as CSV, Markdown and LaTeX (booktabs). The words are the same in each."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,8 +14,7 @@ from ..base.escape import one_line
 from ..evaluate.stats import Interval
 from .comparison import Comparison, Row, Table
 from .paired import PairedRuns, PairedTask
-
-NONE = "–"
+from .text import NONE, csv_table, latex_comments, latex_table, markdown_items, markdown_table, p_word, shown
 
 
 def terminal_tables(comparison: Comparison) -> Group:
@@ -61,12 +58,11 @@ def markdown(comparison: Comparison) -> str:
     lines: list[str] = []
     columns = _columns(comparison)
     for table in comparison.tables:
-        lines += [f"### {escapes.markdown(f'{_title(table)}: {table.measure}')}", "", markdown_line(columns)]
-        lines.append(markdown_line(["---", *("---:" for _ in columns[1:-1]), "---"]))
-        lines += [markdown_line(_picked(row, columns, comparison)) for row in table.rows]
-        lines += ["", *map(_item, table.notes), *([""] if table.notes else [])]
+        lines += [f"### {escapes.markdown(f'{_title(table)}: {table.measure}')}", ""]
+        lines += [*markdown_table(columns, _texts(table, comparison), _sides(columns)), ""]
+        lines += [*markdown_items(table.notes), *([""] if table.notes else [])]
     if comparison.left_out:
-        lines += ["Left out:", "", *map(_item, comparison.left_out), ""]
+        lines += ["Left out:", "", *markdown_items(comparison.left_out), ""]
     return "\n".join(lines)
 
 
@@ -75,62 +71,64 @@ def latex(comparison: Comparison) -> str:
     columns = _columns(comparison)
     lines: list[str] = []
     for table in comparison.tables:
-        lines += [f"% {one_line(text)}" for text in (f"{_title(table)}: {table.measure}", *table.notes)]
-        lines += [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 2)}l}}", r"\toprule", latex_line(columns), r"\midrule"]
-        lines += [latex_line(_picked(row, columns, comparison)) for row in table.rows]
-        lines += [r"\bottomrule", r"\end{tabular}", ""]
-    lines += [f"% left out: {one_line(told)}" for told in comparison.left_out]
+        lines += latex_comments([f"{_title(table)}: {table.measure}", *table.notes])
+        lines += [*latex_table(columns, _texts(table, comparison), _sides(columns)), ""]
+    lines += latex_comments(f"left out: {told}" for told in comparison.left_out)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def csv_text(comparison: Comparison) -> str:
     """One line a condition and task, with the numbers as they are; what is None is empty."""
-    rows = [_numbers(table, row, comparison) for table in comparison.tables for row in table.rows]
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: escapes.csv(value) for name, value in row.items()} for row in rows)
-    return file.getvalue()
+    return csv_table([_numbers(table, row, comparison) for table in comparison.tables for row in table.rows])
 
 
 def cells(row: Row, comparison: Comparison) -> dict[str, str]:
     """Column -> text; "–" where there is no number."""
     digits = 2 if comparison.metric == "score" else 4
-    columns = _columns(comparison)
-    found = dict.fromkeys(columns, NONE) | {"reference": NONE}
-    found["condition"] = row.condition
-    found["seeds"] = NONE if None in row.values else str(len(row.values))
+    percent, against = row.trainable_percent, row.against
     spread = "" if row.summary.sd is None else f" ± {row.summary.sd:.{digits}f}"
-    found["mean ± sd"] = f"{row.summary.mean:.{digits}f}{spread}"
-    if row.trainable_percent is not None:
-        found["trained, %"] = f"{row.trainable_percent:.{1 if row.trainable_percent >= 10 else 2}f}"
-    if row.tokens_per_second is not None:
-        found["tokens/s"] = f"{row.tokens_per_second:,.0f}"
-    if (against := row.against) is None:
+    found = dict.fromkeys(_columns(comparison), NONE) | {
+        "reference": NONE,
+        "condition": row.condition,
+        "seeds": NONE if None in row.values else str(len(row.values)),
+        "mean ± sd": f"{row.summary.mean:.{digits}f}{spread}",
+        "trained, %": shown(percent, ".1f" if percent is not None and percent >= 10 else ".2f"),
+        "tokens/s": shown(row.tokens_per_second, ",.0f"),
+    }
+    if against is None:
         return found
-    found["reference"] = against.reference
-    found["Δ"] = _signed(against.test.mean, digits)
-    found["95% interval"] = _range(against.test.interval, digits)
-    p, *tosts = columns[8:-1]
-    found[p] = p_word(against.p)
-    for name, bound in zip(tosts, comparison.margins, strict=True):
-        found[name] = p_word(against.tost[bound])
-    if against.sd_ratio.ratio is not None:
-        found["sd ratio"] = f"{against.sd_ratio.ratio:.2f}"
-    found["verdict"] = against.verdict
-    return found
+    p_values = [against.p, *(against.tost[bound] for bound in comparison.margins)]
+    return (
+        found
+        | dict(zip(_p_columns(comparison), map(p_word, p_values), strict=True))
+        | {
+            "reference": against.reference,
+            "Δ": _signed(against.test.mean, digits),
+            "95% interval": _range(against.test.interval, digits),
+            "sd ratio": shown(against.sd_ratio.ratio, ".2f"),
+            "verdict": against.verdict,
+        }
+    )
 
 
 def _columns(comparison: Comparison) -> list[str]:
-    mark = " (Holm)" if comparison.holm else ""
-    tosts = [f"TOST {bound:g}" for bound in comparison.margins]
     own = ["condition", "seeds", "mean ± sd", "sd ratio", "trained, %", "tokens/s"]
-    return [*own, "Δ", "95% interval", f"p{mark}", *(f"{name}{mark}" for name in tosts), "verdict"]
+    return [*own, "Δ", "95% interval", *_p_columns(comparison), "verdict"]
 
 
-def _picked(row: Row, columns: list[str], comparison: Comparison) -> list[str]:
-    found = cells(row, comparison)
-    return [found[name] for name in columns]
+def _p_columns(comparison: Comparison) -> list[str]:
+    mark = " (Holm)" if comparison.holm else ""
+    return [f"{name}{mark}" for name in ("p", *(f"TOST {bound:g}" for bound in comparison.margins))]
+
+
+def _texts(table: Table, comparison: Comparison) -> list[list[str]]:
+    """The table's cells, in the order of `_columns`."""
+    rows = [cells(row, comparison) for row in table.rows]
+    return [[row[name] for name in _columns(comparison)] for row in rows]
+
+
+def _sides(columns: list[str]) -> str:
+    return f"l{'r' * (len(columns) - 2)}l"
 
 
 def _numbers(table: Table, row: Row, comparison: Comparison) -> dict[str, Any]:
@@ -148,10 +146,7 @@ def _numbers(table: Table, row: Row, comparison: Comparison) -> dict[str, Any]:
     for bound in comparison.margins:
         found[f"tost_{bound:g}"] = test.tost[bound] if test else None
         found[f"tost_{bound:g}_holm"] = (against.tost_holm or {}).get(bound) if against else None
-    found |= {
-        "sd_ratio": ratio.ratio if ratio else None,
-        **ends("sd_ratio", ratio.interval if ratio else None),
-    }
+    found |= {"sd_ratio": ratio.ratio if ratio else None, **ends("sd_ratio", ratio.interval if ratio else None)}
     return found | {"verdict": against.verdict if against else None, "reason": test.reason if test else None}
 
 
@@ -178,20 +173,6 @@ def _rich(columns: list[str], rows: Iterable[list[str]]) -> RichTable:
     return table
 
 
-def markdown_line(row: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(map(escapes.markdown, row))} |"
-
-
-def _item(text: str) -> str:
-    return f"- {escapes.markdown(text)}"
-
-
-def latex_line(row: Sequence[str]) -> str:
-    """A row of a `tabular`, with LaTeX's own signs escaped."""
-    return " & ".join(map(escapes.latex, row)) + r" \\"
-
-
 def _signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no minus before zero
 
@@ -200,8 +181,3 @@ def _range(interval: Interval | None, digits: int) -> str:
     if interval is None:
         return NONE
     return "[" + ", ".join(_signed(end, digits).removeprefix("+") for end in interval) + "]"
-
-
-def p_word(p: float | None) -> str:
-    """A p value as tables have it."""
-    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,15 +1,21 @@
 """The report's pictures: a heat map of routing, sorted loads, coverage, training loss. One function each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import PolyCollection
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
+from ..base.files import atomic_path
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 
@@ -19,6 +25,8 @@ COLD, HOT = "#c9ced6", "#d55e00"
 SERIES = {"all": "#0072b2", "hot": HOT, "random": "#009e73", "cold": "#56b4e9"}
 OTHER_SERIES = ("#cc79a7", "#e69f00", "#000000", "#999999")
 WIDTH = 10.0  # inches
+DASHED = (0, (4, 3))
+LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 9.5}
 # Loads above this many times the average share one colour, and bars end here: one outlier must not flatten
 # all the others.
 TOP = 4.0
@@ -26,50 +34,38 @@ TOP = 4.0
 
 def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
     """Layers x experts: load as a multiple of the uniform share, with the plan's experts outlined."""
-    load = _load(profile)
+    load = loads(profile)
     num_layers, num_experts = load.shape
+    is_coarse = num_experts <= 64
     row = float(np.clip(5.0 / num_layers, 0.14, 0.42))
     figure, axes = new_figure(row * num_layers + 1.35)
-    top = float(min(max(2.0, load.max()), TOP))
-    image = axes.imshow(load, cmap="YlOrBr", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    image = show_loads(axes, load, load.max())
     # Light lines between cells, as far as cells are large enough to be told apart anyway.
-    if num_experts <= 64:
+    if is_coarse:
         axes.set_xticks(np.arange(num_experts + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(num_layers + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=0.8)
     if plan is not None:
-        boxes = PolyCollection(
-            _boxes(_kept(profile, plan), inset=0.05 if num_experts <= 64 else 0.02),
-            facecolors="none",
-            edgecolors=INK,
-            linewidths=1.3 if num_experts <= 64 else 0.7,
-        )
-        axes.add_collection(boxes)
+        boxes = _boxes(_kept(profile, plan), inset=0.05 if is_coarse else 0.02)
+        width = 1.3 if is_coarse else 0.7
+        axes.add_collection(PolyCollection(boxes, facecolors="none", edgecolors=INK, linewidths=width))
     axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    every = math.ceil(num_layers / 16)
-    axes.set_yticks(range(0, num_layers, every), [str(layer) for layer in profile.layers[::every]])
+    axes.set(xlabel="expert", ylabel="layer")
+    tick_layers(axes.yaxis, profile.layers, 16)
     axes.xaxis.set_major_locator(MaxNLocator(min(num_experts, 16), integer=True))
-    extend = "max" if load.max() > top else "neither"
-    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.015, aspect=18, extend=extend)
+    bar = load_bar(figure, image, axes, load.max(), fraction=0.03, pad=0.015, aspect=18)
     bar.set_label("times the uniform share")
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(length=0)
     return figure
 
 
 def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
     """One small panel a layer: experts from the busiest to the idlest, the plan's in colour."""
-    load = _load(profile)
+    load = loads(profile)
     num_layers, num_experts = load.shape
     columns = min(num_layers, 3 if num_layers <= 6 else 4 if num_layers <= 16 else 8)
     rows = math.ceil(num_layers / columns)
     figure = Figure(figsize=(WIDTH, (1.5 if rows <= 4 else 1.2) * rows + 0.6), layout="constrained")
-    top = float(min(max(2.0, load.max()), TOP))
+    top = _top(load.max())
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     kept = np.zeros_like(load, dtype=bool) if plan is None else _kept(profile, plan)
     edges = np.arange(num_experts + 1) + 0.5
@@ -79,14 +75,13 @@ def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figu
         axes.grid(axis="x", visible=False)
         axes.stairs(row[order], edges, fill=True, color=COLD, linewidth=0)
         axes.stairs(np.where(row_kept[order], row[order], 0), edges, fill=True, color=HOT, linewidth=0)
-        axes.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=DASHED)
         axes.set_title(f"layer {layer}", fontsize=10, color=INK, pad=4)
         if row.max() > top:
             text = f"up to {row.max():.1f}×"
             axes.text(num_experts, top, text, fontsize=8.5, color=MUTED, ha="right", va="top")
-        axes.set_xlim(0.5, num_experts + 0.5)
-        axes.set_ylim(0, top * 1.02)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.set(xlim=(0.5, num_experts + 0.5), ylim=(0, top * 1.02))
+        axes.yaxis.set_major_formatter("{x:g}×")
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.set_xticks([1, num_experts])
     for axes in grid.flat[num_layers:]:
@@ -99,15 +94,13 @@ def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figu
 def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None) -> Figure:
     """Share of a layer's assignments that its k busiest experts take: mean over layers, band min to max."""
     num_experts = profile.num_experts
-    steps = np.arange(num_experts + 1)
-    covered = -np.sort(-profile.shares().numpy(), axis=1).cumsum(axis=1)
-    covered = np.abs(np.concatenate([np.zeros((len(covered), 1)), covered], axis=1)) * 100
-    figure, axes = new_figure(4.2)
-    style(axes)
+    covered = 100 * coverages(profile)
+    figure, axes = coverage_axes(4.2, num_experts)
     mean = covered.mean(axis=0)
+    steps = range(num_experts + 1)
     axes.fill_between(steps, covered.min(axis=0), covered.max(axis=0), color=HOT, alpha=0.16, linewidth=0)
     axes.plot(steps, mean, color=HOT, linewidth=2.2)
-    axes.plot([0, num_experts], [0, 100], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.plot([0, num_experts], [0, 100], color=MUTED, linewidth=1.2, linestyle=DASHED)
     axes.text(num_experts * 0.72, 69, "uniform routing", color=MUTED, ha="left", va="top")
     if experts_per_layer is not None:
         value = mean[experts_per_layer]
@@ -115,12 +108,6 @@ def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None
         axes.plot([experts_per_layer], [value], "o", color=INK, markersize=6)
         label = f"{experts_per_layer} of {num_experts} experts take {value:.1f}% of the routing"
         axes.text(0.02, 0.95, label, transform=axes.transAxes, color=INK, fontsize=10.5, va="top")
-    axes.set_xlim(0, num_experts)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("experts kept in each layer")
-    axes.set_ylabel("share of routing covered")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}%"))
-    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
     return figure
 
 
@@ -128,27 +115,26 @@ def loss_curves(curves: Sequence[tuple[str, str, Sequence[int], Sequence[float]]
     """Training loss by step, each curve (label, condition, steps, losses). Thin: logged; thick: smoothed."""
     figure, axes = new_figure(4.2)
     style(axes)
-    used: Mapping[str, str] = SERIES
     spare = iter(OTHER_SERIES * len(curves))
     taken: set[str] = set()
     for label, condition, steps, losses in curves:
-        first = condition in used and condition not in taken
+        first = condition in SERIES and condition not in taken
         taken.add(condition)
-        color = used[condition] if first else next(spare)
+        color = SERIES[condition] if first else next(spare)
         values = np.asarray(losses, dtype=float)
         window = max(1, len(values) // 25)
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
         axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss")
+    axes.set(xlabel="optimizer step", ylabel="training loss")
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
-    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+    whole_numbers(axes.xaxis)
     axes.legend(frameon=False, labelcolor=INK)
     return figure
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure as wide as the page, `height` inches high, with one panel."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     for item in (axes.xaxis.label, axes.yaxis.label):
@@ -157,23 +143,81 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def coverage_axes(height: float, num_experts: int) -> tuple[Figure, Axes]:
+    """A figure of the routing covered, in percent, over the experts kept in each layer."""
+    figure, axes = new_figure(height)
+    style(axes)
+    axes.set(xlim=(0, num_experts), ylim=(0, 101))
+    axes.set(xlabel="experts kept in each layer", ylabel="share of routing covered")
+    axes.yaxis.set_major_formatter("{x:.0f}%")
+    whole_numbers(axes.xaxis)
+    return figure, axes
+
+
+def save_figure(figure: Figure, file: Path, dpi: int) -> None:
+    """Writes a PNG, whole or not at all, with the same bytes every time."""
+    plain_text(figure)
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+
+
 def plain_text(figure: Figure) -> None:
     """No text of the figure is read as mathematics: a name may hold $."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # type: ignore[attr-defined]
 
 
-def style(axes: Axes) -> None:
+def style(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    """A panel's lines and ticks; grid: the axis whose values are read off."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(COLD)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9.5, colors=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(INK)
 
 
-def _load(profile: RoutingProfile) -> np.ndarray:
-    """[L, E]: multiples of the uniform share; a layer without counts is 0."""
+def whole_numbers(axis: Axis) -> None:
+    """Ticks at whole numbers that are easy to count on from."""
+    axis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
+
+
+def tick_layers(axis: Axis, layers: Sequence[int], most: int) -> None:
+    """At most about so many ticks, named by the decoder's indices, where rows lie at 0, 1, …"""
+    every = math.ceil(len(layers) / most)
+    axis.set_ticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+
+
+def loads(profile: RoutingProfile) -> np.ndarray:
+    """float64 [L, E]: multiples of the uniform share; a layer without counts is 0."""
     return np.nan_to_num((profile.shares() * profile.num_experts).numpy())
+
+
+def coverages(profile: RoutingProfile) -> np.ndarray:
+    """float64 [L, E + 1]: share of the assignments that a layer's 0, 1, … busiest experts take."""
+    covered = -np.sort(-profile.shares().numpy(), axis=1).cumsum(axis=1)
+    return np.pad(covered, ((0, 0), (1, 0)))
+
+
+def show_loads(axes: Axes, load: np.ndarray, highest: float) -> AxesImage:
+    """Loads [L, E] as colours, which end at TOP; highest: of all that have the same colours."""
+    axes.spines[:].set_visible(False)
+    return axes.imshow(load, cmap="YlOrBr", vmin=0, vmax=_top(highest), aspect="auto", interpolation="nearest")
+
+
+def load_bar(figure: Figure, image: AxesImage, axes: Any, highest: float, **place: Any) -> Colorbar:
+    """The bar that explains the colours of `show_loads`."""
+    bar = figure.colorbar(image, ax=axes, extend="max" if highest > _top(highest) else "neither", **place)
+    bar.ax.yaxis.set_major_formatter("{x:g}×")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(length=0)
+    return bar
+
+
+def _top(highest: float) -> float:
+    return float(min(max(2.0, highest), TOP))
 
 
 def _kept(profile: RoutingProfile, plan: ExpertPlan) -> np.ndarray:

@@ -1,21 +1,23 @@
 """Run records and profiles -> one page with tables and pictures. Loads no model."""
 
 import base64
-import io
+import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
 from ..base.errors import DataError, FileError
-from ..base.files import atomic_path, read_json_lines, write_text
+from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
-from .tables import Section, against_all, conditions_table, covered, human_seconds, read_sections, table_rows
+from .tables import Section, against_all, conditions_table, covered, human_seconds, part, read_sections, table_rows
 
 # What the page shows of a run's record, besides its row.
 DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")
@@ -30,7 +32,7 @@ __all__ = ["STORE", "conditions_table", "has_recipes", "write_report"]
 
 def has_recipes(records: Iterable[Record]) -> bool:
     """Whether some of the runs are a recipe's, whose tables `papers` makes."""
-    return any((record.get("sweep") or {}).get("name") == STORE for record in records)
+    return any(part(record, "sweep").get("name") == STORE for record in records)
 
 
 def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Path:
@@ -48,57 +50,47 @@ def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[st
     if not records:
         told = f" that can be read ({next(iter(skipped.values()))})" if skipped else ""
         raise DataError(f"no run.json in {runs_dir} or below{told}: run `hotlora demo` or `hotlora train` first")
-    sections = []
     names: set[str] = set()
-    for section in read_sections(records):
-        pictures = []
-        for name, (title, caption, figure) in _pictures(section).items():
-            png = _png(figure)
-            file = _slug(f"{section.model} {section.data}"[:150], names, name)
-            with atomic_path(out_dir / f"{file}.png") as temporary:
-                temporary.write_bytes(png)
-            source = "data:image/png;base64," + base64.b64encode(png).decode()
-            pictures.append({"title": title, "caption": caption, "source": source})
-        tables = [
-            {
-                "task": task,
-                "metric": _metric(section, task),
-                "rows": table_rows(section, task),
-                "columns": section.columns,
-                "by_loss": section.by_loss,
-            }
-            for task in section.tasks
-        ]
-        sections.append(
-            {
-                "section": section,
-                "tables": tables,
-                "facts": _facts(section),
-                "summary": _summary(section),
-                "pictures": pictures,
-                "runs": [
-                    {
-                        "folder": folder.relative_to(runs_dir).as_posix(),
-                        "title": f"{record['name']}, seed {record['seed']}",
-                        "when": record["started"][:16].replace("T", " "),
-                        "seconds": record.get("seconds"),
-                        "details": {key: record[key] for key in DETAILS if record.get(key)},
-                    }
-                    for folder, record in section.records.items()
-                ],
-            }
-        )
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["seconds"] = human_seconds
-    environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
-    page = environment.get_template("report.html.j2").render(
-        sections=sections, skipped=skipped, runs_dir=runs_dir, out_dir=out_dir
-    )
+    sections = [_shown_section(section, runs_dir, out_dir, names) for section in read_sections(records)]
+    template = Path(__file__).parent / "report.html.j2"
+    page = render(template, sections=sections, skipped=skipped, runs_dir=runs_dir, out_dir=out_dir, covered=covered)
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
+
+
+def render(template: Path, **values: Any) -> str:
+    """A page from a Jinja template, which may include those that lie beside it and beside this module."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["seconds"] = human_seconds
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False)
+    return environment.get_template(template.name).render(values)
+
+
+def _shown_section(section: Section, runs_dir: Path, out_dir: Path, names: set[str]) -> dict[str, Any]:
+    """What the template reads of a section; its pictures are written. names: files' names that are taken."""
+    pictures = []
+    for name, (title, caption, figure) in _pictures(section).items():
+        file = out_dir / f"{_slug(f'{section.model} {section.data}'[:150], names, name)}.png"
+        figures.save_figure(figure, file, 150)
+        source = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        pictures.append({"title": title, "caption": caption, "source": source})
+    tables = [
+        {"task": task, "metric": _metric(section, task), "rows": table_rows(section, task)} for task in section.tasks
+    ]
+    runs = [
+        {
+            "folder": folder.relative_to(runs_dir).as_posix(),
+            "title": f"{record['name']}, seed {record['seed']}",
+            "when": record["started"][:16].replace("T", " "),
+            "seconds": record.get("seconds"),
+            "details": {key: record[key] for key in DETAILS if record.get(key)},
+        }
+        for folder, record in section.records.items()
+    ]
+    return {"section": section, "tables": tables, "summary": _summary(section), "pictures": pictures, "runs": runs}
 
 
 def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
@@ -106,17 +98,16 @@ def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
     pictures = {}
     profile, plan = section.profile, section.plan
     if profile is not None:
-        boxed = " Boxes: the experts that the plan keeps." if plan else ""
         pictures["heat-map"] = (
             "Where the router sends the tokens",
             "Each row is a layer, each cell an expert; 1× is what every expert would get if all were used "
-            f"alike. Darker is busier.{boxed}",
+            f"alike. Darker is busier.{' Boxes: the experts that the plan keeps.' if plan else ''}",
             figures.heat_map(profile, plan),
         )
-        coloured = " Orange: the experts that the plan keeps." if plan else ""
         pictures["load"] = (
             "The load in each layer, sorted",
-            f"The same numbers, in each layer from the busiest expert to the idlest.{coloured} Dashed: 1×.",
+            "The same numbers, in each layer from the busiest expert to the idlest."
+            f"{' Orange: the experts that the plan keeps.' if plan else ''} Dashed: 1×.",
             figures.sorted_load(profile, plan),
         )
         sizes = {len(ids) for ids in plan.experts.values()} if plan else set()
@@ -130,7 +121,7 @@ def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
     curves = []
     rows = table_rows(section, section.data)
     for row, (folder, record) in zip(rows, section.records.items(), strict=True):
-        name = (record.get("training") or {}).get("metrics")
+        name = part(record, "training").get("metrics")
         if name and (folder / name).is_file():
             try:
                 steps, losses = _losses(folder / name)
@@ -162,89 +153,50 @@ def _losses(path: Path) -> tuple[list[int], list[float]]:
     return list(points), list(points.values())
 
 
-def _facts(section: Section) -> list[str]:
-    """What the profile says, in plain words."""
-    profile, plan = section.profile, section.plan
-    if profile is None:
-        return []
-    cold, num_experts = profile.cold_share().mean().item(), profile.num_experts
-    facts = [
-        f"The router was watched on {profile.num_tokens:,} tokens. Each token goes to "
-        f"{profile.num_experts_per_tok} of {num_experts} experts, in each of {len(profile.layers)} layers.",
-    ]
-    if plan is not None:
-        kept = sum(len(ids) for ids in plan.experts.values()) / len(plan.experts)
-        facts.append(
-            f"The {kept:g} experts that the plan keeps in each layer take {covered(profile, plan):.1%} of "
-            f"the traffic. If all experts were used alike, they would take {kept / num_experts:.1%}."
-        )
-    facts.append(
-        f"{cold:.1%} of the experts are cold: they get less than half of an even share of the traffic in their layer."
-    )
-    facts.append(
-        f"Inside a layer the coefficient of variation of the load is {profile.mean_layer_cv():.2f}. Summed "
-        f"over layers by expert number it is {profile.global_cv():.2f}: load balancing evens out that one."
-    )
-    return facts
-
-
 def _summary(section: Section) -> str:
     """Hot against all in one sentence, where both have run."""
     for folder, hot in section.records.items():
         if hot["condition"] != "hot" or (found := against_all(section, folder, section.data)) is None:
             continue
         reference, difference = found
+        share = ""
+        if hot.get("parameters") and reference.get("parameters"):
+            of_all = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
+            share = f", with {of_all:.1%} of the trained parameters"
         if section.by_loss:
             ours, theirs = (record["training"]["test_loss"] for record in (hot, reference))
             return (
                 f"On {section.data}, LoRA on the hot experts only has a held-out loss of {ours:.4f}, and LoRA on all "
-                f"experts of {theirs:.4f}{_share_trained(hot, reference)}."
+                f"experts of {theirs:.4f}{share}."
             )
         ours, theirs = (record["evaluation"][section.data]["accuracy"] for record in (hot, reference))
-        points = 100 * difference.difference
         text = (
             f"On {section.data}, LoRA on the hot experts only is right in {ours:.1%} of the test examples, "
-            f"and LoRA on all experts in {theirs:.1%}"
+            f"and LoRA on all experts in {theirs:.1%}{share}."
         )
-        text += f"{_share_trained(hot, reference)}."
+        points = 100 * difference.difference
         if difference.low <= 0 <= difference.high:
             text += f" A difference of {abs(points):.1f} points is less than this test set can tell apart."
-        elif difference.low == difference.low:  # nan: no interval
+        elif not math.isnan(difference.low):
             side = "better" if points > 0 else "worse"
             text += f" That is {abs(points):.1f} points {side}, more than chance over test examples explains."
         return text
     return ""
 
 
-def _share_trained(hot: Record, reference: Record) -> str:
-    if not (hot.get("parameters") and reference.get("parameters")):
-        return ""
-    share = hot["parameters"]["trainable"] / max(1, reference["parameters"]["trainable"])
-    return f", with {share:.1%} of the trained parameters"
-
-
 def _metric(section: Section, task: str) -> str:
     metrics = {
         record["evaluation"][task]["metric"]: record["evaluation"][task]["n"]
         for record in section.records.values()
-        if task in (record.get("evaluation") or {})
+        if task in part(record, "evaluation")
     }
     return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics.items())
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figures.plain_text(figure)
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})  # the same bytes every time
-    return buffer.getvalue()
 
 
 def _slug(text: str, taken: set[str], name: str) -> str:
     """A file's name of letters, digits and hyphens that is not taken: names may differ in other signs alone."""
     stem = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "runs"
-    number, found = 1, f"{stem}-{name}"
-    while found in taken:
-        number += 1
-        found = f"{stem}-{number}-{name}"
+    names = (f"{stem}-{number}-{name}" if number > 1 else f"{stem}-{name}" for number in itertools.count(1))
+    found = next(name for name in names if name not in taken)
     taken.add(found)
     return found

@@ -79,16 +79,12 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
     records = [_record(folder) for folder in folders]
     scored = [record.get("evaluation") or {} for record in records]
     common = [task for task in scored[0] if task in scored[1]]
+    each = list(zip(folders, scored, strict=True))
     if not common:
-        told = " and ".join(
-            f"{folder} on {', '.join(own) or 'none'}" for folder, own in zip(folders, scored, strict=True)
-        )
+        told = " and ".join(f"{folder} on {', '.join(own) or 'none'}" for folder, own in each)
         raise DataError(f"the two runs were scored on no task in common ({told}): give two that were.")
     left_out = [
-        f"{task}: only {folder} was scored on it."
-        for folder, own in zip(folders, scored, strict=True)
-        for task in own
-        if task not in common
+        f"{task}: only {folder} was scored on it." for folder, own in each for task in own if task not in common
     ]
     tasks = tuple(_paired(task, folders, [own[task] for own in scored]) for task in common)
     return PairedRuns(str(folders[0]), str(folders[1]), tasks, tuple(left_out))
@@ -133,16 +129,10 @@ def _paired(task: str, folders: list[Path], results: list[dict[str, Any]]) -> Pa
     if not one_answer:
         notes.append(f"{task}: examples with several answers are right by a share, so there is no McNemar test.")
     return PairedTask(
-        task,
-        " and ".join(dict.fromkeys(metrics)),
-        len(keys),
-        sum(ours) / len(keys),
-        sum(theirs) / len(keys),
-        difference,
-        None if math.isnan(low) else Interval(low, high),
-        mcnemar([int(a[key]) for key in keys], [int(b[key]) for key in keys]) if one_answer else None,
-        tuple(notes),
-    )
+        task, " and ".join(dict.fromkeys(metrics)), len(keys), sum(ours) / len(keys), sum(theirs) / len(keys),
+        difference, None if math.isnan(low) else Interval(low, high),
+        mcnemar([int(a[key]) for key in keys], [int(b[key]) for key in keys]) if one_answer else None, tuple(notes),
+    )  # fmt: skip
 
 
 def _correct(folder: Path, task: str, result: dict[str, Any]) -> dict[_Key, float]:

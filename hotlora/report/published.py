@@ -6,49 +6,31 @@ Shares are fractions of 1. Names of models and data sets are the paper's; the da
 from typing import Any
 
 DATASETS = (
-    "spider",
-    "gsm8k",
-    "hellaswag",
-    "arc_challenge",
-    "boolq",
-    "piqa",
-    "mmlu",
-    "codealpaca",
-    "wikitext2",
-    "mbpp",
-)
+    "spider", "gsm8k", "hellaswag", "arc_challenge", "boolq", "piqa", "mmlu", "codealpaca", "wikitext2", "mbpp",
+)  # fmt: skip
 """the ten of section 3.1, in its order"""
 
-MODELS: dict[str, dict[str, Any]] = {
-    "OLMoE-1B-7B": {
-        # Section 3.1, its first table.
-        "layers": 16, "num_experts": 64, "shared": 0, "num_experts_per_tok": 8,
-        # Table 2: means over the ten data sets.
-        "global_cv": 0.216, "layer_cv": 0.869, "ratio": 4.0, "cold_share": 0.285, "coverage": 0.530,
-        # Section 3.2, coverage: with the shared experts, per token.
-        "coverage_with_shared": 0.53,
-        # Section 3.3: hot sets of 10% subsamples; hot sets by count and by mass.
-        "stability": 0.979, "signals_jaccard": 0.981,
-        # Section 3.2, depth, on Spider. It prints 0.82 and 1.64, by ddof 1; appendix A.1 has these, by ddof 0 as all
-        # else here. Qwen's below are by its released counts (printed: 0.43, 0.93), DeepSeek's from the printed 0.53 and
-        # 1.19, times sqrt(63/64).
-        "first_cv": 0.81, "peak_cv": 1.63, "first_layer": 0, "peak_layer": 11,
-    },
-    "Qwen1.5-MoE-A2.7B": {
-        "layers": 24, "num_experts": 60, "shared": 4, "num_experts_per_tok": 4,
-        "global_cv": 0.077, "layer_cv": 0.374, "ratio": 4.9, "cold_share": 0.052, "coverage": 0.374,
-        "coverage_with_shared": 0.69,
-        "stability": 0.941, "signals_jaccard": 0.920,
-        "first_cv": 0.425, "peak_cv": 0.926, "first_layer": 0, "peak_layer": 20,
-    },
-    "DeepSeek-MoE-16B": {
-        "layers": 27, "num_experts": 64, "shared": 2, "num_experts_per_tok": 6,
-        "global_cv": 0.106, "layer_cv": 0.514, "ratio": 4.9, "cold_share": 0.110, "coverage": 0.426,
-        "coverage_with_shared": 0.57,
-        "stability": 0.962, "signals_jaccard": 0.646,
-        "first_cv": 0.526, "peak_cv": 1.181, "first_layer": 1, "peak_layer": 20,
-    },
+_OF_MODELS: dict[str, tuple[float, float, float]] = {
+    # Section 3.1, its first table. An expert's width over a dense feed-forward layer's.
+    "layers": (16, 24, 27), "num_experts": (64, 60, 64), "shared": (0, 4, 2), "num_experts_per_tok": (8, 4, 6),
+    "expert_to_ffn": (1.0, 0.25, 0.13),
+    # Table 2: means over the ten data sets.
+    "global_cv": (0.216, 0.077, 0.106), "layer_cv": (0.869, 0.374, 0.514), "ratio": (4.0, 4.9, 4.9),
+    "cold_share": (0.285, 0.052, 0.110), "coverage": (0.530, 0.374, 0.426),
+    # Section 3.2, coverage: with the shared experts, per token.
+    "coverage_with_shared": (0.53, 0.69, 0.57),
+    # Section 3.3: hot sets of 10% subsamples; hot sets by count and by mass.
+    "stability": (0.979, 0.941, 0.962), "signals_jaccard": (0.981, 0.920, 0.646),
+    # Section 3.2, depth, on Spider. Of OLMoE it prints 0.82 and 1.64, by ddof 1; appendix A.1 has these, by ddof 0 as
+    # all else here. Qwen's are by its released counts (printed: 0.43, 0.93), DeepSeek's from the printed 0.53 and 1.19,
+    # times sqrt(63/64).
+    "first_cv": (0.81, 0.425, 0.526), "peak_cv": (1.63, 0.926, 1.181), "first_layer": (0, 0, 1),
+    "peak_layer": (11, 20, 20),
 }  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    model: {key: values[place] for key, values in _OF_MODELS.items()}
+    for place, model in enumerate(("OLMoE-1B-7B", "Qwen1.5-MoE-A2.7B", "DeepSeek-MoE-16B"))
+}
 
 RATIOS = (3.6, 5.7)
 """section 3.1: the lowest (OLMoE, Wikitext) and highest (Qwen, GSM8K) ratio of layer CV to global CV of all 30 pairs"""
@@ -64,34 +46,30 @@ OLMOE_SPIDER: dict[str, list[float]] = {
     "cv": [0.81, 0.85, 1.08, 1.09, 1.38, 1.46, 1.42, 1.54, 1.50, 1.43, 1.30, 1.63, 1.41, 1.40, 1.37, 1.53],
     "cold_share": [0.25, 0.23, 0.41, 0.47, 0.55, 0.47, 0.50, 0.50, 0.58, 0.53, 0.50, 0.55, 0.58, 0.56, 0.55, 0.59],
     "coverage": [0.53, 0.52, 0.59, 0.64, 0.71, 0.70, 0.72, 0.73, 0.73, 0.71, 0.68, 0.75, 0.72, 0.73, 0.72, 0.74],
-    "entropy": [
-        0.935, 0.938, 0.902, 0.886, 0.845, 0.837, 0.828, 0.815,
-        0.819, 0.836, 0.857, 0.809, 0.838, 0.835, 0.841, 0.818,
-    ],
+    "entropy": [0.935, 0.938, 0.902, 0.886, 0.845, 0.837, 0.828, 0.815, 0.819, 0.836, 0.857, 0.809, 0.838, 0.835, 0.841,
+                0.818],
 }  # fmt: skip
 
 HELLORA_OVERLAP = {"same": 11, "layers": 16, "experts_per_layer": 8}
 """HELLoRA section 4.1, figure 3: on OLMoE a 10% warm-up finds the real eight hot experts in 11 of 16 layers, and all
 but one of them in the other five"""
 
-SEEDS = 8
-"""section 5.1: of every condition of MoE-Sieve; its tables of LoRA on 25% of the experts against all follow"""
-
 # Table 8 (appendix B): absolute paired mean difference in points, TOST p by bound in points, p of the paired t test.
 # The text keeps neither signs nor "<": .001 is "less than .001". The intervals are those that its sentences repeat
 # (section 5.2, appendix B), with Qwen's on Spider mirrored as its difference is.
+_TABLE_8: dict[tuple[str, str], tuple[float, tuple[float, float, float], float, tuple[float, float] | None]] = {
+    ("OLMoE-1B-7B", "gsm8k"): (0.08, (0.003, 0.001, 0.001), 0.753, None),
+    ("OLMoE-1B-7B", "hellaswag"): (0.17, (0.001, 0.001, 0.001), 0.243, None),
+    ("OLMoE-1B-7B", "spider"): (0.30, (0.251, 0.065, 0.015), 0.771, (-2.04, 2.64)),
+    ("Qwen1.5-MoE-A2.7B", "gsm8k"): (0.20, (0.006, 0.001, 0.001), 0.425, None),
+    ("Qwen1.5-MoE-A2.7B", "hellaswag"): (0.73, (0.001, 0.001, 0.001), 0.001, None),
+    ("Qwen1.5-MoE-A2.7B", "spider"): (0.93, (0.429, 0.016, 0.001), 0.055, (-0.03, 1.88)),
+}
 EQUIVALENCE: dict[tuple[str, str], dict[str, Any]] = {
-    ("OLMoE-1B-7B", "gsm8k"): {"difference": 0.08, "tost": {1: 0.003, 2: 0.001, 3: 0.001}, "t_test": 0.753},
-    ("OLMoE-1B-7B", "hellaswag"): {"difference": 0.17, "tost": {1: 0.001, 2: 0.001, 3: 0.001}, "t_test": 0.243},
-    ("OLMoE-1B-7B", "spider"): {
-        "difference": 0.30, "tost": {1: 0.251, 2: 0.065, 3: 0.015}, "t_test": 0.771, "interval": (-2.04, 2.64),
-    },
-    ("Qwen1.5-MoE-A2.7B", "gsm8k"): {"difference": 0.20, "tost": {1: 0.006, 2: 0.001, 3: 0.001}, "t_test": 0.425},
-    ("Qwen1.5-MoE-A2.7B", "hellaswag"): {"difference": 0.73, "tost": {1: 0.001, 2: 0.001, 3: 0.001}, "t_test": 0.001},
-    ("Qwen1.5-MoE-A2.7B", "spider"): {
-        "difference": 0.93, "tost": {1: 0.429, 2: 0.016, 3: 0.001}, "t_test": 0.055, "interval": (-0.03, 1.88),
-    },
-}  # fmt: skip
+    key: {"difference": difference, "tost": dict(zip((1, 2, 3), tost, strict=True)), "t_test": t_test}
+    | ({"interval": ends} if ends else {})
+    for key, (difference, tost, t_test, ends) in _TABLE_8.items()
+}
 
 # Table 6 (section 7.1): standard deviation over seeds of all experts and of 25%, as shares, and the ratio as printed.
 SEED_SD: dict[tuple[str, str], tuple[float, float, float]] = {
@@ -102,9 +80,6 @@ SEED_SD: dict[tuple[str, str], tuple[float, float, float]] = {
     ("Qwen1.5-MoE-A2.7B", "gsm8k"): (0.011, 0.007, 0.59),
     ("Qwen1.5-MoE-A2.7B", "hellaswag"): (0.002, 0.001, 0.67),
 }
-
-EXPERT_TO_FFN = {"OLMoE-1B-7B": 1.0, "Qwen1.5-MoE-A2.7B": 0.25, "DeepSeek-MoE-16B": 0.13}
-"""section 3.1, its first table: an expert's width over a dense feed-forward layer's"""
 
 # Table 9 (appendix C), OLMoE on GSM8K, from layer 0 to 15: coverage of 16 experts in percent; the greedy budget's
 # number of experts, and their coverage.

@@ -1,6 +1,6 @@
 """What MoE-Sieve's section 3 says, held against a study's numbers: each claim is a rule that code decides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..routing.study import Study, clusters
@@ -8,13 +8,11 @@ from .published import MBPP_STABILITY, MODELS, RATIOS
 
 CODE = ("spider", "codealpaca", "mbpp")
 BROAD = ("hellaswag", "wikitext2")
-WITHIN = (
-    ("mbpp", "codealpaca"),
-    ("spider", "codealpaca"),
-    ("arc_challenge", "mmlu"),
-    ("piqa", "hellaswag"),
-)
+WITHIN = (("mbpp", "codealpaca"), ("spider", "codealpaca"), ("arc_challenge", "mmlu"), ("piqa", "hellaswag"))
 ACROSS = (("mbpp", "wikitext2"), ("spider", "wikitext2"))
+
+Found = tuple[str, bool]
+"""What was found, in words, and whether the claim holds."""
 
 
 @dataclass(frozen=True)
@@ -30,181 +28,107 @@ class Claim:
 
 def claims(result: Study) -> list[Claim]:
     """Every claim of section 3 that one model's study can decide. Those whose data sets are missing are not tested."""
-    found = [_gap(result), _coverage(result), _cold_tail(result), _spider_concentrated(result), _entropy(result)]
-    found += [_domains(result), _code_cluster(result), _specialised(result), _depth(result), _amplification(result)]
-    return [*found, _stability(result), _signals(result)]
+    return [Claim(section, says, rule, *(decide(result) or ("", None))) for section, says, rule, decide in _CLAIMS]
 
 
-def _gap(result: Study) -> Claim:
+def _gap(result: Study) -> Found | None:
     ratios = {name: ratio for name, ratio in _column(result, "ratio").items() if ratio}  # none where global CV is 0
-    low, high = (pick(ratios, key=ratios.__getitem__, default="") for pick in (min, max))
-    return Claim(
-        "3.1",
-        "Inside a layer routing is several times as skewed as over all layers, on every data set.",
-        f"the lowest ratio of layer CV to global CV is at least {RATIOS[0]}, the paper's lowest",
-        f"ratios from {ratios[low]:.1f} ({low}) to {ratios[high]:.1f} ({high})" if ratios else "",
-        ratios[low] >= RATIOS[0] if ratios else None,
-    )
+    if not ratios:
+        return None
+    low, high = (pick(ratios, key=ratios.__getitem__) for pick in (min, max))
+    return f"ratios from {ratios[low]:.1f} ({low}) to {ratios[high]:.1f} ({high})", ratios[low] >= RATIOS[0]
 
 
-def _coverage(result: Study) -> Claim:
-    lowest = min(model["coverage"] for model in MODELS.values())
+def _coverage(result: Study) -> Found:
     value = result["mean"]["coverage"]
-    return Claim(
-        "3.2",
-        "A quarter of the experts takes far more than a quarter of the routing.",
-        f"mean coverage of the hot 25% is at least {lowest:.1%}, the least of the paper's models",
-        f"{value:.1%}",
-        value >= lowest,
-    )
+    return f"{value:.1%}", value >= _least("coverage")
 
 
-def _cold_tail(result: Study) -> Claim:
+def _cold_tail(result: Study) -> Found:
     shares = _column(result, "cold_share")
     name = min(shares, key=shares.__getitem__)
-    lowest = min(model["cold_share"] for model in MODELS.values())
-    return Claim(
-        "3.2",
-        "A cold tail persists on every data set.",
-        f"the lowest cold share of a data set is at least {lowest:.1%}, the least of the paper's means",
-        f"lowest {shares[name]:.1%} ({name}), mean {result['mean']['cold_share']:.1%}",
-        shares[name] >= lowest,
-    )
+    told = f"lowest {shares[name]:.1%} ({name}), mean {result['mean']['cold_share']:.1%}"
+    return told, shares[name] >= _least("cold_share")
 
 
-def _spider_concentrated(result: Study) -> Claim:
+def _spider_concentrated(result: Study) -> Found | None:
     cvs = _column(result, "layer_cv")
+    if "spider" not in cvs or len(cvs) <= 3:
+        return None
     ranked = sorted(cvs, key=lambda name: -cvs[name])
-    known = "spider" in cvs and len(cvs) > 3
-    rank = ranked.index("spider") + 1 if known else 0
-    return Claim(
-        "3.2",
-        "Spider is among the most concentrated data sets.",
-        "its mean layer CV is one of the three highest",
-        f"rank {rank} of {len(cvs)}; highest: {', '.join(ranked[:3])}" if known else "",
-        rank <= 3 if known else None,
-    )
+    rank = ranked.index("spider") + 1
+    return f"rank {rank} of {len(cvs)}; highest: {', '.join(ranked[:3])}", rank <= 3
 
 
-def _entropy(result: Study) -> Claim:
+def _entropy(result: Study) -> Found | None:
+    if not _has(result, *CODE, *BROAD):
+        return None
     values = _column(result, "entropy")
-    known = _has(result, *CODE, *BROAD)
-    code, broad = ([(name, values[name]) for name in group] for group in (CODE, BROAD)) if known else ([], [])
-    return Claim(
-        "3.2",
-        "Code has the lowest entropy over experts, broad text a higher one.",
-        f"each of {', '.join(CODE)} is below each of {', '.join(BROAD)}",
-        "; ".join(f"{name} {value:.3f}" for name, value in [*code, *broad]),
-        max(value for _, value in code) < min(value for _, value in broad) if known else None,
-    )
+    told = "; ".join(f"{name} {values[name]:.3f}" for name in (*CODE, *BROAD))
+    return told, max(values[name] for name in CODE) < min(values[name] for name in BROAD)
 
 
-def _domains(result: Study) -> Claim:
-    known = _has(result, *(name for pair in (*WITHIN, *ACROSS) for name in pair))
-    within, across = ([(a, b, _pair(result, a, b)) for a, b in group] if known else [] for group in (WITHIN, ACROSS))
-    return Claim(
-        "3.2",
-        "Hot experts overlap within a domain, and little across domains.",
-        "each of the paper's four pairs within a domain is above each of its two across",
-        "; ".join(f"{a} ~ {b} {value:.2f}" for a, b, value in [*within, *across]),
-        min(value for *_, value in within) > max(value for *_, value in across) if known else None,
-    )
+def _domains(result: Study) -> Found | None:
+    if not _has(result, *(name for pair in (*WITHIN, *ACROSS) for name in pair)):
+        return None
+    names, matrix = result["overlap"]["names"], result["overlap"]["jaccard"]
+    overlap = {(a, b): matrix[names.index(a)][names.index(b)] for a, b in (*WITHIN, *ACROSS)}
+    told = "; ".join(f"{a} ~ {b} {value:.2f}" for (a, b), value in overlap.items())
+    return told, min(overlap[pair] for pair in WITHIN) > max(overlap[pair] for pair in ACROSS)
 
 
-def _code_cluster(result: Study) -> Claim:
-    known = _has(result, *CODE) and len(result["datasets"]) > len(CODE)
-    branch = next((names for names in clusters(result["overlap"]) if set(CODE) <= names), set()) if known else set()
+def _code_cluster(result: Study) -> Found | None:
+    if not _has(result, *CODE) or len(result["datasets"]) == len(CODE):
+        return None
+    branch = next(names for names in clusters(result["overlap"]) if set(CODE) <= names)
     others = sorted(branch - set(CODE))
-    return Claim(
-        "3.2",
-        "Code data sets cluster together.",
-        f"one branch of the clustering holds {', '.join(CODE)} and no other",
-        (f"the smallest branch with all three also holds {', '.join(others)}" if others else "it does")
-        if known
-        else "",
-        not others if known else None,
-    )
+    return f"the smallest branch with all three also holds {', '.join(others)}" if others else "it does", not others
 
 
-def _specialised(result: Study) -> Claim:
-    matrix, names = result["overlap"]["jaccard"], result["overlap"]["names"]
-    pairs = [matrix[i][j] for i in range(len(names)) for j in range(i)]
+def _specialised(result: Study) -> Found | None:
+    matrix = result["overlap"]["jaccard"]
+    pairs = [matrix[i][j] for i in range(len(matrix)) for j in range(i)]
     stable = [row["stability"]["mean"] for row in result["datasets"].values() if "stability" in row]
-    known = bool(pairs and stable)
-    mean = sum(pairs) / len(pairs) if known else 0.0
-    return Claim(
-        "3.2",
-        "The router expresses the task, not one fixed set of experts.",
-        "the mean overlap of two data sets is below the lowest of a data set with its own 10% subsamples",
-        f"mean of two {mean:.2f} (highest {max(pairs):.2f}), lowest with itself {min(stable):.2f}" if known else "",
-        mean < min(stable) if known else None,
-    )
+    if not pairs or not stable:
+        return None
+    mean = sum(pairs) / len(pairs)
+    told = f"mean of two {mean:.2f} (highest {max(pairs):.2f}), lowest with itself {min(stable):.2f}"
+    return told, mean < min(stable)
 
 
-def _depth(result: Study) -> Claim:
-    rows = result["datasets"]
-    thirds = {name: [third["cv"] for third in row["by_depth"].values()] for name, row in rows.items()}
-    known = all(len(values) == 3 and None not in values for values in thirds.values())
-    risen = [name for name, values in thirds.items() if min(values[1:]) > values[0]] if known else []
-    mean = [sum(values[i] for values in thirds.values()) / len(thirds) for i in range(3)] if known else []
-    return Claim(
-        "3.2",
-        "Skew is higher from the middle layers on than in the first ones.",
-        "mean layer CV of the middle and of the late third is above the early third's, on every data set",
-        f"on {len(risen)} of {len(thirds)}; means {', '.join(f'{value:.2f}' for value in mean)}" if known else "",
-        len(risen) == len(thirds) if known else None,
-    )
+def _depth(result: Study) -> Found | None:
+    thirds = [[third["cv"] for third in row["by_depth"].values()] for row in result["datasets"].values()]
+    if not all(len(values) == 3 and None not in values for values in thirds):
+        return None
+    risen = sum(min(values[1:]) > values[0] for values in thirds)
+    means = ", ".join(f"{sum(values) / len(thirds):.2f}" for values in zip(*thirds, strict=True))
+    return f"on {risen} of {len(thirds)}; means {means}", risen == len(thirds)
 
 
-def _amplification(result: Study) -> Claim:
+def _amplification(result: Study) -> Found | None:
     cv = result["datasets"]["spider"]["by_layer"]["cv"] if _has(result, "spider") else []
-    known = len(cv) > 1 and all(cv)
-    cv = cv if known else [1.0]
+    if len(cv) < 2 or not all(cv):
+        return None
     peak = max(range(len(cv)), key=cv.__getitem__)
-    published = [model["peak_cv"] / model["first_cv"] for model in MODELS.values()]
-    return Claim(
-        "3.2",
-        "From the first layer to the peak, the CV on Spider doubles.",
-        f"peak CV over the first layer's is at least 2 (the paper's are {min(published):.1f} to {max(published):.1f})",
-        f"{cv[0]:.2f} in the first layer, {cv[peak]:.2f} in layer {result['model']['layers'][peak]}: "
-        f"{cv[peak] / cv[0]:.1f} times"
-        if known
-        else "",
-        cv[peak] / cv[0] >= 2 if known else None,
-    )
+    times = cv[peak] / cv[0]
+    layer = result["model"]["layers"][peak]
+    return f"{cv[0]:.2f} in the first layer, {cv[peak]:.2f} in layer {layer}: {times:.1f} times", times >= 2
 
 
-def _stability(result: Study) -> Claim:
+def _stability(result: Study) -> Found | None:
     stable = {name: row["stability"] for name, row in result["datasets"].items() if "stability" in row}
-    lowest = min(model["stability"] for model in MODELS.values())
+    if not stable:
+        return None
     worst = sorted(stable, key=lambda name: stable[name]["mean"])[:3]
-    mean = result["mean"].get("stability", 0.0)
-    return Claim(
-        "3.3",
-        "A tenth of the examples finds the same hot experts.",
-        f"mean Jaccard at least {lowest:.2f}, and at least 0.90 on each data set but MBPP "
-        f"({', '.join(f'{value:.2f}' for value in MBPP_STABILITY.values())} in two of the paper's models)",
-        f"mean {mean:.3f}; lowest: "
-        + ", ".join(f"{name} {stable[name]['mean']:.2f} (of {stable[name]['subsample']} examples)" for name in worst)
-        if stable
-        else "",
-        mean >= lowest and all(row["mean"] >= 0.9 for name, row in stable.items() if name != "mbpp")
-        if stable
-        else None,
-    )
+    lowest = ", ".join(f"{name} {stable[name]['mean']:.2f} (of {stable[name]['subsample']} examples)" for name in worst)
+    mean = result["mean"]["stability"]
+    holds = mean >= _least("stability") and all(row["mean"] >= 0.9 for name, row in stable.items() if name != "mbpp")
+    return f"mean {mean:.3f}; lowest: {lowest}", holds
 
 
-def _signals(result: Study) -> Claim:
-    lowest = MODELS["Qwen1.5-MoE-A2.7B"]["signals_jaccard"]
-    value = result["mean"]["signals_jaccard"]
-    return Claim(
-        "3.3",
-        "Count and mass select nearly the same experts.",
-        f"mean Jaccard of the two hot sets at least {lowest:.2f}, Qwen's (DeepSeek's "
-        f"{MODELS['DeepSeek-MoE-16B']['signals_jaccard']:.2f} is the paper's exception)",
-        f"{value:.3f}, Spearman of the scores {result['mean']['signals_spearman'] or float('nan'):.3f}",
-        value >= lowest,
-    )
+def _signals(result: Study) -> Found:
+    value, spearman = result["mean"]["signals_jaccard"], result["mean"]["signals_spearman"] or float("nan")
+    return f"{value:.3f}, Spearman of the scores {spearman:.3f}", value >= _QWEN_SIGNALS
 
 
 def _column(result: Study, key: str) -> dict[str, float]:
@@ -212,10 +136,45 @@ def _column(result: Study, key: str) -> dict[str, float]:
 
 
 def _has(result: Study, *names: str) -> bool:
-    datasets: Mapping[str, object] = result["datasets"]
-    return all(name in datasets for name in names)
+    return all(name in result["datasets"] for name in names)
 
 
-def _pair(result: Study, a: str, b: str) -> float:
-    names = result["overlap"]["names"]
-    return result["overlap"]["jaccard"][names.index(a)][names.index(b)]
+def _least(key: str) -> float:
+    """Of the paper's models."""
+    return min(model[key] for model in MODELS.values())
+
+
+_QWEN_SIGNALS = MODELS["Qwen1.5-MoE-A2.7B"]["signals_jaccard"]
+_RISES = [model["peak_cv"] / model["first_cv"] for model in MODELS.values()]
+_MBPP = ", ".join(f"{value:.2f}" for value in MBPP_STABILITY.values())
+# Section, what it says, the rule, and what decides.
+_CLAIMS: list[tuple[str, str, str, Callable[[Study], Found | None]]] = [
+    ("3.1", "Inside a layer routing is several times as skewed as over all layers, on every data set.",
+     f"the lowest ratio of layer CV to global CV is at least {RATIOS[0]}, the paper's lowest", _gap),
+    ("3.2", "A quarter of the experts takes far more than a quarter of the routing.",
+     f"mean coverage of the hot 25% is at least {_least('coverage'):.1%}, the least of the paper's models", _coverage),
+    ("3.2", "A cold tail persists on every data set.",
+     f"the lowest cold share of a data set is at least {_least('cold_share'):.1%}, the least of the paper's means",
+     _cold_tail),
+    ("3.2", "Spider is among the most concentrated data sets.", "its mean layer CV is one of the three highest",
+     _spider_concentrated),
+    ("3.2", "Code has the lowest entropy over experts, broad text a higher one.",
+     f"each of {', '.join(CODE)} is below each of {', '.join(BROAD)}", _entropy),
+    ("3.2", "Hot experts overlap within a domain, and little across domains.",
+     "each of the paper's four pairs within a domain is above each of its two across", _domains),
+    ("3.2", "Code data sets cluster together.",
+     f"one branch of the clustering holds {', '.join(CODE)} and no other", _code_cluster),
+    ("3.2", "The router expresses the task, not one fixed set of experts.",
+     "the mean overlap of two data sets is below the lowest of a data set with its own 10% subsamples", _specialised),
+    ("3.2", "Skew is higher from the middle layers on than in the first ones.",
+     "mean layer CV of the middle and of the late third is above the early third's, on every data set", _depth),
+    ("3.2", "From the first layer to the peak, the CV on Spider doubles.",
+     f"peak CV over the first layer's is at least 2 (the paper's are {min(_RISES):.1f} to {max(_RISES):.1f})",
+     _amplification),
+    ("3.3", "A tenth of the examples finds the same hot experts.",
+     f"mean Jaccard at least {_least('stability'):.2f}, and at least 0.90 on each data set but MBPP ({_MBPP} in two of "
+     "the paper's models)", _stability),
+    ("3.3", "Count and mass select nearly the same experts.",
+     f"mean Jaccard of the two hot sets at least {_QWEN_SIGNALS:.2f}, Qwen's (DeepSeek's "
+     f"{MODELS['DeepSeek-MoE-16B']['signals_jaccard']:.2f} is the paper's exception)", _signals),
+]  # fmt: skip

@@ -8,61 +8,49 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 from torch import Tensor
 
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study
-from .figures import COLD, GRID, HOT, INK, MUTED, OTHER_SERIES, SERIES, TOP, WIDTH, new_figure, style
+from . import figures
+from .figures import COLD, DASHED, HOT, INK, LEGEND, MUTED, OTHER_SERIES, SERIES, WIDTH, style
 from .published import OLMOE_SPIDER
 
 
 def heat_maps(profiles: Mapping[str, RoutingProfile]) -> Figure:
     """One small panel a data set, layers x experts: load in multiples of the uniform share (MoE-Sieve figure 5)."""
-    loads = {name: np.nan_to_num((p.shares() * p.num_experts).numpy()) for name, p in profiles.items()}
-    num_layers, num_experts = next(iter(loads.values())).shape
-    columns = 1 if len(loads) == 1 else 2
-    rows = math.ceil(len(loads) / columns)
+    tables = {name: figures.loads(profile) for name, profile in profiles.items()}
+    num_layers, num_experts = next(iter(tables.values())).shape
+    columns = 1 if len(tables) == 1 else 2
+    rows = math.ceil(len(tables) / columns)
     height = float(np.clip(0.16 * num_layers, 0.9, 2.8))
     figure = Figure(figsize=(WIDTH, rows * (height + 0.32) + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    highest = max(load.max() for load in loads.values())
-    top = float(min(max(2.0, highest), TOP))
-    layers = next(iter(profiles.values())).layers
-    every = math.ceil(num_layers / 6)
-    for axes, (name, load) in zip(grid.flat, loads.items(), strict=False):
-        image = axes.imshow(load, cmap="YlOrBr", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    highest = max(load.max() for load in tables.values())
+    for axes, (name, load) in zip(grid.flat, tables.items(), strict=False):
+        image = figures.show_loads(axes, load, highest)
         axes.set_title(name, fontsize=10, color=INK, pad=3, loc="left")
         axes.tick_params(length=0, labelsize=8.5, colors=INK)
-        axes.spines[:].set_visible(False)
-        axes.set_yticks(range(0, num_layers, every), [str(layer) for layer in layers[::every]])
+        figures.tick_layers(axes.yaxis, next(iter(profiles.values())).layers, 6)
         axes.xaxis.set_major_locator(MaxNLocator(min(num_experts, 9), integer=True))
-    for axes in grid.flat[len(loads) :]:
+    for axes in grid.flat[len(tables) :]:
         axes.set_visible(False)
-    for axes in grid.flat[max(0, len(loads) - columns) : len(loads)]:
+    for axes in grid.flat[max(0, len(tables) - columns) : len(tables)]:
         axes.tick_params(labelbottom=True)
     figure.supxlabel("expert", fontsize=10.5, color=INK)
     figure.supylabel("layer", fontsize=10.5, color=INK)
-    extend = "max" if highest > top else "neither"
-    bar = figure.colorbar(image, ax=grid, fraction=0.02, pad=0.012, aspect=40, extend=extend)
+    bar = figures.load_bar(figure, image, grid, highest, fraction=0.02, pad=0.012, aspect=40)
     bar.set_label("times the uniform share", color=INK)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(length=0)
     return figure
 
 
 def coverage_curves(profiles: Mapping[str, RoutingProfile], experts_per_layer: int) -> Figure:
     """Share of a layer's assignments that its k busiest experts take, mean over layers (MoE-Sieve figure 2)."""
-    curves = {}
-    for name, profile in profiles.items():
-        covered = np.nanmean(-np.sort(-profile.shares().numpy(), axis=1).cumsum(axis=1), axis=0)
-        curves[name] = np.concatenate([[0.0], covered]) * 100
+    curves = {name: 100 * np.nanmean(figures.coverages(profile), axis=0) for name, profile in profiles.items()}
     num_experts = next(iter(profiles.values())).num_experts
-    figure, axes = new_figure(4.4)
-    style(axes)
+    figure, axes = figures.coverage_axes(4.4, num_experts)
     names = sorted(curves, key=lambda name: -curves[name][experts_per_layer])
     for (name, color), line in zip(colors(names).items(), _dashes(names), strict=True):
         label = f"{name}  {curves[name][experts_per_layer]:.0f}%"
@@ -70,44 +58,30 @@ def coverage_curves(profiles: Mapping[str, RoutingProfile], experts_per_layer: i
     axes.plot([0, num_experts], [0, 100], color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)), label="uniform routing")
     axes.axvline(experts_per_layer, color=INK, linewidth=0.8)
     axes.text(experts_per_layer + num_experts * 0.008, 2, f"{experts_per_layer} experts", color=INK, fontsize=9.5)
-    axes.set_xlim(0, num_experts)
-    axes.set_ylim(0, 101)
-    axes.set_xlabel("experts kept in each layer")
-    axes.set_ylabel("share of routing covered")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}%"))
-    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 5, 8, 10]))
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9.5, loc="lower right")
+    axes.legend(**LEGEND, loc="lower right")
     return figure
 
 
 def by_layer(result: Study) -> Figure:
     """CV and coverage of the hot quarter in every layer, a line a data set; OLMoE on Spider beside (table 7)."""
-    layers, rows = result["model"]["layers"], result["datasets"]
+    rows = result["datasets"]
     names = sorted(rows, key=lambda name: -rows[name]["layer_cv"])
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    depth = depths(len(result["model"]["layers"]))
     for axes, metric, label, scale in (
         (left, "cv", "CV of a layer's counts", 1),
         (right, "coverage", "covered by the hot 25%, %", 100),
     ):
-        style(axes)
         published = np.array(OLMOE_SPIDER[metric]) * scale
-        axes.plot(
-            np.linspace(0, 1, len(published)), published, color=INK, linewidth=1.4, linestyle=(0, (1, 1.6)),
-            label="OLMoE on spider (paper)",
-        )  # fmt: skip
-        depth = np.linspace(0, 1, len(layers)) if len(layers) > 1 else np.array([0.5])
+        dots, label_of_paper = (0, (1, 1.6)), "OLMoE on spider (paper)"
+        axes.plot(depths(16), published, color=INK, linewidth=1.4, linestyle=dots, label=label_of_paper)
         for (name, color), line in zip(colors(names).items(), _dashes(names), strict=True):
             values = np.array(rows[name]["by_layer"][metric], dtype=float) * scale
             axes.plot(depth, values, color=color, linewidth=1.8, linestyle=line, marker="o", markersize=3, label=name)
-        axes.set_ylim(bottom=0)
-        axes.set_xticks([0, 1], ["first", "last"])
-        axes.set_xlabel("layer", color=INK)
-        axes.set_ylabel(label, color=INK)
+        style_depth(axes, "layer", label)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside right center", frameon=False, labelcolor=INK, fontsize=9.5
-    )  # fmt: skip
+    figure.legend(handles, labels, loc="outside right center", **LEGEND)
     return figure
 
 
@@ -121,9 +95,8 @@ def overlap_map(result: Study) -> Figure:
     figure = Figure(figsize=(side + 4.2, side + 0.9), layout="constrained")
     branches, axes = figure.subplots(1, 2, width_ratios=[1.5, side])
     if tree:
-        drawn = dendrogram(
-            np.array(tree), orientation="left", ax=branches, no_labels=True, link_color_func=lambda _: MUTED
-        )
+        plain = {"no_labels": True, "link_color_func": lambda _: MUTED}
+        drawn = dendrogram(np.array(tree), orientation="left", ax=branches, **plain)
         assert drawn["leaves"] == order, "the tree and the map must have one order"
     branches.set_ylim(10 * count, 0)  # leaves lie at 5, 15, …; the first one on top
     branches.spines[:].set_visible(False)
@@ -155,11 +128,8 @@ def robustness(result: Study) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.3 * len(names) + 1.2), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, 2 if stable else 1, sharey=True, squeeze=False).flat)
     for axes in panels:
-        style(axes)
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
-        axes.set_xlim(0, 1.02)
-        axes.set_ylim(-0.6, len(names) - 0.4)
+        style(axes, grid="x")
+        axes.set(xlim=(0, 1.02), ylim=(-0.6, len(names) - 0.4))
         axes.set_yticks(range(len(names)), names)
     for name in stable:
         row, y = rows[name]["stability"], names.index(name)
@@ -167,15 +137,15 @@ def robustness(result: Study) -> Figure:
         panels[0].plot(row["mean"], y, "o", color=HOT, markersize=6)
     if stable:
         share, draws = result["settings"]["subsample"], result["settings"]["draws"]
-        panels[0].set_xlabel(f"Jaccard, a {share:.0%} subsample against all (bar: {draws} draws)", color=INK)
+        panels[0].set_xlabel(f"Jaccard, a {share:.0%} subsample against all (bar: {draws} draws)")
     right = panels[-1]
     for y, name in enumerate(names):
         row = rows[name]["signals"]
         right.plot(row["jaccard"], y, "o", color=HOT, markersize=6, label="Jaccard of the hot sets" if y == 0 else None)
         label = "Spearman of the scores" if y == 0 else None
         right.plot(row["spearman"], y, "o", color=INK, markersize=6, fillstyle="none", label=label)
-    right.set_xlabel("count against mass", color=INK)
-    right.legend(frameon=False, labelcolor=INK, fontsize=9.5, loc="lower left")
+    right.set_xlabel("count against mass")
+    right.legend(**LEGEND, loc="lower left")
     return figure
 
 
@@ -187,16 +157,26 @@ def layer_overlap(overlaps: Mapping[str, Tensor | Sequence[float]], layers: Sequ
         style(axes)
         shown = np.asarray(values, dtype=float)
         axes.bar(range(len(layers)), shown, color=HOT, width=0.7)
-        axes.axhline(shown.mean(), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(shown.mean(), color=INK, linewidth=0.8, linestyle=DASHED)
         axes.set_title(f"{name}: mean {shown.mean():.2f}", fontsize=10, color=INK, loc="left", pad=4)
-        axes.set_ylim(0, 1)
-        axes.set_yticks([0, 0.5, 1])
-        axes.set_xlim(-0.6, len(layers) - 0.4)
-    every = math.ceil(len(layers) / 24)
-    panels[-1].set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-    panels[-1].set_xlabel("layer", color=INK)
+        axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xlim=(-0.6, len(layers) - 0.4))
+    figures.tick_layers(panels[-1].xaxis, layers, 24)
+    panels[-1].set_xlabel("layer")
     figure.supylabel("Jaccard of the hot experts", fontsize=10.5, color=INK)
     return figure
+
+
+def depths(num_layers: int) -> np.ndarray:
+    """Where the layers lie between the first, 0, and the last, 1; a single one in the middle."""
+    return np.linspace(0, 1, num_layers) if num_layers > 1 else np.array([0.5])
+
+
+def style_depth(axes: Axes, across: str, up: str) -> None:
+    """A panel of a number, from 0, over `depths`."""
+    style(axes)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks([0, 1], ["first", "last"])
+    axes.set(xlabel=across, ylabel=up)
 
 
 def colors(names: Sequence[str]) -> dict[str, Any]:

@@ -1,25 +1,24 @@
 """A study's numbers and pictures -> one Markdown page, with the paper's numbers beside. Loads no model."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..base.files import atomic_path, write_json, write_text
+from ..base.files import write_json, write_text
 from ..routing.profile import RoutingProfile
-from ..routing.study import Study, load_study, thirds
+from ..routing.study import THIRDS, Study, load_study, thirds
 from . import study_figures as figures
-from .figures import plain_text
+from .figures import save_figure
 from .published import MODELS, OLMOE_SPIDER, SPIDER_EXPERTS_FOR_60
 from .study_claims import claims
+from .text import NONE, markdown_table, shown
 
-NONE = "–"
 DPI = 110
 _OVERLAP = "Jaccard of the hot experts of two data sets"
-
-Cell = Callable[[Any], str]
 
 
 def write_study(
@@ -43,9 +42,7 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     result = load_study(folder / "study.json")
     profiles = {name: RoutingProfile.load(folder / "profiles" / f"{name}.safetensors") for name in result["datasets"]}
     for name, figure in pictures(result, profiles).items():
-        plain_text(figure)
-        with atomic_path(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=DPI, metadata={"Software": None})  # the same bytes every time
+        save_figure(figure, folder / f"{name}.png", DPI)
     write_text(folder / "study.md", page(result))
     return folder / "study.md"
 
@@ -75,7 +72,7 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         title, preface: in place of the plain title; what to say of the model first.
     """
     model, rows = result["model"], result["datasets"]
-    picture = _picture(pictures_in)
+    picture = partial(_picture, pictures_in)
     counted = sum(row["tokens"] for row in rows.values())
     plain = f"Routing of {model['name']} on {len(rows)} data sets"
     shared = f" and {model['shared']:g} shared" if model["shared"] else ", no shared ones"
@@ -92,16 +89,16 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         "are means over layers, and in the first table over data sets.",
         _examples_words(result),
         "## How skewed",
-        _table(("", *_MODEL_COLUMNS), _model_rows(result)),
+        _table(["", *_MODEL_COLUMNS], _model_rows(result)),
         "Rows without a mark are MoE-Sieve's (table 2, sections 3.2 and 3.3).",
-        _table(("data set", *_DATASET_COLUMNS), _dataset_rows(result)),
+        _table(["data set", *_DATASET_COLUMNS], _dataset_rows(result)),
         "*60% in* is the number of a layer's experts that take 60% of its assignments: mean (lowest to highest "
         f"layer). OLMoE on Spider: {SPIDER_EXPERTS_FOR_60['mean']} ({SPIDER_EXPERTS_FOR_60['min']} to "
         f"{SPIDER_EXPERTS_FOR_60['max']}) of {MODELS['OLMoE-1B-7B']['num_experts']}.",
         picture("coverage", "Share of the routing that a layer's busiest experts take, mean over layers."),
         picture("heat-maps", "Layers and experts; 1× is the uniform share."),
         "## Depth",
-        _table(("", "metric", "early", "middle", "late"), _depth_rows(result)),
+        _table(["", "metric", *THIRDS], _depth_rows(result)),
         picture("by-layer", "CV and coverage in each layer; dotted: OLMoE on Spider, from the paper's table 7."),
     ]
     if len(rows) > 1:
@@ -111,96 +108,77 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         if len(rows) <= 3:
             parts += [picture("overlap-by-layer", f"{_OVERLAP}, in each layer.")]
         parts += [_nearest(result)]
+    verdicts = {True: "agrees", False: "**does not**", None: "not tested"}
+    decided = [[c.section, c.says, c.rule, c.here or NONE, verdicts[c.holds]] for c in claims(result)]
     parts += [
         "## How robust",
         _stability_words(result),
-        _table(("data set", *_ROBUST_COLUMNS), _robust_rows(result)),
+        _table(["data set", *_ROBUST_COLUMNS], _robust_rows(result)),
         picture("robustness", "The same in a picture."),
         "## The paper's claims",
         "Each claim of section 3 that one model can decide, by a rule that code applies to the numbers above.",
-        _table(("section", "the paper says", "decided by", "here", ""), _claim_rows(result)),
+        _table(["section", "the paper says", "decided by", "here", ""], decided),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_MODEL_COLUMNS = (
-    "global CV",
-    "layer CV",
-    "ratio",
-    "cold",
-    "covered",
-    "with shared experts",
-    "10% subsample, Jaccard",
-    "count ~ mass, Jaccard",
-)
-_DATASET_COLUMNS = ("examples", "tokens", "global CV", "layer CV", "ratio", "cold", "covered", "entropy", "60% in")
-_ROBUST_COLUMNS = (
-    "subsample",
-    "Jaccard, mean",
-    "lowest draw",
-    "count ~ mass, Jaccard",
-    "Spearman",
-)
+# Heading -> a number's name and format.
+_SKEW = {
+    "global CV": ("global_cv", ".3f"), "layer CV": ("layer_cv", ".3f"), "ratio": ("ratio", ".1f"),
+    "cold": ("cold_share", ".1%"), "covered": ("coverage", ".1%"),
+}  # fmt: skip
+_MODEL_COLUMNS = {
+    **_SKEW, "with shared experts": ("coverage_with_shared", ".0%"), "10% subsample, Jaccard": ("stability", ".3f"),
+    "count ~ mass, Jaccard": ("signals_jaccard", ".3f"),
+}  # fmt: skip
+_DATASET_COLUMNS = {
+    "examples": ("examples", ","), "tokens": ("tokens", ","), **_SKEW, "entropy": ("entropy", ".3f"),
+    "60% in": ("experts_for_60", ".1f"),
+}  # fmt: skip
+_DEPTH_METRICS = {
+    "layer CV": ("cv", ".2f"), "cold": ("cold_share", ".1%"), "covered": ("coverage", ".1%"),
+    "entropy": ("entropy", ".3f"),
+}  # fmt: skip
+_ROBUST_COLUMNS = ("subsample", "Jaccard, mean", "lowest draw", "count ~ mass, Jaccard", "Spearman")
 
 
-def _model_rows(result: Study) -> Iterable[tuple[str, ...]]:
-    formats: dict[str, Cell] = {
-        "global_cv": _three, "layer_cv": _three, "ratio": _one, "cold_share": _percent, "coverage": _percent,
-        "coverage_with_shared": "{:.0%}".format, "stability": _three, "signals_jaccard": _three,
-    }  # fmt: skip
+def _model_rows(result: Study) -> Iterable[list[str]]:
     for name, row in {f"**{result['model']['name']}** (here)": result["mean"], **MODELS}.items():
-        yield name, *(show(row[key]) if row.get(key) is not None else NONE for key, show in formats.items())
+        yield [name, *(shown(row.get(key), form) for key, form in _MODEL_COLUMNS.values())]
 
 
-def _dataset_rows(result: Study) -> Iterable[tuple[str, ...]]:
+def _dataset_rows(result: Study) -> Iterable[list[str]]:
     for name, row in result["datasets"].items():
         needed = [value for value in row["by_layer"]["experts_for_60"] if value is not None]
-        yield (
-            name,
-            f"{row['examples']:,}" if row.get("examples") else NONE,
-            f"{row['tokens']:,}",
-            _three(row["global_cv"]),
-            _three(row["layer_cv"]),
-            _one(row["ratio"]),
-            _percent(row["cold_share"]),
-            _percent(row["coverage"]),
-            _three(row["entropy"]),
-            f"{_one(row['experts_for_60'])} ({min(needed):.0f}–{max(needed):.0f})" if needed else NONE,
-        )
+        *cells, mean = (shown(row.get(key), form) for key, form in _DATASET_COLUMNS.values())
+        yield [name, *cells, f"{mean} ({min(needed):.0f}–{max(needed):.0f})" if needed else NONE]
 
 
-def _depth_rows(result: Study) -> Iterable[tuple[str, ...]]:
+def _depth_rows(result: Study) -> Iterable[list[str]]:
     """Means over data sets of each third of the layers, the most skewed data set, and OLMoE's from table 7."""
-    metrics: dict[str, tuple[str, Cell]] = {
-        "cv": ("layer CV", _two), "cold_share": ("cold", _percent), "coverage": ("covered", _percent),
-        "entropy": ("entropy", _three),
-    }  # fmt: skip
     rows = result["datasets"]
     third_names = list(thirds(len(result["model"]["layers"])))
-    pad = (NONE,) * (3 - len(third_names))
     groups = {f"mean of {len(rows)}": list(rows)} | ({"spider": ["spider"]} if "spider" in rows else {})
     for group, names in groups.items():
-        for metric, (label, show) in metrics.items():
+        for label, (metric, form) in _DEPTH_METRICS.items():
             values = [_mean([rows[name]["by_depth"][third][metric] for name in names]) for third in third_names]
-            yield group, label, *(show(value) for value in values), *pad
+            values += [None] * (len(THIRDS) - len(values))
+            yield [group, label, *(shown(value, form) for value in values)]
     if "spider" in rows:
-        for metric, (label, show) in metrics.items():
+        for label, (metric, form) in _DEPTH_METRICS.items():
             column = OLMOE_SPIDER[metric]
             parts = thirds(len(column)).values()
-            yield "OLMoE on spider (paper)", label, *(show(_mean([column[i] for i in part])) for part in parts)
+            yield ["OLMoE on spider (paper)", label, *(shown(_mean([column[i] for i in part]), form) for part in parts)]
 
 
-def _robust_rows(result: Study) -> Iterable[tuple[str, ...]]:
+def _robust_rows(result: Study) -> Iterable[list[str]]:
     for name, row in result["datasets"].items():
-        found = row.get("stability")
-        yield (
-            name,
-            f"{found['subsample']} of {found['examples']}" if found else NONE,
-            _three(found["mean"]) if found else NONE,
-            _three(found["min"]) if found else NONE,
-            _three(row["signals"]["jaccard"]),
-            _three(row["signals"]["spearman"]),
-        )
+        found, signals = row.get("stability"), row["signals"]
+        stable = [NONE] * 3
+        if found:
+            of = f"{found['subsample']} of {found['examples']}"
+            stable = [of, shown(found["mean"], ".3f"), shown(found["min"], ".3f")]
+        yield [name, *stable, *(shown(signals[key], ".3f") for key in ("jaccard", "spearman"))]
 
 
 def _stability_words(result: Study) -> str:
@@ -225,12 +203,6 @@ def _examples_words(result: Study) -> str:
     )
 
 
-def _claim_rows(result: Study) -> Iterable[tuple[str, ...]]:
-    verdicts = {True: "agrees", False: "**does not**", None: "not tested"}
-    for claim in claims(result):
-        yield claim.section, claim.says, claim.rule, claim.here or NONE, verdicts[claim.holds]
-
-
 def _nearest(result: Study) -> str:
     """Which two are the nearest, and which the furthest."""
     matrix, names = result["overlap"]["jaccard"], result["overlap"]["names"]
@@ -241,38 +213,19 @@ def _nearest(result: Study) -> str:
     return f"Nearest: {', '.join(told[:-4:-1])}. Furthest: {', '.join(told[:3])}."
 
 
-def _picture(folder: str) -> Callable[[str, str], str]:
-    def link(name: str, caption: str) -> str:
-        return f"![{caption}]({folder + '/' if folder else ''}{name}.png)\n\n*{caption}*"
-
-    return link
+def _picture(folder: str, name: str, caption: str) -> str:
+    return f"![{caption}]({folder + '/' if folder else ''}{name}.png)\n\n*{caption}*"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table; columns of numbers stand on the right."""
-    head, body = list(head), [list(row) for row in rows]
-    numbers = [all(row[i][:1].isdigit() or row[i] in (NONE, "nan") for row in body) for i in range(len(head))]
-    lines = [head, ["---:" if right else "---" for right in numbers], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    body = list(rows)
+    columns = zip(*body, strict=True) if body else [()] * len(head)
+    sides = ["r" if all(cell[:1].isdigit() or cell in (NONE, "nan") for cell in column) else "l" for column in columns]
+    return "\n".join(markdown_table(head, body, "".join(sides)))
 
 
 def _mean(values: list[Any]) -> float | None:
     """Over those that are there: JSON has null for a layer without a single count."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
-
-
-def _one(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1f}"
-
-
-def _two(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
-
-
-def _three(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1%}"

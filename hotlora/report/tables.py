@@ -16,18 +16,13 @@ from ..base.records import Record, read_results
 from ..evaluate.stats import Difference, paired_difference, proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
+from .text import NONE
 
 ORDER = ("base", "all", "hot", "random", "cold")
 COLUMNS = {
-    "accuracy": "accuracy, %",
-    "difference": "against all, points",
-    "covered": "routing covered",
-    "trained": "trained parameters",
-    "adapter": "adapter file",
-    "speed": "tokens/s",
-    "memory": "peak memory",
-}
-NONE = "–"
+    "accuracy": "accuracy, %", "difference": "against all, points", "covered": "routing covered",
+    "trained": "trained parameters", "adapter": "adapter file", "speed": "tokens/s", "memory": "peak memory",
+}  # fmt: skip
 
 Records = Mapping[Path, Record]
 
@@ -63,7 +58,7 @@ class Section:
     @property
     def tasks(self) -> list[str]:
         """What the runs were evaluated on, the training data's own task first."""
-        names = {name for record in self.records.values() for name in record.get("evaluation") or {}}
+        names = {name for record in self.records.values() for name in part(record, "evaluation")}
         return sorted(names, key=lambda name: (name != self.data, name)) or [self.data]
 
 
@@ -83,6 +78,7 @@ class Row:
 def conditions_table(records: Records) -> Table:
     """The page's tables for the terminal, in 80 columns. `records` is what `find_records` returns."""
     sections = read_sections(records)
+    several = len({section.model for section in sections}) > 1
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", min_width=10, overflow="fold")
     kinds = {section.by_loss for section in sections}
@@ -94,16 +90,13 @@ def conditions_table(records: Records) -> Table:
     for section in sections:
         for task in section.tasks:
             heading = section.data if task == section.data else f"{section.data} → {task}"
-            several = len({section.model for section in sections}) > 1
             heading = f"[bold]{escape(one_line(heading))}[/]"
             heading += f" {escape(one_line(section.model))}" if several else ""
             table.add_row(heading + (" (held-out loss)" if len(kinds) > 1 and section.by_loss else ""))
             for row in table_rows(section, task):
                 note = f"\n[red]{escape(one_line(row.note))}[/]" if row.note else ""
-                table.add_row(
-                    escape(one_line(row.name)) + note,
-                    *(row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys),
-                )
+                cells = (row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys)
+                table.add_row(escape(one_line(row.name)) + note, *cells)
             table.add_section()
     return table
 
@@ -117,20 +110,17 @@ def read_sections(records: Records) -> list[Section]:
     for folder, record in records.items():
         if record["condition"] == "base":
             model, own = record["model"]["name"], record["data"]["name"]
-            wanted = {own, *(record.get("evaluation") or {})}
-            held = (record.get("config") or {}).get("test_data")
-            joined = [
-                key
-                for key, group in groups.items()
-                if key[0] == model and (key[1] in wanted or _tested_on(group, held))
-            ]
-            for key in joined or [(model, own)]:
-                groups.setdefault(key, {})[folder] = record
-    sections = []
-    for (model, data), group in sorted(groups.items()):
-        section = Section(data, model, dict(sorted(group.items(), key=_order)))
+            wanted = {own, *part(record, "evaluation")}
+            held = part(record, "config").get("test_data")
+            of_model = {data: group for (name, data), group in groups.items() if name == model}
+            joined = [data for data, group in of_model.items() if data in wanted or _tested_on(group, held)]
+            for data in joined or [own]:
+                groups.setdefault((model, data), {})[folder] = record
+    sections = [
+        Section(data, model, dict(sorted(group.items(), key=_order))) for (model, data), group in sorted(groups.items())
+    ]
+    for section in sections:
         _read_routing(section)
-        sections.append(section)
     return sections
 
 
@@ -144,9 +134,8 @@ def table_rows(section: Section, task: str) -> list[Row]:
     times = Counter(named.values())
     rows = []
     for folder, record in section.records.items():
-        result = (record.get("evaluation") or {}).get(task)
-        parameters = record.get("parameters") or {}
-        training = record.get("training") or {}
+        result = part(record, "evaluation").get(task)
+        parameters, training = part(record, "parameters"), part(record, "training")
         trained = parameters.get("trainable")
         cells = dict.fromkeys(COLUMNS, NONE)
         if result is not None:
@@ -158,7 +147,8 @@ def table_rows(section: Section, task: str) -> list[Row]:
         if section.profile is not None and folder in section.plans:
             cells["covered"] = f"{covered(section.profile, section.plans[folder]):.1%}"
         if trained:
-            share = _or(parameters.get("percent"), 100 * trained / max(1, parameters["total"]))
+            percent = parameters.get("percent")
+            share = 100 * trained / max(1, parameters["total"]) if percent is None else percent
             cells["trained"] = f"{human_count(trained)} ({share:.{1 if share >= 1 else 2}f}%)"
         for key, value, text in (
             ("adapter", parameters.get("adapter_bytes"), human_bytes),
@@ -183,10 +173,10 @@ def against_all(section: Section, folder: Path, task: str) -> tuple[Record, Diff
     or one of the two was not evaluated.
     """
     record = section.records[folder]
-    if task not in (record.get("evaluation") or {}) and not section.by_loss:
+    if task not in part(record, "evaluation") and not section.by_loss:
         return None
     for other, reference in section.records.items():
-        result = (reference.get("evaluation") or {}).get(task)
+        result = part(reference, "evaluation").get(task)
         same = reference["condition"] == "all" and reference["seed"] == record["seed"]
         if not same or other == folder:
             continue
@@ -253,7 +243,8 @@ def _order(item: tuple[Path, Record]) -> tuple[int, str, int, str]:
 
 def _accuracy(result: Mapping[str, Any]) -> str:
     wilson = proportion_interval(result["correct"], result["n"])
-    low, high = _or(result.get("ci_low"), wilson.low), _or(result.get("ci_high"), wilson.high)
+    ends = {"ci_low": wilson.low, "ci_high": wilson.high}  # where the record has none, or null
+    low, high = (other if result.get(name) is None else result[name] for name, other in ends.items())
     return f"{100 * result['accuracy']:.1f} [{100 * low:.1f}–{100 * high:.1f}]"
 
 
@@ -263,7 +254,7 @@ def _points(difference: Difference) -> str:
 
 
 def _tested_on(group: Records, data: str | None) -> bool:
-    tested = ((record.get("config") or {}).get("test_data") for record in group.values())
+    tested = (part(record, "config").get("test_data") for record in group.values())
     return data is not None and data in tested
 
 
@@ -271,13 +262,13 @@ def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _or(value: float | None, other: float) -> float:
-    """Of a number that may be null in a record."""
-    return other if value is None else value
+def part(record: Record, name: str) -> Mapping[str, Any]:
+    """A section of a record; empty where it has none."""
+    return record.get(name) or {}
 
 
 def _test_loss(record: Record) -> float | None:
-    loss: float | None = (record.get("training") or {}).get("test_loss")
+    loss: float | None = part(record, "training").get("test_loss")
     return loss
 
 

@@ -52,13 +52,12 @@ class ExpertPlan:
     def __post_init__(self) -> None:
         if not _is_int(self.num_experts) or self.num_experts < 1:
             raise PlanError(f"num_experts is {self.num_experts!r}: it must be a positive integer")
-        if not isinstance(self.rule, str):
-            raise PlanError(f"rule is {self.rule!r}: it must be a string, such as 'manual'")
-        if not isinstance(self.params, dict):
-            raise PlanError(f"params is {self.params!r}: it must be an object, such as {{}}")
-        for name in ("profile_hash", "fingerprint"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise PlanError(f"{name} is {value!r}: it must be a string, or null")
+        for name, kind, told in (
+            ("rule", str, "a string, such as 'manual'"), ("params", dict, "an object, such as {}"),
+            ("profile_hash", str | None, "a string, or null"), ("fingerprint", str | None, "a string, or null"),
+        ):  # fmt: skip
+            if not isinstance(value := getattr(self, name), kind):
+                raise PlanError(f"{name} is {value!r}: it must be {told}")
         if not self.experts:
             raise PlanError("the plan names no layer: give each MoE layer's decoder index its expert ids")
         if self.ranks is not None and set(self.ranks) != set(self.experts):
@@ -69,11 +68,10 @@ class ExpertPlan:
         experts, ranks = {}, {}
         for layer in sorted(self.experts):
             ids = _checked_ids(layer, self.experts[layer], self.num_experts)
-            order = sorted(range(len(ids)), key=ids.__getitem__)
-            experts[layer] = tuple(ids[i] for i in order)
+            experts[layer] = tuple(sorted(ids))
             if self.ranks is not None:
-                layer_ranks = _checked_ranks(layer, self.ranks[layer], len(ids))
-                ranks[layer] = tuple(layer_ranks[i] for i in order)
+                rank_of = dict(zip(ids, _checked_ranks(layer, self.ranks[layer], len(ids)), strict=True))
+                ranks[layer] = tuple(rank_of[expert] for expert in experts[layer])
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "ranks", ranks if self.ranks is not None else None)
 
@@ -88,15 +86,11 @@ class ExpertPlan:
     def to_dict(self) -> dict[str, Any]:
         """What `plan.json` holds: layers are string keys."""
         return {
-            "version": VERSION,
-            "rule": self.rule,
-            "params": dict(self.params),
-            "fingerprint": self.fingerprint,
-            "profile_hash": self.profile_hash,
-            "num_experts": self.num_experts,
+            "version": VERSION, "rule": self.rule, "params": dict(self.params), "fingerprint": self.fingerprint,
+            "profile_hash": self.profile_hash, "num_experts": self.num_experts,
             "experts": {str(layer): list(ids) for layer, ids in self.experts.items()},
             "ranks": self.ranks and {str(layer): list(ranks) for layer, ranks in self.ranks.items()},
-        }
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ExpertPlan":
@@ -112,16 +106,11 @@ class ExpertPlan:
             raise PlanError(f"the plan lacks {sorted(missing)}: add them, or run `hotlora plan` again")
         if unknown := set(data) - allowed:
             raise PlanError(f"the plan has unknown keys {sorted(unknown)}: allowed are {sorted(allowed)}")
-        ranks = data.get("ranks")
-        return cls(
-            experts=layer_keys("experts", data["experts"]),
-            num_experts=data["num_experts"],
-            rule=data.get("rule", "manual"),
-            params=data.get("params", {}),
-            profile_hash=data.get("profile_hash"),
-            fingerprint=data.get("fingerprint"),
-            ranks=None if ranks is None else layer_keys("ranks", ranks),
-        )
+        given = {"rule": "manual", "params": {}} | {name: value for name, value in data.items() if name != "version"}
+        given["experts"] = layer_keys("experts", data["experts"])
+        if data.get("ranks") is not None:
+            given["ranks"] = layer_keys("ranks", data["ranks"])
+        return cls(**given)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file; a path without `.json` is a folder and gets `plan.json`."""
@@ -200,11 +189,17 @@ def select_experts(
     table = profile.counts if signal == "count" else profile.mass
     params: dict[str, Any] = {}
     if "p" in reads:
-        params["p"] = _checked_share(DEFAULT_P[rule, signal] if p is None else p)
+        p = DEFAULT_P[rule, signal] if p is None else p
+        if not 0 < p <= 1:
+            raise PlanError(f"p is {p}: it must be above 0 and at most 1, such as 0.6")
+        params["p"] = float(p)
     elif "fraction" in reads:
-        params |= _budget(rule, num_layers, num_experts, fraction, experts_per_layer, budget)
+        params |= _budget(rule, (num_layers, num_experts), fraction, experts_per_layer, budget)
     if "fillers" in reads:
-        params["fillers"] = _checked_fillers(fillers, params["experts_per_layer"])
+        kept = params["experts_per_layer"]
+        params["fillers"] = kept // 2 if fillers is None else fillers
+        if not _is_int(params["fillers"]) or not 0 <= params["fillers"] <= kept:
+            raise PlanError(f"fillers is {fillers!r}: it must be an integer from 0 to the {kept} experts of a layer")
     if "signal" in reads:
         params["signal"] = signal
     if "seed" in reads:
@@ -226,25 +221,15 @@ def select_experts(
         table = table / profile.num_tokens
         _tell_unreached(profile.layers, table, params["p"])
     chosen = RULES[rule](table, params)
-    return ExpertPlan(
-        experts={layer: tuple(sorted(ids)) for layer, ids in zip(profile.layers, chosen, strict=True)},
-        num_experts=num_experts,
-        rule=rule,
-        params=params,
-        profile_hash=profile.hash,
-        fingerprint=fingerprint,
-    )
+    experts = {layer: tuple(sorted(ids)) for layer, ids in zip(profile.layers, chosen, strict=True)}
+    return ExpertPlan(experts, num_experts, rule, params, profile.hash, fingerprint)
 
 
 def _budget(
-    rule: str,
-    num_layers: int,
-    num_experts: int,
-    fraction: float | None,
-    experts_per_layer: int | None,
-    budget: int | None,
+    rule: str, shape: tuple[int, int], fraction: float | None, experts_per_layer: int | None, budget: int | None
 ) -> dict[str, Any]:
-    """The budget as it was given, and as the rule reads it: experts of each layer, or of all."""
+    """The budget as it was given, and as the rule reads it: experts of each layer, or of all. shape: (L, E)"""
+    num_layers, num_experts = shape
     if budget is not None:
         if fraction is not None or experts_per_layer is not None:
             raise PlanError("give exactly one of budget, fraction and experts_per_layer")
@@ -271,20 +256,6 @@ def _budget(
 
 def _is_this_version(data: dict[str, Any]) -> bool:
     return _is_int(data.get("version")) and data["version"] == VERSION
-
-
-def _checked_share(p: Any) -> float:
-    if not 0 < p <= 1:
-        raise PlanError(f"p is {p}: it must be above 0 and at most 1, such as 0.6")
-    return float(p)
-
-
-def _checked_fillers(fillers: int | None, kept: int) -> int:
-    if fillers is None:
-        return kept // 2
-    if not _is_int(fillers) or not 0 <= fillers <= kept:
-        raise PlanError(f"fillers is {fillers!r}: it must be an integer from 0 to the {kept} experts of a layer")
-    return fillers
 
 
 def _check_shares(rule: str, layers: Sequence[int], table: Tensor) -> None:

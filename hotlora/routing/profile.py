@@ -124,12 +124,8 @@ class RoutingProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; any other path is a folder that gets `profile.safetensors`."""
-        meta = {
-            "layers": list(self.layers),
-            "num_tokens": self.num_tokens,
-            "num_experts_per_tok": self.num_experts_per_tok,
-            "source": self.source,
-        }
+        names = ("layers", "num_tokens", "num_experts_per_tok", "source")
+        meta = {name: getattr(self, name) for name in names}
         tensors = {"counts": self.counts.contiguous(), "mass": self.mass.contiguous()}
         save_tensors(file_in(path, "profile.safetensors"), tensors, meta, format=FORMAT, version=VERSION)
 
@@ -141,13 +137,9 @@ class RoutingProfile:
         tensors, meta = load_tensors(file, format=FORMAT, version=VERSION, what=what, fix=fix)
         try:
             return cls(
-                layers=tuple(meta["layers"]),
-                counts=tensors["counts"],
-                mass=tensors["mass"],
-                num_tokens=meta["num_tokens"],
-                num_experts_per_tok=meta["num_experts_per_tok"],
-                source=dict(meta["source"]),
-            )
+                tuple(meta["layers"]), tensors["counts"], tensors["mass"], meta["num_tokens"],
+                meta["num_experts_per_tok"], dict(meta["source"]),
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{file} is not a whole {what} ({error}): {fix}") from error
 

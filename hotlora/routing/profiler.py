@@ -65,16 +65,10 @@ def profile_examples(
 
 
 def _profile(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
-    progress: bool,
-    source: Mapping[str, Any] | None,
-    *,
-    per_example: bool,
-    share_out: bool = False,
-) -> tuple[RoutingProfile, Tensor]:
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: bool, source: Mapping[str, Any] | None,
+    *, per_example: bool, share_out: bool = False,
+) -> tuple[RoutingProfile, Tensor]:  # fmt: skip
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
-
     layers = models.moe_layers(model)
     sizes = sorted({layer.num_experts for layer in layers})
     if len(sizes) > 1:
@@ -130,14 +124,8 @@ def _profile(
     assert partial or whole.all(), "a row must sum to tokens x K"
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     origin = {"fingerprint": models.fingerprint(model)} | ({"model": name} if name else {})
-    profile = RoutingProfile(
-        layers=tuple(layer.layer for layer in layers),
-        counts=counts,
-        mass=torch.stack([mass for _, mass, _ in sums]),
-        num_tokens=num_tokens,
-        num_experts_per_tok=top_k,
-        source=origin | dict(source or {}),
-    )
+    indices, mass = tuple(layer.layer for layer in layers), torch.stack([mass for _, mass, _ in sums])
+    profile = RoutingProfile(indices, counts, mass, num_tokens, top_k, origin | dict(source or {}))
     rows_XLE = torch.stack([counter.rows_to_host() for counter in counters], dim=1)
     assert not per_example or torch.equal(rows_XLE.sum(dim=0), counts), "the examples' counts must sum to the profile's"
     return profile, rows_XLE
@@ -215,7 +203,6 @@ class _Counter:
 
 def _sum_over_processes(counters: Sequence[_Counter]) -> None:
     """Gives every process the sums of all, in integers: exact, whatever the order."""
-
     held = [(counter.sums, counter.bad, counter.skipped) for counter in counters]
     if processes.num_processes() == 1 or any(sums is None for sums, _, _ in held):
         return  # no batch at all, in any of them
@@ -230,7 +217,6 @@ def _decoder(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
     A model that is spread over processes gathers its weights from its top: it is run in whole, with few logits.
     """
-
     if processes.is_sharded(model):
         return model, {"logits_to_keep": 1}
     get_decoder = getattr(model, "get_decoder", None)
@@ -252,12 +238,11 @@ def _checked(batch: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, T
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         raise DataError(f"batch {index} has no input_ids tensor [B, S]: give dicts as a collator makes them")
     for name in ("attention_mask", "position_ids"):
-        given = batch.get(name)
-        if given is not None and (not isinstance(given, Tensor) or given.shape != input_ids.shape):
-            raise DataError(
-                f"batch {index}: {name} must be a tensor of input_ids' shape {list(input_ids.shape)}, "
-                f"and is {list(given.shape) if isinstance(given, Tensor) else type(given).__name__}"
-            )
+        if (given := batch.get(name)) is None:
+            continue
+        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if shape != (wanted := list(input_ids.shape)):
+            raise DataError(f"batch {index}: {name} must be a tensor of input_ids' shape {wanted}, and is {shape}")
     mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
     mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     if _begin_again(position_ids, mask).any() and (mask[:, 1:] & ~mask[:, :-1]).any():
@@ -275,7 +260,6 @@ def _begin_again(position_ids: Tensor | None, mask: Tensor) -> Tensor:
 
 def _check_packing(model: nn.Module, run: nn.Module, ids: Tensor, mask: Tensor, begins: Tensor) -> None:
     """ModelError where the family does not keep two texts of a packed row apart by their positions alone."""
-
     row = int(begins.any(1).nonzero()[0])
     start, *more = begins[row].nonzero()[:, 0].tolist()
     end = more[0] if more else int(mask[row].sum())

@@ -103,40 +103,28 @@ def auto(scores: Tensor, params: Params) -> list[list[int]]:
     num_experts = scores.shape[1]
     chosen = []
     for row in _exact(scores):
-        total = sum(row)
-        above = [expert for expert, score in enumerate(row) if score * num_experts > total]
-        chosen.append(above or [0])
+        uniform = sum(row) / num_experts
+        chosen.append([expert for expert, score in enumerate(row) if score > uniform] or [0])
     return chosen
 
 
-RULES: dict[str, Rule] = {
-    "hot": hot,
-    "all": all_experts,
-    "random": random,
-    "cold": cold,
-    "global": global_hot,
-    "greedy": greedy,
-    "coverage": covering,
-    "cumulative": cumulative,
-    "hot+random": hot_and_random,
-    "scores": hot,
-    "auto": auto,
-}
 _PER_LAYER = ("fraction", "experts_per_layer")
-READS: dict[str, tuple[str, ...]] = {
-    "hot": (*_PER_LAYER, "signal"),
-    "all": _PER_LAYER,
-    "random": (*_PER_LAYER, "seed"),
-    "cold": (*_PER_LAYER, "signal"),
-    "global": (*_PER_LAYER, "signal"),
-    "greedy": (*_PER_LAYER, "budget", "signal"),
-    "coverage": ("p", "signal"),
-    "cumulative": ("p", "signal"),
-    "hot+random": (*_PER_LAYER, "fillers", "signal", "seed"),
-    "scores": (*_PER_LAYER, "scores"),
-    "auto": ("signal",),
+_RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
+    "hot": (hot, (*_PER_LAYER, "signal")),
+    "all": (all_experts, _PER_LAYER),  # a budget only where it is everything
+    "random": (random, (*_PER_LAYER, "seed")),
+    "cold": (cold, (*_PER_LAYER, "signal")),
+    "global": (global_hot, (*_PER_LAYER, "signal")),
+    "greedy": (greedy, (*_PER_LAYER, "budget", "signal")),
+    "coverage": (covering, ("p", "signal")),
+    "cumulative": (cumulative, ("p", "signal")),
+    "hot+random": (hot_and_random, (*_PER_LAYER, "fillers", "signal", "seed")),
+    "scores": (hot, (*_PER_LAYER, "scores")),
+    "auto": (auto, ("signal",)),
 }
-"""which of `select_experts`' options a rule reads; "all" takes a budget only where it is everything"""
+RULES: dict[str, Rule] = {name: rule for name, (rule, _) in _RULES.items()}
+READS: dict[str, tuple[str, ...]] = {name: reads for name, (_, reads) in _RULES.items()}
+"""which of `select_experts`' options a rule reads"""
 BY_SHARE = ("greedy", "coverage", "cumulative", "auto")
 """rules that compare shares of a layer, which one without assignments does not have"""
 

@@ -23,7 +23,6 @@ VERSION = 1
 FRACTION = 0.25  # the budget of all hot sets here
 COVERED = 0.60  # of a layer's assignments: the paper's cov60
 SUBSAMPLE, DRAWS = 0.10, 50  # MoE-Sieve s3.3
-METRICS = ("cv", "cold_share", "coverage", "entropy", "experts_for_60")
 THIRDS = ("early", "middle", "late")
 
 Study = dict[str, Any]
@@ -55,24 +54,18 @@ def study(
     """
     if not profiles:
         raise DataError("there is no profile to study: give at least one data set")
-    names = list(profiles)
-    first = profiles[names[0]]
-    for name in names:
-        _check_same_model(names[0], first, name, profiles[name])
-    examples = examples or {}
-    if unknown := sorted(set(examples) - set(names)):
-        raise DataError(f"there are examples of {', '.join(unknown)}, but profiles of {', '.join(names)}")
-    kept = experts_kept(first.num_experts, FRACTION, None)
-    datasets = {}
+    (one, first), *_ = profiles.items()
     for name, profile in profiles.items():
-        row = _metrics(profile, shared)
-        row["signals"] = signals(profile, kept)
-        if name in examples:
-            row["stability"] = stability(examples[name], kept, seed=seed)
-        datasets[name] = row
+        _check_same_model(one, first, name, profile)
+    examples = examples or {}
+    if unknown := sorted(set(examples) - set(profiles)):
+        raise DataError(f"there are examples of {', '.join(unknown)}, but profiles of {', '.join(profiles)}")
+    kept = experts_kept(first.num_experts, FRACTION, None)
+    datasets = {name: _metrics(profile, shared, kept) for name, profile in profiles.items()}
+    for name, counts in examples.items():
+        datasets[name]["stability"] = stability(counts, kept, seed=seed)
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": FORMAT, "version": VERSION,
         "settings": {
             "fraction": FRACTION, "experts_per_layer": kept, "covered": COVERED, "subsample": SUBSAMPLE,
             "draws": DRAWS, "seed": seed,
@@ -82,9 +75,7 @@ def study(
             "layers": list(first.layers), "num_experts": first.num_experts,
             "num_experts_per_tok": first.num_experts_per_tok, "shared": shared,
         },
-        "datasets": datasets,
-        "mean": _means(datasets),
-        "overlap": _overlaps(profiles, kept),
+        "datasets": datasets, "mean": _means(datasets), "overlap": _overlaps(profiles, kept),
     }  # fmt: skip
 
 
@@ -100,11 +91,7 @@ def load_study(path: Any) -> Study:
 
 
 def overlap(
-    a: RoutingProfile,
-    b: RoutingProfile,
-    *,
-    fraction: float | None = None,
-    experts_per_layer: int | None = None,
+    a: RoutingProfile, b: RoutingProfile, *, fraction: float | None = None, experts_per_layer: int | None = None
 ) -> Tensor:
     """float64 [L]: Jaccard of two profiles' hot experts, by count, in each layer (HELLoRA figure 3).
 
@@ -172,14 +159,9 @@ def stability(
     jaccard_DL = torch.stack(found)
     by_draw = jaccard_DL.mean(dim=1)
     return {
-        "examples": num_examples,
-        "subsample": size,
-        "draws": draws,
-        "mean": by_draw.mean().item(),
-        "min": by_draw.min().item(),
-        "max": by_draw.max().item(),
-        "by_layer": jaccard_DL.mean(dim=0).tolist(),
-    }
+        "examples": num_examples, "subsample": size, "draws": draws, "mean": by_draw.mean().item(),
+        "min": by_draw.min().item(), "max": by_draw.max().item(), "by_layer": jaccard_DL.mean(dim=0).tolist(),
+    }  # fmt: skip
 
 
 def thirds(num_layers: int) -> dict[str, list[int]]:
@@ -188,21 +170,16 @@ def thirds(num_layers: int) -> dict[str, list[int]]:
     return {name: part.tolist() for name, part in zip(THIRDS, parts, strict=True) if len(part)}
 
 
-def _metrics(profile: RoutingProfile, shared: float) -> dict[str, Any]:
+def _metrics(profile: RoutingProfile, shared: float, kept: int) -> dict[str, Any]:
     table = {
-        "cv": profile.layer_cv(),
-        "cold_share": profile.cold_share(),
-        "coverage": profile.coverage(fraction=FRACTION),
-        "entropy": profile.entropy(),
-        "experts_for_60": experts_for(profile),
-    }
+        "cv": profile.layer_cv(), "cold_share": profile.cold_share(), "coverage": profile.coverage(fraction=FRACTION),
+        "entropy": profile.entropy(), "experts_for_60": experts_for(profile),
+    }  # fmt: skip
     means = {name: _mean(values.tolist()) for name, values in table.items()}
     top_k, global_cv = profile.num_experts_per_tok, profile.global_cv()
     return {
         "tokens": profile.num_tokens,
-        "examples": profile.source.get("examples"),
-        "data": profile.source.get("data"),
-        "data_hash": profile.source.get("data_hash"),
+        **{name: profile.source.get(name) for name in ("examples", "data", "data_hash")},
         "profile_hash": profile.hash,
         "global_cv": global_cv,
         "layer_cv": means["cv"],
@@ -214,6 +191,7 @@ def _metrics(profile: RoutingProfile, shared: float) -> dict[str, Any]:
             third: {name: _mean(values[rows].tolist()) for name, values in table.items()}
             for third, rows in thirds(len(profile.layers)).items()
         },
+        "signals": signals(profile, kept),
     }
 
 
@@ -223,8 +201,8 @@ def _means(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     rows = list(datasets.values())
     means: dict[str, Any] = {name: _mean([row[name] for row in rows]) for name in names}
     means["ratio"] = _ratio(means["layer_cv"], means["global_cv"])
-    means["signals_jaccard"] = _mean([row["signals"]["jaccard"] for row in rows])
-    means["signals_spearman"] = _mean([row["signals"]["spearman"] for row in rows])
+    for name in ("jaccard", "spearman"):
+        means[f"signals_{name}"] = _mean([row["signals"][name] for row in rows])
     if stable := [row["stability"]["mean"] for row in rows if "stability" in row]:
         means["stability"] = _mean(stable)
     return means
@@ -235,17 +213,14 @@ def _overlaps(profiles: Mapping[str, RoutingProfile], kept: int) -> dict[str, An
     masks = [hot_mask(profile.counts, kept) for profile in profiles.values()]
     by_layer = [[_jaccard(a, b) for b in masks] for a in masks]
     jaccard_CC = np.array([[layers.mean().item() for layers in row] for row in by_layer])
-    found: dict[str, Any] = {
-        "names": list(profiles),
-        "jaccard": jaccard_CC.tolist(),
-        "by_layer": [[layers.tolist() for layers in row] for row in by_layer],
-        "order": [0],
-        "linkage": [],
-    }
+    order, tree = [0], []
     if len(masks) > 1:
-        tree = linkage(squareform(1 - jaccard_CC, checks=False), method="average", optimal_ordering=True)
-        found |= {"order": leaves_list(tree).tolist(), "linkage": tree.tolist()}
-    return found
+        joined = linkage(squareform(1 - jaccard_CC, checks=False), method="average", optimal_ordering=True)
+        order, tree = leaves_list(joined).tolist(), joined.tolist()
+    layers = [[layers.tolist() for layers in row] for row in by_layer]
+    return {
+        "names": list(profiles), "jaccard": jaccard_CC.tolist(), "by_layer": layers, "order": order, "linkage": tree
+    }  # fmt: skip
 
 
 def clusters(overlaps: Mapping[str, Any]) -> list[set[str]]:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 # TRL's own default is on, under either name; setting the older one warns in a transformers that has the
 # newer.
-_OPTIONS = {field.name for field in dataclasses.fields(SFTConfig)}
+_OPTIONS = {field.name for field in fields(SFTConfig)}
 _CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _OPTIONS)
 
 

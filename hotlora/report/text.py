@@ -1,0 +1,52 @@
+"""Numbers and tables as text: Markdown, LaTeX (booktabs), CSV. Text from others is escaped as each needs it."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..base import escape
+
+NONE = "–"
+"""In the place of a number that is not there."""
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number in a format such as ".2f"."""
+    return NONE if value is None else format(value, form)
+
+
+def p_word(p: float | None) -> str:
+    """A p value as tables have it."""
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> list[str]:
+    """A Markdown table's lines. sides: "l" or "r" for each column."""
+    rules = [{"l": "---", "r": "---:"}[side] for side in sides]
+    return [f"| {' | '.join(map(escape.markdown, row))} |" for row in (head, rules, *rows)]
+
+
+def markdown_items(texts: Iterable[str]) -> list[str]:
+    """A Markdown list's lines."""
+    return [f"- {escape.markdown(text)}" for text in texts]
+
+
+def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> list[str]:
+    """The lines of a `tabular`, for \\usepackage{booktabs}. sides: as in `markdown_table`."""
+    first, *body = (" & ".join(map(escape.latex, row)) + r" \\" for row in (head, *rows))
+    return [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", first, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+
+
+def latex_comments(texts: Iterable[str]) -> list[str]:
+    """A comment's line for each."""
+    return [f"% {escape.one_line(text)}" for text in texts]
+
+
+def csv_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """A line a row, under all names that any row has; what is None or lacks is empty."""
+    file = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: escape.csv(value) for name, value in row.items()} for row in rows)
+    return file.getvalue()
