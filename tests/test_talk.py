@@ -16,7 +16,7 @@ import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.base.records import read_record, write_record
 from hotlora.cli import main as cli
-from hotlora.evaluate.generate import Sampling, generate
+from hotlora.evaluate.generate import Sampling, answer_batches
 from hotlora.evaluate.talk import answer, prompt_ids
 from hotlora.report.card import PICTURE, write_card
 from hotlora.runs.load import find
@@ -116,8 +116,8 @@ def test_what_is_not_there_is_told(run: Path, tmp_path: Path):
 
 def test_an_answer_is_what_evaluation_writes(run: Path):
     model, tokenizer = hotlora.load(run)
-    (text,) = generate(model, tokenizer, [Example(PROMPT, "")], max_new_tokens=12)
-    assert answer(model, tokenizer, PROMPT, max_new_tokens=12) == text
+    ((written,),) = answer_batches(model, tokenizer, [Example(PROMPT, "")], max_new_tokens=12)
+    assert answer(model, tokenizer, PROMPT, max_new_tokens=12) == written.text
     drawn = [
         answer(model, tokenizer, PROMPT, max_new_tokens=12, sampling=Sampling(1, 1.5, 1.0, seed)) for seed in (1, 1, 2)
     ]
