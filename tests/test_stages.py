@@ -17,7 +17,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import HotLoraError, PlanError
-from hotlora.base.files import read_json, write_json
+from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.base.records import read_record
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import ExpertPlan
@@ -134,6 +134,13 @@ def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp
     files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "again")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     assert again["config"]["mask_hash"] == record["config"]["mask_hash"]
+    # A mask saved again is the same one, though its file has other bytes.
+    mask = SparseMask.load(tmp_path / "run")
+    files = {}
+    while len(files) < 2:
+        mask.save(tmp_path / "mask.safetensors")
+        files[sha256_file(tmp_path / "mask.safetensors")] = SparseMask.load(tmp_path / "mask.safetensors").hash
+    assert set(files.values()) == {record["config"]["mask_hash"]}
     shutil.copytree(tmp_path / "run" / "dense", tmp_path / "fresh" / "dense")
     fresh = run_method(model_folder, data, tmp_path / "fresh", **options, fresh_a=True)
     assert fresh["config"]["a_seed"] == 1 and fresh["training"]["loss_last"] != record["training"]["loss_last"]

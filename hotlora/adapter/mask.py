@@ -4,6 +4,7 @@ Drawn from a trained adapter whose A is frozen (LoRI-D), for a second training f
 kept entries alone.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..base.errors import FileError, HotLoraError
 from ..base.files import file_in
-from ..base.tensor_files import load_tensors, save_tensors
+from ..base.tensor_files import digest_of, load_tensors, save_tensors
 from .factors import SeededFactor, Slot, pack, unpack
 from .mergeable import factor_slots
 
@@ -55,8 +56,15 @@ class SparseMask:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; any other path is a folder that gets `mask.safetensors`."""
-        meta = {name: getattr(self, name) for name in ("shapes", "keep", "granularity", "a_seed", "source")}
-        save_tensors(file_in(path, "mask.safetensors"), self.packed, meta, format=_FORMAT, version=_VERSION)
+        save_tensors(file_in(path, "mask.safetensors"), self.packed, self._meta(), format=_FORMAT, version=_VERSION)
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of the content. Files of one content differ: safetensors orders metadata by chance."""
+        return digest_of(self.packed, json.dumps(self._meta()))
+
+    def _meta(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("shapes", "keep", "granularity", "a_seed", "source")}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SparseMask":

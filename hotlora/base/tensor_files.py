@@ -21,7 +21,7 @@ def save_tensors(
 ) -> None:
     """Writes a file with the tensors, and in its metadata `format`, `version`, `meta` as JSON, and the SHA-256."""
     text = json.dumps(meta)
-    head = {"format": format, "version": version, "json": text, "sha256": _digest(tensors, text)}
+    head = {"format": format, "version": version, "json": text, "sha256": digest_of(tensors, text)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, head)
 
@@ -46,7 +46,7 @@ def load_tensors(
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}
             text = head["json"]
         # Older files have none.
-        if head.get("sha256", found := _digest(tensors, text)) != found:
+        if head.get("sha256", found := digest_of(tensors, text)) != found:
             raise FileError(f"{file} is damaged: its content is not what was written (another SHA-256): {fix}")
         meta = json.loads(text)
     except (OSError, SafetensorError, KeyError, *JSON_ERRORS) as error:
@@ -58,7 +58,7 @@ def load_tensors(
     return tensors, meta
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+def digest_of(tensors: Mapping[str, Tensor], text: str) -> str:
     """Hex SHA-256 of the JSON and of every tensor's name, dtype, shape and values, by name."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):

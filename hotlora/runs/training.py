@@ -17,6 +17,7 @@ from transformers import set_seed
 from ..adapter.config import HotLoraConfig
 from ..adapter.count import count_parameters
 from ..adapter.load import WEIGHTS_FILE
+from ..adapter.mask import SparseMask
 from ..adapter.quantize import quantized_parameters
 from ..base.errors import DataError
 from ..base.files import atomic_folder, file_in, sha256_file
@@ -133,7 +134,7 @@ class _Run:
             "profile_hash": RoutingProfile.load(options.profile).hash if options.profile else None,
             "plan_hash": self.plan.hash if self.plan else None,
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
-            "mask_hash": sha256_file(file_in(options.mask, "mask.safetensors")) if options.mask is not None else None,
+            "mask_hash": SparseMask.load(options.mask).hash if options.mask is not None else None,
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in options.on_top_of],
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
