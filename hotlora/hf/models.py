@@ -182,6 +182,7 @@ def load_model(
     device: str | torch.device = "auto",
     quantization_config: Any = None,
     distributed_config: Any = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model with MoE layers, in eval mode.
 
@@ -192,6 +193,7 @@ def load_model(
         device: "auto" is cuda if there is one, else the CPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
+        attn_implementation: as transformers takes it; None: its choice.
         distributed_config: transformers' DistributedConfig: how the weights, which are frozen then, are spread over
             processes, each of which reads its own part.
 
@@ -215,6 +217,7 @@ def load_model(
             dtype=dtype,
             trust_remote_code=False,
             quantization_config=quantization_config,
+            attn_implementation=attn_implementation,
             **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
         )
         if model.dtype == torch.float64:

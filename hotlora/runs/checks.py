@@ -17,7 +17,7 @@ from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, 
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
 from ..train.reprofile import LEFT
-from ..train.trainer import check_report_to
+from ..train.trainer import check_optim, check_report_to
 from .options import RunOptions
 
 
@@ -32,6 +32,7 @@ def check_run(options: RunOptions) -> None:
     """
     check_sizes(eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every)
     check_report_to(options.report_to)
+    check_optim(options.optim)
     checked_device(options.device)
     checked_dtype(options.dtype)
     experts_in(options.quantize)

@@ -29,6 +29,7 @@ class LoadOptions(Options):
         "float32, bfloat16 or float16; auto: the checkpoint's own on a GPU, float32 on the CPU.", "auto"
     )
     device: str = option("cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU.", "auto", resume=None)
+    attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option("Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).", None)
     keep_hot: bool = option(
         "With --quantize: store the cold experts so, and leave the adapted ones.", False, resume=None
@@ -39,7 +40,7 @@ class LoadOptions(Options):
 
     def loading(self) -> dict[str, Any]:
         """What `folder.load_base` takes beside the model."""
-        names = ("on_top_of", "dtype", "device", "quantize", "expert_parallel")
+        names = ("on_top_of", "dtype", "device", "attn_implementation", "quantize", "expert_parallel")
         return {name: getattr(self, name) for name in names}
 
 
@@ -55,6 +56,9 @@ class RunOptions(LoadOptions, Selection, TrainConfig):
         "completion, or messages.", flags=("--data", "-d"),
     )  # fmt: skip
     test_data: str | None = option("Held-out data, for its response loss; a task has its own.", None)
+    test_split: float | None = option(
+        "Hold out this share of the training data; a hash of each prompt says which rows.", None
+    )
     limit: int | None = option("Use at most so many examples, the same ones for every seed.", None, resume=None)
     test_limit: int | None = option("The same for the held-out data.", None, resume=None)
     evaluate: bool = option("Score a task after training.", True)
@@ -94,6 +98,12 @@ class RunOptions(LoadOptions, Selection, TrainConfig):
         super().__post_init__()
         if not 0 < self.profile_fraction <= 1:
             raise DataError(f"profile_fraction = {self.profile_fraction} is out of range: it must be in (0, 1].")
+        if self.test_split is not None and not 0 < self.test_split < 1:
+            raise DataError(f"test_split = {self.test_split} is out of range: it must be a share between 0 and 1.")
+        if self.test_split is not None and self.test_data is not None:
+            raise DataError("test_data is held out already: leave test_split out.")
+        if self.load_best and self.reprofile_every is not None:
+            raise HotLoraError("with re-profiling the best weights may be other experts': leave load_best out.")
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.plan is not None and (budgets or self.profile is not None):
             raise PlanError("A plan names its experts already: leave out profile, fraction and every other budget.")
@@ -126,6 +136,7 @@ class EvalOptions(LoadOptions):
     merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
     limit: int | None = option("Use at most so many examples, the same ones every time.", None)
     batch_size: int = option("Prompts that are answered at a time.", 64)
+    attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training).", None
     )

@@ -235,7 +235,7 @@ def _scoring(
 def _profile_job(options: RunOptions, output: Path) -> Job | None:
     """What makes the profile that runs share; None where a run profiles another model than the base, or none."""
     own = options.plan or options.profile or options.on_top_of or options.full or options.warmup != "none"
-    if own:
+    if own or options.test_split is not None:  # the rows that are held out are not profiled
         return None
     settings = {name: getattr(options, name) for name in _PROFILE}
     digest = hashlib.sha256(json.dumps(settings, default=os.fspath).encode()).hexdigest()[:8]

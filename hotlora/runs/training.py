@@ -5,7 +5,7 @@ Run again with the same options, it goes on from where it was stopped; once done
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,7 @@ from ..routing.profiler import profile_routing
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
+from ..tasks.split import held_out
 from ..train.config import TrainConfig
 from ..train.reprofile import Reprofiling
 from ..train.trainer import check_family, train
@@ -119,18 +120,22 @@ class _Run:
         self.tokenizer = load_tokenizer(options.model)
         now = data_time(output)
         self.examples = load_examples(options.data, "train", limit=options.limit, tokenizer=self.tokenizer, now=now)
-        held_out = test_source(options.data, options.test_data)
-        self.task = task_of(held_out) if held_out else None
-        self.test = (
-            load_examples(held_out, "test", limit=options.test_limit, tokenizer=self.tokenizer, now=now)
-            if held_out
-            else []
-        )
+        source = test_source(options.data, options.test_data)
+        self.task = task_of(source) if source else None
+        self.test: list[Example] = []
+        if source and options.test_split is not None:
+            raise DataError(f"{source} holds out rows of its own: leave test_split out.")
+        if source:
+            self.test = load_examples(source, "test", limit=options.test_limit, tokenizer=self.tokenizer, now=now)
+        elif options.test_split is not None:
+            self.examples, self.test = held_out(self.examples, options.test_split)
+        if options.eval_steps is not None and not any(example.completion for example in self.test):
+            raise DataError("eval_steps takes a held-out loss: give test_data or test_split.")
         self.plan = ExpertPlan.load(options.plan) if options.plan is not None else None
         template = template_source(self.tokenizer, (*self.examples, *self.test))
         self.identity = {
             **options.recorded(), "scores": None if options.scores is None else str(options.scores),
-            "data_hash": data_hash(self.examples), "test_data": held_out, "test_hash": data_hash(self.test),
+            "data_hash": data_hash(self.examples), "test_data": source, "test_hash": data_hash(self.test),
             "profile_hash": RoutingProfile.load(options.profile).hash if options.profile else None,
             "plan_hash": self.plan.hash if self.plan else None,
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
@@ -183,6 +188,7 @@ class _Run:
         result = train(
             model, self.tokenizer, self.dataset, options, self.output,
             identity={**self.identity, "plan_hash": self.plan.hash if self.plan else None},
+            held_out_loss=self._held_out_loss(model) if options.eval_steps is not None else None,
             callbacks=[] if moving is None else [moving], progress=self.progress,
         )  # fmt: skip
         if moving is not None:
@@ -207,6 +213,11 @@ class _Run:
         if self.task is not None and self.task.kind != "text" and options.evaluate:
             evaluation = _evaluate(model, self.tokenizer, self.task, self.test, **scoring)
             record["evaluation"] = save_evaluation(evaluation, self.output)
+
+    def _held_out_loss(self, model: Any) -> Callable[[], float]:
+        held, size = self.held, self.options.eval_batch_size
+        assert held is not None
+        return lambda: response_loss(model, self.tokenizer, held, share_out=True, batch_size=size)
 
     def _load(self, plan: ExpertPlan | None) -> Any:
         keep = plan.experts if plan and self.options.keep_hot else None

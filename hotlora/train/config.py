@@ -26,7 +26,7 @@ class TrainConfig(Options):
     learning_rate: float = option("Peak rate of AdamW.", 4e-4, panel=_TRAINING)
     lr_scheduler: str = option(
         "constant, constant_with_warmup, linear or cosine (the last two fall to 0).",
-        "constant_with_warmup", panel=_TRAINING,
+        "constant_with_warmup", panel=_TRAINING, flags=("--lr-scheduler", "--lr-scheduler-type"),
     )  # fmt: skip
     warmup_ratio: float = option(
         "Share of the steps over which the rate rises from 0; not used by constant.", 0.03, panel=_TRAINING
@@ -41,6 +41,18 @@ class TrainConfig(Options):
     save_steps: int = option(
         "Optimizer steps between checkpoints; the last step always has one.", 100, panel=_TRAINING, resume="free"
     )
+    eval_steps: int | None = option(
+        "Optimizer steps between held-out losses, which need --test-data, --test-split or a task's own.", None,
+        panel=_TRAINING,
+    )  # fmt: skip
+    load_best: bool = option(
+        "End with the weights of the lowest held-out loss, in place of the last ones.", False, panel=_TRAINING
+    )
+    early_stopping_patience: int | None = option(
+        "End after so many held-out losses in a row that are no lower than the best.", None, panel=_TRAINING
+    )
+    optim: str = option("An optimizer by transformers' name, as adamw_8bit.", "adamw_torch_fused", panel=_TRAINING)
+    neftune_noise_alpha: float | None = option("Noise on the embeddings in training (NEFTune).", None, panel=_TRAINING)
     seed: int = option("Of everything random: the adapter's start, the order of the data, dropout.", 0)
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass: less memory, slower.", False, panel=_TRAINING
@@ -81,7 +93,8 @@ class TrainConfig(Options):
         positive = (
             "epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "save_steps", "r", "lora_alpha",
         )  # fmt: skip
-        for name in (*positive, *(("max_steps",) if self.max_steps is not None else ())):
+        if_given = ("max_steps", "eval_steps", "early_stopping_patience", "neftune_noise_alpha")
+        for name in (*positive, *(name for name in if_given if getattr(self, name) is not None)):
             self._check(name, 0 < getattr(self, name) < math.inf, "more than 0")
         for name in ("weight_decay", "max_grad_norm", "aux_loss_coef"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
@@ -90,6 +103,8 @@ class TrainConfig(Options):
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
         self._check("adam_beta2", 0 < self.adam_beta2 < 1, "in (0, 1)")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        if self.eval_steps is None and (self.load_best or self.early_stopping_patience is not None):
+            raise HotLoraError("load_best and early_stopping_patience go by held-out losses: give eval_steps, too.")
         self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
 
     def _check(self, name: str, good: bool, allowed: str) -> None:

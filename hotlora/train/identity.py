@@ -36,6 +36,8 @@ _BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
 def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same."""
     new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
+    # A run that was begun before there was an option had its default.
+    old = {field.name: field.default for field in fields(TrainConfig) if field.name in new} | dict(old)
     if found := differences(old, new):
         raise HotLoraError(
             f"{folder} holds another run: {', '.join(found)} (now against then). Give the same options to go on with "

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import DataError, FileError, HotLoraError, Stopped
@@ -38,6 +39,7 @@ from .as_loaded import LoadedConfigs
 from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
+from .validation import Validation
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +57,9 @@ class TrainResult:
         loss_first, loss_last: mean response loss (nats a token) of the first and the last step's batch.
         tokens: non-padding tokens read, prompts included.
         resumed_from: the step that this process went on from; 0 where it began.
-        metrics: the JSON lines file with step, loss, learning_rate, grad_norm, tokens, epoch and seconds.
+        metrics: the JSON lines file with step, loss, learning_rate, grad_norm, tokens, epoch and seconds, and eval_loss
+            where it was taken.
+        best_step, best_eval_loss: of the lowest held-out loss, where there were any.
     """
 
     steps: int
@@ -67,6 +71,8 @@ class TrainResult:
     peak_memory_bytes: int | None
     resumed_from: int
     metrics: Path
+    best_step: int | None = None
+    best_eval_loss: float | None = None
 
 
 def train(
@@ -77,6 +83,7 @@ def train(
     output_dir: str | Path,
     *,
     identity: dict[str, Any] | None = None,
+    held_out_loss: Callable[[], float] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = False,
 ) -> TrainResult:
@@ -93,6 +100,7 @@ def train(
         output_dir: gets `checkpoints/`, `metrics.jsonl` and `train.json` (the resolved options).
         identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash,
         …).
+        held_out_loss: what `config.eval_steps` takes, in nats a response token.
         progress: whether to show a progress bar.
 
     Raises:
@@ -109,6 +117,7 @@ def train(
             config,
             Path(output_dir),
             identity=identity,
+            held_out_loss=held_out_loss,
             callbacks=callbacks,
             progress=progress,
         )
@@ -122,6 +131,7 @@ def _train(
     output: Path,
     *,
     identity: dict[str, Any] | None,
+    held_out_loss: Callable[[], float] | None,
     callbacks: Sequence[TrainerCallback],
     progress: bool,
 ) -> TrainResult:
@@ -149,12 +159,21 @@ def _train(
     reset_peak_memory()
     recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
     stopping = guard.StopOnSignal()
+    validation = None
+    if held_out_loss is not None and config.eval_steps is not None:
+        validation = Validation(
+            held_out_loss, every=config.eval_steps, folder=output, rows=rows, keep_best=config.load_best,
+            patience=config.early_stopping_patience,
+        )  # fmt: skip
+        callbacks = [*callbacks, validation]
     ours: list[TrainerCallback] = [recorder, stopping, *([_ProgressBar()] if progress else [])]
     configs = LoadedConfigs(model)
     try:
         trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
-        trainer.configs = configs
+        trainer.configs, trainer.validation = configs, validation
         _run(trainer, checkpoint, stopping, callbacks)
+        if validation is not None:
+            validation.restore(model)
     finally:
         configs.restore()
 
@@ -172,6 +191,8 @@ def _train(
         steps=rows[-1]["step"], loss_first=rows[0]["loss"], loss_last=rows[-1]["loss"], tokens=tokens,
         seconds=seconds, tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
+        best_step=validation.best_step if validation else None,
+        best_eval_loss=validation.found[validation.best_step] if validation and validation.best_step else None,
     )  # fmt: skip
 
 
@@ -193,7 +214,8 @@ def _run(
     """Trains to the end, from `checkpoint` on."""
     folder, start = Path(str(trainer.args.output_dir)), checkpoints.step_of(checkpoint)
     with quiet(), on_stop(stopping.ask), checkpoints.told_when_full(folder):
-        if checkpoint and start >= read_json(checkpoint / "trainer_state.json")["max_steps"]:
+        ended = trainer.validation is not None and trainer.validation.is_over
+        if checkpoint and (ended or start >= read_json(checkpoint / "trainer_state.json")["max_steps"]):
             # Killed after the last step. transformers would train one step more.
             trainer._load_from_checkpoint(str(checkpoint), trainer.model)
             trainer.state.global_step = start
@@ -230,7 +252,8 @@ def make_trainer(
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=config.optim,
+        neftune_noise_alpha=config.neftune_noise_alpha,
         seed=config.seed,
         data_seed=config.seed,
         bf16=bf16,  # autocast follows the base model: adapters are float32 on it
@@ -276,6 +299,12 @@ def make_trainer(
     return trainer
 
 
+def check_optim(name: str) -> None:
+    """HotLoraError: transformers has no such optimizer."""
+    if name not in (known := sorted(optimizer.value for optimizer in OptimizerNames)):
+        raise HotLoraError(f"optim = {name!r} does not exist: choose one of {', '.join(known)}.")
+
+
 def check_report_to(name: str) -> None:
     """HotLoraError: no such tracker, or its package is not installed."""
     if name == "none":
@@ -297,6 +326,7 @@ class _Trainer(SFTTrainer):
     examples: Dataset
     batches: list[Any]
     configs: LoadedConfigs | None = None
+    validation: Validation | None = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         own = map(self._own_rows, epoch_iterator)
@@ -327,6 +357,8 @@ class _Trainer(SFTTrainer):
         wrong = guard.not_finite(logs) if "loss" in logs and not self.accelerator.optimizer_step_was_skipped else None
         if wrong:
             self._end(f"{wrong}, in the batch of")
+        if self.validation is not None and "loss" in logs and self.state.global_step in self.validation.found:
+            logs = {**logs, "eval_loss": self.validation.found[self.state.global_step]}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -439,6 +471,8 @@ class _Recorder(TrainerCallback):
             **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")},
         }
         row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
+        if "eval_loss" in logs:
+            row["eval_loss"] = logs["eval_loss"]
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
         with append_to(self.path) as file:
             file.write(json.dumps(row) + "\n")
@@ -458,15 +492,20 @@ class _ProgressBar(TrainerCallback):
 
         self.bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[held_out]}"),
             TimeRemainingColumn(), console=Console(stderr=True), transient=True,
             disable=not state.is_world_process_zero,
         )  # fmt: skip
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="-")
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="-", held_out=""
+        )
         self.bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
+            if "eval_loss" in logs:
+                self.bar.update(self.task, held_out=f"held-out {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()

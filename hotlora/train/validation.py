@@ -1,0 +1,93 @@
+"""The held-out loss during training: in the metrics, for the best adapter, and to stop where it gets no better."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from ..base.errors import FileError
+from ..base.files import atomic_path
+from ..base.processes import is_main, wait_for_all
+from ..base.signals import say
+
+_NAME = re.compile(r"best-(\d+)\.safetensors")
+
+
+class Validation(TrainerCallback):
+    """Takes `loss()` after every `every` optimizer steps.
+
+    Args:
+        rows: of the metrics of a run that is resumed, up to its checkpoint.
+        folder: gets best-STEP.safetensors, the trained weights after the best step, if `keep_best`.
+        patience: evaluations in a row without a lower loss, after which training ends; None: it goes on.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[], float],
+        *,
+        every: int,
+        folder: Path,
+        rows: Sequence[Mapping[str, Any]] = (),
+        patience: int | None = None,
+        keep_best: bool = False,
+    ) -> None:
+        self.loss, self.every, self.folder, self.patience, self.keep_best = loss, every, folder, patience, keep_best
+        self.found = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
+        """step -> held-out loss, nats a response token"""
+
+    @property
+    def best_step(self) -> int | None:
+        """The first step of the lowest loss; None before there is one."""
+        return min(self.found, key=lambda step: (self.found[step], step), default=None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last `patience` evaluations were no better than the best one before them."""
+        if self.patience is None or self.best_step is None:
+            return False
+        return sum(step > self.best_step for step in self.found) >= self.patience
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step = state.global_step
+        if step % self.every and step < state.max_steps:
+            return
+        self.found[step] = self.loss()
+        if self.keep_best and self.best_step == step and is_main():
+            with atomic_path(self._file(step)) as temporary:
+                save_file({name: p.detach().contiguous() for name, p in _trained(model).items()}, temporary)
+        if self.is_over:
+            say(f"the held-out loss is lowest after step {self.best_step}; training ends after step {step}")
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that is resumed from this checkpoint needs the best weights until here, and no others."""
+        if is_main():
+            for file in self.folder.glob("best-*.safetensors"):
+                if _NAME.fullmatch(file.name) and file != self._file(self.best_step):
+                    file.unlink()
+
+    def restore(self, model: nn.Module) -> None:
+        """Gives the model its weights after the best step. FileError: their file is gone."""
+        wait_for_all()
+        if not self.keep_best or self.best_step in (None, max(self.found)):
+            return
+        file = self._file(self.best_step)
+        if not file.is_file():
+            raise FileError(f"{file} is gone, which held the best weights: leave --load-best out, or train again.")
+        best = load_file(file)
+        with torch.no_grad():
+            for name, parameter in _trained(model).items():
+                parameter.copy_(best[name].to(parameter.device))
+
+    def _file(self, step: int | None) -> Path:
+        return self.folder / f"best-{step}.safetensors"
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,174 @@
+"""Held-out losses during training: what is written, which weights are kept, when it ends, also where it was killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import run_options, run_training
+from safetensors.torch import load_file
+from tiny import tiny_model
+from tiny_tokenizer import byte_tokenizer
+
+import hotlora
+from hotlora.base.errors import DataError, HotLoraError
+from hotlora.evaluate.score import response_loss
+from hotlora.runs import training
+from hotlora.tasks import Example
+from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.split import held_out
+
+TOKENIZER = byte_tokenizer()
+SHORT = {
+    "max_steps": 8, "batch_size": 4, "save_steps": 3, "r": 4, "lora_alpha": 8, "max_length": 64, "eval_steps": 2,
+    "lr_scheduler": "constant",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Training rows, and held-out rows that say the opposite: after some steps their loss grows."""
+    folder = tmp_path_factory.mktemp("rows")
+    for name, answer in (("train", " yes it is"), ("test", " q!#~ 0^Z")):
+        rows = [{"prompt": f"is {i} a number?", "completion": answer} for i in range(24)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "train.jsonl"), str(folder / "test.jsonl")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def held_out_loss(run: Path, data: tuple[str, str]) -> float:
+    model, tokenizer = hotlora.load(run)
+    return response_loss(model, tokenizer, tokenize(load_examples(data[1]), tokenizer, 64), batch_size=64)
+
+
+def test_losses_are_written_and_training_is_not_touched(model_folder, data, tmp_path):
+    record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **SHORT)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4, 6, 8]
+    assert rows[-1]["eval_loss"] == record["training"]["test_loss"]
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert (record["training"]["best_step"], record["training"]["best_eval_loss"]) == (best, losses[best])
+    plain = {**SHORT, "eval_steps": None}
+    run_training(model_folder, data[0], tmp_path / "plain", test_data=data[1], **plain)
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "plain")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_best_weights_are_kept(model_folder, data, tmp_path):
+    options = {**SHORT, "max_steps": 30, "learning_rate": 2e-2, "load_best": True}
+    record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options)
+    losses = {row["step"]: row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 30 and losses[30] > losses[best], "or this shows nothing"
+    assert record["training"]["best_step"] == best and record["training"]["test_loss"] == losses[best]
+    assert held_out_loss(tmp_path / "run", data) == pytest.approx(losses[best], rel=1e-6)
+    assert [path.name for path in (tmp_path / "run").glob("best-*")] == [f"best-{best}.safetensors"]
+
+
+def test_it_ends_where_the_loss_gets_no_better(model_folder, data, tmp_path):
+    options = {**SHORT, "max_steps": 40, "learning_rate": 2e-2, "early_stopping_patience": 2}
+    record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options)
+    losses = {row["step"]: row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row}
+    best, last = min(losses, key=losses.__getitem__), max(losses)
+    assert last == best + 4 == record["training"]["steps"] < 40
+    assert run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options) == record
+
+
+@pytest.mark.parametrize("dies_at", [3, 6, 7])
+def test_a_killed_run_ends_as_a_calm_one(model_folder, data, tmp_path, monkeypatch, dies_at):
+    """Between evaluations, in the one that ends training, and after that: while the whole is scored."""
+    options = {
+        **SHORT, "max_steps": 40, "learning_rate": 2e-2, "early_stopping_patience": 2, "load_best": True,
+        "test_data": data[1], "save_steps": 3,
+    }  # fmt: skip
+    calm = run_training(model_folder, data[0], tmp_path / "calm", **options)
+    evaluations = len([row for row in metrics(tmp_path / "calm") if "eval_loss" in row])
+    calls, real = [0], training.response_loss
+
+    def dying(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == dies_at + 1:  # the first is before training
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "response_loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(model_folder, data[0], tmp_path / "killed", **options)
+    again = run_training(model_folder, data[0], tmp_path / "killed", **options)
+    assert evaluations == 6, "where it dies goes by it"
+    for key in ("steps", "best_step", "best_eval_loss", "test_loss", "loss_last"):
+        assert again["training"][key] == calm["training"][key], key
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "calm")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"load_best": True}, HotLoraError, "give eval_steps"),
+        ({"early_stopping_patience": 2}, HotLoraError, "give eval_steps"),
+        ({"eval_steps": 0}, HotLoraError, "eval_steps = 0 is out of range"),
+        ({"eval_steps": 2}, DataError, "give test_data or test_split"),
+        ({"test_split": 1.5}, DataError, "test_split = 1.5 is out of range"),
+        ({"test_split": 0.1, "test_data": "x"}, DataError, "leave test_split out"),
+        ({"test_split": 0.1, "data": "nano-math"}, DataError, "holds out rows of its own"),
+        ({"test_split": 1e-9}, DataError, "leaves none held out"),
+        ({"optim": "adam_of_mine"}, HotLoraError, "optim = 'adam_of_mine' does not exist"),
+        ({"eval_steps": 2, "load_best": True, "reprofile_every": 2}, HotLoraError, "leave load_best out"),
+    ],
+)
+def test_wrong_options_are_told_before_a_model_is_loaded(
+    model_folder, data, tmp_path, monkeypatch, options, error, message
+):
+    monkeypatch.setattr(training, "load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(error, match=message):
+        run_training(model_folder, **{"data": data[0], "output": tmp_path / "run", **options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_held_out_by_their_prompts():
+    rows = [Example(f"question {i % 400}", f" {i}") for i in range(800)]
+    train, test = held_out(rows, 0.1)
+    assert len(train) + len(test) == 800 and 0.05 < len(test) / 800 < 0.15
+    assert not {row.prompt for row in train} & {row.prompt for row in test}
+    more_train, more_test = held_out([*rows, *(Example(f"new {i}", "") for i in range(50))], 0.1)
+    assert more_train[: len(train)] == train and more_test[: len(test)] == test
+
+
+def test_a_run_with_rows_held_out(model_folder, data, tmp_path):
+    record = run_training(model_folder, data[0], tmp_path / "run", test_split=0.3, **SHORT)
+    train, test = held_out(load_examples(data[0]), 0.3)
+    assert (record["data"]["train"], record["data"]["test"]) == (len(train), len(test))
+    assert record["training"]["test_loss"] < record["training"]["test_loss_before"]
+    assert run_options(model_folder, data[0], test_split=0.3).recorded()["test_split"] == 0.3
+
+
+def test_other_optimizers_noise_and_attention(model_folder, data, tmp_path):
+    """Under transformers' names: what they do is seen in what is trained."""
+    found = {}
+    for name, options in (
+        ("plain", {}), ("sgd", {"optim": "sgd"}), ("noise", {"neftune_noise_alpha": 5.0}),
+        ("eager", {"attn_implementation": "eager"}),
+    ):  # fmt: skip
+        short = {**SHORT, "eval_steps": None, "max_steps": 2}
+        run_training(model_folder, data[0], tmp_path / name, **short, **options)
+        found[name] = torch.cat([tensor.flatten() for _, tensor in sorted(weights(tmp_path / name).items())])
+    assert (found["sgd"] - found["plain"]).abs().max() > 1e-4
+    assert 0 < (found["noise"] - found["plain"]).abs().max()
+    torch.testing.assert_close(found["eager"], found["plain"], rtol=0, atol=2e-2)
