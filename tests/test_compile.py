@@ -47,6 +47,15 @@ def test_the_layer_is_one_graph(layout, dtype):
     assert_same(ours, output_and_gradients(routed_experts, experts, *inputs, factors), 1e-6)
 
 
+def test_so_it_is_with_a_scaling_of_each_expert():
+    experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
+    scaling = torch.tensor([2.0, 1 / 3, 5.0], dtype=torch.float64)
+    factors = replace(make_factors([1, 3, 6], 8, torch.float32), scaling=scaling)
+    compiled = torch.compile(routed_experts, fullgraph=True, backend=BACKEND)
+    ours = output_and_gradients(compiled, experts, *inputs, factors)
+    assert_same(ours, output_and_gradients(routed_experts, experts, *inputs, factors), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_so_it_is_with_weights_that_train(dtype):
     experts, inputs = make_experts(dtype), make_inputs(dtype)

@@ -1,7 +1,7 @@
 """HotLoRA as a PEFT adapter: LoRA on a plan's experts, and on attention, routers and shared experts.
 
 `peft.get_peft_model(model, HotLoraConfig(plan=plan))` is plain PEFT. Attention and shared experts get PEFT's
-own `lora.Linear`; the planned experts and the routers get the layers in `layers`.
+own `lora.Linear`; the planned experts and the routers get the layers in `experts` and `raw_weights`.
 """
 
 import dataclasses

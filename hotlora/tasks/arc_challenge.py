@@ -11,14 +11,14 @@ A row of ``ARC-Challenge-Test.jsonl`` (allenai.org/data/arc, CC BY-SA 4.0)::
 The hub's ``allenai/ai2_arc`` holds ``"question": "An astronomer …", "choices": {"text": […], "label": […]}``
 in place of the second. OLMo's copy holds ``"query": "Question: …\\nAnswer:", "choices": […], "label": 2``.
 
-Prompt and choices are lm-eval's: the answers' texts, not their letters.
+There are 1,119 train and 1,172 test questions. Prompt and choices are lm-eval's: the answers' texts, not their letters.
 """
 
 from typing import Any
 
 from ..base.errors import DataError
 from .choices import choice_example
-from .rows import Row, load_rows, need, need_text
+from .rows import Row, need, need_text, published
 from .task import Example, Task
 
 HUB_ID = "allenai/ai2_arc"
@@ -57,11 +57,4 @@ def _columns(row: Row) -> list[tuple[Any, Any]]:
     return list(zip(texts, labels, strict=True))
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
-    """1,119 train and 1,172 test questions: the hub, a file, or a folder with the published files."""
-    TASK.check_split(split)
-    rows = load_rows("arc_challenge", source, HUB_ID, "ARC-Challenge", _FILES[split], split)
-    return [example(row) for row in rows]
-
-
-TASK = Task("arc_challenge", "choice", "acc_norm", load)
+TASK = Task("arc_challenge", "choice", "acc_norm", published("arc_challenge", HUB_ID, "ARC-Challenge", _FILES, example))

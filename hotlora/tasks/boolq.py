@@ -10,12 +10,12 @@ The rows of the hub's ``aps/super_glue`` (boolq) hold ``"passage": "Ethanol fuel
 ``"label": 0`` (no) in place of title and answer. OLMo's copy holds ``"query": "Ethanol fuel -- All biomass goes
 …\\nQuestion: does ethanol …?\\nAnswer:", "choices": ["yes", "no"], "label": 1``. All become lm-eval's
 prompt; a row without a title has none there. The published test labels are hidden, so the split "test" is the
-development split, as everywhere.
+development split, as everywhere: 9,427 train and 3,270 development questions.
 """
 
 from ..base.errors import DataError
 from .choices import choice_example
-from .rows import Row, load_rows, need, need_text
+from .rows import Row, need, need_text, published
 from .task import Example, Task
 
 HUB_ID = "aps/super_glue"
@@ -41,11 +41,4 @@ def example(row: Row) -> Example:
     return choice_example(row, f"{passage}\nQuestion: {question}?\nAnswer:", CHOICES, label, "answers")
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
-    """9,427 train and 3,270 development questions: the hub, a file, or a folder with the published files."""
-    TASK.check_split(split)
-    rows = load_rows("boolq", source, HUB_ID, "boolq", _FILES[split], {"test": "validation"}.get(split, split))
-    return [example(row) for row in rows]
-
-
-TASK = Task("boolq", "choice", "acc", load)
+TASK = Task("boolq", "choice", "acc", published("boolq", HUB_ID, "boolq", _FILES, example, {"test": "validation"}))

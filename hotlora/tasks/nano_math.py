@@ -14,10 +14,10 @@ from .task import Example, Task
 NUM_ROWS = {"train": 2000, "test": 200}
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def read(split: str, source: str | None, limit: int | None, seed: int) -> list[Example]:
     """`limit` rows (2,000 train, 200 test unless given) drawn by `seed`; no question is in both splits."""
     rows = math.rows(split, limit or NUM_ROWS.get(split, 1), seed)
     return [gsm8k.example(Row(f"nano-math {split} row {i}", row)) for i, row in enumerate(rows, start=1)]
 
 
-TASK = Task("nano-math", "generate", "exact_match", load, gsm8k.score, max_new_tokens=64, stop=gsm8k.STOP)
+TASK = Task("nano-math", "generate", "exact_match", read, gsm8k.score, max_new_tokens=64, stop=gsm8k.STOP)

@@ -25,7 +25,7 @@ def _databases() -> tuple[Path, tempfile.TemporaryDirectory]:
     return sql.write_databases(Path(folder.name)), folder
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def read(split: str, source: str | None, limit: int | None, seed: int) -> list[Example]:
     """`limit` rows (2,000 train, 200 test unless given) drawn by `seed`; no database is in both splits."""
     rows = sql.rows(split, limit or NUM_ROWS.get(split, 1), seed)
     folder, _ = _databases()
@@ -36,4 +36,4 @@ def load(split: str, source: str | None = None, limit: int | None = None, seed: 
     ]
 
 
-TASK = Task("nano-sql", "generate", "execution_accuracy", load, spider.score, max_new_tokens=64, stop=spider.STOP)
+TASK = Task("nano-sql", "generate", "execution_accuracy", read, spider.score, max_new_tokens=64, stop=spider.STOP)

@@ -38,9 +38,8 @@ def labels_beside(place: str) -> list[str] | None:
     return labels.read_text(encoding="utf-8").split() if labels.is_file() else None
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+def read(split: str, source: str | None, limit: int | None, seed: int) -> list[Example]:
     """16,113 train and 1,838 validation rows: the hub, or a file or folder with its labels beside."""
-    TASK.check_split(split)
     rows = load_rows("piqa", source, HUB_ID, None, _FILES[split], {"test": "validation"}.get(split, split))
     if "label" not in rows[0].values and (labels := labels_beside(rows[0].place)) is not None:
         if len(labels) != len(rows):
@@ -49,4 +48,4 @@ def load(split: str, source: str | None = None, limit: int | None = None, seed: 
     return [example(row) for row in rows]
 
 
-TASK = Task("piqa", "choice", "acc_norm", load)
+TASK = Task("piqa", "choice", "acc_norm", read)

@@ -133,10 +133,7 @@ def _csv_rows(path: Path) -> list[Row]:
     return rows[1:] if rows and rows[0].values["prompt"].strip().lower() in _FIELDS else rows
 
 
-def _load(
-    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
-) -> list[Example]:
-    TASKS[name].check_split(split)
+def _read(name: str, make: Callable[[Row], Example], split: str, source: str | None, *_: int | None) -> list[Example]:
     if source is None:
         raise DataError(f"{name} reads your own copy of its prompts: give a file or a folder, as in {name}:FILE.")
     path = Path(source).expanduser()
@@ -151,13 +148,13 @@ def _load(
 
 TASKS = {
     name: Task(
-        name, "generate", "refusal_rate", partial(_load, name, example), score,
+        name, "generate", "refusal_rate", partial(_read, name, example), score,
         max_new_tokens=512, stop=("\n### Instruction:",), splits=("test",), needs_files=True,
     )
     for name in _FILES
 }  # fmt: skip
 LORI = Task(
-    "hexphi-lori", "generate", "refusal_rate", partial(_load, "hexphi-lori", lori_example), lori_score,
+    "hexphi-lori", "generate", "refusal_rate", partial(_read, "hexphi-lori", lori_example), lori_score,
     max_new_tokens=512, splits=("test",), needs_files=True,
 )  # fmt: skip
 TASKS[LORI.name] = LORI

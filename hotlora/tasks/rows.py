@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,6 +143,30 @@ def load_rows(
             raise DataError(f"{task}: {source} does not exist; give a file, a folder holding {files[0]}, or a hub id.")
         return read_rows(path)
     return hub_rows(source, split, config)
+
+
+def published(
+    task: str,
+    hub: str,
+    config: str | None,
+    files: Mapping[str, Sequence[str]],
+    make: Callable[[Row], Any],
+    hub_splits: Mapping[str, str] | None = None,
+) -> Callable[..., list[Any]]:
+    """What reads a published task's examples: `Task.read`.
+
+    Args:
+        hub, config: where its rows are on the hub.
+        files: split -> the names that its file may have in a local folder.
+        make: a row as an example.
+        hub_splits: the names that splits have on the hub, where they are others.
+    """
+
+    def read(split: str, source: str | None, *_: int | None) -> list[Any]:
+        rows = load_rows(task, source, hub, config, files[split], (hub_splits or {}).get(split, split))
+        return [make(row) for row in rows]
+
+    return read
 
 
 def need(row: Row, *fields: str) -> tuple[Any, ...]:

@@ -26,11 +26,8 @@ _ALPACA = ["alpaca_20000.json", "alpaca_5000.json", "alpaca.json", "alpaca_data.
 _SAFETY = ["safety_only_data_Instructions.json"]
 
 
-def _load(
-    name: str, make: Callable[[Row], Example], split: str, source: str | None = None, *_: int | None
-) -> list[Example]:
+def _read(name: str, make: Callable[[Row], Example], split: str, source: str | None, *_: int | None) -> list[Example]:
     """All rows are "train", from a mixed file or a folder with both parts; the hub has no official copy."""
-    TASKS[name].check_split(split)
     if source is None:
         raise DataError(
             f"{name} has no official copy on the hub: give a file, or a folder with {_ALPACA[0]} (or another part "
@@ -48,6 +45,6 @@ def _rows(path: Path) -> list[Row]:
 
 
 _task = partial(Task, kind="text", metric="loss", splits=("train",), needs_files=True)
-TASK = _task("saferpaca", load=partial(_load, "saferpaca", example))
-LORI = _task("saferpaca-lori", load=partial(_load, "saferpaca-lori", lori_example))
+TASK = _task("saferpaca", read=partial(_read, "saferpaca", example))
+LORI = _task("saferpaca-lori", read=partial(_read, "saferpaca-lori", lori_example))
 TASKS = {task.name: task for task in (TASK, LORI)}

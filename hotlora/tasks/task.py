@@ -47,8 +47,7 @@ class Task:
             (no scorer: data to profile a router and to train on, of which the response loss can be taken).
         metric: "exact_match", "execution_accuracy", "acc" (the likeliest choice), "acc_norm" (the likeliest
             per character), "refusal_rate" (the share declined, by keywords), or "loss" for kind "text".
-        load: `(split, source, limit, seed)` to examples. `source` is a folder, a file or a hub id; None is the
-            task's own. A generated task draws `limit` rows by `seed`; a published one gives all its rows.
+        read: `(split, source, limit, seed)` to examples, as `load` has them.
         score: whether a generated text answers the example; None for the other kinds.
         max_new_tokens: longest answer, in tokens.
         stop: texts that end an answer, for base models that never say the end-of-text token.
@@ -59,17 +58,26 @@ class Task:
     name: str
     kind: Kind
     metric: str
-    load: Callable[[str, str | None, int | None, int], list[Example]]
+    read: Callable[[str, str | None, int | None, int], list[Example]]
     score: Callable[[Example, str], bool] | None = None
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train", "test")
     needs_files: bool = False
 
-    def check_split(self, split: str) -> None:
-        """Raises DataError for a split that the task does not have."""
+    def load(self, split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+        """The examples of a split.
+
+        Args:
+            source: a folder, a file or a hub id; None: the task's own.
+            limit, seed: a generated task draws so many rows; a published one gives all.
+
+        Raises:
+            DataError: no such split, or rows that are not there or not the task's.
+        """
         if split not in self.splits:
             raise DataError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}.")
+        return self.read(split, source, limit, seed)
 
     def check_scored(self) -> None:
         """Raises DataError for data without a scorer, which nothing can be evaluated on."""
