@@ -233,7 +233,7 @@ def overlaps(found: Sequence[Profiled]) -> Shown:
     ]  # fmt: skip
     table.notes = [
         f"{model}: the hot {result['settings']['experts_per_layer']} experts of each layer, mean over layers. "
-        "The paper names these pairs; their numbers are lost in its text.",
+        "The paper names these pairs; their numbers are lost in its text."
     ]
     table.figures = {"": study_figures.overlap_map(result)} if len(names) > 1 else {}
     return table
