@@ -11,6 +11,7 @@ from . import benches, configs, hellora, moe_sieve, profiles
 from .direct import Direct
 from .recipe import Recipe
 from .settings import Setting
+from .studies import STUDIES
 
 __all__ = ["RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "names"]
 
@@ -21,7 +22,6 @@ _MAKERS: dict[str, Callable[[str, Setting], Recipe | Direct]] = {
 RECIPES: Mapping[str, Callable[[Setting], Recipe | Direct]] = {
     name: partial(make, name) for name, make in _MAKERS.items()
 }
-_STUDIES = ("auto_k", "quantized")
 _DEFAULT = Setting()
 
 
@@ -34,17 +34,13 @@ def find_recipe(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAUL
     if name in RECIPES:
         recipe = RECIPES[name](setting)
         return recipe.sweep() if isinstance(recipe, Recipe) else recipe
-    if name in _STUDIES:
-        path = Path(__file__).parent / f"{name}.py"
-    elif name.endswith(".py"):
-        path = Path(file_or_name)
-    else:
+    if name not in STUDIES and not name.endswith(".py"):
         raise FileError(f"{name} is no Python file and no recipe: give FILE.py, or one of {', '.join(names())}.")
     if setting != _DEFAULT:
         raise HotLoraError(f"{name} says itself what it runs: leave out --model, --seeds, --data and --set.")
-    return load_sweep(path)
+    return STUDIES[name]() if name in STUDIES else load_sweep(Path(file_or_name))
 
 
 def names() -> list[str]:
     """Of every recipe and study."""
-    return sorted([*RECIPES, *_STUDIES])
+    return sorted([*RECIPES, *STUDIES])

@@ -175,9 +175,8 @@ def greedy(found: Sequence[Profiled]) -> Shown:
         table.add([str(profile.layers[i] if i < len(profile.layers) else i), *cells], layer=i, **numbers)
     means = [format(float(np.mean(side[name])), form) for side in (ours, theirs) for name, form in formats.items()]
     table.rows.append(["mean", *means])
-    table.notes = [
-        f"{found[0].model} on {task}; the paper's is OLMoE on GSM8K. Both spend as many experts in all."
-    ]  # fmt: skip
+    told = f"{found[0].model} on {task}; the paper's is OLMoE on GSM8K. Both spend as many experts in all."
+    table.notes = [told]
     return table
 
 
@@ -191,9 +190,8 @@ def ratios(found: Sequence[Profiled]) -> Shown:
             table.add(cells, model=some.model, data=task, **{key: row[key] for key in formats})
     means = ", ".join(f"{row['ratio']} ({model})" for model, row in MODELS.items())
     low, high = published.RATIOS
-    table.notes = [
-        f"Published: ratios from {low} (OLMoE, Wikitext) to {high} (Qwen, GSM8K) over 30 pairs; means {means}."
-    ]  # fmt: skip
+    told = f"Published: ratios from {low} (OLMoE, Wikitext) to {high} (Qwen, GSM8K) over 30 pairs; means {means}."
+    table.notes = [told]
     table.figures = {"": figures.ratios({some.model: some.study for some in found})}
     return table
 
@@ -228,12 +226,11 @@ def overlaps(found: Sequence[Profiled]) -> Shown:
         told = [((a, b), NONE) for i, a in enumerate(names) for b in names[:i]]
     table = Shown(["data sets", "domain", "Jaccard"], texts=2)
     table.rows = [[f"{a} ~ {b}", kind, f"{values[a, b]:.2f}"] for (a, b), kind in told]
-    table.numbers = [
-        {"model": model, "a": a, "b": b, "jaccard": value} for (a, b), value in values.items() if a < b
-    ]  # fmt: skip
+    pairs = ((a, b, value) for (a, b), value in values.items() if a < b)
+    table.numbers = [{"model": model, "a": a, "b": b, "jaccard": value} for a, b, value in pairs]
     table.notes = [
         f"{model}: the hot {result['settings']['experts_per_layer']} experts of each layer, mean over layers. "
-        "The paper names these pairs; their numbers are lost in its text.",
+        "The paper names these pairs; their numbers are lost in its text."
     ]
     table.figures = {"": study_figures.overlap_map(result)} if len(names) > 1 else {}
     return table

@@ -32,16 +32,12 @@ from .needs import profile_needs
 from .profile_tables import Profiled, WarmUp
 from .recipe import Column
 from .result import Result, Shown
-from .settings import HELLORA_TASKS, MIXTRAL, NANO, OLMOE, QWEN, Setting, source_of
+from .settings import HELLORA_TASKS, MIXTRAL, NANO, OLMOE, QWEN, STANDS_FOR, Setting, source_of
 
 FOLDER = "profiles"
 _STUDY, _PROFILE, _WARMED, _SLICE = "study.json", "profile.safetensors", "warmed-up.safetensors", "profile.safetensors"
 _PROFILING = ("limit", "batch_size", "max_length", "dtype", "device", "quantize")
 _NANO_LIMIT = {"limit": 2000}  # as its trainings
-_STANDS_FOR = {
-    "gsm8k": "nano-math", "spider": "nano-sql", "codealpaca": "nano-sql", "saferpaca": "nano-choice",
-    "hellaswag": "nano-choice",
-}  # fmt: skip
 _HELLORA_TASKS = tuple(column.data for column in HELLORA_TASKS.values())
 # DeepSeek-MoE-16B, the third of MoE-Sieve's models, has code of its own, which hotlora does not run.
 _SIEVE_MODELS = (OLMOE, QWEN)
@@ -211,7 +207,7 @@ def _recipe(
         sources, stand_ins = {task: source_of(task, setting) for task in tasks}, []
         if setting.is_nano:
             papers = [task.removesuffix("-lori") for task in tasks]
-            stand_ins = list(dict.fromkeys(_STANDS_FOR[task] for task in papers if task in _STANDS_FOR))
+            stand_ins = list(dict.fromkeys(STANDS_FOR[task] for task in papers if task in STANDS_FOR))
             given = {task: setting.sources.get(task) or setting.sources.get(f"{task}-lori") for task in papers}
             own = {task: task for task in stand_ins}
             sources = {task: f"{task}:{path}" for task, path in given.items()} if all(given.values()) else own

@@ -22,9 +22,11 @@ HELLORA_TASKS = {
     "SAFE": Column("SAFE", OLMOE, "saferpaca-lori", "safety", scored={"data": "hexphi-lori"}),
 }
 SIEVE_TASKS = {name: Column(name, OLMOE, name.lower()) for name in ("Spider", "GSM8K", "HellaSwag")}
-_STANDS_FOR = {
-    "GSM8K": "nano-math", "HUMAN": "nano-sql", "SAFE": "nano-choice", "Spider": "nano-sql", "HellaSwag": "nano-choice",
+STANDS_FOR = {
+    "gsm8k": "nano-math", "spider": "nano-sql", "codealpaca": "nano-sql", "saferpaca": "nano-choice",
+    "hellaswag": "nano-choice",
 }  # fmt: skip
+"""a paper's data set -> nano's task"""
 
 LABELS = {
     "fft": "FFT", "lora": "LoRA", "dora": "DoRA", "lori-d": "LoRI-D", "lori-s": "LoRI-S", "hellora": "HELLoRA",
@@ -93,7 +95,7 @@ def recipe(
 
 def _placed(column: Column, setting: Setting) -> Column:
     if setting.is_nano:
-        return replace(column, model=NANO, data=_STANDS_FOR[column.name], scored=None)
+        return replace(column, model=NANO, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None)
     scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     model = setting.model or column.model
     return replace(column, model=model, data=source_of(column.data, setting), scored=scored)

@@ -98,17 +98,14 @@ def cells(row: Row, comparison: Comparison) -> dict[str, str]:
     if against is None:
         return found
     p_values = [against.p, *(against.tost[bound] for bound in comparison.margins)]
-    return (
-        found
-        | dict(zip(_p_columns(comparison), map(p_word, p_values), strict=True))
-        | {
-            "reference": against.reference,
-            "Δ": _signed(against.test.mean, digits),
-            "95% interval": _range(against.test.interval, digits),
-            "sd ratio": shown(against.sd_ratio.ratio, ".2f"),
-            "verdict": against.verdict,
-        }
-    )
+    found |= dict(zip(_p_columns(comparison), map(p_word, p_values), strict=True))
+    return found | {
+        "reference": against.reference,
+        "Δ": _signed(against.test.mean, digits),
+        "95% interval": _range(against.test.interval, digits),
+        "sd ratio": shown(against.sd_ratio.ratio, ".2f"),
+        "verdict": against.verdict,
+    }
 
 
 def _columns(comparison: Comparison) -> list[str]:

@@ -1,0 +1,48 @@
+"""Our own studies on nano: its three tasks, with adapters on experts alone.
+
+hotlora sweep NAME --processes 2
+hotlora report runs/NAME
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..runs.sweep import Condition, Sweep
+from .demo import CONFIG, TASKS, TRAIN_EXAMPLES
+
+_HOT = {"rule": "hot", "fraction": 0.25}
+
+
+def auto_k() -> Sweep:
+    """Where the rule `auto` lands against fixed numbers of experts."""
+    conditions: dict[str, dict[str, Any]] = {
+        f"hot-{fraction:g}": {"rule": "hot", "fraction": fraction} for fraction in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+    }
+    return _experts_alone("auto_k", {**conditions, "all": {"rule": "all"}, "auto": {"rule": "auto"}}, seeds=(0, 1))
+
+
+def quantized() -> Sweep:
+    """What 8 and 4 bits cost: all routed experts quantized, all but the hot quarter, which is trained, or none."""
+    conditions: dict[str, dict[str, Any]] = {"not-quantized": _HOT}
+    for bits in (8, 4):
+        conditions[f"{bits}-bit"] = {**_HOT, "quantize": bits}
+        conditions[f"{bits}-bit-cold"] = {**_HOT, "quantize": bits, "keep_hot": True}
+    return _experts_alone("quantized", conditions, seeds=(0, 1, 2))
+
+
+STUDIES: dict[str, Callable[[], Sweep]] = {"auto_k": auto_k, "quantized": quantized}
+
+
+def _experts_alone(name: str, conditions: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> Sweep:
+    """Each condition, by name the options of its runs, on each task: TASK/CONDITION."""
+    on_each = [
+        Condition(f"{task}/{condition}", {"data": task, **options})
+        for task in TASKS
+        for condition, options in conditions.items()
+    ]
+    options = {
+        "train_attention": False, "train_router": False, "profile_fraction": 1.0, "limit": TRAIN_EXAMPLES,
+        # 200 questions tell 14 points apart; the held-out loss, of the same questions, less.
+        "test_limit": 200,
+    }  # fmt: skip
+    return Sweep(name, "nano", TASKS[0], on_each, seeds=seeds, config=CONFIG, options=options)
