@@ -491,6 +491,8 @@ def page() -> str:
         "own code as a tiny model with random weights (3 to 5 layers, 8 experts, width 32, float32, on the CPU) and",
         "went through the checks below; no pretrained checkpoint and no server took part. `python scripts/models.py`",
         "runs them all with the installed transformers and writes this page; the records are in [models/](models).",
+        "The whole suite is run with the oldest versions that hotlora allows, the pinned and the newest:",
+        "`make test-matrix`.",
         "",
         *(f"- {r['date']}: {run}" for r, run in zip(records, runs, strict=True)),
         "",
