@@ -53,16 +53,20 @@ class Refused(Exception):
 
 def check_profile(family: str, folder: Path) -> list[str]:
     from test_families import BATCH, SKIPS, zoo_model
+    from zoo import runs_of
 
+    from hotlora.hf.models import moe_layers
     from hotlora.routing.profiler import profile_routing
 
-    profile = profile_routing(zoo_model(family), [BATCH])
+    model = zoo_model(family)
+    profile = profile_routing(model, [BATCH])
     assigned = profile.num_tokens * profile.num_experts_per_tok
     rows = profile.counts.sum(dim=1).tolist()
     if family in SKIPS:
         assert all(0 < row <= assigned for row in rows), f"rows sum to {rows}, tokens × K is {assigned}"
         return ["The router may choose no expert for a token, so a row sums to less than tokens × K."]
-    assert rows == [assigned] * len(rows), f"rows sum to {rows}, tokens × K is {assigned}"
+    runs = runs_of(family, moe_layers(model))
+    assert rows == [assigned * n for n in runs], f"rows sum to {rows}, tokens × K is {assigned}"
     return []
 
 
@@ -491,6 +495,8 @@ def page() -> str:
         "own code as a tiny model with random weights (3 to 5 layers, 8 experts, width 32, float32, on the CPU) and",
         "went through the checks below; no pretrained checkpoint and no server took part. `python scripts/models.py`",
         "runs them all with the installed transformers and writes this page; the records are in [models/](models).",
+        "The whole suite is run with the oldest versions that hotlora allows, the pinned and the newest:",
+        "`make test-matrix`.",
         "",
         *(f"- {r['date']}: {run}" for r, run in zip(records, runs, strict=True)),
         "",
@@ -504,7 +510,8 @@ def page() -> str:
         "",
         "| column | what passed |",
         "|---|---|",
-        "| profile | every token's K choices are counted: each layer's row sums to tokens × K |",
+        "| profile | every token's K choices are counted: each layer's row sums to tokens × K (times its runs, in a "
+        "model that loops over layers) |",
         "| adapt | with B = 0 the logits are the base's bit for bit; with random factors the logits and every factor's "
         "gradient (experts, routers, attention, shared experts) equal those of plain code with the updates added by "
         "hand |",

@@ -1,6 +1,10 @@
-"""Slow and GPU tests are listed as skipped unless asked for."""
+"""Slow and GPU tests are listed as skipped unless asked for. What the tests take can be recorded."""
 
+import json
 import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each worker has a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,9 +16,35 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+SLOWEST = 25  # that are recorded
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--record-durations", metavar="FILE", help="write what each file's tests take, as JSON")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not (path := config.getoption("--record-durations")):
+        return
+    tests: dict[str, float] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if hasattr(report, "duration"):  # of setup, call and teardown each
+            tests[report.nodeid] = tests.get(report.nodeid, 0.0) + report.duration
+    files: dict[str, float] = {}
+    for test, seconds in tests.items():
+        file = test.partition("::")[0]
+        files[file] = files.get(file, 0.0) + seconds
+    slowest = dict(sorted(tests.items(), key=lambda item: -item[1])[:SLOWEST])
+    record = {
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "cores": os.cpu_count(),
+        "tests": len(tests),
+        "seconds": round(sum(tests.values())),
+        "seconds of files": {f: round(s, 1) for f, s in sorted(files.items(), key=lambda item: -item[1])},
+        "seconds of the slowest tests": {test: round(s, 1) for test, s in slowest.items()},
+    }
+    Path(path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from test_train import CONFIG, TOKENIZER, dataset
 from test_train import adapted as adapted_for_training
 from tiny import FAMILIES, fill, tiny_batch, tiny_model, tiny_plan
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import families, zoo_model
+from zoo import families, runs_of, zoo_model
 
 import hotlora
 from hotlora.hf.models import moe_layers
@@ -24,14 +24,16 @@ PLAIN = {"use_reentrant": False}
 def test_a_second_run_that_scores_otherwise_chooses_the_same_experts(family):
     """Every router's scores are turned round between the two runs: that flips every routing that is chosen again."""
     model = zoo_model(family).train()
-    flipped, kept = (routings(model, kwargs) for kwargs in (PLAIN, checkpoint_kwargs()))
-    for layer, (first, second) in kept.items():
-        assert torch.equal(first, second), layer
-    assert any(not torch.equal(*runs) for runs in flipped.values())
+    runs = runs_of(family, moe_layers(model))
+    flipped, kept = (routings(model, kwargs, runs) for kwargs in (PLAIN, checkpoint_kwargs()))
+    for layer, pairs in kept.items():
+        assert all(torch.equal(first, second) for first, second in pairs), layer
+    assert any(not torch.equal(first, second) for pairs in flipped.values() for first, second in pairs)
 
 
-def routings(model, kwargs) -> dict[int, list[torch.Tensor]]:
-    """The ids that each experts module was given, in the two runs."""
+def routings(model, kwargs, runs) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The ids that each experts module was given, in the first run and in the second; several pairs of a layer that
+    runs several times for a token. Second runs come in the order of the backward pass."""
     layers, seen = moe_layers(model), {}
     enable(model, kwargs)
     hooks = [
@@ -50,8 +52,9 @@ def routings(model, kwargs) -> dict[int, list[torch.Tensor]]:
         weight.neg_()
     for hook in hooks:
         hook.remove()
-    assert all(len(runs) == 2 for runs in seen.values()) and len(seen) == len(layers)
-    return seen
+    assert [len(seen[layer.layer]) for layer in layers] == [2 * n for n in runs]
+    # Of each layer the first half, and the second half from its end.
+    return {layer: list(zip(ids, reversed(ids), strict=True))[: len(ids) // 2] for layer, ids in seen.items()}
 
 
 def enable(model, kwargs) -> None:

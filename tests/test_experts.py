@@ -434,7 +434,10 @@ def test_dora_and_full_experts_equal_the_loop(make, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"is_transposed": True, "is_concatenated": False, "has_bias": True}, LAYOUTS[-1]], ids=str
+    "layout",
+    [{}, {"is_transposed": True, "is_concatenated": False, "has_bias": True}]
+    + [{"has_post_expert_norm": True}] * HAS_POST_EXPERT_NORM,
+    ids=str,
 )
 @pytest.mark.parametrize("make", [make_factors, make_dora])
 def test_weights_of_the_base_that_train_get_the_loops_gradients(make, layout):

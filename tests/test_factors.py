@@ -507,26 +507,44 @@ def test_the_mask_keeps_the_largest(tmp_path):
     assert again.num_kept() == mask.num_kept() and again.source == {"run": "x"} and again.a_seed == 0
 
 
-@pytest.mark.parametrize(
-    ("granularity", "groups"), [("matrix", None), ("layer", 2), ("projection", None), ("module", 3)]
-)
-def test_granularities_keep_a_tenth_of_each_group(granularity, groups):
+def group(granularity, name, expert, part):
+    """What competes with what, of an olmoe's B."""
+    _, _, layer, _, module, *_ = name.split(".")
+    kind = "experts" if module == "experts" else "router" if module == "gate" else "attention"
+    projection = (module, name.rpartition("lora_B_")[2] if kind == "experts" else "", part)
+    return {"matrix": (name, expert, part), "projection": projection, "layer": layer, "module": kind}[granularity]
+
+
+@pytest.mark.parametrize(("granularity", "groups"), [("matrix", 28), ("projection", 8), ("layer", 2), ("module", 3)])
+def test_of_each_group_the_largest_are_kept(granularity, groups):
     model = trained_dense()
+    members = {}
+    for name, p in [(plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad]:
+        for n, B in [(None, p)] if p.ndim == 2 else enumerate(p):
+            for i, sizes in enumerate(B.detach().abs().chunk(2 if "gate_up" in name else 1)):
+                members.setdefault(group(granularity, name, n, i), []).append((name, n, i, sizes))
+    assert len(members) == groups
     mask = draw_mask(model, keep=0.25, granularity=granularity)
-    shares = {}
-    for name, shape in mask.shapes.items():
-        kept = mask.entries(name, shape)
-        key = {"layer": name.split(".")[2], "module": "experts" if "experts" in name else name.split(".")[3:5]}.get(
-            granularity, name
-        )
-        key = str(key) if granularity != "module" or "self_attn" not in name else "attention"
-        key = key.replace(f".{name.split('.')[2]}.", ".") if granularity == "projection" else key
-        total, number = shares.get(key, (0, 0))
-        shares[key] = (total + kept.numel(), number + int(kept.sum()))
-    assert groups is None or len(shares) == groups
-    for key, (total, number) in shares.items():
-        assert number <= 0.25 * total + 8, key
-    assert sum(number for _, number in shares.values()) > 0.2 * sum(total for total, _ in shares.values())
+    for rest in members.values():
+        everything = torch.cat([sizes.flatten() for *_, sizes in rest])
+        lowest = everything.topk(round(0.25 * len(everything))).values[-1]
+        for name, n, i, sizes in rest:
+            kept = mask.entries(name, mask.shapes[name])
+            kept = kept if n is None else kept[n].chunk(2 if "gate_up" in name else 1)[i]
+            assert torch.equal(kept, (sizes >= lowest) & (sizes > 0)), name
+
+
+def test_what_training_has_not_moved_is_not_kept():
+    """Though there is room for it: fewer entries than the mask may keep are not zero."""
+    model = trained_dense()
+    moved = "model.layers.0.self_attn.q_proj.lora_B.weight"
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data[:] = 0.0
+            if plain_name(name) == moved:
+                p.data[0, :3] = 1.0
+    mask = draw_mask(model, keep=0.5)
+    assert mask.num_kept() == {name: 3 if name == moved else 1 for name in mask.shapes}  # none: could not be saved
 
 
 def test_masks_say_what_is_wrong(tmp_path):

@@ -9,7 +9,7 @@ import transformers
 from peft import get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from tiny import fill, tiny_batch
-from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, zoo_config, zoo_model
+from zoo import MEND, NOT_CAUSAL, NUM_EXPERTS, decorated_folders, families, runs_of, zoo_config, zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters, parameters_from_config
@@ -20,11 +20,14 @@ from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profiler import profile_routing
+from hotlora.train.gradient_checkpointing import checkpoint_kwargs
 
 every_family = pytest.mark.parametrize("family", families())
 BATCH = tiny_batch(2, 24)
 SKIPS = ("zaya",)
 """families whose router may send a token to no expert"""
+NOISY, BY_TABLE = ("phimoe",), ("deepseek_v4",)
+"""families whose router is noisy in training, and whose first MoE layer chooses by a table of tokens"""
 
 
 def plan_for(model, wanted=(1, 3, 6)):
@@ -55,20 +58,27 @@ def test_no_family_is_forgotten():
 
 @every_family
 def test_profile_and_zero_B(family):
-    """A profile's rows sum to tokens x K; with B = 0 the logits are the base's, bit for bit."""
-    model, zeros = zoo_model(family), []
-    for layer in moe_layers(model):
-        experts = model.get_submodule(layer.experts)
-        experts.register_forward_pre_hook(
-            lambda module, args, kwargs: zeros.append(((*args, *kwargs.values())[2] == 0).any()), with_kwargs=True
+    """A profile counts what every run of the experts is given, and no padding: tokens x K a run, but for those that
+    are sent to none. With B = 0 the logits are the base's, bit for bit."""
+    model, layers, given = zoo_model(family), moe_layers(zoo_model(family)), {}
+    for layer in layers:
+        model.get_submodule(layer.experts).register_forward_pre_hook(
+            lambda _, args, kwargs, i=layer.layer: given.setdefault(i, []).append((*args, *kwargs.values())[1:3]),
+            with_kwargs=True,
         )
     profile = profile_routing(model, [BATCH])
     assert skips_tokens(model) is (family in SKIPS)
-    assert not any(zeros) or family in SKIPS, "a weight of exactly 0 may mean that a token is sent to no expert"
+    is_token = BATCH["attention_mask"].flatten().bool()
     assigned = profile.num_tokens * profile.num_experts_per_tok
-    assert profile.num_tokens == BATCH["attention_mask"].sum()
-    for row in profile.counts.sum(dim=1).tolist():
-        assert row == assigned or (family in SKIPS and 0 < row <= assigned)
+    assert profile.num_tokens == is_token.sum() < len(is_token)
+    runs = [given[layer.layer] for layer in layers]
+    assert [len(calls) for calls in runs] == runs_of(family, layers)
+    for counts, calls in zip(profile.counts, runs, strict=True):
+        ids, weights = (torch.cat([pair[i][is_token] for pair in calls]) for i in (0, 1))
+        sent = weights.reshape(ids.shape) != 0
+        assert sent.all() or family in SKIPS, "a weight of exactly 0 may mean that a token is sent to no expert"
+        assert torch.equal(counts, torch.bincount(ids[sent], minlength=NUM_EXPERTS))
+        assert ids.numel() == assigned * len(calls) and sent.any()
     expected = logits(model)
     plan = select_experts(profile, rule="hot", fraction=0.25)
     assert torch.equal(logits(adapted(family, plan=plan.to_dict(), randomise=False)), expected)
@@ -200,24 +210,47 @@ def test_save_load_merge_switch_and_disable(family, tmp_path):
     torch.testing.assert_close(logits(merged), first, rtol=1e-3, atol=1e-4 * first.abs().max().item())
 
 
+def tie_scores(model):
+    """Experts of one parity score the same, whatever the token: K of four or more that tie are chosen."""
+    for layer in moe_layers(model):
+        router = model.get_submodule(layer.router)
+        scored = [router.get_parameter(layer.router_weight).data]
+        block = model.get_submodule(layer.router.rpartition(".")[0])
+        own = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+        biases = [tensor.data for _, tensor in (*router.named_parameters(), *router.named_buffers(), *own)]
+        scored += [tensor.view(-1) for tensor in biases if tensor.numel() == len(scored[0])]
+        for tensor in scored:
+            tensor[2:NUM_EXPERTS] = tensor[[0, 1] * (NUM_EXPERTS // 2 - 1)]
+
+
 @every_family
 def test_gradient_checkpointing_changes_nothing(family):
-    """Router ties included: every expert has a twin with the same score."""
-    gradients = []
-    for checkpointing in (False, True):
+    """Where scores tie, too: which of them is chosen is left to topk, twice."""
+    gradients, chosen = [], []
+    for kwargs in (None, {"use_reentrant": False}, checkpoint_kwargs()):
         model = adapted(family, train_router=False)
-        for layer in moe_layers(model):
-            weight = model.get_submodule(layer.router).get_parameter(layer.router_weight).data
-            weight[NUM_EXPERTS // 2 : NUM_EXPERTS] = weight[: NUM_EXPERTS // 2]
+        tie_scores(model)
         model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if kwargs:
+            model.gradient_checkpointing_enable(kwargs)
+        else:
+            for layer in moe_layers(model):
+                model.get_submodule(layer.experts).register_forward_pre_hook(
+                    lambda _, args, kwargs: chosen.append((*args, *kwargs.values())[1]), with_kwargs=True
+                )
         torch.manual_seed(0)
         model(**BATCH, use_cache=False).logits.square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, plain in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], plain, msg=name)
+    if family not in NOISY:  # which no tie outlives
+        of_one_parity = [bool((ids % 2 == ids[:, :1] % 2).all()) for ids in chosen]
+        assert all(of_one_parity[family in BY_TABLE :]), "scores do not tie"
+    without, *others = gradients
+    assert any(grad.any() for grad in without.values() if grad is not None)
+    for found in others:
+        assert found.keys() == without.keys()
+        for name, plain in without.items():
+            # inkling's convolutions round otherwise when they run again. Another expert is another gradient by far.
+            assert (found[name] - plain).norm() <= 1e-5 * plain.norm(), name
 
 
 @pytest.mark.slow

@@ -137,7 +137,10 @@ def test_training_and_held_out_loss_in_every_family(tmp_path: Path, family: str)
     assert response_loss(model, TOKENIZER, rows) == pytest.approx(float(plain), rel=1e-4)
 
 
-@pytest.mark.parametrize(("family", "says"), [("gpt_oss", "see each other"), ("qwen3_next", "causal_conv1d")])
+# transformers 5.17 runs packed rows of linear attention, and mixes them; later ones say that they need a kernel.
+@pytest.mark.parametrize(
+    ("family", "says"), [("gpt_oss", "see each other"), ("qwen3_next", "(causal_conv1d|see each other)")]
+)
 def test_packing_that_mixes_examples_is_refused_before_anything_is_written(tmp_path: Path, family: str, says: str):
     model = zoo_model(family, vocab_size=259).requires_grad_(True)
     with pytest.raises(HotLoraError, match=f"this {family} model .*{says}.*leave out --packing"):

@@ -5,6 +5,7 @@ shrunk by the names of its fields; a family whose default config cannot be shrun
 """
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ _QSA = {
     "indexer_compress_ratio": 2,
 }  # fmt: skip
 _FEWER_HEADS = {"2": {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8}}
+# The second of three layers runs twice for each token.
+_LOOP = {
+    "loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2, "loop_gate_rank": 8,
+    "n_layers_per_attn_res_block": 1, "rel_extent": 16, "unpadded_vocab_size": VOCAB,
+}  # fmt: skip
 _M_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MEND: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": _in_text(mlp_layer_types=["dense", "sparse", "sparse"], **_GROUPS),
@@ -83,7 +89,13 @@ MEND: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     },
+    "hy_v4_vl": {
+        **_in_text(rope_parameters={**_M_ROPE, "mrope_section": [2, 1, 1]}),
+        "vision_config.max_image_size": 32,
+    },
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 8, "moe_topk": [2] * 3},
+    "inkling2_loop": _in_text(**_LOOP),
+    "inkling2_loop_text": _LOOP,
     "jamba": {"num_hidden_layers": 5},
     "inkling_mm_model": {"vision_config.patch_size": 4, "vision_config.n_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 1},
@@ -104,6 +116,11 @@ NOT_CAUSAL = {
     "diffusion_gemma": "denoises blocks of text; its decoder reads no input_ids",
     "openai_privacy_filter": "classifies tokens",
 }
+
+
+def runs_of(model_type: str, layers: Sequence[Any]) -> list[int]:
+    """How often each of the MoE layers of `zoo_model` runs for a token."""
+    return [1 + (layer.layer == 1 and model_type.startswith("inkling2_loop")) for layer in layers]
 
 
 @cache
@@ -135,7 +152,7 @@ def zoo_config(model_type: str, vocab_size: int = VOCAB) -> PreTrainedConfig:
             target = target[part]
         target[last] = value
     for part in (values, values.get("text_config", {})):
-        for name in ("vocab_size", "vocab_size_per_layer_input"):
+        for name in ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"):
             if name in part:
                 part[name] = vocab_size
     return CONFIG_MAPPING[model_type](**values)

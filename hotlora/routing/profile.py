@@ -33,7 +33,8 @@ class RoutingProfile:
     """decoder indices of the L MoE layers, ascending"""
     counts: Tensor
     """int64 [L, E]: tokens that the router sent to each expert; a row sums to num_tokens x K, less those that a
-    router with a choice to skip (zaya) sent to none"""
+    router with a choice to skip (zaya) sent to none, and times the runs of a layer that a model loops over
+    (inkling2_loop)"""
     mass: Tensor
     """float64 [L, E]: sum of the gate weights as applied, over those tokens"""
     num_tokens: int

@@ -96,7 +96,7 @@ def _profile(
             num_tokens += int(counted.sum())
             masks = {mask.device: counted.flatten()}
             for counter in counters:
-                counter.masks = masks
+                counter.masks, counter.runs = masks, 0
                 counter.num_rows = len(mask)
             inputs = {"input_ids": input_ids, "position_ids": position_ids}
             if not begins.any():  # transformers keeps packed texts apart only where it gets no mask
@@ -120,8 +120,9 @@ def _profile(
         )
     # A router of expert parallelism may hand on other ranks' experts as an index out of range.
     partial = any(counter.is_expert_parallel for counter in counters)
-    whole = counts.sum(dim=1) + skipped == num_tokens * top_k
-    assert partial or whole.all(), "a row must sum to tokens x K"
+    runs = torch.tensor([counter.runs for counter in counters])
+    whole = counts.sum(dim=1) + skipped == num_tokens * top_k * runs
+    assert partial or whole.all(), "a row must sum to tokens x K, each time that the layer runs"
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     origin = {"fingerprint": models.fingerprint(model)} | ({"model": name} if name else {})
     indices, mass = tuple(layer.layer for layer in layers), torch.stack([mass for _, mass, _ in sums])
@@ -140,6 +141,8 @@ class _Counter:
         self.skips_tokens = skips_tokens
         self.num_rows = 0
         """B, the current batch's rows; its tokens come row after row"""
+        self.runs = 0
+        """how often the layer has run for the current batch: more than once in a model that loops over layers"""
         self.rows: list[Tensor] = []
         """int32 [B, E] of every batch so far, if `per_example`"""
         self.masks: dict[torch.device, Tensor] = {}
@@ -177,7 +180,10 @@ class _Counter:
         column_S = torch.where(counted_TK, index_TK, self.num_experts).flatten()
         self.sums.index_add_(1, column_S, torch.stack([torch.ones_like(units_TK), units_TK]).flatten(1))
         self.bad += (counted_TK & ~finite_TK).sum()
-        if self.per_example:
+        self.runs += 1
+        if self.per_example and self.runs > 1:
+            self.rows[-1] += self._by_row(column_S)
+        elif self.per_example:
             self.rows.append(self._by_row(column_S))
 
     def _by_row(self, column_S: Tensor) -> Tensor:

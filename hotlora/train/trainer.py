@@ -1,5 +1,6 @@
 """Fine-tuning through TRL's trainer: loss on the response only, in a run that may be killed any moment."""
 
+import functools
 import json
 import logging
 import time
@@ -389,6 +390,8 @@ class _Trainer(SFTTrainer):
         pass
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.args.device.type == "cpu":
+            _know_numbered_cpus()
         with self._read_from(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -415,6 +418,15 @@ class _Trainer(SFTTrainer):
                 f"training cannot resume from {checkpoint}: one of its files was replaced, or is of another training "
                 f"({reason}). Restore it, or delete this checkpoint to resume from the one before."
             ) from error
+
+
+@functools.cache
+def _know_numbered_cpus() -> None:
+    """In several processes on a CPU transformers 5.17 has torch.load put the optimizer's state on "cpu:0", and torch
+    knows no such place."""
+    torch.serialization.register_package(
+        100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    )
 
 
 class _CpuTrainer(_Trainer):
