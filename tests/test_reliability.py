@@ -70,7 +70,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(ended: dict):
     assert report["code"] == 130 and report["checkpoint"] == report["steps"] >= 4, report
     assert "Ctrl-C: saving a checkpoint after this step" in report["said"]
     assert f"stopped by Ctrl-C after step {report['steps']} of 24" in report["said"]
-    assert "is whole, and the same command goes on from it" in report["said"]
+    assert "is whole: rerun the same command to resume from it" in report["said"]
     assert "Traceback" not in report["said"] and not report["left"] and report["status"] == "failed"
     assert report["again"] == 0 and report["resumed_from"] == report["steps"] and report["same"]
 
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(ended: dict, kind: str):
         assert report["code"] == 1 and report["checkpoint"] == before, report
         assert f"checkpoint-{report['step']}" not in report["left"], "what was half written takes no room"
         assert "/checkpoints cannot be written to: the disk or a quota is full" in report["said"]
-        assert f"checkpoint-{before} is whole, and the same command goes on from it" in report["said"]
+        assert f"checkpoint-{before} is whole: rerun the same command to resume from it" in report["said"]
         assert "Traceback" not in report["said"]
         assert report["again"] == 0 and report["resumed_from"] == before and report["same"]
 

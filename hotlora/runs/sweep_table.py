@@ -90,4 +90,4 @@ def _on_disk(folder: Path) -> str:
     if record["status"] == "done":
         return f"done, {_score(record)}"
     step = step_of(last_complete(folder / "checkpoints"))
-    return f"{record['status']}, goes on from step {step}" if step else record["status"]
+    return f"{record['status']}, resumes from step {step}" if step else record["status"]

@@ -70,7 +70,7 @@ def last_whole(folder: Path) -> Path | None:
         wrong = damage(path)
         if wrong is None:
             return path
-        _log.warning("%s is damaged: %s; it is left out, and training goes on from the one before", path, wrong)
+        _log.warning("%s is damaged: %s; it is left out, and training resumes from the one before", path, wrong)
     return None
 
 
@@ -94,9 +94,9 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def going_on(folder: Path) -> str:
-    """For a message: from where the same command goes on."""
+    """For a message: from where the same command resumes."""
     last = last_complete(folder)
-    return f"{last} is whole, and the same command goes on from it" if last else "no checkpoint was written before"
+    return f"{last} is whole: rerun the same command to resume from it" if last else "no checkpoint was written before"
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
                 raise TypeError(f"the step is {step!r}")
         except (*JSON_ERRORS, KeyError, TypeError) as error:
             raise FileError(
-                f"{path}, line {len(rows) + 1} is no row of metrics ({error}): the file was damaged; mend the line, or "
+                f"{path}, line {len(rows) + 1} is no row of metrics ({error}): the file was damaged; correct the line, or "
                 "delete the run's folder and train again"
             ) from error
         if last_step is not None and step > last_step:
