@@ -199,3 +199,13 @@ def test_the_peak_of_a_step_is_within_15_percent(kind, dtype, layers, batch):
 
 def _tensors(values):
     return {name: torch.tensor(v) if isinstance(v, list) and name != "layers" else v for name, v in values.items()}
+
+
+def test_what_is_freed_meanwhile_does_not_hide_others():
+    """An address that is given out again is another storage."""
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    model = torch.nn.ParameterList([weight])
+    with SavedBytes(model) as saved:
+        for _ in range(50):
+            (torch.rand(64, 64) @ weight).sum()  # its graph is dropped at once, and its storage freed
+    assert saved.total == 50 * 64 * 64 * 4

@@ -44,7 +44,8 @@ class SavedBytes:
     def __init__(self, model: nn.Module, *others: Tensor) -> None:
         self.total = 0
         tensors = (*model.parameters(), *model.buffers(), *others)
-        self._seen = {t.untyped_storage()._cdata for t in tensors}
+        # Held as long as this is: where one is freed before, another could get its address and would not be counted.
+        self._seen = {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> "SavedBytes":
@@ -57,7 +58,7 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+            self._seen[storage._cdata] = storage
             self.total += storage.nbytes()
         return tensor
 
