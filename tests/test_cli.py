@@ -172,7 +172,7 @@ def test_bad_input_is_one_message(call, model_folder: Path, rows: Path, tmp_path
         (("train", "--model", dense, "--data", rows, "-o", tmp_path / "d"), r"llama model has no MoE layer"),
         (("train", "--model", tmp_path / "nowhere", "--data", rows, "-o", tmp_path / "d"), r"nowhere.*not a folder"),
         (("plan", tmp_path / "short.safetensors"), r"not a whole routing profile"),
-        (("evaluate", "--model", model_folder, "--data", rows), r"names no task"),
+        (("evaluate", "--generations", rows, "--data", rows), r"names no task"),
         (("report", tmp_path / "nothing"), r"nothing is not a folder"),
         (("report", model_folder), r"no run\.json"),
         (("demo", "--task", "gsm8k", "-o", tmp_path / "demo"), r"no task 'gsm8k'"),

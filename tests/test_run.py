@@ -199,8 +199,8 @@ def test_a_row_that_cannot_be_trained_on_is_told_before_a_model_is_loaded(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_data_set_that_is_no_task_cannot_be_scored(model_folder: str):
-    with pytest.raises(DataError, match="names no task"):
+def test_data_that_is_not_there_is_told(model_folder: str):
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
         run_evaluation(model_folder, "rows.jsonl")
     with pytest.raises(DataError, match="profile_fraction = 2"):
         run_training(model_folder, "nano-math", "never", profile_fraction=2)

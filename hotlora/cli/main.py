@@ -106,7 +106,8 @@ app.command()(train)
 @options_of(EvalOptions, leave=("model", "expert_parallel"))
 def evaluate(
     data: Annotated[
-        str | None, typer.Option("--data", "-d", "--task", help="A task, or a task and its files (gsm8k:DIR).")
+        str | None,
+        typer.Option("--data", "-d", "--task", help="A task, with its files (gsm8k:DIR), or your own rows."),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="A folder, a name on the Hub, or nano.")] = None,
     engine: Annotated[str, typer.Option(help="transformers, or vllm where it is installed.")] = "transformers",
@@ -155,7 +156,10 @@ def evaluate(
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
-    """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split.
+    """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split or your own rows.
+
+    `hotlora evaluate --data rows.jsonl --adapter runs/mine` takes the base from the adapter. Of your own rows it tells
+    exact match, loss, perplexity and token accuracy.
 
     With --output, an evaluation that was stopped goes on where it was.
 
@@ -174,6 +178,11 @@ def evaluate(
         record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)
         _show_evaluation(record, output, as_json)
         return
+    if model is None and generations is None and "adapter" in given:
+        from ..runs.load import find
+
+        found = find(given["adapter"])
+        model, given["adapter"] = found.model, found.adapter
     if data is None or num_fewshot is not None or include_path is not None:
         raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
     sampling = Sampling(samples, temperature, top_p, seed)

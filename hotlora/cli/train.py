@@ -93,6 +93,13 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
             f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
             highlight=False,
         )
+        if "loss" in result:
+            low, high = (f"{end:.4f}" if end is not None else "?" for end in result["loss_ci"])
+            out.print(
+                f"  loss {result['loss']:.4f} (95% {low} to {high}), perplexity {result['perplexity']:.3g}, "
+                f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} response tokens",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         passes = [f"{name} {value:.1%}" for name, value in result.items() if name.startswith("pass@")]
         if passes:
             out.print(f"  {', '.join(passes)}", highlight=False)

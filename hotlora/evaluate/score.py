@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..hf.forward import inference, logits_at
 from ..tasks import Example, Task
 from ..tasks.data import IGNORE, batches, encode_completion, encode_prompt, pad
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, track
-from .stats import pass_at_k, proportion_interval
+from .stats import pass_at_k, proportion_interval, ratio_interval
 
 KS = (1, 5, 10)  # of pass@k, where every example has that many answers
 _CHUNK = 2048  # tokens whose float32 logits are held at once
@@ -342,10 +343,48 @@ def response_loss(
     return total / num_tokens
 
 
-def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the labelled tokens' log-probabilities, float64 `[B]`.
+def response_scores(
+    model: Any, tokenizer: Any, dataset: Dataset, *, batch_size: int = 32, progress: bool = False
+) -> dict[str, Any]:
+    """Of the response tokens of a tokenized data set: `loss` (nats a token), `perplexity`, `token_accuracy` (the share
+    that the model ranks first, the tokens before being the data's own), each with its 95% interval over examples
+    (`loss_ci`, …), and `tokens`."""
+    losses: list[float] = []
+    right: list[int] = []
+    counts: list[int] = []
+    turns = batches(dataset, tokenizer, batch_size)
+    with inference(model):
+        for batch in track(turns, "loss", progress, -(-len(dataset) // batch_size) if batch_size > 0 else None):
+            values, is_right, found = _by_token(model, batch)
+            losses += (-values.sum(1)).tolist()
+            right += is_right.sum(1).tolist()
+            counts += found.sum(1).tolist()
+    if not (tokens := sum(counts)):
+        raise DataError("The data has no response tokens, so it has no loss; check its completions.")
+    loss, (low, high) = sum(losses) / tokens, ratio_interval(losses, counts)
+    found_ci = [None if math.isnan(end) else end for end in (low, high)]
+    right_ci = [None if math.isnan(end) else min(max(end, 0.0), 1.0) for end in ratio_interval(right, counts)]
+    return {
+        "loss": loss, "loss_ci": found_ci, "perplexity": _perplexity(loss),
+        "perplexity_ci": [None if end is None else _perplexity(end) for end in found_ci],
+        "token_accuracy": sum(right) / tokens, "token_accuracy_ci": right_ci, "tokens": tokens,
+    }  # fmt: skip
 
-    The LM head runs only where some row has a label next, and float32 logits are held a chunk at a time.
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # float64 ends there
+
+
+def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the labelled tokens' log-probabilities, float64 `[B]`."""
+    return _by_token(model, batch)[0].sum(1)
+
+
+def _by_token(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each position where some row has a label next, `[B, positions]` on the CPU: the labels' log-probabilities
+    (float64, 0 where there is none), whether the label is the likeliest token, and whether there is one.
+
+    The LM head runs only there, and float32 logits are held a chunk at a time.
     """
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
@@ -353,14 +392,15 @@ def _log_likelihood(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = logits_at(model, batch, positions).logits  # [B, positions, V]
     labels = labels[:, positions].to(logits.device)
     found = labels != IGNORE
-    parts = [
-        -torch.nn.functional.cross_entropy(some.float(), target, reduction="none")
-        for some, target in zip(logits[found].split(_CHUNK), labels[found].split(_CHUNK), strict=True)
-    ]
+    chunks = list(zip(logits[found].split(_CHUNK), labels[found].split(_CHUNK), strict=True))
+    parts = [-torch.nn.functional.cross_entropy(some.float(), target, reduction="none") for some, target in chunks]
+    is_label = [some.argmax(-1) == target for some, target in chunks]
     # Summed on the CPU: not every device has float64.
-    values = torch.zeros(labels.shape, dtype=torch.float64)
-    values[found.cpu()] = torch.cat(parts).double().cpu() if parts else values.new_zeros(0)
-    return values.sum(1)
+    values, is_right = torch.zeros(labels.shape, dtype=torch.float64), torch.zeros(labels.shape, dtype=torch.bool)
+    found = found.cpu()
+    if parts:
+        values[found], is_right[found] = torch.cat(parts).double().cpu(), torch.cat(is_label).cpu()
+    return values, is_right, found
 
 
 def _groups(order: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -123,6 +123,25 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean - half, mean + half)
 
 
+def ratio_interval(totals: Sequence[float], counts: Sequence[float]) -> Interval:
+    """95% interval of sum(totals) / sum(counts) over examples that are drawn whole, as of a loss a token.
+
+    By linearization, with Student's t (Cochran, Sampling Techniques, section 6.4). One example: (nan, nan).
+    DataError: no examples, other numbers of totals and counts, or counts that are 0 in sum.
+    """
+    if len(totals) != len(counts):
+        raise DataError(f"{len(totals)} totals and {len(counts)} counts: each example has one of both")
+    y, x = _vector(totals), _vector(counts)
+    if x.sum() <= 0:
+        raise DataError("the counts are 0 in sum, so there is no ratio")
+    n, ratio = y.size, float(y.sum() / x.sum())
+    if n == 1:
+        return Interval(math.nan, math.nan)
+    error = math.sqrt(float(((y - ratio * x) ** 2).sum()) * n / (n - 1)) / float(x.sum())
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return Interval(ratio - half, ratio + half)
+
+
 def paired_difference(a_correct: Sequence[float], b_correct: Sequence[float]) -> Difference:
     """Mean of a - b over the same examples, with a 95% bootstrap interval (percentile, 10,000 resamples, seed 0).
 

@@ -13,19 +13,21 @@ from ..base.errors import DataError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet
 from ..base.records import Record, new_record
-from ..evaluate.generate import GREEDY, Answer, Sampling
+from ..evaluate.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluate.generations import read_generations, score_generations
 from ..evaluate.harness import evaluate_by_lm_eval, lm_eval_version
-from ..evaluate.score import Evaluation, evaluate_answers, evaluate_task, response_loss
+from ..evaluate.score import Evaluation, evaluate_answers, evaluate_task, response_loss, response_scores
 from ..evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, tokenize
+from ..tasks.own import own_task
 from .checks import check_adapters, check_sizes
 from .export import export_saved
 from .folder import finished, load_base, recorded, save_evaluation, underneath
 from .options import EvalOptions
 
+_LONG = 1 << 20  # tokens, where no window is known
 ENGINES = ("transformers", "vllm")
 
 
@@ -38,12 +40,13 @@ def run_evaluation(
     engine: str = "transformers",
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
-    """Scores a model, or a model with a saved adapter, on a task's test split.
+    """Scores a model, or a model with a saved adapter, on a task's test split, or on people's own rows: those by exact
+    match of the greedy answer, and by loss, perplexity and token accuracy.
 
     An evaluation that was stopped goes on: each example's result is in `output` as soon as it is there.
 
     Args:
-        data: a task, or a task and its files (`gsm8k:DIR`).
+        data: a task, or a task and its files (`gsm8k:DIR`); or rows of your own, as `load_examples` takes them.
         output: gets run.json and results-TASK.jsonl; None keeps nothing.
         sampling: how answers are drawn, and how many each example gets.
         engine: "transformers" or "vllm".
@@ -52,13 +55,17 @@ def run_evaluation(
         the record, and the evaluation; None in its place where `output` held the same one, done.
 
     Raises:
-        DataError: `data` names no task, so nothing says what a right answer is.
+        DataError: a row has no answer, so nothing says what a right one is.
         HotLoraError: `output` holds other work, or options that do not go together.
     """
-    task = _need_task(data)
+    task = task_of(data)
+    if task is not None:
+        task.check_scored()
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
     test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer)
+    is_own = task is None
+    task = own_task(data, test, tokenizer) if task is None else task
     identity = {
         "model": options.model, "data": data, "test_hash": data_hash(test), **scored.identity(),
         "eval_batch_size": options.batch_size,
@@ -70,6 +77,7 @@ def run_evaluation(
     identity |= {"engine": engine} if engine != "transformers" else {}
     folder = None if output is None else Path(output)
     results = None if folder is None else folder / f"results-{task.name}.jsonl"
+    found: dict[str, Any] = {}
     if folder is not None and (done := finished(folder, identity, results)) is not None:
         return done, None
     record = scored.record(identity, {"name": data, "hash": identity["test_hash"], "train": 0, "test": len(test)})
@@ -77,11 +85,16 @@ def run_evaluation(
         if engine == "vllm":
             evaluation = _by_vllm(options, tokenizer, task, test, sampling, results, progress)
         else:
+            model = scored.load(record)
+            if is_own:
+                rows = tokenize(test, tokenizer, context_length(model, tokenizer) or _LONG)
+                found = response_scores(model, tokenizer, rows, batch_size=options.batch_size, progress=progress)
             evaluation = evaluate_task(
-                scored.load(record), tokenizer, task, test,
+                model, tokenizer, task, test,
                 batch_size=options.batch_size, sampling=sampling, results=results, progress=progress,
             )  # fmt: skip
         record["evaluation"] = save_evaluation(evaluation, folder)
+        record["evaluation"][task.name] |= found
     return record, evaluation
 
 

@@ -136,8 +136,8 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
                 raise TypeError(f"the step is {step!r}")
         except (*JSON_ERRORS, KeyError, TypeError) as error:
             raise FileError(
-                f"{path}, line {len(rows) + 1} is no row of metrics ({error}): the file was damaged; correct the line, or "
-                "delete the run's folder and train again"
+                f"{path}, line {len(rows) + 1} is no row of metrics ({error}): the file was damaged; correct the line, "
+                "or delete the run's folder and train again"
             ) from error
         if last_step is not None and step > last_step:
             break

@@ -1,0 +1,116 @@
+"""People's own rows, scored: loss, perplexity, token accuracy and exact match, each with its interval."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import run_evaluation, run_training
+from tiny_tokenizer import byte_tokenizer
+from typer.testing import CliRunner
+
+import hotlora
+from hotlora.base.errors import DataError
+from hotlora.base.records import read_record
+from hotlora.cli.main import app
+from hotlora.evaluate.score import response_scores
+from hotlora.evaluate.stats import mean_interval, ratio_interval
+from hotlora.tasks import Example
+from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.own import own_task
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("rows") / "my rows.jsonl"
+    found = [{"prompt": f"say {'ab'[i % 2]}:", "completion": f" {'ab'[i % 2] * (1 + i % 3)}"} for i in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def run(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    run_training("nano", rows, folder, max_steps=30, batch_size=8, learning_rate=4e-3, r=8)
+    return folder
+
+
+def test_scores_equal_a_forward_by_hand(rows: str):
+    model, tokenizer = hotlora.load("nano")
+    data = tokenize(load_examples(rows), tokenizer, 512)
+    found = response_scores(model, tokenizer, data, batch_size=5)
+    losses, right, counts = [], [], []
+    for row in data:
+        ids, mask = torch.tensor([row["input_ids"]]), torch.tensor(row["completion_mask"])[1:].bool()
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1][mask].double()
+        labels = ids[0, 1:][mask]
+        losses.append(float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")))
+        right.append(int((logits.argmax(-1) == labels).sum()))
+        counts.append(len(labels))
+    assert found["tokens"] == sum(counts)
+    assert found["loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / sum(counts)), rel=1e-4)
+    assert found["token_accuracy"] == sum(right) / sum(counts)
+    assert found["loss_ci"] == pytest.approx(ratio_interval(losses, counts), rel=1e-4)
+
+
+def test_the_interval_of_a_ratio():
+    """With equal counts it is the mean's; with others it is near the bootstrap's over examples."""
+    values = [0.3, 1.2, 0.7, 2.0, 1.1]
+    assert ratio_interval(values, [1] * 5) == pytest.approx(mean_interval(values))
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, 400)
+    totals = counts * rng.normal(2.0, 0.5, 400) + rng.normal(0, 3, 400)
+    low, high = ratio_interval(list(totals), list(counts))
+    picked = rng.integers(0, 400, (4000, 400))
+    drawn = totals[picked].sum(1) / counts[picked].sum(1)
+    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=0.01)
+    assert all(math.isnan(end) for end in ratio_interval([1.0], [2]))
+    with pytest.raises(DataError, match="0 in sum"):
+        ratio_interval([1.0, 2.0], [0, 0])
+
+
+def test_own_rows_are_scored(rows: str, run: Path, tmp_path: Path):
+    record, _ = run_evaluation("nano", rows, tmp_path / "out", adapter=run / "adapter")
+    found = record["evaluation"]["my-rows"]
+    assert found["metric"] == "exact_match" and found["n"] == 24 and 0 < found["accuracy"] <= 1
+    assert record["evaluation"] == read_record(tmp_path / "out")["evaluation"]
+    examples = load_examples(rows)
+    results = [json.loads(line) for line in (tmp_path / "out" / "results-my-rows.jsonl").read_text().splitlines()]
+    for result in results:
+        right = result["prediction"].strip() == examples[result["index"]].completion.strip()
+        assert result["correct"] is right
+    assert found["loss_ci"][0] < found["loss"] < found["loss_ci"][1]
+    assert run_evaluation("nano", rows, tmp_path / "out", adapter=run / "adapter") == (record, None)
+    base, _ = run_evaluation("nano", rows)
+    assert base["evaluation"]["my-rows"]["loss"] > found["loss"]
+
+
+def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run: Path, tmp_path: Path):
+    for name, words in (("tuned", ["--adapter", str(run)]), ("base", ["--model", "nano"])):
+        done = CliRunner().invoke(app, ["evaluate", "--data", rows, *words, "-o", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        assert "perplexity" in done.output and "token accuracy" in done.output
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "tuned"), str(tmp_path / "base")])
+    assert done.exit_code == 0 and "my-rows" in done.output
+
+
+def test_conversations_are_compared_without_special_tokens(tmp_path: Path):
+    tokenizer = hotlora.load_tokenizer("nano")
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b c"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    (example,) = load_examples(str(tmp_path / "rows.jsonl"), tokenizer=tokenizer)
+    task = own_task("rows.jsonl", [example], tokenizer)
+    assert task.score is not None
+    assert task.score(example, " b c\n") and not task.score(example, "b") and not task.score(example, "b c d")
+
+
+def test_a_row_without_an_answer_is_named():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(DataError, match="row 2 has no completion"):
+        own_task("x.jsonl", [Example("a", "b"), Example("a", " ")], tokenizer)
+    with pytest.raises(DataError, match="row 1 has no prompt"):
+        own_task("x.jsonl", [Example("", "b")], tokenizer)
