@@ -3,6 +3,8 @@
 Built from the package itself (zoo.py), so a transformers with a new family fails here until the family works.
 """
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -177,6 +179,14 @@ def test_what_is_adapted(family):
     assert sum(parts) == counts["trainable"] and counts["router"] > 0 and counts["experts"] > 0
     assert bool(counts["shared"]) == any(layer.shared for layer in layers)
     assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
+    # By their names, which most families share, and without what finds them.
+    base = zoo_model(family)
+    named = re.compile(
+        r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|.*shared_(experts?|mlp)\.(gate|up|down|input|output)\w*)"
+    )
+    linears = {path for path, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {path for path in linears if named.search(path) and not re.search("vis|audio|encoder", path)}
+    assert found <= {path.removeprefix("base_model.model.") for path in meant}, found - meant
 
 
 @every_family
