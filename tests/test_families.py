@@ -176,7 +176,7 @@ def test_what_is_adapted(family):
     assert set(model.base_model.targeted_module_names) == meant
     counts = count_parameters(model)
     parts = [counts[part] for part in ("attention", "router", "shared", "experts")]
-    assert sum(parts) == counts["trainable"] and counts["router"] > 0 and counts["experts"] > 0
+    assert sum(parts) == counts["trainable"] and min(counts[p] for p in ("attention", "router", "experts")) > 0
     assert bool(counts["shared"]) == any(layer.shared for layer in layers)
     assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
     # By their names, which most families share, and without what finds them.
