@@ -181,9 +181,8 @@ def test_what_is_adapted(family):
     assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
     # By their names, which most families share, and without what finds them.
     base = zoo_model(family)
+    shared = r".*shared_(experts?|mlp)\.(gate|up|down|input|output)\w*"
     named = re.compile(rf"\.layers\.\d+\.(self_attn\.[qkvo]_proj(\.linear)?|{shared})$")
-        r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|.*shared_(experts?|mlp)\.(gate|up|down|input|output)\w*)"
-    )
     linears = {path for path, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
     found = {path for path in linears if named.search(path) and not re.search("vis|audio|encoder", path)}
     assert found <= {path.removeprefix("base_model.model.") for path in meant}, found - meant
