@@ -179,14 +179,15 @@ def check_merge(family: str, folder: Path) -> list[str]:
 def check_served(family: str, folder: Path, format: str) -> list[str]:
     """With the routers merged, base and adapter as the server puts them together."""
     from readers import logits, read_sglang, read_vllm
-    from test_export import RENAMED, base_of
+    from test_export import RENAMED, base_of, merged_attention
 
     from hotlora.adapter.formats.export import export_adapter
     from hotlora.adapter.formats.import_peft import import_adapter
     from hotlora.base.errors import FileError
 
     model, left_out = _to_export(family)
-    export_adapter(model, folder / "out", format=format, merge_router=True)
+    merged = merged_attention(family, format)  # what vLLM would not apply
+    export_adapter(model, folder / "out", format=format, merge_router=True, **merged)
     adapter, base = folder / "out" / "adapter", base_of(folder / "out" / "base", family)
     if family not in RENAMED:
         read = {"vllm": read_vllm, "sglang": read_sglang}[format]

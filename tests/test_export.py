@@ -48,8 +48,9 @@ PLANNED = (1, 3, 6)
 # Those whose checkpoints call modules that are adapted by other names than transformers. The readers do not know them.
 RENAMED = {
     "axk2", "bailing_hybrid", "deepseek_ocr2", "deepseek_v4", "dots3_note", "ernie4_5_vl_moe", "hy_v3", "hy_v4",
-    "inkling2", "inkling2_text", "inkling_mm_model", "kimi_linear", "laguna", "minimax_m2", "minimax_m3_vl",
-    "mistral_large4", "qwen3_omni_moe_thinker", "unlimited_ocr",
+    "hy_v4_vl", "inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text", "inkling_mm_model",
+    "kimi_linear", "laguna", "lara_mini",
+    "minimax_m2", "minimax_m3_vl", "mistral_large4", "qwen3_omni_moe_thinker", "sarvam_moe", "unlimited_ocr",
 }  # fmt: skip
 # Shared experts in raw 3-D weights, which only a merged checkpoint holds.
 RAW_SHARED = {"inkling_mm_model", "inkling_text"}

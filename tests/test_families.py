@@ -3,6 +3,8 @@
 Built from the package itself (zoo.py), so a transformers with a new family fails here until the family works.
 """
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -174,9 +176,16 @@ def test_what_is_adapted(family):
     assert set(model.base_model.targeted_module_names) == meant
     counts = count_parameters(model)
     parts = [counts[part] for part in ("attention", "router", "shared", "experts")]
-    assert sum(parts) == counts["trainable"] and counts["router"] > 0 and counts["experts"] > 0
+    assert sum(parts) == counts["trainable"] and min(counts[p] for p in ("attention", "router", "experts")) > 0
     assert bool(counts["shared"]) == any(layer.shared for layer in layers)
     assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
+    # By their names, which most families share, and without what finds them.
+    base = zoo_model(family)
+    shared = r".*shared_(experts?|mlp)\.(gate|up|down|input|output)\w*"
+    named = re.compile(rf"\.layers\.\d+\.(self_attn\.[qkvo]_proj(\.linear)?|{shared})$")
+    linears = {path for path, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {path for path in linears if named.search(path) and not re.search("vis|audio|encoder", path)}
+    assert found <= {path.removeprefix("base_model.model.") for path in meant}, found - meant
 
 
 @every_family

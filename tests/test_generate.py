@@ -181,7 +181,7 @@ def test_a_low_temperature_or_a_small_top_p_is_greedy(model):
 
 def test_draws_have_the_models_probabilities():
     """Chi-squared of 20,000 draws; and never a token of no probability, at either end of the unit interval."""
-    from scipy.stats import chisquare
+    from scipy.stats import chi2
 
     n = 20_000
     logits = torch.tensor([-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -1.0, -torch.inf]).expand(n, -1)
@@ -191,7 +191,8 @@ def test_draws_have_the_models_probabilities():
     expected = logits[0].softmax(0) * n
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
-    assert chisquare(counts[kept].numpy(), expected[kept].numpy(), sum_check=False).pvalue > 1e-4
+    statistic = ((counts - expected).square() / expected)[kept].sum()
+    assert chi2.sf(statistic, int(kept.sum()) - 1) > 1e-4
     draw.uniform = torch.tensor([[0.0], [1.0 - 2**-24], [1.0]])
     ends = draw(torch.zeros(3, 3, dtype=torch.long), logits[:3]).argmax(1)
     assert ends.tolist() == [1, 5, 5]

@@ -48,6 +48,22 @@ def check_aux_loss(config: PreTrainedConfig, coefficient: float) -> None:
         )
 
 
+def check_aux_loss_of(model: Any, text: Sequence[int], coefficient: float) -> None:
+    """HotLoraError where it is asked for and the model gives none, though its config says otherwise: with transformers
+    5.17 granitemoe's is 0, and minimax_m3_vl has none. text: token ids, of which the first few are run."""
+    check_aux_loss(model.config, coefficient)
+    if not coefficient:
+        return
+    ids = torch.tensor([list(text[:PROBED])], device=device_of(model))
+    with inference(model):
+        outputs = model(input_ids=ids, use_cache=False, output_router_logits=True)
+    if not getattr(outputs, "aux_loss", None):
+        raise HotLoraError(
+            f"aux_loss_coef = {coefficient}, and the installed transformers computes no load-balancing loss for this "
+            f"{model.config.model_type} model: leave out --aux-loss-coef, or install a newer transformers."
+        )
+
+
 def check_packing(model: Any, texts: Sequence[Sequence[int]]) -> None:
     """ModelError where two texts in one packed row, as TRL makes it, do not come out as each of them alone.
 

@@ -482,6 +482,8 @@ def _attention_paths(decoder: str, inside: dict[str, nn.Module]) -> tuple[str, .
     mixers: dict[str, list[str]] = {}
     for path, module in inside.items():
         names = path.removeprefix(f"{decoder}.").split(".")
+        if names[-1] == "linear":  # inkling2's projections hold theirs since transformers 5.24
+            names.pop()
         is_projection = type(module) is nn.Linear and _ATTENTION.fullmatch(names[-1])
         if is_projection and not _NOT_ATTENTION.search(path):
             mixers.setdefault(names[0], []).append(path)
@@ -489,7 +491,7 @@ def _attention_paths(decoder: str, inside: dict[str, nn.Module]) -> tuple[str, .
     return tuple(
         path
         for paths in mixers.values()
-        if any(_QUERY.fullmatch(p.rpartition(".")[2]) for p in paths)
+        if any(_QUERY.fullmatch(p.removesuffix(".linear").rpartition(".")[2]) for p in paths)
         for path in paths
     )
 

@@ -32,7 +32,7 @@ from ..base.processes import (
 from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
 from ..base.signals import on_stop
-from ..hf.forward import TEXTS, check_aux_loss, check_packing, logits_at
+from ..hf.forward import TEXTS, check_aux_loss_of, check_packing, logits_at
 from ..hf.internals import internal
 from ..tasks.data import IGNORE
 from . import checkpoints, guard
@@ -204,7 +204,7 @@ def check_family(model: Any, tokenizer: Any, config: TrainConfig) -> None:
         HotLoraError: packing, where packed examples see each other or do not run; the load-balancing loss, where there
             is none.
     """
-    check_aux_loss(model.config, config.aux_loss_coef)
+    check_aux_loss_of(model, tokenizer(TEXTS[0])["input_ids"], config.aux_loss_coef)
     if config.packing:
         check_packing(model, [tokenizer(text)["input_ids"] for text in TEXTS])
 
