@@ -29,7 +29,6 @@ SINCE = {
     "transformers.integrations.moe#has_post_expert_norm": (5, 20),
     "transformers.integrations.moe#_is_expert_parallel": (5, 18),
 }
-AT_IMPORT = {"transformers.utils:cached_file"}  # without an underscore, and exported
 # What other packages of the bench are asked for is checked when it runs: it refuses what does not compute LoRA.
 ELSEWHERE = {"hotlora.bench.unsloth", "hotlora.bench.axolotl"}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items() if name not in ELSEWHERE}
@@ -91,7 +90,6 @@ def test_no_import_of_what_is_not_listed(module):
 def test_transformers_and_trl_are_not_asked_for_internals_at_import(module):
     top = ast.Module([node for node in TREES[module].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     found = {name for name in imported(top).values() if name.split(".")[0].partition(":")[0] in ("transformers", "trl")}
-    found -= AT_IMPORT
     assert all(map(is_public, found)), f"{module} imports {found}: use hf.internals.internal where it is needed"
 
 

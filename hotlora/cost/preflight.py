@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers.utils import cached_file
 
 from ..base.errors import FileError, HotLoraError
 from ..base.processes import num_processes, own_device, uses_deepspeed
+from ..hf.internals import internal
 from ..hf.models import NANO
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
@@ -245,7 +245,7 @@ def _config_file(model: str) -> str:
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileError(f"{model} does not exist.")
-    return str(cached_file(model, "config.json"))
+    return str(internal("transformers.utils:cached_file")(model, "config.json"))
 
 
 def _device(name: str) -> tuple[torch.device, int]:
