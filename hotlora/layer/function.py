@@ -38,10 +38,21 @@ def routed_experts(
     bit. An index equal to `num_experts` (an expert on another device, under expert parallelism) contributes nothing.
     Weights of the experts that train get their gradients; what is quantized gets none.
     """
-    view = ExpertsView(experts)
     updates = [update for update in updates if len(update.expert_ids_N) > 0]
     # `cpu` reads how many rows each expert has, which a compiled graph cannot.
     products = cpu if hidden_TD.device.type == "cpu" and not torch.compiler.is_compiling() else gpu
+    return routed_experts_by(products, ExpertsView(experts), hidden_TD, top_k_index_TK, top_k_weights_TK, updates)
+
+
+def routed_experts_by(
+    products: Any,
+    view: ExpertsView,
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    updates: Sequence[Update],
+) -> Tensor:
+    """`routed_experts` by the products of `cpu` or `gpu`. updates: none without an expert."""
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
     output: Tensor = RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)

@@ -195,8 +195,8 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
     """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
     if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x_SI.device.type == "cuda":
-        if torch.cuda.get_device_capability(x_SI.device) < (8, 0):
+    if (of_gpu := capability(x_SI.device)) is not None:
+        if of_gpu < (8, 0):
             return False
     elif x_SI.device.type != "cpu":
         return False
@@ -211,15 +211,20 @@ def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
         raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch or triton, or not be set.")
     if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x.device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(x.device)
-        if major < 8 or (not chosen and not is_thin and x.dtype == torch.bfloat16 and major in _TORCH_HAS_A_KERNEL):
+    if (of_gpu := capability(x.device)) is not None:
+        has_a_kernel = of_gpu[0] in _TORCH_HAS_A_KERNEL and x.dtype == torch.bfloat16
+        if of_gpu[0] < 8 or (not chosen and not is_thin and has_a_kernel):
             return False
     elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
         return False
     if chosen and not _has_triton():
         raise HotLoraError("HOTLORA_KERNELS is triton, but Triton is not installed: pip install triton.")
     return _has_triton()
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability; None: no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @cache

@@ -1,0 +1,68 @@
+"""What a routed layer does on a GPU, counted: benchmarks/layer_traffic.py."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("layer_traffic", ROOT / "benchmarks" / "layer_traffic.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["layer_traffic"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+traffic = load_script()
+pytest.importorskip("triton", reason="Triton is not installed (pip install triton): its launches cannot be counted")
+SIZES = traffic.Sizes()
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return {name: traffic.measure(SIZES, name).as_dict(SIZES) for name in ("floor", "hot", "all")}
+
+
+def test_the_floor_is_what_transformers_does(counts):
+    """Products read rows and weights once and write rows: two forward, two for gradients, nothing for weights."""
+    floor, rows, width = counts["floor"], 8, 2048 * 2
+    assert floor["kernels"]["_grouped_mm"] == 4
+    products = 2 * (2 * rows * width + 64 * 2048 * width / SIZES.tokens) + 2 * (
+        1.5 * rows * width + 32 * 2048 * width / SIZES.tokens
+    )
+    assert products == 2 * (65536 + 32768) + 2 * 65536
+    assert floor["bytes"] > products and 20 <= floor["launches"] <= 40
+
+
+def test_an_operation_more_is_noticed():
+    count = traffic.Count()
+    x = torch.ones(SIZES.rows, 16)
+    with traffic.TorchOperations(SIZES, count):
+        y = x.view(-1, 4).view(x.shape).t().t()  # views launch nothing
+        torch.empty(3)
+    assert not count.kernels
+    with traffic.TorchOperations(SIZES, count):
+        y = y * 2
+        y += x
+        x.index_select(0, torch.arange(SIZES.rows))
+        x.expand(3, *x.shape).sum()
+    size = x.nbytes
+    found = [(k.name, k.read, k.written, k.is_torch_on_rows) for k in count.kernels]
+    assert found == [
+        ("mul", size, size, True),
+        ("add_", 2 * size, size, True),
+        ("arange", 0, SIZES.rows * 8, True),
+        ("index_select", size + SIZES.rows * 8, size, True),
+        ("sum", size, 4, False),
+    ]
+
+
+def test_the_record_is_what_the_command_says_now(counts):
+    record = json.loads((ROOT / "benchmarks" / "traffic" / "layer.json").read_text(encoding="utf-8"))
+    assert {name: record[name] for name in counts} == counts
