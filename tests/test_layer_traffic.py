@@ -63,6 +63,17 @@ def test_an_operation_more_is_noticed():
     ]
 
 
+@pytest.mark.parametrize("products", ["", "torch", "triton"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_masks_and_no_scatters_over_rows(monkeypatch, products, capability):
+    monkeypatch.setenv("HOTLORA_KERNELS", products)
+    if capability == 80 and products == "torch":
+        pytest.skip("there torch's loop asks the device, which has no values here")
+    kernels = traffic.measure(traffic.Sizes(capability=capability), "hot").as_dict(SIZES)["kernels"]
+    assert not {"masked_fill", "masked_fill_", "index_add_", "index_add", "where"} & kernels.keys()
+    assert kernels.get("index_copy_", 0) <= 2  # of an expert's slots, not of rows
+
+
 def test_the_record_is_what_the_command_says_now(counts):
     record = json.loads((ROOT / "benchmarks" / "traffic" / "layer.json").read_text(encoding="utf-8"))
     assert {name: record[name] for name in counts} == counts

@@ -117,7 +117,7 @@ class RoutedExperts(torch.autograd.Function):
         y_SD: Tensor | None = None
         for rows in ctx.blocks:
             up_SPF, some_SD = run.forward(rows, hidden_TD)
-            y_SD = _placed(y_SD, rows, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
+            y_SD = rows.placed(y_SD, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
             ups.append(up_SPF)
         ctx.save_for_backward(hidden_TD, top_k_weights_TK, *ups, *tensors)
         return _summed_by_token(y_SD, top_k_index_TK.shape[1]).to(hidden_TD.dtype)
@@ -133,8 +133,8 @@ class RoutedExperts(torch.autograd.Function):
         dweight_S: Any = None
         for rows, up_SPF in zip(ctx.blocks, ups, strict=True):
             some_SD, its_S = run.backward(rows, up_SPF, hidden_TD, top_k_weights_TK, grad_TD)
-            dx_SD = _placed(dx_SD, rows, some_SD, top_k_weights_TK.numel())
-            dweight_S = _placed(dweight_S, rows, its_S, top_k_weights_TK.numel())
+            dx_SD = rows.placed(dx_SD, some_SD, top_k_weights_TK.numel())
+            dweight_S = rows.placed(dweight_S, its_S, top_k_weights_TK.numel())
         dhidden_TD = _summed_by_token(dx_SD, top_k_weights_TK.shape[1]).to(hidden_TD.dtype)
         dweight_TK = dweight_S.view(top_k_weights_TK.shape).to(top_k_weights_TK.dtype)
         return None, dhidden_TD, None, dweight_TK, *run.gradients()
@@ -321,13 +321,6 @@ class _Pass:
 def _by_rows(rows: Any, weights_TK: Tensor) -> Tensor:
     """`[S, 1]`"""
     return weights_TK.reshape(-1).index_select(0, rows.order_S).unsqueeze(1)
-
-
-def _placed(all_S: Tensor | None, rows: Any, some_S: Tensor, num_rows: int) -> Tensor:
-    """`all_S` with a block's rows in the places that the router gave them; made with the first block."""
-    if all_S is None:
-        all_S = some_S.new_empty(num_rows, *some_S.shape[1:])
-    return all_S.index_copy_(0, rows.order_S, some_S)
 
 
 def _summed_by_token(x_SD: Any, top_k: int) -> Tensor:

@@ -43,7 +43,9 @@ class Rows:
 
     def __init__(self, num_experts: int, top_k_index_TK: Tensor, is_partial: bool) -> None:
         self.expert_S, self.order_S = torch.sort(top_k_index_TK.reshape(-1))
-        self.token_S = self.order_S // top_k_index_TK.shape[1]
+        self.token_S, self.is_partial = self.order_S // top_k_index_TK.shape[1], is_partial
+        self.place_S = torch.sort(self.order_S).indices
+        """where each of a token's rows went"""
         ids_E = torch.arange(num_experts, device=self.expert_S.device)
         self.ends_E = torch.searchsorted(self.expert_S, ids_E, right=True, out_int32=True)
         self.elsewhere_S1: Tensor | None = None
@@ -73,7 +75,13 @@ class Rows:
 
     def add_sums(self, sums_EO: Tensor, y_SO: Tensor) -> None:
         """Adds to `sums` the sum over each expert's rows."""
-        sums_EO.index_add_(0, self.expert_S, self._here(y_SO).to(sums_EO.dtype))
+        y_SO = y_SO.to(sums_EO.dtype).contiguous()
+        ones_S8 = y_SO.new_ones(y_SO.shape[0], 8)  # torch's grouped product takes rows of 16 bytes and more
+        sums_EO += _call(grouped_outer, y_SO, ones_S8, self.ends_E)[:, :, 0]
+
+    def placed(self, all_S: Tensor | None, some_S: Tensor, num_rows: int) -> Tensor:
+        """All rows in the places that the router gave them: gathered, since a scatter writes row by row."""
+        return some_S.index_select(0, self.place_S)
 
     def _of_rows(self, values_EO: Tensor) -> Tensor:
         return self._here(values_EO.index_select(0, self.expert_S))
@@ -86,7 +94,7 @@ class Hot:
     """The rows of one update's experts, where they are among all rows."""
 
     def __init__(self, rows: Rows, update: Any) -> None:
-        self.dtype, self.ids_N = update.dtype, update.expert_ids_N
+        self.dtype, self.ids_N, self.is_partial = update.dtype, update.expert_ids_N, rows.is_partial
         self.token_S, self.expert_S, self.ends_E = rows.token_S, rows.expert_S, rows.ends_E
         slot_N = torch.arange(len(self.ids_N), dtype=torch.int32, device=self.ids_N.device)
         self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, self.ids_N, slot_N)
@@ -99,7 +107,8 @@ class Hot:
         """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others. scaling: one, or each expert's `[N]`."""
         if isinstance(scaling, Tensor):
             return (self.product(x_SI, weight_NOI) * self.by_rows(scaling, self.dtype)).to(self.dtype)
-        return _call(hot_linear, x_SI.to(self.dtype), weight_NOI.to(self.dtype), self.ends_E, self.slot_E, scaling)
+        x_SI, weight_NOI = x_SI.to(self.dtype), weight_NOI.to(self.dtype)
+        return _call(hot_linear, x_SI, weight_NOI, self.ends_E, self.slot_E, scaling, self.is_partial)
 
     def by_rows(self, scaling_N: Tensor, dtype: torch.dtype) -> Tensor:
         """`[S, 1]`: of each hot row its expert's, in float32 at least."""
@@ -160,13 +169,18 @@ def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.stack([y_SO[a:b].T @ x_SI[a:b] for a, b in _slices(ends_E)])
 
 
-def hot_linear(x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float) -> Tensor:
-    """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert."""
+def hot_linear(
+    x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float, is_partial: bool
+) -> Tensor:
+    """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert, where
+    there are rows past it (`is_partial`)."""
     if use_kernels(x_SI, is_thin=True):
         product: Tensor = _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
         return product
     weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
     y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
+    if not is_partial:
+        return y_SO
     row_S1 = torch.arange(len(x_SI), device=x_SI.device).unsqueeze(1)
     return y_SO.masked_fill(row_S1 >= ends_E[-1], 0)
 
@@ -242,14 +256,14 @@ def _gemm() -> Any:
 _SCHEMAS: dict[Any, str] = {
     grouped_linear: "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
     grouped_outer: "(Tensor y, Tensor x, Tensor ends) -> Tensor",
-    hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling) -> Tensor",
+    hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling, bool partial) -> Tensor",
     hot_outer: "(Tensor y, Tensor x, Tensor ends, Tensor ids) -> Tensor",
     dropped: "(Tensor x, float p, Tensor seed, Tensor place) -> Tensor",
 }
 _SHAPES: dict[Any, Any] = {
     grouped_linear: lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
     grouped_outer: lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]),
-    hot_linear: lambda x, weight, ends, slot, scaling: x.new_empty(x.shape[0], weight.shape[1]),
+    hot_linear: lambda x, weight, ends, slot, scaling, partial: x.new_empty(x.shape[0], weight.shape[1]),
     hot_outer: lambda y, x, ends, ids: x.new_empty(len(ids), y.shape[1], x.shape[1]),
     dropped: lambda x, p, seed, place: torch.empty_like(x),
 }
