@@ -161,11 +161,14 @@ class Launches:
     def __init__(self, sizes: Sizes, count: Count, coverage: float) -> None:
         self.sizes, self.count, self.coverage = sizes, count, coverage
 
-    def __call__(self, kernel: Any, grid: Any, x: Tensor, *args: Any, **constants: Any) -> None:
-        function = kernel
-        while hasattr(function, "fn"):  # autotuned, compiled or interpreted
-            function = function.fn
-        given = dict(zip(inspect.signature(function).parameters, args, strict=False)) | constants
+    def fused(self, kernel: Any, grid: Any, device: Tensor, blocks: Any, /, **given: Any) -> None:
+        self._add(_function(kernel), given)
+
+    def unfused(self, kernel: Any, grid: Any, device: Tensor, /, *args: Any, **constants: Any) -> None:
+        function = _function(kernel)
+        self._add(function, dict(zip(inspect.signature(function).parameters, args, strict=False)) | constants)
+
+    def _add(self, function: Any, given: dict[str, Any]) -> None:
         roles = ROLES[function.__name__]
         read = written = 0.0
         for name, value in given.items():
@@ -178,10 +181,18 @@ class Launches:
         self.count.kernels.append(Kernel(function.__name__, round(read), round(written)))
 
     def _nbytes(self, tensor: Tensor, name: str, given: dict[str, Any]) -> int:
-        """Of `x` where its rows are named by an index: a row for each name."""
-        if name == "x" and given.get("rows") is not None:
-            return int(nbytes(tensor[:1]) * len(given["rows"]))
+        """Of what is gathered by an index: a row for each that the index names."""
+        flags = {"x": "GATHER", "left": "GATHER_LEFT", "right": "GATHER_RIGHT"}
+        if (name == "x" and given.get("rows") is not None) or given.get(flags.get(name, "")):
+            return int(nbytes(tensor[:1]) * self.sizes.rows)
         return nbytes(tensor)
+
+
+def _function(kernel: Any) -> Any:
+    """The Python function of a kernel that is autotuned, compiled or interpreted."""
+    while hasattr(kernel, "fn"):
+        kernel = kernel.fn
+    return kernel
 
 
 def _linear(name: str, given: dict[str, Any]) -> list[tuple[str, str]]:
@@ -196,7 +207,31 @@ def _outer(name: str, given: dict[str, Any]) -> list[tuple[str, str]]:
     return [("w", "all")] if name == "y" else [("r", share if name in ("left", "x") else "all")]
 
 
-ROLES: dict[str, Any] = {"_linear_kernel": _linear, "_outer_kernel": _outer}
+# Of the fused layer: what is written; and what is read or written of hot experts' rows alone. All else is read.
+_WRITTEN = {
+    "_sort_kernel": ("order", "place", "ends"),
+    "_combine_kernel": ("out",),
+    "_product_kernel": ("y", "thin", "dots"),
+    "_activation_kernel": ("act", "z_down"),
+    "_activation_backward_kernel": ("dup", "dweight", "act", "g_up"),
+    "_gram_kernel": ("out",),
+}
+_HOT = {
+    "_product_kernel": ("thin", "z"),
+    "_activation_kernel": ("z_up", "z_down"),
+    "_activation_backward_kernel": ("z_up", "g_down", "act", "g_up"),
+    "_gram_kernel": ("left", "right", "order", "row_weights"),
+}
+
+
+def _fused(kernel: str) -> Any:
+    def role(name: str, given: dict[str, Any]) -> list[tuple[str, str]]:
+        return [("w" if name in _WRITTEN[kernel] else "r", "hot" if name in _HOT.get(kernel, ()) else "all")]
+
+    return role
+
+
+ROLES: dict[str, Any] = {"_linear_kernel": _linear, "_outer_kernel": _outer} | {name: _fused(name) for name in _WRITTEN}
 """Kernel -> of an argument's name and all arguments: ("r" read or "w" written, of "all" rows or of "hot" experts')."""
 
 
@@ -205,11 +240,13 @@ def as_on_a_gpu(sizes: Sizes, count: Count, coverage: float) -> Iterator[None]:
     """The decisions that are made for a GPU, and launches counted instead of made."""
     from hotlora.layer import gpu
     from hotlora.layer.kernels import gemm
+    from hotlora.layer.kernels import launch as launching
 
-    capability = divmod(sizes.capability, 10)
+    capability, launches = divmod(sizes.capability, 10), Launches(sizes, count, coverage)
     with (
         mock.patch.object(gpu, "capability", lambda device: capability),
-        mock.patch.object(gemm, "_launch", Launches(sizes, count, coverage)),
+        mock.patch.object(gemm, "_launch", launches.unfused),
+        mock.patch.object(launching, "launch", launches.fused),
         TorchOperations(sizes, count),
     ):
         yield
@@ -246,10 +283,11 @@ def measure(sizes: Sizes, contender: str) -> Count:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     from hotlora.hf.experts_view import ExpertsView
-    from hotlora.layer import gpu
+    from hotlora.layer import fused, gpu
     from hotlora.layer.function import routed_experts_by
 
     count, experts = Count(), experts_of(sizes)
+    fused.gate_of(ExpertsView(experts))  # which is found by values, and kept
     coverage = 1.0 if contender == "all" else coverage_of(sizes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name in ("gate_up_proj", "down_proj"):

@@ -40,6 +40,14 @@ def test_the_floor_is_what_transformers_does(counts):
     assert floor["bytes"] > products and 20 <= floor["launches"] <= 40
 
 
+def test_hot_experts_are_within_the_targets(counts):
+    """At most 16 launches and 0.55 of the floor's bytes, and nothing of torch's on arrays of all rows."""
+    floor, hot, every = (counts[name] for name in ("floor", "hot", "all"))
+    assert hot["launches"] <= 16 and every["launches"] <= 16
+    assert hot["bytes"] <= 0.55 * floor["bytes"] and every["bytes"] <= 0.55 * floor["bytes"]
+    assert hot["torch_on_rows"] == every["torch_on_rows"] == 0
+
+
 def test_an_operation_more_is_noticed():
     count = traffic.Count()
     x = torch.ones(SIZES.rows, 16)
@@ -63,7 +71,7 @@ def test_an_operation_more_is_noticed():
     ]
 
 
-@pytest.mark.parametrize("products", ["", "torch", "triton"])
+@pytest.mark.parametrize("products", ["", "torch", "triton", "unfused"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_masks_and_no_scatters_over_rows(monkeypatch, products, capability):
     monkeypatch.setenv("HOTLORA_KERNELS", products)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from . import cpu, gpu
+from . import cpu, fused, gpu
 from .updates import Update, compute_dtype
 
 
@@ -53,6 +53,13 @@ def routed_experts_by(
     updates: Sequence[Update],
 ) -> Tensor:
     """`routed_experts` by the products of `cpu` or `gpu`. updates: none without an expert."""
+    if products is gpu and fused.covers(view, hidden_TD, top_k_weights_TK, updates):
+        (update,) = updates or (None,)
+        seeds = _two_seeds() if update is not None and update.dropout else (0, 0)
+        its = [] if update is None else update.tensors
+        arguments = (hidden_TD, top_k_index_TK, top_k_weights_TK, *view.tensors(), *its)
+        summed: Tensor = fused.FusedExperts.apply(view, update, seeds, *arguments)
+        return summed
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
     output: Tensor = RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
