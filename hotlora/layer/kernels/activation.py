@@ -110,7 +110,7 @@ def activation(
     num_rows, width = up_SPF.shape[0], up_SPF.shape[1] // (2 if gate.is_gated else 1)
     act_SF = up_SPF.new_empty(num_rows, width)
     z_SR = None if factors is None else up_SPF.new_empty(num_rows, factors.r)
-    blocks = launching.blocks_of("activation", up_SPF)
+    blocks = launching.blocks_of("activation", up_SPF, 0 if factors is None else factors.r)
     num_groups = len(order.ends_E)
     launching.launch(
         _activation_kernel, (_row_blocks(num_rows, num_groups, {"BLOCK_M": blocks.m}),), up_SPF, blocks,
@@ -120,6 +120,36 @@ def activation(
         BLOCK_M=blocks.m, BLOCK_F=blocks.n,
     )  # fmt: skip
     return act_SF, z_SR
+
+
+def plain_activation(
+    up_SPF: Tensor, gate: Gate, order: Order, z_up_SPR: Tensor | None = None, factors: Factors | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`activation` by torch, in float32; z is zero in cold rows."""
+    up_SPF = plain_updated(up_SPF.float(), gate, order, z_up_SPR, factors)
+    act_SF = gate.of(up_SPF)
+    if factors is None:
+        return act_SF, None
+    slot_S = launching.plain_slots(factors.ids_N, order.ends_E, len(up_SPF))
+    dropped_SF = launching.plain_drop(act_SF, order.order_S, factors.p, factors.down_seed)
+    z_SR = factors.scaling * torch.einsum("sf,srf->sr", dropped_SF, factors.A_down.float()[slot_S])
+    return act_SF, z_SR * (slot_S >= 0)[:, None]
+
+
+def plain_updated(up_SPF: Tensor, gate: Gate, order: Order, z_up_SPR: Tensor | None, factors: Factors | None) -> Tensor:
+    """The up projection's output with hot rows' updates."""
+    if factors is None or z_up_SPR is None:
+        return up_SPF
+    slot_S = launching.plain_slots(factors.ids_N, order.ends_E, len(up_SPF))
+    parts = 2 if gate.is_gated else 1
+    z_parts = torch.where((slot_S >= 0)[:, None], z_up_SPR.float(), 0.0).chunk(parts, 1)
+    updates = [
+        torch.einsum("sr,sfr->sf", z, B[slot_S])
+        for z, B in zip(z_parts, factors.B_up.float().chunk(parts, 1), strict=True)
+    ]
+    if gate.is_interleaved:
+        return up_SPF + torch.stack(updates, -1).flatten(1)
+    return up_SPF + torch.cat(updates, 1)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch as launching
-from .activation import Factors, Gate, act_of, arguments_of, gate_and_up, z_of
+from .activation import Factors, Gate, act_of, arguments_of, gate_and_up, plain_updated, z_of
 from .gemm import _dot, _locate, _precision, _row_blocks
 from .launch import drop, slot_of
 from .product import Order
@@ -65,6 +65,41 @@ def activation_backward(
         PRECISION=_precision(up_SPF), BLOCK_M=blocks.m, BLOCK_F=blocks.n,
     )  # fmt: skip
     return Gradients(dup_SPF, dweight_S, act_SF, g_SPR)
+
+
+def plain_activation_backward(
+    dact_SF: Tensor,
+    up_SPF: Tensor,
+    weights_S: Tensor,
+    gate: Gate,
+    order: Order,
+    *,
+    dots_S: Tensor | None = None,
+    z_up_SPR: Tensor | None = None,
+    g_down_SR: Tensor | None = None,
+    factors: Factors | None = None,
+) -> Gradients:
+    """`activation_backward` by torch's autograd, in float32; what is of hot rows is zero in cold ones."""
+    assignment_S, dact_SF = order.order_S.long(), dact_SF.float()
+    up_SPF = plain_updated(up_SPF.float(), gate, order, z_up_SPR, factors).requires_grad_()
+    slot_S = torch.full_like(assignment_S, -1)
+    if factors is not None and g_down_SR is not None:
+        slot_S = launching.plain_slots(factors.ids_N, order.ends_E, len(up_SPF))
+        g_SR = torch.where((slot_S >= 0)[:, None], g_down_SR.float(), 0.0)
+        update_SF = torch.einsum("sr,srf->sf", g_SR, factors.A_down.float()[slot_S])
+        dact_SF = dact_SF + launching.plain_drop(update_SF, order.order_S, factors.p, factors.down_seed)
+    with torch.enable_grad():
+        act_SF = gate.of(up_SPF)
+        weighted_SF = dact_SF * weights_S.float()[assignment_S][:, None]
+        (dup_SPF,) = torch.autograd.grad(act_SF, up_SPF, weighted_SF)
+    dots = (dact_SF * act_SF.detach()).sum(1) + (0 if dots_S is None else dots_S)
+    dweight_S = torch.zeros_like(dots).index_copy(0, assignment_S, dots)
+    if factors is None:
+        return Gradients(dup_SPF, dweight_S, None, None)
+    hot_S1, parts = (slot_S >= 0)[:, None], 2 if gate.is_gated else 1
+    pieces = zip(gate.parts(dup_SPF), factors.B_up.float().chunk(parts, 1), strict=False)
+    g_parts = [factors.scaling * torch.einsum("sf,sfr->sr", d, B[slot_S]) for d, B in pieces]
+    return Gradients(dup_SPF, dweight_S, act_SF.detach() * hot_S1, torch.cat(g_parts, 1) * hot_S1)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])

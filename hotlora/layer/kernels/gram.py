@@ -59,6 +59,35 @@ def gram(
     return out_NOI
 
 
+def plain_gram(
+    left: Side,
+    right: Side,
+    order: Order,
+    ids_N: Tensor,
+    dtype: torch.dtype,
+    *,
+    weights_S: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    parts: int = 1,
+    interleaved: bool = False,
+) -> Tensor:
+    """`gram` by torch, in float32."""
+    order_S, token_S = order.order_S.long(), order.order_S.long() // order.top_k
+    l_SO, r_SI = ((side.values[token_S] if side.gathered else side.values).float() for side in (left, right))
+    r_SI = launching.plain_drop(r_SI, order.order_S, p, seed)
+    if weights_S is not None:
+        l_SO = l_SO * weights_S.float()[order_S][:, None]
+    l_parts = [l_SO[:, part::parts] for part in range(parts)] if interleaved else list(l_SO.chunk(parts, 1))
+    expert_S = launching.plain_experts(order.ends_E, len(order_S))
+    found = []
+    for expert in ids_N.tolist():
+        mine = expert_S == expert
+        pairs = zip(l_parts, r_SI.chunk(parts, 1), strict=True)
+        found.append(torch.cat([left_part[mine].T @ right_part[mine] for left_part, right_part in pairs]))
+    return torch.stack(found).to(dtype)
+
+
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _gram_kernel(
     out, left, right, ends, order, ids, row_weights, outputs, inputs, seed, threshold, keep_scale,

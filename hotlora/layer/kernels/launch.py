@@ -7,6 +7,7 @@ G groups (experts), N groups with factors of their own.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -26,16 +27,17 @@ class Blocks:
     stages: int = 3
 
 
-# Of product: (on 9.0 and 10.x, on 8.0, elsewhere, where a block has 100 KB of shared memory), for a thin product of up
-# to 64 ranks beside it, and of more.
+# Of product: (on 9.0 and 10.x, on 8.0, elsewhere, where a block has 100 KB of shared memory), with a thin product of up
+# to 64 ranks beside it, and with more or with masks.
 _PRODUCT = {
     False: (Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 4), Blocks(64, 128, 32, 4, 3)),
-    True: (Blocks(128, 64, 64, 8, 3), Blocks(128, 64, 32, 8, 3), Blocks(64, 64, 32, 4, 3)),
+    True: (Blocks(128, 64, 64, 8, 3), Blocks(64, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
 }
-_GRAM = Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 64, 4, 3), Blocks(128, 128, 32, 4, 2)
+_GRAM = Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 3), Blocks(128, 128, 32, 8, 2)
+# For up to 32 ranks, and for more: what fits into registers.
+_ACTIVATION = Blocks(32, 32, warps=8, stages=1), Blocks(16, 32, warps=4, stages=1)
 _OTHERS = {
-    "activation": Blocks(32, 32, warps=8, stages=1),
-    "activation_backward": Blocks(32, 32, warps=8, stages=1),
+    "activation_backward": Blocks(16, 32, warps=4, stages=1),
     "combine": Blocks(4, 512, warps=4),
     "sort": Blocks(1, 4096, warps=8),
 }
@@ -48,11 +50,13 @@ def blocks_for(kernel: str, capability: int, rank: int = 0) -> Blocks:
     card = 0 if capability in (90, 100, 103) else 1 if capability == 80 else 2
     if kernel == "product":
         return _PRODUCT[rank > 64][card]
+    if kernel == "activation":
+        return _ACTIVATION[rank > 32 or card == 2]
     return _GRAM[card] if kernel == "gram" else _OTHERS[kernel]
 
 
 def blocks_of(kernel: str, x: Tensor, rank: int = 0) -> Blocks:
-    """For the device of x. rank: of a thin product beside the one that is made."""
+    """For the device of x. rank: of a thin product beside what is made."""
     if x.device.type != "cuda":
         return blocks_for(kernel, 90, rank)
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -76,6 +80,35 @@ def rank_block(r: int) -> int:
 def seed_of(p: float, seed: int) -> dict[str, Any]:
     """Arguments of a kernel that drops: nothing, where p is 0."""
     return {"seed": seed, "threshold": round(p * 2**24), "keep_scale": 1 / (1 - p), "DROP": p > 0}
+
+
+def plain_experts(ends_E: Tensor, num_rows: int) -> Tensor:
+    """`[S]`: each row's expert; E where it has none."""
+    rows = torch.arange(num_rows, device=ends_E.device)
+    return torch.bucketize(rows, ends_E.long(), right=True)
+
+
+def plain_slots(ids_N: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+    """`[S]`: the place of each row's expert among the hot ones, or -1."""
+    found = plain_experts(ends_E, num_rows)[:, None] == ids_N
+    return torch.where(found.any(1), found.int().argmax(1), -1)
+
+
+def plain_drop(x_SI: Tensor, order_S: Tensor, p: float, seed: int) -> Tensor:
+    """`drop` of all rows by numpy."""
+    if p == 0:
+        return x_SI
+    rows, columns = order_S.cpu().numpy().astype(np.uint64)[:, None], np.arange(x_SI.shape[1], dtype=np.uint64)
+    word, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    c0, c1 = np.broadcast_arrays(columns[None, :], rows)
+    c2 = c3 = np.zeros_like(c0)
+    key0, key1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    for _ in range(7):
+        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (b >> word) ^ c1 ^ key0, b & low, (a >> word) ^ c3 ^ key1, a & low
+        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
+    kept = torch.from_numpy((c0 >> np.uint64(8)) >= round(p * 2**24)).to(x_SI.device)
+    return x_SI * kept / (1 - p)
 
 
 @triton.jit

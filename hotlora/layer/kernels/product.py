@@ -70,9 +70,9 @@ def product(
     y_SO = x.new_empty(num_rows, outputs)
     z_SR = None if thin is None else x.new_empty(num_rows, thin.A.shape[1])
     dots_S = None if dot_EI is None else x.new_empty(num_rows, dtype=torch.float32)
-    blocks = launching.blocks_of("product", x, 0 if thin is None else thin.A.shape[1])
     kept: Any = thin if thin is not None else low
     p, seed = (0.0, 0) if kept is None else (kept.p, kept.seed)
+    blocks = launching.blocks_of("product", x, 128 if p else 0 if thin is None else thin.A.shape[1])
     ids_N = None if kept is None else kept.ids_N
     A, B = None if thin is None else thin.A, None if low is None else low.B
     r, low_r = 1 if A is None else A.shape[1], 1 if B is None else B.shape[2]
@@ -93,6 +93,40 @@ def product(
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k,
     )  # fmt: skip
     return y_SO, z_SR, dots_S
+
+
+def plain_product(
+    x: Tensor,
+    weight_EOI: Tensor,
+    order: Order,
+    *,
+    gather: bool = False,
+    thin: Thin | None = None,
+    low: Low | None = None,
+    bias_EO: Tensor | None = None,
+    dot_EI: Tensor | None = None,
+    weights_S: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`product` by torch, in float32; z is zero in cold rows."""
+    order_S, num_experts = order.order_S.long(), len(order.ends_E)
+    expert_S = launching.plain_experts(order.ends_E, len(order_S))
+    here_S1, expert_S = (expert_S < num_experts)[:, None], expert_S.clamp(max=num_experts - 1)
+    x_SI = torch.where(here_S1, (x[order_S // order.top_k] if gather else x).float(), 0.0)
+    y_SO, z_SR, dots_S = torch.einsum("si,soi->so", x_SI, weight_EOI.float()[expert_S]), None, None
+    if thin is not None:
+        slot_S = launching.plain_slots(thin.ids_N, order.ends_E, len(order_S))
+        dropped_SI = launching.plain_drop(x_SI, order.order_S, thin.p, thin.seed)
+        z_SR = thin.scaling * torch.einsum("si,sri->sr", dropped_SI, thin.A.float()[slot_S]) * (slot_S >= 0)[:, None]
+    if dot_EI is not None:
+        dots_S = (x_SI * dot_EI.float()[expert_S]).sum(1)
+    if bias_EO is not None:
+        y_SO = y_SO + bias_EO.float()[expert_S] * here_S1
+    if low is not None:
+        slot_S = launching.plain_slots(low.ids_N, order.ends_E, len(order_S))
+        z = torch.where((slot_S >= 0)[:, None], low.z_SR.float(), 0.0)
+        update_SO = torch.einsum("sr,sor->so", z, low.B.float()[slot_S])
+        y_SO = y_SO + launching.plain_drop(update_SO, order.order_S, low.p, low.seed)
+    return y_SO if weights_S is None else y_SO * weights_S.float()[order_S][:, None], z_SR, dots_S
 
 
 @triton.jit
