@@ -42,7 +42,7 @@ def launches(capability: int, dtype: torch.dtype, r: int, p: float, gate: Gate, 
             launching, "launch", lambda kernel, grid, x, blocks, /, **its: found.append((kernel, blocks, its))
         ),
         mock.patch.object(
-            launching, "blocks_of", lambda kernel, x, rank=0: launching.blocks_for(kernel, capability, rank)
+            launching, "blocks_of", lambda kernel, x, rank=0: launching.blocks_for(kernel, capability, rank, x.dtype)
         ),
     ):
         order = Order(*counting_sort(torch.empty(T, K, dtype=torch.int64), E), K)

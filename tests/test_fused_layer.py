@@ -1,5 +1,6 @@
 """The routed layer in few kernels, against the plain loop: by Triton's interpreter, or on a GPU where there is one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from test_experts import (
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton): its kernels are not tested")
 
-from test_kernels import ON_GPU, on_device
+from test_kernels import ON_GPU, on_device, run_script
 
 from hotlora.hf.experts_view import ExpertsView
 from hotlora.layer import cpu, fused, gpu
@@ -225,3 +226,35 @@ def test_activations_are_found_by_what_they_do():
     odd._apply_gate = lambda x: x.chunk(2, -1)[0].cos()
     assert fused.gate_of(ExpertsView(odd)) is None
     fused._GATES.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_nothing_waits(dtype):
+    """After a first run, in which the kernels are compiled."""
+    experts, inputs = make_experts(dtype).to("cuda"), list(map(on_device, make_inputs(dtype)))
+    factors = replace(on_device(make_factors([1, 3, 6], 16, dtype)), dropout=0.1)
+    leaves = [inputs[0], inputs[2], *(getattr(factors, name) for name in FACTORS)]
+    probe = torch.randn(T, D).to("cuda", dtype)
+    torch.autograd.grad(fused_layer(experts, *inputs, [factors]), leaves, probe)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(fused_layer(experts, *inputs, [factors]), leaves, probe)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--r", "64", "--p", "0.1", "--gate", "gpt_oss", "--bias"], ["--dtype", "float32"]],
+    ids=["olmoe", "most", "float32"],
+)
+def test_the_kernels_compile_without_a_spill(capability, options):
+    lines = run_script("tests/compiled_fused.py", str(capability), *options, TRITON_INTERPRET="0").splitlines()
+    kernels = [json.loads(line) for line in lines]
+    assert len(kernels) == 12
+    for kernel in kernels:
+        assert kernel["spilled"] == 0 and kernel["machine_code"], kernel
+        assert kernel["shared"] <= {80: 163, 86: 99, 120: 99}.get(capability, 227) * 1024, kernel

@@ -11,15 +11,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("layer_traffic", ROOT / "benchmarks" / "layer_traffic.py")
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["layer_traffic"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-traffic = load_script()
+traffic = load_script("layer_traffic")
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton): its launches cannot be counted")
 SIZES = traffic.Sizes()
 
@@ -85,3 +85,6 @@ def test_no_masks_and_no_scatters_over_rows(monkeypatch, products, capability):
 def test_the_record_is_what_the_command_says_now(counts):
     record = json.loads((ROOT / "benchmarks" / "traffic" / "layer.json").read_text(encoding="utf-8"))
     assert {name: record[name] for name in counts} == counts
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    for count in counts.values():
+        assert f"{count['bytes']:,}" in page

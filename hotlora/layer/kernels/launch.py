@@ -30,7 +30,7 @@ class Blocks:
 # Of product: (on 9.0 and 10.x, on 8.0, elsewhere, where a block has 100 KB of shared memory), with a thin product of up
 # to 64 ranks beside it, and with more or with masks.
 _PRODUCT = {
-    False: (Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 4), Blocks(64, 128, 32, 4, 3)),
+    False: (Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 4), Blocks(64, 128, 32, 8, 3)),
     True: (Blocks(128, 64, 64, 8, 3), Blocks(64, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
 }
 _GRAM = Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 3), Blocks(128, 128, 32, 8, 2)
@@ -43,10 +43,18 @@ _OTHERS = {
 }
 
 
-def blocks_for(kernel: str, capability: int, rank: int = 0) -> Blocks:
+# Of product and gram in float32, which takes twice the room and is made without tensor cores where it is exact.
+_WIDE = Blocks(64, 64, 32, 8, 2)
+
+
+def blocks_for(kernel: str, capability: int, rank: int = 0, dtype: torch.dtype = torch.bfloat16) -> Blocks:
     """capability: 80 for 8.0. Under the interpreter blocks are small, so that small tensors have many."""
     if INTERPRETED:
         return Blocks(16, 64 if kernel == "sort" else 32)
+    if dtype == torch.float32 and kernel in ("product", "gram"):
+        return _WIDE
+    if dtype == torch.float32 and kernel == "activation_backward":
+        return Blocks(16, 16, warps=4, stages=1)
     card = 0 if capability in (90, 100, 103) else 1 if capability == 80 else 2
     if kernel == "product":
         return _PRODUCT[rank > 64][card]
@@ -58,9 +66,9 @@ def blocks_for(kernel: str, capability: int, rank: int = 0) -> Blocks:
 def blocks_of(kernel: str, x: Tensor, rank: int = 0) -> Blocks:
     """For the device of x. rank: of a thin product beside what is made."""
     if x.device.type != "cuda":
-        return blocks_for(kernel, 90, rank)
+        return blocks_for(kernel, 90, rank, x.dtype)
     major, minor = torch.cuda.get_device_capability(x.device)
-    return blocks_for(kernel, 10 * major + minor, rank)
+    return blocks_for(kernel, 10 * major + minor, rank, x.dtype)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, blocks: Blocks, /, **arguments: Any) -> None:
