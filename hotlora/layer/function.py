@@ -8,9 +8,9 @@ It keeps for backward the input `[T, D]`, the up projection's output `[S, P*F]`,
 weights. The gate, and what the factors make of their inputs, are computed again. The routing weights' gradient needs no
 output of the experts: for y = W h and a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
 
-`cpu` and `gpu` have the products, `updates` what is added; `fused` has the whole layer in a few kernels for a GPU, where
-it covers it. A compiled graph has the whole layer in it, without a break:
-forward and backward are traced, and each grouped product is one operation of the graph.
+`cpu` and `gpu` have the products, `updates` what is added; `fused` has the whole layer in a few kernels for a GPU. A
+compiled graph has the whole layer in it, without a break: forward and backward are traced, and each grouped product is
+one operation of the graph.
 
 Shape suffixes: E experts, K experts per token, T tokens, S = T*K rows (in a block: of the block), D model width,
 F expert width, P = 2 projections into an expert (gate and up), or 1 where experts have no gate.

@@ -54,23 +54,25 @@ def gate_of(view: ExpertsView) -> Any:
     Found out by trying, since a family may have an activation of its own.
     """
     experts = view.experts
-    act_fn, numbers = getattr(experts, "act_fn", None), [getattr(experts, n, None) for n in ("alpha", "limit")]
-    key = (type(experts), type(act_fn), view.num_parts, view.is_interleaved, *numbers)
+    act_fn = getattr(experts, "act_fn", None)
+    settings = {name: value for name, value in vars(experts).items() if isinstance(value, int | float | str)}
+    key = (type(experts), repr(act_fn), view.num_parts, view.is_interleaved, tuple(sorted(settings.items())))
     if isinstance(act_fn, torch.nn.Module) and any(True for _ in act_fn.parameters()):
         return None
     if key not in _GATES:
-        _GATES[key] = _tried(view, numbers)
+        _GATES[key] = _tried(view)
     return _GATES[key]
 
 
-def _tried(view: ExpertsView, numbers: Sequence[Any]) -> Any:
+def _tried(view: ExpertsView) -> Any:
     from .kernels.activation import Gate
 
     layout = {"is_gated": view.num_parts == 2, "is_interleaved": view.is_interleaved}
     gates = [Gate(kind, **layout) for kind in ("silu", "gelu", "gelu_tanh", "relu2")]
+    numbers: list[Any] = [getattr(view.experts, name, None) for name in ("alpha", "limit")]
     if all(isinstance(number, int | float) for number in numbers):
         gates.insert(0, Gate("gpt_oss", alpha=numbers[0], limit=numbers[1], **layout))
-    values = torch.cat([torch.linspace(-30, 30, 31), torch.linspace(-3, 3, 31)])
+    values = torch.cat([torch.linspace(-1000, 1000, 9), torch.linspace(-30, 30, 31), torch.linspace(-3, 3, 31)])
     pairs = torch.cartesian_prod(values, values)
     probe = pairs if view.num_parts == 2 else pairs[:, :1].contiguous()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -142,8 +144,10 @@ class FusedExperts(torch.autograd.Function):
         )
         if its is not None and found.g_SPR is not None:
             low = Low(its.ids_N, found.g_SPR, its.A_up.transpose(1, 2), its.p, its.up_seed)
-        dx_SD, _, _ = product(found.dup_SPF, run.up.transpose(1, 2), order, low=low)
-        dhidden_TD = combine(dx_SD, order.place_S, order.top_k).to(hidden_TD.dtype)
+        dhidden_TD = None
+        if ctx.needs_input_grad[3]:
+            dx_SD, _, _ = product(found.dup_SPF, run.up.transpose(1, 2), order, low=low)
+            dhidden_TD = combine(dx_SD, order.place_S, order.top_k).to(hidden_TD.dtype)
         none = [None] * (len(tensors) - len(gradients))
         return None, None, None, dhidden_TD, None, found.dweight_S.view(top_k_weights_TK.shape), *none, *gradients
 

@@ -44,7 +44,7 @@ _OTHERS = {
 
 
 # Of product and gram in float32, which takes twice the room and is made without tensor cores where it is exact.
-_WIDE = Blocks(64, 64, 32, 8, 2)
+_WIDE = Blocks(64, 32, 16, 8, 2)
 
 
 def blocks_for(kernel: str, capability: int, rank: int = 0, dtype: torch.dtype = torch.bfloat16) -> Blocks:
