@@ -90,6 +90,12 @@ class Rows:
         for expert, a, b in self.by_expert:
             sums_EO[expert] += y_SO[a:b].sum(0)
 
+    def placed(self, all_S: Tensor | None, some_S: Tensor, num_rows: int) -> Tensor:
+        """`all_S` with this block's rows in the places that the router gave them; made with the first block."""
+        if all_S is None:
+            all_S = some_S.new_empty(num_rows, *some_S.shape[1:])
+        return all_S.index_copy_(0, self.order_S, some_S)
+
 
 @dataclass(frozen=True)
 class ExpertRows:

@@ -8,8 +8,9 @@ It keeps for backward the input `[T, D]`, the up projection's output `[S, P*F]`,
 weights. The gate, and what the factors make of their inputs, are computed again. The routing weights' gradient needs no
 output of the experts: for y = W h and a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
 
-`cpu` and `gpu` have the products, `updates` what is added. A compiled graph has the whole layer in it, without a break:
-forward and backward are traced, and each grouped product is one operation of the graph.
+`cpu` and `gpu` have the products, `updates` what is added; `fused` has the whole layer in a few kernels for a GPU. A
+compiled graph has the whole layer in it, without a break: forward and backward are traced, and each grouped product is
+one operation of the graph.
 
 Shape suffixes: E experts, K experts per token, T tokens, S = T*K rows (in a block: of the block), D model width,
 F expert width, P = 2 projections into an expert (gate and up), or 1 where experts have no gate.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from . import cpu, gpu
+from . import cpu, fused, gpu
 from .updates import Update, compute_dtype
 
 
@@ -38,10 +39,28 @@ def routed_experts(
     bit. An index equal to `num_experts` (an expert on another device, under expert parallelism) contributes nothing.
     Weights of the experts that train get their gradients; what is quantized gets none.
     """
-    view = ExpertsView(experts)
     updates = [update for update in updates if len(update.expert_ids_N) > 0]
     # `cpu` reads how many rows each expert has, which a compiled graph cannot.
     products = cpu if hidden_TD.device.type == "cpu" and not torch.compiler.is_compiling() else gpu
+    return routed_experts_by(products, ExpertsView(experts), hidden_TD, top_k_index_TK, top_k_weights_TK, updates)
+
+
+def routed_experts_by(
+    products: Any,
+    view: ExpertsView,
+    hidden_TD: Tensor,
+    top_k_index_TK: Tensor,
+    top_k_weights_TK: Tensor,
+    updates: Sequence[Update],
+) -> Tensor:
+    """`routed_experts` by the products of `cpu` or `gpu`. updates: none without an expert."""
+    if products is gpu and fused.covers(view, hidden_TD, top_k_weights_TK, updates):
+        (update,) = updates or (None,)
+        seeds = _two_seeds() if update is not None and update.dropout else (0, 0)
+        its = [] if update is None else update.tensors
+        arguments = (hidden_TD, top_k_index_TK, top_k_weights_TK, *view.tensors(), *its)
+        summed: Tensor = fused.FusedExperts.apply(view, update, seeds, *arguments)
+        return summed
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
     return RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
@@ -105,7 +124,7 @@ class RoutedExperts(torch.autograd.Function):
         y_SD: Tensor | None = None
         for rows in ctx.blocks:
             up_SPF, some_SD = run.forward(rows, hidden_TD)
-            y_SD = _placed(y_SD, rows, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
+            y_SD = rows.placed(y_SD, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
             ups.append(up_SPF)
         ctx.save_for_backward(hidden_TD, top_k_weights_TK, *ups, *tensors)
         return _summed_by_token(y_SD, top_k_index_TK.shape[1]).to(hidden_TD.dtype)
@@ -121,8 +140,8 @@ class RoutedExperts(torch.autograd.Function):
         dweight_S: Any = None
         for rows, up_SPF in zip(ctx.blocks, ups, strict=True):
             some_SD, its_S = run.backward(rows, up_SPF, hidden_TD, top_k_weights_TK, grad_TD)
-            dx_SD = _placed(dx_SD, rows, some_SD, top_k_weights_TK.numel())
-            dweight_S = _placed(dweight_S, rows, its_S, top_k_weights_TK.numel())
+            dx_SD = rows.placed(dx_SD, some_SD, top_k_weights_TK.numel())
+            dweight_S = rows.placed(dweight_S, its_S, top_k_weights_TK.numel())
         dhidden_TD = _summed_by_token(dx_SD, top_k_weights_TK.shape[1]).to(hidden_TD.dtype)
         dweight_TK = dweight_S.view(top_k_weights_TK.shape).to(top_k_weights_TK.dtype)
         return None, dhidden_TD, None, dweight_TK, *run.gradients()
@@ -304,13 +323,6 @@ class _Pass:
 def _by_rows(rows: Any, weights_TK: Tensor) -> Tensor:
     """`[S, 1]`"""
     return weights_TK.reshape(-1).index_select(0, rows.order_S).unsqueeze(1)
-
-
-def _placed(all_S: Tensor | None, rows: Any, some_S: Tensor, num_rows: int) -> Tensor:
-    """`all_S` with a block's rows in the places that the router gave them; made with the first block."""
-    if all_S is None:
-        all_S = some_S.new_empty(num_rows, *some_S.shape[1:])
-    return all_S.index_copy_(0, rows.order_S, some_S)
 
 
 def _summed_by_token(x_SD: Any, top_k: int) -> Tensor:

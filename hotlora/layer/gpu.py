@@ -3,7 +3,8 @@ be asked for.
 
 The base's products are torch's grouped ones where torch has one kernel for them, and ours (`kernels`, in Triton)
 elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; without
-Triton cold experts get factors of zeros. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all.
+Triton cold experts get factors of zeros. Where Triton is, `fused` has most layers, and these products the rest.
+`HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all, `=unfused` keeps `fused` out.
 
 In a compiled graph each product is one operation.
 
@@ -43,7 +44,9 @@ class Rows:
 
     def __init__(self, num_experts: int, top_k_index_TK: Tensor, is_partial: bool) -> None:
         self.expert_S, self.order_S = torch.sort(top_k_index_TK.reshape(-1))
-        self.token_S = self.order_S // top_k_index_TK.shape[1]
+        self.token_S, self.is_partial = self.order_S // top_k_index_TK.shape[1], is_partial
+        self.place_S = torch.sort(self.order_S).indices
+        """where each of a token's rows went"""
         ids_E = torch.arange(num_experts, device=self.expert_S.device)
         self.ends_E = torch.searchsorted(self.expert_S, ids_E, right=True, out_int32=True)
         self.elsewhere_S1: Tensor | None = None
@@ -74,7 +77,13 @@ class Rows:
 
     def add_sums(self, sums_EO: Tensor, y_SO: Tensor) -> None:
         """Adds to `sums` the sum over each expert's rows."""
-        sums_EO.index_add_(0, self.expert_S, self._here(y_SO).to(sums_EO.dtype))
+        y_SO = y_SO.to(sums_EO.dtype).contiguous()
+        ones_S8 = y_SO.new_ones(y_SO.shape[0], 8)  # torch's grouped product takes rows of 16 bytes and more
+        sums_EO += _call(grouped_outer, y_SO, ones_S8, self.ends_E)[:, :, 0]
+
+    def placed(self, all_S: Tensor | None, some_S: Tensor, num_rows: int) -> Tensor:
+        """All rows in the places that the router gave them: gathered, since a scatter writes row by row."""
+        return some_S.index_select(0, self.place_S)
 
     def _of_rows(self, values_EO: Tensor) -> Tensor:
         return self._here(values_EO.index_select(0, self.expert_S))
@@ -87,7 +96,7 @@ class Hot:
     """The rows of one update's experts, where they are among all rows."""
 
     def __init__(self, rows: Rows, update: Any) -> None:
-        self.dtype, self.ids_N = update.dtype, update.expert_ids_N
+        self.dtype, self.ids_N, self.is_partial = update.dtype, update.expert_ids_N, rows.is_partial
         self.token_S, self.expert_S, self.ends_E = rows.token_S, rows.expert_S, rows.ends_E
         slot_N = torch.arange(len(self.ids_N), dtype=torch.int32, device=self.ids_N.device)
         self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, self.ids_N, slot_N)
@@ -100,7 +109,8 @@ class Hot:
         """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others. scaling: one, or each expert's `[N]`."""
         if isinstance(scaling, Tensor):
             return (self.product(x_SI, weight_NOI) * self.by_rows(scaling, self.dtype)).to(self.dtype)
-        return _call(hot_linear, x_SI.to(self.dtype), weight_NOI.to(self.dtype), self.ends_E, self.slot_E, scaling)
+        x_SI, weight_NOI = x_SI.to(self.dtype), weight_NOI.to(self.dtype)
+        return _call(hot_linear, x_SI, weight_NOI, self.ends_E, self.slot_E, scaling, self.is_partial)
 
     def by_rows(self, scaling_N: Tensor, dtype: torch.dtype) -> Tensor:
         """`[S, 1]`: of each hot row its expert's, in float32 at least."""
@@ -161,12 +171,17 @@ def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.stack([y_SO[a:b].T @ x_SI[a:b] for a, b in _slices(ends_E)])
 
 
-def hot_linear(x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float) -> Tensor:
-    """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert."""
+def hot_linear(
+    x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float, is_partial: bool
+) -> Tensor:
+    """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert, where
+    there are rows past it (`is_partial`)."""
     if use_kernels(x_SI, is_thin=True):
         return _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
     weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
     y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
+    if not is_partial:
+        return y_SO
     row_S1 = torch.arange(len(x_SI), device=x_SI.device).unsqueeze(1)
     return y_SO.masked_fill(row_S1 >= ends_E[-1], 0)
 
@@ -194,29 +209,42 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
     """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
     if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    is_new_gpu = x_SI.device.type == "cuda" and torch.cuda.get_device_capability(x_SI.device) >= (8, 0)
-    if not is_new_gpu and x_SI.device.type != "cpu":
+    if (of_gpu := capability(x_SI.device)) is not None:
+        if of_gpu < (8, 0):
+            return False
+    elif x_SI.device.type != "cpu":
         return False
     step = 16 // x_SI.element_size()
     return all(n % step == 0 for n in (x_SI.stride(0), max(weight_EOI.stride()[1:]), *weight_EOI.shape[1:]))
 
 
+def use_fused(x: Tensor) -> bool:
+    """Whether a layer is computed by `fused`, as far as it covers it."""
+    return os.environ.get("HOTLORA_KERNELS", "") != "unfused" and use_kernels(x, is_thin=True)
+
+
 def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
     """Whether products of `x` are made by our kernels. is_thin: with factors, of some experts only."""
     chosen = os.environ.get("HOTLORA_KERNELS", "")
-    if chosen not in ("", "torch", "triton"):
-        raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch or triton, or not be set.")
+    if chosen not in ("", "torch", "triton", "unfused"):
+        raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch, triton or unfused, or not be set.")
+    chosen = "" if chosen == "unfused" else chosen
     if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x.device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(x.device)
-        if major < 8 or (not chosen and not is_thin and x.dtype == torch.bfloat16 and major in _TORCH_HAS_A_KERNEL):
+    if (of_gpu := capability(x.device)) is not None:
+        has_a_kernel = of_gpu[0] in _TORCH_HAS_A_KERNEL and x.dtype == torch.bfloat16
+        if of_gpu[0] < 8 or (not chosen and not is_thin and has_a_kernel):
             return False
     elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
         return False
     if chosen and not _has_triton():
         raise HotLoraError("HOTLORA_KERNELS is triton, but Triton is not installed: pip install triton.")
     return _has_triton()
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability; None: no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @cache
@@ -234,14 +262,14 @@ def _gemm() -> Any:
 _SCHEMAS: dict[Any, str] = {
     grouped_linear: "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
     grouped_outer: "(Tensor y, Tensor x, Tensor ends) -> Tensor",
-    hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling) -> Tensor",
+    hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling, bool partial) -> Tensor",
     hot_outer: "(Tensor y, Tensor x, Tensor ends, Tensor ids) -> Tensor",
     dropped: "(Tensor x, float p, Tensor seed, Tensor place) -> Tensor",
 }
 _SHAPES: dict[Any, Any] = {
     grouped_linear: lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
     grouped_outer: lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]),
-    hot_linear: lambda x, weight, ends, slot, scaling: x.new_empty(x.shape[0], weight.shape[1]),
+    hot_linear: lambda x, weight, ends, slot, scaling, partial: x.new_empty(x.shape[0], weight.shape[1]),
     hot_outer: lambda y, x, ends, ids: x.new_empty(len(ids), y.shape[1], x.shape[1]),
     dropped: lambda x, p, seed, place: torch.empty_like(x),
 }
