@@ -88,3 +88,46 @@ def test_the_record_is_what_the_command_says_now(counts):
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     for count in counts.values():
         assert f"{count['bytes']:,}" in page
+
+
+def test_kernels_write_what_the_count_says(monkeypatch):
+    """Under Triton's interpreter: of every launch of a layer the arrays that change, and of those for hot experts
+    their rows alone."""
+    from test_experts import make_experts, make_factors, make_inputs
+    from test_kernels import on_device
+
+    from hotlora.hf.experts_view import ExpertsView
+    from hotlora.layer import gpu
+    from hotlora.layer.function import routed_experts_by
+    from hotlora.layer.kernels import launch as launching
+
+    monkeypatch.setenv("HOTLORA_KERNELS", "triton")
+    launch, seen = launching.launch, set()
+
+    def watched(kernel, grid, x, blocks, /, **given):
+        name = traffic._function(kernel).__name__
+        arrays = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
+        written = {key for key in arrays if traffic.ROLES[name](key, given)[0][0] == "w"}
+        for key in written:
+            arrays[key].fill_(float("nan") if arrays[key].is_floating_point() else -7)
+        before = {key: value.clone() for key, value in arrays.items() if key not in written}
+        launch(kernel, grid, x, blocks, **given)
+        for key, value in before.items():
+            assert torch.equal(value.nan_to_num(), arrays[key].nan_to_num()), (name, key)
+        for key in written:
+            value = arrays[key]
+            is_made = ~value.isnan() if value.is_floating_point() else value != -7
+            if traffic.ROLES[name](key, given)[0][1] == "all":
+                assert is_made.all(), (name, key)
+            else:
+                slots = launching.plain_slots(given["ids"], given["ends"], len(value))
+                assert torch.equal(is_made, (slots >= 0)[:, None].expand_as(value)), (name, key)
+        seen.add(name)
+
+    monkeypatch.setattr(launching, "launch", watched)
+    hidden, index, weights = map(on_device, make_inputs(torch.float32))
+    factors, device = on_device(make_factors([1, 3, 6], 8, torch.float32)), hidden.device
+    experts = make_experts(torch.float32).to(device)
+    output = routed_experts_by(gpu, ExpertsView(experts), hidden, index, weights, [factors])
+    torch.autograd.grad(output.sum(), [hidden, weights, *factors.tensors])
+    assert seen == set(traffic._WRITTEN)

@@ -53,7 +53,7 @@ def blocks_for(kernel: str, capability: int, rank: int = 0, dtype: torch.dtype =
         return Blocks(16, 64 if kernel == "sort" else 32)
     if dtype == torch.float32 and kernel in ("product", "gram"):
         return _WIDE
-    if dtype == torch.float32 and kernel == "activation_backward":
+    if dtype == torch.float32 and kernel in ("activation", "activation_backward"):
         return Blocks(16, 16, warps=4, stages=1)
     card = 0 if capability in (90, 100, 103) else 1 if capability == 80 else 2
     if kernel == "product":
