@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 # Name -> (kind, fraction, HOTLORA_KERNELS).
 CONTENDERS: dict[str, tuple[str, float | None, str]] = {
     "floor": ("floor", None, ""),
-    "hot 25%": ("hot", 0.25, ""),
+    "hot 25%": ("hot", 0.25, "fused"),
     "unsloth": ("unsloth", None, ""),
     "peft": ("peft", None, ""),
-    "all": ("all", None, ""),
-    "hot 25%, unfused": ("hot", 0.25, "unfused"),
+    "all": ("all", None, "fused"),
+    "hot 25%, unfused": ("hot", 0.25, ""),
     "hot 25%, torch": ("hot", 0.25, "torch"),
 }
 # (what, of which contenders, the target, whether a larger value is better)

@@ -330,13 +330,14 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())
     as_json, each, sizes = given.pop("json"), given.pop("kernels"), Sizes(**given)
+    os.environ.setdefault("HOTLORA_KERNELS", "fused")
     counts = {contender: measure(sizes, contender) for contender in ("floor", "hot", "all")}
     results = {contender: count.as_dict(sizes) for contender, count in counts.items()}
     if as_json:
         from hotlora.base.records import environment
 
         command = " ".join(["python", *sys.argv])
-        products = os.environ.get("HOTLORA_KERNELS", "")
+        products = os.environ["HOTLORA_KERNELS"]
         more = {"counted": COUNTED, "sizes": asdict(sizes) | {"coverage": coverage_of(sizes)}, "products": products}
         print(json.dumps(results | more | {"command": command, "environment": environment()}, indent=1))
         return

@@ -70,7 +70,7 @@ FIRST: dict[str, str] = {
     "plan": "{profile}", "params": "{config}", "export": "--model {model} {adapter} -o out --format peft",
     "merge": "--model {model} {adapter} -o out", "combine": "--model {model} {adapter} {adapter} -o out",
     "demo": "--task x", "bench": "--rounds 0", "sweep": "{file} --dry-run", "report": "{runs} -o out",
-    "compare": "{runs}",
+    "compare": "{runs}", "generate": "x --adapter {adapter} --max-new-tokens 2", "chat": "{adapter} --max-new-tokens 2",
 }  # fmt: skip
 _LEFT = re.compile(r"\.[0-9a-f]{12}-.+")
 

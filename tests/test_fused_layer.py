@@ -32,7 +32,7 @@ from hotlora.layer.function import routed_experts_by
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    monkeypatch.setenv("HOTLORA_KERNELS", "triton")
+    monkeypatch.setenv("HOTLORA_KERNELS", "fused")
 
 
 def fused_layer(experts, hidden, index, weights, updates):
@@ -195,7 +195,7 @@ def test_what_is_not_covered_runs_as_before():
 
 def test_it_is_chosen_by_the_environment(monkeypatch):
     view, (hidden, _, weights) = ExpertsView(make_experts(torch.float32)), make_inputs(torch.float32)
-    for value, expected in {"triton": True, "torch": False, "unfused": False, "": ON_GPU}.items():
+    for value, expected in {"fused": True, "triton": False, "torch": False, "": False}.items():
         monkeypatch.setenv("HOTLORA_KERNELS", value)
         assert fused.covers(view, hidden, weights, []) == expected, value
 

@@ -372,7 +372,7 @@ def test_which_products_are_ours(monkeypatch):
     monkeypatch.setenv("HOTLORA_KERNELS", "torch")
     assert ours() == [False, False, False]
     monkeypatch.setenv("HOTLORA_KERNELS", "cuda")
-    with pytest.raises(HotLoraError, match="'cuda': it must be torch, triton or unfused"):
+    with pytest.raises(HotLoraError, match="'cuda': it must be torch, triton or fused"):
         ours()
 
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ SIZES = traffic.Sizes()
 
 @pytest.fixture(scope="module")
 def counts():
-    return {name: traffic.measure(SIZES, name).as_dict(SIZES) for name in ("floor", "hot", "all")}
+    with mock.patch.dict(os.environ, {"HOTLORA_KERNELS": "fused"}):
+        return {name: traffic.measure(SIZES, name).as_dict(SIZES) for name in ("floor", "hot", "all")}
 
 
 def test_the_floor_is_what_transformers_does(counts):
@@ -71,7 +74,7 @@ def test_an_operation_more_is_noticed():
     ]
 
 
-@pytest.mark.parametrize("products", ["", "torch", "triton", "unfused"])
+@pytest.mark.parametrize("products", ["", "torch", "triton", "fused"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_masks_and_no_scatters_over_rows(monkeypatch, products, capability):
     monkeypatch.setenv("HOTLORA_KERNELS", products)
@@ -101,7 +104,7 @@ def test_kernels_write_what_the_count_says(monkeypatch):
     from hotlora.layer.function import routed_experts_by
     from hotlora.layer.kernels import launch as launching
 
-    monkeypatch.setenv("HOTLORA_KERNELS", "triton")
+    monkeypatch.setenv("HOTLORA_KERNELS", "fused")
     launch, seen = launching.launch, set()
 
     def watched(kernel, grid, x, blocks, /, **given):

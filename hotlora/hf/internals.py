@@ -37,6 +37,7 @@ NAMES = {
     "and not as servers read them",
     "transformers.integrations:INTEGRATION_TO_CALLBACK": "--report-to is not checked before training",
     "transformers.integrations:get_available_reporting_integrations": "--report-to is not checked before training",
+    "transformers.training_args:OptimizerNames": "--optim is not checked before training",
     "transformers.masking_utils:find_packed_sequence_indices": _META,
     "transformers.utils:cached_file": "cost.preflight does not find the config of a model on the Hub",
     "transformers.utils.chat_template_utils:render_jinja_template": "tasks.chat does not find where an answer begins "

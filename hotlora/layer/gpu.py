@@ -3,8 +3,8 @@ be asked for.
 
 The base's products are torch's grouped ones where torch has one kernel for them, and ours (`kernels`, in Triton)
 elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; without
-Triton cold experts get factors of zeros. Where Triton is, `fused` has most layers, and these products the rest.
-`HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all, `=unfused` keeps `fused` out.
+Triton cold experts get factors of zeros. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all;
+`=fused` takes `fused` for the layers that it covers, which has not been timed on a GPU yet.
 
 In a compiled graph each product is one operation.
 
@@ -219,16 +219,15 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
 
 
 def use_fused(x: Tensor) -> bool:
-    """Whether a layer is computed by `fused`, as far as it covers it."""
-    return os.environ.get("HOTLORA_KERNELS", "") != "unfused" and use_kernels(x, is_thin=True)
+    """Whether a layer is computed by `fused`, as far as it covers it: where it is asked for, until it was timed."""
+    return os.environ.get("HOTLORA_KERNELS") == "fused" and use_kernels(x, is_thin=True)
 
 
 def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
     """Whether products of `x` are made by our kernels. is_thin: with factors, of some experts only."""
     chosen = os.environ.get("HOTLORA_KERNELS", "")
-    if chosen not in ("", "torch", "triton", "unfused"):
-        raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch, triton or unfused, or not be set.")
-    chosen = "" if chosen == "unfused" else chosen
+    if chosen not in ("", "torch", "triton", "fused"):
+        raise HotLoraError(f"HOTLORA_KERNELS is {chosen!r}: it must be torch, triton or fused, or not be set.")
     if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if (of_gpu := capability(x.device)) is not None:
@@ -238,7 +237,7 @@ def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
     elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
         return False
     if chosen and not _has_triton():
-        raise HotLoraError("HOTLORA_KERNELS is triton, but Triton is not installed: pip install triton.")
+        raise HotLoraError(f"HOTLORA_KERNELS is {chosen}, but Triton is not installed: pip install triton.")
     return _has_triton()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import DataError, FileError, HotLoraError, Stopped
@@ -302,7 +301,9 @@ def make_trainer(
 
 def check_optim(name: str) -> None:
     """HotLoraError: transformers has no such optimizer."""
-    if name not in (known := sorted(optimizer.value for optimizer in OptimizerNames)):
+    if name not in (
+        known := sorted(optimizer.value for optimizer in internal("transformers.training_args:OptimizerNames"))
+    ):
         raise HotLoraError(f"optim = {name!r} does not exist: choose one of {', '.join(known)}.")
 
 
