@@ -97,7 +97,7 @@ def test_what_is_given_comes_first():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "qlora"}, "method 'qlora' does not exist: choose one of fft, lora"),
+        ({"method": "qlora"}, r"method 'qlora' does not exist \(did you mean lora\?\): choose one of fft, lora"),
         ({"preset": "hellora-poetry"}, "preset 'hellora-poetry' does not exist"),
         ({"placement": "left"}, "placement 'left' does not exist: choose one of full, gate, pure"),
         ({"preset": "sieve"}, "preset 'sieve' has no learning_rate, for its paper states none"),

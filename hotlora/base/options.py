@@ -16,6 +16,8 @@ import yaml
 
 from .errors import FileError, HotLoraError
 
+_SHORT = {"lr": "learning_rate", "alpha": "lora_alpha", "rank": "r", "dropout": "lora_dropout", "steps": "max_steps"}
+_LISTS = (Sequence, list)
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -65,10 +67,9 @@ class Options:
 def converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, a field's type, has it: 4 for 4.0, a number for "4e-4" (YAML reads it as text), a tuple for a
     list. HotLoraError where it cannot be."""
-    allowed = get_args(kind) if get_origin(kind) is not Sequence else (kind,)
-    allowed = allowed or (kind,)
+    allowed = (get_args(kind) if get_origin(kind) not in _LISTS else (kind,)) or (kind,)
     for one in allowed:
-        if get_origin(one) is Sequence and isinstance(value, Iterable):
+        if get_origin(one) in _LISTS and isinstance(value, str | os.PathLike | list | tuple):
             values = (value,) if isinstance(value, str | os.PathLike) else value
             return tuple(converted(name, each, get_args(one)[0]) for each in values)
     if (value is None and NoneType in allowed) or (isinstance(value, bool) and bool in allowed):
@@ -77,20 +78,22 @@ def converted(name: str, value: Any, kind: Any) -> Any:
         number = _number(value, allowed)
         if number is not None or str in allowed:
             return value if number is None else number
+        if Path in allowed:
+            return Path(value)
     elif isinstance(value, os.PathLike) and (Path in allowed or str in allowed):
         return value if Path in allowed else os.fspath(value)
     elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if float in allowed:
+        if float in allowed and (not isinstance(value, int) or abs(value) < 2**53):
             return value if isinstance(value, int) else float(value)
-        if int in allowed and float(value).is_integer():
-            return int(float(value))
+        if int in allowed and (isinstance(value, numbers.Integral) or float(value).is_integer()):
+            return int(value) if isinstance(value, numbers.Integral) else int(float(value))
     words = " or ".join(_WORDS.get(one, "a list") for one in allowed)
     raise HotLoraError(f"{name} = {value!r} has the wrong type: it must be {words}.")
 
 
 def _number(text: str, allowed: tuple[Any, ...]) -> float | int | None:
     for kind in (int, float):
-        if kind in allowed:
+        if kind in allowed and "_" not in text:
             try:
                 return kind(text)
             except ValueError:
@@ -99,13 +102,15 @@ def _number(text: str, allowed: tuple[Any, ...]) -> float | int | None:
 
 
 def suggest(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """For an error about names that do not exist: each with the nearest that does."""
-    known = list(known)
-    told = []
+    """For an error about names that do not exist: each with the nearest that does; all, where none is near."""
+    known = sorted(known)
+    told, is_near = [], True
     for name in unknown:
-        near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+        short = _SHORT.get(name)
+        near = [short] if short in known else difflib.get_close_matches(name.replace("-", "_"), known, 1)
         told.append(f"{name} (did you mean {near[0]}?)" if near else name)
-    return ", ".join(told)
+        is_near = is_near and bool(near)
+    return ", ".join(told) + ("" if is_near else f"; there are {', '.join(known)}")
 
 
 def read_yaml(file: str | os.PathLike[str], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,16 +126,15 @@ def read_yaml(file: str | os.PathLike[str], known: Mapping[str, Any]) -> dict[st
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise FileError(f"{path} cannot be read ({error.strerror}): --config takes a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HotLoraError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).replace('"<unicode string>"', "it").split())
+        raise HotLoraError(f"{path} is not valid YAML: {reason}") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise HotLoraError(f"{path} holds no options: write NAME: VALUE, one a line, as in learning_rate: 4e-4.")
     if unknown := [str(name) for name in found if name not in known]:
-        raise HotLoraError(
-            f"{path} has options that do not exist: {suggest(unknown, known)}. There are: {', '.join(sorted(known))}."
-        )
+        raise HotLoraError(f"{path} has options that do not exist: {suggest(unknown, known)}.")
     try:
         return {name: converted(name, value, known[name]) for name, value in found.items() if value is not None}
     except HotLoraError as error:

@@ -216,27 +216,34 @@ app.command()(chat)
 
 
 @app.command()
-@options_of(LoadOptions, only=("model", "on_top_of", "device"))
+@options_of(LoadOptions, only=("on_top_of", "device"))
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the merged model.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
     **given: Any,
 ) -> None:
     """Fold an adapter into its base model: a plain checkpoint that any engine loads."""
     from ..runs.export import export_saved
 
-    export_saved(given.pop("model"), adapter, output, format="merged", dtype=dtype, **given)
+    model, adapter = _noted(adapter, model)
+    export_saved(model, adapter, output, format="merged", dtype=dtype, **given)
     out.print(f"merged model: {output}", soft_wrap=True)
     _tell_of_quantization(adapter)
 
 
 @app.command()
-@options_of(LoadOptions, only=("model", "on_top_of", "device"))
+@options_of(LoadOptions, only=("on_top_of", "device"))
 def export(
-    adapter: Annotated[Path, typer.Argument(help="The folder of a saved adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
     format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft or merged.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")
+    ] = None,
     merge_router: Annotated[
         bool,
         typer.Option("--merge-router", help="vllm, sglang: write a base model with the routers' updates in it, too."),
@@ -259,14 +266,26 @@ def export(
     """
     from ..runs.export import export_saved
 
+    model, adapter = _noted(adapter, model)
     export_saved(
-        given.pop("model"), adapter, output, format=format, merge_router=merge_router, drop_router=drop_router,
+        model, adapter, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, dtype=dtype, **given,
     )  # fmt: skip
     out.print(f"{format}: {output}", soft_wrap=True)
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
     _tell_of_quantization(adapter)
+
+
+def _noted(path: Path, model: str | None) -> tuple[str, Path]:
+    """(base model, adapter) of a run's folder or an adapter's."""
+    from ..base.errors import FileError
+    from ..runs.load import find
+
+    found = find(path, model)
+    if found.adapter is None:
+        raise FileError(f"{path} is not an adapter: give the folder that save_pretrained or a training wrote it to.")
+    return found.model, found.adapter
 
 
 def _tell_of_quantization(adapter: Path) -> None:
@@ -285,10 +304,13 @@ app.command()(sweep)
 
 
 @app.command()
-@options_of(LoadOptions, only=("model", "on_top_of", "device"))
+@options_of(LoadOptions, only=("on_top_of", "device"))
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(help="The folders of two saved adapters or more.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Two runs' folders, or saved adapters, or more.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the adapter.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="One for each adapter, with commas between (default 1).")] = None,
     how: Annotated[
         str, typer.Option(help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors.")
@@ -299,7 +321,8 @@ def combine(
     from ..runs.export import combine_saved
 
     numbers = None if weights is None else number_list("weights", weights, float)
-    combine_saved(given.pop("model"), adapters, output, weights=numbers, how=how, **given)
+    found = [_noted(adapter, model) for adapter in adapters]
+    combine_saved(found[0][0], [adapter for _, adapter in found], output, weights=numbers, how=how, **given)
     out.print(f"adapter: {output}", soft_wrap=True)
 
 

@@ -111,9 +111,8 @@ def _typer_type(kind: Any) -> Any:
 
 
 def _plain(annotation: Any) -> Any:
-    """The type in an `Annotated`; of a list, as a dataclass has it."""
-    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-    return str | Path | NoneType if kind == Path | None else kind
+    """The type in an `Annotated`."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def number_list(name: str, text: str, kind: type) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ def generate(
 ) -> None:
     """Answer one prompt; the text appears as it is written."""
     from ..evaluate.generate import Sampling
-    from ..evaluate.talk import answer
+    from ..evaluate.talk import answer, check_answering
     from ..runs.load import find, load
 
     if adapter is None and model is None:
@@ -57,12 +57,23 @@ def generate(
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     if not prompt:
         raise HotLoraError('There is no prompt: give one, as in hotlora generate --adapter runs/mine "3 + 4 =".')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise HotLoraError("The prompt is no valid UTF-8: give it as text.") from error
     sampling = Sampling(1, temperature, top_p, seed)
+    check_answering(max_new_tokens, sampling)
+    if raw and system is not None:
+        raise HotLoraError("A system message needs the chat template: leave --system out, or give --chat.")
+    if merge and adapter is None:
+        raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
     path, base = (adapter, model) if adapter is not None else (model, None)
     found = find(str(path), base)
     net, tokenizer = load(str(path), base, merge=merge, **given)
     if raw is None:
         raw = not found.is_chat if found.is_chat is not None else tokenizer.chat_template is None
+        if found.is_chat is None and not raw:
+            err.print("the prompt is put into the model's chat template (--raw: as it is)", highlight=False)
     if raw and system is not None:
         raise HotLoraError("A system message needs the chat template: leave --system out, or give --chat.")
     asked: Any = prompt if raw else [*_system(system), {"role": "user", "content": prompt}]
@@ -82,10 +93,11 @@ def chat(
 ) -> None:
     """Talk to a model: it sees the whole conversation. /clear starts anew, /exit or Ctrl-D ends."""
     from ..evaluate.generate import Sampling
-    from ..evaluate.talk import answer, prompt_ids
+    from ..evaluate.talk import answer, check_answering, prompt_ids
     from ..runs.load import load
 
     sampling = Sampling(1, temperature, top_p, seed)
+    check_answering(max_new_tokens, sampling)
     net, tokenizer = load(str(run), model, **given)
     prompt_ids(
         tokenizer, [*_system(system), {"role": "user", "content": "?"}]

@@ -60,7 +60,7 @@ def train(
         from ..train.checkpoints import last_complete
 
         last = last_complete(output / "checkpoints")
-        resumed = f", resuming from {last.name}" if last else ""
+        resumed = f", resuming from {last.name}" if last and not _is_done(output) else ""
         err.print(f"training {options.model} on {options.data} into {output}{resumed}", highlight=False)
     if preflight:
         _check_memory(options)
@@ -70,6 +70,12 @@ def train(
 
         write_card(output)
         print_run(record, output)
+
+
+def _is_done(output: Path) -> bool:
+    from ..base.records import read_record
+
+    return (output / "run.json").is_file() and read_record(output)["status"] == "done"
 
 
 def _check_memory(options: RunOptions) -> None:
@@ -124,6 +130,9 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if record.get("config", {}).get("load_best") and training.get("best_step"):
+        loss = training["best_eval_loss"]
+        out.print(f"kept: the weights after step {training['best_step']}, held-out loss {loss:.4f}", highlight=False)
     if "test_loss" in training:
         before = f"{training['test_loss_before']:.4f} → " if "test_loss_before" in training else ""
         out.print(f"held-out response loss {before}{training['test_loss']:.4f}", highlight=False)

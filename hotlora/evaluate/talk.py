@@ -33,6 +33,14 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> lis
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def check_answering(max_new_tokens: int, sampling: Sampling) -> None:
+    """HotLoraError: what `answer` refuses, whatever the model."""
+    if max_new_tokens < 1:
+        raise HotLoraError(f"max_new_tokens = {max_new_tokens} is out of range: it must be 1 or more.")
+    if not 0 <= sampling.seed < 2**63:
+        raise HotLoraError(f"seed = {sampling.seed} is out of range: it must be 0 or more and below 2^63.")
+
+
 def answer(
     model: Any,
     tokenizer: Any,
@@ -48,8 +56,7 @@ def answer(
         sampling: how tokens are drawn.
         stream: also print it, as it comes.
     """
-    if max_new_tokens < 1:
-        raise HotLoraError(f"max_new_tokens = {max_new_tokens} is out of range: it must be 1 or more.")
+    check_answering(max_new_tokens, sampling)
     ids = prompt_ids(tokenizer, prompt)
     drawing: dict[str, Any] = {}
     if sampling.temperature > 0:

@@ -349,8 +349,12 @@ def model_source(name_or_path: str | Path) -> str:
     path = Path(text).expanduser()
     if path.is_dir():
         return str(path)
-    if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or path.exists():
-        raise ModelError(f"{text!r} is not a folder. Give the folder that holds the model's config.json.")
+    is_local = isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if is_local or path.exists() or path.parent.is_dir():  # a name on the Hub has an owner: OWNER/NAME
+        raise ModelError(
+            f"{text!r} is not a folder. Give the folder that holds the model's config.json, OWNER/NAME on the Hub, or "
+            f"{NANO!r}."
+        )
     return text
 
 

@@ -15,6 +15,9 @@ from ..routing.profile import RoutingProfile
 from .figures import heat_map
 
 PICTURE = "experts.png"
+_ADAPTER = (
+    "rule", "fraction", "experts_per_layer", "r", "lora_alpha", "lora_dropout", "train_attention", "train_router",
+)  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a reader of the card would look for; the record has all options.
 _SHOWN = (
@@ -56,10 +59,12 @@ def card_text(record: Record, kind: str, has_picture: bool = False) -> str:
     if has_picture:
         blocks.append(f"![Which experts the router uses, layer by layer; the adapted ones are outlined]({PICTURE})")
     blocks += ["## Use", _usage(model, kind), "## Results", _results(record), "## Training"]
-    rows = [("data", f"{data} ({record['data'].get('train', 0):,} examples)")]
-    shown = [key for key in _SHOWN if config.get(key) is not None]
+    rows: list[tuple[str, Any]] = [("data", f"{data} ({record['data'].get('train', 0):,} examples)")]
+    shown = [key for key in _SHOWN if config.get(key) is not None and not (kind == "model" and key in _ADAPTER)]
+    config = config | ({"rule": record["plan"]["rule"]} if record.get("plan", {}).get("rule") else {})
     rows += [(key, config[key]) for key in shown if key != "epochs" or config.get("max_steps") is None]
-    rows += [("steps", training.get("steps")), ("tokens read", training.get("tokens"))]
+    best = training.get("best_step") if config.get("load_best") else None
+    rows += [("weights after step", best), ("steps", training.get("steps")), ("tokens read", training.get("tokens"))]
     blocks += [_table(("option", "value"), rows), "## Made with"]
     environment = record.get("environment", {})
     rows = [
@@ -123,7 +128,8 @@ def _results(record: Record) -> str:
         rows.append(("held-out response loss, nats a token", f"{training['test_loss']:.4f}{before}"))
     if not rows:
         return "It was not evaluated."
-    return _table(("", "result"), rows) + "\n\nThe brackets are 95% intervals over test examples."
+    note = "\n\nThe brackets are 95% intervals over test examples." if record.get("evaluation") else ""
+    return _table(("", "result"), rows) + note
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
@@ -139,4 +145,8 @@ def _cell(value: Any) -> str:
 
 def _shared(name: str) -> str:
     """A file or folder without where it lies on this machine, which is nobody else's business."""
-    return Path(name).name if name.startswith((".", "/", "~")) or Path(name).expanduser().exists() else name
+    task, colon, files = name.partition(":")
+    if colon and ("/" in files or "\\" in files):  # a task with its files; openai/gsm8k:main is on the Hub
+        return task
+    is_local = name.startswith((".", "/", "~")) or Path(name).expanduser().exists() or name.count("/") > 1
+    return Path(name).name if is_local or Path(name).suffix in (".jsonl", ".json", ".txt", ".csv") else name

@@ -234,6 +234,7 @@ class _Scored:
             "adapter": str(adapter) if adapter else None,
             "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
+            **({"attn_implementation": attention} if (attention := self.options.attn_implementation) else {}),
         }  # fmt: skip
 
     def record(self, identity: dict[str, Any], data: dict[str, Any]) -> Record:

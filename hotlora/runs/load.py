@@ -9,7 +9,7 @@ from ..base.errors import FileError, HotLoraError
 from ..base.files import read_json
 from ..base.quiet import quiet
 from ..base.records import read_record
-from ..hf.models import load_model, load_tokenizer
+from ..hf.models import NANO, load_model, load_tokenizer
 from .folder import load_base
 
 
@@ -33,6 +33,10 @@ def find(path: str | Path, model: str | None = None) -> Found:
     FileError: a folder with neither; an adapter that notes no base.
     """
     folder, is_chat = Path(path).expanduser(), None
+    if not folder.exists() and folder.parent.is_dir() and str(path) != NANO:
+        raise FileError(f"{path} does not exist: give a run's folder, an adapter's, or a model.")
+    if folder.name in ("adapter", "model") and (folder.parent / "run.json").is_file():
+        is_chat = "chat_template" in read_record(folder.parent).get("config", {})
     if (folder / "run.json").is_file():
         is_chat = "chat_template" in read_record(folder).get("config", {})
         there = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]

@@ -4,6 +4,7 @@ HELLoRA's table 1 and section 4, MoE-Sieve's section 4, LoRI (arXiv 2504.07448, 
 Any option given beside a name comes before what the name stands for.
 """
 
+import difflib
 from dataclasses import fields
 from typing import Any
 
@@ -98,7 +99,9 @@ def resolve(
         options = _named("method", METHODS, method) | options
     if placement is not None:
         options |= _named("placement", PLACEMENTS, placement)
-    if {"fraction", "experts_per_layer", "budget"} & given.keys() or "plan" in given:  # the budget is the user's
+    # None is what is not given, where an option has no other default.
+    given = {n: v for n, v in given.items() if v is not None or getattr(RunOptions, n, ...) is not None}
+    if {"fraction", "experts_per_layer", "budget", "plan"} & given.keys():  # the budget is the user's
         options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
     if "rule" in given and given["rule"] != options.get("rule"):
         options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
@@ -108,9 +111,7 @@ def resolve(
     options |= given
     known = [field.name for field in fields(RunOptions)]
     if unknown := sorted(set(options) - set(known)):
-        raise HotLoraError(
-            f"{suggest(unknown, known)}: no such option. There are: method, preset, placement, {', '.join(known)}."
-        )
+        raise HotLoraError(f"{suggest(unknown, known)}: no such option (docs/options.md has all).")
     return RunOptions(**options)
 
 
@@ -129,5 +130,7 @@ def counted_options(method: str | None, placement: str | None) -> dict[str, Any]
 
 def _named(kind: str, known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if name not in known:
-        raise HotLoraError(f"{kind} {name!r} does not exist: choose one of {', '.join(known)}.")
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise HotLoraError(f"{kind} {name!r} does not exist{meant}: choose one of {', '.join(known)}.")
     return dict(known[name])

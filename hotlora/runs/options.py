@@ -122,6 +122,16 @@ class RunOptions(LoadOptions, Selection, TrainConfig):
                 "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen A and full "
                 "experts."
             )
+        if self.reprofile_left != "drop" and self.reprofile_every is None:
+            raise HotLoraError("reprofile_left goes with re-profiling: give reprofile_every, too.")
+        if self.keep is None and (self.dense_learning_rate is not None or self.fresh_a or self.granularity != "model"):
+            raise HotLoraError(
+                "dense_learning_rate, granularity and fresh_a are of LoRI's sparse run: give keep, or method lori-s."
+            )
+        if self.keep is not None and self.train_a:
+            raise HotLoraError("keep is of LoRI's sparse run, whose A is frozen: give train_a false, or method lori-s.")
+        if self.a_seed is not None and self.train_a:
+            raise HotLoraError("a_seed is of a frozen A: leave it out, or give train_a false (--lora-fa).")
         if self.warmup not in WARMUPS:
             raise HotLoraError(f"warmup {self.warmup!r} does not exist: choose one of {', '.join(WARMUPS)}.")
         if self.warmup != "none" and (self.profile is not None or self.plan is not None or self.full):

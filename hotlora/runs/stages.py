@@ -15,6 +15,8 @@ from ..hf.models import load_tokenizer
 from ..routing.plan import select_experts
 from ..routing.profile import RoutingProfile, jaccard
 from ..tasks.data import load_examples
+from ..tasks.split import held_out
+from ..train.identity import check_same
 from .checks import check_run
 from .folder import data_time, load_base
 from .options import BUDGETS, PROFILE_FRACTION, RunOptions
@@ -68,8 +70,12 @@ def _drawn(options: RunOptions, output: Path, progress: bool) -> Path:
     source = {"plan_hash": record["plan"]["hash"], "data_hash": record["data"]["hash"], "seed": options.seed}
     if file.is_file():
         found = SparseMask.load(file)
-        if (found.keep, found.granularity, found.source) == (options.keep, options.granularity, source):
+        names = ("keep", "granularity", "source")
+        then = {name: getattr(found, name) for name in names}
+        if then == (now := {"keep": options.keep, "granularity": options.granularity, "source": source}):
             return file
+        if (output / "run.json").is_file():  # the run that the mask there is of
+            check_same(then, now, output)
     trained = load_adapter(load_base(options.model, **options.loading()), output / "dense" / "adapter")
     mask = draw_mask(trained, keep=options.keep, granularity=options.granularity, source=source)
     if is_main():
@@ -90,15 +96,18 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=options.limit, tokenizer=tokenizer)
     number = len(profile_sample(examples, options.profile_fraction))
+    share = options.test_split
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
         options, **without,
         warmup="none", rule="all", signal="count", epochs=1, limit=number, profile_fraction=1.0,
         train_a=True, use_dora=False, train_full_experts=False,
+        eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip
     run_training(warming, output, progress=progress)
     some = load_examples(data, "train", limit=number, tokenizer=tokenizer, now=data_time(output))
+    some = some if share is None else held_out(some, share)[0]
     if not file.is_file():
         warmed = profile_data(
             load_adapter(load_base(model, **options.loading()), output / "adapter"), tokenizer, some, data, model,

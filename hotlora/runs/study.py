@@ -31,6 +31,7 @@ def run_study(
     dtype: str = "auto",
     device: str = "auto",
     quantize: int | None = None,
+    attn_implementation: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Study, dict[str, RoutingProfile]]:
     """Profiles `model` on each data set, and studies the profiles together.
@@ -64,7 +65,10 @@ def run_study(
         for source in made:
             rows[source] = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
             datasets[source] = tokenize(rows[source], tokenizer, max_length, vocab_size=vocab_size(model))
-        base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+        base = load_model(
+            model, dtype=dtype, device=device, quantization_config=experts_in(quantize),
+            attn_implementation=attn_implementation,
+        )  # fmt: skip
         shared = shared_experts(base)
     for name, source in zip(names, sources, strict=True):
         if is_profile(source):

@@ -21,6 +21,7 @@ from rich.live import Live
 from ..base.errors import DataError, FileError, HotLoraError
 from ..base.escape import lines
 from ..base.lock import locked
+from ..base.options import suggest
 from ..tasks.data import test_source
 from ..train.config import TrainConfig
 from .methods import resolve
@@ -206,8 +207,7 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
 
 def _check_options(options: Mapping[str, Any], where: str) -> None:
     if unknown := sorted(set(options) - _OPTIONS):
-        allowed = ", ".join(sorted(_OPTIONS))
-        raise HotLoraError(f"{where} has the options {', '.join(unknown)}, which do not exist. There are: {allowed}.")
+        raise HotLoraError(f"{where} has the options {suggest(unknown, _OPTIONS)}, which do not exist.")
     try:
         json.dumps(options, default=os.fspath)
     except (TypeError, ValueError) as error:
@@ -223,7 +223,7 @@ def _scoring(
         raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
     scored = EvalOptions(
         model=options.model, on_top_of=options.on_top_of, limit=options.test_limit, batch_size=options.eval_batch_size,
-        dtype=options.dtype, device=options.device, **stored,
+        dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation, **stored,
     )  # fmt: skip
     sampling = {name: given[name] for name in SAMPLING if name in given}
     return {
@@ -238,6 +238,7 @@ def _profile_job(options: RunOptions, output: Path) -> Job | None:
     if own or options.test_split is not None:  # the rows that are held out are not profiled
         return None
     settings = {name: getattr(options, name) for name in _PROFILE}
+    settings |= {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     digest = hashlib.sha256(json.dumps(settings, default=os.fspath).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["data"])).stem).strip("-")
     folder = output / PROFILES / f"{name}-{digest}"

@@ -62,6 +62,7 @@ def make_profile(
     quantize: int | None,
     max_length: int,
     batch_size: int,
+    attn_implementation: str | None = None,
 ) -> None:
     """Writes the routing profile that `run_training` would make of these options, unless it is there."""
     tokenizer = load_tokenizer(model)
@@ -74,7 +75,10 @@ def make_profile(
     except FileError:
         pass  # none yet
     dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
-    base = load_model(model, dtype=dtype, device=device, quantization_config=experts_in(quantize))
+    base = load_model(
+        model, dtype=dtype, device=device, quantization_config=experts_in(quantize),
+        attn_implementation=attn_implementation,
+    )  # fmt: skip
     profile_data(
         base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length, dataset=dataset
     ).save(path)

@@ -43,7 +43,7 @@ from ..routing.profiler import profile_routing
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
-from ..tasks.split import held_out
+from ..tasks.split import drawn, held_out
 from ..train.config import TrainConfig
 from ..train.reprofile import Reprofiling
 from ..train.trainer import check_family, train
@@ -129,6 +129,7 @@ class _Run:
             self.test = load_examples(source, "test", limit=options.test_limit, tokenizer=self.tokenizer, now=now)
         elif options.test_split is not None:
             self.examples, self.test = held_out(self.examples, options.test_split)
+            self.test = drawn(self.test, options.test_limit)
         if options.eval_steps is not None and not any(example.completion for example in self.test):
             raise DataError("eval_steps takes a held-out loss: give test_data or test_split.")
         self.plan = ExpertPlan.load(options.plan) if options.plan is not None else None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -19,6 +18,7 @@ from . import TASKS, Example, Task, gsm8k
 from .chat import ChatTemplate, Notes
 from .messages import as_plain_text, is_empty, read_conversation
 from .rows import SUFFIXES, Row, hub_rows, need_text, read_rows
+from .split import drawn
 
 _log = logging.getLogger(__name__)
 
@@ -86,9 +86,7 @@ def load_examples(
                 "%d of %d rows have an empty answer, from which a model learns to say nothing; the first: %s",
                 len(empty), len(rows), empty[0],
             )  # fmt: skip
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
+    return drawn(examples, limit, seed)
 
 
 def data_hash(examples: Sequence[Example]) -> str:

@@ -1,6 +1,7 @@
 """Rows that are held out of the training data."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 
 from ..base.errors import DataError
@@ -23,6 +24,13 @@ def held_out(examples: Sequence[Example], share: float) -> tuple[list[Example], 
             f"of {len(examples)} rows, test_split = {share} leaves none {what}: give another share, or test_data."
         )
     return kept, out
+
+
+def drawn(examples: Sequence[Example], limit: int | None, seed: int = 0) -> list[Example]:
+    """At most `limit` of them, drawn by `seed`, in their order."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
 def _place(example: Example) -> float:

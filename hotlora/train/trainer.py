@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -300,11 +301,18 @@ def make_trainer(
 
 
 def check_optim(name: str) -> None:
-    """HotLoraError: transformers has no such optimizer."""
+    """HotLoraError: transformers has no such optimizer, or its package is not installed."""
     if name not in (
         known := sorted(optimizer.value for optimizer in internal("transformers.training_args:OptimizerNames"))
     ):
         raise HotLoraError(f"optim = {name!r} does not exist: choose one of {', '.join(known)}.")
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            arguments = SFTConfig(output_dir=folder, optim=name, use_cpu=True, report_to="none")
+            SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+    except Exception as error:  # each has its own
+        reason = " ".join(str(error).split())
+        raise HotLoraError(f"optim = {name!r} cannot be used here ({reason}): leave it out.") from error
 
 
 def check_report_to(name: str) -> None:
