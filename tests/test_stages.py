@@ -134,6 +134,10 @@ def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp
     files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "again")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     assert again["config"]["mask_hash"] == record["config"]["mask_hash"]
+    # Another mask is refused before it takes the place of the run's.
+    with pytest.raises(HotLoraError, match=r"holds another run: --keep 0\.5 against 0\.1"):
+        run_method(model_folder, data, tmp_path / "run", **{**options, "keep": 0.5})
+    assert SparseMask.load(tmp_path / "run").keep == 0.1
     # A mask saved again is the same one, though its file has other bytes.
     mask = SparseMask.load(tmp_path / "run")
     files = {}

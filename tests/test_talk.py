@@ -18,7 +18,7 @@ from hotlora.base.records import read_record, write_record
 from hotlora.cli import main as cli
 from hotlora.evaluate.generate import Sampling, answer_batches
 from hotlora.evaluate.talk import answer, prompt_ids
-from hotlora.report.card import PICTURE, write_card
+from hotlora.report.card import PICTURE, card_text, write_card
 from hotlora.runs.load import find
 from hotlora.tasks import Example
 
@@ -191,6 +191,12 @@ def test_the_card(run: Path, tmp_path: Path):
     finally:
         write_record(run, record)
     assert str(tmp_path) not in card.content and "mine.jsonl" in card.text
+    for name in ("spider:/home/me/client/spider", "gsm8k:~/client", "client/acme/data.jsonl", "models/client/olmoe"):
+        text = card_text(
+            {**record, "data": {**record["data"], "name": name}, "model": {**record["model"], "name": name}}, "adapter"
+        )
+        assert "client" not in text, name
+    assert "| r |" not in card_text(record, "model") and "| rule |" not in card_text(record, "model")
     assert card.data.to_dict()["base_model"] == "allenai/OLMoE-1B-7B-0924"
 
 

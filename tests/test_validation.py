@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run_options, run_training
+from runs import run_method, run_options, run_training
 from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 import hotlora
 from hotlora.base.errors import DataError, HotLoraError
+from hotlora.base.records import read_record
 from hotlora.evaluate.score import response_loss
+from hotlora.routing.profile import RoutingProfile
 from hotlora.runs import training
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples, tokenize
@@ -172,3 +174,28 @@ def test_other_optimizers_noise_and_attention(model_folder, data, tmp_path):
     assert (found["sgd"] - found["plain"]).abs().max() > 1e-4
     assert 0 < (found["noise"] - found["plain"]).abs().max()
     torch.testing.assert_close(found["eager"], found["plain"], rtol=0, atol=2e-2)
+
+
+def test_a_warm_up_profiles_what_it_was_trained_on(model_folder, data, tmp_path):
+    """Held-out rows are in neither."""
+    options = {**SHORT, "eval_steps": None, "max_steps": 2, "warmup": "lora", "test_split": 0.3, "method": "hellora"}
+    run_method(model_folder, data[0], tmp_path / "run", **options)
+    warm = read_record(tmp_path / "run" / "warmup")
+    profile = RoutingProfile.load(tmp_path / "run" / "warmup" / "warm-profile.safetensors")
+    assert profile.source["examples"] == warm["data"]["train"]
+    assert profile.source["data_hash"] == warm["data"]["hash"]
+
+
+def test_a_limit_is_one_of_rows_held_out_too(model_folder, data, tmp_path):
+    record = run_training(model_folder, data[0], tmp_path / "run", test_split=0.3, test_limit=2, **SHORT)
+    _, test = held_out(load_examples(data[0]), 0.3)
+    assert record["data"]["test"] == 2 < len(test)
+
+
+@pytest.mark.parametrize("name", ["lomo", "schedule_free_adamw", "grokadamw"])
+def test_an_optimizer_without_its_package_is_told_before_a_model_is_loaded(
+    model_folder, data, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(training, "load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(HotLoraError, match=f"optim = '{name}' cannot be used here"):
+        run_training(model_folder, data[0], tmp_path / "run", optim=name)
