@@ -129,6 +129,7 @@ def test_adapters_on_different_ground_are_not_combined(saved, tmp_path):
         combine_saved(model, [first, second], tmp_path / "wrong")
     adapter_on(load_base(model, [first]), tmp_path / "other", 3)
     combined = combine_saved(model, [second, tmp_path / "other"], tmp_path / "combined")
+    assert (combined / "tokenizer_config.json").is_file() and not (combined / "README.md").exists()
     assert saved_config(combined).on_top_of == saved_config(second).on_top_of
     base = load_base(model, [first])
     both = load_adapter(load_adapter(base, second, "a"), tmp_path / "other", "b")

@@ -99,4 +99,6 @@ def combine_saved(
     with atomic_folder(output) as beside, quiet():
         combined.peft_config["default"].base_model_name_or_path = model
         combined.save_pretrained(beside, selected_adapters=["default"], save_embedding_layers=False)
+        load_tokenizer(model).save_pretrained(beside)
+        (beside / "README.md").unlink(missing_ok=True)  # PEFT's blank form, with a path of this machine
     return output

@@ -354,6 +354,7 @@ def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str) -> 
                 # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
                 model.save_pretrained(beside, save_embedding_layers=False, state_dict=ours)
                 tokenizer.save_pretrained(beside)
+                (beside / "README.md").unlink(missing_ok=True)  # PEFT's blank form; `report.card` writes one
     wait_for_all()
     return (folder / WEIGHTS_FILE).stat().st_size
 
