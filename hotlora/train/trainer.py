@@ -3,12 +3,12 @@
 import functools
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -302,13 +302,15 @@ def make_trainer(
 
 def check_optim(name: str) -> None:
     """HotLoraError: transformers has no such optimizer, or its package is not installed."""
-    if name not in (
-        known := sorted(optimizer.value for optimizer in internal("transformers.training_args:OptimizerNames"))
-    ):
+    names = internal("transformers.training_args:OptimizerNames")
+    known = sorted(optimizer.value for optimizer in names)
+    if name not in known:
         raise HotLoraError(f"optim = {name!r} does not exist: choose one of {', '.join(known)}.")
+    # Not an SFTConfig: making one sets up the devices.
+    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(SFTConfig)}
+    arguments: Any = SimpleNamespace(**defaults | {"optim": names(name)})
     try:
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            arguments = SFTConfig(output_dir=folder, optim=name, use_cpu=True, report_to="none")
+        with quiet():
             SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
     except Exception as error:  # each has its own
         reason = " ".join(str(error).split())
