@@ -29,6 +29,8 @@ from .train import print_evaluation, train
 # `bench` come by here too.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+_Base = Annotated[str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")]
+
 app = typer.Typer(
     name="hotlora",
     help="Fine-tune Mixture-of-Experts language models where they already work: LoRA on the experts a task really "
@@ -179,10 +181,7 @@ def evaluate(
         _show_evaluation(record, output, as_json)
         return
     if model is None and generations is None and "adapter" in given:
-        from ..runs.load import find
-
-        found = find(given["adapter"])
-        model, given["adapter"] = found.model, found.adapter
+        model, given["adapter"] = _noted(given["adapter"], None)
     if data is None or num_fewshot is not None or include_path is not None:
         raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
     sampling = Sampling(samples, temperature, top_p, seed)
@@ -220,9 +219,7 @@ app.command()(chat)
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the merged model.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")
-    ] = None,
+    model: _Base = None,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
     **given: Any,
 ) -> None:
@@ -241,9 +238,7 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
     format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft or merged.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")
-    ] = None,
+    model: _Base = None,
     merge_router: Annotated[
         bool,
         typer.Option("--merge-router", help="vllm, sglang: write a base model with the routers' updates in it, too."),
@@ -308,9 +303,7 @@ app.command()(sweep)
 def combine(
     adapters: Annotated[list[Path], typer.Argument(help="Two runs' folders, or saved adapters, or more.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the adapter.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The base (default: what the adapter notes).")
-    ] = None,
+    model: _Base = None,
     weights: Annotated[str | None, typer.Option(help="One for each adapter, with commas between (default 1).")] = None,
     how: Annotated[
         str, typer.Option(help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors.")

@@ -96,7 +96,6 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
     tokenizer = load_tokenizer(model)
     examples = load_examples(data, "train", limit=options.limit, tokenizer=tokenizer)
     number = len(profile_sample(examples, options.profile_fraction))
-    share = options.test_split
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
         options, **without,
@@ -107,7 +106,7 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
     )  # fmt: skip
     run_training(warming, output, progress=progress)
     some = load_examples(data, "train", limit=number, tokenizer=tokenizer, now=data_time(output))
-    some = some if share is None else held_out(some, share)[0]
+    some = some if options.test_split is None else held_out(some, options.test_split)[0]
     if not file.is_file():
         warmed = profile_data(
             load_adapter(load_base(model, **options.loading()), output / "adapter"), tokenizer, some, data, model,
