@@ -266,8 +266,8 @@ def _data() -> tuple[Any, Any]:
 
 
 def _train(model: Any, folder: Path, **options: Any) -> Any:
-    from hotlora.train.config import TrainConfig
-    from hotlora.train.trainer import train
+    from hotlora.training.config import TrainConfig
+    from hotlora.training.trainer import train
 
     config = {"batch_size": 4, "learning_rate": LEARNING_RATE, "lr_scheduler": "constant", "max_length": 64, "r": 4}
     tokenizer, dataset = _data()
@@ -516,7 +516,7 @@ def page() -> str:
         "| adapt | with B = 0 the logits are the base's bit for bit; with random factors the logits and every factor's "
         "gradient (experts, routers, attention, shared experts) equal those of plain code with the updates added by "
         "hand |",
-        f"| train | {STEPS} steps of `hotlora.train.train` lower the loss that `hotlora train` takes on held-out data, "
+        f"| train | {STEPS} steps of `training.trainer.train` lower the loss `hotlora train` takes on held-out data, "
         "reach every adapted module, and change adapters only |",
         "| packing | with `--packing` the loss of a packed row is that of its examples, each alone |",
         "| aux loss | with `--aux-loss-coef` the load-balancing loss is added |",

@@ -26,7 +26,7 @@ from hotlora.cost.cluster import work
 from hotlora.hf.models import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.folder import load_base
-from hotlora.train.gradient_checkpointing import checkpoint_kwargs
+from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 
 BATCH, LENGTH, RANK, FRACTION = 2, 64, 8, 0.25
 RUNS = (

@@ -28,7 +28,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.hf.models import load_model
 from hotlora.routing.profiler import profile_routing
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 STEPS, PER_STEP = 4, 4
 PATIENCE = 300  # seconds for a scenario: a group that hangs is killed
@@ -98,7 +98,7 @@ def resume(output: Path) -> None:
     """First by four, then by two, then by one, who finish it: each goes on for two steps."""
     steps = {4: 2, 2: 4, 1: 6}[distributed_size()]
 
-    from hotlora.train import trainer as train
+    from hotlora.training import trainer as train
 
     def stop_there(self, args, state, control, **kwargs):
         if state.global_step == steps < 6:
@@ -147,7 +147,7 @@ def other_data(output: Path) -> None:
 
 def gone(output: Path) -> None:
     """One process is killed in mid-training, as systems do when memory runs out."""
-    from hotlora.train import trainer as train
+    from hotlora.training import trainer as train
 
     def die(self, args, state, control, **kwargs):
         if os.environ["RANK"] == "1" and state.global_step == 2:

@@ -29,7 +29,7 @@ from hotlora.base.records import read_record
 from hotlora.cli import main as cli
 from hotlora.runs import training as run
 from hotlora.runs import worker_pool as crew
-from hotlora.train import checkpoints
+from hotlora.training import checkpoints
 
 SAVE_STEPS = 3
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -136,7 +136,7 @@ def sigterm_to_a_sweep(folder: Path, calm: Any) -> dict[str, Any]:
     """Its worker is forked, too, and trains as the calm run does."""
     output, log, file = folder / "sweep", folder / "sweep.log", folder / "study.py"
     file.write_text(
-        "from hotlora.runs.sweep import Condition, Sweep\nfrom hotlora.train.config import TrainConfig\n"
+        "from hotlora.runs.sweep import Condition, Sweep\nfrom hotlora.training.config import TrainConfig\n"
         f"config = TrainConfig(max_steps=24, save_steps={SAVE_STEPS}, batch_size=4, r=4, lora_alpha=8, max_length=64, "
         "learning_rate=3e-3, lora_dropout=0.1)\n"
         f"SWEEP = Sweep('s', '{folder}/model', '{folder}/rows.jsonl', [Condition('hot')], (0,), config, "

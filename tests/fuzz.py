@@ -35,7 +35,7 @@ from hotlora.report.tables import conditions_table, read_sections, table_rows
 from hotlora.routing.profiler import profile_routing
 from hotlora.tasks import TASKS, get_task
 from hotlora.tasks.data import load_examples, tokenize
-from hotlora.train import checkpoints
+from hotlora.training import checkpoints
 
 _SMALL = st.one_of(st.integers(-3, 40), st.floats(allow_infinity=True), st.sampled_from([0.5, -0.0, 1e308]))
 _TEXT = st.text(max_size=8)

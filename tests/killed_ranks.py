@@ -27,7 +27,7 @@ from killed_run import SAVES, outcome, steps_of
 from transformers import Trainer
 
 from hotlora.runs import training as run
-from hotlora.train import checkpoints
+from hotlora.training import checkpoints
 
 STEPS_A_KILL = 5
 LONGEST = 2.0  # seconds until a kill at a random time, after half the time that the calm run took to its first step

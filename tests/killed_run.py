@@ -25,8 +25,8 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer, trainer
 
 from hotlora.base.records import read_record
-from hotlora.train import checkpoints
-from hotlora.train.config import TrainConfig
+from hotlora.training import checkpoints
+from hotlora.training.config import TrainConfig
 
 STEPS_A_KILL = 5
 LONGEST = 1.0  # seconds until a kill at a random time

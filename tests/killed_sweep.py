@@ -22,7 +22,7 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora.base.records import find_records
 from hotlora.runs import worker_pool as crew
 from hotlora.runs.sweep import PROFILES, Condition, Sweep, run_sweep
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 TIMES = ("started", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")
 CONFIG = TrainConfig(

@@ -9,7 +9,7 @@ from hotlora.evaluate.score import Evaluation
 from hotlora.runs import evaluation, stages, training
 from hotlora.runs.methods import resolve
 from hotlora.runs.options import EvalOptions, RunOptions
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 
 def run_options(model: Any, data: Any, config: TrainConfig | None = None, **options: Any) -> RunOptions:

@@ -14,8 +14,8 @@ from zoo import families, runs_of, zoo_model
 
 import hotlora
 from hotlora.hf.models import moe_layers
-from hotlora.train.gradient_checkpointing import checkpoint_kwargs
-from hotlora.train.trainer import make_trainer
+from hotlora.training.gradient_checkpointing import checkpoint_kwargs
+from hotlora.training.trainer import make_trainer
 
 PLAIN = {"use_reentrant": False}
 

@@ -13,7 +13,7 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora import HotLoraConfig, select_experts
 from hotlora.cli import main as cli
 from hotlora.routing.profiler import profile_routing
-from hotlora.train.identity import differences
+from hotlora.training.identity import differences
 
 
 @pytest.fixture(scope="module")

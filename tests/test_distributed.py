@@ -22,7 +22,7 @@ from hotlora.base.errors import HotLoraError
 from hotlora.base.processes import _hint_at_one_process, sharding, shared_out, start, summed
 from hotlora.cli.main import app
 from hotlora.routing.profile import RoutingProfile
-from hotlora.train.identity import same_run
+from hotlora.training.identity import same_run
 
 HERE = Path(__file__).parent
 CAN_SHARD = "ep_size" in inspect.signature(DistributedConfig.__init__).parameters

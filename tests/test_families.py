@@ -22,7 +22,7 @@ from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profiler import profile_routing
-from hotlora.train.gradient_checkpointing import checkpoint_kwargs
+from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 
 every_family = pytest.mark.parametrize("family", families())
 BATCH = tiny_batch(2, 24)

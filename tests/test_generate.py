@@ -27,7 +27,7 @@ from hotlora.cli import main as cli
 from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
 from hotlora.evaluate.score import evaluate_task
 from hotlora.tasks import Example, Task, get_task
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 5 * i % 17) + str(i), f" answer {i}") for i in range(11)]

@@ -13,7 +13,7 @@ from hotlora.cli.options import options_of
 from hotlora.routing.selection import Selection
 from hotlora.runs.methods import METHODS, PRESETS, resolve
 from hotlora.runs.options import EvalOptions, LoadOptions, ProfileOptions, RunOptions
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 CLASSES = (TrainConfig, Selection, LoadOptions, RunOptions, EvalOptions, ProfileOptions)
 TYPES = {"learning_rate": float, "max_steps": int | None, "packing": bool, "rule": str, "plan": str | Path | None}

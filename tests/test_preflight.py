@@ -14,7 +14,7 @@ from hotlora.cost import preflight as module
 from hotlora.cost.estimate import estimate
 from hotlora.cost.preflight import ROOM, preflight
 from hotlora.routing.plan import ExpertPlan
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 SMALL = TrainConfig(batch_size=8, max_length=128, r=8)
 

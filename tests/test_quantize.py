@@ -46,7 +46,7 @@ from hotlora.runs.options import EvalOptions
 from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 # One of each layout: the usual one; transposed; transposed, interleaved, with biases; no gate; a norm after.
 LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())

@@ -23,8 +23,8 @@ from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.lock import locked
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples, tokenize
-from hotlora.train import checkpoints
-from hotlora.train.trainer import train
+from hotlora.training import checkpoints
+from hotlora.training.trainer import train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, locks and limits of POSIX")
 

@@ -25,7 +25,7 @@ from hotlora.runs.study import run_study
 from hotlora.runs.training import profile_data
 from hotlora.tasks import Example
 from hotlora.tasks.data import tokenize
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(24)]

@@ -26,9 +26,9 @@ from hotlora.runs.export import export_saved
 from hotlora.runs.folder import load_base
 from hotlora.runs.methods import METHODS
 from hotlora.tasks.data import batches, tokenize
-from hotlora.train.config import TrainConfig
-from hotlora.train.reprofile import Reprofiling
-from hotlora.train.trainer import train
+from hotlora.training.config import TrainConfig
+from hotlora.training.reprofile import Reprofiling
+from hotlora.training.trainer import train
 
 SHORT = {
     "max_steps": 3,
@@ -206,7 +206,7 @@ def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_pa
         raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr("hotlora.train.reprofile.Reprofiling.move", stop_after(3, stop))
+        patched.setattr("hotlora.training.reprofile.Reprofiling.move", stop_after(3, stop))
         with pytest.raises(Stopped):
             run_training(model_folder, data, tmp_path / "killed", **options)
     record = run_training(model_folder, data, tmp_path / "killed", **options)

@@ -26,7 +26,7 @@ from hotlora.runs.options import RunOptions
 from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs
 from hotlora.runs.sweep_runs import make_profile, score_base, train_run
 from hotlora.runs.worker_pool import worker_environment
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 APP = typer.Typer()
 APP.command()(sweep_command)
@@ -183,7 +183,7 @@ def test_a_shared_profile_is_made_again_only_for_other_data(model_folder: Path, 
 
 
 FILE = """
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 from hotlora.runs.sweep import Condition, Sweep
 
 SWEEP = Sweep(

@@ -21,9 +21,9 @@ from hotlora.base.errors import FileError, HotLoraError
 from hotlora.evaluate.score import response_loss
 from hotlora.tasks import Example
 from hotlora.tasks.data import IGNORE, batches, tokenize
-from hotlora.train import checkpoints
-from hotlora.train.config import TrainConfig
-from hotlora.train.trainer import make_trainer, train
+from hotlora.training import checkpoints
+from hotlora.training.config import TrainConfig
+from hotlora.training.trainer import make_trainer, train
 
 OMNI = "qwen3_omni_moe_thinker"
 TOKENIZER = byte_tokenizer()

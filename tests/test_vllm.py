@@ -16,7 +16,7 @@ from hotlora.evaluate.vllm_engine import load_engine, vllm_answers
 from hotlora.hf.models import NANO, model_source
 from hotlora.runs.export import export_saved
 from hotlora.tasks import get_task
-from hotlora.train.config import TrainConfig
+from hotlora.training.config import TrainConfig
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}  # before it is imported
 pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or a build of it for CPUs")

@@ -57,7 +57,7 @@ def train(
     output = output or Path("runs") / "-".join(_slug(part) for part in parts)
     start(options.device)
     if is_main():
-        from ..train.checkpoints import last_complete
+        from ..training.checkpoints import last_complete
 
         last = last_complete(output / "checkpoints")
         resumed = f", resuming from {last.name}" if last and not _is_done(output) else ""

@@ -20,7 +20,7 @@ from ..hf.models import NANO
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
 from ..runs.options import RunOptions
-from ..train.config import TrainConfig
+from ..training.config import TrainConfig
 from . import cluster as scale
 from .cluster import Work
 from .estimate import meta_model, quantized_bytes, sized_config, torch_dtype, workspace_bytes

@@ -12,7 +12,7 @@ from ..report.page import conditions_table, write_report
 from ..runs.evaluation import run_evaluation
 from ..runs.options import EvalOptions, RunOptions
 from ..runs.training import run_training
-from ..train.config import TrainConfig
+from ..training.config import TrainConfig
 
 CONDITIONS = ("all", "hot", "random", "cold")
 FRACTION = 0.25  # MoE-Sieve s4

@@ -27,7 +27,7 @@ from ..runs.options import RunOptions
 from ..runs.sweep import Sweep, sweep_jobs
 from ..runs.sweep_runs import make_profile
 from ..tasks.data import load_examples, task_of
-from ..train.config import TrainConfig
+from ..training.config import TrainConfig
 
 GPU_RATE = 100e12
 """FLOP/s that hours are counted at where none is given: about a third of what an A100 has at most in bfloat16."""

@@ -24,7 +24,7 @@ from ..runs.options import PROFILE_FRACTION
 from ..runs.study import run_study
 from ..runs.training import profile_data, profile_sample, run_training
 from ..tasks.data import load_examples
-from ..train.config import TrainConfig
+from ..training.config import TrainConfig
 from . import hellora
 from . import profile_tables as tables
 from .direct import Direct, Tell

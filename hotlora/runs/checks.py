@@ -16,8 +16,8 @@ from ..hf.forward import check_aux_loss
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
-from ..train.reprofile import LEFT
-from ..train.trainer import check_optim, check_report_to
+from ..training.reprofile import LEFT
+from ..training.trainer import check_optim, check_report_to
 from .options import RunOptions
 
 

@@ -20,8 +20,8 @@ from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
 from ..evaluate.score import Evaluation
 from ..hf.models import load_config, load_model
-from ..train import checkpoints
-from ..train.identity import FREE_OPTIONS, check_same, same_run
+from ..training import checkpoints
+from ..training.identity import FREE_OPTIONS, check_same, same_run
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..base.errors import DataError, HotLoraError, PlanError
 from ..base.options import Options, option
 from ..routing.selection import Selection
-from ..train.config import TrainConfig
+from ..training.config import TrainConfig
 
 PROFILE_FRACTION = 0.1
 """Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""

@@ -16,7 +16,7 @@ from ..routing.plan import select_experts
 from ..routing.profile import RoutingProfile, jaccard
 from ..tasks.data import load_examples
 from ..tasks.split import held_out
-from ..train.identity import check_same
+from ..training.identity import check_same
 from .checks import check_run
 from .folder import data_time, load_base
 from .options import BUDGETS, PROFILE_FRACTION, RunOptions

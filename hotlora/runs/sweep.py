@@ -23,7 +23,7 @@ from ..base.escape import lines
 from ..base.lock import locked
 from ..base.options import suggest
 from ..tasks.data import test_source
-from ..train.config import TrainConfig
+from ..training.config import TrainConfig
 from .methods import resolve
 from .options import EvalOptions, RunOptions
 from .sweep_runs import SAMPLING, keep_failure, make_profile, score_adapter, score_base, train_run

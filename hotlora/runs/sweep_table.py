@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..base.records import Record, read_record
-from ..train.checkpoints import last_complete, step_of
+from ..training.checkpoints import last_complete, step_of
 from .sweep_runs import make_profile, train_run
 from .worker_pool import Job
 

@@ -44,9 +44,9 @@ from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
 from ..tasks.split import drawn, held_out
-from ..train.config import TrainConfig
-from ..train.reprofile import Reprofiling
-from ..train.trainer import check_family, train
+from ..training.config import TrainConfig
+from ..training.reprofile import Reprofiling
+from ..training.trainer import check_family, train
 from .checks import check_made_on, check_run, select
 from .folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .options import RunOptions

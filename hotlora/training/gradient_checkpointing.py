@@ -5,7 +5,7 @@ another order. A token near the border between two experts could then go to anot
 gradients would belong to a routing that made no output. So the experts' ids, 4 bytes an assignment, are kept from the
 first run; everything else is computed again.
 
-    model.gradient_checkpointing_enable(hotlora.train.gradient_checkpointing.checkpoint_kwargs())
+    model.gradient_checkpointing_enable(hotlora.training.gradient_checkpointing.checkpoint_kwargs())
 """
 
 from contextlib import AbstractContextManager
