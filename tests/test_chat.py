@@ -214,7 +214,7 @@ def test_what_nothing_reads_is_named_once(tmp_path: Path, caplog: pytest.LogCapt
     read(tmp_path, *rows[:3], tokenizer=tokenizer_of("gemma3"))
     told = [record.getMessage().replace(str(tmp_path), "") for record in caplog.records]
     assert told == [
-        "/rows.jsonl: nothing reads the columns id, source",
+        "/rows.jsonl: nothing reads id, source",
         "/rows.jsonl line 1: the chat template does not read 'tools' (told once)",
         "/rows.jsonl line 1: the chat template does not read 'a' of 'chat_template_kwargs' (told once)",
         "/rows.jsonl line 1: the chat template does not read 'reasoning_content' of 'messages' (told once)",

@@ -5,6 +5,7 @@ Run again with the same options, it goes on from where it was stopped; once done
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of, test_source, trained_parts
 from ..tasks.split import drawn, held_out
-from ..tasks.tokens import batches, tokenize
+from ..tasks.tokens import batches, tokenize, told
 from ..training.config import TrainConfig
 from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
@@ -164,6 +165,8 @@ class _Run:
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
         self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size)
+        if self.progress:
+            print(f"data: {told(self.examples, self.dataset, self.options.train_on)}", file=sys.stderr)
         # Requests to refuse have no answer that a loss could be taken of.
         some = any(example.completion for example in self.test)
         self.held = tokenize(self.test, self.tokenizer, length, vocab_size=size) if some else None

@@ -155,7 +155,7 @@ class _Reader:
     now: datetime
     notes: Notes = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)  # column -> the first row that has it
-    formats: dict[str, int] = field(default_factory=dict)  # (what, how it is written) -> rows
+    num_rows: int = 0
     empty: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -196,8 +196,8 @@ class _Reader:
             self.empty.append(row.place)
         for name in row.values.keys() - set(read):
             self.unread.setdefault(name, row.place)
-        self.formats[f"{found.format}, {how}"] = self.formats.get(f"{found.format}, {how}", 0) + 1
-        return example
+        self.num_rows += 1
+        return replace(example, format=f"{found.format}, {how}")
 
     def _as_text(self, row: Row, found: Found) -> Example:
         if found.format == "Alpaca":
@@ -213,16 +213,14 @@ class _Reader:
 
     def tell(self, source: str) -> None:
         """One line for each thing that a user should know."""
-        read = "; ".join(f"{number:,} rows of {what}" for what, number in self.formats.items())
-        _log.info("%s: %s", source, read)
         if self.unread:
-            _log.warning("%s: nothing reads the columns %s", source, ", ".join(sorted(self.unread)))
+            _log.warning("%s: nothing reads %s", source, ", ".join(sorted(self.unread)))
         for note, place in self.notes.items():
             _log.warning("%s: %s (told once)", place, note)
         if self.empty:
             _log.warning(
                 "%d of %d rows have an empty answer, from which a model learns to say nothing; the first: %s",
-                len(self.empty), sum(self.formats.values()), self.empty[0],
+                len(self.empty), self.num_rows, self.empty[0],
             )  # fmt: skip
 
 

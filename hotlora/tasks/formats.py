@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import DataError
 from ..base.files import JSON_ERRORS
+from ..base.options import suggest
 from .rows import Row, need_text
 
 ALLOWED_FIELDS = (
@@ -90,7 +91,7 @@ def read_columns(text: str) -> dict[str, str]:
         if not (name and sign and column) or name in found:
             raise DataError(f"columns = {text!r}: give each name once, as in prompt=question,completion=answer.")
         if name not in _NAMES:
-            raise DataError(f"columns = {text!r}: {name!r} is no name of a format; there are {', '.join(_NAMES)}.")
+            raise DataError(f"columns = {text!r} names what no format has: {suggest([name], _NAMES)}.")
         found[name] = column
     return found
 

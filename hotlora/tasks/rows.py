@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,17 +71,15 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def folder_rows(folder: Path, split: str) -> list[Row]:
-    """The rows of the files in a folder, by name; of those that are called after splits (train.jsonl,
-    data/test-00000.parquet), `split`'s.
+    """The rows of the files in a folder, or if it has none in the folders inside, by name; of those that are called
+    after splits (train.jsonl, data/test-00000.parquet), `split`'s.
 
     Raises:
         DataError: no such files; a data set of `save_to_disk`.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    files = [file for file in files if not file.name.endswith((".chat.json", "dataset_infos.json"))]
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved_rows(folder, split)
+    files = _files(folder.glob("*")) or _files(folder.rglob("*"))
     if not files:
         raise DataError(f"{folder} holds no files of rows ({', '.join(SUFFIXES)}); give a folder that does, or a file.")
     of = {file: _split_of(file.relative_to(folder)) for file in files}
@@ -94,6 +92,13 @@ def folder_rows(folder: Path, split: str) -> list[Row]:
             _log.info("%s: the split %r is read, and not %s", folder, split, ", ".join(left))
         files = chosen
     return [row for file in files for row in read_rows(file)]
+
+
+def _files(found: Iterable[Path]) -> list[Path]:
+    """Those that hold rows: not what is hidden, nor what stands beside rows."""
+    beside = (".chat.json", "dataset_infos.json", "dataset_info.json")
+    some = (file for file in found if file.name.endswith(SUFFIXES) and not file.name.endswith(beside))
+    return sorted(file for file in some if file.is_file() and not any(part[:1] == "." for part in file.parts[1:]))
 
 
 def _split_of(path: Path) -> str | None:

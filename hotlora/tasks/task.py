@@ -24,6 +24,7 @@ class Example:
         spans: the parts of `text` that carry training loss, as (start, end) in characters; where there is no `text`,
             those of `prompt` that do, beside the completion.
         place: the file and line that it was read from, for errors.
+        format: what its row was read as, and how it is written, for people to read.
         source_hash: SHA-256 of what a conversation was read from: `text` may hold the date.
     """
 
@@ -35,6 +36,7 @@ class Example:
     text: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
     place: str = field(default="", compare=False)
+    format: str = field(default="", compare=False)
     source_hash: str | None = None
 
 

@@ -1,10 +1,12 @@
 """Examples to token batches; what carries no training loss is masked."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -17,6 +19,7 @@ _AT_A_TIME = 1000  # examples
 _SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "completion_mask": pa.list_(pa.int8()), "cut": pa.bool_(), "index": pa.int64()}
 )
+_TRAINED = {"assistant": "every answer", "last": "the last answer", "all": "prompts and answers"}
 IGNORE = -100  # the label of a token without loss
 _ANCHORS = ("\n", ":", "a", "1", ")", "é")  # texts to tokenize a completion behind; one must not join with it
 
@@ -128,6 +131,22 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
             num_without, len(examples), max_length,
         )  # fmt: skip
     return dataset
+
+
+def told(examples: Sequence[Example], dataset: Dataset, train_on: str) -> str:
+    """A line on what is trained: rows, their formats, tokens, the share that carries loss, what is cut or left out."""
+    lengths = pc.list_value_length(dataset.data["input_ids"])
+    num_tokens, num_trained = pc.sum(lengths).as_py(), pc.sum(pc.list_flatten(dataset.data["completion_mask"])).as_py()
+    formats = Counter(example.format for example in examples)
+    read = [what if len(formats) == 1 else f"{number:,} {what}" for what, number in formats.most_common() if what]
+    text = f"{len(examples):,} row{'s' * (len(examples) != 1)}" + (f" ({'; '.join(read)})" if read else "")
+    text += (
+        f", {num_tokens:,} tokens, {num_trained / num_tokens:.0%} of them carry loss ({_TRAINED[train_on]}); the "
+        f"longest has {pc.max(lengths).as_py():,}"
+    )
+    cut, left_out = pc.sum(dataset.data["cut"]).as_py(), len(examples) - len(dataset)
+    text += f"; {cut:,} cut" if cut else ""
+    return text + (f"; {left_out:,} left out, whose loss is all cut" if left_out else "")
 
 
 def _encoded(examples: Sequence[Example], tokenizer: Any, start: int) -> Iterator[tuple[list[int], list[int]]]:
