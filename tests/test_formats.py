@@ -244,7 +244,7 @@ def test_a_saved_data_set(tmp_path: Path):
     assert found[0].text == WRITTEN and len(found[1].spans) == 2
     assert load_examples(str(tmp_path / "saved" / "train"), tokenizer=tokenizer_of(CHATML)) == found
     with pytest.raises(DataError, match=r"has no split 'test'; it has train: give .*SPLIT"):
-        folder_rows(tmp_path / "saved", "test")
+        list(folder_rows(tmp_path / "saved", "test"))
 
 
 def test_a_hub_id_with_a_split_and_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,8 +1,10 @@
 """Examples to token batches; what carries no training loss is masked."""
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -213,17 +215,15 @@ def _mask(spans: Sequence[tuple[int, int]], ends: Sequence[int]) -> list[int]:
     """1 for each token that has a character of a span, by where tokens end.
 
     From where the token before ended: some tokenizers leave blanks out of a token's offsets. Several tokens of one
-    character have one end.
+    character have one end, and an added special token has the one before it.
     """
-    mask, start, left = [], 0, 0
-    for end in ends:
-        if end > start:
-            while left < len(spans) and spans[left][1] <= start:
-                left += 1
-            mask.append(int(left < len(spans) and spans[left][0] < end))
-            start = end
-        else:
-            mask.append(mask[-1] if mask and end else 0)  # a special token that is added is of no character
+    ends = list(accumulate(ends, max))
+    mask = [0] * len(ends)
+    for a, b in spans:
+        first = bisect_right(ends, a)
+        last = bisect_left(ends, b, lo=first)
+        stop = bisect_right(ends, ends[last]) if last < len(ends) else last
+        mask[first:stop] = [1] * (stop - first)
     return mask
 
 
