@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS, half_character
+from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 _SPLITS = {
@@ -244,7 +245,7 @@ def without_filling(row: dict[str, Any]) -> dict[str, Any]:
             return {key: cleaned(item) for key, item in value.items() if item is not None}
         return [cleaned(item) for item in value] if isinstance(value, list) else value
 
-    return {key: cleaned(value) for key, value in row.items()}
+    return cleaned(row)
 
 
 def split_file(folder: Path, names: Sequence[str]) -> Path:
@@ -318,3 +319,48 @@ def need_text(row: Row, *fields: str) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise DataError(f"{row.place}: {field!r} must be text, this is {json.dumps(value, default=str)[:60]}.")
     return values
+
+
+def save_rows(data: Any, path: Path) -> Path:
+    """Writes rows that are in memory as JSON lines, so that a run can be resumed from its folder alone.
+
+    Args:
+        data: a list of dictionaries, or any iterable of them such as a `datasets.Dataset` or `IterableDataset`; or a
+            pandas DataFrame.
+
+    Returns:
+        `path`, which may hold the same rows already.
+
+    Raises:
+        DataError: a row that is no dictionary, or holds what JSON cannot; no rows; other rows in `path`.
+    """
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+        data = (
+            {k: v for k, v in row.items() if not (isinstance(v, float) and v != v)} for row in data.to_dict("records")
+        )
+    if isinstance(data, Mapping):
+        raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
+    digest, number = hashlib.sha256(), 0
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for number, row in enumerate(data, start=1):
+            if not isinstance(row, Mapping):
+                raise DataError(f"row {number} of the data is a {type(row).__name__}: give dictionaries.")
+            try:
+                line = json.dumps(without_filling(dict(row)), default=_plain).encode() + b"\n"
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"row {number} of the data holds what JSON cannot: {error}.") from error
+            digest.update(line)
+            file.write(line)
+        if not number:
+            raise DataError("data holds no rows: give at least one.")
+        file.flush()
+        if path.is_file() and sha256_file(path) != digest.hexdigest():
+            raise DataError(f"{path} holds other rows: give another output folder, or delete it.")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for numpy's arrays and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}, {str(value)[:40]!r}")
