@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 import hotlora
+from hotlora.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -30,6 +32,9 @@ class Loader(yaml.SafeLoader):
 
 Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 SITE = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader)
+
+
+APP = typer.main.get_command(app)
 
 
 def name_of(page: Path) -> str:
@@ -104,6 +109,37 @@ def test_files_and_names_of_the_code_are_there(page):
     ):
         if not found(name):
             lost.append(name)
+    assert lost == []
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """Of every `hotlora COMMAND …` in a page's code: the command, and the options that follow in its line."""
+    text = re.sub(r"\\\n", " ", page.read_text("utf-8"))
+    lines = re.findall(r"^(?: {4}|\t).*$", text, re.M) + re.findall(r"`[^`\n]+`", text)
+    lines += [
+        line
+        for block in re.findall(r"^```(?:sh|bash|text)?\n(.*?)^```", text, re.M | re.S)
+        for line in block.splitlines()
+    ]
+    found = []
+    for line in lines:
+        line = line.split("  #")[0]
+        for command, words in re.findall(r"(?<![\w/.-])hotlora ([a-z]+)\b([^|`]*)", line):
+            found.append((command, re.findall(r"(?<=\s)--[a-z][\w-]*", words)))
+    return found
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_commands_and_their_options_are_there(page):
+    lost = []
+    for command, options in commands(page):
+        if command not in APP.commands:
+            lost.append(f"hotlora {command}")
+            continue
+        known = {
+            name for parameter in APP.commands[command].params for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        lost += [f"hotlora {command} {option}" for option in options if option not in {*known, "--help"}]
     assert lost == []
 
 
