@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 
 from hotlora.report import figures
 from hotlora.routing.plan import select_experts
@@ -40,7 +41,7 @@ def test_heat_map_shows_multiples_of_the_uniform_share_under_decoder_indices():
     axes = figures.heat_map(profile, select_experts(profile, experts_per_layer=2)).axes[0]
     assert axes.images[0].get_array().tolist() == [[3, 1, 0, 0], [1, 1, 1, 1]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "7"]
-    (boxes,) = axes.collections
+    (boxes,) = [found for found in axes.collections if isinstance(found, PolyCollection)]
     spans = [(path.get_extents().x0, path.get_extents().x1) for path in boxes.get_paths()]
     np.testing.assert_allclose(spans, [(-0.45, 1.45)] * 2)  # experts 0 and 1, in both layers
 

@@ -43,13 +43,12 @@ def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
     num_layers, num_experts = load.shape
     is_coarse = num_experts <= 64
     row = float(np.clip(4.0 / num_layers, 0.1, 0.36))
-    figure, axes = new_figure(row * num_layers + 1.1, PAGE_WIDTH)
+    figure, axes = new_figure(max(row * num_layers + 1.1, 2.2), PAGE_WIDTH)
     image = show_loads(axes, load, load.max())
     # Light lines between cells, as far as cells are large enough to be told apart anyway.
     if is_coarse:
-        between = {"colors": "white", "linewidth": 0.8}
-        axes.vlines(np.arange(1, num_experts) - 0.5, -0.5, num_layers - 0.5, **between)
-        axes.hlines(np.arange(1, num_layers) - 0.5, -0.5, num_experts - 0.5, **between)
+        axes.vlines(np.arange(1, num_experts) - 0.5, -0.5, num_layers - 0.5, colors="white", linewidth=0.8)
+        axes.hlines(np.arange(1, num_layers) - 0.5, -0.5, num_experts - 0.5, colors="white", linewidth=0.8)
     if plan is not None:
         boxes = _boxes(_kept(profile, plan), inset=0.05 if is_coarse else 0.02)
         width = 1.3 if is_coarse else 0.7

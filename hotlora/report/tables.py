@@ -97,9 +97,9 @@ def conditions_table(records: Records) -> Table:
     kinds = {section.by_loss for section in sections}
     score = "score" if len(kinds) > 1 else "held-out loss" if True in kinds else "accuracy, %"
     against = "against all" + (", pp" if True not in kinds else "")
-    for title in (score, against, "covered", "trained", "tokens/s"):
+    for title in (score, against, "covered", "trained"):
         table.add_column(title, justify="right", no_wrap=True)
-    keys = ("accuracy", "difference", "covered", "trained", "speed")
+    keys = ("accuracy", "difference", "covered", "trained")
     for section in sections:
         for shown in section_tables(section):
             heading = section.data if shown.task == section.data else f"{section.data} → {shown.task}"
