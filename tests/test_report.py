@@ -404,6 +404,9 @@ def test_runs_that_adapt_other_parts_have_tables_and_references_of_their_own(tmp
     assert (whole.adapted, alone.adapted) == ("attention, router and experts", "experts alone")
     assert [row.name for row in alone.rows] == ["base", "all", "hot 25%"] and len(whole.rows) == 5
     assert alone.rows[2].cells["difference"] == "−2.5", "against all experts alone"
+    for table in (whole, alone):
+        (every,) = [row for row in table.rows if row.condition == "all"]
+        assert every.cells["difference"] == "–", "not against the other table's"
     text = write_report(tmp_path, tmp_path / "out").read_text()
     assert "Results on nano-math: LoRA on experts alone" in text and Page(text).images == 5  # a loss picture of each
     console = Console(width=84, file=io.StringIO())

@@ -332,10 +332,11 @@ def report(
 
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
-    gc.disable()  # while modules are imported, nothing is garbage: a tenth of the command's time
+    gc.disable()  # while modules are imported; what they hold is not looked through later: a fifth of the command's time
     from ..base.records import find_records
     from ..report.page import conditions_table, has_recipes, write_report
 
+    gc.freeze()
     gc.enable()
     skipped: dict[Path, str] = {}
     records = find_records(runs, skipped)

@@ -176,11 +176,11 @@ def against_all(
     """The run on all experts with this run's seed, and this run's accuracy minus its accuracy; or of the two the
     held-out loss, where the section goes by it. Of several the one among `folders` whose options are nearest.
 
-    With an interval where both kept their results on the same examples, else with nan. None: no such run,
-    or one of the two was not evaluated.
+    With an interval where both kept their results on the same examples, else with nan. None: no such run, it is one
+    itself, or one of the two was not evaluated.
     """
     record = section.records[folder]
-    if task not in part(record, "evaluation") and not section.by_loss:
+    if record["condition"] == "all" or (task not in part(record, "evaluation") and not section.by_loss):
         return None
     others = [
         (other, reference)
