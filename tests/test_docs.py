@@ -182,3 +182,23 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         outside = [tag for tag in tags if re.search(r"(?:src|href|srcset)=\"?(?:https?:)?//", tag)]
         assert outside == [], page.name
     assert (tmp_path / "repository" / "benchmarks" / "cpu-nano-tokens.png").is_file()
+
+
+def python_block(page: str) -> str:
+    (block, *_) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    return block
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """On nano, in place of OLMoE."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 4)
+    exec(python_block("README.md").replace("allenai/OLMoE-1B-7B-0924", "nano"), {})
+    model, _ = hotlora.load("adapter")
+    assert {len(ids) for ids in model.peft_config["default"].plan.experts.values()} == {8}
+
+
+def test_the_sweep_of_the_docs_is_one():
+    defined: dict = {}
+    exec(python_block("docs/sweep.md"), defined)
+    assert len(defined["SWEEP"].conditions) == 5

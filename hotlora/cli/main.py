@@ -332,7 +332,7 @@ def report(
 
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
-    gc.disable()  # while modules are imported; what they hold is not looked through later: a fifth of the command's time
+    gc.disable()  # while modules are imported, and their objects are never looked through: a fifth of the time
     from ..base.records import find_records
     from ..report.page import conditions_table, has_recipes, write_report
 
