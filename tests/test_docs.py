@@ -195,7 +195,7 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     Path("train.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 4)
     exec(python_block("README.md").replace("allenai/OLMoE-1B-7B-0924", "nano"), {})
     model, _ = hotlora.load("adapter")
-    assert {len(ids) for ids in model.peft_config["default"].plan.experts.values()} == {8}
+    assert {len(ids) for ids in model.peft_config["default"].plan["experts"].values()} == {8}
 
 
 def test_the_sweep_of_the_docs_is_one():

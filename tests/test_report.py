@@ -379,6 +379,17 @@ def test_the_held_out_loss_stands_beside_a_score(tmp_path):
     assert [row[place] for row in rows[1:]] == ["–", "1.2346"]
 
 
+def test_on_a_phone_few_runs_are_cards_and_many_a_table(tmp_path):
+    """By the style sheet alone: each cell says its column."""
+    write_runs(tmp_path, conditions=("all", "hot"))
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert '<table class="cards">' in text and "td::before { content: attr(data-title)" in text
+    assert text.count("<td ") == text.count('<td data-title="') > 0
+    for seed in range(1, 7):
+        write_runs(tmp_path, conditions=("all", "hot"), seed=seed)
+    assert '<table class="cards">' not in write_report(tmp_path, tmp_path / "out").read_text()
+
+
 def test_own_rows_show_loss_perplexity_and_token_accuracy(tmp_path):
     write_runs(tmp_path, conditions=("all",))
     result = json.loads((tmp_path / "nano-math" / "all-0" / "run.json").read_text())["evaluation"]["nano-math"]
