@@ -13,7 +13,7 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.records import Record, find_records
 from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
-from .tables import part
+from .sections import part
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)
