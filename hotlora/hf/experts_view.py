@@ -42,7 +42,7 @@ class FrozenWeight:
         """O of `[E, I, O]`."""
         return int(self.value.shape[2 if self.is_transposed else 1])
 
-    @cached_property
+    @property
     def T(self) -> "FrozenWeight":
         """The product with it makes an input's gradient out of an output's."""
         return FrozenWeight(self.value, not self.is_transposed)

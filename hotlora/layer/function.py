@@ -156,6 +156,7 @@ class _Pass:
         own = len(tensors) - sum(update.num_tensors for update in updates)
         self.own, rest = tensors[:own], tensors[own:]
         self.weights = self.view.up(self.own[0]), self.view.down(self.own[1])
+        self.weights_T = self.weights[0].T, self.weights[1].T
         self.biases, self.norm_parameters = self.own[2:4], self.own[4:]
         self.updates: list[Any] = []
         self.tensors_of: list[Any] = []
@@ -280,10 +281,10 @@ class _Pass:
 
     def _base_backward(self, place: int, rows: Any, grad_SO: Tensor) -> Tensor:
         """The gradient of the projection's input `[S, I]`; zeros in rows of no expert here."""
-        weight, scale_EO = self.weights[place], self.base_scales[place]
+        weight, scale_EO = self.weights_T[place], self.base_scales[place]
         if scale_EO is not None:
             grad_SO = rows.scaled(grad_SO, scale_EO)
-        return rows.product(grad_SO.to(weight.dtype), weight.T)
+        return rows.product(grad_SO.to(weight.dtype), weight)
 
     def make_gradients(self) -> None:
         """Zeros for all that trains, which `backward` fills, a block after the other."""
