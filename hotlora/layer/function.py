@@ -8,7 +8,7 @@ It keeps for backward the input `[T, D]`, the up projection's output `[S, P*F]`,
 weights. The gate, and what the factors make of their inputs, are computed again. The routing weights' gradient needs no
 output of the experts: for y = W h and a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
 
-`cpu` and `gpu` have the products, `updates` what is added; `fused` has the whole layer in a few kernels for a GPU. A
+`cpu` and `gpu` have the products, `updates` what is added; `kernels.fused` has the whole layer in a few kernels. A
 compiled graph has the whole layer in it, without a break: forward and backward are traced, and each grouped product is
 one operation of the graph.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from . import cpu, fused, gpu
+from . import cpu, gpu
 from .updates import Update, compute_dtype
 
 
@@ -54,13 +54,16 @@ def routed_experts_by(
     updates: Sequence[Update],
 ) -> Tensor:
     """`routed_experts` by the products of `cpu` or `gpu`. updates: none without an expert."""
-    if products is gpu and fused.covers(view, hidden_TD, top_k_weights_TK, updates):
-        (update,) = updates or (None,)
-        seeds = _two_seeds() if update is not None and update.dropout else (0, 0)
-        its = [] if update is None else update.tensors
-        arguments = (hidden_TD, top_k_index_TK, top_k_weights_TK, *view.tensors(), *its)
-        summed: Tensor = fused.FusedExperts.apply(view, update, seeds, *arguments)
-        return summed
+    if products is gpu and gpu.use_fused(hidden_TD):
+        from .kernels import fused  # which needs Triton
+
+        if fused.covers(view, hidden_TD, top_k_weights_TK, updates):
+            (update,) = updates or (None,)
+            seeds = _two_seeds() if update is not None and update.dropout else (0, 0)
+            its = [] if update is None else update.tensors
+            arguments = (hidden_TD, top_k_index_TK, top_k_weights_TK, *view.tensors(), *its)
+            summed: Tensor = fused.FusedExperts.apply(view, update, seeds, *arguments)
+            return summed
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
     return RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)

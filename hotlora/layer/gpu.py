@@ -4,7 +4,7 @@ be asked for.
 The base's products are torch's grouped ones where torch has one kernel for them, and ours (`kernels`, in Triton)
 elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; without
 Triton cold experts get factors of zeros. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all;
-`=fused` takes `fused` for the layers that it covers, which has not been timed on a GPU yet.
+`=fused` takes `kernels.fused` for the layers that it covers, which has not been timed on a GPU yet.
 
 In a compiled graph each product is one operation.
 
@@ -235,8 +235,9 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
 
 
 def use_fused(x: Tensor) -> bool:
-    """Whether a layer is computed by `fused`, as far as it covers it: where it is asked for, until it was timed."""
-    return os.environ.get("HOTLORA_KERNELS") == "fused" and use_kernels(x, is_thin=True)
+    """Whether `kernels.fused` is asked for, which takes the layers that it covers: not by itself until it was timed."""
+    is_asked = os.environ.get("HOTLORA_KERNELS") == "fused" and not torch.compiler.is_compiling()
+    return is_asked and use_kernels(x, is_thin=True)
 
 
 def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
