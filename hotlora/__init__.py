@@ -24,16 +24,19 @@ _PUBLIC = {
     "ModelError": "base.errors",
     "PlanError": "base.errors",
     "RoutingProfile": "routing.profile",
+    "Run": "runs.load",
     "base_quantization": "adapter.load",
     "count_parameters": "adapter.count",
     "jaccard": "routing.profile",
     "load": "runs.load",
-    "load_adapter": "adapter.load",
+    "load_adapter": "runs.load",
     "load_model": "hf.models",
     "load_tokenizer": "hf.models",
+    "profile": "api",
     "profile_routing": "routing.profiler",
     "quantize_experts": "adapter.quantize",
     "select_experts": "routing.plan",
+    "train": "api",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -44,9 +47,10 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .adapter.formats.export import export_adapter as export_adapter
     from .adapter.formats.import_peft import import_adapter as import_adapter
     from .adapter.load import base_quantization as base_quantization
-    from .adapter.load import load_adapter as load_adapter
     from .adapter.quantize import ExpertsQuantization as ExpertsQuantization
     from .adapter.quantize import quantize_experts as quantize_experts
+    from .api import profile as profile
+    from .api import train as train
     from .base.errors import DataError as DataError
     from .base.errors import FileError as FileError
     from .base.errors import HotLoraError as HotLoraError
@@ -59,7 +63,9 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .routing.profile import RoutingProfile as RoutingProfile
     from .routing.profile import jaccard as jaccard
     from .routing.profiler import profile_routing as profile_routing
+    from .runs.load import Run as Run
     from .runs.load import load as load
+    from .runs.load import load_adapter as load_adapter
 
 
 def __getattr__(name: str) -> Any:

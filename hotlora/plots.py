@@ -1,0 +1,28 @@
+"""Pictures of routing and of training, as matplotlib figures.
+
+hotlora.plots.heat_map(profile, plan)                    # shown in a notebook
+hotlora.plots.heat_map(profile, plan).savefig("x.png")   # anywhere
+"""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .report.figures import coverage_curve, heat_map, sorted_load
+from .report.figures import loss_curves as _loss_curves
+from .report.study_figures import coverage_curves, heat_maps
+from .runs.load import Run
+
+__all__ = ["coverage_curve", "coverage_curves", "heat_map", "heat_maps", "loss_curves", "sorted_load"]
+
+
+def loss_curves(*runs: Run | str | Path) -> Figure:
+    """Training loss by optimizer step of some runs (what `hotlora.train` gives, or folders).
+
+    FileError: a folder without a run, or a run without its metrics.
+    """
+    curves = []
+    for run in (run if isinstance(run, Run) else Run(run) for run in runs):
+        points = [(row["step"], row["loss"]) for row in run.metrics if row["loss"] is not None]
+        curves.append((run.record["name"], run.record["condition"], *zip(*points, strict=True)))
+    return _loss_curves(curves)
