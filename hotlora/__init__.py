@@ -26,6 +26,8 @@ _PUBLIC = {
     "RoutingProfile": "routing.profile",
     "Run": "runs.load",
     "base_quantization": "adapter.load",
+    "compare_examples": "report.paired",
+    "compare_runs": "report.comparison",
     "count_parameters": "adapter.count",
     "jaccard": "routing.profile",
     "load": "runs.load",
@@ -39,9 +41,13 @@ _PUBLIC = {
     "train": "api",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+_MODULES = ("data", "plots")
+
+__all__ = ["__version__", *_MODULES, *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
+    from . import data as data
+    from . import plots as plots
     from .adapter.config import HotLoraConfig as HotLoraConfig
     from .adapter.count import count_parameters as count_parameters
     from .adapter.formats.export import export_adapter as export_adapter
@@ -58,6 +64,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .base.errors import PlanError as PlanError
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
+    from .report.comparison import compare_runs as compare_runs
+    from .report.paired import compare_examples as compare_examples
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile
@@ -69,10 +77,12 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hotlora' has no attribute {name!r}")
     return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_MODULES, *_PUBLIC])

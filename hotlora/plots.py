@@ -6,9 +6,8 @@ hotlora.plots.heat_map(profile, plan).savefig("x.png")   # anywhere
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from .report.figures import coverage_curve, heat_map, sorted_load
+from .base.errors import DataError
+from .report.figures import Figure, coverage_curve, heat_map, sorted_load
 from .report.figures import loss_curves as _loss_curves
 from .report.study_figures import coverage_curves, heat_maps
 from .runs.load import Run
@@ -19,8 +18,10 @@ __all__ = ["coverage_curve", "coverage_curves", "heat_map", "heat_maps", "loss_c
 def loss_curves(*runs: Run | str | Path) -> Figure:
     """Training loss by optimizer step of some runs (what `hotlora.train` gives, or folders).
 
-    FileError: a folder without a run, or a run without its metrics.
+    DataError: no runs. FileError: a folder without a run, or a run without its metrics.
     """
+    if not runs:
+        raise DataError("there are no runs to draw: give what hotlora.train returned, or runs' folders.")
     curves = []
     for run in (run if isinstance(run, Run) else Run(run) for run in runs):
         points = [(row["step"], row["loss"]) for row in run.metrics if row["loss"] is not None]
