@@ -8,9 +8,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from .base.errors import HotLoraError, ModelError, Stopped
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .runs.load import Run
 
 _log = logging.getLogger(__name__)
+_ROWS = "rows in memory"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -60,6 +62,7 @@ def train(
     data: Any,
     output: str | os.PathLike[str] | None = None,
     *,
+    test_data: Any = None,
     method: str | None = None,
     preset: str | None = None,
     placement: str | None = None,
@@ -76,8 +79,10 @@ def train(
 
     Args:
         model: a folder, a name on the Hub, or nano. (Onto a model that is loaded already, put a `HotLoraConfig`.)
-        data: as `--data` takes it.
+        data: as `--data` takes it; or rows in memory, which are kept in the run's folder: a list of dictionaries, a
+            `datasets.Dataset` or `IterableDataset`, a DataFrame.
         output: the run's folder; None: runs/MODEL-DATA-METHOD-SEED.
+        test_data: held-out data, in the same ways.
         method, preset, placement: names from `runs.methods`.
         preflight: first find out whether it fits into memory; an error where it cannot.
         progress: bars, and what is going to happen, on stderr.
@@ -91,16 +96,21 @@ def train(
     _check_model(
         model, "a loaded model takes hotlora.HotLoraConfig and peft.get_peft_model, and TRL's SFTTrainer trains"
     )
-    chosen = resolve(method, preset=preset, placement=placement, model=model, data=data, **options)
+    given: Any = {"model": model, "data": _named(data), "test_data": _named(test_data), **options}
+    chosen = resolve(method, preset=preset, placement=placement, **given)
     name = preset or chosen.condition or chosen.rule
-    parts = (chosen.model, data, name, f"seed{chosen.seed}")
+    parts = (chosen.model, chosen.data, name, f"seed{chosen.seed}")
     folder = Path(output) if output is not None else Path("runs") / "-".join(_slug(part) for part in parts)
+    kept = {option: folder / f"{option}.jsonl" for option in ("data", "test_data") if given[option] is _ROWS}
+    there: dict[str, Any] = {option: str(file) for option, file in kept.items()}
+    chosen = replace(chosen, **there)
 
-    from .base.processes import is_main, start
+    from .base.processes import is_main, start, wait_for_all
     from .base.quiet import without_bars
     from .report.card import write_card
     from .runs.load import Run
     from .runs.stages import run_method
+    from .tasks.rows import save_rows
     from .training.checkpoints import last_complete
 
     with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
@@ -108,9 +118,12 @@ def train(
         if progress and is_main():
             last = last_complete(folder / "checkpoints")
             resumed = f", resuming from {last.name}" if last and not _is_done(folder) else ""
-            _tell(f"training {chosen.model} on {_called(data)} into {folder}{resumed}")
+            _tell(f"training {chosen.model} on {given['data']} into {folder}{resumed}")
         if preflight:
             _check_memory(chosen, progress)
+        for option, file in kept.items() if is_main() else ():
+            save_rows({"data": data, "test_data": test_data}[option], file)
+        wait_for_all()
         run_method(chosen, folder, progress=progress)
         if is_main():
             write_card(folder)
@@ -133,7 +146,7 @@ def profile(
 
     Args:
         model: a folder, a name on the Hub, or nano. (Of a model that is loaded already: `profile_routing`.)
-        data: as `--data` takes it.
+        data: as `train` takes it.
         output: a .safetensors file or a folder to save it to; None: it is not saved.
         progress: bars on stderr.
         options: `hotlora profile --help` has each; the defaults are the command line's.
@@ -142,7 +155,7 @@ def profile(
         HotLoraError: as `train`.
     """
     _check_model(model, "of a loaded model, hotlora.profile_routing(model, batches) makes the profile")
-    chosen = ProfileOptions(model=model, **options)  # type: ignore[arg-type]
+    chosen, named = ProfileOptions(model=model, **options), _named(data)  # type: ignore[arg-type]
 
     from .base.files import check_writable, file_in
     from .base.processes import is_main, start
@@ -151,22 +164,26 @@ def profile(
     from .runs.checks import check_adapters, check_sizes
     from .runs.folder import load_base
     from .runs.training import profile_data
-    from .tasks.data import load_examples, tokenize
+    from .tasks.data import load_examples
+    from .tasks.rows import save_rows
+    from .tasks.tokens import tokenize
 
     sizes: dict[str, Any] = {"batch_size": chosen.batch_size, "max_length": chosen.max_length}
     check_sizes(**sizes)
     if output is not None:
         check_writable(file_in(output, "profile.safetensors"))
-    with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
+    bars = nullcontext() if progress else without_bars()
+    with _ctrl_c_as_ever(), bars, TemporaryDirectory() as temporary:
         start(chosen.device)
         check_adapters(chosen.model, (), dtype=chosen.dtype, device=chosen.device)
         tokenizer = load_tokenizer(chosen.model)
-        source = os.fspath(data) if isinstance(data, os.PathLike) else data
-        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, tokenizer=tokenizer)
+        source = named if named is not _ROWS else str(save_rows(data, Path(temporary) / "data.jsonl"))
+        read = {"tokenizer": tokenizer, **chosen.reading()}
+        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, **read)
         dataset = tokenize(examples, tokenizer, chosen.max_length, vocab_size=vocab_size(chosen.model))
         base = load_base(chosen.model, **chosen.loading())
         result = profile_data(
-            base, tokenizer, examples, _called(data), chosen.model, dataset=dataset, progress=progress and is_main(),
+            base, tokenizer, examples, named, chosen.model, dataset=dataset, progress=progress and is_main(),
             **sizes,
         )  # fmt: skip
         if output is not None and is_main():
@@ -220,13 +237,12 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _called(data: Any) -> str:
-    """The data by its name; rows from Python have none."""
-    return os.fspath(data) if isinstance(data, str | os.PathLike) else "rows from Python"
+def _named(data: Any) -> Any:
+    """The data by its name or path; rows in memory have none. None as it is."""
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else None if data is None else _ROWS
 
 
-def _slug(part: Any) -> str:
+def _slug(text: str) -> str:
     """The last part of a name or path, fit for a folder's name."""
-    text = os.fspath(part) if isinstance(part, str | os.PathLike) else "rows"
     text = Path(text.rstrip("/")).stem if "/" in text else text
     return re.sub(r"[^A-Za-z0-9_.]+", "_", text).strip("_.") or "x"

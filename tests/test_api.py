@@ -13,8 +13,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import pandas
 import pytest
 import torch
+from datasets import Dataset
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import hotlora
@@ -60,6 +62,25 @@ def test_train_gives_what_one_goes_on_with(run: hotlora.Run):
 def _losses(run: hotlora.Run) -> str:
     training = run.record["training"]
     return f"{training['loss_first']:.4f} → {training['loss_last']:.4f}"
+
+
+def test_rows_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Question: 3 + {i} =\nAnswer:", "completion": f" {3 + i}"} for i in range(40)]
+    data, held_out = Dataset.from_list(rows), pandas.DataFrame(rows[:4])
+    run = hotlora.train("nano", data, test_data=held_out, progress=False, **SHORT)
+    assert run.folder == Path("runs/nano-rows_in_memory-hot-seed0")
+    kept = [json.loads(line) for line in (run.folder / "data.jsonl").read_text().splitlines()]
+    assert kept == rows and run.record["data"]["train"] == 40 and run.record["data"]["test"] == 4
+    assert hotlora.train("nano", iter(rows), test_data=rows[:4], progress=False, **SHORT).record == run.record
+    with pytest.raises(HotLoraError, match="holds other rows"):
+        hotlora.train("nano", rows[1:], test_data=rows[:4], progress=False, **SHORT)
+    profiled = hotlora.profile("nano", rows, progress=False)
+    assert profiled.source["data"] == "rows in memory"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert profiled.hash == hotlora.profile("nano", "rows.jsonl", progress=False).hash
+    with pytest.raises(HotLoraError, match="no rows"):
+        hotlora.profile("nano", [], progress=False)
 
 
 def test_a_run_is_opened_again(run: hotlora.Run, rows: Path, tmp_path: Path):
@@ -160,12 +181,12 @@ def test_profile(rows: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("keywords", "options", "function", "own"),
     [
-        (TrainKeywords, RunOptions, "train", {"method", "preset", "placement", "preflight", "progress"}),
+        (TrainKeywords, RunOptions, "train", {"test_data", "method", "preset", "placement", "preflight", "progress"}),
         (ProfileKeywords, ProfileOptions, "profile", {"progress"}),
     ],
 )
 def test_every_option_is_a_keyword_with_its_type_and_default(keywords: Any, options: Any, function: str, own: set[str]):
-    known = {f.name: f for f in fields(options) if f.metadata["cli"] and f.name not in ("model", "data")}
+    known = {f.name: f for f in fields(options) if f.metadata["cli"] and f.name not in ("model", "data", "test_data")}
     if options is ProfileOptions:
         known = {name: field for name, field in known.items() if name not in ("on_top_of", "keep_hot")}
     assert get_type_hints(keywords) == {name: f.type for name, f in known.items()}, "run python scripts/docs.py"

@@ -42,7 +42,7 @@ def quantize_experts(
     Raises:
         PlanError: `keep` names a layer or an expert that is not there.
         ModelError: no MoE layer, quantized already, with a merged adapter, on the meta device, or not in a 16- or
-        32-bit float.
+            32-bit float.
         HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
     """
     _check_bits(bits)

@@ -30,8 +30,8 @@ def profile(
         typer.Option(
             "--data",
             "-d",
-            help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with "
-            "prompt and completion, or messages.",
+            help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR); a file or a folder of rows (JSONL, "
+            "JSON, CSV, Parquet); or a Hub id (owner/name:split).",
         ),
     ] = None,
     compare: Annotated[
@@ -93,7 +93,10 @@ def _compare(sources: list[str], model: str | None, output: Path, given: dict[st
     def tell(text: str) -> None:
         err.print(text, highlight=False, markup=False)
 
-    result, profiles = run_study(sources, model, tell=tell, **given)
+    reading: dict[str, Any] = {
+        name: given.pop(name) for name in ("train_on", "columns", "apply_chat_template") if name in given
+    }
+    result, profiles = run_study(sources, model, tell=tell, reading=reading, **given)
     page = write_study(result, profiles, output, shlex.join(["hotlora", *sys.argv[1:]]))
     table = Table(title=f"Routing of {result['model']['name']} on {len(profiles)} data sets")
     table.add_column("data set", no_wrap=True)

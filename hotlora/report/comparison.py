@@ -15,7 +15,7 @@ from ..base.escape import one_line
 from ..base.records import Record, find_records
 from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
 from .comparison_table import html_tables
-from .tables import part
+from .sections import part
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)

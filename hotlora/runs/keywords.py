@@ -51,6 +51,9 @@ class TrainKeywords(TypedDict, total=False):
     fillers: int | None
     scores: str | Path | None
     signal: str
+    train_on: str
+    columns: str | None
+    apply_chat_template: bool | None
     on_top_of: Sequence[str | Path]
     dtype: str
     device: str
@@ -58,7 +61,6 @@ class TrainKeywords(TypedDict, total=False):
     quantize: int | None
     keep_hot: bool
     expert_parallel: int
-    test_data: str | None
     test_split: float | None
     limit: int | None
     test_limit: int | None
@@ -81,6 +83,9 @@ class TrainKeywords(TypedDict, total=False):
 class ProfileKeywords(TypedDict, total=False):
     """Of `hotlora.profile`."""
 
+    train_on: str
+    columns: str | None
+    apply_chat_template: bool | None
     dtype: str
     device: str
     attn_implementation: str | None

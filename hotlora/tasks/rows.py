@@ -1,17 +1,28 @@
 """Rows of JSON from a file or the hub, each with its place, so that an error can say which one is wrong."""
 
+import csv
 import gzip
+import hashlib
 import json
+import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS, half_character
+from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
+_SPLITS = {
+    "train": ("train", "training"), "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}  # fmt: skip
+"""The names of splits in those of files, as the Hub has them."""
+_HUB_ID = re.compile(r"([^:\[\]]+)(?::([^:\[\]]+))?(?::([^:\[\]]+))?(\[[^\[\]]*\])?")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_log = logging.getLogger(__name__)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
 _LONG = re.compile(r"\d{4301}")
 _HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
@@ -25,7 +36,13 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Reads JSON lines, or one JSON list of objects; either may be gzipped.
+    """All of `iter_rows`."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[Row]:
+    """Reads JSON lines, or one JSON list of objects (either may be gzipped), a CSV or TSV table with a line of names,
+    or a Parquet file. Of JSON lines and Parquet only some rows are in memory at a time.
 
     Raises:
         DataError: no such file, no rows, invalid JSON, a row that is not an object or that holds half a character (with
@@ -33,21 +50,84 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} is not a file; give a file of JSON lines ({', '.join(SUFFIXES)}).")
+        raise DataError(f"{path} is not a file; give a file of rows ({', '.join(SUFFIXES)}).")
+    row = None
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        for row in _parse_parquet(path) if path.suffix == ".parquet" else _parse_text(path):
+            if not isinstance(row.values, dict):
+                raise DataError(f"{row.place}: a row must be a JSON object, this is a {type(row.values).__name__}.")
+            yield row
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); it must be UTF-8 text, or gzipped UTF-8 text.") from error
-    rows = list(_parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text))
-    if not rows:
-        raise DataError(f"{path} holds no rows; give a file with at least one JSON object.")
-    for place, values in rows:
-        if not isinstance(values, dict):
-            raise DataError(f"{place}: a row must be a JSON object, this is a {type(values).__name__}.")
-    if _SURROGATE.search(text):
-        check_characters(rows)
-    return rows
+        raise DataError(
+            f"{path} cannot be read ({error}); it must be UTF-8 text, gzipped UTF-8 text, or Parquet (.parquet)."
+        ) from error
+    if row is None:
+        raise DataError(f"{path} holds no rows; give a file with at least one.")
+
+
+def _parse_text(path: Path) -> Iterator[Row]:
+    # newline: lines end at \n alone, as U+2028 and its like may stand inside a JSON string.
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        if path.suffix in _TABLES:
+            yield from _parse_table(path, file)
+            return
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        yield from _parse_list(path, file.read()) if first.lstrip().startswith("[") else _parse_lines(path, file)
+
+
+def folder_rows(folder: Path, split: str) -> Iterator[Row]:
+    """The rows of the files in a folder, or if it has none in the folders inside, by name; of those that are called
+    after splits (train.jsonl, data/test-00000.parquet), `split`'s.
+
+    Raises:
+        DataError: no such files; a data set of `save_to_disk`.
+    """
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        yield from _saved_rows(folder, split)
+        return
+    files = _files(folder.glob("*")) or _files(folder.rglob("*"))
+    if not files:
+        raise DataError(f"{folder} holds no files of rows ({', '.join(SUFFIXES)}); give a folder that does, or a file.")
+    of = {file: _split_of(file.relative_to(folder)) for file in files}
+    if any(of.values()):
+        chosen = [file for file in files if of[file] == split]
+        left = sorted({str(file.relative_to(folder)) for file in files if of[file] != split})
+        if not chosen:
+            raise DataError(f"{folder} holds no file of the split {split!r}, only {', '.join(left)}: give one of them.")
+        if left:
+            _log.info("%s: the split %r is read, and not %s", folder, split, ", ".join(left))
+        files = chosen
+    for file in files:
+        yield from iter_rows(file)
+
+
+def _files(found: Iterable[Path]) -> list[Path]:
+    """Those that hold rows: not what is hidden, nor what stands beside rows."""
+    beside = (".chat.json", "dataset_infos.json", "dataset_info.json")
+    some = (file for file in found if file.name.endswith(SUFFIXES) and not file.name.endswith(beside))
+    return sorted(file for file in some if file.is_file() and not any(part[:1] == "." for part in file.parts[1:]))
+
+
+def _split_of(path: Path) -> str | None:
+    words = re.split(r"[^a-z]+", path.as_posix().lower())
+    return next((split for split, names in _SPLITS.items() if any(name in words for name in names)), None)
+
+
+def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
+    """Of a data set that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no whole data set of save_to_disk ({error}): write it again.") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(found)}: give {folder}/SPLIT.")
+        found = found[split]
+    for number, row in enumerate(found, start=1):
+        yield Row(f"{folder} row {number}", without_filling(row))
 
 
 def check_characters(rows: Sequence[Row]) -> None:
@@ -60,16 +140,47 @@ def check_characters(rows: Sequence[Row]) -> None:
             )
 
 
-def _parse_lines(path: Path, text: str) -> Iterator[Row]:
-    # Not str.splitlines: it also cuts at U+2028 and its like, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _parse_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(f"{path} row {number}", without_filling(row))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
+
+
+def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(file, delimiter=_TABLES[path.suffix], strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path} line {reader.line_num}: has not as many fields as the first line has names: quote a text "
+                    "that holds the separator, quotes or line ends."
+                )
+            yield Row(f"{path} line {reader.line_num}", dict(row))
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num} is no table's ({error}): quote texts as CSV does.") from error
+
+
+def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                yield Row(f"{path} line {number}", json.loads(line))
+                row = Row(f"{path} line {number}", json.loads(line))
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
                 ) from error
+            if _SURROGATE.search(line):
+                check_characters([row])
+            yield row
 
 
 def _parse_list(path: Path, text: str) -> Iterator[Row]:
@@ -79,8 +190,10 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
         long = _LONG.search(text)
         at = error.lineno if isinstance(error, json.JSONDecodeError) else long and text.count("\n", 0, long.start()) + 1
         raise DataError(f"{path}{f' line {at}' if at else ''} is not valid JSON ({_why(error)}).") from error
-    for number, row in enumerate(values, start=1):
-        yield Row(f"{path} row {number}", row)
+    rows = [Row(f"{path} row {number}", row) for number, row in enumerate(values, start=1)]
+    if _SURROGATE.search(text):
+        check_characters(rows)
+    yield from rows
 
 
 def _why(error: Exception) -> str:
@@ -92,17 +205,36 @@ def _why(error: Exception) -> str:
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
-    """The rows of a data set on the Hugging Face hub, or in its local cache."""
+    """The rows of a data set on the Hugging Face Hub, or in its local cache.
+
+    name: `owner/name`, with a configuration, a split, or both behind it, and a part of the split in brackets:
+        `owner/name:config:split[:1000]`. What stands there comes before `split` and `config`.
+    """
     from datasets import load_dataset
 
-    try:
-        rows = load_dataset(name, config, split=split)
-    except _HUB_ERRORS as error:
-        raise DataError(
-            f"The data set {name!r} (split {split!r}) cannot be loaded from the hub: {error}. "
-            "Check its name and the network, or give a local file."
-        ) from error
-    return [Row(f"{name} {split} row {number}", without_filling(row)) for number, row in enumerate(rows, start=1)]
+    found = _HUB_ID.fullmatch(name)
+    if found is None:
+        raise DataError(f"{name!r} is no Hub id: give it as owner/name, owner/name:split or owner/name:config:split.")
+    name, first, second, part = found[1], found[2], found[3], found[4] or ""
+    ways = [(config, split)]
+    if second:
+        ways = [(first, second)]
+    elif first:  # a configuration, or else a split
+        ways = [(first, split), (config, first)]
+    error: Exception | None = None
+    for config, split in ways:
+        try:
+            rows = load_dataset(name, config, split=split + part)
+        except _HUB_ERRORS as failed:
+            error = error or failed
+            continue
+        place = f"{name} {split}{part}"
+        return [Row(f"{place} row {number}", without_filling(row)) for number, row in enumerate(rows, start=1)]
+    tried = " or ".join(f"split {split + part!r}" + (f" of {config!r}" if config else "") for config, split in ways)
+    raise DataError(
+        f"The data set {name!r} ({tried}) cannot be loaded from the Hub: {error}. Check its name and the network, or "
+        "give a local file."
+    ) from error
 
 
 def without_filling(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +245,7 @@ def without_filling(row: dict[str, Any]) -> dict[str, Any]:
             return {key: cleaned(item) for key, item in value.items() if item is not None}
         return [cleaned(item) for item in value] if isinstance(value, list) else value
 
-    return {key: cleaned(value) for key, value in row.items()}
+    return cleaned(row)
 
 
 def split_file(folder: Path, names: Sequence[str]) -> Path:
@@ -187,3 +319,48 @@ def need_text(row: Row, *fields: str) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise DataError(f"{row.place}: {field!r} must be text, this is {json.dumps(value, default=str)[:60]}.")
     return values
+
+
+def save_rows(data: Any, path: Path) -> Path:
+    """Writes rows that are in memory as JSON lines, so that a run can be resumed from its folder alone.
+
+    Args:
+        data: a list of dictionaries, or any iterable of them such as a `datasets.Dataset` or `IterableDataset`; or a
+            pandas DataFrame.
+
+    Returns:
+        `path`, which may hold the same rows already.
+
+    Raises:
+        DataError: a row that is no dictionary, or holds what JSON cannot; no rows; other rows in `path`.
+    """
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+        data = (
+            {k: v for k, v in row.items() if not (isinstance(v, float) and v != v)} for row in data.to_dict("records")
+        )
+    if isinstance(data, Mapping):
+        raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
+    digest, number = hashlib.sha256(), 0
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for number, row in enumerate(data, start=1):
+            if not isinstance(row, Mapping):
+                raise DataError(f"row {number} of the data is a {type(row).__name__}: give dictionaries.")
+            try:
+                line = json.dumps(without_filling(dict(row)), default=_plain).encode() + b"\n"
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"row {number} of the data holds what JSON cannot: {error}.") from error
+            digest.update(line)
+            file.write(line)
+        if not number:
+            raise DataError("data holds no rows: give at least one.")
+        file.flush()
+        if path.is_file() and sha256_file(path) != digest.hexdigest():
+            raise DataError(f"{path} holds other rows: give another output folder, or delete it.")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for numpy's arrays and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}, {str(value)[:40]!r}")
