@@ -12,7 +12,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import moe_sieve
 from gpu import gpu_tables
@@ -29,7 +32,7 @@ from hotlora.base.records import find_records
 from hotlora.bench.report import speed_tables
 from hotlora.report.sections import read_sections
 from hotlora.report.tables import section_tables
-from hotlora.runs.options import RunOptions
+from hotlora.runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
 from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +56,7 @@ Each has one name everywhere. `max_length` is
 
 - `--max-length 1024` on the command line (`hotlora train --help` has the few that are called otherwise, as `--dora`),
 - `max_length: 1024` in a file that `hotlora train --config FILE.yaml` reads,
-- `RunOptions(max_length=1024, …)` in Python, and an option of a condition in a [sweep](sweep.md),
+- `hotlora.train(…, max_length=1024)` in Python, and an option of a condition in a [sweep](sweep.md),
 - `config.max_length` in the run's `run.json`.
 
 ```yaml
@@ -70,6 +73,14 @@ defaults. A name that does not exist is an error that names the nearest one. `nu
 Every command with options of a model takes `--config`: `evaluate`, `profile`, `plan`, `params`, `merge`, `export`,
 `combine` with their own.
 """
+KEYWORDS_HEAD = '''"""The options of `hotlora.train` and `hotlora.profile` as keywords, for type checkers and editors.
+
+Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict'''
 CLI_FOR = "Every command and its options, as `hotlora COMMAND --help` prints them."
 SHOWN = ("accuracy", "difference", "held_out", "covered", "trained")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
@@ -99,6 +110,28 @@ def options_page() -> str:
                 lines.append(f"| `{field.name}` | {default and f'`{default}`'} | {help} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def keywords_module() -> str:
+    """The options as `TypedDict`s, which type checkers and editors read."""
+    lines = [KEYWORDS_HEAD]
+    for name, function, options, leave in (
+        ("TrainKeywords", "train", RunOptions, ("model", "data", "test_data")),
+        ("ProfileKeywords", "profile", ProfileOptions, ("model", *PROFILE_LEAVES)),
+    ):
+        lines += [f"\n\nclass {name}(TypedDict, total=False):", f'    """Of `hotlora.{function}`."""\n']
+        chosen = [f for f in dataclasses.fields(options) if f.metadata["cli"] and f.name not in leave]
+        lines += [f"    {field.name}: {_written(field.type)}" for field in chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _written(kind: Any) -> str:
+    """A field's type as code has it."""
+    if get_origin(kind) is Sequence:
+        return f"Sequence[{_written(get_args(kind)[0])}]"
+    if get_args(kind):
+        return " | ".join(map(_written, get_args(kind)))
+    return "None" if kind is NoneType else kind.__name__
 
 
 def demo_tables(readme: str) -> str:
@@ -185,6 +218,7 @@ def main() -> None:
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         ROOT / "docs" / "options.md": options_page(),
+        ROOT / "hotlora" / "runs" / "keywords.py": keywords_module(),
         readme: demo_tables(text),
         papers: filled(papers.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.papers_table()),
         method: filled(of_method, QUANTIZED_MARK, quantized_table(studies / "quantized")),

@@ -16,7 +16,12 @@ import yaml
 
 from .errors import FileError, HotLoraError
 
-_SHORT = {"lr": "learning_rate", "alpha": "lora_alpha", "rank": "r", "dropout": "lora_dropout", "steps": "max_steps"}
+_SHORT = {
+    "lr": "learning_rate", "alpha": "lora_alpha", "rank": "r", "dropout": "lora_dropout", "steps": "max_steps",
+    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "train_dataset": "data",
+    "output_dir": "output", "eval_dataset": "test_data", "per_device_eval_batch_size": "eval_batch_size",
+}  # fmt: skip
+"""Other names that users know, transformers' and TRL's among them."""
 _LISTS = (Sequence, list)
 _WORDS = {
     int: "a whole number",

@@ -98,10 +98,7 @@ def plan(
     selection = Selection(**given)
     chosen = selected(RoutingProfile.load(profile), selection, seed=seed)
     chosen.save(output)
-    sizes = [len(ids) for ids in chosen.experts.values()]
-    total = chosen.num_experts * len(sizes)
-    each = f", {min(sizes)} to {max(sizes)} in each" if len(set(sizes)) > 1 else ""
-    out.print(f"{selection.rule}: {sum(sizes)} of {total} experts in {len(sizes)} layers{each}; plan: {output}")
+    out.print(f"{chosen.summary}; plan: {output}")
 
 
 app.command()(data)

@@ -1,5 +1,6 @@
 """The report's pictures: a heat map of routing, sorted loads, coverage, training loss. One function each."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import PolyCollection
 from matplotlib.colorbar import Colorbar
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as PlainFigure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -35,6 +36,16 @@ _WIDE = 10.0
 # Loads above this many times the average share one colour, and bars end here: one outlier must not flatten
 # all the others.
 TOP = 4.0
+
+
+class Figure(PlainFigure):
+    """Shows itself in a notebook, which shows of a figure only its size where pyplot has not made it."""
+
+    def _repr_png_(self) -> bytes:
+        plain_text(self)
+        image = io.BytesIO()
+        self.savefig(image, format="png", dpi=100)
+        return image.getvalue()
 
 
 def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
 from ..base.errors import DataError, FileError
 from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
+from .figures import Figure
 from .sections import Records, Section, part, read_sections
 from .tables import Shown, against_all, conditions_table, covered, human_seconds, run_names, section_tables
 
