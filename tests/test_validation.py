@@ -132,6 +132,17 @@ def test_a_killed_run_ends_as_a_calm_one(model_folder, data, tmp_path, monkeypat
         ({"test_split": 0.1, "data": "nano-math"}, DataError, "holds out rows of its own"),
         ({"test_split": 1e-9}, DataError, "leaves none held out"),
         ({"optim": "adam_of_mine"}, HotLoraError, "optim = 'adam_of_mine' does not exist"),
+        ({"lr_scheduler": "linear", "lr_scheduler_kwargs": "0.1"}, HotLoraError, "is no JSON object"),
+        (
+            {"lr_scheduler": "linear", "lr_scheduler_kwargs": '{"power": 2}'},
+            HotLoraError,
+            "can make .*power",
+        ),
+        ({"lr_scheduler_kwargs": '{"power": 2}'}, HotLoraError, "constant_with_warmup has no options"),
+        ({"lr_scheduler": "constant", "warmup_steps": 2}, HotLoraError, "the schedule constant has no warm-up"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, HotLoraError, "none that transformers can make .*min_lr"),
+        ({"save_total_limit": 1}, HotLoraError, "save_total_limit = 1 is out of range: it must be 2 or more"),
+        ({"warmup_steps": -1}, HotLoraError, "warmup_steps = -1 is out of range"),
         ({"eval_steps": 2, "load_best": True, "reprofile_every": 2}, HotLoraError, "leave load_best out"),
     ],
 )
@@ -174,6 +185,16 @@ def test_other_optimizers_noise_and_attention(model_folder, data, tmp_path):
     assert (found["sgd"] - found["plain"]).abs().max() > 1e-4
     assert 0 < (found["noise"] - found["plain"]).abs().max()
     torch.testing.assert_close(found["eager"], found["plain"], rtol=0, atol=2e-2)
+
+
+def test_schedules_under_transformers_names(model_folder, data, tmp_path):
+    short = {**SHORT, "eval_steps": None, "max_steps": 6, "learning_rate": 1e-3, "save_steps": 1}
+    options = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.5}', "warmup_steps": 2}
+    run = tmp_path / "run"
+    run_training(model_folder, data[0], run, **{**short, **options, "save_total_limit": 4})
+    rates = [row["learning_rate"] for row in metrics(run)]
+    assert rates[:3] == [0, 5e-4, 1e-3] and 5e-4 < rates[-1] < rates[2]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"checkpoint-{n}" for n in (3, 4, 5, 6)]
 
 
 def test_a_warm_up_profiles_what_it_was_trained_on(model_folder, data, tmp_path):

@@ -16,8 +16,8 @@ from ..hf.forward import check_aux_loss
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
+from ..training.named import check_optim, check_report_to, schedule_options
 from ..training.reprofile import LEFT
-from ..training.trainer import check_optim, check_report_to
 from .options import RunOptions
 
 
@@ -33,6 +33,7 @@ def check_run(options: RunOptions) -> None:
     check_sizes(eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every)
     check_report_to(options.report_to)
     check_optim(options.optim)
+    schedule_options(options)
     checked_device(options.device)
     checked_dtype(options.dtype)
     experts_in(options.quantize)

@@ -64,9 +64,11 @@ def run_method(options: RunOptions, output: str | Path, *, progress: bool = Fals
 def _drawn(options: RunOptions, output: Path, progress: bool) -> Path:
     """Trains B in whole, and keeps the mask of its largest entries."""
     assert options.keep is not None
+    file = output / "mask.safetensors"
+    if options.extend and file.is_file():  # of the dense run, which stays as it is
+        return file
     dense = replace(_dense(options), condition="dense", evaluate=False)
     record = run_training(dense, output / "dense", progress=progress)
-    file = output / "mask.safetensors"
     source = {"plan_hash": record["plan"]["hash"], "data_hash": record["data"]["hash"], "seed": options.seed}
     if file.is_file():
         found = SparseMask.load(file)
@@ -99,7 +101,7 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
         options, **without,
-        warmup="none", rule="all", signal="count", epochs=1, limit=number, profile_fraction=1.0,
+        warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=number, profile_fraction=1.0,
         train_a=True, use_dora=False, train_full_experts=False,
         eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",

@@ -103,7 +103,7 @@ def run_training(options: RunOptions, output: str | Path, *, progress: bool = Fa
     output, progress = Path(output), progress and is_main()
     check_run(options)
     run = _Run(options, output, progress)
-    if (done := finished(output, run.identity)) is not None:
+    if (done := finished(output, run.identity, longer=options if options.extend else None)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
     run.tokenize()

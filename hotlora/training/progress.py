@@ -1,0 +1,69 @@
+"""A training's steps as they come: in the metrics file, and in the terminal."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..base.files import append_to
+from ..base.processes import wait_for_all
+from . import checkpoints
+
+
+class Recorder(TrainerCallback):
+    """Appends each step to the metrics file, and marks a checkpoint once it is whole."""
+
+    def __init__(self, path: Path, seconds_before: float) -> None:
+        self.path, self.seconds_before, self.started = path, seconds_before, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        row = {
+            "step": state.global_step,
+            **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")},
+        }
+        row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
+        if "eval_loss" in logs:
+            row["eval_loss"] = logs["eval_loss"]
+        row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
+        with append_to(self.path) as file:
+            file.write(json.dumps(row) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_all()  # each writes the state of its random numbers
+        if state.is_world_process_zero:
+            checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class ProgressBar(TrainerCallback):
+    """Steps, loss and time left, in the terminal."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[held_out]}"),
+            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            disable=not state.is_world_process_zero,
+        )  # fmt: skip
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="-", held_out=""
+        )
+        self.bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
+            if "eval_loss" in logs:
+                self.bar.update(self.task, held_out=f"held-out {logs['eval_loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
