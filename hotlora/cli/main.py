@@ -23,7 +23,7 @@ from .options import AsJson, err, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
 from .talk import chat, generate
-from .train import print_evaluation, train
+from .train import print_evaluation, push, train
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -210,6 +210,7 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
             out.print(f"experts were stored in {bits} bits{kept} (--quantize)", highlight=False)
 
 
+app.command()(push)
 app.command()(generate)
 app.command()(chat)
 

@@ -13,6 +13,7 @@ from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
 from ..base.processes import sharding, uses_deepspeed
 from ..hf.forward import check_aux_loss
+from ..hf.hub import check_push
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
@@ -31,6 +32,8 @@ def check_run(options: RunOptions) -> None:
     layers. PlanError: a rule, budget, plan or profile that does not fit the model.
     """
     check_sizes(eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every)
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
     check_report_to(options.report_to)
     check_optim(options.optim)
     schedule_options(options)

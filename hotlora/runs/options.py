@@ -66,6 +66,11 @@ class RunOptions(LoadOptions, Selection, TrainConfig):
     condition: str | None = option("The record's name for it (default: the rule).", None, cli=False, resume=None)
     full: bool = option("Train all of the model's weights, in float32 unless dtype says otherwise.", False, cli=False)
 
+    push_to_hub: str | None = option(
+        "Push the trained adapter to the Hub when the run has ended, as NAME or OWNER/NAME.", None, resume=None
+    )
+    hub_private_repo: bool = option("Whether a repository that is made for it is private.", True, resume=None)
+
     profile: str | Path | None = option("Use this profile; none is made.", None, panel=_EXPERTS, resume=None)
     profile_fraction: float = option(
         "Share of the training data to profile the router on.", PROFILE_FRACTION, panel=_EXPERTS
