@@ -39,9 +39,9 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
         "adapter.formats.export",
         "adapter.formats.import_peft",
         "adapter.quantize",
-        "train.reprofile",
-        "train.gradient_checkpointing",
-        "train.trainer",
+        "training.reprofile",
+        "training.gradient_checkpointing",
+        "training.trainer",
     ):
         importlib.import_module(f"hotlora.{name}")
     after = _held(modules)
