@@ -258,7 +258,7 @@ def _data() -> tuple[Any, Any]:
     from tiny_tokenizer import byte_tokenizer
 
     from hotlora.tasks import Example
-    from hotlora.tasks.data import tokenize
+    from hotlora.tasks.tokens import tokenize
 
     tokenizer = byte_tokenizer()
     examples = [Example(f"{i} and {i % 7}", f" make {i + i % 7}") for i in range(EXAMPLES)]

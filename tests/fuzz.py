@@ -34,7 +34,8 @@ from hotlora.report.comparison import as_dict, compare_runs
 from hotlora.report.tables import conditions_table, read_sections, table_rows
 from hotlora.routing.profiler import profile_routing
 from hotlora.tasks import TASKS, get_task
-from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.data import load_examples
+from hotlora.tasks.tokens import tokenize
 from hotlora.training import checkpoints
 
 _SMALL = st.one_of(st.integers(-3, 40), st.floats(allow_infinity=True), st.sampled_from([0.5, -0.0, 1e308]))

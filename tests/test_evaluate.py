@@ -10,7 +10,7 @@ from hotlora.base.errors import DataError
 from hotlora.evaluate.generate import answer_batches
 from hotlora.evaluate.score import evaluate_task, response_loss
 from hotlora.tasks import Example, Task, get_task
-from hotlora.tasks.data import tokenize
+from hotlora.tasks.tokens import tokenize
 
 TOKENIZER = byte_tokenizer()
 EXAMPLES = [Example("q" * (1 + 3 * i % 7) + str(i), f" answer {i}") for i in range(7)]

@@ -21,7 +21,7 @@ from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model
 from hotlora.runs.export import combine_saved, export_saved
 from hotlora.runs.folder import load_base
-from hotlora.tasks.data import batches, tokenize
+from hotlora.tasks.tokens import batches, tokenize
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -18,8 +18,9 @@ from hotlora.cli.main import app
 from hotlora.evaluate.score import response_scores
 from hotlora.evaluate.stats import mean_interval, ratio_interval
 from hotlora.tasks import Example
-from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.data import load_examples
 from hotlora.tasks.own import own_task
+from hotlora.tasks.tokens import tokenize
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ from hotlora.runs.evaluation import run_harness
 from hotlora.runs.options import EvalOptions
 from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
 from hotlora.tasks import Example
-from hotlora.tasks.data import tokenize
+from hotlora.tasks.tokens import tokenize
 from hotlora.training.config import TrainConfig
 
 # One of each layout: the usual one; transposed; transposed, interleaved, with biases; no gate; a norm after.

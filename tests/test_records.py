@@ -33,7 +33,7 @@ def test_a_new_record_says_what_runs_where():
     assert (record["version"], record["status"], record["seed"]) == (1, "running", 3)
     assert record["config"] == {"r": 8}
     assert datetime.fromisoformat(record["started"]).tzinfo is not None
-    assert record["environment"]["torch"] == torch.__version__
+    assert record["environment"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # the build may be left out
 
 
 def test_write_and_read(tmp_path):

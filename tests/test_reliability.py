@@ -22,7 +22,8 @@ from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.lock import locked
 from hotlora.tasks import Example
-from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.data import load_examples
+from hotlora.tasks.tokens import tokenize
 from hotlora.training import checkpoints
 from hotlora.training.trainer import train
 

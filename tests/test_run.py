@@ -24,7 +24,7 @@ from hotlora.runs.export import combine_saved, export_saved
 from hotlora.runs.study import run_study
 from hotlora.runs.training import profile_data
 from hotlora.tasks import Example
-from hotlora.tasks.data import tokenize
+from hotlora.tasks.tokens import tokenize
 from hotlora.training.config import TrainConfig
 
 TOKENIZER = byte_tokenizer()

@@ -25,7 +25,7 @@ from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.runs.export import export_saved
 from hotlora.runs.folder import load_base
 from hotlora.runs.methods import METHODS
-from hotlora.tasks.data import batches, tokenize
+from hotlora.tasks.tokens import batches, tokenize
 from hotlora.training.config import TrainConfig
 from hotlora.training.reprofile import Reprofiling
 from hotlora.training.trainer import train

@@ -20,7 +20,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.evaluate.score import response_loss
 from hotlora.tasks import Example
-from hotlora.tasks.data import IGNORE, batches, tokenize
+from hotlora.tasks.tokens import IGNORE, batches, tokenize
 from hotlora.training import checkpoints
 from hotlora.training.config import TrainConfig
 from hotlora.training.trainer import make_trainer, train

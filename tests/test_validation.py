@@ -17,8 +17,9 @@ from hotlora.evaluate.score import response_loss
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs import training
 from hotlora.tasks import Example
-from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.data import load_examples
 from hotlora.tasks.split import held_out
+from hotlora.tasks.tokens import tokenize
 
 TOKENIZER = byte_tokenizer()
 SHORT = {

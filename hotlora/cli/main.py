@@ -18,6 +18,7 @@ from ..base.signals import on_stop, stop
 from ..routing.selection import Selection
 from ..runs.options import EvalOptions, LoadOptions, RunOptions
 from .compare import compare
+from .data import data
 from .measure import bench, params
 from .options import AsJson, err, number_list, options_of, out
 from .profile import profile
@@ -101,6 +102,7 @@ def plan(
     out.print(f"{selection.rule}: {sum(sizes)} of {total} experts in {len(sizes)} layers{each}; plan: {output}")
 
 
+app.command()(data)
 app.command()(train)
 
 

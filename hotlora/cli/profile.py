@@ -29,8 +29,8 @@ def profile(
         typer.Option(
             "--data",
             "-d",
-            help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with "
-            "prompt and completion, or messages.",
+            help="A task (nano-math, gsm8k, …), a task and its files (spider:DIR); a file or a folder of rows (JSONL, "
+            "JSON, CSV, Parquet); or a Hub id (owner/name:split).",
         ),
     ] = None,
     compare: Annotated[
@@ -70,7 +70,8 @@ def profile(
     from ..runs.checks import check_adapters, check_sizes
     from ..runs.folder import load_base
     from ..runs.training import profile_data
-    from ..tasks.data import load_examples, tokenize
+    from ..tasks.data import load_examples
+    from ..tasks.tokens import tokenize
 
     (source,) = chosen
     options = ProfileOptions(model=model, **given)
@@ -80,7 +81,8 @@ def profile(
     start(options.device)
     check_adapters(model, (), dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(model)
-    examples = load_examples(source, "train", limit=options.limit, seed=options.seed, tokenizer=tokenizer)
+    read = {"tokenizer": tokenizer, **options.reading()}
+    examples = load_examples(source, "train", limit=options.limit, seed=options.seed, **read)
     dataset = tokenize(examples, tokenizer, options.max_length, vocab_size=vocab_size(model))
     base = load_base(model, **options.loading())
     result = profile_data(base, tokenizer, examples, source, model, dataset=dataset, **sizes)
@@ -109,7 +111,10 @@ def _compare(sources: list[str], model: str | None, output: Path, given: dict[st
     def tell(text: str) -> None:
         err.print(text, highlight=False, markup=False)
 
-    result, profiles = run_study(sources, model, tell=tell, **given)
+    reading: dict[str, Any] = {
+        name: given.pop(name) for name in ("train_on", "columns", "apply_chat_template") if name in given
+    }
+    result, profiles = run_study(sources, model, tell=tell, reading=reading, **given)
     page = write_study(result, profiles, output, shlex.join(["hotlora", *sys.argv[1:]]))
     table = Table(title=f"Routing of {result['model']['name']} on {len(profiles)} data sets")
     table.add_column("data set", no_wrap=True)

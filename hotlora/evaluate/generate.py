@@ -21,7 +21,7 @@ from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
 from ..hf.forward import inference, padding_matters
 from ..tasks import Example
-from ..tasks.data import encode_prompt, pad
+from ..tasks.tokens import encode_prompt, pad
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from ..base.processes import all_objects, device_of, num_processes, rank, shared
 from ..base.records import read_results
 from ..hf.forward import inference, logits_at
 from ..tasks import Example, Task
-from ..tasks.data import IGNORE, batches, encode_completion, encode_prompt, pad
+from ..tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, pad
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, track
 from .stats import pass_at_k, proportion_interval, ratio_interval
 

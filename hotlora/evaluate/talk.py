@@ -10,7 +10,7 @@ from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
 from ..hf.forward import inference
 from ..tasks import Example
-from ..tasks.data import encode_prompt
+from ..tasks.tokens import encode_prompt
 from .generate import GREEDY, Sampling, end_ids, without_generation_config, written
 
 

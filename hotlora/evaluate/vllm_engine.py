@@ -13,7 +13,7 @@ from ..adapter.load import CONFIG_FILE
 from ..base.errors import HotLoraError
 from ..base.files import read_json
 from ..tasks import Example
-from ..tasks.data import encode_prompt
+from ..tasks.tokens import encode_prompt
 from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
 
 _RANKS = (8, 16, 32, 64, 128, 256, 512)  # of those that vLLM can make room for

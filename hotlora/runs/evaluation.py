@@ -20,8 +20,9 @@ from ..evaluate.score import Evaluation, evaluate_answers, evaluate_task, respon
 from ..evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
 from ..tasks import Example, Task
-from ..tasks.data import data_hash, load_examples, task_of, tokenize
+from ..tasks.data import data_hash, load_examples, task_of, trained_parts
 from ..tasks.own import own_task
+from ..tasks.tokens import tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
 from .folder import finished, load_base, recorded, save_evaluation, underneath
@@ -63,7 +64,7 @@ def run_evaluation(
         task.check_scored()
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
-    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer)
+    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
     is_own = task is None
     task = own_task(data, test, tokenizer) if task is None else task
     identity = {
@@ -73,6 +74,8 @@ def run_evaluation(
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
     identity |= {"merge": True} if options.merge else {}
+    parts = trained_parts(options.train_on, test) if is_own else None
+    identity |= {"train_on": parts} if parts else {}
     identity |= {"keep_hot": True} if scored.keep else {}
     identity |= {"engine": engine} if engine != "transformers" else {}
     folder = None if output is None else Path(output)
@@ -110,10 +113,11 @@ def run_held_out(options: EvalOptions, data: str, output: str | Path, *, max_len
     check_sizes(max_length=max_length)
     scored = _Scored(options)
     tokenizer = load_tokenizer(options.model)
-    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer)
+    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
     identity = {
         "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,
         **scored.identity(), "keep_hot": scored.keep, "eval_batch_size": options.batch_size,
+        "train_on": trained_parts(options.train_on, test),
     }  # fmt: skip
     if (done := finished(Path(output), identity)) is not None:
         return done

@@ -14,7 +14,8 @@ PROFILE_FRACTION = 0.1
 """Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""
 WARMUPS = ("none", "lora")
 BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
-_METHOD, _EXPERTS, _LORI = "Method", "Which experts", "LoRI"
+TRAIN_ON = ("assistant", "last", "all")
+_METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +46,42 @@ class LoadOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(LoadOptions, Selection, TrainConfig):
+class DataOptions(Options):
+    """How the rows of people's own data are read, and what of them carries loss."""
+
+    train_on: str = option(
+        "What carries loss: assistant (every assistant turn; of prompt and completion the completion), last (the last "
+        "answer alone) or all (prompts and answers).", "assistant", panel=_DATA, resume=None,
+    )  # fmt: skip
+    columns: str | None = option(
+        "The data's own names of fields: prompt=question,completion=answer.", None, panel=_DATA, resume=None
+    )
+    apply_chat_template: bool | None = option(
+        "Whether the model's chat template writes the rows (default: conversations and Alpaca's rows, where there is a "
+        "template; not texts of prompt and completion).", None, panel=_DATA, resume=None,
+        flags=("--apply-chat-template/--no-chat-template",),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_on not in TRAIN_ON:
+            raise DataError(f"train_on = {self.train_on!r} does not exist: choose one of {', '.join(TRAIN_ON)}.")
+
+    def reading(self) -> dict[str, Any]:
+        """What `load_examples` takes beside the source."""
+        return {field.name: getattr(self, field.name) for field in fields(DataOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     """All options of `run_method`: what to train on what, which experts, and how.
 
     HotLoraError: an option of another type, out of range, or that does not go with another.
     """
 
     data: str = option(
-        "A task (nano-math, gsm8k, …), a task and its files (spider:DIR), a Hub id, or a JSONL file with prompt and "
-        "completion, or messages.", flags=("--data", "-d"),
+        "A task (nano-math, gsm8k, …), a task and its files (spider:DIR); a file or a folder of rows (JSONL, JSON, "
+        "CSV, Parquet); or a Hub id (owner/name:split).", flags=("--data", "-d"),
     )  # fmt: skip
     test_data: str | None = option("Held-out data, for its response loss; a task has its own.", None)
     test_split: float | None = option(
@@ -144,7 +172,7 @@ class RunOptions(LoadOptions, Selection, TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(LoadOptions):
+class EvalOptions(LoadOptions, DataOptions):
     """What is scored: a model, or a model with a saved adapter."""
 
     adapter: str | Path | None = option("A saved adapter; none: the model as it is.", None)
@@ -159,7 +187,7 @@ class EvalOptions(LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileOptions(LoadOptions):
+class ProfileOptions(LoadOptions, DataOptions):
     """What a routing profile is made with, beside its data."""
 
     limit: int | None = option("Use at most so many examples, drawn by the seed.", None)

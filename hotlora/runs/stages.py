@@ -96,7 +96,8 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
     file, before = output / "warm-profile.safetensors", output / "profile.safetensors"
     model, data = options.model, options.data
     tokenizer = load_tokenizer(model)
-    examples = load_examples(data, "train", limit=options.limit, tokenizer=tokenizer)
+    read = {"tokenizer": tokenizer, **options.reading()}
+    examples = load_examples(data, "train", limit=options.limit, **read)
     number = len(profile_sample(examples, options.profile_fraction))
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
@@ -107,7 +108,7 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip
     run_training(warming, output, progress=progress)
-    some = load_examples(data, "train", limit=number, tokenizer=tokenizer, now=data_time(output))
+    some = load_examples(data, "train", limit=number, now=data_time(output), **read)
     some = some if options.test_split is None else held_out(some, options.test_split)[0]
     if not file.is_file():
         warmed = profile_data(

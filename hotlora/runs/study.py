@@ -1,7 +1,8 @@
 """Data sets and a model, or saved profiles -> the study's numbers and profiles. One pass over each data set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_examples
 from ..routing.study import Study, study
 from ..tasks import Example
-from ..tasks.data import batches, data_hash, load_examples, tokenize
+from ..tasks.data import data_hash, load_examples
+from ..tasks.tokens import batches, tokenize
 from .checks import check_adapters, check_sizes
 
 _PROFILE = "profile.safetensors"
@@ -32,6 +34,7 @@ def run_study(
     device: str = "auto",
     quantize: int | None = None,
     attn_implementation: str | None = None,
+    reading: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Study, dict[str, RoutingProfile]]:
     """Profiles `model` on each data set, and studies the profiles together.
@@ -41,6 +44,7 @@ def run_study(
             before (a .safetensors file or its folder): those have no subsamples.
         model: not needed where all are profiles.
         limit: at most so many examples of each, drawn by `seed`.
+        reading: what `load_examples` takes besides, of all data sets.
         tell: hears what is going on, a line a data set.
 
     Raises:
@@ -63,7 +67,9 @@ def run_study(
         tokenizer = load_tokenizer(model)
         # All data is read before the model runs: a wrong name or row is told at once.
         for source in made:
-            rows[source] = load_examples(source, "train", limit=limit, seed=seed, tokenizer=tokenizer)
+            rows[source] = load_examples(
+                source, "train", limit=limit, seed=seed, tokenizer=tokenizer, **(reading or {})
+            )
             datasets[source] = tokenize(rows[source], tokenizer, max_length, vocab_size=vocab_size(model))
         base = load_model(
             model, dtype=dtype, device=device, quantization_config=experts_in(quantize),

@@ -22,10 +22,10 @@ from ..base.errors import DataError, FileError, HotLoraError
 from ..base.escape import lines
 from ..base.lock import locked
 from ..base.options import suggest
-from ..tasks.data import test_source
+from ..tasks.data import task_of, test_source
 from ..training.config import TrainConfig
 from .methods import resolve
-from .options import EvalOptions, RunOptions
+from .options import DataOptions, EvalOptions, RunOptions
 from .sweep_runs import SAMPLING, keep_failure, make_profile, score_adapter, score_base, train_run
 from .sweep_table import progress_table, state, title
 from .worker_pool import Job, default_processes, run_jobs
@@ -223,7 +223,8 @@ def _scoring(
         raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
     scored = EvalOptions(
         model=options.model, on_top_of=options.on_top_of, limit=options.test_limit, batch_size=options.eval_batch_size,
-        dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation, **stored,
+        dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation,
+        **(options.reading() if task_of(data) is None else {}), **stored,
     )  # fmt: skip
     sampling = {name: given[name] for name in SAMPLING if name in given}
     return {
@@ -238,7 +239,8 @@ def _profile_job(options: RunOptions, output: Path) -> Job | None:
     if own or options.test_split is not None:  # the rows that are held out are not profiled
         return None
     settings = {name: getattr(options, name) for name in _PROFILE}
-    settings |= {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    also = {"attn_implementation": options.attn_implementation, **options.reading()}
+    settings |= {name: value for name, value in also.items() if value not in (None, DataOptions.train_on)}
     digest = hashlib.sha256(json.dumps(settings, default=os.fspath).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["data"])).stem).strip("-")
     folder = output / PROFILES / f"{name}-{digest}"

@@ -13,7 +13,8 @@ from ..evaluate.generate import Sampling
 from ..hf.models import load_model, load_tokenizer, vocab_size
 from ..routing.profile import RoutingProfile
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, task_of, tokenize
+from ..tasks.data import data_hash, load_examples, task_of
+from ..tasks.tokens import tokenize
 from .evaluation import run_evaluation, run_held_out
 from .options import EvalOptions, RunOptions
 from .stages import run_method
@@ -63,10 +64,13 @@ def make_profile(
     max_length: int,
     batch_size: int,
     attn_implementation: str | None = None,
+    **reading: Any,
 ) -> None:
     """Writes the routing profile that `run_training` would make of these options, unless it is there."""
     tokenizer = load_tokenizer(model)
-    examples = profile_sample(load_examples(data, "train", limit=limit, tokenizer=tokenizer), profile_fraction)
+    examples = profile_sample(
+        load_examples(data, "train", limit=limit, tokenizer=tokenizer, **reading), profile_fraction
+    )
     wanted = {"data_hash": data_hash(examples), **template_source(tokenizer, examples)}
     try:
         source = RoutingProfile.load(path).source

@@ -5,6 +5,7 @@ Run again with the same options, it goes on from where it was stopped; once done
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -42,8 +43,9 @@ from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
-from ..tasks.data import batches, data_hash, load_examples, task_of, test_source, tokenize
+from ..tasks.data import data_hash, load_examples, task_of, test_source, trained_parts
 from ..tasks.split import drawn, held_out
+from ..tasks.tokens import batches, tokenize, told
 from ..training.config import TrainConfig
 from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
@@ -119,14 +121,17 @@ class _Run:
         self.options, self.output, self.progress = options, output, progress
         self.tokenizer = load_tokenizer(options.model)
         now = data_time(output)
-        self.examples = load_examples(options.data, "train", limit=options.limit, tokenizer=self.tokenizer, now=now)
+        read: dict[str, Any] = {"tokenizer": self.tokenizer, "now": now, **options.reading()}
+        self.examples = load_examples(options.data, "train", limit=options.limit, **read)
         source = test_source(options.data, options.test_data)
         self.task = task_of(source) if source else None
         self.test: list[Example] = []
         if source and options.test_split is not None:
             raise DataError(f"{source} holds out rows of its own: leave test_split out.")
         if source:
-            self.test = load_examples(source, "test", limit=options.test_limit, tokenizer=self.tokenizer, now=now)
+            if self.task is not None:  # it reads its own rows
+                read |= {"columns": None, "apply_chat_template": None}
+            self.test = load_examples(source, "test", limit=options.test_limit, **read)
         elif options.test_split is not None:
             self.examples, self.test = held_out(self.examples, options.test_split)
             self.test = drawn(self.test, options.test_limit)
@@ -142,6 +147,7 @@ class _Run:
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
             "mask_hash": SparseMask.load(options.mask).hash if options.mask is not None else None,
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in options.on_top_of],
+            "train_on": trained_parts(options.train_on, (*self.examples, *self.test)),
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})
@@ -159,6 +165,8 @@ class _Run:
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
         self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size)
+        if self.progress:
+            print(f"data: {told(self.examples, self.dataset, self.options.train_on)}", file=sys.stderr)
         # Requests to refuse have no answer that a loss could be taken of.
         some = any(example.completion for example in self.test)
         self.held = tokenize(self.test, self.tokenizer, length, vocab_size=size) if some else None

@@ -1,6 +1,7 @@
-"""A conversation as a model's chat template writes it, and which part of the text the assistant wrote.
+"""A conversation as a model's chat template writes it, and which parts of the text the assistant wrote.
 
-The text is what the template gives for the whole conversation, to the character. The last answer begins where that
+The text is what the template gives for the whole conversation, to the character. Where the turns before the last one
+stand, `turns` finds. The last answer begins where that
 text leaves what a server would give the model to answer: all messages before it, with the generation prompt. A template
 that rewrites those once the answer is there (gpt-oss drops their reasoning) says itself where the answer begins, by
 `{% generation %}`, or TRL's training variant of it does, if that writes the same text.
@@ -14,7 +15,6 @@ from datetime import datetime
 from typing import Any, cast
 
 from ..base.errors import DataError
-from ..hf.internals import internal
 from .messages import (
     REASONING,
     Conversation,
@@ -31,11 +31,11 @@ from .messages import (
     texts,
 )  # fmt: skip
 from .task import Example
+from .turns import Marks, Span, parting, trimmed, turn_span
 
 _PLAIN = ("role", "content", "tool_call_id")  # an id says nothing that could be written
 _DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")
 _SHORT = 8  # characters: what is shorter is in many a text by chance
-_UNIT = re.compile(r"<[^<>\n]*>|\[[^\[\]\s]*\]|\w+")  # never begun in its middle
 _CONTENT = (
     " Give content in the form that the template reads: a text, or for some templates a list of "
     '{"type": "text", "text": …}.'
@@ -49,18 +49,21 @@ class ChatTemplate:
 
     Args:
         notes: gets what a user should know of the data.
+        train_on: the assistant's turns, the last one alone, or all of the text.
     """
 
-    def __init__(self, tokenizer: Any, now: datetime, notes: Notes) -> None:
-        self.tokenizer, self.now, self.notes = tokenizer, now, notes
+    def __init__(self, tokenizer: Any, now: datetime, notes: Notes, train_on: str = "assistant") -> None:
+        self.tokenizer, self.now, self.notes, self.train_on = tokenizer, now, notes, train_on
+        self._marks = Marks(tokenizer)
+        self._headers: dict[tuple[str, str], str] = {}
         self._tokens = tuple(tokenizer.get_added_vocab())
         self._written: dict[tuple[object, ...], bool] = {}  # a message's form -> whether the template writes it
 
     def example(self, talk: Conversation) -> Example:
-        """The conversation as an example of which the last message is trained.
+        """The conversation as an example; `spans` says what of it is trained.
 
         Raises:
-            DataError: the template refuses the conversation, does not write its answer, or hides where that begins.
+            DataError: the template refuses the conversation, does not write its answer, or hides where one begins.
         """
         as_read = talk
         talk, text = self._accepted(talk)
@@ -71,9 +74,12 @@ class ChatTemplate:
         # What stands after the end-of-turn token is the template's: the model has stopped by then.
         end = len(text.rstrip())
         end = end if end > start and text[:end].endswith(self._tokens) else len(text)
-        return Example(
-            prompt, text[start:end], text=text, spans=((start, end),), place=talk.place, source_hash=as_read.hash
-        )
+        spans: tuple[Span, ...] = ((start, end),)
+        if self.train_on == "all":
+            spans = ((0, len(text)),)
+        elif self.train_on == "assistant":
+            spans = (*self._earlier(talk, text, start, end), *spans)
+        return Example(prompt, text[start:end], text=text, spans=spans, place=talk.place, source_hash=as_read.hash)
 
     def render(self, talk: Conversation, number: int | None = None, *, generation_prompt: bool = False) -> str:
         """The text of the first `number` messages, as slices count, or of all."""
@@ -152,14 +158,14 @@ class ChatTemplate:
         if text.startswith(prompt):
             return len(prompt)
         before = self.render(talk, -1)
-        size = _parting(prompt, before)
+        size = parting(prompt, before)
         header, footer = prompt[size:], before[size:]  # some templates end every text, but for a generation prompt
         # What the message says is never left out.
         parts = said(talk.messages[-1])
         places = [at for part in parts if (at := text.rfind(part)) >= size]
         if text.startswith(before[:size]) and text.endswith(footer):
             # The generation prompt opens what this answer does not have, such as <think>.
-            start = min([max(size, _parting(text, prompt)), *places])
+            start = min([max(size, parting(text, prompt)), *places])
             # Else that is the end of the message before, which the generation prompt changes.
             if not footer or (not text.startswith(before) and (start > size or size in places)):
                 return start
@@ -174,24 +180,51 @@ class ChatTemplate:
         whole = all(part in text[behind:] for part in parts if part in text[first:])
         return behind if text.startswith(header, first) and whole else first
 
-    def _marked_start(self, talk: Conversation, text: str) -> int | None:
-        from trl import get_training_chat_template
+    def _marked(self, talk: Conversation, text: str) -> list[Span] | None:
+        return self._marks.spans(talk, lambda template: at_time(template, self.now), text)
 
-        render = internal("transformers.utils.chat_template_utils:render_jinja_template")
-        has_markers = internal("trl.chat_template_utils:has_generation_markers")
-        template = self.tokenizer.get_chat_template(tools=talk.tools)
-        try:
-            if not has_markers(template):
-                template = get_training_chat_template(self.tokenizer) or template
-            rendered, marks = render(
-                [[{key: value for key, value in m.items() if value is not None} for m in talk.messages]],
-                tools=talk.tools, chat_template=at_time(template, self.now), return_assistant_tokens_mask=True,
-                **{**self.tokenizer.special_tokens_map, **talk.options},
-            )  # fmt: skip
-        except Exception:  # no variant, or one that takes less than the template itself
-            return None
+    def _marked_start(self, talk: Conversation, text: str) -> int | None:
+        marks = self._marked(talk, text)
         turns = sum(message["role"] == "assistant" for message in talk.messages)
-        return marks[0][-1][0] if rendered[0] == text and len(marks[0]) == turns else None
+        return marks[-1][0] if marks and len(marks) == turns else None
+
+    def _earlier(self, talk: Conversation, text: str, start: int, end: int) -> list[Span]:
+        """Where the assistant's turns before the last one stand."""
+        numbers = [i for i, m in enumerate(talk.messages[:-1]) if m["role"] == "assistant"]
+        trained = [i for i in numbers if i >= talk.first_trained]
+        if not trained:
+            return []
+        ended = [token for token in self._tokens if token and text[start:end].endswith(token)]
+        end_token = max(ended, key=len, default="")
+        marks = [span for span in self._marked(talk, text) or () if span[1] <= start]
+        if len(marks) > len(numbers) and trained == numbers:  # a template may mark a turn in parts
+            return [span for mark in marks if (span := trimmed(mark, text))]
+        found: dict[int, Span | None] = {}
+        if len(marks) == len(numbers):
+            found = {i: trimmed(mark, text, self._header(talk, i)) for i, mark in zip(numbers, marks, strict=True)}
+        spans: list[Span] = []
+        for i in trained:
+            span = found[i] if i in found else turn_span(self.render, talk, i, text, end_token, self._tokens)
+            lines = [line for line in map(last_line, texts(talk.messages[i])) if line and line in text]
+            lost = span is None or any(line not in text[slice(*span)] for line in lines)
+            if lost and not self._writes_here(talk, i):
+                continue  # which _note tells
+            if span is None or lost or (spans and span[0] < spans[-1][1]):
+                raise DataError(
+                    f"{talk.place}: nothing tells where the chat template writes message {i + 1}, an answer. Put "
+                    "{% generation %} and {% endgeneration %} around what the assistant writes in the template, or "
+                    "train on the last answer alone (--train-on last)."
+                )
+            spans.append(span)
+        return spans
+
+    def _header(self, talk: Conversation, number: int) -> str:
+        """What the generation prompt writes before message `number`; it is the same behind messages of one role."""
+        key = (self._template(talk), talk.messages[number - 1]["role"] if number else "")
+        if key not in self._headers:
+            prompt = self.render(talk, number, generation_prompt=True)
+            self._headers[key] = prompt[parting(prompt, self.render(talk, number)) :]
+        return self._headers[key]
 
     def _check(self, talk: Conversation, text: str, start: int) -> None:
         """Nobody wants a model that learns to say nothing, or to answer nothing: the answer must be in what is trained,
@@ -288,16 +321,6 @@ def at_time(template: str, now: datetime) -> str:
         except ValueError:  # no directive, but the start of a tag: {%if
             continue
     return f"{{% macro strftime_now(format) %}}{{{{ {value} }}}}{{% endmacro %}}\n{template}"
-
-
-def _parting(a: str, b: str) -> int:
-    """Where two texts part, which is never inside of a word, a tag or a special token of either."""
-    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if size is None:
-        return min(len(a), len(b))
-    near = [unit for text in (a, b) for unit in _UNIT.finditer(text, max(0, size - 80), size + 80)]
-    inside = [unit.start() for unit in near if unit.start() < size < unit.end()]
-    return min(inside, default=size)
 
 
 def _unwritten(place: str, whose: str, line: str) -> str:

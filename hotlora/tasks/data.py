@@ -1,32 +1,27 @@
-"""Examples to token batches: tasks, local files and hub data sets; responses carry the loss."""
+"""The examples of tasks, of people's files and folders, and of data sets on the Hub."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-
 from ..base.errors import DataError
 from ..base.files import read_json
-from . import TASKS, Example, Task, gsm8k
+from . import TASKS, Example, Task, codealpaca, gsm8k
 from .chat import ChatTemplate, Notes
+from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
 from .messages import as_plain_text, is_empty, read_conversation
-from .rows import SUFFIXES, Row, hub_rows, need_text, read_rows
+from .rows import SUFFIXES, Row, folder_rows, hub_rows, need_text, read_rows
 from .split import drawn
 
 _log = logging.getLogger(__name__)
 
-ALLOWED_FIELDS = "prompt + completion, messages, or question + answer (GSM8K's)"
-IGNORE = -100  # the label of a token without loss
-_ANCHORS = ("\n", ":", "a", "1", ")", "é")  # texts to tokenize a completion behind; one must not join with it
+TRAIN_ON = ("assistant", "last", "all")
 _CHAT_FILE = ".chat.json"  # beside FILE.jsonl, for all its rows
-_CHAT_FIELDS = ("tools", "chat_template_kwargs")
 
 
 def task_of(source: str) -> Task | None:
@@ -44,21 +39,29 @@ def load_examples(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
+    train_on: str = "assistant",
+    columns: str | None = None,
+    apply_chat_template: bool | None = None,
 ) -> list[Example]:
-    """The examples of a split of a task, a local file or a hub data set.
+    """The examples of a split of a task, of local files, or of a data set on the Hub.
 
     Args:
-        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`), a JSONL or JSON
-            file, or a hub id (`openai/gsm8k:main` names a configuration). Rows of a file or of the hub hold
-            `prompt` and `completion`, or `messages`, or GSM8K's `question` and `answer`. A file is one split,
-            whatever `split` says.
-        split: "train" or "test"; for a hub id, any split it has.
+        source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`); a file (JSON lines,
+            JSON, CSV, Parquet) or a folder of them; or a Hub id (`openai/gsm8k`), with a configuration, a split and a
+            part of it if need be (`openai/gsm8k:main:train[:1000]`). `formats.detect` has what a row may hold. A file
+            is one split, whatever `split` says.
+        split: "train" or "test"; for a Hub id, any split it has.
         limit: at most so many examples, drawn by `seed` and left in their order; a generated task draws anew.
-        tokenizer: whose chat template turns `messages` into text.
+        tokenizer: whose chat template turns conversations into text.
         tools, chat_template_kwargs: what the template is given besides, as `apply_chat_template` takes it; None: what
             FILE.chat.json beside FILE.jsonl holds under these names. A row may have its own: its tools come in place
             of these, its chat_template_kwargs come before them.
         now: the time that a template which writes the date is told; None: the present.
+        train_on: what carries loss: "assistant" (every assistant turn of a conversation; the completion), "last" (the
+            last answer) or "all" (prompts and answers).
+        columns: the rows' own names of the formats' fields, `prompt=question,completion=answer`.
+        apply_chat_template: whether the chat template writes the rows. None: where they are conversations, or Alpaca's,
+            and the tokenizer has one; texts of prompt and completion stay as they are.
 
     Raises:
         DataError: no such source or split; no rows; a row without its fields, or that the chat template refuses (file
@@ -66,26 +69,25 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise DataError(f"A limit of {limit} examples leaves none; give at least 1.")
+    if train_on not in TRAIN_ON:
+        raise DataError(f"train_on = {train_on!r} does not exist: choose one of {', '.join(TRAIN_ON)}.")
     task = task_of(source)
     if task is not None:
+        if columns is not None or apply_chat_template:
+            raise DataError(f"{source} is a task, whose prompt is its own: leave columns and apply_chat_template out.")
         examples = task.load(split, source.partition(":")[2] or None, limit, seed)
     else:
-        notes: Notes = {}
         shared = _chat_options(source)
         shared |= {"tools": list(tools)} if tools is not None else {}
         shared |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs is not None else {}
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        template = ChatTemplate(tokenizer, now or datetime.now(), notes) if has_template else None
-        rows = _rows(source, split)
-        examples = [_example(row, tokenizer, template, shared, notes) for row in rows]
-        for note, place in notes.items():
-            _log.warning("%s: %s (told once)", place, note)
-        empty = [row.place for row, example in zip(rows, examples, strict=True) if _is_empty(row, example)]
-        if empty:
-            _log.warning(
-                "%d of %d rows have an empty answer, from which a model learns to say nothing; the first: %s",
-                len(empty), len(rows), empty[0],
-            )  # fmt: skip
+        reader = _Reader(
+            tokenizer, shared, apply_chat_template, train_on, read_columns(columns) if columns else {},
+            now or datetime.now(),
+        )  # fmt: skip
+        examples = [reader.example(row) for row in _rows(source, split)]
+        reader.tell(source)
+    if train_on == "all":
+        examples = [replace(e, spans=((0, len(e.prompt)),)) if e.text is None and e.prompt else e for e in examples]
     return drawn(examples, limit, seed)
 
 
@@ -98,17 +100,23 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _rows(source: str, split: str) -> list[Row]:
+def trained_parts(train_on: str, examples: Sequence[Example]) -> str | None:
+    """`train_on`, where it trains another part of these examples than each one's completion; else None."""
+    return train_on if train_on == "all" or any(len(e.spans) > (e.text is not None) for e in examples) else None
+
+
+def _rows(source: str, split: str) -> Sequence[Row]:
     path = Path(source).expanduser()
     if path.is_file():
         return read_rows(path)
-    name, _, config = source.partition(":")
-    if path.exists() or source.endswith(SUFFIXES) or source[:1] in "./~" or name.count("/") != 1:
+    if path.is_dir():
+        return folder_rows(path, split)
+    if source.endswith(SUFFIXES) or source[:1] in "./~" or source.partition(":")[0].count("/") != 1:
         raise DataError(
-            f"There is no data {source!r}: it is no file here and no task; give a file of JSON lines, a hub "
-            f"id (owner/name), or one of {', '.join(TASKS)}."
+            f"There is no data {source!r}: it is no file or folder here and no task; give a file "
+            f"({', '.join(SUFFIXES)}), a Hub id (owner/name), or one of {', '.join(TASKS)}."
         )
-    return hub_rows(name, split, config or None)
+    return hub_rows(source, split)
 
 
 def _chat_options(source: str) -> dict[str, Any]:
@@ -121,225 +129,107 @@ def _chat_options(source: str) -> dict[str, Any]:
     if not beside.is_file():
         return {}
     found = read_json(beside)
-    if unknown := sorted(set(found).difference(_CHAT_FIELDS)):
-        raise DataError(f"{beside}: has {', '.join(unknown)}; it may hold {' and '.join(_CHAT_FIELDS)}.")
+    if unknown := sorted(set(found).difference(CHAT_FIELDS)):
+        raise DataError(f"{beside}: has {', '.join(unknown)}; it may hold {' and '.join(CHAT_FIELDS)}.")
     if not isinstance(found.get("chat_template_kwargs", {}), dict):
         raise DataError(f"{beside}: 'chat_template_kwargs' must be an object.")
     _log.info("%s for all rows, from %s", " and ".join(found), beside)
     return found
 
 
-def _example(
-    row: Row, tokenizer: Any, template: ChatTemplate | None, shared: Mapping[str, Any], notes: Notes
-) -> Example:
-    fields = row.values.keys()
-    read: tuple[str, ...]
-    if {"prompt", "completion"} <= fields:
-        read = ("prompt", "completion")
-        prompt, completion = need_text(row, *read)
-        example = Example(prompt, completion, place=row.place)
-    elif "messages" in fields:
-        read = ("messages", *(_CHAT_FIELDS if template else ()))
-        talk = read_conversation(row, shared.get("tools"), shared.get("chat_template_kwargs"))
-        example = template.example(talk) if template else as_plain_text(talk, sized=tokenizer is None)
-    elif {"question", "answer"} <= fields:
-        read = ("question", "answer")
-        example = replace(gsm8k.example(row), place=row.place)
-    else:
-        raise DataError(f"{row.place}: has {', '.join(sorted(fields)) or 'no fields'}; a row needs {ALLOWED_FIELDS}.")
-    for name in sorted(fields - set(read)):
-        notes.setdefault(f"nothing reads the column {name!r}", row.place)
-    return example
+@dataclass
+class _Reader:
+    """People's rows as examples; and what they should know of them, told at the end.
 
-
-def _is_empty(row: Row, example: Example) -> bool:
-    talk = example.source_hash is not None
-    return is_empty(row.values["messages"][-1]) if talk else not example.completion.strip()
-
-
-def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt, with the tokenizer's own opening tokens, in training and evaluation alike."""
-    # A chat template has written its special tokens already.
-    # verbose: a text longer than the model takes is cut later, and told then.
-    chat = example.text is not None
-    ids = tokenizer(example.prompt, add_special_tokens=not chat, verbose=False)["input_ids"]
-    if not chat and ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
-        # Some tokenizers close every text; the response must follow. What the prompt itself ends with stays.
-        own = tokenizer(example.prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        added = _num_last(ids, tokenizer.eos_token_id) - _num_last(own, tokenizer.eos_token_id)
-        ids = ids[: len(ids) - added]
-    return ids
-
-
-def _num_last(ids: Sequence[int], token_id: int) -> int:
-    """How many times `token_id` stands at the end."""
-    return next((n for n, other in enumerate(reversed(ids)) if other != token_id), len(ids))
-
-
-def encode_completion(example: Example, completion: str, prompt_ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids of a completion such that prompt + completion reads as one text and the prompt stays.
-
-    Tokenized together where that keeps the prompt's tokens, else apart: at evaluation the model meets the
-    prompt's own tokens, so training must show the same.
-    """
-    special = example.text is None
-    joint = tokenizer(example.prompt + completion, add_special_tokens=special, verbose=False)["input_ids"]
-    if joint[: len(prompt_ids)] == list(prompt_ids):
-        ids = joint[len(prompt_ids) :]
-    else:
-        ids = _encode_apart(completion, prompt_ids, joint, tokenizer)
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _encode_apart(completion: str, prompt_ids: Sequence[int], joint: list[int], tokenizer: Any) -> list[int]:
-    """The completion's own ids, which behind the prompt's read as the joint text does.
-
-    Llama's and Mixtral's tokenizers put a blank before every text, so there it is tokenized behind another one, whose
-    ids are cut off.
+    Attributes:
+        shared: tools and chat_template_kwargs of all rows.
+        wanted: whether the chat template writes the rows; None: as the format has it.
+        columns: a format's field -> the rows' own name of it.
     """
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokenizer: Any
+    shared: Mapping[str, Any]
+    wanted: bool | None
+    train_on: str
+    columns: Mapping[str, str]
+    now: datetime
+    notes: Notes = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)  # column -> the first row that has it
+    num_rows: int = 0
+    empty: list[str] = field(default_factory=list)
 
-    def text_of(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False).removesuffix(tokenizer.eos_token or "")
-
-    apart, wanted = encode(completion), text_of(joint)
-    if text_of([*prompt_ids, *apart]) == wanted:
-        return apart
-    for anchor in _ANCHORS:
-        head, both = encode(anchor), encode(anchor + completion)
-        if both[: len(head)] == head and text_of([*prompt_ids, *both[len(head) :]]) == wanted:
-            return both[len(head) :]
-    return apart  # a tokenizer whose ids do not give a text back, as by an unknown token
-
-
-def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vocab_size: int | None = None) -> Dataset:
-    """Examples as token ids, with a mask that says which tokens are the response.
-
-    A prompt and its completion get an end-of-text token; a conversation is what its chat template wrote, no more.
-    Longer examples are cut at `max_length` from the right, so they lose their end: the model does not learn to stop in
-    mid-answer. Those whose prompt alone is that long would have no response left and are left out. The log says how
-    many of each.
-
-    Args:
-        vocab_size: rows of the model's embedding, which every token id must be below; None: not looked at.
-
-    Returns:
-        A data set with `input_ids`, `completion_mask` (0 prompt, 1 response and the end-of-text token after
-        it), `cut` (whether the example was cut) and `index` (its place among `examples`).
-
-    Raises:
-        DataError: no examples, a tokenizer without an end-of-text token, no response left in any example; or a text
-            that the tokenizer refuses, or a token id past the embedding (file and line).
-    """
-    if not examples:
-        raise DataError("There are no examples to tokenize; give at least one.")
-    if tokenizer.eos_token_id is None:
-        raise DataError("The tokenizer has no end-of-text token (eos_token); set one, so that answers end.")
-    if vocab_size is not None and (tokenizer.pad_token_id or 0) >= vocab_size:
-        raise DataError(f"The padding token {_past(tokenizer, tokenizer.pad_token_id, vocab_size)}")
-    rows: dict[str, list] = {"input_ids": [], "completion_mask": [], "cut": [], "index": []}
-    num_without = 0
-    for index, example in enumerate(examples):
-        place = example.place or f"example {index + 1}"
-        try:
-            ids, mask = _encode(example, tokenizer, place)
-        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate, by the tokenizer's way to say it
-            raise DataError(f"{place}: the tokenizer refuses its text ({error}): give whole characters.") from error
-        if vocab_size is not None and max(ids, default=0) >= vocab_size:
-            raise DataError(f"{place}: {_past(tokenizer, max(ids), vocab_size)}")
-        if not any(mask[:max_length]):
-            num_without += 1
-            continue
-        rows["input_ids"].append(ids[:max_length])
-        rows["completion_mask"].append(mask[:max_length])
-        rows["cut"].append(len(ids) > max_length)
-        rows["index"].append(index)
-    if not rows["input_ids"]:
-        raise DataError(f"Every prompt has {max_length} tokens (max_length) or more: give a larger max_length.")
-    if num_cut := sum(rows["cut"]):
-        _log.warning("%d of %d examples are longer than %d tokens and were cut", num_cut, len(examples), max_length)
-    if num_without:
-        _log.warning(
-            "%d of %d examples have a prompt of %d tokens or more and were left out",
-            num_without, len(examples), max_length,
-        )  # fmt: skip
-    return Dataset.from_dict(rows)
-
-
-def _past(tokenizer: Any, token_id: int, vocab_size: int) -> str:
-    token = tokenizer.convert_ids_to_tokens(token_id)
-    return (
-        f"{token!r} is token {token_id}, and the model's embedding has {vocab_size} rows: give the model's own "
-        "tokenizer, or resize the model's embedding and save it."
-    )
-
-
-def _encode(example: Example, tokenizer: Any, place: str) -> tuple[list[int], list[int]]:
-    """(token ids, 1 for each that carries loss)."""
-    if example.text is None:
-        prompt = encode_prompt(example, tokenizer)
-        ids = [*prompt, *encode_completion(example, example.completion, prompt, tokenizer), tokenizer.eos_token_id]
-        return ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt))
-    fast = tokenizer.is_fast
-    encoded = tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-    ids = encoded["input_ids"]
-    if fast:
-        ends = [end for _, end in encoded["offset_mapping"]]
-    else:
-        ends = _ends(example, ids, tokenizer, place)
-    mask: list[int] = []
-    start = 0
-    for end in ends:
-        # From where the token before ended: some tokenizers leave blanks out of a token's offsets. Several tokens of
-        # one character have one end.
-        inside = any(start < b and a < end for a, b in example.spans) if end > start else bool(mask and mask[-1])
-        mask.append(int(inside))
-        start = max(start, end)
-    return ids, mask
-
-
-def _ends(example: Example, ids: list[int], tokenizer: Any, place: str) -> list[int]:
-    """Where each token ends, as far as the spans need it, by a tokenizer in Python, which does not tell."""
-    assert example.text is not None
-    ends = [len(example.text)] * len(ids)
-    for edge in sorted({edge for span in example.spans for edge in span}, reverse=True):
-        head = tokenizer(example.text[:edge], add_special_tokens=False, verbose=False)["input_ids"]
-        if ids[: len(head)] != head:
+    def __post_init__(self) -> None:
+        has_template = bool(getattr(self.tokenizer, "chat_template", None))
+        if self.wanted and self.tokenizer is not None and not has_template:
             raise DataError(
-                f"{place}: this tokenizer does not tell which characters a token is of, and the answer begins or ends "
-                "inside of one: use the model's fast tokenizer (tokenizer.json)."
+                "the tokenizer has no chat template: leave apply_chat_template out, or give its tokenizer_config.json "
+                "one (a base model has none; its instruct model's may serve)."
             )
-        ends[: len(head)] = [edge] * len(head)
-    return ends
+        given = has_template and self.wanted is not False
+        self.template = ChatTemplate(self.tokenizer, self.now, self.notes, self.train_on) if given else None
+
+    def example(self, row: Row) -> Example:
+        row = renamed_columns(row, self.columns)
+        found = detect(row)
+        messages, read = found.messages, found.read
+        if found.is_text and self.wanted and found.format != "text":
+            messages = messages or _as_messages(row, found)
+        elif found.is_text and self.template is None:
+            messages = None
+        if messages is None:
+            example, how = self._as_text(row, found), "as they are"
+            is_blank = not example.completion.strip()
+        else:
+            talk = read_conversation(
+                row, self.shared.get("tools"), self.shared.get("chat_template_kwargs"),
+                messages=messages, first_trained=found.first_trained,
+            )  # fmt: skip
+            if len(talk.messages) < len(messages):
+                self.notes.setdefault("what follows the last answer carries no loss and is left out", row.place)
+            if self.template is not None:
+                example, how = self.template.example(talk), "by the chat template"
+            else:
+                example = as_plain_text(talk, sized=self.tokenizer is None, every_turn=self.train_on == "assistant")
+                how, read = "as plain text", tuple(name for name in read if name not in CHAT_FIELDS)
+            is_blank = is_empty(talk.messages[-1])
+        if is_blank:
+            self.empty.append(row.place)
+        for name in row.values.keys() - set(read):
+            self.unread.setdefault(name, row.place)
+        self.num_rows += 1
+        return replace(example, format=f"{found.format}, {how}")
+
+    def _as_text(self, row: Row, found: Found) -> Example:
+        if found.format == "Alpaca":
+            values = {**row.values, "input": row.values.get("input") or ""}
+            return replace(codealpaca.example(Row(row.place, values)), place=row.place)
+        if found.format == "question + answer":
+            return replace(gsm8k.example(row), place=row.place)
+        if found.format == "text" and (bos := getattr(self.tokenizer, "bos_token", None)):
+            if found.completion.startswith(bos):  # a template has written it, special tokens and all
+                whole = ((0, len(found.completion)),)
+                return Example("", found.completion, text=found.completion, spans=whole, place=row.place)
+        return Example(found.prompt, found.completion, place=row.place)
+
+    def tell(self, source: str) -> None:
+        """One line for each thing that a user should know."""
+        if self.unread:
+            _log.warning("%s: nothing reads %s", source, ", ".join(sorted(self.unread)))
+        for note, place in self.notes.items():
+            _log.warning("%s: %s (told once)", place, note)
+        if self.empty:
+            _log.warning(
+                "%d of %d rows have an empty answer, from which a model learns to say nothing; the first: %s",
+                len(self.empty), self.num_rows, self.empty[0],
+            )  # fmt: skip
 
 
-def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of similar length, padded on the right, the longest first.
-
-    Yields:
-        `input_ids`, `attention_mask` and `labels` (-100 where no loss is), each int64 `[B, S]` on the CPU.
-        Every example comes once; the last batch may be smaller.
-    """
-    if batch_size < 1:
-        raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
-    all_ids, all_masks = dataset["input_ids"][:], dataset["completion_mask"][:]
-    order = sorted(range(len(all_ids)), key=lambda i: -len(all_ids[i]))  # a stable sort: the same order every time
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        ids = [torch.tensor(all_ids[i]) for i in picked]
-        labels = [row.masked_fill(torch.tensor(all_masks[i]) == 0, IGNORE) for row, i in zip(ids, picked, strict=True)]
-        yield {
-            "input_ids": pad(ids, tokenizer.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
-            "labels": pad(labels, IGNORE),
-        }
-
-
-def pad(rows: Sequence[torch.Tensor], value: int | None, side: str = "right") -> torch.Tensor:
-    """Rows of different lengths as one `[B, S]` tensor; without a padding token, 0 stands in, masked."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value or 0, padding_side=side)
+def _as_messages(row: Row, found: Found) -> list[dict[str, str]]:
+    """A prompt and its completion, or a question and its answer, as a user's message and the answer to it."""
+    asked, said = (found.prompt, found.completion)
+    if found.format == "question + answer":
+        asked, said = need_text(row, "question", "answer")
+    return [{"role": "user", "content": asked.strip()}, {"role": "assistant", "content": said.strip()}]
 
 
 def test_source(data: str, test_data: str | None = None) -> str | None:

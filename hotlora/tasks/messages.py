@@ -21,35 +21,51 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's messages, and what else the template is given. `options` are its chat_template_kwargs."""
+    """A row's messages, and what else the template is given. `options` are its chat_template_kwargs; answers before
+    message `first_trained` are of the prompt."""
 
     place: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     options: dict[str, Any]
+    first_trained: int = 0
 
     @property
     def hash(self) -> str:
         """SHA-256 of what was read, which no template and no date is part of."""
-        return hashlib.sha256(json.dumps([self.messages, self.tools, self.options]).encode()).hexdigest()
+        more = [self.first_trained] if self.first_trained else []
+        return hashlib.sha256(json.dumps([self.messages, self.tools, self.options, *more]).encode()).hexdigest()
 
 
-def read_conversation(row: Row, tools: Any = None, options: Mapping[str, Any] | None = None) -> Conversation:
-    """The conversation of a row with `messages`; `tools` and `options` are the data set's, where the row has none.
+def read_conversation(
+    row: Row,
+    tools: Any = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    messages: Any = None,
+    first_trained: int = 0,
+) -> Conversation:
+    """The conversation of a row, up to its last answer; `tools` and `options` are the data set's, where the row has
+    none.
+
+    messages: the row's, where it holds them otherwise than as `messages`.
 
     Raises:
         DataError: messages, tools or chat_template_kwargs of another form.
     """
-    messages = row.values["messages"]
+    messages = row.values["messages"] if messages is None else messages
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise DataError(
             f"{row.place}: 'messages' must be a list of objects with 'role' and 'content', a text or a list of "
             "one or more {'type': 'text', 'text': …}; only an assistant's message with 'tool_calls' or reasoning needs "
             "no content."
         )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    if last < max(1, first_trained):
+        what = f"{'its completion has ' if first_trained else ''}{_roles(messages[first_trained:])}"
         raise DataError(
-            f"{row.place}: 'messages' must be a list of two or more, and the last one's role must be 'assistant'."
+            f"{row.place}: has no answer to learn, {what}: one of the messages behind the first must be of role "
+            "'assistant'."
         )
     given = row.values.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
@@ -58,7 +74,12 @@ def read_conversation(row: Row, tools: Any = None, options: Mapping[str, Any] | 
     if taken := sorted(set(options).intersection(_TAKEN)):
         raise DataError(f"{row.place}: 'chat_template_kwargs' cannot hold {', '.join(taken)}: leave it out.")
     own = row.values.get("tools")
-    return Conversation(row.place, messages, _tools(row.place, tools if own is None else own), options)
+    tools = _tools(row.place, tools if own is None else own)
+    return Conversation(row.place, messages[: last + 1], tools, options, first_trained)
+
+
+def _roles(messages: list[dict[str, Any]]) -> str:
+    return f"{len(messages)} messages of roles {short([message['role'] for message in messages])}"
 
 
 def _is_message(message: Any) -> bool:
@@ -84,17 +105,24 @@ def _tools(place: str, tools: Any) -> list[dict[str, Any]] | None:
     return tools or None
 
 
-def as_plain_text(talk: Conversation, sized: bool) -> Example:
+def as_plain_text(talk: Conversation, sized: bool, every_turn: bool = False) -> Example:
     """`User: …`, a blank line, `Assistant: …`: for tokenizers without a chat template.
 
     Args:
         sized: there is no tokenizer, so the text is for its size, or to be read.
+        every_turn: the answers before the last one are trained, too.
     """
     if not sized and any(m.get("content") is None or m.get("tool_calls") for m in talk.messages):
         raise DataError(f"{talk.place}: the tokenizer has no chat template, which a row with tool calls needs.")
-    told = [(m["role"], "".join(texts(m)) or json.dumps(m.get("tool_calls") or "")) for m in talk.messages]
-    prompt = "".join(f"{role.capitalize()}: {text}\n\n" for role, text in told[:-1])
-    return Example(f"{prompt}Assistant:", f" {told[-1][1]}", place=talk.place, source_hash=talk.hash)
+    prompt, spans = "", []
+    *before, last = [(m["role"], "".join(texts(m)) or json.dumps(m.get("tool_calls") or "")) for m in talk.messages]
+    for number, (role, text) in enumerate(before):
+        prompt += f"{role.capitalize()}: {text}"
+        if every_turn and role == "assistant" and number >= talk.first_trained:
+            spans.append((len(prompt) - len(text) - 1, len(prompt)))
+        prompt += "\n\n"
+    answer = f" {last[1]}"
+    return Example(f"{prompt}Assistant:", answer, spans=tuple(spans), place=talk.place, source_hash=talk.hash)
 
 
 def texts(message: Mapping[str, Any]) -> list[str]:
@@ -164,11 +192,11 @@ def marked(talk: Conversation) -> tuple[Conversation, list[list[str]]]:
             message = {**message, "content": mark()}
         messages.append(message)
     if calls := messages[-1].get("tool_calls"):
-        messages[-1] = {**messages[-1], "tool_calls": [_renamed(call, mark()) for call in calls]}
+        messages[-1] = {**messages[-1], "tool_calls": [renamed(call, mark()) for call in calls]}
     return replace(talk, messages=messages), marks
 
 
-def _renamed(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+def renamed(call: Mapping[str, Any], name: str) -> dict[str, Any]:
     inner = call.get("function")
     return {**call, "function": {**inner, "name": name}} if isinstance(inner, Mapping) else {**call, "name": name}
 

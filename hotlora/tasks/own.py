@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
-from .data import encode_completion, encode_prompt
 from .task import Example, Task
+from .tokens import encode_completion, encode_prompt
 
 _ROOM = 16  # tokens that an answer may be longer than the longest completion
 

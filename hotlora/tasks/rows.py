@@ -1,17 +1,28 @@
 """Rows of JSON from a file or the hub, each with its place, so that an error can say which one is wrong."""
 
+import csv
 import gzip
+import io
 import json
+import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
 from ..base.files import JSON_ERRORS, half_character
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
+_SPLITS = {
+    "train": ("train", "training"), "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}  # fmt: skip
+"""The names of splits in those of files, as the Hub has them."""
+_HUB_ID = re.compile(r"([^:\[\]]+)(?::([^:\[\]]+))?(?::([^:\[\]]+))?(\[[^\[\]]*\])?")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_log = logging.getLogger(__name__)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
 _LONG = re.compile(r"\d{4301}")
 _HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
@@ -25,7 +36,8 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Reads JSON lines, or one JSON list of objects; either may be gzipped.
+    """Reads JSON lines, or one JSON list of objects (either may be gzipped), a CSV or TSV table with a line of names,
+    or a Parquet file.
 
     Raises:
         DataError: no such file, no rows, invalid JSON, a row that is not an object or that holds half a character (with
@@ -33,21 +45,80 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} is not a file; give a file of JSON lines ({', '.join(SUFFIXES)}).")
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); it must be UTF-8 text, or gzipped UTF-8 text.") from error
-    rows = list(_parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text))
+        raise DataError(f"{path} is not a file; give a file of rows ({', '.join(SUFFIXES)}).")
+    if path.suffix == ".parquet":
+        rows = list(_parse_parquet(path))
+    else:
+        try:
+            data = path.read_bytes()
+            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}); it must be UTF-8 text, gzipped UTF-8 text, or Parquet (.parquet)."
+            ) from error
+        if path.suffix in _TABLES:
+            rows = list(_parse_table(path, text))
+        else:
+            rows = list(_parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text))
+        if _SURROGATE.search(text):
+            check_characters(rows)
     if not rows:
-        raise DataError(f"{path} holds no rows; give a file with at least one JSON object.")
+        raise DataError(f"{path} holds no rows; give a file with at least one.")
     for place, values in rows:
         if not isinstance(values, dict):
             raise DataError(f"{place}: a row must be a JSON object, this is a {type(values).__name__}.")
-    if _SURROGATE.search(text):
-        check_characters(rows)
     return rows
+
+
+def folder_rows(folder: Path, split: str) -> list[Row]:
+    """The rows of the files in a folder, or if it has none in the folders inside, by name; of those that are called
+    after splits (train.jsonl, data/test-00000.parquet), `split`'s.
+
+    Raises:
+        DataError: no such files; a data set of `save_to_disk`.
+    """
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _saved_rows(folder, split)
+    files = _files(folder.glob("*")) or _files(folder.rglob("*"))
+    if not files:
+        raise DataError(f"{folder} holds no files of rows ({', '.join(SUFFIXES)}); give a folder that does, or a file.")
+    of = {file: _split_of(file.relative_to(folder)) for file in files}
+    if any(of.values()):
+        chosen = [file for file in files if of[file] == split]
+        left = sorted({str(file.relative_to(folder)) for file in files if of[file] != split})
+        if not chosen:
+            raise DataError(f"{folder} holds no file of the split {split!r}, only {', '.join(left)}: give one of them.")
+        if left:
+            _log.info("%s: the split %r is read, and not %s", folder, split, ", ".join(left))
+        files = chosen
+    return [row for file in files for row in read_rows(file)]
+
+
+def _files(found: Iterable[Path]) -> list[Path]:
+    """Those that hold rows: not what is hidden, nor what stands beside rows."""
+    beside = (".chat.json", "dataset_infos.json", "dataset_info.json")
+    some = (file for file in found if file.name.endswith(SUFFIXES) and not file.name.endswith(beside))
+    return sorted(file for file in some if file.is_file() and not any(part[:1] == "." for part in file.parts[1:]))
+
+
+def _split_of(path: Path) -> str | None:
+    words = re.split(r"[^a-z]+", path.as_posix().lower())
+    return next((split for split, names in _SPLITS.items() if any(name in words for name in names)), None)
+
+
+def _saved_rows(folder: Path, split: str) -> list[Row]:
+    """Of a data set that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no whole data set of save_to_disk ({error}): write it again.") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(found)}: give {folder}/SPLIT.")
+        found = found[split]
+    return [Row(f"{folder} row {number}", without_filling(row)) for number, row in enumerate(found, start=1)]
 
 
 def check_characters(rows: Sequence[Row]) -> None:
@@ -58,6 +129,35 @@ def check_characters(rows: Sequence[Row]) -> None:
                 f"{place}: holds half a character, {half} (a lone surrogate), which is no text: give the whole "
                 "character, or delete it."
             )
+
+
+def _parse_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(f"{path} row {number}", without_filling(row))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
+
+
+def _parse_table(path: Path, text: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix], strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path} line {reader.line_num}: has not as many fields as the first line has names: quote a text "
+                    "that holds the separator, quotes or line ends."
+                )
+            yield Row(f"{path} line {reader.line_num}", dict(row))
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num} is no table's ({error}): quote texts as CSV does.") from error
 
 
 def _parse_lines(path: Path, text: str) -> Iterator[Row]:
@@ -92,17 +192,36 @@ def _why(error: Exception) -> str:
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
-    """The rows of a data set on the Hugging Face hub, or in its local cache."""
+    """The rows of a data set on the Hugging Face Hub, or in its local cache.
+
+    name: `owner/name`, with a configuration, a split, or both behind it, and a part of the split in brackets:
+        `owner/name:config:split[:1000]`. What stands there comes before `split` and `config`.
+    """
     from datasets import load_dataset
 
-    try:
-        rows = load_dataset(name, config, split=split)
-    except _HUB_ERRORS as error:
-        raise DataError(
-            f"The data set {name!r} (split {split!r}) cannot be loaded from the hub: {error}. "
-            "Check its name and the network, or give a local file."
-        ) from error
-    return [Row(f"{name} {split} row {number}", without_filling(row)) for number, row in enumerate(rows, start=1)]
+    found = _HUB_ID.fullmatch(name)
+    if found is None:
+        raise DataError(f"{name!r} is no Hub id: give it as owner/name, owner/name:split or owner/name:config:split.")
+    name, first, second, part = found[1], found[2], found[3], found[4] or ""
+    ways = [(config, split)]
+    if second:
+        ways = [(first, second)]
+    elif first:  # a configuration, or else a split
+        ways = [(first, split), (config, first)]
+    error: Exception | None = None
+    for config, split in ways:
+        try:
+            rows = load_dataset(name, config, split=split + part)
+        except _HUB_ERRORS as failed:
+            error = error or failed
+            continue
+        place = f"{name} {split}{part}"
+        return [Row(f"{place} row {number}", without_filling(row)) for number, row in enumerate(rows, start=1)]
+    tried = " or ".join(f"split {split + part!r}" + (f" of {config!r}" if config else "") for config, split in ways)
+    raise DataError(
+        f"The data set {name!r} ({tried}) cannot be loaded from the Hub: {error}. Check its name and the network, or "
+        "give a local file."
+    ) from error
 
 
 def without_filling(row: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,10 @@ class Example:
         meta: what the scorer needs besides (the gold query, the database's folder).
         text: of a conversation, all that its chat template writes, special tokens included. It is trained on as it is,
             and need not begin with `prompt`, which is what the template gives a model to answer.
-        spans: the parts of `text` that carry training loss, as (start, end) in characters.
+        spans: the parts of `text` that carry training loss, as (start, end) in characters; where there is no `text`,
+            those of `prompt` that do, beside the completion.
         place: the file and line that it was read from, for errors.
+        format: what its row was read as, and how it is written, for people to read.
         source_hash: SHA-256 of what a conversation was read from: `text` may hold the date.
     """
 
@@ -34,6 +36,7 @@ class Example:
     text: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
     place: str = field(default="", compare=False)
+    format: str = field(default="", compare=False)
     source_hash: str | None = None
 
 

@@ -54,8 +54,8 @@ def broken_weights(model: nn.Module) -> int:
 
 
 def examples_of(batches: Sequence[Mapping[str, Tensor]], dataset: Dataset) -> list[int]:
-    """Which rows of `dataset`, from `data.tokenize`, are in the batches of all processes, by their tokens. Where the
-    data has a column `index`, as `data.tokenize` makes it: its values."""
+    """Which rows of `dataset`, from `tokens.tokenize`, are in the batches of all processes, by their tokens. Where the
+    data has a column `index`, as `tokens.tokenize` makes it: its values."""
     place = dict(zip(map(tuple, dataset["input_ids"][:]), range(len(dataset)), strict=True))
     index = dataset["index"][:] if "index" in dataset.column_names else range(len(dataset))
     found = [place[row] for batch in batches for row in _rows(batch) if row in place]

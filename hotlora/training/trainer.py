@@ -30,7 +30,7 @@ from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
 from ..base.signals import on_stop, say
 from ..hf.forward import TEXTS, check_aux_loss_of, check_packing, logits_at
-from ..tasks.data import IGNORE
+from ..tasks.tokens import IGNORE
 from . import checkpoints, extend, guard
 from .as_loaded import LoadedConfigs
 from .config import TrainConfig
@@ -98,7 +98,7 @@ def train(
 
     Args:
         model: a PEFT model, or any causal LM with trainable parameters.
-        dataset: from `data.tokenize`.
+        dataset: from `tokens.tokenize`.
         output_dir: gets `checkpoints/`, `metrics.jsonl` and `train.json` (the resolved options).
         identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash,
         …).

@@ -9,8 +9,9 @@ from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
 from hotlora.tasks import codealpaca, get_task, mbpp
-from hotlora.tasks.data import load_examples, tokenize
+from hotlora.tasks.data import load_examples
 from hotlora.tasks.rows import Row
+from hotlora.tasks.tokens import tokenize
 
 MBPP = {
     "text": "Write a function.",

@@ -1,0 +1,281 @@
+"""Formats and files of people's own data, read as users of TRL and LLaMA-Factory expect."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, DatasetDict
+from test_chat import CHATML, TOOLS, tokenizer_of
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora.base.errors import DataError
+from hotlora.tasks import Example
+from hotlora.tasks.data import data_hash, load_examples, trained_parts
+from hotlora.tasks.rows import folder_rows, hub_rows
+from hotlora.tasks.tokens import tokenize, told
+
+ASKED, SAID = "What is 2 + 3?", "It is 5."
+TALK = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
+WRITTEN = f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n{SAID}<|im_end|>\n"
+
+
+def read(folder: Path, *rows: dict, tokenizer=None, **options) -> list[Example]:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_examples(str(path), tokenizer=tokenizer or tokenizer_of(CHATML), **options)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"prompt": TALK[:1], "completion": TALK[1:]},
+        {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]},
+        {"conversations": TALK},
+        {"conversation": [{"from": "user", "value": ASKED}, {"from": "assistant", "value": SAID}]},
+        {"instruction": ASKED, "input": "", "output": SAID},
+        {"instruction": ASKED, "output": SAID, "system": "", "history": []},
+        {"messages": json.dumps(TALK)},
+    ],
+    ids=str,
+)
+def test_conversations_of_all_formats_are_one(row: dict, tmp_path: Path):
+    (example,) = read(tmp_path, row)
+    assert example.text == WRITTEN
+    assert [str(example.text)[a:b] for a, b in example.spans] == [f"{SAID}<|im_end|>"]
+
+
+def test_sharegpt_with_system_tools_and_calls(tmp_path: Path):
+    call = {"name": "get_weather", "arguments": {"city": "Paris"}}
+    row = {
+        "system": "Be brief.",
+        "tools": json.dumps(TOOLS),
+        "conversations": [
+            {"from": "human", "value": "Weather?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "21 C"},
+            {"from": "gpt", "value": "Warm."},
+        ],
+    }
+    (example,) = read(tmp_path, row, tokenizer=tokenizer_of("qwen3"))
+    (same,) = read(
+        tmp_path,
+        {
+            "tools": TOOLS,
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Weather?"},
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+                {"role": "tool", "content": "21 C"},
+                {"role": "assistant", "content": "Warm."},
+            ],
+        },
+        tokenizer=tokenizer_of("qwen3"),
+    )
+    assert example.text == same.text and example.spans == same.spans and len(example.spans) == 2
+
+
+def test_alpaca_with_an_input_a_system_message_and_turns_before(tmp_path: Path):
+    row = {"instruction": "Add.", "input": "2, 3", "output": "5", "system": "Be brief.", "history": [["Hi", "Hello."]]}
+    (example,) = read(tmp_path, row)
+    assert [str(example.text)[a:b] for a, b in example.spans] == ["Hello.<|im_end|>", "5<|im_end|>"]
+    assert "system\nBe brief." in str(example.text) and "user\nAdd.\n2, 3<" in str(example.text)
+
+
+def test_alpaca_without_a_template_is_alpacas_own_prompt(tmp_path: Path):
+    (example,) = read(tmp_path, {"instruction": "Add.", "input": "2, 3", "output": "5"}, tokenizer=byte_tokenizer())
+    assert example.text is None and example.prompt.startswith("Below is an instruction that describes a task, paired")
+    assert example.prompt.endswith("### Input:\n2, 3\n\n### Response:") and example.completion == "\n5"
+    (without,) = read(tmp_path, {"instruction": "Add.", "input": None, "output": "5"}, apply_chat_template=False)
+    assert "### Input" not in without.prompt and without.text is None
+
+
+def test_a_text_is_trained_in_whole(tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    (plain,) = read(tmp_path, {"text": "Once upon a time."}, tokenizer=tokenizer)
+    (row,) = tokenize([plain], tokenizer, 100)
+    assert tokenizer.decode(row["input_ids"]) == f"Once upon a time.{tokenizer.eos_token}" and all(
+        row["completion_mask"]
+    )
+    # A template has written it, special tokens and all: none is added.
+    written = f"{tokenizer.bos_token}user\nHi{tokenizer.eos_token}"
+    (row,) = tokenize(read(tmp_path, {"text": written}, tokenizer=tokenizer), tokenizer, 100)
+    assert tokenizer.decode(row["input_ids"]) == written
+
+
+def test_whether_the_template_writes_prompts_and_completions(tmp_path: Path):
+    row = {"prompt": f"{ASKED} ", "completion": f" {SAID}"}
+    (plain,) = read(tmp_path, row)
+    assert (plain.text, plain.prompt, plain.completion) == (None, f"{ASKED} ", f" {SAID}")
+    assert "prompt + completion, as they are" in plain.format
+    (asked,) = read(tmp_path, row, apply_chat_template=True)
+    assert asked.text == WRITTEN and "by the chat template" in asked.format
+    (asked,) = read(tmp_path, {"question": ASKED, "answer": SAID}, apply_chat_template=True)
+    assert asked.text == WRITTEN
+    (talk,) = read(tmp_path, {"messages": TALK}, apply_chat_template=False)
+    assert talk.text is None and talk.prompt == f"User: {ASKED}\n\nAssistant:"
+    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+        read(tmp_path, row, tokenizer=byte_tokenizer(), apply_chat_template=True)
+
+
+def test_all_of_a_prompt_and_its_completion(tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    rows = read(tmp_path, {"prompt": "ab", "completion": "cd"}, tokenizer=tokenizer, train_on="all")
+    (made,) = tokenize(rows, tokenizer, 100)
+    assert sum(made["completion_mask"]) == len("abcd") + 1
+    assert trained_parts("all", rows) == "all"
+    rows = read(tmp_path, {"prompt": "ab", "completion": "cd"}, tokenizer=tokenizer)
+    (made,) = tokenize(rows, tokenizer, 100)
+    assert sum(made["completion_mask"]) == len("cd") + 1 and trained_parts("assistant", rows) is None
+    (task,) = load_examples("nano-math", limit=1, train_on="all")
+    assert task.spans == ((0, len(task.prompt)),)
+
+
+def test_columns_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    row = {"ask": ASKED, "reply": SAID, "id": 3}
+    (example,) = read(tmp_path, row, columns="prompt=ask, completion=reply")
+    assert (example.prompt, example.completion) == (ASKED, SAID)
+    assert "nothing reads id" in caplog.text and "ask" not in caplog.text.replace("tasks", "")
+    (turned,) = read(tmp_path, {"prompt": SAID, "completion": ASKED}, columns="prompt=completion,completion=prompt")
+    assert (turned.prompt, turned.completion) == (ASKED, SAID)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("prompt", "give each name once, as in prompt=question"),
+        ("prompt=a,prompt=b", "give each name once"),
+        ("promt=ask", r"names what no format has: promt \(did you mean prompt\?\)"),
+        ("prompt=aks", r"line 1 has no field 'aks', which --columns names; it has ask, reply"),
+    ],
+)
+def test_columns_that_do_not_exist(columns: str, message: str, tmp_path: Path):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, {"ask": "a", "reply": "b"}, columns=columns)
+    with pytest.raises(DataError, match="nano-math is a task, whose prompt is its own"):
+        load_examples("nano-math", columns="prompt=ask")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": TALK, "completion": "x"}, "'prompt' must be text"),
+        ({"prompt": TALK, "completion": TALK[:1]}, r"has no answer to learn, its completion has 1 messages of roles"),
+        ({"conversations": "hello"}, "'conversations' must be a list of objects with 'from' and 'value'"),
+        ({"conversations": [{"from": "human"}]}, "each of 'conversations' needs 'from' and 'value'"),
+        ({"conversations": []}, "has no answer to learn, 0 messages"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]}, "must be JSON"),
+        ({"instruction": "a", "output": 1}, "'output' must be text"),
+        ({"instruction": "a", "output": "b", "input": 1}, "'input' must be text"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, "'history' must be a list of pairs"),
+        ({"text": 1}, "'text' must be text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--columns completion=chosen"),
+        ({"input": "a", "target": "b"}, "has input, target; a row needs .* --columns prompt=NAME,completion=NAME"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "has no answer to learn"),
+    ],
+    ids=str,
+)
+def test_rows_of_no_format_say_where_and_what(row: dict, message: str, tmp_path: Path):
+    with pytest.raises(DataError, match=rf"rows\.jsonl line 1.*{message}"):
+        read(tmp_path, row)
+
+
+def test_tables_and_parquet_hold_the_same_rows(tmp_path: Path):
+    rows = [{"prompt": "a, b\nc", "completion": ' say "x"'}, {"prompt": "é\u2028", "completion": " 0012"}]
+    expected = read(tmp_path, *rows)
+    for suffix, separator in ((".csv", ","), (".tsv", "\t")):
+        with open(tmp_path / f"rows{suffix}", "w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter=separator)
+            table.writeheader()
+            table.writerows(rows)
+        found = load_examples(str(tmp_path / f"rows{suffix}"))
+        assert found == expected and data_hash(found) == data_hash(expected)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert load_examples(str(tmp_path / "rows.parquet")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.csv", b"prompt,completion\na,b,c\n", r"rows\.csv line 2: has not as many fields"),
+        ("rows.csv", b"prompt,completion\na\n", r"rows\.csv line 2: has not as many fields"),
+        ("rows.csv", b'prompt,completion\na,"b\n', r"rows\.csv line \d: is no table|rows\.csv line \d is no table"),
+        ("rows.csv", b"prompt,completion\n", "holds no rows"),
+        ("rows.csv", b"", "holds no rows"),
+        ("rows.csv", b"\xff\xfe\x00", "cannot be read"),
+        ("rows.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("rows.parquet", b"", "cannot be read as Parquet"),
+    ],
+)
+def test_broken_tables_say_where(name: str, data: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        load_examples(str(tmp_path / name))
+
+
+def test_a_folder_is_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    for name in ("b.jsonl", "a.jsonl", "more/c.jsonl", ".hidden.jsonl", "a.chat.json"):
+        text = "{}" if name == "a.chat.json" else json.dumps({"prompt": name, "completion": "x"}) + "\n"
+        (folder / name).write_text(text)
+    assert [e.prompt for e in load_examples(str(folder))] == ["a.jsonl", "b.jsonl"]
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
+        (folder / name).write_text(json.dumps({"prompt": name, "completion": "x"}) + "\n")
+    assert [e.prompt for e in load_examples(str(folder))] == ["train-0.jsonl", "train-1.jsonl"]
+    assert "'train' is read, and not a.jsonl, b.jsonl, test.jsonl" in caplog.text
+    assert [e.prompt for e in load_examples(str(folder), "test")] == ["test.jsonl"]
+    with pytest.raises(DataError, match=r"holds no file of the split 'validation', only .*test.jsonl"):
+        load_examples(str(folder), "validation")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"holds no files of rows"):
+        load_examples(str(tmp_path / "none"))
+
+
+def test_a_saved_data_set(tmp_path: Path):
+    rows = [{"messages": TALK, "tools": None}, {"messages": [*TALK, *TALK], "tools": None}]
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved")
+    found = load_examples(str(tmp_path / "saved"), tokenizer=tokenizer_of(CHATML))
+    assert found[0].text == WRITTEN and len(found[1].spans) == 2
+    assert load_examples(str(tmp_path / "saved" / "train"), tokenizer=tokenizer_of(CHATML)) == found
+    with pytest.raises(DataError, match=r"has no split 'test'; it has train: give .*SPLIT"):
+        folder_rows(tmp_path / "saved", "test")
+
+
+def test_a_hub_id_with_a_split_and_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`datasets` takes a folder of that name for the Hub's data set: its own reading of splits and parts."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    for split, number in (("train", 5), ("test", 2)):
+        rows = "".join(json.dumps({"prompt": f"{split} {i}", "completion": "x"}) + "\n" for i in range(number))
+        (tmp_path / "owner" / "name" / f"{split}.jsonl").write_text(rows)
+
+    def prompts(name: str, split: str = "train") -> list[str]:
+        return [row.values["prompt"] for row in hub_rows(name, split)]
+
+    assert len(prompts("owner/name")) == 5 and len(prompts("owner/name", "test")) == 2
+    assert prompts("owner/name:test") == ["test 0", "test 1"]
+    assert prompts("owner/name[:2]") == ["train 0", "train 1"]
+    assert prompts("owner/name:train[3:]") == prompts("owner/name:default:train[3:]") == ["train 3", "train 4"]
+    assert hub_rows("owner/name:test", "train")[1].place == "owner/name test row 2"
+    for wrong in ("owner/name:a:b:c", "owner/name[:2", "owner/name:validation", "owner/name:no:train"):
+        with pytest.raises(DataError, match=r"no Hub id|cannot be loaded from the Hub"):
+            hub_rows(wrong, "train")
+
+
+def test_what_is_trained_in_one_line(tmp_path: Path):
+    tokenizer = tokenizer_of(CHATML)
+    rows = read(
+        tmp_path, {"messages": TALK}, {"messages": TALK}, {"prompt": "a", "completion": "b"}, {"text": "c" * 200}
+    )
+    dataset = tokenize(rows, tokenizer, 100)
+    line = told(rows, dataset, "assistant")
+    num = sum(map(len, dataset["input_ids"]))
+    assert line.startswith("4 rows (2 messages, by the chat template; 1 prompt + completion, as they are; 1 text, as")
+    assert f", {num:,} tokens, " in line and "(every answer); the longest has 100; 1 cut" in line
