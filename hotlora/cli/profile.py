@@ -79,13 +79,15 @@ def profile(
     check_sizes(**sizes)
     check_writable(file_in(output, "profile.safetensors"))
     start(options.device)
-    check_adapters(model, (), dtype=options.dtype, device=options.device)
+    check_adapters(
+        model, (), dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
+    )
     tokenizer = load_tokenizer(model)
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(source, "train", limit=options.limit, seed=options.seed, **read)
     dataset = tokenize(examples, tokenizer, options.max_length, vocab_size=vocab_size(model))
     base = load_base(model, **options.loading())
-    result = profile_data(base, tokenizer, examples, source, model, dataset=dataset, **sizes)
+    result = profile_data(base, tokenizer, examples, source, model, dataset=dataset, progress=is_main(), **sizes)
     if not is_main():
         return
     result.save(output)

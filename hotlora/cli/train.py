@@ -1,5 +1,6 @@
 """The command `train`, and how a run's outcome is printed."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,15 +57,16 @@ def train(
     parts = (options.model, options.data, name, f"seed{options.seed}")
     output = output or Path("runs") / "-".join(_slug(part) for part in parts)
     start(options.device)
-    if is_main():
-        from ..training.checkpoints import last_complete
 
-        last = last_complete(output / "checkpoints")
-        resumed = f", resuming from {last.name}" if last and not _is_done(output) else ""
-        err.print(f"training {options.model} on {options.data} into {output}{resumed}", highlight=False)
-    if preflight:
-        _check_memory(options)
-    record = run_method(options, output, progress=True)
+    @functools.cache  # a method may have several trainings
+    def begin() -> None:
+        if is_main():
+            told = f"training {options.model} on {options.data} into {output}{_going_on(output, options.extend)}"
+            err.print(told, highlight=False, markup=False, soft_wrap=True)
+        if preflight:
+            _check_memory(options)
+
+    record = run_method(options, output, progress=True, begin=begin)
     if is_main():
         from ..report.card import write_card
 
@@ -94,10 +96,11 @@ def push(
     out.print(f"pushed: {address}{' (private)' if private else ''}", highlight=False, soft_wrap=True)
 
 
-def _is_done(output: Path) -> bool:
-    from ..base.records import read_record
+def _going_on(output: Path, extend: bool) -> str:
+    from ..training.checkpoints import last_complete
 
-    return (output / "run.json").is_file() and read_record(output)["status"] == "done"
+    last = last_complete(output / "checkpoints")
+    return f", {'extending' if extend else 'resuming'} from {last.name}" if last else ""
 
 
 def _check_memory(options: RunOptions) -> None:

@@ -48,7 +48,7 @@ def check_run(options: RunOptions) -> None:
             "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
-    there = structure(options.model)
+    there = structure(options.model, options.attn_implementation)
     check_aux_loss(there.config, options.aux_loss_coef)
     if options.full:
         return
@@ -69,12 +69,15 @@ def check_sizes(**sizes: int | None) -> None:
             raise HotLoraError(f"{name} = {size} is out of range: it must be 1 or more.")
 
 
-def check_adapters(model: str, adapters: Sequence[str | Path], **options: str) -> None:
-    """Raises where saved adapters do not fit the model, or `options`, its device and dtype, do not exist."""
-    checked_device(options.get("device", "auto"))
-    checked_dtype(options.get("dtype", "auto"))
+def check_adapters(
+    model: str, adapters: Sequence[str | Path], *, device: str = "auto", dtype: str = "auto",
+    attn_implementation: str | None = None,
+) -> None:  # fmt: skip
+    """Raises where saved adapters do not fit the model, or its device, dtype or attention do not exist."""
+    checked_device(device)
+    checked_dtype(dtype)
     configs = [saved_config(adapter) for adapter in adapters]
-    there = structure(model)
+    there = structure(model, attn_implementation)
     for adapter, config in zip(adapters, configs, strict=True):
         try:
             config.bind(there)

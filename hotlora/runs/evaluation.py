@@ -228,7 +228,8 @@ class _Scored:
         self._check_engine(engine, task)
         check_sizes(batch_size=options.batch_size)
         adapters = (*self.on_top_of, *([options.adapter] if options.adapter else []))
-        check_adapters(options.model, adapters, dtype=options.dtype, device=options.device)
+        names = ("dtype", "device", "attn_implementation")
+        check_adapters(options.model, adapters, **{name: getattr(options, name) for name in names})
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an evaluation to go on, beside its data."""

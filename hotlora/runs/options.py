@@ -175,7 +175,7 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
 class EvalOptions(LoadOptions, DataOptions):
     """What is scored: a model, or a model with a saved adapter."""
 
-    adapter: str | Path | None = option("A saved adapter; none: the model as it is.", None)
+    adapter: str | Path | None = option("A run's folder, or a saved adapter; none: the model as it is.", None)
     merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
     limit: int | None = option("Use at most so many examples, the same ones every time.", None)
     batch_size: int = option("Prompts that are answered at a time.", 64)

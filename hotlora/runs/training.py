@@ -80,15 +80,20 @@ def profile_data(
     source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
     check_alike({"data_hash": source["data_hash"], "fingerprint": source["fingerprint"]})
     some = batches(dataset, tokenizer, batch_size)
-    return profile_routing(model, some, progress=progress, source=source, share_out=True)
+    total = -(-len(dataset) // batch_size)
+    return profile_routing(model, some, progress=progress, source=source, share_out=True, total=total)
 
 
-def run_training(options: RunOptions, output: str | Path, *, progress: bool = False) -> Record:
+def run_training(
+    options: RunOptions, output: str | Path, *, progress: bool = False, begin: Callable[[], None] = lambda: None
+) -> Record:
     """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
 
     `output` gets profile.safetensors (unless `options.profile` names one to share), plan.json, checkpoints/,
     metrics.jsonl, adapter/ (or model/, by full fine-tuning), results-TASK.jsonl and run.json. The options of what comes
     before a training in some methods (`warmup`, `keep`, …) are `stages.run_method`'s.
+
+    begin: called before the model is loaded, when options and data have been found right and there is work to do.
 
     Several processes that torchrun or `accelerate launch` started call this with the same arguments and do it
     together; `processes.sharding` has how the model is spread over them.
@@ -109,6 +114,9 @@ def run_training(options: RunOptions, output: str | Path, *, progress: bool = Fa
         return done
     wait_for_all()  # until each has seen what was there
     run.tokenize()
+    begin()
+    if progress:
+        print(f"data: {told(run.examples, run.dataset, options.train_on)}", file=sys.stderr)
     with recorded(run.record, output):
         run.train()
     return run.record
@@ -165,8 +173,6 @@ class _Run:
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
         self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size)
-        if self.progress:
-            print(f"data: {told(self.examples, self.dataset, self.options.train_on)}", file=sys.stderr)
         # Requests to refuse have no answer that a loss could be taken of.
         some = any(example.completion for example in self.test)
         self.held = tokenize(self.test, self.tokenizer, length, vocab_size=size) if some else None

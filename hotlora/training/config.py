@@ -106,8 +106,9 @@ class TrainConfig(Options):
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )
     report_to: str = option(
-        "Where the metrics also go: wandb, trackio, tensorboard, …", "none", panel=_TRAINING, resume="free"
-    )
+        "Where the metrics also go: wandb, trackio, … by their own settings; tensorboard: the run's logs/.", "none",
+        panel=_TRAINING, resume="free",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,15 +1,20 @@
 """A training's steps as they come: in the metrics file, and in the terminal."""
 
 import json
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import TrainerCallback
 
 from ..base.files import append_to
 from ..base.processes import wait_for_all
 from . import checkpoints
+
+_QUIET = 60.0  # seconds without a line
 
 
 class Recorder(TrainerCallback):
@@ -41,11 +46,36 @@ class Recorder(TrainerCallback):
             checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
+def shown() -> TrainerCallback:
+    """A bar in a terminal, lines elsewhere."""
+    return ProgressBar() if Console(stderr=True).is_terminal else ProgressLines()
+
+
+class ProgressLines(TrainerCallback):
+    """Steps, losses and time left as a line, at every tenth of the way, and after a minute without one."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first, self.started = state.global_step, time.perf_counter()
+        self.told_step, self.told_at, self.held_out = state.global_step, self.started, ""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self.held_out = f", held-out {logs['eval_loss']:.4f}"
+        step, total, now = state.global_step, state.max_steps, time.perf_counter()
+        if step * 10 // total == self.told_step * 10 // total and now - self.told_at < _QUIET:
+            return
+        self.told_step, self.told_at = step, now
+        seconds = (now - self.started) / (step - self.first) * (total - step)
+        left = f", {timedelta(seconds=round(seconds))} left" if step < total else ""
+        print(f"step {step}/{total}, loss {logs['loss']:.4f}{self.held_out}{left}", file=sys.stderr, flush=True)
+
+
 class ProgressBar(TrainerCallback):
     """Steps, loss and time left, in the terminal."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.bar = Progress(

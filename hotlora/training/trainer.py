@@ -36,8 +36,8 @@ from .as_loaded import LoadedConfigs
 from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
-from .named import check_report_to, schedule_options
-from .progress import ProgressBar, Recorder
+from .named import check_report_to, logs_in, schedule_options
+from .progress import Recorder, shown
 from .validation import Validation
 
 _log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _train(
             patience=config.early_stopping_patience,
         )  # fmt: skip
         callbacks = [*callbacks, validation]
-    ours: list[TrainerCallback] = [recorder, stopping, *([ProgressBar()] if progress else [])]
+    ours: list[TrainerCallback] = [recorder, stopping, *([shown()] if progress else [])]
     configs = LoadedConfigs(model)
     try:
         trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
@@ -291,13 +291,14 @@ def make_trainer(
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
         report_to=config.report_to,
+        run_name=folder.parent.name or None,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
     check_report_to(config.report_to)
-    with quiet():
+    with quiet(), logs_in(folder.parent / "logs", config.report_to):
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
             args=arguments,
