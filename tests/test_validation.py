@@ -1,7 +1,9 @@
 """Held-out losses during training: what is written, which weights are kept, when it ends, also where it was killed."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples
 from hotlora.tasks.split import held_out
 from hotlora.tasks.tokens import tokenize
+from hotlora.training.validation import Validation
 
 TOKENIZER = byte_tokenizer()
 SHORT = {
@@ -82,6 +85,27 @@ def test_the_best_weights_are_kept(model_folder, data, tmp_path):
     assert record["training"]["best_step"] == best and record["training"]["test_loss"] == losses[best]
     assert held_out_loss(tmp_path / "run", data) == pytest.approx(losses[best], rel=1e-6)
     assert [path.name for path in (tmp_path / "run").glob("best-*")] == [f"best-{best}.safetensors"]
+
+
+def test_the_best_weights_of_the_checkpoint_before_stay(tmp_path, monkeypatch):
+    """A kill before the new checkpoint is marked complete: on a GPU the steps since may come out otherwise."""
+    model = torch.nn.Linear(2, 2)
+    state = SimpleNamespace(global_step=0, max_steps=99)
+    losses = iter([3.0, 2.0, 1.0, 5.0, 6.0])
+    held = Validation(lambda: next(losses), every=1, folder=tmp_path, keep_best=True)
+    arguments = SimpleNamespace(output_dir=str(tmp_path / "checkpoints"))
+    # step -> the checkpoints that are there when it is saved (two stay), and the files that are needed then
+    saves = {1: ((1,), {1}), 2: ((1, 2), {1, 2}), 4: ((2, 4), {2, 3}), 5: ((4, 5), {3})}
+    for step in range(1, 6):
+        state.global_step = step
+        held.on_step_end(arguments, state, None, model=model)
+        if step in saves:
+            there, needed = saves[step]
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+            for saved in there:
+                (tmp_path / "checkpoints" / f"checkpoint-{saved}").mkdir(parents=True)
+            held.on_save(arguments, state, None)
+            assert {path.name for path in tmp_path.glob("best-*")} == {f"best-{n}.safetensors" for n in needed}
 
 
 def test_it_ends_where_the_loss_gets_no_better(model_folder, data, tmp_path):

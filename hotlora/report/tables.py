@@ -37,6 +37,7 @@ class Section:
     profile: RoutingProfile | None = None
     plan: ExpertPlan | None = None
     plans: dict[Path, ExpertPlan] = field(default_factory=dict)
+    profiles: dict[Path, RoutingProfile] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -144,8 +145,8 @@ def table_rows(section: Section, task: str) -> list[Row]:
             cells["accuracy"] = f"{loss:.4f}"
         if found := against_all(section, folder, task):
             cells["difference"] = _signed(found[1].difference, 4) if section.by_loss else _points(found[1])
-        if section.profile is not None and folder in section.plans:
-            cells["covered"] = f"{covered(section.profile, section.plans[folder]):.1%}"
+        if (profile := section.profiles.get(folder)) is not None and folder in section.plans:
+            cells["covered"] = f"{covered(profile, section.plans[folder]):.1%}"
         if trained:
             percent = parameters.get("percent")
             share = 100 * trained / max(1, parameters["total"]) if percent is None else percent
@@ -296,6 +297,7 @@ def _results(section: Section, folder: Path, task: str) -> list[dict[str, Any]] 
 def _read_routing(section: Section) -> None:
     """Reads each run's plan, and the profile and plan to draw: the first hot run's, else any run's."""
     runs = sorted(section.records.items(), key=lambda item: item[1]["condition"] != "hot")  # stable
+    loaded: dict[Path, RoutingProfile] = {}
     for folder, record in runs:
         for kind in ("profile", "plan"):
             if not record.get(kind):
@@ -307,13 +309,19 @@ def _read_routing(section: Section) -> None:
             try:
                 if kind == "plan":
                     section.plans[folder] = ExpertPlan.load(path)
-                elif section.profile is None:
-                    section.profile = RoutingProfile.load(path)
+                else:
+                    place = path.resolve()
+                    loaded[place] = section.profiles[folder] = loaded.get(place) or RoutingProfile.load(path)
+                    section.profile = section.profile or section.profiles[folder]
             except HotLoraError as error:
                 section.note(f"{record['name']}: its {kind} is left out: {error}")
         if section.plan is None and record["condition"] == "hot":
             section.plan = section.plans.get(folder)
+    # A run that was given a plan has no profile of its own: the one that the plan was made of, if it is here.
+    by_hash = {profile.hash: profile for profile in loaded.values()}
     for folder, plan in list(section.plans.items()):
+        if folder not in section.profiles and plan.profile_hash in by_hash:
+            section.profiles[folder] = by_hash[plan.profile_hash]
         if section.profile is not None and plan.num_experts != section.profile.num_experts:
             section.note(
                 f"{folder}: its plan is left out: it is for {plan.num_experts} experts a layer, but the profile of "

@@ -218,7 +218,9 @@ def _scoring(
     options: RunOptions, given: Mapping[str, Any], folder: Path, kept: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of `score_base` or `score_adapter`, such that it scores what `run_training` would."""
-    data = test_source(options.data, options.test_data)
+    data, split = test_source(options.data, options.test_data), {}
+    if data is None and options.test_split is not None:
+        data, split = options.data, {"split": options.test_split, "limit": options.limit}
     if data is None:
         raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
     scored = EvalOptions(
@@ -229,7 +231,7 @@ def _scoring(
     sampling = {name: given[name] for name in SAMPLING if name in given}
     return {
         "options": scored, "data": data, "output": folder, "kept": kept, "max_length": options.max_length,
-        "sampling": sampling,
+        "sampling": sampling, "held_out_of": split,
     }  # fmt: skip
 
 

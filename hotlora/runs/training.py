@@ -35,7 +35,7 @@ from ..base.processes import (
     wait_for_all,
 )
 from ..base.quiet import quiet
-from ..base.records import Record, new_record, write_record
+from ..base.records import Record, new_record, read_record, write_record
 from ..evaluate.score import Evaluation, evaluate_task, response_loss, summarize
 from ..hf.models import fingerprint, load_tokenizer, vocab_size
 from ..routing.plan import ExpertPlan
@@ -153,7 +153,7 @@ class _Run:
             "profile_hash": RoutingProfile.load(options.profile).hash if options.profile else None,
             "plan_hash": self.plan.hash if self.plan else None,
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
-            "mask_hash": SparseMask.load(options.mask).hash if options.mask is not None else None,
+            "mask_hash": None if options.mask is None else mask_hash(options.mask, output),
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in options.on_top_of],
             "train_on": trained_parts(options.train_on, (*self.examples, *self.test)),
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
@@ -323,6 +323,13 @@ def _profile_source(
         "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
         **template_source(tokenizer, examples),
     }  # fmt: skip
+
+
+def mask_hash(mask: str | Path, output: Path) -> str:
+    """Of its content; where the run in `output` was begun with the hash of this very file, as older ones were, that."""
+    found, file = SparseMask.load(mask).hash, sha256_file(file_in(mask, "mask.safetensors"))
+    begun = read_record(output)["config"] if (output / "run.json").is_file() else {}
+    return file if begun.get("mask_hash") == file else found
 
 
 def profile_sample(examples: Sequence[_T], fraction: float) -> list[_T]:
