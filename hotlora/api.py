@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields, replace
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -113,18 +113,21 @@ def train(
     from .tasks.rows import save_rows
     from .training.checkpoints import last_complete
 
-    with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
-        start(chosen.device)
+    @cache  # a method may have several trainings
+    def begin() -> None:
         if progress and is_main():
             last = last_complete(folder / "checkpoints")
-            resumed = f", resuming from {last.name}" if last and not _is_done(folder) else ""
-            _tell(f"training {chosen.model} on {given['data']} into {folder}{resumed}")
+            going_on = f", {'extending' if chosen.extend else 'resuming'} from {last.name}" if last else ""
+            _tell(f"training {chosen.model} on {given['data']} into {folder}{going_on}")
         if preflight:
             _check_memory(chosen, progress)
+
+    with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
+        start(chosen.device)
         for option, file in kept.items() if is_main() else ():
             save_rows({"data": data, "test_data": test_data}[option], file)
         wait_for_all()
-        run_method(chosen, folder, progress=progress)
+        run_method(chosen, folder, progress=progress, begin=begin)
         if is_main():
             write_card(folder)
     return Run(folder)
@@ -175,7 +178,9 @@ def profile(
     bars = nullcontext() if progress else without_bars()
     with _ctrl_c_as_ever(), bars, TemporaryDirectory() as temporary:
         start(chosen.device)
-        check_adapters(chosen.model, (), dtype=chosen.dtype, device=chosen.device)
+        check_adapters(
+            chosen.model, (), dtype=chosen.dtype, device=chosen.device, attn_implementation=chosen.attn_implementation
+        )
         tokenizer = load_tokenizer(chosen.model)
         source = named if named is not _ROWS else str(save_rows(data, Path(temporary) / "data.jsonl"))
         read = {"tokenizer": tokenizer, **chosen.reading()}
@@ -212,12 +217,6 @@ def _check_memory(options: RunOptions, progress: bool) -> None:
         _log.warning("%s", found)
     elif is_main() and progress:
         _tell(str(found))
-
-
-def _is_done(folder: Path) -> bool:
-    from .base.records import read_record
-
-    return (folder / "run.json").is_file() and read_record(folder)["status"] == "done"
 
 
 @contextmanager

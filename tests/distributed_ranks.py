@@ -104,7 +104,7 @@ def resume(output: Path) -> None:
         if state.global_step == steps < 6:
             control.should_save = control.should_training_stop = True
 
-    train._Recorder.on_step_end = stop_there
+    train.Recorder.on_step_end = stop_there
     try:
         whole_run(output, config={"max_steps": 6})
     finally:
@@ -153,7 +153,7 @@ def gone(output: Path) -> None:
         if os.environ["RANK"] == "1" and state.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train._Recorder.on_step_end = die
+    train.Recorder.on_step_end = die
     whole_run(output)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import itertools
 import os
 import re
@@ -162,7 +163,10 @@ def found(name: str) -> bool:
 def test_the_reference_has_every_public_name():
     listed = set(re.findall(r"^::: ([\w.]+)", (DOCS / "api.md").read_text("utf-8"), re.M))
     public = [getattr(hotlora, name) for name in hotlora.__all__ if name != "__version__"]
-    assert [thing for thing in public if f"{thing.__module__}.{thing.__qualname__}" not in listed
+    for module in filter(inspect.ismodule, public):
+        public += [getattr(module, name) for name in module.__all__]
+    things = [thing for thing in public if not inspect.ismodule(thing)]
+    assert [thing for thing in things if f"{thing.__module__}.{thing.__qualname__}" not in listed
             and thing.__module__ not in listed] == []  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -249,7 +250,8 @@ def test_a_saved_data_set(tmp_path: Path):
 
 def test_a_hub_id_with_a_split_and_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`datasets` takes a folder of that name for the Hub's data set: its own reading of splits and parts."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache" / "owner___name").mkdir(parents=True)  # or it would be asked for whether the Hub can be reached
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     for split, number in (("train", 5), ("test", 2)):

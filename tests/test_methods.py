@@ -108,3 +108,16 @@ def test_what_is_given_comes_first():
 def test_errors(options, message):
     with pytest.raises(HotLoraError, match=message):
         resolved(**options)
+
+
+def test_the_gate_is_trained_by_every_method():
+    """ESFT alone trains nothing beside the experts; placed on the gate it does."""
+    for method in METHODS:
+        options = resolve(method, placement="gate", model="m", data="d")
+        assert options.full or (options.train_router, options.train_attention, options.train_shared) == (
+            True,
+            False,
+            False,
+        )
+    assert not resolve("esft", placement="gate", model="m", data="d", train_router=False).train_router
+    assert not resolve("esft", model="m", data="d").train_router

@@ -92,11 +92,19 @@ def test_own_rows_are_scored(rows: str, run: Path, tmp_path: Path):
     assert base["evaluation"]["my-rows"]["loss"] > found["loss"]
 
 
+def scored(folder: Path) -> tuple[float, dict]:
+    config = read_record(folder)["config"]
+    return read_record(folder)["evaluation"]["my-rows"]["loss"], config
+
+
 def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run: Path, tmp_path: Path):
-    for name, words in (("tuned", ["--adapter", str(run)]), ("base", ["--model", "nano"])):
+    both = ["--model", "nano", "--adapter", str(run)]
+    for name, words in (("tuned", ["--adapter", str(run)]), ("base", ["--model", "nano"]), ("both", both)):
         done = CliRunner().invoke(app, ["evaluate", "--data", rows, *words, "-o", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         assert "perplexity" in done.output and "token accuracy" in done.output
+    (tuned, _), (other, _) = (scored(tmp_path / name) for name in ("tuned", "both"))
+    assert tuned == other
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "tuned"), str(tmp_path / "base")])
     assert done.exit_code == 0 and "my-rows" in done.output
 

@@ -471,3 +471,24 @@ def test_human_units():
     assert [human_seconds(x) for x in (None, 0.25, 42.4, 93.1, 7260)] == [
         "–", "0.2 s", "42 s", "1 min 33 s", "2 h 1 min"
     ]  # fmt: skip
+
+
+def test_what_a_run_covers_does_not_go_by_its_neighbours(tmp_path):
+    """Each by the profile that it was planned from: two seeds' differ."""
+    shares = {}
+    for n, name in enumerate(("hot", "all")):
+        counts = torch.tensor([[40, 30, 20, 10], [10, 20, 30, 40]]) + 5 * n
+        profile = RoutingProfile((0, 1), counts, counts.double(), int(counts[0].sum()), 1, {"fingerprint": "x"})
+        folder = tmp_path / name
+        profile.save(folder / "profile.safetensors")
+        plan = select_experts(profile, rule="hot", experts_per_layer=1)
+        plan.save(folder / "plan.json")
+        sections = {"profile": {"path": "profile.safetensors"}, "plan": {"path": "plan.json", "rule": "hot"}}
+        record = new_record(name=name, condition=name, model={"name": "m", "fingerprint": "x"}, data={"name": "d"})
+        write_record(folder, {**record, **sections, "status": "done"})
+        alone = find_records(folder)
+        (section,) = read_sections(alone)
+        shares[name] = table_rows(section, "d")[0].cells["covered"]
+    (section,) = read_sections(find_records(tmp_path))
+    assert {row.name: row.cells["covered"] for row in table_rows(section, "d")} == shares
+    assert shares["hot"] == "40.0%" != shares["all"]

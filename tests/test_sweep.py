@@ -17,7 +17,7 @@ from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
-from hotlora.base.records import find_records
+from hotlora.base.records import find_records, read_record
 from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.report.comparison import compare_runs
 from hotlora.report.tables import read_sections, table_rows
@@ -299,3 +299,30 @@ def test_without_a_task_the_held_out_loss_is_the_score(model_folder: Path, tmp_p
     (section,) = (some for some in read_sections(find_records(tmp_path / "out")) if some.data == str(rows))
     shown = {row.name: row.cells["accuracy"] for row in table_rows(section, section.data)}
     assert shown["base"] == f"{losses['base']:.4f}" and shown["all"] == f"{losses['all']:.4f}"
+
+
+def test_rows_that_are_held_out_are_scored_on_the_model_as_it_is(model_folder: Path, tmp_path: Path):
+    rows = [{"prompt": f"is {i} a number?", "completion": " yes it is"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "max_steps": 2,
+        "batch_size": 4,
+        "r": 2,
+        "max_length": 64,
+        "test_split": 0.3,
+        "limit": 20,
+        "test_limit": 3,
+    }
+    sweep = Sweep(
+        "s", str(model_folder), str(tmp_path / "rows.jsonl"), [Condition("base", train=False), Condition("hot")],
+        options=options,
+    )  # fmt: skip
+    for job in sweep_jobs(sweep, tmp_path / "out"):
+        job.function(**job.arguments)
+    base, hot = (read_record(tmp_path / "out" / name) for name in ("base", "hot/seed0"))
+    assert (
+        base["config"]["test_hash"] == hot["config"]["test_hash"] and base["data"]["test"] == hot["data"]["test"] == 3
+    )
+    assert base["training"]["test_loss"] == pytest.approx(hot["training"]["test_loss_before"], rel=1e-5)
+    compared = compare_runs(tmp_path / "out", "hot")
+    assert [row.condition for row in compared.tables[0].rows] == ["base", "hot"]

@@ -1,7 +1,9 @@
 """Held-out losses during training: what is written, which weights are kept, when it ends, also where it was killed."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples
 from hotlora.tasks.split import held_out
 from hotlora.tasks.tokens import tokenize
+from hotlora.training.validation import Validation
 
 TOKENIZER = byte_tokenizer()
 SHORT = {
@@ -84,6 +87,27 @@ def test_the_best_weights_are_kept(model_folder, data, tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("best-*")] == [f"best-{best}.safetensors"]
 
 
+def test_the_best_weights_of_the_checkpoint_before_stay(tmp_path, monkeypatch):
+    """A kill before the new checkpoint is marked complete: on a GPU the steps since may come out otherwise."""
+    model = torch.nn.Linear(2, 2)
+    state = SimpleNamespace(global_step=0, max_steps=99)
+    losses = iter([3.0, 2.0, 1.0, 5.0, 6.0])
+    held = Validation(lambda: next(losses), every=1, folder=tmp_path, keep_best=True)
+    arguments = SimpleNamespace(output_dir=str(tmp_path / "checkpoints"))
+    # step -> the checkpoints that are there when it is saved (two stay), and the files that are needed then
+    saves = {1: ((1,), {1}), 2: ((1, 2), {1, 2}), 4: ((2, 4), {2, 3}), 5: ((4, 5), {3})}
+    for step in range(1, 6):
+        state.global_step = step
+        held.on_step_end(arguments, state, None, model=model)
+        if step in saves:
+            there, needed = saves[step]
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+            for saved in there:
+                (tmp_path / "checkpoints" / f"checkpoint-{saved}").mkdir(parents=True)
+            held.on_save(arguments, state, None)
+            assert {path.name for path in tmp_path.glob("best-*")} == {f"best-{n}.safetensors" for n in needed}
+
+
 def test_it_ends_where_the_loss_gets_no_better(model_folder, data, tmp_path):
     options = {**SHORT, "max_steps": 40, "learning_rate": 2e-2, "early_stopping_patience": 2}
     record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options)
@@ -133,6 +157,17 @@ def test_a_killed_run_ends_as_a_calm_one(model_folder, data, tmp_path, monkeypat
         ({"test_split": 0.1, "data": "nano-math"}, DataError, "holds out rows of its own"),
         ({"test_split": 1e-9}, DataError, "leaves none held out"),
         ({"optim": "adam_of_mine"}, HotLoraError, "optim = 'adam_of_mine' does not exist"),
+        ({"lr_scheduler": "linear", "lr_scheduler_kwargs": "0.1"}, HotLoraError, "is no JSON object"),
+        (
+            {"lr_scheduler": "linear", "lr_scheduler_kwargs": '{"power": 2}'},
+            HotLoraError,
+            "can make .*power",
+        ),
+        ({"lr_scheduler_kwargs": '{"power": 2}'}, HotLoraError, "constant_with_warmup has no options"),
+        ({"lr_scheduler": "constant", "warmup_steps": 2}, HotLoraError, "the schedule constant has no warm-up"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, HotLoraError, "none that transformers can make .*min_lr"),
+        ({"save_total_limit": 1}, HotLoraError, "save_total_limit = 1 is out of range: it must be 2 or more"),
+        ({"warmup_steps": -1}, HotLoraError, "warmup_steps = -1 is out of range"),
         ({"eval_steps": 2, "load_best": True, "reprofile_every": 2}, HotLoraError, "leave load_best out"),
     ],
 )
@@ -175,6 +210,16 @@ def test_other_optimizers_noise_and_attention(model_folder, data, tmp_path):
     assert (found["sgd"] - found["plain"]).abs().max() > 1e-4
     assert 0 < (found["noise"] - found["plain"]).abs().max()
     torch.testing.assert_close(found["eager"], found["plain"], rtol=0, atol=2e-2)
+
+
+def test_schedules_under_transformers_names(model_folder, data, tmp_path):
+    short = {**SHORT, "eval_steps": None, "max_steps": 6, "learning_rate": 1e-3, "save_steps": 1}
+    options = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.5}', "warmup_steps": 2}
+    run = tmp_path / "run"
+    run_training(model_folder, data[0], run, **{**short, **options, "save_total_limit": 4})
+    rates = [row["learning_rate"] for row in metrics(run)]
+    assert rates[:3] == [0, 5e-4, 1e-3] and 5e-4 < rates[-1] < rates[2]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"checkpoint-{n}" for n in (3, 4, 5, 6)]
 
 
 def test_a_warm_up_profiles_what_it_was_trained_on(model_folder, data, tmp_path):

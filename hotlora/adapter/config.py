@@ -31,6 +31,12 @@ A_HASH = "a_sha256"
 """Key of `adapter_config.json`: SHA-256 of a frozen A, which is in no file. Older adapters have none."""
 # In `repr`: what comes first, and what is the same for all or worked out.
 _NOT_TOLD = ("plan", "r", "lora_alpha", "target_modules", "task_type", "peft_type", "peft_version")
+_NEEDS_HOTLORA = (
+    "of this adapter (this adapter needs hotlora: pip install hotlora, then hotlora.load, or import hotlora.adapter "
+    "before PEFT loads it; hotlora export --format peft makes one that does without)"
+)
+"""In place of `target_modules` in a saved config, where hotlora finds them anew. PEFT without hotlora looks for such
+modules, finds none, and says so with these words."""
 _SWITCHES = ("train_attention", "train_router", "train_shared")
 
 # LoraConfig's options that the layers below do not implement, with the value that leaves each one off.
@@ -165,11 +171,18 @@ class HotLoraConfig(LoraConfig):
         that loading knows them again."""
         super().save_pretrained(save_directory, **kwargs)
         weights, file = (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
-        hashes = {WEIGHTS_HASH: sha256_file(weights)} if weights.is_file() else {}
+        more = {WEIGHTS_HASH: sha256_file(weights)} if weights.is_file() else {}
         if self._a_hash is not None:
-            hashes[A_HASH] = self._a_hash
-        if hashes:
-            write_json(file, {**read_json(file), **hashes})
+            more[A_HASH] = self._a_hash
+        if self._is_ours():
+            more["target_modules"] = _NEEDS_HOTLORA
+        if more:
+            write_json(file, {**read_json(file), **more})
+
+    def _is_ours(self) -> bool:
+        """Whether PEFT alone could not load it, or would load something else: it draws an A that is not in the file."""
+        paths = () if self.target_modules is None else self.target_modules
+        return not self.train_a or any(self._layer_class(path) is not None for path in paths)
 
     def check_a(self, factors: Iterable[SeededFactor]) -> None:
         """Notes which frozen A a model has. FileError: the adapter was saved with another one."""

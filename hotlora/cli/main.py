@@ -25,7 +25,7 @@ from .options import AsJson, err, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
 from .talk import chat, generate
-from .train import print_evaluation, train
+from .train import print_evaluation, push, train
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -171,6 +171,9 @@ def evaluate(
     from ..evaluate.generate import Sampling
     from ..runs.evaluation import run_evaluation, run_generations, run_harness
 
+    if generations is None and "adapter" in given:
+        model, given["adapter"] = _tuned(given["adapter"], model)
+        given = {name: value for name, value in given.items() if value is not None}
     if harness is not None or tasks is not None:
         if harness != "lm-eval" or not tasks or data or not model or generations:
             raise HotLoraError("Give --harness lm-eval with --tasks and --model (and an adapter), and no --data.")
@@ -181,8 +184,6 @@ def evaluate(
         record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)
         _show_evaluation(record, output, as_json)
         return
-    if model is None and generations is None and "adapter" in given:
-        model, given["adapter"] = _noted(given["adapter"], None)
     if data is None or num_fewshot is not None or include_path is not None:
         raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
     sampling = Sampling(samples, temperature, top_p, seed)
@@ -211,6 +212,7 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
             out.print(f"experts were stored in {bits} bits{kept} (--quantize)", highlight=False)
 
 
+app.command()(push)
 app.command()(generate)
 app.command()(chat)
 
@@ -282,6 +284,15 @@ def _noted(path: Path, model: str | None) -> tuple[str, Path]:
     if found.adapter is None:
         raise FileError(f"{path} is not an adapter: give the folder that save_pretrained or a training wrote it to.")
     return found.model, found.adapter
+
+
+def _tuned(path: Path, model: str | None) -> tuple[str, Path | None]:
+    """The same; of a run of full fine-tuning its model, and no adapter."""
+    from ..runs.load import find
+
+    if (path / "run.json").is_file() and (path / "model").is_dir():
+        return find(path, model).model, None
+    return _noted(path, model)
 
 
 def _tell_of_quantization(adapter: Path) -> None:
@@ -358,6 +369,9 @@ app.command()(bench)
 
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
+    if not sys.stderr.isatty():  # other libraries' bars would fill a log
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     try:
         with on_stop(stop):
             app()

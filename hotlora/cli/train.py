@@ -52,6 +52,28 @@ def train(
     run = api.train(output=output, method=method, preset=preset, placement=placement, preflight=preflight, **given)
     if is_main():
         print_run(run.record, run.folder)
+        if (name := given.get("push_to_hub")) is not None:
+            push(run.folder, name, given.get("hub_private_repo", RunOptions.hub_private_repo))
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="A run's folder, a saved adapter, an export or a merged model.")],
+    name: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Of a repository that is made now; one that is there stays so.")
+    ] = True,
+) -> None:
+    """Push what was trained to the Hub: weights, config, model card and tokenizer, and nothing else of the run.
+
+    Log in before: `hf auth login`, or HF_TOKEN in the environment.
+    """
+    from ..hf.hub import push as push_folder
+    from ..report.card import write_card
+
+    if (run / "run.json").is_file():
+        write_card(run)
+    address = push_folder(run, name, private=private)
+    out.print(f"pushed: {address}{' (private)' if private else ''}", highlight=False, soft_wrap=True)
 
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:

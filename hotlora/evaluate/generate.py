@@ -192,7 +192,10 @@ def track(items: Iterable, description: str, progress: bool, total: int | None =
     from rich.console import Console
     from rich.progress import track as bar
 
-    return bar(items, description, total=total, transient=True, console=Console(stderr=True)) if progress else items
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        return items
+    return bar(items, description, total=total, transient=True, console=console)
 
 
 def check_batches(examples: Sequence[Example], batch_size: int) -> None:

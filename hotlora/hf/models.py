@@ -5,6 +5,7 @@ The only file that knows transformers' names. An experts module is one that tran
 found by the few names that all families share, and by the shapes of what they hold.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import nn
@@ -32,6 +34,7 @@ from transformers import (
 from ..base.errors import FileError, HotLoraError, ModelError
 from ..base.precision import in_float32, say_once
 from ..base.processes import own_device
+from .connection import unreachable
 from .experts_view import ExpertsView, is_experts
 
 NANO = "nano"
@@ -48,6 +51,7 @@ _NOT_ATTENTION = re.compile(r"indexer|compressor")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _SKIP_TOKENS = ("zaya",)
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def load_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if is_left_to_us:
             say_once(in_float32(own_dtype(config)))
-        _built(config)  # before gigabytes of weights are read
+        _built(config, attn_implementation)  # before gigabytes of weights are read
         model = auto_class(config).from_pretrained(
             source,
             config=config,
@@ -257,11 +261,11 @@ def checked_dtype(dtype: str | torch.dtype) -> None:
         raise ModelError(f"dtype {str(dtype)!r} does not exist: give auto, float32, bfloat16 or float16.")
 
 
-def structure(name_or_path: str | Path) -> PreTrainedModel:
+def structure(name_or_path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:
     """The model's modules and shapes on the meta device, from its config alone. ModelError: as `load_model`."""
     config = load_config(name_or_path)
     try:
-        return _built(config)
+        return _built(config, attn_implementation)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
 
@@ -355,6 +359,10 @@ def model_source(name_or_path: str | Path) -> str:
             f"{text!r} is not a folder. Give the folder that holds the model's config.json, OWNER/NAME on the Hub, or "
             f"{NANO!r}."
         )
+    if not isinstance(huggingface_hub.try_to_load_from_cache(text, "config.json"), str) and (away := unreachable()):
+        raise ModelError(
+            f"{text!r} is no folder here, and the Hub cannot be reached ({away}): check the path, or the network."
+        )
     return text
 
 
@@ -372,8 +380,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     )
 
 
-def _built(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's modules and shapes, without weights. ModelError: it has no MoE layers that are supported."""
+def _built(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model's modules and shapes, without weights. ModelError: it has no MoE layers that are supported, or not this
+    attention."""
     auto = auto_class(config)
     try:
         with torch.device("meta"):
@@ -383,6 +392,15 @@ def _built(config: PreTrainedConfig) -> PreTrainedModel:
             f"transformers cannot build a {config.model_type} model from this config: {_first_line(error)}"
         ) from error
     moe_layers(model)
+    if attn_implementation is not None:
+        try:
+            with torch.device("meta"):
+                auto.from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
+        except Exception as error:  # of every kind: each has checks of its own
+            raise ModelError(
+                f"attn_implementation = {attn_implementation!r} cannot be used with this {config.model_type} model "
+                f"({_first_line(error)}): leave it out, or give one of {', '.join(_ATTENTIONS)}."
+            ) from error
     return model
 
 

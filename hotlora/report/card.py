@@ -64,7 +64,9 @@ def card_text(record: Record, kind: str, has_picture: bool = False) -> str:
     config = config | ({"rule": record["plan"]["rule"]} if record.get("plan", {}).get("rule") else {})
     rows += [(key, config[key]) for key in shown if key != "epochs" or config.get("max_steps") is None]
     best = training.get("best_step") if config.get("load_best") else None
-    rows += [("weights after step", best), ("steps", training.get("steps")), ("tokens read", training.get("tokens"))]
+    extended = ", ".join(str(part["step"]) for part in training.get("extended") or ()) or None
+    rows += [("weights after step", best), ("steps", training.get("steps")), ("extended after step", extended)]
+    rows += [("tokens read", training.get("tokens"))]
     blocks += [_table(("option", "value"), rows), "## Made with"]
     environment = record.get("environment", {})
     rows = [

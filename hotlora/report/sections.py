@@ -33,7 +33,7 @@ class Section:
 
     Attributes:
         profile, plan: what pictures show; `plan_of` and `profile_of` are the folders of the runs that have them.
-        plans: of each run.
+        plans, profiles: of each run.
         notes: what was left out, in words.
     """
 
@@ -45,6 +45,7 @@ class Section:
     plan: ExpertPlan | None = None
     plan_of: Path | None = None
     plans: dict[Path, ExpertPlan] = field(default_factory=dict)
+    profiles: dict[Path, RoutingProfile] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -167,6 +168,7 @@ def _read_routing(section: Section) -> None:
     runs = sorted(  # stable
         section.records.items(), key=lambda item: (item[1]["condition"] != "hot", item[1]["condition"] == "all")
     )
+    loaded: dict[Path, RoutingProfile] = {}
     for folder, record in runs:
         for kind in ("profile", "plan"):
             if not record.get(kind):
@@ -178,11 +180,18 @@ def _read_routing(section: Section) -> None:
             try:
                 if kind == "plan":
                     section.plans[folder] = ExpertPlan.load(path)
-                elif section.profile is None:
-                    section.profile, section.profile_of = RoutingProfile.load(path), folder
+                    continue
+                place = path.resolve()
+                loaded[place] = section.profiles[folder] = loaded.get(place) or RoutingProfile.load(path)
+                if section.profile is None:
+                    section.profile, section.profile_of = section.profiles[folder], folder
             except HotLoraError as error:
                 section.note(f"{record['name']}: its {kind} is left out: {error}")
+    # A run that was given a plan has no profile of its own: the one that the plan was made of, if it is here.
+    by_hash = {profile.hash: profile for profile in loaded.values()}
     for folder, plan in list(section.plans.items()):
+        if folder not in section.profiles and plan.profile_hash in by_hash:
+            section.profiles[folder] = by_hash[plan.profile_hash]
         if section.profile is not None and plan.num_experts != section.profile.num_experts:
             section.note(
                 f"{folder}: its plan is left out: it is for {plan.num_experts} experts a layer, but the profile of "

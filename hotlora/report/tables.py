@@ -138,8 +138,8 @@ def table_rows(section: Section, task: str, folders: Sequence[Path] | None = Non
             cells["held_out"] = f"{loss:.4f}"
         if found := against_all(section, folder, task, chosen):
             cells["difference"] = _signed(found[1].difference, 4) if section.by_loss else _points(found[1])
-        if section.profile is not None and folder in section.plans:
-            cells["covered"] = f"{covered(section.profile, section.plans[folder]):.1%}"
+        if (profile := section.profiles.get(folder)) is not None and folder in section.plans:
+            cells["covered"] = f"{covered(profile, section.plans[folder]):.1%}"
         if trained:
             percent = parameters.get("percent")
             share = 100 * trained / max(1, parameters["total"]) if percent is None else percent

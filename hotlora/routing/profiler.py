@@ -30,6 +30,7 @@ def profile_routing(
     progress: bool = False,
     source: Mapping[str, Any] | None = None,
     share_out: bool = False,
+    total: int | None = None,
 ) -> RoutingProfile:
     """Counts, without gradients, where a model's router sends the tokens of `batches` (MoE-Sieve s4, step 1).
 
@@ -39,14 +40,15 @@ def profile_routing(
 
     batches: dicts with input_ids [B, S], attention_mask [B, S] (1 token, 0 padding; absent = all ones) and
     position_ids [B, S] (absent = transformers' own). Where a row's positions begin again, packed texts are kept apart.
-    progress: show a bar on stderr. source: what to remember of data and model, in plain JSON values.
+    progress: show a bar on stderr. total: the number of batches, for its time left, where they have no length.
+    source: what to remember of data and model, in plain JSON values.
     share_out: for several processes (torchrun), all of which call this with the same batches: each runs its share of
     them, and gets the profile of all, which is the profile that one process makes, bit for bit.
 
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
     device, packed texts that the family does not keep apart, or gate weights that are not finite.
     """
-    return _profile(model, batches, progress, source, per_example=False, share_out=share_out)[0]
+    return _profile(model, batches, progress, source, per_example=False, share_out=share_out, total=total)[0]
 
 
 def profile_examples(
@@ -66,7 +68,7 @@ def profile_examples(
 
 def _profile(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: bool, source: Mapping[str, Any] | None,
-    *, per_example: bool, share_out: bool = False,
+    *, per_example: bool, share_out: bool = False, total: int | None = None,
 ) -> tuple[RoutingProfile, Tensor]:  # fmt: skip
     """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
     layers = models.moe_layers(model)
@@ -83,8 +85,8 @@ def _profile(
             experts = model.get_submodule(layer.experts)
             handle = experts.register_forward_pre_hook(counter.hook, with_kwargs=True)
             stack.callback(handle.remove)
-        if progress:
-            batches = track(batches, description="Profiling", console=Console(stderr=True))
+        if progress and (console := Console(stderr=True)).is_terminal:
+            batches = track(batches, description="profiling", total=total, transient=True, console=console)
         turns = processes.shared_out(batches) if share_out else ((batch, True) for batch in batches)
         for index, (batch, is_mine) in enumerate(turns):
             input_ids, mask, position_ids = _checked(batch, index)

@@ -13,11 +13,12 @@ from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
 from ..base.processes import sharding, uses_deepspeed
 from ..hf.forward import check_aux_loss
+from ..hf.hub import check_push
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
+from ..training.named import check_optim, check_report_to, schedule_options
 from ..training.reprofile import LEFT
-from ..training.trainer import check_optim, check_report_to
 from .options import RunOptions
 
 
@@ -31,8 +32,11 @@ def check_run(options: RunOptions) -> None:
     layers. PlanError: a rule, budget, plan or profile that does not fit the model.
     """
     check_sizes(eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every)
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
     check_report_to(options.report_to)
     check_optim(options.optim)
+    schedule_options(options)
     checked_device(options.device)
     checked_dtype(options.dtype)
     experts_in(options.quantize)
@@ -44,7 +48,7 @@ def check_run(options: RunOptions) -> None:
             "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
-    there = structure(options.model)
+    there = structure(options.model, options.attn_implementation)
     check_aux_loss(there.config, options.aux_loss_coef)
     if options.full:
         return
@@ -65,12 +69,15 @@ def check_sizes(**sizes: int | None) -> None:
             raise HotLoraError(f"{name} = {size} is out of range: it must be 1 or more.")
 
 
-def check_adapters(model: str, adapters: Sequence[str | Path], **options: str) -> None:
-    """Raises where saved adapters do not fit the model, or `options`, its device and dtype, do not exist."""
-    checked_device(options.get("device", "auto"))
-    checked_dtype(options.get("dtype", "auto"))
+def check_adapters(
+    model: str, adapters: Sequence[str | Path], *, device: str = "auto", dtype: str = "auto",
+    attn_implementation: str | None = None,
+) -> None:  # fmt: skip
+    """Raises where saved adapters do not fit the model, or its device, dtype or attention do not exist."""
+    checked_device(device)
+    checked_dtype(dtype)
     configs = [saved_config(adapter) for adapter in adapters]
-    there = structure(model)
+    there = structure(model, attn_implementation)
     for adapter, config in zip(adapters, configs, strict=True):
         try:
             config.bind(there)

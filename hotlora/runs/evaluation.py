@@ -22,6 +22,7 @@ from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_so
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, trained_parts
 from ..tasks.own import own_task
+from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
@@ -101,11 +102,15 @@ def run_evaluation(
     return record, evaluation
 
 
-def run_held_out(options: EvalOptions, data: str, output: str | Path, *, max_length: int = 512) -> Record:
+def run_held_out(
+    options: EvalOptions, data: str, output: str | Path, *, max_length: int = 512, split: float | None = None,
+    limit: int | None = None,
+) -> Record:  # fmt: skip
     """The held-out loss of a model, or of a model with a saved adapter, on data that names no task: what stands for a
     score there. In the record it is where a training has its own, `training` / `test_loss`.
 
-    max_length: tokens at which an example is cut.
+    max_length: tokens at which an example is cut. split, limit: of training data, the rows that
+    `test_split` and `limit` of a training hold out.
 
     Raises:
         HotLoraError: `output` holds other work, or options that do not go together.
@@ -113,7 +118,11 @@ def run_held_out(options: EvalOptions, data: str, output: str | Path, *, max_len
     check_sizes(max_length=max_length)
     scored = _Scored(options)
     tokenizer = load_tokenizer(options.model)
-    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
+    if split is None:
+        test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
+    else:
+        examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, **options.reading())
+        test = drawn(held_out(examples, split)[1], options.limit)
     identity = {
         "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,
         **scored.identity(), "keep_hot": scored.keep, "eval_batch_size": options.batch_size,
@@ -228,7 +237,8 @@ class _Scored:
         self._check_engine(engine, task)
         check_sizes(batch_size=options.batch_size)
         adapters = (*self.on_top_of, *([options.adapter] if options.adapter else []))
-        check_adapters(options.model, adapters, dtype=options.dtype, device=options.device)
+        names = ("dtype", "device", "attn_implementation")
+        check_adapters(options.model, adapters, **{name: getattr(options, name) for name in names})
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for an evaluation to go on, beside its data."""

@@ -21,6 +21,8 @@ from ..base.records import Record, read_record, write_record
 from ..evaluate.score import Evaluation
 from ..hf.models import load_config, load_model
 from ..training import checkpoints
+from ..training.config import TrainConfig
+from ..training.extend import check_extension, ends_elsewhere
 from ..training.identity import FREE_OPTIONS, check_same, same_run
 
 _log = logging.getLogger(__name__)
@@ -102,12 +104,17 @@ def _located(entry: Entry, needed_by: str | Path) -> Path:
     return path
 
 
-def finished(output: Path, options: dict[str, Any], results: Path | None = None) -> Record | None:
+def finished(
+    output: Path, options: dict[str, Any], results: Path | None = None, *, longer: TrainConfig | None = None
+) -> Record | None:
     """The record in `output` if it is done with the same options; an error if other work would be lost.
 
     Args:
         results: a file of results that this work goes on from; without a record, nothing says what they are of.
+        longer: the options of a training that is to go on past the end that the one in `output` has (`--extend`).
     """
+    if longer is not None and not (output / "run.json").is_file():
+        raise HotLoraError(f"{output} holds no run to extend: leave --extend out, or give the run's folder (--output).")
     if not (output / "run.json").is_file():
         if results is not None:
             results.unlink(missing_ok=True)
@@ -118,7 +125,13 @@ def finished(output: Path, options: dict[str, Any], results: Path | None = None)
     if done or begun or checkpoints.last_complete(output / "checkpoints"):
         # The size of a batch can change the last bits, so the rest of an evaluation is made in the same batches.
         free = (*FREE_OPTIONS, "eval_batch_size") if done else FREE_OPTIONS
-        check_same(same_run(record["config"], free), same_run(options, free), output)
+        old, new = same_run(record["config"], free), same_run(options, free)
+        check_same(old, new, output, extend=longer is not None)
+        if longer is not None and ends_elsewhere(old, new):
+            check_extension(output, longer)
+            return None
+    elif longer is not None:
+        check_extension(output, longer)
     if done:
         _log.info("%s is done already", output)
     return record if done else None

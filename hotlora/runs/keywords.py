@@ -13,17 +13,23 @@ class TrainKeywords(TypedDict, total=False):
 
     epochs: float
     max_steps: int | None
+    extend: bool
     batch_size: int
     gradient_accumulation_steps: int
     learning_rate: float
     lr_scheduler: str
+    lr_scheduler_kwargs: str | None
     warmup_ratio: float
+    warmup_steps: int | None
     weight_decay: float
+    adam_beta1: float
     adam_beta2: float
+    adam_epsilon: float
     max_grad_norm: float
     max_length: int
     packing: bool
     save_steps: int
+    save_total_limit: int
     eval_steps: int | None
     load_best: bool
     early_stopping_patience: int | None
@@ -66,6 +72,8 @@ class TrainKeywords(TypedDict, total=False):
     test_limit: int | None
     evaluate: bool
     eval_batch_size: int
+    push_to_hub: str | None
+    hub_private_repo: bool
     profile: str | Path | None
     profile_fraction: float
     plan: str | Path | None

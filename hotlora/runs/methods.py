@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "full": {},
-    "gate": {"train_attention": False, "train_shared": False},
+    "gate": {"train_attention": False, "train_router": True, "train_shared": False},
     "pure": _EXPERTS_ONLY,
 }
 """What is adapted beside the planned experts: what the method has; the router alone; nothing (HELLoRA s4.5.2)."""

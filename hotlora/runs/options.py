@@ -94,6 +94,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     condition: str | None = option("The record's name for it (default: the rule).", None, cli=False, resume=None)
     full: bool = option("Train all of the model's weights, in float32 unless dtype says otherwise.", False, cli=False)
 
+    push_to_hub: str | None = option(
+        "Push the trained adapter to the Hub when the run has ended, as NAME or OWNER/NAME.", None, resume=None
+    )
+    hub_private_repo: bool = option("Whether a repository that is made for it is private.", True, resume=None)
+
     profile: str | Path | None = option("Use this profile; none is made.", None, panel=_EXPERTS, resume=None)
     profile_fraction: float = option(
         "Share of the training data to profile the router on.", PROFILE_FRACTION, panel=_EXPERTS
@@ -170,7 +175,7 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
 class EvalOptions(LoadOptions, DataOptions):
     """What is scored: a model, or a model with a saved adapter."""
 
-    adapter: str | Path | None = option("A saved adapter; none: the model as it is.", None)
+    adapter: str | Path | None = option("A run's folder, or a saved adapter; none: the model as it is.", None)
     merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
     limit: int | None = option("Use at most so many examples, the same ones every time.", None)
     batch_size: int = option("Prompts that are answered at a time.", 64)

@@ -3,6 +3,7 @@
 Each stage is a run of its own in a folder inside, so a stage that is done is not done again.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,17 @@ from .options import BUDGETS, PROFILE_FRACTION, RunOptions
 from .training import profile_data, profile_sample, run_training
 
 
-def run_method(options: RunOptions, output: str | Path, *, progress: bool = False) -> Record:
+def run_method(
+    options: RunOptions, output: str | Path, *, progress: bool = False, begin: Callable[[], None] = lambda: None
+) -> Record:
     """`training.run_training`, with the stages that come before it in some methods.
 
     With `warmup` "lora", LoRA on all experts is trained for an epoch of a tenth of the data, and that model is profiled
     in place of the base (HELLoRA s4.1): `output`/warmup gets the run, and `run.json` how far the hot experts moved.
     With `keep` and no `mask` (LoRI-S), a dense run in `output`/dense comes first, and its mask becomes
     `output`/mask.safetensors.
+
+    begin: as `run_training` takes it, for each of the trainings.
 
     Raises:
         HotLoraError: as `run_training`.
@@ -42,10 +47,10 @@ def run_method(options: RunOptions, output: str | Path, *, progress: bool = Fals
     check_run(options)
     warmed = None
     if options.warmup == "lora":
-        profile, warmed = _warm_up(options, output / "warmup", progress)
+        profile, warmed = _warm_up(options, output / "warmup", progress, begin)
         options = replace(options, profile=profile, warmup="none")
     if options.keep is not None and options.mask is None:
-        mask = _drawn(options, output, progress)
+        mask = _drawn(options, output, progress, begin)
         without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "profile"))
         options = replace(
             options, **without, mask=mask, plan=output / "dense" / "plan.json",
@@ -53,7 +58,7 @@ def run_method(options: RunOptions, output: str | Path, *, progress: bool = Fals
         )  # fmt: skip
         if options.fresh_a:
             options = replace(options, a_seed=SparseMask.load(mask).a_seed + 1)
-    record = run_training(options, output, progress=progress)
+    record = run_training(options, output, progress=progress, begin=begin)
     if warmed is not None and "warmup" not in record:
         record["warmup"] = warmed
         if is_main():
@@ -61,12 +66,14 @@ def run_method(options: RunOptions, output: str | Path, *, progress: bool = Fals
     return record
 
 
-def _drawn(options: RunOptions, output: Path, progress: bool) -> Path:
+def _drawn(options: RunOptions, output: Path, progress: bool, begin: Callable[[], None]) -> Path:
     """Trains B in whole, and keeps the mask of its largest entries."""
     assert options.keep is not None
-    dense = replace(_dense(options), condition="dense", evaluate=False)
-    record = run_training(dense, output / "dense", progress=progress)
     file = output / "mask.safetensors"
+    if options.extend and file.is_file():  # of the dense run, which stays as it is
+        return file
+    dense = replace(_dense(options), condition="dense", evaluate=False)
+    record = run_training(dense, output / "dense", progress=progress, begin=begin)
     source = {"plan_hash": record["plan"]["hash"], "data_hash": record["data"]["hash"], "seed": options.seed}
     if file.is_file():
         found = SparseMask.load(file)
@@ -89,7 +96,9 @@ def _dense(options: RunOptions) -> RunOptions:
     return replace(options, train_a=False, learning_rate=rate)
 
 
-def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, dict[str, Any]]:
+def _warm_up(
+    options: RunOptions, output: Path, progress: bool, begin: Callable[[], None]
+) -> tuple[Path, dict[str, Any]]:
     """(the profile of the warmed-up model, what changed against the base's)."""
     file, before = output / "warm-profile.safetensors", output / "profile.safetensors"
     model, data = options.model, options.data
@@ -100,12 +109,12 @@ def _warm_up(options: RunOptions, output: Path, progress: bool) -> tuple[Path, d
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
         options, **without,
-        warmup="none", rule="all", signal="count", epochs=1, limit=number, profile_fraction=1.0,
+        warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=number, profile_fraction=1.0,
         train_a=True, use_dora=False, train_full_experts=False,
         eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip
-    run_training(warming, output, progress=progress)
+    run_training(warming, output, progress=progress, begin=begin)
     some = load_examples(data, "train", limit=number, now=data_time(output), **read)
     some = some if options.test_split is None else held_out(some, options.test_split)[0]
     if not file.is_file():

@@ -37,7 +37,7 @@ _DEFAULT = TrainConfig()
 _FIELDS = dataclasses.asdict(_DEFAULT)
 _OPTIONS = {
     *inspect.signature(resolve).parameters, *(field.name for field in dataclasses.fields(RunOptions)), *SAMPLING
-} - {"given", "seed"}  # fmt: skip
+} - {"given", "seed", "push_to_hub", "hub_private_repo"}  # fmt: skip
 # What a profile depends on, besides the training examples.
 _PROFILE = ("model", "data", "limit", "profile_fraction", "dtype", "device", "quantize", "max_length")
 
@@ -218,7 +218,9 @@ def _scoring(
     options: RunOptions, given: Mapping[str, Any], folder: Path, kept: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of `score_base` or `score_adapter`, such that it scores what `run_training` would."""
-    data = test_source(options.data, options.test_data)
+    data, split = test_source(options.data, options.test_data), {}
+    if data is None and options.test_split is not None:
+        data, split = options.data, {"split": options.test_split, "limit": options.limit}
     if data is None:
         raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
     scored = EvalOptions(
@@ -229,7 +231,7 @@ def _scoring(
     sampling = {name: given[name] for name in SAMPLING if name in given}
     return {
         "options": scored, "data": data, "output": folder, "kept": kept, "max_length": options.max_length,
-        "sampling": sampling,
+        "sampling": sampling, "held_out_of": split,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..adapter.quantize import experts_in
@@ -45,10 +46,13 @@ def score_adapter(
     return _mark(_scored(options, output, **arguments), output, {**kept, "seed": seed})
 
 
-def _scored(options: EvalOptions, output: Path, *, data: str, max_length: int, sampling: Mapping[str, Any]) -> Record:
+def _scored(
+    options: EvalOptions, output: Path, *, data: str, max_length: int, sampling: Mapping[str, Any],
+    held_out_of: Mapping[str, Any] = MappingProxyType({}),
+) -> Record:  # fmt: skip
     """Of the task; where the data names none, the held-out loss."""
     if task_of(data) is None:
-        return run_held_out(options, data, output, max_length=max_length)
+        return run_held_out(options, data, output, max_length=max_length, **held_out_of)
     return run_evaluation(options, data, output, sampling=Sampling(**sampling))[0]
 
 

@@ -35,7 +35,7 @@ from ..base.processes import (
     wait_for_all,
 )
 from ..base.quiet import quiet
-from ..base.records import Record, new_record, write_record
+from ..base.records import Record, new_record, read_record, write_record
 from ..evaluate.score import Evaluation, evaluate_task, response_loss, summarize
 from ..hf.models import fingerprint, load_tokenizer, vocab_size
 from ..routing.plan import ExpertPlan
@@ -80,15 +80,20 @@ def profile_data(
     source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
     check_alike({"data_hash": source["data_hash"], "fingerprint": source["fingerprint"]})
     some = batches(dataset, tokenizer, batch_size)
-    return profile_routing(model, some, progress=progress, source=source, share_out=True)
+    total = -(-len(dataset) // batch_size)
+    return profile_routing(model, some, progress=progress, source=source, share_out=True, total=total)
 
 
-def run_training(options: RunOptions, output: str | Path, *, progress: bool = False) -> Record:
+def run_training(
+    options: RunOptions, output: str | Path, *, progress: bool = False, begin: Callable[[], None] = lambda: None
+) -> Record:
     """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
 
     `output` gets profile.safetensors (unless `options.profile` names one to share), plan.json, checkpoints/,
     metrics.jsonl, adapter/ (or model/, by full fine-tuning), results-TASK.jsonl and run.json. The options of what comes
     before a training in some methods (`warmup`, `keep`, …) are `stages.run_method`'s.
+
+    begin: called before the model is loaded, when options and data have been found right and there is work to do.
 
     Several processes that torchrun or `accelerate launch` started call this with the same arguments and do it
     together; `processes.sharding` has how the model is spread over them.
@@ -105,10 +110,13 @@ def run_training(options: RunOptions, output: str | Path, *, progress: bool = Fa
     output, progress = Path(output), progress and is_main()
     check_run(options)
     run = _Run(options, output, progress)
-    if (done := finished(output, run.identity)) is not None:
+    if (done := finished(output, run.identity, longer=options if options.extend else None)) is not None:
         return done
     wait_for_all()  # until each has seen what was there
     run.tokenize()
+    begin()
+    if progress:
+        print(f"data: {told(run.examples, run.dataset, options.train_on)}", file=sys.stderr)
     with recorded(run.record, output):
         run.train()
     return run.record
@@ -145,7 +153,7 @@ class _Run:
             "profile_hash": RoutingProfile.load(options.profile).hash if options.profile else None,
             "plan_hash": self.plan.hash if self.plan else None,
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
-            "mask_hash": SparseMask.load(options.mask).hash if options.mask is not None else None,
+            "mask_hash": None if options.mask is None else mask_hash(options.mask, output),
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in options.on_top_of],
             "train_on": trained_parts(options.train_on, (*self.examples, *self.test)),
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
@@ -165,8 +173,6 @@ class _Run:
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
         self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size)
-        if self.progress:
-            print(f"data: {told(self.examples, self.dataset, self.options.train_on)}", file=sys.stderr)
         # Requests to refuse have no answer that a loss could be taken of.
         some = any(example.completion for example in self.test)
         self.held = tokenize(self.test, self.tokenizer, length, vocab_size=size) if some else None
@@ -317,6 +323,13 @@ def _profile_source(
         "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
         **template_source(tokenizer, examples),
     }  # fmt: skip
+
+
+def mask_hash(mask: str | Path, output: Path) -> str:
+    """Of its content; where the run in `output` was begun with the hash of this very file, as older ones were, that."""
+    found, file = SparseMask.load(mask).hash, sha256_file(file_in(mask, "mask.safetensors"))
+    begun = read_record(output)["config"] if (output / "run.json").is_file() else {}
+    return file if begun.get("mask_hash") == file else found
 
 
 def profile_sample(examples: Sequence[_T], fraction: float) -> list[_T]:

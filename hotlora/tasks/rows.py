@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..base.errors import DataError
 from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file
+from ..hf.connection import unreachable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 _SPLITS = {
@@ -210,12 +211,19 @@ def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
     name: `owner/name`, with a configuration, a split, or both behind it, and a part of the split in brackets:
         `owner/name:config:split[:1000]`. What stands there comes before `split` and `config`.
     """
+    import datasets
     from datasets import load_dataset
 
     found = _HUB_ID.fullmatch(name)
     if found is None:
         raise DataError(f"{name!r} is no Hub id: give it as owner/name, owner/name:split or owner/name:config:split.")
     name, first, second, part = found[1], found[2], found[3], found[4] or ""
+    is_cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
+    if not is_cached and (away := unreachable()):
+        raise DataError(
+            f"{name!r} is no file or folder here, and the Hub cannot be reached ({away}): check the path, or the "
+            "network."
+        )
     ways = [(config, split)]
     if second:
         ways = [(first, second)]

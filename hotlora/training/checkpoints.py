@@ -82,6 +82,11 @@ def remove_incomplete(folder: Path, last: Path | None = None) -> None:
             shutil.rmtree(path)
 
 
+def steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints in `folder`, whole or not, ascending."""
+    return [step for step, _ in _checkpoints(folder)]
+
+
 def step_of(checkpoint: Path | None) -> int:
     """The optimizer step that a checkpoint was taken after; 0 for None."""
     found = _NAME.fullmatch(checkpoint.name) if checkpoint else None

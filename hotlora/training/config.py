@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from ..base.errors import HotLoraError
 from ..base.options import Options, option
 
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+SCHEDULERS = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+    "inverse_sqrt", "warmup_stable_decay",
+)  # fmt: skip
 _TRAINING, _ADAPTER = "Training", "Adapter"
 
 
@@ -19,20 +22,36 @@ class TrainConfig(Options):
     speaks.
     """
 
-    epochs: float = option("Passes over the training data, where --max-steps is not given.", 3, panel=_TRAINING)
+    epochs: float = option(
+        "Passes over the training data, where --max-steps is not given.", 3, panel=_TRAINING,
+        flags=("--epochs", "--num-train-epochs"),
+    )  # fmt: skip
     max_steps: int | None = option("Optimizer steps, in place of --epochs.", None, panel=_TRAINING)
-    batch_size: int = option("Sequences of a batch, on each device.", 16, panel=_TRAINING)
+    extend: bool = option(
+        "Train the run in --output on, to the --epochs or --max-steps given now.", False, panel=_TRAINING, resume=None,
+        flags=("--extend",),
+    )  # fmt: skip
+    batch_size: int = option(
+        "Sequences of a batch, on each device.", 16, panel=_TRAINING,
+        flags=("--batch-size", "--per-device-train-batch-size"),
+    )  # fmt: skip
     gradient_accumulation_steps: int = option("Batches added up for one optimizer step.", 1, panel=_TRAINING)
     learning_rate: float = option("Peak rate of AdamW.", 4e-4, panel=_TRAINING)
     lr_scheduler: str = option(
-        "constant, constant_with_warmup, linear or cosine (the last two fall to 0).",
+        "constant, constant_with_warmup, linear or cosine (these two fall to 0), or another of transformers'.",
         "constant_with_warmup", panel=_TRAINING, flags=("--lr-scheduler", "--lr-scheduler-type"),
     )  # fmt: skip
+    lr_scheduler_kwargs: str | None = option(
+        "More of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' with cosine_with_min_lr.", None, panel=_TRAINING
+    )
     warmup_ratio: float = option(
         "Share of the steps over which the rate rises from 0; not used by constant.", 0.03, panel=_TRAINING
     )
+    warmup_steps: int | None = option("Steps of that rise, in place of --warmup-ratio.", None, panel=_TRAINING)
     weight_decay: float = option("AdamW's decoupled decay.", 0.0, panel=_TRAINING)
+    adam_beta1: float = option("Decay of AdamW's first moment.", 0.9, panel=_TRAINING)
     adam_beta2: float = option("Decay of AdamW's second moment (ESFT: 0.95).", 0.999, panel=_TRAINING)
+    adam_epsilon: float = option("What AdamW adds to the root of the second moment.", 1e-8, panel=_TRAINING)
     max_grad_norm: float = option("Gradients are scaled down to this norm; 0 leaves them.", 1.0, panel=_TRAINING)
     max_length: int = option("Tokens of an example; longer ones are cut from the right.", 512, panel=_TRAINING)
     packing: bool = option(
@@ -41,13 +60,15 @@ class TrainConfig(Options):
     save_steps: int = option(
         "Optimizer steps between checkpoints; the last step always has one.", 100, panel=_TRAINING, resume="free"
     )
+    save_total_limit: int = option("Checkpoints that stay, the newest.", 2, panel=_TRAINING, resume="free")
     eval_steps: int | None = option(
         "Optimizer steps between held-out losses, which need --test-data, --test-split or a task's own.", None,
         panel=_TRAINING,
     )  # fmt: skip
     load_best: bool = option(
-        "End with the weights of the lowest held-out loss, in place of the last ones.", False, panel=_TRAINING
-    )
+        "End with the weights of the lowest held-out loss, in place of the last ones.", False, panel=_TRAINING,
+        flags=("--load-best/--no-load-best", "--load-best-model-at-end"),
+    )  # fmt: skip
     early_stopping_patience: int | None = option(
         "End after so many held-out losses in a row that are no lower than the best.", None, panel=_TRAINING
     )
@@ -85,8 +106,9 @@ class TrainConfig(Options):
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )
     report_to: str = option(
-        "Where the metrics also go: wandb, trackio, tensorboard, …", "none", panel=_TRAINING, resume="free"
-    )
+        "Where the metrics also go: wandb, trackio, … by their own settings; tensorboard: the run's logs/.", "none",
+        panel=_TRAINING, resume="free",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,16 +118,29 @@ class TrainConfig(Options):
         if_given = ("max_steps", "eval_steps", "early_stopping_patience", "neftune_noise_alpha")
         for name in (*positive, *(name for name in if_given if getattr(self, name) is not None)):
             self._check(name, 0 < getattr(self, name) < math.inf, "more than 0")
-        for name in ("weight_decay", "max_grad_norm", "aux_loss_coef"):
-            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        for name in ("weight_decay", "max_grad_norm", "aux_loss_coef", "adam_epsilon", "warmup_steps"):
+            self._check(name, 0 <= (getattr(self, name) or 0) < math.inf, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32")  # numpy's generator takes no other
         self._check("max_length", self.max_length >= 2, "2 or more")
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
-        self._check("adam_beta2", 0 < self.adam_beta2 < 1, "in (0, 1)")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._check(name, 0 < getattr(self, name) < 1, "in (0, 1)")
+        # While one is being written, the one before must be whole.
+        self._check("save_total_limit", self.save_total_limit >= 2, "2 or more")
         self._check("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         if self.eval_steps is None and (self.load_best or self.early_stopping_patience is not None):
             raise HotLoraError("load_best and early_stopping_patience go by held-out losses: give eval_steps, too.")
+        # transformers would drop both without a word.
+        if self.lr_scheduler.startswith("constant") and self.lr_scheduler_kwargs is not None:
+            raise HotLoraError(f"the schedule {self.lr_scheduler} has no options: leave lr_scheduler_kwargs out.")
+        if self.lr_scheduler == "constant" and self.warmup_steps is not None:
+            raise HotLoraError("the schedule constant has no warm-up: leave warmup_steps out, or constant_with_warmup.")
         self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}")
+
+    @property
+    def warmup_length(self) -> float:
+        """As transformers' `warmup_steps` takes it: steps, or below 1 a share of them."""
+        return self.warmup_ratio if self.warmup_steps is None else self.warmup_steps
 
     def _check(self, name: str, good: bool, allowed: str) -> None:
         if not good:

@@ -31,18 +31,25 @@ _HASHES = {
 }  # fmt: skip
 """hash -> (what it is of, the option that changes it wherever it differs itself)"""
 _IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice
+LENGTH = ("epochs", "max_steps", "early_stopping_patience")
+"""Options that say where a training ends."""
 _BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same."""
+def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path, *, extend: bool = False) -> None:
+    """Raises HotLoraError, naming each option that differs, unless `folder` holds a run with the same.
+
+    extend: the length may be another.
+    """
     new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
     # A run that was begun before there was an option had its default.
     old = {field.name: field.default for field in fields(TrainConfig) if field.name in new} | dict(old)
-    if found := differences(old, new):
+    beside = differences(*({n: v for n, v in options.items() if n not in LENGTH} for options in (old, new)))
+    if found := beside if extend else differences(old, new):
+        or_longer = "" if beside else ", or --extend to train this one on"
         raise HotLoraError(
             f"{folder} holds another run: {', '.join(found)} (now against then). Give the same options to go on with "
-            "it, another folder (--output) to start a new run, or delete the folder."
+            f"it, another folder (--output) to start a new run{or_longer}, or delete the folder."
         )
 
 

@@ -1,23 +1,20 @@
 """Fine-tuning through TRL's trainer: loss on the response only, in a run that may be killed any moment."""
 
 import functools
-import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, SchedulerType, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import DataError, FileError, HotLoraError, Stopped
-from ..base.files import append_to, read_json, write_json
+from ..base.files import read_json, write_json
 from ..base.lock import locked
 from ..base.precision import say_if_slow
 from ..base.processes import (
@@ -31,15 +28,16 @@ from ..base.processes import (
 )
 from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
-from ..base.signals import on_stop
+from ..base.signals import on_stop, say
 from ..hf.forward import TEXTS, check_aux_loss_of, check_packing, logits_at
-from ..hf.internals import internal
 from ..tasks.tokens import IGNORE
-from . import checkpoints, guard
+from . import checkpoints, extend, guard
 from .as_loaded import LoadedConfigs
 from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
+from .named import check_report_to, logs_in, schedule_options
+from .progress import Recorder, shown
 from .validation import Validation
 
 _log = logging.getLogger(__name__)
@@ -61,6 +59,8 @@ class TrainResult:
         metrics: the JSON lines file with step, loss, learning_rate, grad_norm, tokens, epoch and seconds, and eval_loss
             where it was taken.
         best_step, best_eval_loss: of the lowest held-out loss, where there were any.
+        extended: `step` and `max_steps` of each time that the run was given another length: the step after which that
+            was, and the steps that it had until then.
     """
 
     steps: int
@@ -74,6 +74,7 @@ class TrainResult:
     metrics: Path
     best_step: int | None = None
     best_eval_loss: float | None = None
+    extended: list[dict[str, int]] = field(default_factory=list)
 
 
 def train(
@@ -145,20 +146,26 @@ def _train(
     resolved = {**config.recorded(), **(identity or {}), "examples": len(dataset)}
     resolved["processes"] = num_processes()
     checkpoint = checkpoints.last_whole(folder)
+    extended: list[dict[str, int]] = []
     if checkpoint is not None:
-        check_same(same_run(read_json(output / "train.json")), same_run(resolved), output)
+        old = read_json(output / "train.json")
+        extended = old.pop("extended", [])
+        check_same(same_run(old), same_run(resolved), output, extend=config.extend)
+        if extend.ends_elsewhere(old, resolved):
+            extend.check_extension(output, config)
+            extended = [*extended, extend.entry(checkpoint)]
         _log.info("going on from %s", checkpoint)
     start = checkpoints.step_of(checkpoint)
     rows = checkpoints.read_metrics(metrics, start)
     wait_for_all()  # until each has read what was there
     if is_main():
         checkpoints.remove_incomplete(folder, checkpoint)
-        write_json(output / "train.json", resolved)
+        write_json(output / "train.json", {**resolved, "extended": extended} if extended else resolved)
         checkpoints.write_metrics(metrics, rows)
     wait_for_all()
 
     reset_peak_memory()
-    recorder = _Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
+    recorder = Recorder(metrics, seconds_before=rows[-1]["seconds"] if rows else 0.0)
     stopping = guard.StopOnSignal()
     validation = None
     if held_out_loss is not None and config.eval_steps is not None:
@@ -167,11 +174,11 @@ def _train(
             patience=config.early_stopping_patience,
         )  # fmt: skip
         callbacks = [*callbacks, validation]
-    ours: list[TrainerCallback] = [recorder, stopping, *([_ProgressBar()] if progress else [])]
+    ours: list[TrainerCallback] = [recorder, stopping, *([shown()] if progress else [])]
     configs = LoadedConfigs(model)
     try:
         trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
-        trainer.configs, trainer.validation = configs, validation
+        trainer.configs, trainer.validation, trainer.extended = configs, validation, extended
         _run(trainer, checkpoint, stopping, callbacks)
         if validation is not None:
             validation.restore(model)
@@ -194,6 +201,7 @@ def _train(
         peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
         best_step=validation.best_step if validation else None,
         best_eval_loss=validation.found[validation.best_step] if validation and validation.best_step else None,
+        extended=extended,
     )  # fmt: skip
 
 
@@ -216,7 +224,12 @@ def _run(
     folder, start = Path(str(trainer.args.output_dir)), checkpoints.step_of(checkpoint)
     with quiet(), on_stop(stopping.ask), checkpoints.told_when_full(folder):
         ended = trainer.validation is not None and trainer.validation.is_over
-        if checkpoint and (ended or start >= read_json(checkpoint / "trainer_state.json")["max_steps"]):
+        if trainer.extended:
+            trainer.args.warmup_steps = trainer.args.get_warmup_steps(trainer.extended[0]["max_steps"])
+        goes_on = bool(trainer.extended) and trainer.extended[-1]["step"] == start
+        if checkpoint and not goes_on:
+            ended = ended or start >= read_json(checkpoint / "trainer_state.json")["max_steps"]
+        if checkpoint and ended:
             # Killed after the last step. transformers would train one step more.
             trainer._load_from_checkpoint(str(checkpoint), trainer.model)
             trainer.state.global_step = start
@@ -249,9 +262,12 @@ def make_trainer(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup_ratio if config.lr_scheduler != "constant" else 0,
+        lr_scheduler_kwargs=schedule_options(config),
+        warmup_steps=config.warmup_length if config.lr_scheduler != "constant" else 0,
         weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
         neftune_noise_alpha=config.neftune_noise_alpha,
@@ -273,16 +289,16 @@ def make_trainer(
         include_num_input_tokens_seen="all" if config.packing else "non_padding",
         save_strategy="steps",
         save_steps=config.save_steps,
-        # Two: while one is being written, the one before must be whole.
-        save_total_limit=2,
+        save_total_limit=config.save_total_limit,
         report_to=config.report_to,
+        run_name=folder.parent.name or None,
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
     check_report_to(config.report_to)
-    with quiet():
+    with quiet(), logs_in(folder.parent / "logs", config.report_to):
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
             args=arguments,
@@ -300,37 +316,6 @@ def make_trainer(
     return trainer
 
 
-def check_optim(name: str) -> None:
-    """HotLoraError: transformers has no such optimizer, or its package is not installed."""
-    names = internal("transformers.training_args:OptimizerNames")
-    known = sorted(optimizer.value for optimizer in names)
-    if name not in known:
-        raise HotLoraError(f"optim = {name!r} does not exist: choose one of {', '.join(known)}.")
-    # Not an SFTConfig: making one sets up the devices.
-    defaults = {f.name: None if f.default is MISSING else f.default for f in fields(SFTConfig)}
-    arguments: Any = SimpleNamespace(**defaults | {"optim": names(name)})
-    try:
-        with quiet():
-            SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
-    except Exception as error:  # each has its own
-        reason = " ".join(str(error).split())
-        raise HotLoraError(f"optim = {name!r} cannot be used here ({reason}): leave it out.") from error
-
-
-def check_report_to(name: str) -> None:
-    """HotLoraError: no such tracker, or its package is not installed."""
-    if name == "none":
-        return
-    known = sorted(internal("transformers.integrations:INTEGRATION_TO_CALLBACK"))
-    if name not in ("all", *known):
-        raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
-    available = internal("transformers.integrations:get_available_reporting_integrations")
-    if name in known and name not in (*available(), "flyte"):
-        raise HotLoraError(
-            f"report_to = {name!r} needs a package that is not installed: install {name}, or leave it out."
-        )
-
-
 class _Trainer(SFTTrainer):
     """TRL's, which writes a card into every checkpoint and reports usage to its makers; this one does not. It ends at a
     step whose loss or gradients are no finite numbers, before that step is saved."""
@@ -339,6 +324,7 @@ class _Trainer(SFTTrainer):
     batches: list[Any]
     configs: LoadedConfigs | None = None
     validation: Validation | None = None
+    extended: Sequence[dict[str, int]] = ()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         own = map(self._own_rows, epoch_iterator)
@@ -405,6 +391,14 @@ class _Trainer(SFTTrainer):
             _know_numbered_cpus()
         with self._read_from(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if self.extended and hasattr(self.lr_scheduler, "lr_lambdas"):  # DeepSpeed has a schedule of its own
+            before, now = extend.follow_schedule(self.optimizer, self.lr_scheduler)
+            if self.extended[-1]["step"] == self.state.global_step and before != now:
+                kind = SchedulerType(self.args.lr_scheduler_type).value
+                say(
+                    f"from step {self.state.global_step} on the learning rate is that of a {kind} schedule of "
+                    f"{self.state.max_steps} steps: {now:.3g}, where it was {before:.3g}"
+                )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with self._read_from(checkpoint):
@@ -475,60 +469,3 @@ class _KeepRouting(TrainerCallback):
         chosen = getattr(args, f"{_CHECKPOINTING}_kwargs") or {}
         if not chosen.get("use_reentrant"):  # as DeepSpeed's stage 3 wants it
             getattr(model, f"{_CHECKPOINTING}_enable")({**chosen, **checkpoint_kwargs()})
-
-
-class _Recorder(TrainerCallback):
-    """Appends each step to the metrics file, and marks a checkpoint once it is whole."""
-
-    def __init__(self, path: Path, seconds_before: float) -> None:
-        self.path, self.seconds_before, self.started = path, seconds_before, 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs or not state.is_world_process_zero:
-            return
-        row = {
-            "step": state.global_step,
-            **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")},
-        }
-        row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
-        if "eval_loss" in logs:
-            row["eval_loss"] = logs["eval_loss"]
-        row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
-        with append_to(self.path) as file:
-            file.write(json.dumps(row) + "\n")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wait_for_all()  # each writes the state of its random numbers
-        if state.is_world_process_zero:
-            checkpoints.mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-class _ProgressBar(TrainerCallback):
-    """Steps, loss and time left, in the terminal."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[held_out]}"),
-            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-            disable=not state.is_world_process_zero,
-        )  # fmt: skip
-        self.task = self.bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, loss="-", held_out=""
-        )
-        self.bar.start()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
-            if "eval_loss" in logs:
-                self.bar.update(self.task, held_out=f"held-out {logs['eval_loss']:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()

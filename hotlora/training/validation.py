@@ -1,5 +1,6 @@
 """The held-out loss during training: in the metrics, for the best adapter, and to stop where it gets no better."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..base.errors import FileError
 from ..base.files import atomic_path
 from ..base.processes import is_main, wait_for_all
 from ..base.signals import say
+from . import checkpoints
 
 _NAME = re.compile(r"best-(\d+)\.safetensors")
 
@@ -44,7 +46,11 @@ class Validation(TrainerCallback):
     @property
     def best_step(self) -> int | None:
         """The first step of the lowest loss; None before there is one."""
-        return min(self.found, key=lambda step: (self.found[step], step), default=None)
+        return self._best()
+
+    def _best(self, until: float = math.inf) -> int | None:
+        steps = [step for step in self.found if step <= until]
+        return min(steps, key=lambda step: (self.found[step], step), default=None)
 
     @property
     def is_over(self) -> bool:
@@ -66,10 +72,12 @@ class Validation(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that is resumed from this checkpoint needs the best weights until here, and no others."""
+        """A run that is resumed needs the best weights until the checkpoint that it resumes from: one is as good as
+        lost while it is not marked complete, or damaged, and then it is the one before."""
         if is_main():
+            needed = {self._file(self._best(step)) for step in (*checkpoints.steps(Path(args.output_dir)), math.inf)}
             for file in self.folder.glob("best-*.safetensors"):
-                if _NAME.fullmatch(file.name) and file != self._file(self.best_step):
+                if _NAME.fullmatch(file.name) and file not in needed:
                     file.unlink()
 
     def restore(self, model: nn.Module) -> None:

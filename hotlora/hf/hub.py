@@ -1,0 +1,115 @@
+"""Pushing what was trained to the Hub, through huggingface_hub."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..base.errors import FileError, HotLoraError
+from ..base.files import read_json
+
+_CONFIGS = ("adapter_config.json", "config.json")
+
+
+def check_push(name: str) -> None:
+    """HotLoraError where `push` would be refused: a name that cannot be, no token or one that only reads, somebody
+    else's namespace, no way to the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise HotLoraError(
+            f"{name!r} cannot name a repository on the Hub: give NAME or OWNER/NAME, of letters, digits, - _ and ."
+        ) from error
+    token = get_token()
+    if token is None:
+        raise HotLoraError(f"to push to {name}, there is no token: hf auth login, or HF_TOKEN in the environment.")
+    try:
+        user = _user(token, huggingface_hub.constants.ENDPOINT)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise HotLoraError(f"to push to {name}: the Hub does not know the token; make a new one.") from error
+        raise _no_hub(name, error) from error
+    except Exception as error:  # of the connection, or of the offline mode
+        raise _no_hub(name, error) from error
+    owner, _, alone = name.rpartition("/")
+    mine, others = user["name"], [org["name"] for org in user.get("orgs", ())]
+    if owner and owner not in (mine, *others):
+        of = f"an organisation of yours ({', '.join(others)})" if others else "an organisation of yours"
+        raise HotLoraError(f"{owner} is neither you ({mine}) nor {of}: give {mine}/{alone}.")
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise HotLoraError(f"to push to {name}: the token only reads; make one that writes.")
+
+
+def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> str:
+    """Pushes an adapter's or a model's folder, or that of a run, as one commit; returns the repository's address.
+
+    Nothing of the run beside it is pushed, and paths of this machine in its config are left out.
+
+    Args:
+        name: NAME or OWNER/NAME; a repository that is there is added to.
+        private: of a repository that is made now.
+
+    Raises:
+        HotLoraError: as `check_push`; the Hub refuses. FileError: nothing to push is there.
+    """
+    folder = _trained(Path(path).expanduser())
+    check_push(name)
+    operations = [
+        CommitOperationAdd(file.relative_to(folder).as_posix(), _shared(file) or file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    api = HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
+    try:
+        repo = api.create_repo(name, private=private, exist_ok=True)
+        api.create_commit(repo.repo_id, operations, commit_message="Trained with hotlora")
+    except Exception as error:  # of the connection, or of what the Hub allows
+        raise HotLoraError(
+            f"{folder} could not be pushed to {name} ({_reason(error)}). It is whole here; try again with: "
+            f"hotlora push {path} {name}"
+        ) from error
+    return str(repo)
+
+
+def _trained(path: Path) -> Path:
+    for folder in (path, path / "adapter", path / "model"):
+        if any((folder / name).is_file() for name in _CONFIGS):
+            return folder
+    raise FileError(f"{path} holds no adapter or model to push: give a run's folder that has ended, or an adapter's.")
+
+
+def _shared(file: Path) -> bytes | None:
+    """An adapter's config without where things lie on this machine; None of other files."""
+    if file.name != _CONFIGS[0]:
+        return None
+    config = read_json(file)
+    base = config.get("base_model_name_or_path")
+    if base and Path(base).expanduser().exists():
+        config["base_model_name_or_path"] = Path(base).expanduser().resolve().name
+    for entry in config.get("on_top_of") or ():
+        entry["path"] = None
+    return json.dumps(config, indent=2).encode()
+
+
+@functools.cache
+def _user(token: str, endpoint: str) -> dict[str, Any]:
+    """Who the token is of: asked once, for the Hub answers few such questions."""
+    return HfApi(endpoint=endpoint).whoami(token)
+
+
+def _no_hub(name: str, error: Exception) -> HotLoraError:
+    return HotLoraError(
+        f"to push to {name}, the Hub cannot be asked ({_reason(error)}): leave --push-to-hub out, and push the run "
+        "later (hotlora push)."
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(getattr(error, "server_message", None) or error).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,123 @@
+"""Pushing to the Hub: huggingface_hub's own client against a small server on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub_server import READS, TOKEN, Hub, hub
+from runs import run_training
+from tiny import tiny_model
+from tiny_tokenizer import byte_tokenizer
+
+from hotlora.base.errors import HotLoraError
+from hotlora.hf.hub import check_push, push
+from hotlora.report.card import write_card
+
+WHAT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "experts.png"}
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with hub() as found:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", found.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol that is no small server
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("secret-project")
+    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    rows = [{"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, data = str(folder / "model"), str(folder / "rows.jsonl")
+    run_training(model, data, folder / "run", max_steps=1, r=2, max_length=64)
+    write_card(folder / "run")
+    return folder / "run"
+
+
+def test_a_run_is_pushed_as_one_commit_of_its_adapter_alone(there: Hub, run: Path):
+    config = (run / "adapter" / "adapter_config.json").read_bytes()
+    assert push(run, "lab/mine") == f"{there.url}/lab/mine"
+    assert there.repos == {"lab/mine": "private"} and there.commits == {"lab/mine": 1}
+    files = there.files["lab/mine"]
+    assert set(files) == WHAT | {"tokenizer.json", "tokenizer_config.json"}
+    for name in set(files) - {"adapter_config.json"}:
+        assert files[name] == (run / "adapter" / name).read_bytes()
+    # Where the base lies on this machine is nobody else's business.
+    assert not any(b"secret-project" in content or b"/tmp" in content for content in files.values())
+    pushed = json.loads(files["adapter_config.json"])
+    assert pushed == {**json.loads(config), "base_model_name_or_path": "model"}
+    assert (run / "adapter" / "adapter_config.json").read_bytes() == config
+
+
+def test_a_name_alone_is_the_users_and_an_old_repo_keeps_its_visibility(there: Hub, run: Path):
+    there.repos["ada/mine"], there.files["ada/mine"] = "public", {"old.txt": b"1"}
+    push(run / "adapter", "mine")
+    assert there.repos == {"ada/mine": "public"} and "old.txt" in there.files["ada/mine"]
+    push(run / "adapter", "other", private=False)
+    assert there.repos["ada/other"] == "public"
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "message"),
+    [
+        ("a/b/c", TOKEN, "'a/b/c' cannot name a repository on the Hub"),
+        ("my adapter", TOKEN, "cannot name a repository"),
+        ("stranger/mine", TOKEN, r"stranger is neither you \(ada\) nor an organisation of yours \(lab\)"),
+        ("ada/mine", READS, "the token only reads"),
+        ("ada/mine", "hf_wrong", "the Hub does not know the token"),
+        ("ada/mine", None, "there is no token: hf auth login, or HF_TOKEN"),
+    ],
+)
+def test_what_cannot_be_pushed_is_told_before_training(
+    there: Hub, run: Path, monkeypatch, tmp_path, name, token, message
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HotLoraError, match=message):
+        check_push(name)
+    monkeypatch.setattr("hotlora.runs.training.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(HotLoraError, match=message):
+        run_training("nano", "nano-math", tmp_path / "run", push_to_hub=name)
+    assert not (tmp_path / "run").exists() and not there.repos
+
+
+def test_a_hub_that_refuses_or_is_not_there(there: Hub, run: Path, monkeypatch):
+    there.is_full = True
+    with pytest.raises(HotLoraError, match=r"could not be pushed to lab/mine .*storage limit.*hotlora push .*run lab"):
+        push(run, "lab/mine")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(HotLoraError, match="the Hub cannot be asked"):
+        check_push("ada/mine")
+
+
+def test_what_is_no_adapter_is_not_pushed(there: Hub, tmp_path: Path):
+    with pytest.raises(HotLoraError, match="holds no adapter or model to push"):
+        push(tmp_path, "mine")
+    assert not there.repos
+
+
+def test_the_commands(there: Hub, run: Path, tmp_path: Path):
+    """In a process of its own, by HF_ENDPOINT: train with --push-to-hub, then push a run that has ended."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = {**given, "HF_ENDPOINT": there.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "COLUMNS": "200"}
+    environment["HF_HUB_DISABLE_XET"] = "1"
+    words = [sys.executable, "-m", "hotlora"]
+    options = ["--max-steps", "1", "--r", "2", "--max-length", "64", "-o", tmp_path / "run", "--push-to-hub", "lab/new"]
+    model, data = run.parent / "model", run.parent / "rows.jsonl"
+    command = [*words, "train", "-m", model, "-d", data, *options, "--no-hub-private-repo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {there.url}/lab/new" in done.stdout and there.repos["lab/new"] == "public"
+    done = subprocess.run([*words, "push", run, "mine"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {there.url}/ada/mine (private)" in done.stdout
+    assert {"README.md", "experts.png"} <= set(there.files["lab/new"]) == set(there.files["ada/mine"])
