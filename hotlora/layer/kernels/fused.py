@@ -16,25 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.experts_view import ExpertsView
-from . import gpu
-from .updates import LowRank, Update, compute_dtype
+from ...hf.experts_view import ExpertsView
+from ..updates import LowRank, Update, compute_dtype
+from .activation import Factors, Gate, activation
+from .activation_backward import activation_backward
+from .combine import combine
+from .gram import Side, gram
+from .product import Low, Order, Thin, product
+from .sort import counting_sort
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_RANK = 64
-_GATES: dict[Any, Any] = {}
+_GATES: dict[Any, Gate | None] = {}
 """by what an experts module's activation depends on"""
 
 
 def covers(view: ExpertsView, hidden_TD: Tensor, top_k_weights_TK: Tensor, updates: Sequence[Update]) -> bool:
-    """Whether `FusedExperts` computes this layer."""
-    if torch.compiler.is_compiling() or not gpu.use_fused(hidden_TD) or hidden_TD.shape[0] == 0 or len(updates) > 1:
+    """Whether `FusedExperts` can compute this layer."""
+    if hidden_TD.shape[0] == 0 or len(updates) > 1 or view.is_quantized or view.norm_after is not None:
         return False
-    if (
-        view.is_quantized
-        or view.norm_after is not None
-        or any(t is not None and t.requires_grad for t in view.tensors())
-    ):
+    if any(tensor is not None and tensor.requires_grad for tensor in view.tensors()):
         return False
     weight = view.down(view.tensors()[1])
     if weight.dtype not in _DTYPES or hidden_TD.shape[0] * top_k_weights_TK.shape[1] >= 2**31:
@@ -48,7 +49,7 @@ def _covers_update(update: Update, dtype: torch.dtype) -> bool:
     return compute_dtype(update) == dtype and update.A_down.shape[1] <= _LARGEST_RANK
 
 
-def gate_of(view: ExpertsView) -> Any:
+def gate_of(view: ExpertsView) -> Gate | None:
     """The `Gate` that computes what the experts' own activation does on a few values; None: none does.
 
     Found out by trying, since a family may have an activation of its own.
@@ -64,9 +65,7 @@ def gate_of(view: ExpertsView) -> Any:
     return _GATES[key]
 
 
-def _tried(view: ExpertsView) -> Any:
-    from .kernels.activation import Gate
-
+def _tried(view: ExpertsView) -> Gate | None:
     layout = {"is_gated": view.num_parts == 2, "is_interleaved": view.is_interleaved}
     gates = [Gate(kind, **layout) for kind in ("silu", "gelu", "gelu_tanh", "relu2")]
     numbers: list[Any] = [getattr(view.experts, name, None) for name in ("alpha", "limit")]
@@ -96,11 +95,6 @@ class FusedExperts(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         """tensors: as `ExpertsView.tensors`, then the update's."""
-        from .kernels.activation import activation
-        from .kernels.combine import combine
-        from .kernels.product import Low, Order, Thin, product
-        from .kernels.sort import counting_sort
-
         run = _Pass(view, update, seeds, tensors)
         top_k = top_k_index_TK.shape[1]
         order = Order(*counting_sort(top_k_index_TK, view.num_experts), top_k)
@@ -120,10 +114,6 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        from .kernels.activation_backward import activation_backward
-        from .kernels.combine import combine
-        from .kernels.product import Low, Thin, product
-
         hidden_TD, top_k_weights_TK, up_SPF, z_up_SPR, z_down_SR, *tensors = ctx.saved_tensors
         order, run = ctx.order, _Pass(ctx.view, ctx.update, ctx.seeds, tensors)
         its, weights_S = run.factors, top_k_weights_TK.reshape(-1)
@@ -158,9 +148,9 @@ class _Pass:
     def __init__(
         self, view: ExpertsView, update: LowRank | None, seeds: tuple[int, int], tensors: Sequence[Tensor | None]
     ) -> None:
-        from .kernels.activation import Factors
-
-        self.gate = gate_of(view)
+        gate = gate_of(view)
+        assert gate is not None  # `covers` has asked
+        self.gate = gate
         self.up, self.down = view.up(tensors[0]).all().transpose(1, 2), view.down(tensors[1]).all().transpose(1, 2)
         self.biases = tensors[2:4]
         self.factors: Factors | None = None
@@ -175,8 +165,6 @@ class _Pass:
         z: tuple[Any, Any, Any],
     ) -> list[Tensor | None]:  # fmt: skip
         """Of the four factors, those that train."""
-        from .kernels.gram import Side, gram
-
         its, (z_up_SPR, z_down_SR, g_down_SR) = self.factors, z
         if its is None:
             return []
