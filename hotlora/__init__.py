@@ -43,7 +43,7 @@ _PUBLIC = {
 
 _MODULES = ("data", "plots")
 
-__all__ = ["__version__", *_MODULES, *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from . import data as data
