@@ -108,7 +108,7 @@ def write_export_card(
     write_text(place / "README.md", "\n\n".join(text) + "\n")
     if into_base:
         told = (
-            f"`{_shared(model)}` with those updates of an adapter folded in that {_SERVERS[format]} cannot hold in one. "
+            f"`{_shared(model)}` with those updates of an adapter folded in that {_SERVERS[format]} cannot hold. "
             "It belongs to the adapter beside it: serve the two together."
         )
         head = f"---\n{_head(model, 'model')}\n---"
