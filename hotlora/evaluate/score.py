@@ -373,7 +373,8 @@ def write_losses(
     path = Path(folder) / "losses.jsonl"
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for place, row in zip(dataset["index"][:], rows, strict=True):
-            line = {"index": place, "id": example_id(examples[place]), **row._asdict()}
+            line = {"index": place, "id": example_id(examples[place])}
+            line |= {"loss": row.loss, "tokens": row.tokens, "right": row.right}
             file.write(json.dumps(line) + "\n")
     return path.name
 
