@@ -12,6 +12,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import HotLoraError
+from hotlora.base.files import sha256_file
 from hotlora.base.records import read_record
 from hotlora.training import trainer
 
@@ -179,4 +180,12 @@ def test_a_sparse_run_keeps_its_mask(model, data, tmp_path):
     run_method(model, data, tmp_path / "whole", **{**options, "max_steps": 8, "mask": mask})
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert read_record(tmp_path / "run" / "dense") == dense
-    assert read_record(tmp_path / "run")["training"]["steps"] == 8
+    record = read_record(tmp_path / "run")
+    assert record["training"]["steps"] == 8
+    # Older runs hold the hash of the mask's file, not of what is in it.
+    for name in ("run.json", "train.json"):
+        held = json.loads((tmp_path / "run" / name).read_text())
+        (held["config"] if name == "run.json" else held)["mask_hash"] = sha256_file(mask)
+        (tmp_path / "run" / name).write_text(json.dumps(held))
+    again = run_method(model, data, tmp_path / "run", **options, max_steps=8, extend=True)
+    assert again["training"] == record["training"] and again["started"] == record["started"]

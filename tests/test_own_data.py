@@ -172,3 +172,33 @@ def test_what_is_trained_is_of_a_runs_identity(tmp_path: Path):
     assert losses["assistant"] != losses["last"]
     with pytest.raises(HotLoraError, match="--train-on last against assistant"):
         run_training("nano", str(chat), tmp_path / "assistant", train_on="last", **options)
+
+
+def test_runs_on_own_rows_are_compared_row_by_row(tmp_path: Path):
+    """Trainings by their held-out rows; scorings by theirs. Equal to what a paired bootstrap over rows says."""
+    rows = [{"prompt": f"say {i} twice:", "completion": f" {i} {i}" + " a" * (i % 4)} for i in range(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rate in (("slow", 1e-4), ("fast", 4e-3)):
+        run_training(
+            "nano", str(tmp_path / "rows.jsonl"), tmp_path / name, max_steps=20, batch_size=8, learning_rate=rate, r=8,
+            test_split=0.4,
+        )  # fmt: skip
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "slow"), str(tmp_path / "fast"), "--json"])
+    assert done.exit_code == 0, done.output
+    loss, accuracy = json.loads(done.output)["tasks"]
+    records = [read_record(tmp_path / name) for name in ("slow", "fast")]
+    assert [loss["a"], loss["b"]] == pytest.approx([record["training"]["test_loss"] for record in records])
+    assert loss["n"] == records[0]["data"]["test"] and loss["unit"] == "nats a token" and accuracy["unit"] == "%"
+    a, b = (
+        [json.loads(line) for line in (tmp_path / n / "losses.jsonl").read_text().splitlines()]
+        for n in ("slow", "fast")
+    )
+    tokens = np.array([row["tokens"] for row in a])
+    differences = np.array([x["loss"] - y["loss"] for x, y in zip(a, b, strict=True)])
+    picked = np.random.default_rng(0).integers(0, len(a), (4000, len(a)))
+    drawn = differences[picked].sum(1) / tokens[picked].sum(1)
+    ends = np.quantile(drawn, [0.025, 0.975])
+    assert loss["interval"] == pytest.approx(list(ends), abs=0.1 * (ends[1] - ends[0]))
+    assert loss["difference"] == pytest.approx(differences.sum() / tokens.sum()) and loss["verdict"] == "differs"
+    table = CliRunner().invoke(app, ["compare", str(tmp_path / "slow"), str(tmp_path / "fast")])
+    assert table.exit_code == 0 and "loss, nats a token" in table.output

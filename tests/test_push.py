@@ -9,11 +9,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import READS, TOKEN, Hub, hub
+from huggingface_hub import ModelCard
 from runs import run_training
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
+from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
+from hotlora.base.records import read_record
+from hotlora.cli.main import app
 from hotlora.hf.hub import check_push, push
 from hotlora.report.card import write_card
 
@@ -121,3 +125,29 @@ def test_the_commands(there: Hub, run: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert f"pushed: {there.url}/ada/mine (private)" in done.stdout
     assert {"README.md", "experts.png"} <= set(there.files["lab/new"]) == set(there.files["ada/mine"])
+
+
+@pytest.mark.parametrize("format", ["vllm", "sglang", "peft", "merged", "combined"])
+def test_what_is_exported_has_a_card_that_says_who_loads_it(run: Path, tmp_path: Path, format: str):
+    out, words = tmp_path / "out", ["export", run, "--format", format]
+    words = {"merged": ["merge", run], "combined": ["combine", run, run]}.get(format, words)
+    words += ["--merge-router"] if format in ("vllm", "sglang") else []
+    done = CliRunner().invoke(app, [*map(str, words), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    cards = sorted(out.rglob("README.md"))
+    served = format in ("vllm", "sglang")
+    assert cards == ([out / "adapter" / "README.md", out / "base" / "README.md"] if served else [out / "README.md"])
+    card = ModelCard.load(cards[0])
+    assert card.data.library_name == ("transformers" if format == "merged" else "peft") and "hotlora" in card.data.tags
+    use = {
+        "vllm": "vllm serve ../base --enable-lora --max-lora-rank 2 ",
+        "sglang": "sglang.launch_server --model-path ../base --enable-lora --max-lora-rank 2 ",
+        "peft": "PeftModel.from_pretrained", "merged": "a plain checkpoint of", "combined": "hotlora.load(",
+    }  # fmt: skip
+    assert use[format] in card.text
+    if served:
+        with pytest.raises(HotLoraError, match="holds a base and an adapter that belong together: push"):
+            push(out, "mine")
+    assert "secret-project" not in card.content and "rows.jsonl" in card.text
+    loss = read_record(run)["training"].get("test_loss")
+    assert ("## Results" in card.text) is (format != "combined") and loss is None

@@ -231,6 +231,7 @@ def merge(
 
     model, adapter = _noted(adapter, model)
     export_saved(model, adapter, output, format="merged", dtype=dtype, **given)
+    _describe(output, "merged", model, [adapter])
     out.print(f"merged model: {output}", soft_wrap=True)
     _tell_of_quantization(adapter)
 
@@ -269,6 +270,7 @@ def export(
         model, adapter, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, dtype=dtype, **given,
     )  # fmt: skip
+    _describe(output, format, model, [adapter])
     out.print(f"{format}: {output}", soft_wrap=True)
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
@@ -293,6 +295,12 @@ def _tuned(path: Path, model: str | None) -> tuple[str, Path | None]:
     if (path / "run.json").is_file() and (path / "model").is_dir():
         return find(path, model).model, None
     return _noted(path, model)
+
+
+def _describe(output: Path, format: str, model: str, adapters: list[Path]) -> None:
+    from ..report.card import write_export_card
+
+    write_export_card(output, format, model, adapters)
 
 
 def _tell_of_quantization(adapter: Path) -> None:
@@ -327,7 +335,9 @@ def combine(
 
     numbers = None if weights is None else number_list("weights", weights, float)
     found = [_noted(adapter, model) for adapter in adapters]
-    combine_saved(found[0][0], [adapter for _, adapter in found], output, weights=numbers, how=how, **given)
+    parts = [adapter for _, adapter in found]
+    combine_saved(found[0][0], parts, output, weights=numbers, how=how, **given)
+    _describe(output, "combined", found[0][0], parts)
     out.print(f"adapter: {output}", soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from datasets import Dataset
@@ -31,6 +31,17 @@ _CHUNK = 2048  # tokens whose float32 logits are held at once
 _JUDGES = min(4, os.cpu_count() or 1)  # answers judged at once: each may wait for a process of its own
 
 Result = dict[str, Any]
+
+
+class RowLoss(NamedTuple):
+    """What a model makes of a row's response tokens: their summed loss in nats, their number, and how many of them it
+    ranks first."""
+
+    loss: float
+    tokens: int
+    right: int
+
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -319,48 +330,66 @@ def response_loss(
     batch_size: int = 32,
     progress: bool = False,
     share_out: bool = False,
+    rows: list[RowLoss] | None = None,
 ) -> float:
     """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once.
+
+    rows: gets what each row came to, in their order.
 
     share_out: for several processes, all of which call this with the same data: each takes its share, and gets the
     mean of all.
     """
-    found: list[tuple[int, float, int]] = []  # batch, its loss, its tokens
+    found: list[tuple[int, float, list[RowLoss]]] = []  # batch, its loss, its rows
     all_batches = batches(dataset, tokenizer, batch_size)
     turns = shared_out(all_batches) if share_out else ((batch, True) for batch in all_batches)
     many = num_processes() if share_out else 1
     num_turns = -(-len(dataset) // (batch_size * many)) if batch_size > 0 else None
     with inference(model):
         for turn, (batch, is_mine) in enumerate(track(turns, "loss", progress, num_turns)):
-            loss = -_log_likelihood(model, batch).sum().item()
+            each = _row_losses(model, batch)
             if is_mine:
-                found.append((turn * many + rank(), loss, int((batch["labels"][:, 1:] != IGNORE).sum())))
+                loss = torch.tensor([row.loss for row in each], dtype=torch.float64).sum().item()
+                found.append((turn * many + rank(), loss, each))
     if share_out:
         found = sorted(part for some in all_objects(found) for part in some)
-    total, num_tokens = sum(loss for _, loss, _ in found), sum(tokens for *_, tokens in found)
+    total, num_tokens = sum(loss for _, loss, _ in found), sum(row.tokens for *_, each in found for row in each)
     if not num_tokens:
         raise DataError("The data has no response tokens, so it has no loss; check its completions.")
+    if rows is not None:
+        rows.extend(row for *_, each in found for row in each)
     return total / num_tokens
 
 
+def _row_losses(model: Any, batch: dict[str, torch.Tensor]) -> list[RowLoss]:
+    values, is_right, found = _by_token(model, batch)
+    columns = ((-values.sum(1)).tolist(), found.sum(1).tolist(), is_right.sum(1).tolist())
+    return [RowLoss(*row) for row in zip(*columns, strict=True)]
+
+
+def write_losses(
+    folder: str | os.PathLike[str], examples: Sequence[Example], dataset: Dataset, rows: Sequence[RowLoss]
+) -> str:
+    """Writes losses.jsonl, a line a row of a tokenized data set, to pair runs by; returns its name."""
+    path = Path(folder) / "losses.jsonl"
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for place, row in zip(dataset["index"][:], rows, strict=True):
+            line = {"index": place, "id": example_id(examples[place])}
+            line |= {"loss": row.loss, "tokens": row.tokens, "right": row.right}
+            file.write(json.dumps(line) + "\n")
+    return path.name
+
+
 def response_scores(
-    model: Any, tokenizer: Any, dataset: Dataset, *, batch_size: int = 32, progress: bool = False
-) -> dict[str, Any]:
+    model: Any, tokenizer: Any, dataset: Dataset, *, batch_size: int = 32, progress: bool = False,
+    rows: list[RowLoss] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Of the response tokens of a tokenized data set: `loss` (nats a token), `perplexity`, `token_accuracy` (the share
     that the model ranks first, the tokens before being the data's own), each with its 95% interval over examples
     (`loss_ci`, …), and `tokens`."""
-    losses: list[float] = []
-    right: list[int] = []
-    counts: list[int] = []
-    turns = batches(dataset, tokenizer, batch_size)
-    with inference(model):
-        for batch in track(turns, "loss", progress, -(-len(dataset) // batch_size) if batch_size > 0 else None):
-            values, is_right, found = _by_token(model, batch)
-            losses += (-values.sum(1)).tolist()
-            right += is_right.sum(1).tolist()
-            counts += found.sum(1).tolist()
-    if not (tokens := sum(counts)):
-        raise DataError("The data has no response tokens, so it has no loss; check its completions.")
+    rows = [] if rows is None else rows
+    response_loss(model, tokenizer, dataset, batch_size=batch_size, progress=progress, rows=rows)
+    losses, counts, right = zip(*rows, strict=True)
+    tokens = sum(counts)
     loss, (low, high) = sum(losses) / tokens, ratio_interval(losses, counts)
     found_ci = [None if math.isnan(end) else end for end in (low, high)]
     right_ci = [None if math.isnan(end) else min(max(end, 0.0), 1.0) for end in ratio_interval(right, counts)]

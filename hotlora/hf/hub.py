@@ -78,6 +78,10 @@ def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> st
 
 
 def _trained(path: Path) -> Path:
+    if (path / "base").is_dir() and (path / "adapter").is_dir():
+        raise HotLoraError(
+            f"{path} holds a base and an adapter that belong together: push {path}/base, {path}/adapter."
+        )
     for folder in (path, path / "adapter", path / "model"):
         if any((folder / name).is_file() for name in _CONFIGS):
             return folder

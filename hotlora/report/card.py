@@ -2,13 +2,14 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..base.errors import DataError
-from ..base.files import atomic_path, write_text
+from ..base.files import atomic_path, read_json, write_text
 from ..base.records import Record, read_record
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
@@ -18,6 +19,11 @@ PICTURE = "experts.png"
 _ADAPTER = (
     "rule", "fraction", "experts_per_layer", "r", "lora_alpha", "lora_dropout", "train_attention", "train_router",
 )  # fmt: skip
+_SERVERS = {"vllm": "vLLM", "sglang": "SGLang"}
+_MADE = {
+    "vllm": "adapter for vLLM", "sglang": "adapter for SGLang", "peft": "adapter for PEFT", "merged": "merged",
+    "combined": "combined adapter",
+}  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a reader of the card would look for; the record has all options.
 _SHOWN = (
@@ -76,6 +82,80 @@ def card_text(record: Record, kind: str, has_picture: bool = False) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def write_export_card(
+    folder: str | os.PathLike[str], format: str, model: str, adapters: Sequence[str | os.PathLike[str]]
+) -> None:
+    """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone.
+
+    format: vllm, sglang, peft, merged, or combined.
+    """
+    folder = Path(folder)
+    runs = [Path(adapter).parent for adapter in adapters]
+    records = [read_record(run) for run in runs if (run / "run.json").is_file()]
+    into_base = (folder / "base").is_dir()
+    kind = "model" if format == "merged" else "adapter"
+    place = folder / "adapter" if into_base else folder
+    base = "../base" if into_base else _shared(model)
+    made = f"{Path(_shared(model)).name}, {_MADE[format]}"
+    text = [f"---\n{_head(model, kind)}\n---", f"# {made}", _origin(records, model, format), "## Use"]
+    text.append(_export_usage(format, base, place))
+    if len(records) == 1:
+        text += [
+            "## Results",
+            "Of the adapter as it was trained, before it was written in this form.",
+            _results(records[0]),
+        ]
+    write_text(place / "README.md", "\n\n".join(text) + "\n")
+    if into_base:
+        told = (
+            f"`{_shared(model)}` with those updates of an adapter folded in that {_SERVERS[format]} cannot hold. "
+            "It belongs to the adapter beside it: serve the two together."
+        )
+        head = f"---\n{_head(model, 'model')}\n---"
+        write_text(folder / "base" / "README.md", "\n\n".join([head, f"# {made}: its base", told]) + "\n")
+
+
+def _origin(records: Sequence[Record], model: str, format: str) -> str:
+    what = "A merged checkpoint" if format == "merged" else "A LoRA adapter"
+    of = " and ".join(f"`{record['name']}` on {_shared(record['data']['name'])}" for record in records)
+    trained = f"trained as {of}, " if of else ""
+    return f"{what} for `{_shared(model)}`, {trained}written by hotlora."
+
+
+def _export_usage(format: str, base: str, folder: Path) -> str:
+    if format == "merged":
+        return "It is a plain checkpoint of transformers, which any engine loads."
+    if format == "combined":
+        return _usage(base, "adapter")
+    config = read_json(folder / "adapter_config.json")
+    if format == "peft":
+        return f"""```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # onto {base}; hotlora is not needed
+```"""
+    if format == "vllm":
+        flags = f"--enable-lora --max-lora-rank {config['r']} --lora-modules mine=PATH/TO/THIS/FOLDER"
+        return f"""    vllm serve {base} {flags}
+
+for vLLM, which reads one pair of matrices for each expert. Where it holds a family's experts fused (gpt_oss,
+Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. Compare a few answers before you rely on it."""
+    modules = " ".join(config["target_modules"])
+    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {config["r"]} \\
+        --lora-target-modules {modules} --lora-paths mine=PATH/TO/THIS/FOLDER
+
+for SGLang. Compare a few answers before you rely on it."""
+
+
+def _head(model: str, kind: str, **results: Any) -> str:
+    is_on_hub = _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    tags = ["hotlora", "mixture-of-experts", *(["lora"] if kind == "adapter" else [])]
+    return ModelCardData(
+        base_model=model if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation", tags=tags, **results,
+    ).to_yaml()  # fmt: skip
+
+
 def _metadata(record: Record, kind: str, name: str) -> str:
     model, results = record["model"]["name"], []
     for task, found in (record.get("evaluation") or {}).items():
@@ -85,13 +165,7 @@ def _metadata(record: Record, kind: str, name: str) -> str:
                 metric_value=round(100 * found["accuracy"], 2), metric_name=f"{found['metric']}, %",
             )
         )  # fmt: skip
-    is_on_hub = _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
-    tags = ["hotlora", "mixture-of-experts", *(["lora"] if kind == "adapter" else [])]
-    return ModelCardData(
-        base_model=model if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-generation", tags=tags, model_name=name if results else None,
-        eval_results=results or None,
-    ).to_yaml()  # fmt: skip
+    return _head(model, kind, model_name=name if results else None, eval_results=results or None)
 
 
 def _summary(record: Record, kind: str, model: str) -> str:

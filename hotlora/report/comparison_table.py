@@ -57,8 +57,9 @@ def paired_table(runs: PairedRuns) -> Group:
     table.add_column("verdict", min_width=7, overflow="fold")
     for task in runs.tasks:
         table.add_row(escape(one_line(task.task)), *_paired_cells(task))
-    metrics = ", ".join(dict.fromkeys(task.metric for task in runs.tasks))
-    title = Text(f"A: {one_line(runs.a)}\nB: {one_line(runs.b)}\n{one_line(metrics)}, %", "bold")
+    units = {unit: [task.metric for task in runs.tasks if task.unit == unit] for unit in ("%", "nats a token")}
+    metrics = "; ".join(f"{', '.join(dict.fromkeys(names))}, {unit}" for unit, names in units.items() if names)
+    title = Text(f"A: {one_line(runs.a)}\nB: {one_line(runs.b)}\n{one_line(metrics)}", "bold")
     notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
     return Group(title, table, *(Text(one_line(f"! {note}"), style="yellow") for note in notes))
 
@@ -85,7 +86,9 @@ def html_paired(runs: PairedRuns) -> str:
 
 def _paired_cells(task: PairedTask) -> list[str]:
     only = [NONE] * 3 if (m := task.mcnemar) is None else [str(m.only_a), str(m.only_b), p_word(m.p)]
-    scores = [f"{task.n:,}", f"{task.a:.2f}", f"{task.b:.2f}", _signed(task.difference, 2), _range(task.interval, 2)]
+    digits = 2 if task.unit == "%" else 3
+    numbers = [f"{task.a:.{digits}f}", f"{task.b:.{digits}f}", _signed(task.difference, digits)]
+    scores = [f"{task.n:,}", *numbers, _range(task.interval, digits)]
     return [*scores, *only, task.verdict]
 
 

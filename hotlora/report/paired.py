@@ -8,14 +8,16 @@ import dataclasses
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError, FileError
 from ..base.escape import one_line
+from ..base.files import read_json_lines
 from ..base.records import Record, read_record, read_results
-from ..evaluate.stats import Interval, McNemar, mcnemar, paired_difference
+from ..evaluate.stats import Interval, McNemar, mcnemar, paired_difference, ratio_interval
 from .comparison_table import html_paired
 
 ALPHA = 0.05
@@ -46,6 +48,8 @@ class PairedTask:
     interval: Interval | None
     mcnemar: McNemar | None
     notes: tuple[str, ...] = ()
+    unit: str = "%"
+    """of a and b; of the difference points, where it is %"""
 
     @property
     def verdict(self) -> str:
@@ -89,14 +93,15 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
     scored = [record.get("evaluation") or {} for record in records]
     common = [task for task in scored[0] if task in scored[1]]
     each = list(zip(folders, scored, strict=True))
-    if not common:
+    losses = _paired_losses(folders, records)
+    if not common and not losses:
         told = " and ".join(f"{folder} on {', '.join(own) or 'none'}" for folder, own in each)
         raise DataError(f"the two runs were scored on no task in common ({told}): give two that were.")
     left_out = [
         f"{task}: only {folder} was scored on it." for folder, own in each for task in own if task not in common
     ]
-    tasks = tuple(_paired(task, folders, [own[task] for own in scored]) for task in common)
-    return PairedRuns(str(folders[0]), str(folders[1]), tasks, tuple(left_out))
+    tasks = [_paired(task, folders, [own[task] for own in scored]) for task in common]
+    return PairedRuns(str(folders[0]), str(folders[1]), (*tasks, *losses), tuple(left_out))
 
 
 def as_dict(runs: PairedRuns) -> dict[str, Any]:
@@ -142,6 +147,49 @@ def _paired(task: str, folders: list[Path], results: list[dict[str, Any]]) -> Pa
         difference, None if math.isnan(low) else Interval(low, high),
         mcnemar([int(a[key]) for key in keys], [int(b[key]) for key in keys]) if one_answer else None, tuple(notes),
     )  # fmt: skip
+
+
+def _paired_losses(folders: Sequence[Path], records: Sequence[Record]) -> list[PairedTask]:
+    """Loss and token accuracy on rows that both runs kept the losses of; with the same tokens, or a token's loss of one
+    is not one of the other's."""
+    names = [_losses_file(record) for record in records]
+    if None in names:
+        return []
+    a, b = (_by_row(folder / str(name)) for folder, name in zip(folders, names, strict=True))
+    keys = [key for key in a if key in b]
+    tokens = [key[1] for key in keys]
+    if not sum(tokens):
+        return []
+    data = Path(str(records[0].get("config", {}).get("test_data") or records[0]["data"]["name"])).stem
+    out = len(a) + len(b) - 2 * len(keys)
+    notes = (f"{data}: {out} rows that one run alone has, or with other tokens: left out.",) if out else ()
+    found = []
+    for metric, unit, name, factor in (("loss", "nats a token", "loss", 1), ("token accuracy", "%", "right", 100)):
+        ours, theirs = ([factor * rows[key][name] for key in keys] for rows in (a, b))
+        difference = [one - other for one, other in zip(ours, theirs, strict=True)]
+        low, high = ratio_interval(difference, tokens)
+        mean, other, between = (sum(values) / sum(tokens) for values in (ours, theirs, difference))
+        interval = None if math.isnan(low) else Interval(low, high)
+        told = f"{data}, {metric}"
+        found.append(PairedTask(told, metric, len(keys), mean, other, between, interval, None, notes, unit))
+        notes = ()
+    return found
+
+
+def _by_row(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """(id, response tokens, which of those that have both) -> a row of losses.jsonl."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found = {}
+    for row in read_json_lines(path, "id", "loss", "tokens", "right"):
+        key = row["id"], row["tokens"]
+        found[*key, seen[key]] = row
+        seen[key] += 1
+    return found
+
+
+def _losses_file(record: Record) -> str | None:
+    sections = [record.get("training") or {}, *(record.get("evaluation") or {}).values()]
+    return next((section["losses"] for section in sections if isinstance(section.get("losses"), str)), None)
 
 
 def _correct(folder: Path, task: str, result: dict[str, Any]) -> dict[_Key, float]:

@@ -16,7 +16,15 @@ from ..base.records import Record, new_record
 from ..evaluate.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluate.generations import read_generations, score_generations
 from ..evaluate.harness import evaluate_by_lm_eval, lm_eval_version
-from ..evaluate.score import Evaluation, evaluate_answers, evaluate_task, response_loss, response_scores
+from ..evaluate.score import (
+    Evaluation,
+    RowLoss,
+    evaluate_answers,
+    evaluate_task,
+    response_loss,
+    response_scores,
+    write_losses,
+)
 from ..evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
 from ..tasks import Example, Task
@@ -92,7 +100,11 @@ def run_evaluation(
             model = scored.load(record)
             if is_own:
                 rows = tokenize(test, tokenizer, context_length(model, tokenizer) or _LONG)
-                found = response_scores(model, tokenizer, rows, batch_size=options.batch_size, progress=progress)
+                each: list[RowLoss] = []
+                found = response_scores(
+                    model, tokenizer, rows, batch_size=options.batch_size, progress=progress, rows=each
+                )
+                found |= {"losses": write_losses(folder, test, rows, each)} if folder is not None else {}
             evaluation = evaluate_task(
                 model, tokenizer, task, test,
                 batch_size=options.batch_size, sampling=sampling, results=results, progress=progress,
@@ -134,7 +146,9 @@ def run_held_out(
     with recorded(record, Path(output)):
         model = scored.load(record)
         dataset = tokenize(test, tokenizer, max_length)
-        record["training"] = {"test_loss": response_loss(model, tokenizer, dataset, batch_size=options.batch_size)}
+        each: list[RowLoss] = []
+        loss = response_loss(model, tokenizer, dataset, batch_size=options.batch_size, rows=each)
+        record["training"] = {"test_loss": loss, "losses": write_losses(output, test, dataset, each)}
     return record
 
 

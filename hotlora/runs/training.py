@@ -36,7 +36,7 @@ from ..base.processes import (
 )
 from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record, write_record
-from ..evaluate.score import Evaluation, evaluate_task, response_loss, summarize
+from ..evaluate.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
 from ..hf.models import fingerprint, load_tokenizer, vocab_size
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
@@ -223,8 +223,11 @@ class _Run:
             write_record(self.output, record)
 
         if self.held is not None:
-            after = response_loss(model, self.tokenizer, self.held, share_out=True, **scoring)
+            each: list[RowLoss] = []
+            after = response_loss(model, self.tokenizer, self.held, share_out=True, rows=each, **scoring)
             record["training"] |= {"test_loss_before": before, "test_loss": after}
+            if (self.task is None or self.task.kind == "text") and is_main():
+                record["training"]["losses"] = write_losses(self.output, self.test, self.held, each)
         if self.task is not None and self.task.kind != "text" and options.evaluate:
             evaluation = _evaluate(model, self.tokenizer, self.task, self.test, **scoring)
             record["evaluation"] = save_evaluation(evaluation, self.output)
