@@ -7,7 +7,7 @@ JOBS ?= 2
 SUITE := -n $(JOBS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-matrix test-newest test-slow durations check newest docs models lint types clean
+.PHONY: demo test test-matrix test-newest test-slow durations check newest docs site models lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/hotlora demo --output runs/demo
@@ -49,6 +49,11 @@ models: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
 
+# The docs as a site, in site/; what it needs is installed first, then nothing is fetched.
+site: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -65,4 +70,4 @@ newest:
 		--upgrade --upgrade-strategy eager -e ".[dev]"
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-smoke runs
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-smoke runs site

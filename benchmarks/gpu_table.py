@@ -79,7 +79,7 @@ def check() -> str:
 
     from benchmarks.time_kernels import Layer, Sizes, difference
     from hotlora.hf.experts_view import ExpertsView
-    from hotlora.layer import fused
+    from hotlora.layer.kernels import fused
 
     if not torch.cuda.is_available():
         return "no GPU: not checked"

@@ -283,8 +283,9 @@ def measure(sizes: Sizes, contender: str) -> Count:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     from hotlora.hf.experts_view import ExpertsView
-    from hotlora.layer import fused, gpu
+    from hotlora.layer import gpu
     from hotlora.layer.function import routed_experts_by
+    from hotlora.layer.kernels import fused
 
     count, experts = Count(), experts_of(sizes)
     fused.gate_of(ExpertsView(experts))  # which is found by values, and kept

@@ -24,29 +24,39 @@ _PUBLIC = {
     "ModelError": "base.errors",
     "PlanError": "base.errors",
     "RoutingProfile": "routing.profile",
+    "Run": "runs.load",
     "base_quantization": "adapter.load",
+    "compare_examples": "report.paired",
+    "compare_runs": "report.comparison",
     "count_parameters": "adapter.count",
     "jaccard": "routing.profile",
     "load": "runs.load",
-    "load_adapter": "adapter.load",
+    "load_adapter": "runs.load",
     "load_model": "hf.models",
     "load_tokenizer": "hf.models",
+    "profile": "api",
     "profile_routing": "routing.profiler",
     "quantize_experts": "adapter.quantize",
     "select_experts": "routing.plan",
+    "train": "api",
 }
+
+_MODULES = ("data", "plots")
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
+    from . import data as data
+    from . import plots as plots
     from .adapter.config import HotLoraConfig as HotLoraConfig
     from .adapter.count import count_parameters as count_parameters
     from .adapter.formats.export import export_adapter as export_adapter
     from .adapter.formats.import_peft import import_adapter as import_adapter
     from .adapter.load import base_quantization as base_quantization
-    from .adapter.load import load_adapter as load_adapter
     from .adapter.quantize import ExpertsQuantization as ExpertsQuantization
     from .adapter.quantize import quantize_experts as quantize_experts
+    from .api import profile as profile
+    from .api import train as train
     from .base.errors import DataError as DataError
     from .base.errors import FileError as FileError
     from .base.errors import HotLoraError as HotLoraError
@@ -54,19 +64,25 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .base.errors import PlanError as PlanError
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
+    from .report.comparison import compare_runs as compare_runs
+    from .report.paired import compare_examples as compare_examples
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile
     from .routing.profile import jaccard as jaccard
     from .routing.profiler import profile_routing as profile_routing
+    from .runs.load import Run as Run
     from .runs.load import load as load
+    from .runs.load import load_adapter as load_adapter
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hotlora' has no attribute {name!r}")
     return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_MODULES, *_PUBLIC])

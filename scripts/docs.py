@@ -12,10 +12,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
 
+import moe_sieve
 from gpu import gpu_tables
-from marks import filled
+from gpu import readme_table as gpu_readme_table
+from marks import filled, table
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
 from reliability import PAGE as RELIABILITY_PAGE
@@ -25,30 +30,33 @@ from study import page as study_page
 
 from hotlora.base.records import find_records
 from hotlora.bench.report import speed_tables
-from hotlora.report.tables import COLUMNS, read_sections, table_rows
-from hotlora.runs.options import RunOptions
+from hotlora.report.sections import read_sections
+from hotlora.report.tables import section_tables
+from hotlora.runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
 from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO, EXPERTS_ONLY = ROOT / "docs" / "demo", ROOT / "docs" / "demo-experts-only"
+DEMO = ROOT / "docs" / "demo"
 PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
-DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo -->"
-EXPERTS_ONLY_MARK = "<!-- made by scripts/docs.py from docs/demo-experts-only -->"
+DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo: {} -->"
+MOE_SIEVE_MARK = "<!-- made by scripts/docs.py from results/moe_sieve.json -->"
 NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
 AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
 QUANTIZED_MARK = "<!-- made by scripts/docs.py from results/nano/quantized -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
+README_GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu/h200.json -->"
 GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 OPTIONS_HEAD = """# Options of a run
 
+Every option of a training: its name, its default and what it does.
 <!-- made by scripts/docs.py from hotlora/runs/options.py -->
 
 Each has one name everywhere. `max_length` is
 
 - `--max-length 1024` on the command line (`hotlora train --help` has the few that are called otherwise, as `--dora`),
 - `max_length: 1024` in a file that `hotlora train --config FILE.yaml` reads,
-- `RunOptions(max_length=1024, …)` in Python, and an option of a condition in a [sweep](sweep.md),
+- `hotlora.train(…, max_length=1024)` in Python, and an option of a condition in a [sweep](sweep.md),
 - `config.max_length` in the run's `run.json`.
 
 ```yaml
@@ -65,7 +73,16 @@ defaults. A name that does not exist is an error that names the nearest one. `nu
 Every command with options of a model takes `--config`: `evaluate`, `profile`, `plan`, `params`, `merge`, `export`,
 `combine` with their own.
 """
-SHOWN = ("accuracy", "difference", "covered", "trained", "adapter", "speed", "memory")
+KEYWORDS_HEAD = '''"""The options of `hotlora.train` and `hotlora.profile` as keywords, for type checkers and editors.
+
+Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict'''
+CLI_FOR = "Every command and its options, as `hotlora COMMAND --help` prints them."
+SHOWN = ("accuracy", "difference", "held_out", "covered", "trained")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
 PICTURES = ("heat-map",)
 
@@ -74,7 +91,8 @@ def cli_page() -> str:
     """Every command's help, as typer writes it."""
     command = [sys.executable, "-m", "typer", "hotlora.cli.main", "utils", "docs", "--name", "hotlora"]
     page = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return html.unescape(page).strip() + "\n"
+    head, rest = html.unescape(page).strip().split("\n", 1)
+    return f"{head}\n\n{CLI_FOR}\n{rest}\n"
 
 
 def options_page() -> str:
@@ -94,18 +112,37 @@ def options_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def runs_table(folder: Path) -> str:
-    """The table of a folder's runs, one block a task."""
-    lines = []
-    for section in read_sections(find_records(folder)):
-        for task in section.tasks:
-            rows = table_rows(section, task)
-            keys = [key for key in SHOWN if any(row.cells[key] != "–" for row in rows)]
-            lines += [f"| {section.model} on {task} | " + " | ".join(COLUMNS[key] for key in keys) + " |"]
-            lines += ["|---" + "|---:" * len(keys) + "|"]
-            lines += [f"| {row.name} | " + " | ".join(row.cells[key] for key in keys) + " |" for row in rows]
-            lines += [""]
-    return "\n".join(lines).rstrip()
+def keywords_module() -> str:
+    """The options as `TypedDict`s, which type checkers and editors read."""
+    lines = [KEYWORDS_HEAD]
+    for name, function, options, leave in (
+        ("TrainKeywords", "train", RunOptions, ("model", "data", "test_data")),
+        ("ProfileKeywords", "profile", ProfileOptions, ("model", *PROFILE_LEAVES)),
+    ):
+        lines += [f"\n\nclass {name}(TypedDict, total=False):", f'    """Of `hotlora.{function}`."""\n']
+        chosen = [f for f in dataclasses.fields(options) if f.metadata["cli"] and f.name not in leave]
+        lines += [f"    {field.name}: {_written(field.type)}" for field in chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _written(kind: Any) -> str:
+    """A field's type as code has it."""
+    if get_origin(kind) is Sequence:
+        return f"Sequence[{_written(get_args(kind)[0])}]"
+    if get_args(kind):
+        return " | ".join(map(_written, get_args(kind)))
+    return "None" if kind is NoneType else kind.__name__
+
+
+def demo_tables(readme: str) -> str:
+    """README.md with the demo's tables, one for each kind of runs."""
+    (section,) = read_sections(find_records(DEMO))
+    for shown in section_tables(section):
+        columns = [key for key in SHOWN if key in shown.columns]
+        heads = [f"{section.model} on {shown.task}", *(shown.columns[key] for key in columns)]
+        rows = [[row.name, *(row.cells[key] for key in columns)] for row in shown.rows]
+        readme = filled(readme, DEMO_MARK.format(shown.adapted), table(heads, rows))
+    return readme
 
 
 def nano_table() -> str:
@@ -165,13 +202,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path)
-    parser.add_argument("--experts-only", type=Path)
     args = parser.parse_args()
-    for runs, into in ((args.demo, DEMO), (args.experts_only, EXPERTS_ONLY)):
-        if runs:
-            take_over(runs, into)
+    if args.demo:
+        shutil.rmtree(DEMO)
+        take_over(args.demo, DEMO)
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
-    text = filled(readme.read_text(encoding="utf-8"), DEMO_MARK, runs_table(DEMO))
+    text = filled(readme.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.readme_table())
+    text = filled(text, README_GPU_MARK, gpu_readme_table())
+    papers = ROOT / "docs" / "papers.md"
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
@@ -180,7 +218,9 @@ def main() -> None:
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         ROOT / "docs" / "options.md": options_page(),
-        readme: filled(text, EXPERTS_ONLY_MARK, runs_table(EXPERTS_ONLY)),
+        ROOT / "hotlora" / "runs" / "keywords.py": keywords_module(),
+        readme: demo_tables(text),
+        papers: filled(papers.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.papers_table()),
         method: filled(of_method, QUANTIZED_MARK, quantized_table(studies / "quantized")),
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),

@@ -29,6 +29,23 @@ def gpu_tables() -> str:
     return "\n\n".join(part for _, record in records() for part in _parts(record))
 
 
+def readme_table() -> str:
+    """For README.md: a step's time and memory, and where they were measured."""
+    record = json.loads((FOLDER / "h200.json").read_text(encoding="utf-8"))
+    settings, model, rows = record["settings"], record["model"], []
+    for row in record["contenders"]:
+        step = row["milliseconds"]["step"]
+        rows.append([
+            row["name"].replace("HOTLORA_KERNELS=triton", "`HOTLORA_KERNELS=triton`"), f"{step:,}",
+            f"{1000 * settings['tokens'] / step:,.0f}", f"{row['peak_memory_gb']:.1f}",
+        ])  # fmt: skip
+    title = (
+        f"{record['environment']['device'].split(' (')[0]}, OLMoE-1B-7B's full size, {model['weights']} weights, "
+        f"{settings['tokens']:,} tokens a step, {settings['dtype']}"
+    )
+    return table([title, "step, ms", "tokens/s", "peak memory, GB"], rows)
+
+
 def time_checks() -> str:
     """For docs/scale.md: the time model against every measured step of which it knows the kernels."""
     rows = []

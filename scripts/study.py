@@ -19,6 +19,7 @@ RESULTS = ROOT / "results" / "nano" / "study"
 WARM_UP = ROOT / "results" / "nano" / "warm-up"
 PAGE = ROOT / "docs" / "study.md"
 PREFACE = (
+    "What MoE-Sieve's study of routing finds on nano, beside the paper's models.\n\n"
     "nano is the small embedded model ([nano.md](nano.md)). It was trained on what its own three synthetic tasks are "
     "made of (sums, queries, people at crafts) and on generic text: HellaSwag's and PIQA's training splits, from "
     "which the examples below are drawn too. It has read none of the other eight data sets, and no code but generated "

@@ -7,12 +7,15 @@ JSON or tensors, by its values. test_fuzz_files gives each target some inputs, s
 import copy
 import gzip
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -199,6 +202,11 @@ def _hashes(folder: Path) -> dict[str, str]:
     }
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if tools %}{{ tools }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}"
+    "<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 # One row of each task's own data.
 _CHOICES = {"choices": ["0", "1", "2", "3"], "answer": 1}
 ROWS: dict[str, dict[str, Any]] = {
@@ -304,6 +312,32 @@ def _data_files(folder: Path) -> list[Target]:
     add("wikitext2 lines", "train.txt", b" = Title = \n Some words here .\n\n", "bytes", "wikitext2")
     add("hexphi csv", "rows.csv", b'prompt\n"Do harm, now"\nDo other harm\n', "bytes", "hexphi")
     add("malicious instructions", "x.json", _json({"instructions": ["a", "b"]}), "json", "malicious_instructions")
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'}
+    turns = [
+        {"from": "human", "value": "Hi"},
+        call,
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "Ho"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    asked, said = talk[0]["messages"]
+    alpaca = {"instruction": "Add.", "input": "2", "output": "4", "system": "Be brief.", "history": [["Hi", "Ho"]]}
+    tokenizer = byte_tokenizer()  # another one: with a template
+    tokenizer.chat_template = TEMPLATE
+    own = {
+        "ShareGPT": {"conversations": turns, "tools": tools, "system": "Be brief."},
+        "Alpaca": alpaca,
+        "prompt of messages": {"prompt": [asked, said, asked], "completion": [said, asked, said]},
+        "turns": {"messages": [asked, said, asked, said], "tools": tools, "chat_template_kwargs": {"a": 1}},
+        "text": {"text": "Once."},
+    }
+    for name, row in own.items():
+        add(f"{name}.jsonl", "rows.jsonl", _lines([row, row]), "lines")
+    add("rows.csv", "rows.csv", b'prompt,completion\n"a, b",c\nd,"e ""f"""\n', "bytes")
+    add("rows.tsv", "rows.tsv", b"prompt\tcompletion\na, b\tc\n", "bytes")
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([own["turns"], own["turns"]]), sink)
+    add("rows.parquet", "rows.parquet", sink.getvalue(), "bytes")
     file = folder / "generations" / "answers.jsonl"
     file.parent.mkdir()
     examples = load_examples(f"gsm8k:{folder / 'data-4' / 'rows.jsonl'}", "test")

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import Linear, ParamWrapper
 from tiny import tiny_batch, tiny_config, tiny_model
 from transformers import OlmoeConfig, OlmoeForCausalLM
-from zoo import zoo_model
+from zoo import families, zoo_model
 
 from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.experts import HotLoraExperts
@@ -57,6 +57,8 @@ def all_experts(model):
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "gpt_oss", "nemotron_h", "aria_text"])
 def test_loop_is_the_base_model(family):
     """Biases, transposed and interleaved weights and experts without a gate included."""
+    if family not in families():
+        pytest.skip(f"this transformers has no {family}")
     model = zoo_model(family)
     batch = tiny_batch()
     with torch.no_grad():

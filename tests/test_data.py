@@ -181,7 +181,7 @@ def test_a_token_past_the_embedding_is_told_with_its_line(tmp_path: Path):
 def test_what_arrow_fills_in_is_left_out():
     row = {"tools": None, "messages": [{"content": None, "role": "a", "more": [{"a": 1, "b": None}]}], "n": [None, 2]}
     assert without_filling(row) == {
-        "tools": None, "messages": [{"role": "a", "more": [{"a": 1}]}], "n": [None, 2]
+        "messages": [{"role": "a", "more": [{"a": 1}]}], "n": [None, 2]
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PolyCollection
 
 from hotlora.report import figures
 from hotlora.routing.plan import select_experts
@@ -40,7 +41,7 @@ def test_heat_map_shows_multiples_of_the_uniform_share_under_decoder_indices():
     axes = figures.heat_map(profile, select_experts(profile, experts_per_layer=2)).axes[0]
     assert axes.images[0].get_array().tolist() == [[3, 1, 0, 0], [1, 1, 1, 1]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "7"]
-    (boxes,) = axes.collections
+    (boxes,) = [found for found in axes.collections if isinstance(found, PolyCollection)]
     spans = [(path.get_extents().x0, path.get_extents().x1) for path in boxes.get_paths()]
     np.testing.assert_allclose(spans, [(-0.45, 1.45)] * 2)  # experts 0 and 1, in both layers
 
@@ -72,12 +73,35 @@ def test_a_layer_without_counts_draws():
 def test_loss_curves_keep_a_condition_its_colour_and_smooth_by_the_past():
     steps = list(range(1, 101))
     losses = [100 / step for step in steps]
-    figure = figures.loss_curves(
-        [("hot", "hot", steps, losses), ("hot, seed 1", "hot", steps, losses), ("mine", "mine", [1], [2.0])]
-    )
+    training = dict(zip(steps, losses, strict=True))
+    curves = [("hot", "hot", training), ("hot, seed 1", "hot", training), ("mine", "mine", {1: 2.0})]
+    figure = figures.loss_curves([figures.Curve(*curve) for curve in curves])
     axes = figure.axes[0]
     thick = axes.lines[1::2]
     assert thick[0].get_color() == figures.HOT
     assert len({line.get_color() for line in thick}) == 3
     assert thick[0].get_ydata()[0] == 100 and thick[0].get_ydata()[-1] == pytest.approx(np.mean(losses[-4:]))
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["hot", "hot, seed 1", "mine"]
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 7, 150, 12_345])
+def test_steps_are_whole_numbers_inside_the_axis(last):
+    training = {step: 2.0 for step in range(1, last + 1)}
+    axes = figures.loss_curves([figures.Curve("a", "all", training)]).axes[0]
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    assert ticks and all(tick == int(tick) for tick in ticks)
+    assert left <= 1 and right >= last and right - left <= max(2, last - 1), "no room that no step takes"
+
+
+def test_a_wide_range_of_losses_is_in_powers_of_ten_with_the_held_out_ones():
+    narrow = figures.loss_curves([figures.Curve("a", "all", {1: 3.0, 2: 1.0})]).axes[0]
+    assert narrow.get_yscale() == "linear" and narrow.get_ylim()[0] == 0
+    falling = {step: 5.0 / step for step in range(1, 101)}
+    wide = figures.loss_curves([figures.Curve("a", "all", falling, {50: 0.2, 100: 0.04})]).axes[0]
+    assert wide.get_yscale() == "log"
+    low, high = wide.get_ylim()
+    assert low < 0.04 and high > 5.0
+    assert wide.lines[2].get_xdata().tolist() == [50, 100]
+    below = figures.loss_curves([figures.Curve("a", "all", {1: 3.0, 2: -1.0})]).axes[0]
+    assert below.get_ylim()[0] <= -1, "a reward's loss may be below 0"

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,7 +16,7 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora.base.errors import DataError
 from hotlora.tasks import Example
 from hotlora.tasks.data import data_hash, load_examples, trained_parts
-from hotlora.tasks.rows import folder_rows, hub_rows
+from hotlora.tasks.rows import folder_rows, hub_rows, save_rows
 from hotlora.tasks.tokens import tokenize, told
 
 ASKED, SAID = "What is 2 + 3?", "It is 5."
@@ -244,12 +245,13 @@ def test_a_saved_data_set(tmp_path: Path):
     assert found[0].text == WRITTEN and len(found[1].spans) == 2
     assert load_examples(str(tmp_path / "saved" / "train"), tokenizer=tokenizer_of(CHATML)) == found
     with pytest.raises(DataError, match=r"has no split 'test'; it has train: give .*SPLIT"):
-        folder_rows(tmp_path / "saved", "test")
+        list(folder_rows(tmp_path / "saved", "test"))
 
 
 def test_a_hub_id_with_a_split_and_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`datasets` takes a folder of that name for the Hub's data set: its own reading of splits and parts."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache" / "owner___name").mkdir(parents=True)  # or it would be asked for whether the Hub can be reached
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     for split, number in (("train", 5), ("test", 2)):
@@ -279,3 +281,34 @@ def test_what_is_trained_in_one_line(tmp_path: Path):
     num = sum(map(len, dataset["input_ids"]))
     assert line.startswith("4 rows (2 messages, by the chat template; 1 prompt + completion, as they are; 1 text, as")
     assert f", {num:,} tokens, " in line and "(every answer); the longest has 100; 1 cut" in line
+
+
+def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
+    rows = [{"messages": TALK, "more": None}, {"prompt": "a", "completion": "b"}]
+    kept = save_rows(rows, tmp_path / "run" / "data.jsonl")
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == [{"messages": TALK}, rows[1]]
+    before = kept.stat().st_size
+    assert save_rows(iter(rows), kept) == kept and kept.stat().st_size == before
+    with pytest.raises(DataError, match=r"data.jsonl holds other rows: give another output folder"):
+        save_rows(rows[1:], kept)
+    assert kept.stat().st_size == before and len(list(kept.parent.iterdir())) == 1
+    dataset = Dataset.from_list([{"messages": TALK}])
+    for data in (dataset, dataset.to_iterable_dataset(), dataset.to_pandas()):
+        path = save_rows(data, tmp_path / type(data).__name__ / "data.jsonl")
+        assert load_examples(str(path), tokenizer=tokenizer_of(CHATML))[0].text == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "data holds no rows"),
+        (["a"], "row 1 of the data is a str: give dictionaries"),
+        ([{"prompt": "a"}, {"prompt": b"a"}], "row 2 of the data holds what JSON cannot: a bytes"),
+        ({"train": [{}]}, r"has the splits train: give one of them, as data\[split\]"),
+    ],
+    ids=str,
+)
+def test_rows_in_memory_that_are_none(data: object, message: str, tmp_path: Path):
+    with pytest.raises(DataError, match=message):
+        save_rows(data, tmp_path / "data.jsonl")
+    assert not list(tmp_path.iterdir())

@@ -26,8 +26,9 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install trito
 from test_kernels import ON_GPU, on_device, run_script
 
 from hotlora.hf.experts_view import ExpertsView
-from hotlora.layer import cpu, fused, gpu
+from hotlora.layer import cpu, gpu
 from hotlora.layer.function import routed_experts_by
+from hotlora.layer.kernels import fused
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def kernels(monkeypatch):
 def fused_layer(experts, hidden, index, weights, updates):
     """As a GPU runs it; fails where `fused` does not cover it."""
     view = ExpertsView(experts)
-    assert fused.covers(view, hidden, weights, updates)
+    assert gpu.use_fused(hidden) and fused.covers(view, hidden, weights, updates)
     return routed_experts_by(gpu, view, hidden, index, weights, updates)
 
 
@@ -194,10 +195,10 @@ def test_what_is_not_covered_runs_as_before():
 
 
 def test_it_is_chosen_by_the_environment(monkeypatch):
-    view, (hidden, _, weights) = ExpertsView(make_experts(torch.float32)), make_inputs(torch.float32)
+    hidden, _, _ = make_inputs(torch.float32)
     for value, expected in {"fused": True, "triton": False, "torch": False, "": False}.items():
         monkeypatch.setenv("HOTLORA_KERNELS", value)
-        assert fused.covers(view, hidden, weights, []) == expected, value
+        assert gpu.use_fused(hidden) == expected, value
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # in numpy's sigmoid

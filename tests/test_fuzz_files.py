@@ -18,8 +18,10 @@ COUNT = int(os.environ.get("HOTLORA_FUZZ", "0"))
 NAMES = (
     "profile.safetensors", "mask.safetensors", "plan.json", "scores.json", "rows.jsonl", "messages.jsonl", "rows.json",
     "rows.jsonl.gz", *(f"{name} rows" for name in fuzz.ROWS), "spider tables.json", "wikitext2 lines", "hexphi csv",
-    "malicious instructions", "generations", "config.json for params", "a model's config.json", "a model's weights",
-    "a model's tokenizer", "adapter_config.json", "an adapter's weights", "PEFT's config", "PEFT's weights", "run.json",
+    "malicious instructions", "ShareGPT.jsonl", "Alpaca.jsonl", "prompt of messages.jsonl", "turns.jsonl", "text.jsonl",
+    "rows.csv", "rows.tsv", "rows.parquet", "generations", "config.json for params", "a model's config.json",
+    "a model's weights", "a model's tokenizer", "adapter_config.json", "an adapter's weights", "PEFT's config",
+    "PEFT's weights", "run.json",
     "results", "a checkpoint's mark", "metrics.jsonl",
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +88,9 @@ def test_no_masks_and_no_scatters_over_rows(monkeypatch, products, capability):
 
 def test_the_record_is_what_the_command_says_now(counts):
     record = json.loads((ROOT / "benchmarks" / "traffic" / "layer.json").read_text(encoding="utf-8"))
+    of = record["environment"]["torch"]
+    if Version(torch.__version__) < Version(Version(of).base_version):
+        pytest.skip(f"the record is of torch {of}, whose AdamW and sorting take fewer launches than this one's")
     assert {name: record[name] for name in counts} == counts
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     for count in counts.values():

@@ -155,3 +155,50 @@ def test_runs_on_own_rows_are_compared_row_by_row(tmp_path: Path):
     assert loss["difference"] == pytest.approx(differences.sum() / tokens.sum()) and loss["verdict"] == "differs"
     table = CliRunner().invoke(app, ["compare", str(tmp_path / "slow"), str(tmp_path / "fast")])
     assert table.exit_code == 0 and "loss, nats a token" in table.output
+
+
+TURNS = [
+    {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3 + 3?"}, {"role": "assistant", "content": "6"},
+]  # fmt: skip
+
+
+def test_data_are_shown_as_the_model_will_see_them(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text("".join(json.dumps({"messages": TURNS[: 2 * n], "id": n}) + "\n" for n in (1, 2, 2)))
+
+    def call(*words: str) -> str:
+        result = CliRunner().invoke(app, ["data", str(rows), "--model", "nano", *words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    shown = call("--rows", "2")
+    assert "Assistant:⟦ 4<|endoftext|>⟧" in shown and "Assistant:⟦ 6<|endoftext|>⟧" in shown
+    assert shown.count("chat.jsonl line") == 2 and "nothing reads id" in caplog.text
+    assert "3 rows (messages, by the chat template)" in shown and "carry loss (every answer)" in shown
+    found = {how: json.loads(call("--json", "--train-on", how)) for how in ("assistant", "last", "all")}
+    number = {how: one["trained_tokens"] for how, one in found.items()}
+    assert number["last"] < number["assistant"] < number["all"] == found["all"]["tokens"]
+    assert [len(one["lengths"]) for one in found.values()] == [3, 3, 3]
+
+
+def test_what_is_trained_is_of_a_runs_identity(tmp_path: Path):
+    """Where it makes a difference: a run of prompts and completions, begun before there was a choice, goes on."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} + 1", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text((json.dumps({"messages": TURNS}) + "\n") * 8)
+    options = {"max_steps": 1, "batch_size": 4, "r": 2, "profile_fraction": 1.0}
+    done = run_training("nano", str(rows), tmp_path / "texts", **options)
+    assert done["config"]["train_on"] is None
+    assert run_training("nano", str(rows), tmp_path / "texts", train_on="last", **options) == done
+    with pytest.raises(HotLoraError, match="--train-on all against last"):
+        run_training("nano", str(rows), tmp_path / "texts", train_on="all", **options)
+    losses = {}
+    for train_on in ("assistant", "last"):
+        record = run_training("nano", str(chat), tmp_path / train_on, train_on=train_on, **options)
+        losses[train_on] = record["training"]["loss_first"]
+        assert record["config"]["train_on"] == (train_on if train_on == "assistant" else None)
+    assert losses["assistant"] != losses["last"]
+    with pytest.raises(HotLoraError, match="--train-on last against assistant"):
+        run_training("nano", str(chat), tmp_path / "assistant", train_on="last", **options)

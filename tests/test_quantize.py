@@ -33,13 +33,13 @@ from hotlora.adapter.quantize import (
     quantized_parameters,
     warn_if_experts_unquantized,
 )
+from hotlora.adapter.quantized import bitsandbytes_functional
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli.main import app
 from hotlora.evaluate.score import response_loss
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
-from hotlora.layer.quantized import bitsandbytes_functional
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.evaluation import run_harness
 from hotlora.runs.options import EvalOptions

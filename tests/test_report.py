@@ -17,7 +17,7 @@ from rich.console import Console
 from hotlora.base.errors import DataError, FileError
 from hotlora.base.records import find_records, new_record, write_record
 from hotlora.report.page import conditions_table, write_report
-from hotlora.report.tables import human_bytes, human_count, human_seconds, read_sections, table_rows
+from hotlora.report.tables import human_bytes, human_count, human_seconds, read_sections, section_tables, table_rows
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 
@@ -142,12 +142,13 @@ def test_numbers_are_the_records(report, runs):
     assert list(rows)[1:] == ["base", "all", "hot 25%", "random 25%", "cold 25%"]
     profile = RoutingProfile.load(runs / "nano-math")
     for record in find_records(runs).values():
-        accuracy, difference, covered, trained, adapter, speed, memory = rows[record["name"]]
+        accuracy, difference, rate, covered, trained, adapter, speed, memory = rows[record["name"]]
         result = record["evaluation"]["nano-math"]
         assert re.fullmatch(rf"{100 * result['accuracy']:.1f} \[\d+\.\d–\d+\.\d\]", accuracy)
         if record["condition"] == "base":
-            assert {covered, trained, adapter, speed, memory} == {"–"}
+            assert {rate, covered, trained, adapter, speed, memory} == {"–"}
             continue
+        assert rate == "0.0004"
         assert speed == f"{record['training']['tokens_per_second']:,.0f}" and memory == "912.0 MB"
         assert trained.endswith(f" ({record['parameters']['percent']:.1f}%)")
         if record["condition"] == "all":
@@ -204,7 +205,7 @@ def test_a_plan_for_another_model_is_left_out(tmp_path):
     text = write_report(tmp_path, tmp_path / "out").read_text()
     assert "plan is left out: it is for 64 experts a layer, but the profile of nano has 32" in text
     rows = {row[0]: row[1:] for row in Page(text).rows}
-    assert rows["all"][2] == "–" and rows["hot 25%"][2].endswith("%")
+    assert rows["all"][3] == "–" and rows["hot 25%"][3].endswith("%")
 
 
 def change(run, **changes):
@@ -254,7 +255,7 @@ def test_damaged_numbers_are_told_and_no_traceback(tmp_path):
     assert "all: its losses are left out" in text and "line 3: step '3' or loss '2.0' is no number" in text
     assert "random 25%: its losses are left out" in text and Page(text).images == 4
     hot = next(row for row in Page(text).rows if row[0] == "hot 25%")
-    assert hot[4].endswith("(6.9%)"), "the share is worked out"
+    assert hot[5].endswith("(6.9%)"), "the share is worked out"
 
 
 @pytest.mark.parametrize(
@@ -359,9 +360,105 @@ def test_the_terminal_shows_the_same_rows(runs):
     assert conditions_table({}).row_count == 0
 
 
-def test_reports_need_no_transformers():
-    code = "import sys, hotlora.report.page; sys.exit('transformers' in sys.modules or 'peft' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_options_that_differ_and_the_learning_rate_are_columns(tmp_path):
+    write_runs(tmp_path, conditions=("base", "all", "hot", "random"))
+    change(tmp_path / "nano-math" / "hot-0", config__learning_rate=1e-3, config__quantize=4)
+    change(tmp_path / "nano-math" / "random-0", config__save_steps=7, config__fraction=0.5)
+    rows = Page(write_report(tmp_path, tmp_path / "out").read_text()).rows
+    assert rows[0][:6] == ["run", "accuracy, %", "against all, points", "learning rate", "quantize", "routing covered"]
+    assert {row[0]: row[3:5] for row in rows[1:]} == {
+        "base": ["–", "–"], "all": ["0.0004", "none"], "hot 25%": ["0.001", "4"], "random 25%": ["0.0004", "none"],
+    }  # fmt: skip
+
+
+def test_the_held_out_loss_stands_beside_a_score(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    change(tmp_path / "nano-math" / "hot-0", training__test_loss=1.23456)
+    rows = Page(write_report(tmp_path, tmp_path / "out").read_text()).rows
+    place = rows[0].index("held-out loss")
+    assert [row[place] for row in rows[1:]] == ["–", "1.2346"]
+
+
+def test_on_a_phone_few_runs_are_cards_and_many_a_table(tmp_path):
+    """By the style sheet alone: each cell says its column."""
+    write_runs(tmp_path, conditions=("all", "hot"))
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert '<table class="cards">' in text and "td::before { content: attr(data-title)" in text
+    assert text.count("<td ") == text.count('<td data-title="') > 0
+    for seed in range(1, 7):
+        write_runs(tmp_path, conditions=("all", "hot"), seed=seed)
+    assert '<table class="cards">' not in write_report(tmp_path, tmp_path / "out").read_text()
+
+
+def test_own_rows_show_loss_perplexity_and_token_accuracy(tmp_path):
+    write_runs(tmp_path, conditions=("all",))
+    result = json.loads((tmp_path / "nano-math" / "all-0" / "run.json").read_text())["evaluation"]["nano-math"]
+    result |= {"loss": 1.5, "loss_ci": [1.4, 1.6], "perplexity": 4.4817, "perplexity_ci": [None, None]}
+    change(tmp_path / "nano-math" / "all-0", evaluation={"nano-math": result | {"token_accuracy": 0.75}})
+    rows = Page(write_report(tmp_path, tmp_path / "out").read_text()).rows
+    named = dict(zip(*rows, strict=True))
+    assert named["loss"] == "1.5000 [1.4000–1.6000]" and named["perplexity"] == "4.48"
+    assert named["token accuracy, %"] == "75.0"
+
+
+def test_runs_that_adapt_other_parts_have_tables_and_references_of_their_own(tmp_path):
+    """Of attention, router and experts one, of experts alone one; the base is in both."""
+    write_runs(tmp_path)
+    write_runs(tmp_path / "alone", conditions=("all", "hot"))
+    for name, loss in (("all-0", 20), ("hot-0", 15)):
+        run = tmp_path / "alone" / "nano-math" / name
+        change(run, config__train_attention=False, config__train_router=False)
+        result = {"metric": "exact_match", "accuracy": loss / 200, "n": 200, "correct": loss}
+        change(run, evaluation={"nano-math": result})
+    (section,) = read_sections(find_records(tmp_path))
+    whole, alone = section_tables(section)
+    assert (whole.adapted, alone.adapted) == ("attention, router and experts", "experts alone")
+    assert [row.name for row in alone.rows] == ["base", "all", "hot 25%"] and len(whole.rows) == 5
+    assert alone.rows[2].cells["difference"] == "−2.5", "against all experts alone"
+    for table in (whole, alone):
+        (every,) = [row for row in table.rows if row.condition == "all"]
+        assert every.cells["difference"] == "–", "not against the other table's"
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "Results on nano-math: LoRA on experts alone" in text and Page(text).images == 5  # a loss picture of each
+    console = Console(width=84, file=io.StringIO())
+    console.print(conditions_table(find_records(tmp_path)))
+    assert "experts alone" in console.file.getvalue()
+
+
+def test_pictures_say_whose_plan_they_show(tmp_path):
+    write_runs(tmp_path, conditions=("all", "random", "cold"))
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "Boxes: the experts that the plan of random 25% keeps. Counted for random 25%." in text
+    write_runs(tmp_path, conditions=("hot",))
+    change(tmp_path / "nano-math" / "hot-0", name="mine")
+    assert "Boxes: the experts that the plan of mine keeps." in write_report(tmp_path, tmp_path / "out").read_text()
+    for name in ("hot-0", "random-0", "cold-0"):
+        shutil.rmtree(tmp_path / "nano-math" / name)
+    assert "Boxes" not in write_report(tmp_path, tmp_path / "out").read_text(), "all experts need none"
+
+
+def test_held_out_losses_are_in_the_picture(tmp_path):
+    write_runs(tmp_path, conditions=("all",))
+    assert "Dots:" not in write_report(tmp_path, tmp_path / "out").read_text()
+    file = tmp_path / "nano-math" / "all-0" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 61, "loss": 0.3, "eval_loss": 0.35}\n')
+    assert "Dots: the loss on held-out data." in write_report(tmp_path, tmp_path / "out").read_text()
+    file.write_text(file.read_text() + '{"step": 62, "loss": 0.3, "eval_loss": "x"}\n')
+    assert "line 62: step &#39;62&#39; or eval_loss &#39;x&#39; is no number" in (
+        write_report(tmp_path, tmp_path / "out").read_text()
+    )
+
+
+def test_a_report_imports_little():
+    """Each of these takes as long as the page's own work; neither is needed to draw one."""
+    code = (
+        "import sys, hotlora.report.page\n"
+        "from hotlora.evaluate.stats import paired_difference, proportion_interval\n"
+        "proportion_interval(3, 10), paired_difference([1, 0, 1], [0, 0, 1])\n"
+        "print(*{'scipy', 'pandas', 'datasets', 'transformers', 'peft', 'trl'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_human_units():

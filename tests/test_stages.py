@@ -100,6 +100,10 @@ def test_full_fine_tuning_leaves_the_configs_as_they_were(model_folder, data, tm
     generation = {**read_json(base / "generation_config.json"), "do_sample": False, "temperature": 0.6}
     del generation["pad_token_id"]  # which the trainer takes from the tokenizer
     write_json(base / "generation_config.json", generation)
+    try:
+        load_model(str(base)).save_pretrained(tmp_path / "saved")
+    except ValueError as error:
+        pytest.skip(f"this transformers does not save such a model at all ({str(error).splitlines()[0]})")
     run_method(str(base), data, tmp_path / "run", method="fft", **SHORT)
     for folder in (tmp_path / "run" / "model", tmp_path / "run" / "checkpoints" / "checkpoint-3"):
         assert read_json(folder / "config.json") == config

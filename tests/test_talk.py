@@ -75,6 +75,24 @@ def test_a_run_or_its_adapter_alone_is_enough(run: Path, part: str):
     torch.testing.assert_close(logits(merged, tokenizer), logits(by_hand, tokenizer), atol=1e-4, rtol=1e-4)
 
 
+def test_load_adapter_takes_paths_too(run: Path, tmp_path: Path):
+    tokenizer = hotlora.load_tokenizer("nano")
+    by_hand = logits(hotlora.load_adapter(hotlora.load_model("nano"), run / "adapter"), tokenizer)
+    for given in ((run,), (str(run / "adapter"),), ("nano", run), (hotlora.load_model("nano"), str(run))):
+        assert torch.equal(logits(hotlora.load_adapter(*given), tokenizer), by_hand), given
+    trainable = hotlora.load_adapter(run, is_trainable=True)
+    assert trainable.training and any(parameter.requires_grad for parameter in trainable.parameters())
+    for wrong, told in (
+        ((hotlora.load_model("nano"),), "path is not given"),
+        (("nano",), "is no adapter but a model"),
+        ((tmp_path,), "holds no run, adapter or model"),
+        ((hotlora.load_model("nano"), tmp_path / "none"), "is not a folder"),
+        (("nano", "nano"), "there is nothing to load onto"),
+    ):
+        with pytest.raises(HotLoraError, match=told):
+            hotlora.load_adapter(*wrong)
+
+
 def test_a_model_and_a_fully_trained_one(run: Path, tmp_path: Path):
     model, tokenizer = hotlora.load("nano")
     assert torch.equal(logits(model, tokenizer), logits(hotlora.load_model("nano"), tokenizer))

@@ -29,6 +29,8 @@ WEIGHTS_HASH = "weights_sha256"
 """Key of `adapter_config.json`: SHA-256 of the weights' file. PEFT leaves it alone."""
 A_HASH = "a_sha256"
 """Key of `adapter_config.json`: SHA-256 of a frozen A, which is in no file. Older adapters have none."""
+# In `repr`: what comes first, and what is the same for all or worked out.
+_NOT_TOLD = ("plan", "r", "lora_alpha", "target_modules", "task_type", "peft_type", "peft_version")
 _NEEDS_HOTLORA = (
     "of this adapter (this adapter needs hotlora: pip install hotlora, then hotlora.load, or import hotlora.adapter "
     "before PEFT loads it; hotlora export --format peft makes one that does without)"
@@ -132,6 +134,17 @@ class HotLoraConfig(LoraConfig):
         """The file that the adapter was loaded from, as it is noted in a model that it is merged into."""
         self._loaded: Digests | None = None
         """Of the values that were loaded from it."""
+
+    def __repr__(self) -> str:
+        """What differs from the defaults; the plan and other long values in short."""
+        told = [f"plan={ExpertPlan.from_dict(self.plan)!r}", f"r={self.r}", f"lora_alpha={self.lora_alpha}"]
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), _default(field)
+            if field.name in _NOT_TOLD or value == default or not (value or default):
+                continue
+            is_long = isinstance(value, Mapping | list | tuple | set) and len(value) > 3
+            told.append(f"{field.name}={f'<{len(value)} entries>' if is_long else repr(value)}")
+        return f"HotLoraConfig({', '.join(told)})"
 
     def _check_factors(self) -> None:
         if isinstance(self.mask, str | os.PathLike):
@@ -246,6 +259,10 @@ class HotLoraConfig(LoraConfig):
         if path in self._routers:
             return HotLoraRouter
         return HotLoraWeights if path in self._raw_weights else None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _raw_weights(module: nn.Module) -> tuple[str, ...]:

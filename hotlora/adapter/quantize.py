@@ -3,7 +3,7 @@
 transformers 5 keeps all experts of a layer in 3-D parameters, and 4-bit loading by bitsandbytes or torchao replaces
 `nn.Linear` only: nearly all of the model stays in 16 bits without a word (bitsandbytes#1849, unsloth#5344). Here each
 3-D parameter becomes a `QuantizedExperts` of the same name. What is multiplied is dequantized for that one product,
-and again in backward: no dense copy outlives a product. `layer.quantized` has what holds them.
+and again in backward: no dense copy outlives a product. `quantized` has what holds them.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
 from ..layer.function import use_routed_layer
-from ..layer.quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
+from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 
 _METHOD = "hotlora_experts"
 
@@ -42,7 +42,7 @@ def quantize_experts(
     Raises:
         PlanError: `keep` names a layer or an expert that is not there.
         ModelError: no MoE layer, quantized already, with a merged adapter, on the meta device, or not in a 16- or
-        32-bit float.
+            32-bit float.
         HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
     """
     _check_bits(bits)

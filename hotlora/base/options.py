@@ -20,8 +20,10 @@ _SHORT = {
     "lr": "learning_rate", "alpha": "lora_alpha", "rank": "r", "dropout": "lora_dropout", "steps": "max_steps",
     "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_scheduler",
     "per_device_eval_batch_size": "eval_batch_size", "load_best_model_at_end": "load_best",
-    "activation_checkpointing": "gradient_checkpointing", "max_seq_length": "max_length",
+    "activation_checkpointing": "gradient_checkpointing", "max_seq_length": "max_length", "train_dataset": "data",
+    "output_dir": "output", "eval_dataset": "test_data",
 }  # fmt: skip
+"""Other names that users know, transformers' and TRL's among them."""
 _LISTS = (Sequence, list)
 _WORDS = {
     int: "a whole number",

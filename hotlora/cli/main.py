@@ -1,6 +1,7 @@
 """The command line: each command is one call into the library. Heavy imports wait until a command runs."""
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -62,7 +63,7 @@ def root(
 
 
 @app.command()
-@options_of(RunOptions, only=("seed", "train_attention", "train_router"))
+@options_of(RunOptions, only=("seed",))
 def demo(
     task: Annotated[str, typer.Option(help="nano-math, nano-sql or nano-choice.")] = "nano-math",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where runs and page go.")] = Path("runs/demo"),
@@ -71,7 +72,8 @@ def demo(
     """See the whole way in a few minutes, on the embedded model: no network and no GPU needed.
 
     Profiles nano's router on a task, trains LoRA on all experts, on the hot 25%, on as many random ones and on as
-    many cold ones, evaluates each and the base model, and writes one page. Run again, it goes on where it stopped.
+    many cold ones, with attention and router and on experts alone, evaluates each and the base model, and writes one
+    page with a table of each. Run again, it goes on where it stopped.
     """
     from ..papers.demo import CONFIG, run_demo
 
@@ -96,10 +98,7 @@ def plan(
     selection = Selection(**given)
     chosen = selected(RoutingProfile.load(profile), selection, seed=seed)
     chosen.save(output)
-    sizes = [len(ids) for ids in chosen.experts.values()]
-    total = chosen.num_experts * len(sizes)
-    each = f", {min(sizes)} to {max(sizes)} in each" if len(set(sizes)) > 1 else ""
-    out.print(f"{selection.rule}: {sum(sizes)} of {total} experts in {len(sizes)} layers{each}; plan: {output}")
+    out.print(f"{chosen.summary}; plan: {output}")
 
 
 app.command()(data)
@@ -353,9 +352,12 @@ def report(
 
     Of recipes' runs also the papers' tables and figures, as HTML, Markdown, CSV, LaTeX and PNG.
     """
+    gc.disable()  # while modules are imported, and their objects are never looked through: a fifth of the time
     from ..base.records import find_records
     from ..report.page import conditions_table, has_recipes, write_report
 
+    gc.freeze()
+    gc.enable()
     skipped: dict[Path, str] = {}
     records = find_records(runs, skipped)
     page = write_report(runs, output or runs)

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .. import api
 from ..base.errors import DataError, HotLoraError
-from ..runs.options import ProfileOptions
+from ..runs.options import PROFILE_LEAVES, ProfileOptions
 from .options import err, options_of, out
 
 
-@options_of(ProfileOptions, leave=("model", "on_top_of", "keep_hot"))
+@options_of(ProfileOptions, leave=("model", *PROFILE_LEAVES))
 def profile(
     sources: Annotated[
         list[str] | None,
@@ -64,33 +65,12 @@ def profile(
     if model is None:
         raise typer.BadParameter("give the model to profile", param_hint="--model")
     output = output or Path("profile.safetensors")
-    from ..base.files import check_writable, file_in
-    from ..base.processes import is_main, start
-    from ..hf.models import load_tokenizer, vocab_size
-    from ..runs.checks import check_adapters, check_sizes
-    from ..runs.folder import load_base
-    from ..runs.training import profile_data
-    from ..tasks.data import load_examples
-    from ..tasks.tokens import tokenize
+    from ..base.processes import is_main
 
     (source,) = chosen
-    options = ProfileOptions(model=model, **given)
-    sizes: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
-    check_sizes(**sizes)
-    check_writable(file_in(output, "profile.safetensors"))
-    start(options.device)
-    check_adapters(
-        model, (), dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
-    )
-    tokenizer = load_tokenizer(model)
-    read = {"tokenizer": tokenizer, **options.reading()}
-    examples = load_examples(source, "train", limit=options.limit, seed=options.seed, **read)
-    dataset = tokenize(examples, tokenizer, options.max_length, vocab_size=vocab_size(model))
-    base = load_base(model, **options.loading())
-    result = profile_data(base, tokenizer, examples, source, model, dataset=dataset, progress=is_main(), **sizes)
+    result = api.profile(model, source, output, **given)
     if not is_main():
         return
-    result.save(output)
     table = Table(title=f"Routing of {model} on {source}: {result.num_tokens:,} tokens")
     for column in ("layer", "CV", "cold experts", "coverage of the top 25%", "entropy"):
         table.add_column(column, justify="right")

@@ -1,16 +1,14 @@
 """The command `train`, and how a run's outcome is printed."""
 
-import functools
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..base.errors import HotLoraError
-from ..runs.methods import METHODS, PLACEMENTS, resolve
+from .. import api
+from ..runs.methods import METHODS, PLACEMENTS
 from ..runs.options import RunOptions
-from .options import err, options_of, out
+from .options import options_of, out
 
 
 @options_of(RunOptions)
@@ -49,31 +47,13 @@ def train(
 
     Over several GPUs: `accelerate launch --config_file configs/fsdp2.yaml -m hotlora train …`, or torchrun.
     """
-    from ..base.processes import is_main, start
-    from ..runs.stages import run_method
+    from ..base.processes import is_main
 
-    options = resolve(method, preset=preset, placement=placement, **given)
-    name = preset or options.condition or options.rule
-    parts = (options.model, options.data, name, f"seed{options.seed}")
-    output = output or Path("runs") / "-".join(_slug(part) for part in parts)
-    start(options.device)
-
-    @functools.cache  # a method may have several trainings
-    def begin() -> None:
-        if is_main():
-            told = f"training {options.model} on {options.data} into {output}{_going_on(output, options.extend)}"
-            err.print(told, highlight=False, markup=False, soft_wrap=True)
-        if preflight:
-            _check_memory(options)
-
-    record = run_method(options, output, progress=True, begin=begin)
+    run = api.train(output=output, method=method, preset=preset, placement=placement, preflight=preflight, **given)
     if is_main():
-        from ..report.card import write_card
-
-        write_card(output)
-        print_run(record, output)
-        if options.push_to_hub is not None:
-            push(output, options.push_to_hub, options.hub_private_repo)
+        print_run(run.record, run.folder)
+        if (name := given.get("push_to_hub")) is not None:
+            push(run.folder, name, given.get("hub_private_repo", RunOptions.hub_private_repo))
 
 
 def push(
@@ -94,27 +74,6 @@ def push(
         write_card(run)
     address = push_folder(run, name, private=private)
     out.print(f"pushed: {address}{' (private)' if private else ''}", highlight=False, soft_wrap=True)
-
-
-def _going_on(output: Path, extend: bool) -> str:
-    from ..training.checkpoints import last_complete
-
-    last = last_complete(output / "checkpoints")
-    return f", {'extending' if extend else 'resuming'} from {last.name}" if last else ""
-
-
-def _check_memory(options: RunOptions) -> None:
-    """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
-    from ..base.processes import all_objects, is_main
-    from ..cost.preflight import preflight
-
-    found = all_objects(preflight(options) if is_main() else None)[0]
-    if found is None:
-        return
-    if found.is_hopeless:
-        raise HotLoraError(f"{found} --no-preflight tries it all the same.")
-    if is_main():
-        err.print(str(found), style=None if found.fits else "yellow", highlight=False, markup=False)
 
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
@@ -172,8 +131,3 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         if (output / name).exists():
             out.print(f"{what}: {output / name}", highlight=False, soft_wrap=True)
     out.print(f"pictures: hotlora report {output}", highlight=False, soft_wrap=True)
-
-
-def _slug(text: str) -> str:
-    """The last part of a name or path, fit for a folder's name."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", Path(text.rstrip("/")).stem if "/" in text else text).strip("_.") or "x"

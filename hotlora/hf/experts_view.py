@@ -10,6 +10,7 @@ Shape suffixes: E experts, S rows (token-expert assignments), D model width, F e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,8 +49,15 @@ class FrozenWeight:
 
     def of(self, expert: int) -> Tensor:
         """`[inputs, outputs]`; a quantized one is dense for as long as it is held."""
-        weight: Tensor = self.value[expert] if isinstance(self.value, Tensor) else self.value.expert(expert)
+        if isinstance(self.value, Tensor):
+            return self._views[expert]
+        weight: Tensor = self.value.expert(expert)
         return weight if self.is_transposed else weight.T
+
+    @cached_property
+    def _views(self) -> Sequence[Tensor]:
+        """Of each expert, made at once: an operation each costs more than a small product."""
+        return self.all().unbind()
 
     def all(self) -> Tensor:
         """`[E, inputs, outputs]`; quantized ones are dense for as long as they are held."""

@@ -8,7 +8,7 @@ It keeps for backward the input `[T, D]`, the up projection's output `[S, P*F]`,
 weights. The gate, and what the factors make of their inputs, are computed again. The routing weights' gradient needs no
 output of the experts: for y = W h and a gradient g of w * y, <g, y> = <W^T g, h>, and W^T g is at hand.
 
-`cpu` and `gpu` have the products, `updates` what is added; `fused` has the whole layer in a few kernels for a GPU. A
+`cpu` and `gpu` have the products, `updates` what is added; `kernels.fused` has the whole layer in a few kernels. A
 compiled graph has the whole layer in it, without a break: forward and backward are traced, and each grouped product is
 one operation of the graph.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from . import cpu, fused, gpu
+from . import cpu, gpu
 from .updates import Update, compute_dtype
 
 
@@ -54,13 +54,16 @@ def routed_experts_by(
     updates: Sequence[Update],
 ) -> Tensor:
     """`routed_experts` by the products of `cpu` or `gpu`. updates: none without an expert."""
-    if products is gpu and fused.covers(view, hidden_TD, top_k_weights_TK, updates):
-        (update,) = updates or (None,)
-        seeds = _two_seeds() if update is not None and update.dropout else (0, 0)
-        its = [] if update is None else update.tensors
-        arguments = (hidden_TD, top_k_index_TK, top_k_weights_TK, *view.tensors(), *its)
-        summed: Tensor = fused.FusedExperts.apply(view, update, seeds, *arguments)
-        return summed
+    if products is gpu and gpu.use_fused(hidden_TD):
+        from .kernels import fused  # which needs Triton
+
+        if fused.covers(view, hidden_TD, top_k_weights_TK, updates):
+            (update,) = updates or (None,)
+            seeds = _two_seeds() if update is not None and update.dropout else (0, 0)
+            its = [] if update is None else update.tensors
+            arguments = (hidden_TD, top_k_index_TK, top_k_weights_TK, *view.tensors(), *its)
+            summed: Tensor = fused.FusedExperts.apply(view, update, seeds, *arguments)
+            return summed
     layer = Layer(view, updates, products)
     tensors = [*view.tensors(), *(tensor for update in updates for tensor in update.tensors)]
     return RoutedExperts.apply(layer, hidden_TD, top_k_index_TK, top_k_weights_TK, *tensors)
@@ -156,6 +159,7 @@ class _Pass:
         own = len(tensors) - sum(update.num_tensors for update in updates)
         self.own, rest = tensors[:own], tensors[own:]
         self.weights = self.view.up(self.own[0]), self.view.down(self.own[1])
+        self.weights_T = self.weights[0].T, self.weights[1].T
         self.biases, self.norm_parameters = self.own[2:4], self.own[4:]
         self.updates: list[Any] = []
         self.tensors_of: list[Any] = []
@@ -176,13 +180,18 @@ class _Pass:
             scale_EO.index_add_(0, ids_N, scale_NO.to(scale_EO.dtype) - 1)
         return self.view.join(scale_EO) if place == 0 else scale_EO
 
+    def _hots(self, rows: Any) -> list[tuple[Any, Any]]:
+        """The updates that some of these rows meet, each with its rows."""
+        hots = [(update, self.products.Hot(rows, update)) for update in self.updates]
+        return [(update, hot) for update, hot in hots if hot.has_rows]
+
     def forward(self, rows: Any, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Of a block of rows the outputs of the up projection `[S, P*F]` and of the experts `[S, D]`."""
-        hots = [self.products.Hot(rows, update) for update in self.updates]
+        hots = self._hots(rows)
         with self.autocast.off():
             x_SD = hidden_TD.index_select(0, rows.token_S)
             up_SPF = self._base(0, rows, x_SD)
-            for update, hot in zip(self.updates, hots, strict=True):
+            for update, hot in hots:
                 update.up(hot, self.view.split(up_SPF), x_SD)
             del x_SD
         with self.autocast.again():
@@ -197,18 +206,18 @@ class _Pass:
         self, rows: Any, up_SPF: Tensor, hidden_TD: Tensor, top_k_weights_TK: Tensor, grad_TD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Of a block of rows the gradients of the experts' input `[S, D]` and of the routing weights `[S]`."""
-        hots = [self.products.Hot(rows, update) for update in self.updates]
+        hots = self._hots(rows)
         weight_S1 = _by_rows(rows, top_k_weights_TK)
         dup_SPF, dweight_S = self._down_backward(rows, hots, up_SPF, grad_TD.index_select(0, rows.token_S), weight_S1)
         dx_SD = self._base_backward(0, rows, dup_SPF)
         if self._wants_own_gradients(0):
             self._own_gradients(0, rows, dup_SPF, hidden_TD.index_select(0, rows.token_S))
-        for update, hot in zip(self.updates, hots, strict=True):
-            update.up_backward(hot, dx_SD, self.view.split(dup_SPF), hot.picked(hidden_TD))
+        for update, hot in hots:
+            update.up_backward(hot, dx_SD, self.view.split(dup_SPF), hidden_TD)
         return dx_SD, dweight_S
 
     def _down_backward(
-        self, rows: Any, hots: Sequence[Any], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+        self, rows: Any, hots: Sequence[tuple[Any, Any]], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the up projection's output and of the routing weights `[S]`.
 
@@ -226,7 +235,7 @@ class _Pass:
         dweight_S = torch.linalg.vecdot(u_SF.to(wide), act_SF.to(wide))
         if (bias_ED := self.biases[1]) is not None:
             dweight_S += rows.dot_bias(grad_SD, bias_ED.to(grad_SD.dtype)).to(wide)
-        for update, hot in zip(self.updates, hots, strict=True):
+        for update, hot in hots:
             update.down_backward(hot, u_SF, dweight_S, act_SF, grad_SD, weight_S1)
         if self._wants_own_gradients(1):
             self._own_gradients(1, rows, (grad_SD * weight_S1).to(grad_SD.dtype), act_SF)
@@ -234,7 +243,7 @@ class _Pass:
         return dup_SPF, dweight_S if through_norm_S is None else through_norm_S
 
     def _norm_backward(
-        self, rows: Any, hots: Sequence[Any], act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+        self, rows: Any, hots: Sequence[tuple[Any, Any]], act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the norm's input and of the routing weights. The input is computed again."""
         norm = self.view.norm_after
@@ -255,11 +264,11 @@ class _Pass:
                 total += some
         return dy_SD, dweight_S
 
-    def _down(self, rows: Any, hots: Sequence[Any], act_SF: Tensor, again: bool = False) -> Tensor:
+    def _down(self, rows: Any, hots: Sequence[tuple[Any, Any]], act_SF: Tensor, again: bool = False) -> Tensor:
         """The projection out of the experts, `[S, D]`. again: for a second time in one pass."""
         with self.autocast.off():
             y_SD = self._base(1, rows, act_SF)
-            for update, hot in zip(self.updates, hots, strict=True):
+            for update, hot in hots:
                 update.down(hot, y_SD, act_SF, again)
         return y_SD
 
@@ -275,10 +284,10 @@ class _Pass:
 
     def _base_backward(self, place: int, rows: Any, grad_SO: Tensor) -> Tensor:
         """The gradient of the projection's input `[S, I]`; zeros in rows of no expert here."""
-        weight, scale_EO = self.weights[place], self.base_scales[place]
+        weight, scale_EO = self.weights_T[place], self.base_scales[place]
         if scale_EO is not None:
             grad_SO = rows.scaled(grad_SO, scale_EO)
-        return rows.product(grad_SO.to(weight.dtype), weight.T)
+        return rows.product(grad_SO.to(weight.dtype), weight)
 
     def make_gradients(self) -> None:
         """Zeros for all that trains, which `backward` fills, a block after the other."""

@@ -4,7 +4,7 @@ be asked for.
 The base's products are torch's grouped ones where torch has one kernel for them, and ours (`kernels`, in Triton)
 elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; without
 Triton cold experts get factors of zeros. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all;
-`=fused` takes `fused` for the layers that it covers, which has not been timed on a GPU yet.
+`=fused` takes `kernels.fused` for the layers that it covers, which has not been timed on a GPU yet.
 
 In a compiled graph each product is one operation.
 
@@ -100,16 +100,29 @@ class Hot:
         self.token_S, self.expert_S, self.ends_E = rows.token_S, rows.expert_S, rows.ends_E
         slot_N = torch.arange(len(self.ids_N), dtype=torch.int32, device=self.ids_N.device)
         self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, self.ids_N, slot_N)
+        self.has_rows = True
+        """For all that the host knows."""
+
+    def rows(self, x_SI: Tensor) -> Tensor:
+        """As products take them."""
+        return x_SI.to(self.dtype)
+
+    def own(self, x_S: Tensor) -> Tensor:
+        """Cold rows are not told apart."""
+        return x_S
 
     def picked(self, x_TI: Tensor) -> Tensor:
         """`[S, I]`: of each row its token's."""
-        return x_TI.index_select(0, self.token_S)
+        return x_TI.index_select(0, self.token_S).to(self.dtype)
+
+    def weights(self, *weights_N: Tensor) -> list[Tensor]:
+        """As products take them."""
+        return [weight_N.to(self.dtype) for weight_N in weights_N]
 
     def product(self, x_SI: Tensor, weight_NOI: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
         """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others. scaling: one, or each expert's `[N]`."""
         if isinstance(scaling, Tensor):
             return (self.product(x_SI, weight_NOI) * self.by_rows(scaling, self.dtype)).to(self.dtype)
-        x_SI, weight_NOI = x_SI.to(self.dtype), weight_NOI.to(self.dtype)
         return _call(hot_linear, x_SI, weight_NOI, self.ends_E, self.slot_E, scaling, self.is_partial)
 
     def by_rows(self, scaling_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,12 +130,16 @@ class Hot:
         slot_S = self.slot_E.index_select(0, self.expert_S).clamp(min=0)
         return scaling_N.to(torch.promote_types(dtype, torch.float32)).index_select(0, slot_S).unsqueeze(1)
 
+    def add(self, y_S: Tensor, x_S: Tensor) -> None:
+        """y += x, in place and in y's dtype. x: zero in cold rows."""
+        y_S += x_S.to(y_S.dtype)
+
     def add_product(self, y_SO: Tensor, x_SI: Tensor, weight_NOI: Tensor, drop: "Dropout | None" = None) -> None:
         """y += drop(weight[n] @ x) in hot rows, in place and in y's dtype."""
-        x_SI, weight_NOI = x_SI.to(self.dtype), weight_NOI.to(self.dtype)
+        x_SI = x_SI.to(self.dtype)
         if torch.compiler.is_compiling() or (drop is not None and drop.p) or not use_kernels(x_SI, is_thin=True):
             product = self.product(x_SI, weight_NOI)
-            y_SO += (product if drop is None else drop(product)).to(y_SO.dtype)
+            self.add(y_SO, product if drop is None else drop(product))
         else:
             _gemm().grouped_gemm(x_SI, weight_NOI, self.ends_E, self.slot_E, add_to_SO=y_SO)
 
@@ -130,13 +147,12 @@ class Hot:
         """Sets `out` to the sum of y x^T over each hot expert's rows."""
         out_NOI.copy_(_call(hot_outer, y_SO.to(self.dtype), x_SI.to(self.dtype), self.ends_E, self.ids_N))
 
-    def dropout(self, x_SI: Tensor, p: float, source: Any) -> "Dropout":
-        """Masks of x's shape for the hot rows, drawn at each call, and the same each time: those that a CPU draws."""
+    def dropout(self, p: float, source: Any) -> "Dropout":
         return Dropout(self, p, source)
 
 
 class Dropout:
-    """The same masks at each call."""
+    """The same masks at each call, drawn each time: those that a CPU draws."""
 
     def __init__(self, hot: Hot, p: float, seed: Any) -> None:
         self.dtype, self.p, self.seed = hot.dtype, p, seed
@@ -219,8 +235,9 @@ def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
 
 
 def use_fused(x: Tensor) -> bool:
-    """Whether a layer is computed by `fused`, as far as it covers it: where it is asked for, until it was timed."""
-    return os.environ.get("HOTLORA_KERNELS") == "fused" and use_kernels(x, is_thin=True)
+    """Whether `kernels.fused` is asked for, which takes the layers that it covers: not by itself until it was timed."""
+    is_asked = os.environ.get("HOTLORA_KERNELS") == "fused" and not torch.compiler.is_compiling()
+    return is_asked and use_kernels(x, is_thin=True)
 
 
 def use_kernels(x: Tensor, is_thin: bool = False) -> bool:

@@ -123,48 +123,52 @@ class LowRankPass:
 
     def up(self, hot: Any, parts: Sequence[Tensor], x_SD: Tensor) -> None:
         """Adds the update of the projections into the experts to their outputs' `parts`."""
-        dropped_SD = hot.dropout(x_SD, self.p, self.up_source)(x_SD)
-        z_SPR = hot.product(dropped_SD, self.A_up, self.scaling)
-        for part, z_SR, B in zip(parts, z_SPR.chunk(len(parts), 1), self.B_up.chunk(len(parts), 1), strict=True):
-            hot.add_product(part, z_SR, B)
+        A_up, B_up = hot.weights(self.A_up, self.B_up)
+        dropped = hot.dropout(self.p, self.up_source)(hot.rows(x_SD))
+        z_HPR = hot.product(dropped, A_up, self.scaling)
+        for part, z_HR, B in zip(parts, z_HPR.chunk(len(parts), 1), B_up.chunk(len(parts), 1), strict=True):
+            hot.add_product(part, z_HR, B)
 
     def down(self, hot: Any, y_SD: Tensor, act_SF: Tensor, again: bool = False) -> None:
         """Adds the update of the projection out of the experts to `y`. again: for a second time in one pass."""
-        dropped_SF = hot.dropout(act_SF, self.p, self.down_again if again else self.down_source)(act_SF)
-        hot.add_product(y_SD, hot.product(dropped_SF, self.A_down, self.scaling), self.B_down)
+        A_down, B_down = hot.weights(self.A_down, self.B_down)
+        dropped = hot.dropout(self.p, self.down_again if again else self.down_source)(hot.rows(act_SF))
+        hot.add_product(y_SD, hot.product(dropped, A_down, self.scaling), B_down)
 
     def down_backward(
         self, hot: Any, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
     ) -> None:
         """Makes the gradients of A, where it trains, and B; adds the input's, not yet times the routing weights, to
         `u`, and the routing weights' to `dweight`: <g, B A h> is <B^T g, A h>."""
-        drop = hot.dropout(act_SF, self.p, self.down_source)
-        dropped_SF = drop(act_SF)
-        g_SR = hot.product(grad_SD, self.B_down.transpose(1, 2), self.scaling)
-        z_SR = hot.product(dropped_SF, self.A_down)
-        dweight_S += torch.linalg.vecdot(g_SR.to(dweight_S.dtype), z_SR.to(dweight_S.dtype))
+        A_down, B_down = hot.weights(self.A_down, self.B_down)
+        drop = hot.dropout(self.p, self.down_source)
+        dropped, grad, weight_H1 = drop(hot.rows(act_SF)), hot.rows(grad_SD), hot.own(weight_S1)
+        g_HR = hot.product(grad, B_down.transpose(1, 2), self.scaling)
+        z_HR = hot.product(dropped, A_down)
+        hot.add(dweight_S, torch.linalg.vecdot(g_HR.to(dweight_S.dtype), z_HR.to(dweight_S.dtype)))
         dA, dB = self.gradients[2:4]
         if dA is not None:
-            hot.outer(dA, (g_SR * weight_S1).to(self.dtype), dropped_SF)
+            hot.outer(dA, g_HR * weight_H1, dropped)
         if dB is not None:
             each = hot.by_rows(self.scaling, weight_S1.dtype) if isinstance(self.scaling, Tensor) else self.scaling
-            hot.outer(dB, grad_SD, (z_SR * (weight_S1 * each).to(weight_S1.dtype)).to(self.dtype))
-        hot.add_product(u_SF, g_SR, self.A_down.transpose(1, 2), drop)
+            hot.outer(dB, grad, z_HR * (weight_H1 * each).to(weight_S1.dtype))
+        hot.add_product(u_SF, g_HR, A_down.transpose(1, 2), drop)
 
-    def up_backward(self, hot: Any, dx_SD: Tensor, dparts: Sequence[Tensor], x_SD: Tensor) -> None:
+    def up_backward(self, hot: Any, dx_SD: Tensor, dparts: Sequence[Tensor], hidden_TD: Tensor) -> None:
         """Makes the gradients of A, where it trains, and B; adds the input's to `dx`."""
-        drop = hot.dropout(x_SD, self.p, self.up_source)
-        dropped_SD, number = drop(x_SD), len(dparts)
-        z_SPR = hot.product(dropped_SD, self.A_up, self.scaling)
+        A_up, B_up = hot.weights(self.A_up, self.B_up)
+        drop, number = hot.dropout(self.p, self.up_source), len(dparts)
+        dropped, dparts = drop(hot.picked(hidden_TD)), [hot.rows(dpart) for dpart in dparts]
+        z_HPR = hot.product(dropped, A_up, self.scaling)
         dA, dB = self.gradients[:2]
         if dB is not None:
-            for dB_part, dpart, z_SR in zip(dB.chunk(number, 1), dparts, z_SPR.chunk(number, 1), strict=True):
-                hot.outer(dB_part, dpart, z_SR)
-        B_parts = self.B_up.transpose(1, 2).chunk(number, 2)
-        g_SPR = torch.cat([hot.product(d, B, self.scaling) for d, B in zip(dparts, B_parts, strict=True)], dim=1)
+            for dB_part, dpart, z_HR in zip(dB.chunk(number, 1), dparts, z_HPR.chunk(number, 1), strict=True):
+                hot.outer(dB_part, dpart, z_HR)
+        B_parts = B_up.transpose(1, 2).chunk(number, 2)
+        g_HPR = torch.cat([hot.product(d, B, self.scaling) for d, B in zip(dparts, B_parts, strict=True)], dim=1)
         if dA is not None:
-            hot.outer(dA, g_SPR, dropped_SD)
-        hot.add_product(dx_SD, g_SPR, self.A_up.transpose(1, 2), drop)
+            hot.outer(dA, g_HPR, dropped)
+        hot.add_product(dx_SD, g_HPR, A_up.transpose(1, 2), drop)
 
 
 class FullPass:
@@ -180,26 +184,29 @@ class FullPass:
         self.gradients = [torch.zeros_like(t) if t.requires_grad else None for t in tensors]
 
     def up(self, hot: Any, parts: Sequence[Tensor], x_SD: Tensor) -> None:
+        (up,), x = hot.weights(self.up_weight), hot.rows(x_SD)
         # Not into `part` at once: with columns apart, torch's rounding there depends on the weights' address.
-        for part, weight in zip(parts, self.up_weight.chunk(len(parts), 1), strict=True):
-            part += hot.product(x_SD, weight).to(part.dtype)
+        for part, weight in zip(parts, up.chunk(len(parts), 1), strict=True):
+            hot.add(part, hot.product(x, weight))
 
     def down(self, hot: Any, y_SD: Tensor, act_SF: Tensor, again: bool = False) -> None:
-        hot.add_product(y_SD, act_SF, self.down_weight)
+        hot.add_product(y_SD, hot.own(act_SF), *hot.weights(self.down_weight))
 
     def down_backward(
         self, hot: Any, u_SF: Tensor, dweight_S: Tensor, act_SF: Tensor, grad_SD: Tensor, weight_S1: Tensor
     ) -> None:
         """As `LowRankPass.down_backward`."""
-        own_SF = hot.product(grad_SD, self.down_weight.transpose(1, 2))
-        dweight_S += torch.linalg.vecdot(own_SF.to(dweight_S.dtype), act_SF.to(dweight_S.dtype))
-        u_SF += own_SF.to(u_SF.dtype)
+        (down,), act_HF = hot.weights(self.down_weight), hot.own(act_SF)
+        u_HF = hot.product(hot.rows(grad_SD), down.transpose(1, 2))
+        hot.add(dweight_S, torch.linalg.vecdot(u_HF.to(dweight_S.dtype), act_HF.to(dweight_S.dtype)))
+        hot.add(u_SF, u_HF)
         if (ddown := self.gradients[1]) is not None:
-            hot.outer(ddown, (grad_SD * weight_S1).to(self.dtype), act_SF)
+            hot.outer(ddown, hot.rows(grad_SD * weight_S1), act_HF)
 
-    def up_backward(self, hot: Any, dx_SD: Tensor, dparts: Sequence[Tensor], x_SD: Tensor) -> None:
+    def up_backward(self, hot: Any, dx_SD: Tensor, dparts: Sequence[Tensor], hidden_TD: Tensor) -> None:
         """As `LowRankPass.up_backward`."""
-        for i, (dpart, weight) in enumerate(zip(dparts, self.up_weight.chunk(len(dparts), 1), strict=True)):
-            hot.add_product(dx_SD, dpart, weight.transpose(1, 2))
+        (up,), x_HD = hot.weights(self.up_weight), hot.picked(hidden_TD)
+        for i, (dpart, weight) in enumerate(zip(dparts, up.chunk(len(dparts), 1), strict=True)):
+            hot.add_product(dx_SD, hot.own(dpart), weight.transpose(1, 2))
             if (dup := self.gradients[0]) is not None:
-                hot.outer(dup.chunk(len(dparts), 1)[i], dpart, x_SD)
+                hot.outer(dup.chunk(len(dparts), 1)[i], hot.rows(dpart), x_HD)

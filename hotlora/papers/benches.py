@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from ..adapter.count import parameters_from_config
 from ..base.files import write_json
 from ..bench.bench import run_bench
 from ..bench.contenders import BenchConfig, Contender
 from ..bench.report import read_result
-from ..report.figures import COLD, HOT, INK, WIDTH, style
+from ..report.figures import COLD, HOT, INK, WIDTH, Figure, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..report.tables import human_seconds
 from ..report.text import NONE, shown

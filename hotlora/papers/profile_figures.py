@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..report.figures import COLD, DASHED, HOT, INK, LEGEND, MUTED, OTHER_SERIES, SERIES, WIDTH, style
+from ..report.figures import COLD, DASHED, HOT, INK, LEGEND, MUTED, OTHER_SERIES, SERIES, WIDTH, Figure, style
 from ..report.published import MODELS, RATIOS
 from ..report.study_figures import depths, style_depth
 from ..routing.profile import RoutingProfile, experts_kept

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from ..base.files import write_text
-from ..report.figures import save_figure
+from ..report.figures import Figure, save_figure
 from ..report.page import render
 from ..report.text import csv_table, latex_comments, latex_table, markdown_items, markdown_table
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..evaluate.stats import mean_interval
-from ..report.figures import DASHED, HOT, INK, MUTED, style
+from ..report.figures import DASHED, HOT, INK, MUTED, Figure, style
 from .cells import Cell, Cells
 from .recipe import Column, Recipe
 

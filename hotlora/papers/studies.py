@@ -8,9 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..runs.sweep import Condition, Sweep
-from .demo import CONFIG, TASKS, TRAIN_EXAMPLES
+from ..training.config import TrainConfig
+from .demo import TASKS, TRAIN_EXAMPLES
 
 _HOT = {"rule": "hot", "fraction": 0.25}
+# Enough steps for LoRA on all experts to learn the tasks, few enough that a difference can show; the same for all.
+CONFIG = TrainConfig(
+    max_steps=100, batch_size=24, learning_rate=2e-3, warmup_ratio=0.1, lr_scheduler="linear", r=8, lora_alpha=16,
+    max_length=256, save_steps=50,
+)  # fmt: skip
 
 
 def auto_k() -> Sweep:

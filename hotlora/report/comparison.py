@@ -11,9 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..base.errors import DataError
+from ..base.escape import one_line
 from ..base.records import Record, find_records
 from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
-from .tables import part
+from .comparison_table import html_tables
+from .sections import part
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)
@@ -97,6 +99,14 @@ class Comparison:
     tables: tuple[Table, ...]
     left_out: tuple[str, ...]
     """runs that failed or did not end, and records that are no sweep's, in words"""
+
+    def __repr__(self) -> str:
+        told = [f"{one_line(table.task)} ({len(table.rows)} conditions)" for table in self.tables]
+        left_out = f"; {len(self.left_out)} runs left out" if self.left_out else ""
+        return f"Comparison({self.metric} against {one_line(self.reference)}: {', '.join(told)}{left_out})"
+
+    def _repr_html_(self) -> str:
+        return html_tables(self)
 
 
 def compare_runs(

@@ -1,7 +1,9 @@
 """A comparison as tables: for the terminal, as CSV, Markdown and LaTeX (booktabs). The words are the same in each."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -12,9 +14,23 @@ from rich.text import Text
 from ..base import escape as escapes
 from ..base.escape import one_line
 from ..evaluate.stats import Interval
-from .comparison import Comparison, Row, Table
-from .paired import PairedRuns, PairedTask
-from .text import NONE, csv_table, latex_comments, latex_table, markdown_items, markdown_table, p_word, shown
+from .text import (
+    NONE,
+    csv_table,
+    html_table,
+    latex_comments,
+    latex_table,
+    markdown_items,
+    markdown_table,
+    p_word,
+    shown,
+)
+
+if TYPE_CHECKING:  # these show themselves by means of this module
+    from .comparison import Comparison, Row, Table
+    from .paired import PairedRuns, PairedTask
+
+_PAIRED = ("n", "A", "B", "A − B", "95% interval", "only A", "only B", "p")
 
 
 def terminal_tables(comparison: Comparison) -> Group:
@@ -36,8 +52,8 @@ def paired_table(runs: PairedRuns) -> Group:
     """Two runs example by example: one line a task, in 80 columns."""
     table = RichTable(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("task", min_width=9, overflow="fold")
-    for name in ("n", "A", "B", "A − B", "95% interval", "only\nA", "only\nB", "p"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in _PAIRED:
+        table.add_column(name.replace("only ", "only\n"), justify="right", no_wrap=True)
     table.add_column("verdict", min_width=7, overflow="fold")
     for task in runs.tasks:
         table.add_row(escape(one_line(task.task)), *_paired_cells(task))
@@ -46,6 +62,26 @@ def paired_table(runs: PairedRuns) -> Group:
     title = Text(f"A: {one_line(runs.a)}\nB: {one_line(runs.b)}\n{one_line(metrics)}", "bold")
     notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
     return Group(title, table, *(Text(one_line(f"! {note}"), style="yellow") for note in notes))
+
+
+def html_tables(comparison: Comparison) -> str:
+    """For notebooks: one table a task, then what is missing. The notebook has the colours."""
+    columns = _columns(comparison)
+    parts = []
+    for table in comparison.tables:
+        caption = f"{_title(table)}: {table.measure}"
+        parts.append(html_table(columns, _texts(table, comparison), _sides(columns), caption, table.notes))
+    left_out = html_table((), (), "", "", [f"left out: {told}" for told in comparison.left_out])
+    return f"<div>{''.join(parts)}{left_out}</div>"
+
+
+def html_paired(runs: PairedRuns) -> str:
+    """For notebooks: two runs example by example, one line a task."""
+    head = ("task", *_PAIRED, "verdict")
+    rows = [[task.task, *_paired_cells(task)] for task in runs.tasks]
+    notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
+    metrics = ", ".join(dict.fromkeys(task.metric for task in runs.tasks))
+    return html_table(head, rows, f"l{'r' * len(_PAIRED)}l", f"A: {runs.a}, B: {runs.b}; {metrics}, %", notes)
 
 
 def _paired_cells(task: PairedTask) -> list[str]:

@@ -1,7 +1,9 @@
 """The report's pictures: a heat map of routing, sorted loads, coverage, training loss. One function each."""
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.collections import PolyCollection
 from matplotlib.colorbar import Colorbar
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as PlainFigure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ..base.files import atomic_path
 from ..routing.plan import ExpertPlan
@@ -25,11 +27,25 @@ COLD, HOT = "#c9ced6", "#d55e00"
 SERIES = {"all": "#0072b2", "hot": HOT, "random": "#009e73", "cold": "#56b4e9"}
 OTHER_SERIES = ("#cc79a7", "#e69f00", "#000000", "#999999")
 WIDTH = 10.0  # inches
+# Of this page's pictures: their letters stay readable on a phone, where they are as wide as its screen.
+PAGE_WIDTH = 6.4
 DASHED = (0, (4, 3))
 LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 9.5}
+# A loss's range, from the highest to the lowest, that one straight axis cannot show.
+_WIDE = 10.0
 # Loads above this many times the average share one colour, and bars end here: one outlier must not flatten
 # all the others.
 TOP = 4.0
+
+
+class Figure(PlainFigure):
+    """Shows itself in a notebook, which shows of a figure only its size where pyplot has not made it."""
+
+    def _repr_png_(self) -> bytes:
+        plain_text(self)
+        image = io.BytesIO()
+        self.savefig(image, format="png", dpi=100)
+        return image.getvalue()
 
 
 def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
@@ -37,14 +53,13 @@ def heat_map(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figure:
     load = loads(profile)
     num_layers, num_experts = load.shape
     is_coarse = num_experts <= 64
-    row = float(np.clip(5.0 / num_layers, 0.14, 0.42))
-    figure, axes = new_figure(row * num_layers + 1.35)
+    row = float(np.clip(4.0 / num_layers, 0.1, 0.36))
+    figure, axes = new_figure(max(row * num_layers + 1.1, 2.2), PAGE_WIDTH)
     image = show_loads(axes, load, load.max())
     # Light lines between cells, as far as cells are large enough to be told apart anyway.
     if is_coarse:
-        axes.set_xticks(np.arange(num_experts + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(num_layers + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color="white", linewidth=0.8)
+        axes.vlines(np.arange(1, num_experts) - 0.5, -0.5, num_layers - 0.5, colors="white", linewidth=0.8)
+        axes.hlines(np.arange(1, num_layers) - 0.5, -0.5, num_experts - 0.5, colors="white", linewidth=0.8)
     if plan is not None:
         boxes = _boxes(_kept(profile, plan), inset=0.05 if is_coarse else 0.02)
         width = 1.3 if is_coarse else 0.7
@@ -62,9 +77,9 @@ def sorted_load(profile: RoutingProfile, plan: ExpertPlan | None = None) -> Figu
     """One small panel a layer: experts from the busiest to the idlest, the plan's in colour."""
     load = loads(profile)
     num_layers, num_experts = load.shape
-    columns = min(num_layers, 3 if num_layers <= 6 else 4 if num_layers <= 16 else 8)
+    columns = min(num_layers, 3 if num_layers <= 6 else 4 if num_layers <= 16 else 6)
     rows = math.ceil(num_layers / columns)
-    figure = Figure(figsize=(WIDTH, (1.5 if rows <= 4 else 1.2) * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, (1.25 if rows <= 4 else 1.05) * rows + 0.6), layout="constrained")
     top = _top(load.max())
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     kept = np.zeros_like(load, dtype=bool) if plan is None else _kept(profile, plan)
@@ -95,7 +110,7 @@ def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None
     """Share of a layer's assignments that its k busiest experts take: mean over layers, band min to max."""
     num_experts = profile.num_experts
     covered = 100 * coverages(profile)
-    figure, axes = coverage_axes(4.2, num_experts)
+    figure, axes = coverage_axes(3.4, num_experts, PAGE_WIDTH)
     mean = covered.mean(axis=0)
     steps = range(num_experts + 1)
     axes.fill_between(steps, covered.min(axis=0), covered.max(axis=0), color=HOT, alpha=0.16, linewidth=0)
@@ -107,35 +122,60 @@ def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None
         axes.plot([0, experts_per_layer, experts_per_layer], [value, value, 0], color=INK, linewidth=1)
         axes.plot([experts_per_layer], [value], "o", color=INK, markersize=6)
         label = f"{experts_per_layer} of {num_experts} experts take {value:.1f}% of the routing"
-        axes.text(0.02, 0.95, label, transform=axes.transAxes, color=INK, fontsize=10.5, va="top")
+        axes.text(0.98, 0.05, label, transform=axes.transAxes, color=INK, fontsize=10, ha="right")
     return figure
 
 
-def loss_curves(curves: Sequence[tuple[str, str, Sequence[int], Sequence[float]]]) -> Figure:
-    """Training loss by step, each curve (label, condition, steps, losses). Thin: logged; thick: smoothed."""
-    figure, axes = new_figure(4.2)
+@dataclass(frozen=True)
+class Curve:
+    """A run's losses by step: as trained on, and on held-out data where they were taken."""
+
+    label: str
+    condition: str
+    training: Mapping[int, float]
+    held_out: Mapping[int, float] = field(default_factory=dict)
+
+
+def loss_curves(curves: Sequence[Curve]) -> Figure:
+    """Losses by step. Thin: logged; thick: smoothed; dots: held-out. In powers of ten where the last ones would
+    otherwise lie on one line."""
+    figure, axes = new_figure(3.6, PAGE_WIDTH)
     style(axes)
     spare = iter(OTHER_SERIES * len(curves))
     taken: set[str] = set()
-    for label, condition, steps, losses in curves:
-        first = condition in SERIES and condition not in taken
-        taken.add(condition)
-        color = SERIES[condition] if first else next(spare)
-        values = np.asarray(losses, dtype=float)
+    for curve in curves:
+        first = curve.condition in SERIES and curve.condition not in taken
+        taken.add(curve.condition)
+        color = SERIES[curve.condition] if first else next(spare)
+        steps, values = list(curve.training), np.array(list(curve.training.values()), dtype=float)
         window = max(1, len(values) // 25)
+        alone = "o" if len(values) == 1 else ""
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
-        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=label)
-    axes.set(xlabel="optimizer step", ylabel="training loss")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0)
+        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=curve.label, marker=alone)
+        if curve.held_out:
+            axes.plot(
+                list(curve.held_out), list(curve.held_out.values()), "o--", color=color, markersize=4, linewidth=0.8
+            )
+    axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
+    every = [loss for curve in curves for losses in (curve.training, curve.held_out) for loss in losses.values()]
+    if min(every) > 0 and max(every) > _WIDE * min(every):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=min(0, *every))
+    last = max(step for curve in curves for step in (*curve.training, *curve.held_out))
+    start = min(step for curve in curves for step in (*curve.training, *curve.held_out))
+    axes.set_xlim(start - (start == last), last + (start == last))
     whole_numbers(axes.xaxis)
-    axes.legend(frameon=False, labelcolor=INK)
+    axes.legend(**LEGEND)
     return figure
 
 
-def new_figure(height: float) -> tuple[Figure, Axes]:
-    """A figure as wide as the page, `height` inches high, with one panel."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure with one panel; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     for item in (axes.xaxis.label, axes.yaxis.label):
         item.set(fontsize=10.5, color=INK)
@@ -143,9 +183,9 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def coverage_axes(height: float, num_experts: int) -> tuple[Figure, Axes]:
+def coverage_axes(height: float, num_experts: int, width: float = WIDTH) -> tuple[Figure, Axes]:
     """A figure of the routing covered, in percent, over the experts kept in each layer."""
-    figure, axes = new_figure(height)
+    figure, axes = new_figure(height, width)
     style(axes)
     axes.set(xlim=(0, num_experts), ylim=(0, 101))
     axes.set(xlabel="experts kept in each layer", ylabel="share of routing covered")

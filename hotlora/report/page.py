@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
 from ..base.errors import DataError, FileError
 from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
-from .tables import Section, against_all, conditions_table, covered, human_seconds, part, read_sections, table_rows
+from .figures import Figure
+from .sections import Records, Section, part, read_sections
+from .tables import Shown, against_all, conditions_table, covered, human_seconds, run_names, section_tables
 
 # What the page shows of a run's record, besides its row.
 DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")
@@ -71,15 +72,13 @@ def render(template: Path, **values: Any) -> str:
 
 def _shown_section(section: Section, runs_dir: Path, out_dir: Path, names: set[str]) -> dict[str, Any]:
     """What the template reads of a section; its pictures are written. names: files' names that are taken."""
+    tables = section_tables(section)
     pictures = []
-    for name, (title, caption, figure) in _pictures(section).items():
+    for name, (title, caption, figure) in _pictures(section, tables).items():
         file = out_dir / f"{_slug(f'{section.model} {section.data}'[:150], names, name)}.png"
-        figures.save_figure(figure, file, 150)
+        figures.save_figure(figure, file, 160)
         source = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
         pictures.append({"title": title, "caption": caption, "source": source})
-    tables = [
-        {"task": task, "metric": _metric(section, task), "rows": table_rows(section, task)} for task in section.tasks
-    ]
     runs = [
         {
             "folder": folder.relative_to(runs_dir).as_posix(),
@@ -90,24 +89,30 @@ def _shown_section(section: Section, runs_dir: Path, out_dir: Path, names: set[s
         }
         for folder, record in section.records.items()
     ]
-    return {"section": section, "tables": tables, "summary": _summary(section), "pictures": pictures, "runs": runs}
+    shown = [
+        {"table": table, "metric": _metric(section, table), "summary": _summary(section, table)} for table in tables
+    ]
+    return {"section": section, "tables": shown, "pictures": pictures, "runs": runs}
 
 
-def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
+def _pictures(section: Section, tables: list[Shown]) -> dict[str, tuple[str, str, Figure]]:
     """File name -> title, caption, figure."""
     pictures = {}
     profile, plan = section.profile, section.plan
     if profile is not None:
+        names = run_names(section.records)
+        whose = f"the experts that the plan of {names[section.plan_of]} keeps. " if section.plan_of else ""
+        counted = f"Counted for {names[section.profile_of]}. " if section.profile_of else ""
         pictures["heat-map"] = (
             "Where the router sends the tokens",
             "Each row is a layer, each cell an expert; 1× is what every expert would get if all were used "
-            f"alike. Darker is busier.{' Boxes: the experts that the plan keeps.' if plan else ''}",
+            f"alike. Darker is busier. {whose and f'Boxes: {whose}'}{counted}".rstrip(),
             figures.heat_map(profile, plan),
         )
         pictures["load"] = (
             "The load in each layer, sorted",
-            "The same numbers, in each layer from the busiest expert to the idlest."
-            f"{' Orange: the experts that the plan keeps.' if plan else ''} Dashed: 1×.",
+            "The same numbers, in each layer from the busiest expert to the idlest. "
+            f"{whose and f'Orange: {whose}'}Dashed: 1×.",
             figures.sorted_load(profile, plan),
         )
         sizes = {len(ids) for ids in plan.experts.values()} if plan else set()
@@ -118,45 +123,58 @@ def _pictures(section: Section) -> dict[str, tuple[str, str, Figure]]:
             "inside the band from the lowest layer to the highest.",
             figures.coverage_curve(profile, budget or None),
         )
-    curves = []
-    rows = table_rows(section, section.data)
-    for row, (folder, record) in zip(rows, section.records.items(), strict=True):
-        name = part(record, "training").get("metrics")
-        if name and (folder / name).is_file():
-            try:
-                steps, losses = _losses(folder / name)
-            except FileError as error:
-                section.note(f"{record['name']}: its losses are left out: {error}")
-                continue
-            if steps:
-                curves.append((row.name, record["condition"], steps, losses))
-    if curves:
-        pictures["loss"] = (
-            "Training loss",
-            "Mean loss per response token at each optimizer step, smoothed; thin lines are as logged.",
-            figures.loss_curves(curves),
-        )
+    for number, table in enumerate({table.adapted: table for table in tables}.values()):
+        if curves := _curves(section, {folder: section.records[folder] for folder in table.folders}):
+            has_held_out = any(curve.held_out for curve in curves)
+            pictures["loss" if number == 0 else f"loss-{number + 1}"] = (
+                "Training loss" + (f": LoRA on {table.adapted}" if table.adapted else ""),
+                "Mean loss per response token at each optimizer step, smoothed; thin lines are as logged."
+                + (" Dots: the loss on held-out data." if has_held_out else ""),
+                figures.loss_curves(curves),
+            )
     return pictures
 
 
-def _losses(path: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses of a metrics file, without those of no number. FileError, naming the line: other values."""
-    points = {}
+def _curves(section: Section, records: Records) -> list[figures.Curve]:
+    curves = []
+    for folder, name in run_names(records).items():
+        metrics = part(records[folder], "training").get("metrics")
+        if metrics and (folder / metrics).is_file():
+            try:
+                training, held_out = _losses(folder / metrics)
+            except FileError as error:
+                section.note(f"{records[folder]['name']}: its losses are left out: {error}")
+                continue
+            if training:
+                curves.append(figures.Curve(name, records[folder]["condition"], training, held_out))
+    return curves
+
+
+def _losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """Step -> training loss, and step -> held-out loss, of a metrics file, without those of no number.
+
+    FileError, naming the line: other values.
+    """
+    training: dict[int, float] = {}
+    held_out: dict[int, float] = {}
     for number, row in enumerate(read_json_lines(path, "step", "loss"), start=1):
-        step, loss = row["step"], row["loss"]
-        if loss is None:  # NaN, or infinite
-            continue
-        if not (isinstance(step, int) and 0 <= step < 2**53 and isinstance(loss, int | float)):
-            raise FileError(f"{path}, line {number}: step {str(step)[:40]!r} or loss {str(loss)[:40]!r} is no number")
-        if abs(loss) < _MOST_LOSS:  # and no NaN
-            points[step] = float(loss)
-    return list(points), list(points.values())
+        for name, losses in (("loss", training), ("eval_loss", held_out)):
+            step, loss = row["step"], row.get(name)
+            if loss is None:  # NaN, or infinite
+                continue
+            if not (isinstance(step, int) and 0 <= step < 2**53 and isinstance(loss, int | float)):
+                told = f"step {str(step)[:40]!r} or {name} {str(loss)[:40]!r} is no number"
+                raise FileError(f"{path}, line {number}: {told}")
+            if abs(loss) < _MOST_LOSS:  # and no NaN
+                losses[step] = float(loss)
+    return training, held_out
 
 
-def _summary(section: Section) -> str:
-    """Hot against all in one sentence, where both have run."""
-    for folder, hot in section.records.items():
-        if hot["condition"] != "hot" or (found := against_all(section, folder, section.data)) is None:
+def _summary(section: Section, table: Shown) -> str:
+    """A table's hot run against all in words, and as many other experts, where they have run."""
+    records = {folder: section.records[folder] for folder in table.folders}
+    for folder, hot in records.items():
+        if hot["condition"] != "hot" or (found := against_all(section, folder, table.task, table.folders)) is None:
             continue
         reference, difference = found
         share = ""
@@ -166,12 +184,12 @@ def _summary(section: Section) -> str:
         if section.by_loss:
             ours, theirs = (record["training"]["test_loss"] for record in (hot, reference))
             return (
-                f"On {section.data}, LoRA on the hot experts only has a held-out loss of {ours:.4f}, and LoRA on all "
+                f"On {table.task}, LoRA on the hot experts has a held-out loss of {ours:.4f}, and LoRA on all "
                 f"experts of {theirs:.4f}{share}."
             )
-        ours, theirs = (record["evaluation"][section.data]["accuracy"] for record in (hot, reference))
+        ours, theirs = (record["evaluation"][table.task]["accuracy"] for record in (hot, reference))
         text = (
-            f"On {section.data}, LoRA on the hot experts only is right in {ours:.1%} of the test examples, "
+            f"On {table.task}, LoRA on the hot experts is right in {ours:.1%} of the test examples, "
             f"and LoRA on all experts in {theirs:.1%}{share}."
         )
         points = 100 * difference.difference
@@ -180,15 +198,29 @@ def _summary(section: Section) -> str:
         elif not math.isnan(difference.low):
             side = "better" if points > 0 else "worse"
             text += f" That is {abs(points):.1f} points {side}, more than chance over test examples explains."
-        return text
+        return text + _others(records, hot, table.task)
     return ""
 
 
-def _metric(section: Section, task: str) -> str:
+def _others(records: Records, hot: Record, task: str) -> str:
+    """Random and cold experts beside a hot run of the same seed and as many parameters."""
+    found = {
+        record["condition"]: f"{record['evaluation'][task]['accuracy']:.1%}"
+        for record in records.values()
+        if record["condition"] in ("random", "cold") and record["seed"] == hot["seed"]
+        and task in part(record, "evaluation")
+        and part(record, "parameters").get("trainable") == part(hot, "parameters").get("trainable")
+    }  # fmt: skip
+    if not found:
+        return ""
+    return " With as many experts, " + " and ".join(f"{score} with {name} ones" for name, score in found.items()) + "."
+
+
+def _metric(section: Section, table: Shown) -> str:
     metrics = {
-        record["evaluation"][task]["metric"]: record["evaluation"][task]["n"]
-        for record in section.records.values()
-        if task in part(record, "evaluation")
+        result["metric"]: result["n"]
+        for folder in table.folders
+        if (result := part(section.records[folder], "evaluation").get(table.task))
     }
     return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics.items())
 

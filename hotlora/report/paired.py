@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError, FileError
+from ..base.escape import one_line
 from ..base.files import read_json_lines
 from ..base.records import Record, read_record, read_results
 from ..evaluate.stats import Interval, McNemar, mcnemar, paired_difference, ratio_interval
+from .comparison_table import html_paired
 
 ALPHA = 0.05
 
@@ -67,6 +69,13 @@ class PairedRuns:
     b: str
     tasks: tuple[PairedTask, ...]
     left_out: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        told = (f"{one_line(task.task)} {task.difference:+.2f} points, {task.verdict}" for task in self.tasks)
+        return f"PairedRuns({one_line(self.a)} − {one_line(self.b)}: {'; '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        return html_paired(self)
 
 
 def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> PairedRuns:

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study
 from . import figures
-from .figures import COLD, DASHED, HOT, INK, LEGEND, MUTED, OTHER_SERIES, SERIES, WIDTH, style
+from .figures import COLD, DASHED, HOT, INK, LEGEND, MUTED, OTHER_SERIES, SERIES, WIDTH, Figure, style
 from .published import OLMOE_SPIDER
 
 

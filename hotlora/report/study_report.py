@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from ..base.files import write_json, write_text
 from ..routing.profile import RoutingProfile
 from ..routing.study import THIRDS, Study, load_study, thirds
 from . import study_figures as figures
-from .figures import save_figure
+from .figures import Figure, save_figure
 from .published import MODELS, OLMOE_SPIDER, SPIDER_EXPERTS_FOR_60
 from .study_claims import claims
 from .text import NONE, markdown_table, shown

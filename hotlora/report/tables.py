@@ -1,8 +1,8 @@
 """Run records -> rows of text, for the page and for the terminal. Loads no model."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +10,31 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ..base.errors import FileError, HotLoraError
+from ..base.errors import FileError
 from ..base.escape import one_line
 from ..base.records import Record, read_results
 from ..evaluate.stats import Difference, paired_difference, proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
+from .sections import (
+    Records,
+    Section,
+    differing,
+    distance,
+    held_out_loss,
+    is_trained,
+    option_text,
+    part,
+    read_sections,
+)  # fmt: skip
 from .text import NONE
 
-ORDER = ("base", "all", "hot", "random", "cold")
 COLUMNS = {
-    "accuracy": "accuracy, %", "difference": "against all, points", "covered": "routing covered",
+    "accuracy": "accuracy, %", "difference": "against all, points", "loss": "loss", "perplexity": "perplexity",
+    "token_accuracy": "token accuracy, %", "held_out": "held-out loss", "covered": "routing covered",
     "trained": "trained parameters", "adapter": "adapter file", "speed": "tokens/s", "memory": "peak memory",
 }  # fmt: skip
-
-Records = Mapping[Path, Record]
-
-
-@dataclass
-class Section:
-    """The runs on one data set and one model, with the profile and plans that their files hold."""
-
-    data: str
-    model: str
-    records: dict[Path, Record]
-    profile: RoutingProfile | None = None
-    plan: ExpertPlan | None = None
-    plans: dict[Path, ExpertPlan] = field(default_factory=dict)
-    profiles: dict[Path, RoutingProfile] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def by_loss(self) -> bool:
-        """Whether the held-out loss stands for a score: no run was scored on a task."""
-        records = self.records.values()
-        return not any(record.get("evaluation") for record in records) and any(map(_test_loss, records))
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """COLUMNS, with the score that there is."""
-        return COLUMNS | ({"accuracy": "held-out loss", "difference": "against all"} if self.by_loss else {})
-
-    def note(self, text: str) -> None:
-        """Remembers what was left out, once."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-    @property
-    def tasks(self) -> list[str]:
-        """What the runs were evaluated on, the training data's own task first."""
-        names = {name for record in self.records.values() for name in part(record, "evaluation")}
-        return sorted(names, key=lambda name: (name != self.data, name)) or [self.data]
+"""Beside them stand the options in which runs differ; their keys are "option NAME"."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +45,47 @@ class Row:
     condition: str
     status: str
     cells: dict[str, str]
-    """COLUMNS' keys -> text; "–" where the run has no such number"""
+    """COLUMNS' keys, and "option NAME" -> text; "–" where the run has no such number"""
     note: str = ""
     """what became of a run that is not done"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table of the page.
+
+    Attributes:
+        adapted: what its runs train, such as "experts alone"; empty where all of the section train the same.
+        columns: key of a row's cells -> title. Columns without a number are left out, the score's excepted.
+        folders: of the rows' runs.
+    """
+
+    task: str
+    adapted: str
+    columns: dict[str, str]
+    rows: list[Row]
+    folders: list[Path]
+
+
+def section_tables(section: Section) -> list[Shown]:
+    """What a section's runs gave: a table for each task and for what is adapted, in order of the latter."""
+    shown, groups = [], section.groups
+    for adapted, folders in groups.items():
+        for task in section.tasks:
+            rows = table_rows(section, task, folders)
+            names = {
+                f"option {name}": name.replace("_", " ") if name != "r" else "rank r"
+                for name in differing(section.records[folder] for folder in folders)
+            }
+            columns = COLUMNS | ({"accuracy": "held-out loss", "difference": "against all"} if section.by_loss else {})
+            columns = {key: columns[key] for key in ("accuracy", "difference")} | names | columns
+            filled = {
+                key: title
+                for key, title in columns.items()
+                if key == "accuracy" or any(row.cells[key] != NONE for row in rows)
+            }
+            shown.append(Shown(task, adapted if len(groups) > 1 else "", filled, rows, folders))
+    return shown
 
 
 def conditions_table(records: Records) -> Table:
@@ -85,16 +97,17 @@ def conditions_table(records: Records) -> Table:
     kinds = {section.by_loss for section in sections}
     score = "score" if len(kinds) > 1 else "held-out loss" if True in kinds else "accuracy, %"
     against = "against all" + (", pp" if True not in kinds else "")
-    for title in (score, against, "covered", "trained", "tokens/s"):
+    for title in (score, against, "covered", "trained"):
         table.add_column(title, justify="right", no_wrap=True)
-    keys = ("accuracy", "difference", "covered", "trained", "speed")
+    keys = ("accuracy", "difference", "covered", "trained")
     for section in sections:
-        for task in section.tasks:
-            heading = section.data if task == section.data else f"{section.data} → {task}"
+        for shown in section_tables(section):
+            heading = section.data if shown.task == section.data else f"{section.data} → {shown.task}"
             heading = f"[bold]{escape(one_line(heading))}[/]"
             heading += f" {escape(one_line(section.model))}" if several else ""
+            heading += f"\n{shown.adapted}" if shown.adapted else ""
             table.add_row(heading + (" (held-out loss)" if len(kinds) > 1 and section.by_loss else ""))
-            for row in table_rows(section, task):
+            for row in shown.rows:
                 note = f"\n[red]{escape(one_line(row.note))}[/]" if row.note else ""
                 cells = (row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys)
                 table.add_row(escape(one_line(row.name)) + note, *cells)
@@ -102,48 +115,28 @@ def conditions_table(records: Records) -> Table:
     return table
 
 
-def read_sections(records: Records) -> list[Section]:
-    """Groups runs by model and training data. A base run joins every section that it was evaluated for."""
-    groups: dict[tuple[str, str], dict[Path, Record]] = {}
-    for folder, record in records.items():
-        if record["condition"] != "base":
-            groups.setdefault((record["model"]["name"], record["data"]["name"]), {})[folder] = record
-    for folder, record in records.items():
-        if record["condition"] == "base":
-            model, own = record["model"]["name"], record["data"]["name"]
-            wanted = {own, *part(record, "evaluation")}
-            held = part(record, "config").get("test_data")
-            of_model = {data: group for (name, data), group in groups.items() if name == model}
-            joined = [data for data, group in of_model.items() if data in wanted or _tested_on(group, held)]
-            for data in joined or [own]:
-                groups.setdefault((model, data), {})[folder] = record
-    sections = [
-        Section(data, model, dict(sorted(group.items(), key=_order))) for (model, data), group in sorted(groups.items())
-    ]
-    for section in sections:
-        _read_routing(section)
-    return sections
-
-
-def table_rows(section: Section, task: str) -> list[Row]:
-    """One row a run: base, all, hot, random, cold, then others."""
-    several_seeds = len({record["seed"] for record in section.records.values()}) > 1
-    named = {
-        folder: f"{record['name']}, seed {record['seed']}" if several_seeds else record["name"]
-        for folder, record in section.records.items()
-    }
-    times = Counter(named.values())
+def table_rows(section: Section, task: str, folders: Sequence[Path] | None = None) -> list[Row]:
+    """One row a run of `folders` (all of the section's): base, all, hot, random, cold, then others."""
+    chosen = list(section.records) if folders is None else folders
+    records = {folder: section.records[folder] for folder in chosen}
+    names, options = run_names(records), differing(records.values())
     rows = []
-    for folder, record in section.records.items():
+    for folder, record in records.items():
         result = part(record, "evaluation").get(task)
         parameters, training = part(record, "parameters"), part(record, "training")
         trained = parameters.get("trainable")
         cells = dict.fromkeys(COLUMNS, NONE)
+        for option in options:
+            cells[f"option {option}"] = option_text(record, option) if is_trained(record) else NONE
+        loss = held_out_loss(record)
         if result is not None:
             cells["accuracy"] = _accuracy(result)
-        elif section.by_loss and (loss := _test_loss(record)) is not None:
+            cells |= _of_own_rows(result)
+        elif section.by_loss and loss is not None:
             cells["accuracy"] = f"{loss:.4f}"
-        if found := against_all(section, folder, task):
+        if not section.by_loss and loss is not None:
+            cells["held_out"] = f"{loss:.4f}"
+        if found := against_all(section, folder, task, chosen):
             cells["difference"] = _signed(found[1].difference, 4) if section.by_loss else _points(found[1])
         if (profile := section.profiles.get(folder)) is not None and folder in section.plans:
             cells["covered"] = f"{covered(profile, section.plans[folder]):.1%}"
@@ -158,30 +151,46 @@ def table_rows(section: Section, task: str) -> list[Row]:
         ):
             if value:
                 cells[key] = text(value)
-        name = named[folder]
-        if times[name] > 1:
-            name += f" ({folder.parent.name}/{folder.name})"
         note = _note(record, cells["accuracy"] != NONE)
-        rows.append(Row(name, record["condition"], record["status"], cells, note))
+        rows.append(Row(names[folder], record["condition"], record["status"], cells, note))
     return rows
 
 
-def against_all(section: Section, folder: Path, task: str) -> tuple[Record, Difference] | None:
-    """The run on all experts with this run's seed, and this run's accuracy minus its accuracy; or of the two the
-    held-out loss, where the section goes by it.
+def run_names(records: Records) -> dict[Path, str]:
+    """What tells runs apart: their names, with seeds where these differ, with folders where that is not enough."""
+    several_seeds = len({record["seed"] for record in records.values()}) > 1
+    named = {
+        folder: f"{record['name']}, seed {record['seed']}" if several_seeds else record["name"]
+        for folder, record in records.items()
+    }
+    times = Counter(named.values())
+    return {
+        folder: f"{name} ({folder.parent.name}/{folder.name})" if times[name] > 1 else name
+        for folder, name in named.items()
+    }
 
-    With an interval where both kept their results on the same examples, else with nan. None: no such run,
-    or one of the two was not evaluated.
+
+def against_all(
+    section: Section, folder: Path, task: str, folders: Sequence[Path] | None = None
+) -> tuple[Record, Difference] | None:
+    """The run on all experts with this run's seed, and this run's accuracy minus its accuracy; or of the two the
+    held-out loss, where the section goes by it. Of several the one among `folders` whose options are nearest.
+
+    With an interval where both kept their results on the same examples, else with nan. None: no such run, it is one
+    itself, or one of the two was not evaluated.
     """
     record = section.records[folder]
-    if task not in part(record, "evaluation") and not section.by_loss:
+    if record["condition"] == "all" or (task not in part(record, "evaluation") and not section.by_loss):
         return None
-    for other, reference in section.records.items():
+    others = [
+        (other, reference)
+        for other, reference in section.records.items()
+        if reference["condition"] == "all" and reference["seed"] == record["seed"] and other != folder
+    ]
+    within = section.records if folders is None else folders
+    for other, reference in sorted(others, key=lambda item: (item[0] not in within, distance(record, item[1]))):
         result = part(reference, "evaluation").get(task)
-        same = reference["condition"] == "all" and reference["seed"] == record["seed"]
-        if not same or other == folder:
-            continue
-        if section.by_loss and (ours := _test_loss(record)) and (theirs := _test_loss(reference)):
+        if section.by_loss and (ours := held_out_loss(record)) and (theirs := held_out_loss(reference)):
             return reference, Difference(ours - theirs, float("nan"), float("nan"))
         if result is None:
             continue
@@ -236,12 +245,6 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
     return f"{number:,.1f}{units[-1]}"
 
 
-def _order(item: tuple[Path, Record]) -> tuple[int, str, int, str]:
-    folder, record = item
-    place = ORDER.index(record["condition"]) if record["condition"] in ORDER else len(ORDER)
-    return place, record["name"], record["seed"], str(folder)
-
-
 def _accuracy(result: Mapping[str, Any]) -> str:
     wilson = proportion_interval(result["correct"], result["n"])
     ends = {"ci_low": wilson.low, "ci_high": wilson.high}  # where the record has none, or null
@@ -249,28 +252,25 @@ def _accuracy(result: Mapping[str, Any]) -> str:
     return f"{100 * result['accuracy']:.1f} [{100 * low:.1f}–{100 * high:.1f}]"
 
 
+def _of_own_rows(result: Mapping[str, Any]) -> dict[str, str]:
+    """Of people's own rows: loss, perplexity and token accuracy, with their intervals."""
+    cells = {}
+    for key, form, scale in (("loss", ".4f", 1), ("perplexity", ".2f", 1), ("token_accuracy", ".1f", 100)):
+        if (value := result.get(key)) is not None:
+            cells[key] = f"{scale * value:{form}}"
+            ends = [scale * end for end in result.get(f"{key}_ci") or () if isinstance(end, int | float)]
+            if len(ends) == 2:
+                cells[key] += f" [{ends[0]:{form}}–{ends[1]:{form}}]"
+    return cells
+
+
 def _points(difference: Difference) -> str:
     point, low, high = (_signed(100 * value, 1) for value in difference)
     return f"{point} [{low} to {high}]" if difference.low == difference.low else point  # nan: no interval
 
 
-def _tested_on(group: Records, data: str | None) -> bool:
-    tested = (part(record, "config").get("test_data") for record in group.values())
-    return data is not None and data in tested
-
-
 def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def part(record: Record, name: str) -> Mapping[str, Any]:
-    """A section of a record; empty where it has none."""
-    return record.get(name) or {}
-
-
-def _test_loss(record: Record) -> float | None:
-    loss: float | None = part(record, "training").get("test_loss")
-    return loss
 
 
 def _note(record: Record, has_score: bool) -> str:
@@ -292,40 +292,3 @@ def _results(section: Section, folder: Path, task: str) -> list[dict[str, Any]] 
     except FileError as error:
         section.note(f"{section.records[folder]['name']}: its results are left out: {error}")
         return None
-
-
-def _read_routing(section: Section) -> None:
-    """Reads each run's plan, and the profile and plan to draw: the first hot run's, else any run's."""
-    runs = sorted(section.records.items(), key=lambda item: item[1]["condition"] != "hot")  # stable
-    loaded: dict[Path, RoutingProfile] = {}
-    for folder, record in runs:
-        for kind in ("profile", "plan"):
-            if not record.get(kind):
-                continue
-            path = folder / record[kind]["path"]
-            if not path.is_file():
-                section.note(f"{record['name']}: its {kind} {record[kind]['path']} is gone.")
-                continue
-            try:
-                if kind == "plan":
-                    section.plans[folder] = ExpertPlan.load(path)
-                else:
-                    place = path.resolve()
-                    loaded[place] = section.profiles[folder] = loaded.get(place) or RoutingProfile.load(path)
-                    section.profile = section.profile or section.profiles[folder]
-            except HotLoraError as error:
-                section.note(f"{record['name']}: its {kind} is left out: {error}")
-        if section.plan is None and record["condition"] == "hot":
-            section.plan = section.plans.get(folder)
-    # A run that was given a plan has no profile of its own: the one that the plan was made of, if it is here.
-    by_hash = {profile.hash: profile for profile in loaded.values()}
-    for folder, plan in list(section.plans.items()):
-        if folder not in section.profiles and plan.profile_hash in by_hash:
-            section.profiles[folder] = by_hash[plan.profile_hash]
-        if section.profile is not None and plan.num_experts != section.profile.num_experts:
-            section.note(
-                f"{folder}: its plan is left out: it is for {plan.num_experts} experts a layer, but the profile of "
-                f"{section.model} has {section.profile.num_experts}: keep different models' runs apart."
-            )
-            del section.plans[folder]
-            section.plan = None if section.plan is plan else section.plan

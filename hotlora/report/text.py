@@ -1,6 +1,7 @@
 """Numbers and tables as text: Markdown, LaTeX (booktabs), CSV. Text from others is escaped as each needs it."""
 
 import csv
+import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,6 +30,25 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], sides: st
 def markdown_items(texts: Iterable[str]) -> list[str]:
     """A Markdown list's lines."""
     return [f"- {escape.markdown(text)}" for text in texts]
+
+
+def html_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], sides: str, caption: str, notes: Iterable[str] = ()
+) -> str:
+    """An HTML table without colours of its own, and notes below. sides: as in `markdown_table`."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        styles = ({"l": "left", "r": "right"}[side] for side in sides)
+        told = (html.escape(escape.one_line(cell)) for cell in cells)
+        parts = (f'<{tag} style="text-align: {style}">{cell}</{tag}>' for style, cell in zip(styles, told, strict=True))
+        return f"<tr>{''.join(parts)}</tr>"
+
+    below = "".join(f"<div>{html.escape(escape.one_line(note))}</div>" for note in notes)
+    if not head:
+        return below
+    body = "".join(line(row, "td") for row in rows)
+    title = f"<div><b>{html.escape(escape.one_line(caption))}</b></div>"
+    return f"{title}<table><thead>{line(head, 'th')}</thead><tbody>{body}</tbody></table>{below}"
 
 
 def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> list[str]:

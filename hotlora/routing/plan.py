@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..base.errors import FileError, PlanError
+from ..base.escape import one_line
 from ..base.files import file_in, read_json, write_json
+from .picture import CHOICE, grid_html
 from .profile import RoutingProfile, experts_kept
 from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
@@ -77,6 +79,25 @@ class ExpertPlan:
 
     def __hash__(self) -> int:
         return int(self.hash[:15], 16)
+
+    @property
+    def summary(self) -> str:
+        """The rule, and how many experts it chose: hot: 48 of 192 experts in 6 layers, 4 to 12 in each."""
+        sizes = [len(ids) for ids in self.experts.values()]
+        each = f", {min(sizes)} to {max(sizes)} in each" if len(set(sizes)) > 1 else ""
+        ranks = {rank for ranks in (self.ranks or {}).values() for rank in ranks}
+        ranked = f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
+        total = self.num_experts * len(sizes)
+        return f"{one_line(self.rule)}: {sum(sizes)} of {total} experts in {len(sizes)} layers{each}{ranked}"
+
+    def __repr__(self) -> str:
+        return f"ExpertPlan({self.summary})"
+
+    def _repr_html_(self) -> str:
+        """The chosen experts of each layer, and their number."""
+        levels = [[int(expert in ids) for expert in range(self.num_experts)] for ids in self.experts.values()]
+        sides = [str(len(ids)) for ids in self.experts.values()]
+        return grid_html(repr(self), [*self.experts], levels, CHOICE, sides, [(1, "chosen"), (0, "left frozen")])
 
     @property
     def hash(self) -> str:

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from ..base.errors import DataError, FileError, PlanError
+from ..base.escape import one_line
 from ..base.files import file_in
 from ..base.tensor_files import load_tensors, save_tensors
+from .picture import LOADS, grid_html
 
 FORMAT = "hotlora.profile"
 VERSION = "1"
+TOP = 4.0
+"""Loads of more than so many uniform shares have one colour: one outlier must not flatten all others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +126,21 @@ class RoutingProfile:
     def entropy(self) -> Tensor:
         """float64 [L]: entropy of a layer's shares over ln E; 1 = uniform (MoE-Sieve appendix A.1)."""
         return torch.special.entr(self.shares()).sum(dim=1) / math.log(self.num_experts)
+
+    def __repr__(self) -> str:
+        told = f"{len(self.layers)} layers × {self.num_experts} experts, top-{self.num_experts_per_tok}"
+        told += f", {self.num_tokens:,} tokens, mean layer CV {self.mean_layer_cv():.2f}"
+        made = [f"{name} {self.source[name]}" for name in ("model", "data") if self.source.get(name)]
+        return f"RoutingProfile({'; '.join([told, *(one_line(text)[:80] for text in made)])})"
+
+    def _repr_html_(self) -> str:
+        """Each expert's load in its layer, as a heat map."""
+        multiples = (self.shares() * self.num_experts).nan_to_num()
+        levels = (multiples / TOP * (len(LOADS) - 1)).round().clamp(max=len(LOADS) - 1).int().tolist()
+        sides = [f"CV {cv:.2f}" for cv in self.layer_cv().tolist()]
+        scale = [(round(part * (len(LOADS) - 1)), f"{part * TOP:g}×") for part in (0, 0.25, 0.5)]
+        legend = [*scale, (len(LOADS) - 1, f"{TOP:g}× the uniform share, or more")]
+        return grid_html(repr(self), self.layers, levels, LOADS, sides, legend)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; any other path is a folder that gets `profile.safetensors`."""

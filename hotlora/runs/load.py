@@ -1,15 +1,22 @@
 """A run, or an adapter alone, as a model and a tokenizer to use."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from ..adapter.load import CONFIG_FILE, base_quantization, load_adapter
+from peft import PeftModel
+from torch import nn
+
+from ..adapter import load as saved
+from ..adapter.load import CONFIG_FILE, base_quantization
 from ..base.errors import FileError, HotLoraError
-from ..base.files import read_json
+from ..base.files import read_json, read_json_lines
 from ..base.quiet import quiet
 from ..base.records import read_record
 from ..hf.models import NANO, load_model, load_tokenizer
+from ..routing.plan import ExpertPlan
+from ..routing.profile import RoutingProfile
 from .folder import load_base
 
 
@@ -79,11 +86,113 @@ def load(
     tokenizer = load_tokenizer(found.tokenizer)
     if found.adapter is None:
         return load_model(found.model, dtype=dtype, device=device).eval(), tokenizer
+    base = _base_of(found, can_merge=merge, dtype=dtype, device=device)
+    with quiet():
+        net: Any = saved.load_adapter(base, found.adapter)
+        return (net.merge_and_unload() if merge else net).eval(), tokenizer
+
+
+def load_adapter(
+    base_model: nn.Module | str | Path,
+    path: str | Path | None = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> PeftModel:
+    """A saved adapter on its base model, as `PeftModel.save_pretrained` or a training wrote it.
+
+    model = hotlora.load_adapter(base_model, "runs/mine")      # onto a model that is loaded
+    model = hotlora.load_adapter("runs/mine")                  # the base is the one that the adapter notes
+    model = hotlora.load_adapter("path/of/base", "runs/mine")  # or another copy of it
+
+    A plain model is wrapped, in place as in PEFT, and the adapter is active. To a `PeftModel` the adapter is
+    added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
+
+    Args:
+        base_model: a model; its folder or name; or, with no `path`, the adapter's.
+        path: the adapter's folder, or a run's.
+        is_trainable: with gradients, and in training mode.
+
+    Raises:
+        FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
+        or that do not fit the config. PlanError: the adapter was made for another model, or on top of an adapter that
+        is not merged into this one. HotLoraError: an adapter_name that is taken, or that torch cannot take.
+    """
+    if isinstance(base_model, nn.Module):
+        if path is None:
+            raise FileError(
+                "path is not given: give the folder of the adapter, or of the run, that goes onto the model."
+            )
+        return saved.load_adapter(base_model, _adapter_in(path), adapter_name, is_trainable)
+    found = find(base_model) if path is None else find(path, str(base_model))
+    if found.adapter is None:
+        raise FileError(
+            f"{base_model} is no adapter but a model (hotlora.load_model): give an adapter's folder, or a run's."
+        )
+    return saved.load_adapter(_base_of(found), found.adapter, adapter_name, is_trainable)
+
+
+def _adapter_in(path: str | Path) -> str | Path:
+    folder = Path(path).expanduser()
+    return folder / "adapter" if (folder / "run.json").is_file() else path
+
+
+def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:
+    """The adapter's base, stored as in training, and with the adapters merged in that it was trained on top of."""
+    assert found.adapter is not None
     stored = base_quantization(found.adapter)
-    if stored and merge:
+    if stored and can_merge:
         raise HotLoraError(f"an adapter cannot be merged into {stored}: leave merge out.")
     loading: dict[str, Any] = {"quantize": stored.bits, "keep": stored.keep} if stored else {}
-    base = load_base(found.model, adapter=found.adapter, dtype=dtype, device=device, **loading)
-    with quiet():
-        net: Any = load_adapter(base, found.adapter)
-        return (cast(Any, net).merge_and_unload() if merge else net).eval(), tokenizer
+    return load_base(found.model, adapter=found.adapter, **options, **loading)
+
+
+class Run:
+    """What a training left in its folder: its record, and what to go on with.
+
+    run = hotlora.Run("runs/mine")          # what `hotlora.train` returns
+    run.model.generate(**run.tokenizer("Question: …", return_tensors="pt"))
+
+    FileError: no run there; of what it does not have, or what is broken.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.record = read_record(self.folder)
+        """`run.json`: options, parameters, losses, scores with intervals, versions"""
+
+    @property
+    def model(self) -> Any:
+        """With its adapter (of full fine-tuning: itself), ready to generate. Loaded when first asked for."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return load(self.folder)
+
+    @cached_property
+    def plan(self) -> ExpertPlan:
+        """The experts that were adapted."""
+        return ExpertPlan.load(self.folder / "plan.json")
+
+    @cached_property
+    def profile(self) -> RoutingProfile:
+        """The routing that they were chosen by."""
+        path = self.record.get("profile", {}).get("path", "profile.safetensors")
+        return RoutingProfile.load(self.folder / path)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A row for each optimizer step, for `pandas.DataFrame(run.metrics)`."""
+        return read_json_lines(self.folder / "metrics.jsonl")
+
+    def __repr__(self) -> str:
+        told = [self.record["name"], self.record["status"]]
+        if training := self.record.get("training"):
+            told.append(f"{training['steps']} steps, loss {training['loss_first']:.4f} → {training['loss_last']:.4f}")
+        for task, result in (self.record.get("evaluation") or {}).items():
+            told.append(f"{task} {result['metric']} {result['accuracy']:.1%}")
+        return f"Run({str(self.folder)!r}: {', '.join(told)})"

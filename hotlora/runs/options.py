@@ -194,3 +194,7 @@ class ProfileOptions(LoadOptions, DataOptions):
     batch_size: int = option("Sequences of a batch.", 16)
     max_length: int = option("Tokens of an example; longer ones are cut from the right.", 512)
     seed: int = option("Of which examples --limit draws.", 0)
+
+
+PROFILE_LEAVES = ("on_top_of", "keep_hot")
+"""What of `LoadOptions` says nothing of a profile."""

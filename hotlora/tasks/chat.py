@@ -30,6 +30,7 @@ from .messages import (
     short,
     texts,
 )  # fmt: skip
+from .pattern import Pattern, form_of, pattern_of, with_marks
 from .task import Example
 from .turns import Marks, Span, parting, trimmed, turn_span
 
@@ -55,6 +56,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, now: datetime, notes: Notes, train_on: str = "assistant") -> None:
         self.tokenizer, self.now, self.notes, self.train_on = tokenizer, now, notes, train_on
         self._marks = Marks(tokenizer)
+        self._patterns: dict[tuple[str, ...], Pattern | None] = {}
         self._headers: dict[tuple[str, str], str] = {}
         self._tokens = tuple(tokenizer.get_added_vocab())
         self._written: dict[tuple[object, ...], bool] = {}  # a message's form -> whether the template writes it
@@ -65,6 +67,39 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, does not write its answer, or hides where one begins.
         """
+        form = form_of(talk)
+        if form is None or form not in self._patterns:
+            example = self._example(talk)
+            if form is not None:
+                self._patterns[form] = self._pattern(talk)
+            return example
+        return self._by_pattern(talk, self._patterns[form]) or self._example(talk)
+
+    def _pattern(self, talk: Conversation) -> Pattern | None:
+        """Of conversations of this one's form."""
+        other, contents = with_marks(talk)
+        notes, self.notes = self.notes, {}
+        try:
+            example = self._example(other)
+        except DataError:
+            return None
+        finally:
+            self.notes = notes
+        start = len(example.prompt)
+        last = (start, start + len(example.completion))
+        return pattern_of(str(example.text), (*example.spans, last), contents)
+
+    def _by_pattern(self, talk: Conversation, pattern: Pattern | None) -> Example | None:
+        """The example, if the template writes the conversation by the pattern: then all that is looked for is there."""
+        if pattern is None:
+            return None
+        text, prompt = self.render(talk), self.render(talk, -1, generation_prompt=True)
+        expected, (*spans, (start, end)) = pattern.filled([message["content"] for message in talk.messages])
+        if text != expected or text[:start] != prompt:
+            return None
+        return Example(prompt, text[start:end], text=text, spans=tuple(spans), place=talk.place, source_hash=talk.hash)
+
+    def _example(self, talk: Conversation) -> Example:
         as_read = talk
         talk, text = self._accepted(talk)
         prompt = self.render(talk, -1, generation_prompt=True)

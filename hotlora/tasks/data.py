@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from . import TASKS, Example, Task, codealpaca, gsm8k
 from .chat import ChatTemplate, Notes
 from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
 from .messages import as_plain_text, is_empty, read_conversation
-from .rows import SUFFIXES, Row, folder_rows, hub_rows, need_text, read_rows
+from .rows import SUFFIXES, Row, folder_rows, hub_rows, iter_rows, need_text
 from .split import drawn
 
 _log = logging.getLogger(__name__)
@@ -105,10 +105,10 @@ def trained_parts(train_on: str, examples: Sequence[Example]) -> str | None:
     return train_on if train_on == "all" or any(len(e.spans) > (e.text is not None) for e in examples) else None
 
 
-def _rows(source: str, split: str) -> Sequence[Row]:
+def _rows(source: str, split: str) -> Iterable[Row]:
     path = Path(source).expanduser()
     if path.is_file():
-        return read_rows(path)
+        return iter_rows(path)
     if path.is_dir():
         return folder_rows(path, split)
     if source.endswith(SUFFIXES) or source[:1] in "./~" or source.partition(":")[0].count("/") != 1:

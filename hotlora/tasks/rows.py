@@ -2,7 +2,7 @@
 
 import csv
 import gzip
-import io
+import hashlib
 import json
 import logging
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS, half_character
+from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file
 from ..hf.connection import unreachable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
@@ -37,8 +37,13 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[Row]:
+    """All of `iter_rows`."""
+    return list(iter_rows(path))
+
+
+def iter_rows(path: str | Path) -> Iterator[Row]:
     """Reads JSON lines, or one JSON list of objects (either may be gzipped), a CSV or TSV table with a line of names,
-    or a Parquet file.
+    or a Parquet file. Of JSON lines and Parquet only some rows are in memory at a time.
 
     Raises:
         DataError: no such file, no rows, invalid JSON, a row that is not an object or that holds half a character (with
@@ -47,31 +52,32 @@ def read_rows(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} is not a file; give a file of rows ({', '.join(SUFFIXES)}).")
-    if path.suffix == ".parquet":
-        rows = list(_parse_parquet(path))
-    else:
-        try:
-            data = path.read_bytes()
-            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise DataError(
-                f"{path} cannot be read ({error}); it must be UTF-8 text, gzipped UTF-8 text, or Parquet (.parquet)."
-            ) from error
-        if path.suffix in _TABLES:
-            rows = list(_parse_table(path, text))
-        else:
-            rows = list(_parse_list(path, text) if text.lstrip().startswith("[") else _parse_lines(path, text))
-        if _SURROGATE.search(text):
-            check_characters(rows)
-    if not rows:
+    row = None
+    try:
+        for row in _parse_parquet(path) if path.suffix == ".parquet" else _parse_text(path):
+            if not isinstance(row.values, dict):
+                raise DataError(f"{row.place}: a row must be a JSON object, this is a {type(row.values).__name__}.")
+            yield row
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); it must be UTF-8 text, gzipped UTF-8 text, or Parquet (.parquet)."
+        ) from error
+    if row is None:
         raise DataError(f"{path} holds no rows; give a file with at least one.")
-    for place, values in rows:
-        if not isinstance(values, dict):
-            raise DataError(f"{place}: a row must be a JSON object, this is a {type(values).__name__}.")
-    return rows
 
 
-def folder_rows(folder: Path, split: str) -> list[Row]:
+def _parse_text(path: Path) -> Iterator[Row]:
+    # newline: lines end at \n alone, as U+2028 and its like may stand inside a JSON string.
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        if path.suffix in _TABLES:
+            yield from _parse_table(path, file)
+            return
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        yield from _parse_list(path, file.read()) if first.lstrip().startswith("[") else _parse_lines(path, file)
+
+
+def folder_rows(folder: Path, split: str) -> Iterator[Row]:
     """The rows of the files in a folder, or if it has none in the folders inside, by name; of those that are called
     after splits (train.jsonl, data/test-00000.parquet), `split`'s.
 
@@ -79,7 +85,8 @@ def folder_rows(folder: Path, split: str) -> list[Row]:
         DataError: no such files; a data set of `save_to_disk`.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _saved_rows(folder, split)
+        yield from _saved_rows(folder, split)
+        return
     files = _files(folder.glob("*")) or _files(folder.rglob("*"))
     if not files:
         raise DataError(f"{folder} holds no files of rows ({', '.join(SUFFIXES)}); give a folder that does, or a file.")
@@ -92,7 +99,8 @@ def folder_rows(folder: Path, split: str) -> list[Row]:
         if left:
             _log.info("%s: the split %r is read, and not %s", folder, split, ", ".join(left))
         files = chosen
-    return [row for file in files for row in read_rows(file)]
+    for file in files:
+        yield from iter_rows(file)
 
 
 def _files(found: Iterable[Path]) -> list[Path]:
@@ -107,7 +115,7 @@ def _split_of(path: Path) -> str | None:
     return next((split for split, names in _SPLITS.items() if any(name in words for name in names)), None)
 
 
-def _saved_rows(folder: Path, split: str) -> list[Row]:
+def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
     """Of a data set that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     from datasets import DatasetDict, load_from_disk
 
@@ -119,7 +127,8 @@ def _saved_rows(folder: Path, split: str) -> list[Row]:
         if split not in found:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(found)}: give {folder}/SPLIT.")
         found = found[split]
-    return [Row(f"{folder} row {number}", without_filling(row)) for number, row in enumerate(found, start=1)]
+    for number, row in enumerate(found, start=1):
+        yield Row(f"{folder} row {number}", without_filling(row))
 
 
 def check_characters(rows: Sequence[Row]) -> None:
@@ -146,9 +155,9 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
 
 
-def _parse_table(path: Path, text: str) -> Iterator[Row]:
+def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_TABLES[path.suffix], strict=True)
+    reader = csv.DictReader(file, delimiter=_TABLES[path.suffix], strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -161,16 +170,18 @@ def _parse_table(path: Path, text: str) -> Iterator[Row]:
         raise DataError(f"{path} line {reader.line_num} is no table's ({error}): quote texts as CSV does.") from error
 
 
-def _parse_lines(path: Path, text: str) -> Iterator[Row]:
-    # Not str.splitlines: it also cuts at U+2028 and its like, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                yield Row(f"{path} line {number}", json.loads(line))
+                row = Row(f"{path} line {number}", json.loads(line))
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
                 ) from error
+            if _SURROGATE.search(line):
+                check_characters([row])
+            yield row
 
 
 def _parse_list(path: Path, text: str) -> Iterator[Row]:
@@ -180,8 +191,10 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
         long = _LONG.search(text)
         at = error.lineno if isinstance(error, json.JSONDecodeError) else long and text.count("\n", 0, long.start()) + 1
         raise DataError(f"{path}{f' line {at}' if at else ''} is not valid JSON ({_why(error)}).") from error
-    for number, row in enumerate(values, start=1):
-        yield Row(f"{path} row {number}", row)
+    rows = [Row(f"{path} row {number}", row) for number, row in enumerate(values, start=1)]
+    if _SURROGATE.search(text):
+        check_characters(rows)
+    yield from rows
 
 
 def _why(error: Exception) -> str:
@@ -240,7 +253,7 @@ def without_filling(row: dict[str, Any]) -> dict[str, Any]:
             return {key: cleaned(item) for key, item in value.items() if item is not None}
         return [cleaned(item) for item in value] if isinstance(value, list) else value
 
-    return {key: cleaned(value) for key, value in row.items()}
+    return cleaned(row)
 
 
 def split_file(folder: Path, names: Sequence[str]) -> Path:
@@ -314,3 +327,48 @@ def need_text(row: Row, *fields: str) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise DataError(f"{row.place}: {field!r} must be text, this is {json.dumps(value, default=str)[:60]}.")
     return values
+
+
+def save_rows(data: Any, path: Path) -> Path:
+    """Writes rows that are in memory as JSON lines, so that a run can be resumed from its folder alone.
+
+    Args:
+        data: a list of dictionaries, or any iterable of them such as a `datasets.Dataset` or `IterableDataset`; or a
+            pandas DataFrame.
+
+    Returns:
+        `path`, which may hold the same rows already.
+
+    Raises:
+        DataError: a row that is no dictionary, or holds what JSON cannot; no rows; other rows in `path`.
+    """
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+        data = (
+            {k: v for k, v in row.items() if not (isinstance(v, float) and v != v)} for row in data.to_dict("records")
+        )
+    if isinstance(data, Mapping):
+        raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
+    digest, number = hashlib.sha256(), 0
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for number, row in enumerate(data, start=1):
+            if not isinstance(row, Mapping):
+                raise DataError(f"row {number} of the data is a {type(row).__name__}: give dictionaries.")
+            try:
+                line = json.dumps(without_filling(dict(row)), default=_plain).encode() + b"\n"
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"row {number} of the data holds what JSON cannot: {error}.") from error
+            digest.update(line)
+            file.write(line)
+        if not number:
+            raise DataError("data holds no rows: give at least one.")
+        file.flush()
+        if path.is_file() and sha256_file(path) != digest.hexdigest():
+            raise DataError(f"{path} holds other rows: give another output folder, or delete it.")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for numpy's arrays and numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}, {str(value)[:40]!r}")

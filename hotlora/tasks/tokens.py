@@ -1,9 +1,12 @@
 """Examples to token batches; what carries no training loss is masked."""
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -120,7 +123,8 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
             rows["cut"].append(len(ids) > max_length)
             rows["index"].append(index)
         parts.append(pa.table(rows, schema=_SCHEMA))
-    dataset = Dataset(pa.concat_tables(parts))
+    # By itself Dataset pickles the whole table for a fingerprint, which takes four times the table's memory.
+    dataset = Dataset(pa.concat_tables(parts), fingerprint=uuid4().hex)
     if not len(dataset):
         raise DataError(f"Every prompt has {max_length} tokens (max_length) or more: give a larger max_length.")
     if num_cut := sum(dataset["cut"]):
@@ -213,17 +217,15 @@ def _mask(spans: Sequence[tuple[int, int]], ends: Sequence[int]) -> list[int]:
     """1 for each token that has a character of a span, by where tokens end.
 
     From where the token before ended: some tokenizers leave blanks out of a token's offsets. Several tokens of one
-    character have one end.
+    character have one end, and an added special token has the one before it.
     """
-    mask, start, left = [], 0, 0
-    for end in ends:
-        if end > start:
-            while left < len(spans) and spans[left][1] <= start:
-                left += 1
-            mask.append(int(left < len(spans) and spans[left][0] < end))
-            start = end
-        else:
-            mask.append(mask[-1] if mask and end else 0)  # a special token that is added is of no character
+    ends = list(accumulate(ends, max))
+    mask = [0] * len(ends)
+    for a, b in spans:
+        first = bisect_right(ends, a)
+        last = bisect_left(ends, b, lo=first)
+        stop = bisect_right(ends, ends[last]) if last < len(ends) else last
+        mask[first:stop] = [1] * (stop - first)
     return mask
 
 

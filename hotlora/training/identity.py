@@ -30,6 +30,7 @@ _HASHES = {
     "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
 }  # fmt: skip
 """hash -> (what it is of, the option that changes it wherever it differs itself)"""
+_IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice
 LENGTH = ("epochs", "max_steps", "early_stopping_patience")
 """Options that say where a training ends."""
 _BATCH = ("batch_size", "gradient_accumulation_steps", "processes")
@@ -59,6 +60,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     said = []
     for name in changed:
         was, now = old.get(name), new.get(name)
+        if name in _IF_NONE:
+            was, now = was or _IF_NONE[name], now or _IF_NONE[name]
         if name == "train_a":  # --lora-fa is its opposite
             was, now = was is False, now is False
         if name not in _HASHES:

@@ -43,7 +43,7 @@ def import_adapter(
 
     Raises:
         FileError: no such folder, a truncated file, not a plain LoRA adapter, or keys that have no place
-        in a HotLoRA adapter (named).
+            in a HotLoRA adapter (named).
     """
     folder = Path(path).expanduser()
     config = _read_plain_config(folder)

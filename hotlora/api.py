@@ -1,0 +1,247 @@
+"""`hotlora.train` and `hotlora.profile`: what the commands of these names do, from Python. Imports nothing heavy."""
+
+import inspect
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, fields, replace
+from functools import cache, wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+
+from .base.errors import HotLoraError, ModelError, Stopped
+from .base.options import Options, suggest
+from .runs.keywords import ProfileKeywords, TrainKeywords
+from .runs.methods import resolve
+from .runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
+
+if TYPE_CHECKING:
+    from .routing.profile import RoutingProfile
+    from .runs.load import Run
+
+_log = logging.getLogger(__name__)
+_ROWS = "rows in memory"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
+    """For a function whose keywords are the options: it has them in its signature, which `help` and notebooks read,
+    and any other is an error that names the nearest. (Type checkers read `runs.keywords`.)"""
+
+    def decorate(function: _F) -> _F:
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = {p.name for p in own} | set(leave)
+        made = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(options)
+            if f.metadata["cli"] and f.name not in taken and f.default is not MISSING
+        ]
+        signature = inspect.signature(function).replace(parameters=[*own, *made])
+        known = signature.parameters.keys()
+
+        @wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            if unknown := sorted(given.keys() - known):
+                raise HotLoraError(f"hotlora.{function.__name__} has no option {suggest(unknown, known)}.")
+            return function(*args, **given)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+@_options_of(RunOptions)
+def train(
+    model: str | os.PathLike[str],
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    test_data: Any = None,
+    method: str | None = None,
+    preset: str | None = None,
+    placement: str | None = None,
+    preflight: bool = True,
+    progress: bool = True,
+    **options: Unpack[TrainKeywords],
+) -> "Run":
+    """Profiles the router, chooses experts, trains their adapter and evaluates it, as `hotlora train` does.
+
+    run = hotlora.train("allenai/OLMoE-1B-7B-0924", "train.jsonl", "runs/mine", epochs=1, test_split=0.05)
+    run.model.generate(**run.tokenizer("Question: …", return_tensors="pt"))
+
+    Called again with the same arguments, it goes on from where it was stopped; once done, it gives back what is there.
+
+    Args:
+        model: a folder, a name on the Hub, or nano. (Onto a model that is loaded already, put a `HotLoraConfig`.)
+        data: as `--data` takes it; or rows in memory, which are kept in the run's folder: a list of dictionaries, a
+            `datasets.Dataset` or `IterableDataset`, a DataFrame.
+        output: the run's folder; None: runs/MODEL-DATA-METHOD-SEED.
+        test_data: held-out data, in the same ways.
+        method, preset, placement: names from `runs.methods`.
+        preflight: first find out whether it fits into memory; an error where it cannot.
+        progress: bars, and what is going to happen, on stderr.
+        options: docs/options.md has each; the defaults are the command line's.
+
+    Raises:
+        HotLoraError: an option that does not exist (the nearest is named), that is of another type or out of range;
+            `output` holds a run with other options; what is wrong with model and data. KeyboardInterrupt: by Ctrl-C,
+            when what was done is saved.
+    """
+    _check_model(
+        model, "a loaded model takes hotlora.HotLoraConfig and peft.get_peft_model, and TRL's SFTTrainer trains"
+    )
+    given: Any = {"model": model, "data": _named(data), "test_data": _named(test_data), **options}
+    chosen = resolve(method, preset=preset, placement=placement, **given)
+    name = preset or chosen.condition or chosen.rule
+    parts = (chosen.model, chosen.data, name, f"seed{chosen.seed}")
+    folder = Path(output) if output is not None else Path("runs") / "-".join(_slug(part) for part in parts)
+    kept = {option: folder / f"{option}.jsonl" for option in ("data", "test_data") if given[option] is _ROWS}
+    there: dict[str, Any] = {option: str(file) for option, file in kept.items()}
+    chosen = replace(chosen, **there)
+
+    from .base.processes import is_main, start, wait_for_all
+    from .base.quiet import without_bars
+    from .report.card import write_card
+    from .runs.load import Run
+    from .runs.stages import run_method
+    from .tasks.rows import save_rows
+    from .training.checkpoints import last_complete
+
+    @cache  # a method may have several trainings
+    def begin() -> None:
+        if progress and is_main():
+            last = last_complete(folder / "checkpoints")
+            going_on = f", {'extending' if chosen.extend else 'resuming'} from {last.name}" if last else ""
+            _tell(f"training {chosen.model} on {given['data']} into {folder}{going_on}")
+        if preflight:
+            _check_memory(chosen, progress)
+
+    with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
+        start(chosen.device)
+        for option, file in kept.items() if is_main() else ():
+            save_rows({"data": data, "test_data": test_data}[option], file)
+        wait_for_all()
+        run_method(chosen, folder, progress=progress, begin=begin)
+        if is_main():
+            write_card(folder)
+    return Run(folder)
+
+
+@_options_of(ProfileOptions, *PROFILE_LEAVES)
+def profile(
+    model: str | os.PathLike[str],
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool = True,
+    **options: Unpack[ProfileKeywords],
+) -> "RoutingProfile":
+    """Which experts the model's router uses on the data, in one pass without gradients, as `hotlora profile` does.
+
+    profile = hotlora.profile("nano", "nano-math", limit=200)
+    plan = hotlora.select_experts(profile, fraction=0.25)
+
+    Args:
+        model: a folder, a name on the Hub, or nano. (Of a model that is loaded already: `profile_routing`.)
+        data: as `train` takes it.
+        output: a .safetensors file or a folder to save it to; None: it is not saved.
+        progress: bars on stderr.
+        options: `hotlora profile --help` has each; the defaults are the command line's.
+
+    Raises:
+        HotLoraError: as `train`.
+    """
+    _check_model(model, "of a loaded model, hotlora.profile_routing(model, batches) makes the profile")
+    chosen, named = ProfileOptions(model=model, **options), _named(data)  # type: ignore[arg-type]
+
+    from .base.files import check_writable, file_in
+    from .base.processes import is_main, start
+    from .base.quiet import without_bars
+    from .hf.models import load_tokenizer, vocab_size
+    from .runs.checks import check_adapters, check_sizes
+    from .runs.folder import load_base
+    from .runs.training import profile_data
+    from .tasks.data import load_examples
+    from .tasks.rows import save_rows
+    from .tasks.tokens import tokenize
+
+    sizes: dict[str, Any] = {"batch_size": chosen.batch_size, "max_length": chosen.max_length}
+    check_sizes(**sizes)
+    if output is not None:
+        check_writable(file_in(output, "profile.safetensors"))
+    bars = nullcontext() if progress else without_bars()
+    with _ctrl_c_as_ever(), bars, TemporaryDirectory() as temporary:
+        start(chosen.device)
+        check_adapters(
+            chosen.model, (), dtype=chosen.dtype, device=chosen.device, attn_implementation=chosen.attn_implementation
+        )
+        tokenizer = load_tokenizer(chosen.model)
+        source = named if named is not _ROWS else str(save_rows(data, Path(temporary) / "data.jsonl"))
+        read = {"tokenizer": tokenizer, **chosen.reading()}
+        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, **read)
+        dataset = tokenize(examples, tokenizer, chosen.max_length, vocab_size=vocab_size(chosen.model))
+        base = load_base(chosen.model, **chosen.loading())
+        result = profile_data(
+            base, tokenizer, examples, named, chosen.model, dataset=dataset, progress=progress and is_main(),
+            **sizes,
+        )  # fmt: skip
+        if output is not None and is_main():
+            result.save(output)
+    return result
+
+
+def _check_model(model: Any, otherwise: str) -> None:
+    if not isinstance(model, str | os.PathLike):
+        raise ModelError(
+            f"model is a {type(model).__name__}: give a folder, a name on the Hub or nano; {otherwise}: docs/python.md."
+        )
+
+
+def _check_memory(options: RunOptions, progress: bool) -> None:
+    """Says whether it fits; an error where it cannot. Of several processes the first one finds out, for all."""
+    from .base.processes import all_objects, is_main
+    from .cost.preflight import preflight
+
+    found = all_objects(preflight(options) if is_main() else None)[0]
+    if found is None:
+        return
+    if found.is_hopeless:
+        raise HotLoraError(f"{found} --no-preflight (preflight=False) tries it all the same.")
+    if is_main() and not found.fits:
+        _log.warning("%s", found)
+    elif is_main() and progress:
+        _tell(str(found))
+
+
+@contextmanager
+def _ctrl_c_as_ever() -> Iterator[None]:
+    """Ctrl-C in a training saves what was done and ends the process, which in a notebook or a prompt would lose the
+    session: there it is a KeyboardInterrupt. (The command line has a handler of its own.)"""
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        yield
+    except Stopped as stopped:
+        if is_usual and stopped.code == 130:
+            raise KeyboardInterrupt(stopped.message) from None
+        raise
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _named(data: Any) -> Any:
+    """The data by its name or path; rows in memory have none. None as it is."""
+    return os.fspath(data) if isinstance(data, str | os.PathLike) else None if data is None else _ROWS
+
+
+def _slug(text: str) -> str:
+    """The last part of a name or path, fit for a folder's name."""
+    text = Path(text.rstrip("/")).stem if "/" in text else text
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", text).strip("_.") or "x"
