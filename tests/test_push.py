@@ -15,6 +15,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
+import hotlora
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
@@ -101,6 +102,12 @@ def test_a_hub_that_refuses_or_is_not_there(there: Hub, run: Path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(HotLoraError, match="the Hub cannot be asked"):
         check_push("ada/mine")
+
+
+def test_training_from_python_pushes_too(there: Hub, run: Path, tmp_path: Path):
+    model, data = str(run.parent / "model"), str(run.parent / "rows.jsonl")
+    hotlora.train(model, data, output=tmp_path / "run", max_steps=1, r=2, max_length=64, push_to_hub="lab/py")
+    assert there.repos == {"lab/py": "private"} and "README.md" in there.files["lab/py"]
 
 
 def test_what_is_no_adapter_is_not_pushed(there: Hub, tmp_path: Path):
