@@ -132,7 +132,9 @@ def train(
         if is_main():
             write_card(folder)
             if chosen.push_to_hub is not None:
-                push(folder, chosen.push_to_hub, private=chosen.hub_private_repo)
+                address = push(folder, chosen.push_to_hub, private=chosen.hub_private_repo)
+                if progress:
+                    _tell(f"pushed: {address}")
     return Run(folder)
 
 

@@ -127,7 +127,8 @@ def test_the_commands(there: Hub, run: Path, tmp_path: Path):
     command = [*words, "train", "-m", model, "-d", data, *options, "--no-hub-private-repo"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"pushed: {there.url}/lab/new" in done.stdout and there.repos["lab/new"] == "public"
+    assert there.commits["lab/new"] == 1
+    assert f"pushed: {there.url}/lab/new" in done.stderr and there.repos["lab/new"] == "public"
     done = subprocess.run([*words, "push", run, "mine"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"pushed: {there.url}/ada/mine (private)" in done.stdout
