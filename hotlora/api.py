@@ -107,6 +107,7 @@ def train(
 
     from .base.processes import is_main, start, wait_for_all
     from .base.quiet import without_bars
+    from .hf.hub import push
     from .report.card import write_card
     from .runs.load import Run
     from .runs.stages import run_method
@@ -130,6 +131,10 @@ def train(
         run_method(chosen, folder, progress=progress, begin=begin)
         if is_main():
             write_card(folder)
+            if chosen.push_to_hub is not None:
+                address = push(folder, chosen.push_to_hub, private=chosen.hub_private_repo)
+                if progress:
+                    _tell(f"pushed: {address}")
     return Run(folder)
 
 

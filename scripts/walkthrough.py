@@ -18,8 +18,8 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "walkthrough.md"
 TEMPLATE = (
-    "{% if tools %}Tools: {% for tool in tools %}{{ tool.function.name }}{% if not loop.last %}, {% endif %}{% endfor %}"
-    "\n{% endif %}{% for m in messages %}{{ m.role | capitalize }}:"
+    "{% if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}\n{% endif %}"
+    "{% for m in messages %}{{ m.role | capitalize }}:"
     "{% if m.content %} {{ m.content }}{% endif %}"
     "{% for call in m.tool_calls or [] %} {{ call.function.name }}({{ call.function.arguments.a }}, "
     "{{ call.function.arguments.b }}){% endfor %}"
@@ -36,6 +36,7 @@ TOOLS = [
         },
     }
 ]
+CHAT = "hotlora chat runs/hot"
 STEPS: list[tuple[str, str]] = [
     (
         "What will be trained? Two rows as the model will see them: what carries loss stands in ⟦ ⟧ (green in a "
@@ -46,12 +47,12 @@ STEPS: list[tuple[str, str]] = [
         "Train. A twentieth of the rows is held out, its loss is taken every 20 steps, training ends when that got no "
         "better three times, and the best weights are kept.",
         "hotlora train --model model --data chat.jsonl --test-split 0.05 --eval-steps 20 --early-stopping-patience 3 "
-        "--load-best --max-steps 200 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --output runs/hot",
+        "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --output runs/hot",
     ),
     (
         "The same with a random quarter of the experts, to compare with.",
         "hotlora train --model model --data chat.jsonl --test-split 0.05 --eval-steps 20 --early-stopping-patience 3 "
-        "--load-best --max-steps 200 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --rule random "
+        "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --rule random "
         "--output runs/random",
     ),
     (
@@ -60,7 +61,7 @@ STEPS: list[tuple[str, str]] = [
     ),
     ("", "hotlora evaluate --data other.jsonl --adapter runs/random --output runs/random-scored"),
     ("Compare the two, row by row.", "hotlora compare runs/hot-scored runs/random-scored"),
-    ("Talk to it. The base, the tokenizer and its template are found from the run.", CHAT := "hotlora chat runs/hot"),
+    ("Talk to it. The base, the tokenizer and its template are found from the run.", CHAT),
     ("One page of all runs, with pictures.", "hotlora report runs"),
     (
         "For a server: merged into a model that needs nothing of hotlora.",
@@ -85,15 +86,10 @@ def main() -> None:
 
 HEAD = """# From a file of conversations to a server
 
-What each command prints, from an empty folder on, first time right. The model is nano with a chat template that writes
-tools; with your own, put its name or folder in the place of `model`. Made by `python scripts/walkthrough.py`, which runs
-the commands.
+What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; with your own,
+put its name or folder in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
 
-`chat.jsonl` has a conversation a line: two turns and a call of a tool.
-
-```json
-%s
-```""" % json.dumps({"messages": ["…"], "tools": ["…"]})
+`chat.jsonl` has a conversation a line, of two turns and a call of a tool."""
 END = """`served` is a plain transformers model. `--format vllm`, `sglang` and `peft` write adapters in place of a model
 ([export.md](export.md)). nano knows nothing but small tasks: this page is about the commands, not about accuracy."""
 
@@ -146,9 +142,9 @@ def wrapped(command: str) -> str:
     for word in command.split(" "):
         if len(line) + len(word) > 100 and word.startswith("--"):
             lines.append(line)
-            line = "   "
-        line = f"{line} {word}".strip() if not line.strip() else f"{line} {word}"
-    return " \\\n    ".join(part.strip() for part in [*lines, line])
+            line = ""
+        line = f"{line} {word}".strip()
+    return " \\\n    ".join([*lines, line])
 
 
 if __name__ == "__main__":

@@ -100,9 +100,12 @@ def assert_same_run(folder: Path, one: str, many: str, processes: int) -> None:
     profiles = [RoutingProfile.load(folder / name / "profile.safetensors") for name in (one, many)]
     assert torch.equal(profiles[0].counts, profiles[1].counts)
     torch.testing.assert_close(profiles[0].mass, profiles[1].mass, rtol=1e-6, atol=1e-6)
+    losses = [(folder / name / "losses.jsonl").read_text().splitlines() for name in (one, many)]
+    for ours, theirs in zip(*(map(json.loads, lines) for lines in losses), strict=True):
+        assert theirs == {**ours, "loss": pytest.approx(ours["loss"], rel=1e-4), "right": theirs["right"]}
     names = sorted(path.name for path in (folder / many).iterdir() if path.name != ".lock")
-    assert names == ["adapter", "checkpoints", "metrics.jsonl", "plan.json", "profile.safetensors", "run.json",
-                     "train.json"]  # fmt: skip
+    assert names == ["adapter", "checkpoints", "losses.jsonl", "metrics.jsonl", "plan.json", "profile.safetensors",
+                     "run.json", "train.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("job", ["ddp:2", "fsdp:2", "experts:2", "ddp:4", "fsdp:4", "experts:4"])

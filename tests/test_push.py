@@ -15,6 +15,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
+import hotlora
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
@@ -103,6 +104,12 @@ def test_a_hub_that_refuses_or_is_not_there(there: Hub, run: Path, monkeypatch):
         check_push("ada/mine")
 
 
+def test_training_from_python_pushes_too(there: Hub, run: Path, tmp_path: Path):
+    model, data = str(run.parent / "model"), str(run.parent / "rows.jsonl")
+    hotlora.train(model, data, output=tmp_path / "run", max_steps=1, r=2, max_length=64, push_to_hub="lab/py")
+    assert there.repos == {"lab/py": "private"} and "README.md" in there.files["lab/py"]
+
+
 def test_what_is_no_adapter_is_not_pushed(there: Hub, tmp_path: Path):
     with pytest.raises(HotLoraError, match="holds no adapter or model to push"):
         push(tmp_path, "mine")
@@ -120,7 +127,8 @@ def test_the_commands(there: Hub, run: Path, tmp_path: Path):
     command = [*words, "train", "-m", model, "-d", data, *options, "--no-hub-private-repo"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"pushed: {there.url}/lab/new" in done.stdout and there.repos["lab/new"] == "public"
+    assert there.commits["lab/new"] == 1
+    assert f"pushed: {there.url}/lab/new" in done.stderr and there.repos["lab/new"] == "public"
     done = subprocess.run([*words, "push", run, "mine"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"pushed: {there.url}/ada/mine (private)" in done.stdout

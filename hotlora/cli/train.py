@@ -52,8 +52,6 @@ def train(
     run = api.train(output=output, method=method, preset=preset, placement=placement, preflight=preflight, **given)
     if is_main():
         print_run(run.record, run.folder)
-        if (name := given.get("push_to_hub")) is not None:
-            push(run.folder, name, given.get("hub_private_repo", RunOptions.hub_private_repo))
 
 
 def push(

@@ -57,9 +57,7 @@ def paired_table(runs: PairedRuns) -> Group:
     table.add_column("verdict", min_width=7, overflow="fold")
     for task in runs.tasks:
         table.add_row(escape(one_line(task.task)), *_paired_cells(task))
-    units = {unit: [task.metric for task in runs.tasks if task.unit == unit] for unit in ("%", "nats a token")}
-    metrics = "; ".join(f"{', '.join(dict.fromkeys(names))}, {unit}" for unit, names in units.items() if names)
-    title = Text(f"A: {one_line(runs.a)}\nB: {one_line(runs.b)}\n{one_line(metrics)}", "bold")
+    title = Text(f"A: {one_line(runs.a)}\nB: {one_line(runs.b)}\n{one_line(_metrics(runs))}", "bold")
     notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
     return Group(title, table, *(Text(one_line(f"! {note}"), style="yellow") for note in notes))
 
@@ -80,8 +78,12 @@ def html_paired(runs: PairedRuns) -> str:
     head = ("task", *_PAIRED, "verdict")
     rows = [[task.task, *_paired_cells(task)] for task in runs.tasks]
     notes = [*(note for task in runs.tasks for note in task.notes), *runs.left_out]
-    metrics = ", ".join(dict.fromkeys(task.metric for task in runs.tasks))
-    return html_table(head, rows, f"l{'r' * len(_PAIRED)}l", f"A: {runs.a}, B: {runs.b}; {metrics}, %", notes)
+    return html_table(head, rows, f"l{'r' * len(_PAIRED)}l", f"A: {runs.a}, B: {runs.b}; {_metrics(runs)}", notes)
+
+
+def _metrics(runs: PairedRuns) -> str:
+    units = {unit: [task.metric for task in runs.tasks if task.unit == unit] for unit in ("%", "nats a token")}
+    return "; ".join(f"{', '.join(dict.fromkeys(names))}, {unit}" for unit, names in units.items() if names)
 
 
 def _paired_cells(task: PairedTask) -> list[str]:
