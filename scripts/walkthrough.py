@@ -1,9 +1,9 @@
 """Writes docs/walkthrough.md: an empty folder, a file of conversations, and every command on the way to a server.
 
-python scripts/walkthrough.py          # runs the commands on nano, some minutes on two cores, and writes what they print
+python scripts/walkthrough.py    # runs the commands on nano, some minutes on two cores, and writes what they print
 
-The model is nano with a chat template that writes tools and calls, as models that are served have; the conversations are
-sums, which nano can learn in a minute.
+The model is nano with a chat template that writes tools and calls, as models that are served have. The conversations are
+sums.
 """
 
 import json
@@ -86,8 +86,8 @@ def main() -> None:
 
 HEAD = """# From a file of conversations to a server
 
-What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; with your own,
-put its name or folder in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
+What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; put your own
+one's name or folder in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
 
 `chat.jsonl` has a conversation a line, of two turns and a call of a tool."""
 END = """`served` is a plain transformers model. `--format vllm`, `sglang` and `peft` write adapters in place of a model
