@@ -2,8 +2,7 @@
 
 python scripts/walkthrough.py    # runs the commands on nano, some minutes on two cores, and writes what they print
 
-The model is nano with a chat template that writes tools and calls, as models that are served have. The conversations are
-sums.
+The model is nano with a chat template that writes tools and calls, as served models have. The conversations are sums.
 """
 
 import json
@@ -18,12 +17,12 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "walkthrough.md"
 TEMPLATE = (
-    "{% if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}\n{% endif %}"
+    "{% if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}{{ '\\n' }}{% endif %}"
     "{% for m in messages %}{{ m.role | capitalize }}:"
     "{% if m.content %} {{ m.content }}{% endif %}"
     "{% for call in m.tool_calls or [] %} {{ call.function.name }}({{ call.function.arguments.a }}, "
     "{{ call.function.arguments.b }}){% endfor %}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 TOOLS = [
@@ -50,17 +49,17 @@ STEPS: list[tuple[str, str]] = [
         "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --output runs/hot",
     ),
     (
-        "The same with a random quarter of the experts, to compare with.",
+        "The same with half as many experts: are they enough?",
         "hotlora train --model model --data chat.jsonl --test-split 0.05 --eval-steps 20 --early-stopping-patience 3 "
-        "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --rule random "
-        "--output runs/random",
+        "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --fraction 0.125 "
+        "--output runs/eighth",
     ),
     (
         "Score other rows: the exact answer, loss, perplexity and token accuracy, with intervals.",
         "hotlora evaluate --data other.jsonl --adapter runs/hot --output runs/hot-scored",
     ),
-    ("", "hotlora evaluate --data other.jsonl --adapter runs/random --output runs/random-scored"),
-    ("Compare the two, row by row.", "hotlora compare runs/hot-scored runs/random-scored"),
+    ("", "hotlora evaluate --data other.jsonl --adapter runs/eighth --output runs/eighth-scored"),
+    ("Compare the two, row by row.", "hotlora compare runs/hot-scored runs/eighth-scored"),
     ("Talk to it. The base, the tokenizer and its template are found from the run.", CHAT),
     ("One page of all runs, with pictures.", "hotlora report runs"),
     (
@@ -86,8 +85,8 @@ def main() -> None:
 
 HEAD = """# From a file of conversations to a server
 
-What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; put your own
-one's name or folder in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
+What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; put the name or
+folder of yours in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
 
 `chat.jsonl` has a conversation a line, of two turns and a call of a tool."""
 END = """`served` is a plain transformers model. `--format vllm`, `sglang` and `peft` write adapters in place of a model

@@ -70,7 +70,8 @@ FIRST: dict[str, str] = {
     "plan": "{profile}", "params": "{config}", "export": "--model {model} {adapter} -o out --format peft",
     "merge": "--model {model} {adapter} -o out", "combine": "--model {model} {adapter} {adapter} -o out",
     "demo": "--task x", "bench": "--rounds 0", "sweep": "{file} --dry-run", "report": "{runs} -o out",
-    "compare": "{runs}", "generate": "x --adapter {adapter} --max-new-tokens 2", "chat": "{adapter} --max-new-tokens 2",
+    "compare": "{runs}", "data": "{rows} --model {model}", "push": "{adapter} owner/name",
+    "generate": "x --adapter {adapter} --max-new-tokens 2", "chat": "{adapter} --max-new-tokens 2",
 }  # fmt: skip
 _LEFT = re.compile(r"\.[0-9a-f]{12}-.+")
 

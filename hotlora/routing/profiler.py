@@ -87,6 +87,8 @@ def _profile(
             stack.callback(handle.remove)
         if progress and (console := Console(stderr=True)).is_terminal:
             batches = track(batches, description="profiling", total=total, transient=True, console=console)
+        elif progress:
+            console.print("profiling the router" + (f" on {total:,} batches" if total else ""), highlight=False)
         turns = processes.shared_out(batches) if share_out else ((batch, True) for batch in batches)
         for index, (batch, is_mine) in enumerate(turns):
             input_ids, mask, position_ids = _checked(batch, index)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from ..base.errors import DataError
 from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file
-from ..hf.connection import unreachable
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 _SPLITS = {
@@ -213,6 +212,8 @@ def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
     """
     import datasets
     from datasets import load_dataset
+
+    from ..hf.connection import unreachable
 
     found = _HUB_ID.fullmatch(name)
     if found is None:
