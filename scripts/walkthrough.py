@@ -85,8 +85,8 @@ def main() -> None:
 
 HEAD = """# From a file of conversations to a server
 
-What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; put the name or
-folder of yours in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
+What each command prints, from an empty folder on. The model is nano with a chat template that writes tools; put the
+name or folder of yours in the place of `model`. `python scripts/walkthrough.py` runs the commands and makes this page.
 
 `chat.jsonl` has a conversation a line, of two turns and a call of a tool."""
 END = """`served` is a plain transformers model. `--format vllm`, `sglang` and `peft` write adapters in place of a model
