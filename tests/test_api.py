@@ -128,9 +128,13 @@ def test_ctrl_c_leaves_the_session_alive_and_the_run_to_go_on_with(rows: Path, t
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt, match=r"checkpoint-\d+ is whole: rerun"):
-        hotlora.train("nano", rows, folder, progress=False, evaluate=False, **many)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt, match=r"checkpoint-\d+ is whole: rerun"):
+            hotlora.train("nano", rows, folder, progress=False, evaluate=False, **many)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert read_record(folder)["status"] == "failed"
 
 
