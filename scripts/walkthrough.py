@@ -36,6 +36,10 @@ TOOLS = [
     }
 ]
 CHAT = "hotlora chat runs/hot"
+TRAIN = (
+    "hotlora train --model model --data chat.jsonl --test-split 0.05 --eval-steps 20 --early-stopping-patience 3 "
+    "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03"
+)
 STEPS: list[tuple[str, str]] = [
     (
         "What will be trained? Two rows as the model will see them: what carries loss stands in ⟦ ⟧ (green in a "
@@ -45,14 +49,11 @@ STEPS: list[tuple[str, str]] = [
     (
         "Train. A twentieth of the rows is held out, its loss is taken every 20 steps, training ends when that got no "
         "better three times, and the best weights are kept.",
-        "hotlora train --model model --data chat.jsonl --test-split 0.05 --eval-steps 20 --early-stopping-patience 3 "
-        "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --output runs/hot",
+        f"{TRAIN} --output runs/hot",
     ),
     (
         "The same with half as many experts: are they enough?",
-        "hotlora train --model model --data chat.jsonl --test-split 0.05 --eval-steps 20 --early-stopping-patience 3 "
-        "--load-best --max-steps 120 --batch-size 16 --learning-rate 4e-3 --warmup-ratio 0.03 --fraction 0.125 "
-        "--output runs/eighth",
+        f"{TRAIN} --fraction 0.125 --output runs/eighth",
     ),
     (
         "Score other rows: the exact answer, loss, perplexity and token accuracy, with intervals.",

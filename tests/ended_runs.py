@@ -22,6 +22,7 @@ from typing import Any
 
 from killed_run import outcome, steps_of, wait, wait_for_step
 from tiny import tiny_model
+from tiny_files import write_sums
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer
 
@@ -248,8 +249,7 @@ def full_disks(folder: Path, calm: Any, count: int, has_disk: bool) -> dict[str,
 def main(folder: Path, full: int) -> None:
     tiny_model("olmoe", vocab_size=259, max_position_embeddings=128).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
-    rows = ({"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sums(folder / "rows.jsonl")
     gc.freeze()
     crew.START = "fork"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it

@@ -21,6 +21,7 @@ from typing import Any
 from runs import run_training
 from safetensors.torch import load_file
 from tiny import tiny_model
+from tiny_files import write_sums
 from tiny_tokenizer import byte_tokenizer
 from transformers import Trainer, trainer
 
@@ -102,8 +103,7 @@ def outcome(output: Path) -> dict[str, Any]:
 def main(folder: Path, seed: int, kills: int) -> None:
     tiny_model("olmoe", vocab_size=259, max_position_embeddings=128).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
-    rows = ({"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sums(folder / "rows.jsonl")
     gc.freeze()
     steps = STEPS_A_KILL * kills
     calm, killed = folder / "calm", folder / "killed"

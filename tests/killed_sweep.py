@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from tiny import tiny_model
-from tiny_tokenizer import byte_tokenizer
+from tiny_files import save_tiny_model, write_sums
 
 from hotlora.base.records import find_records
 from hotlora.runs import worker_pool as crew
@@ -90,10 +89,8 @@ def outcome(output: Path) -> dict[str, object]:
 
 
 def main(folder: Path) -> None:
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    rows = ({"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny_model(folder / "model")
+    write_sums(folder / "rows.jsonl")
     gc.freeze()  # else each child copies what the collector touches
     calm, killed = folder / "calm", folder / "killed"
     codes = [os.waitstatus_to_exitcode(os.waitpid(start(folder, calm), 0)[1])]

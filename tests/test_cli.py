@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config
+from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,8 +34,7 @@ def attempt(*words: object) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_tiny_model(folder)
     return folder
 
 

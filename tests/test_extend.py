@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import run_method, run_training
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny_files import save_tiny_model, write_sums
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import HotLoraError
@@ -26,18 +26,14 @@ SHORT = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_model(folder)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 rows: six steps an epoch."""
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [{"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return write_sums(file)
 
 
 def weights(run: Path) -> bytes:

@@ -312,3 +312,10 @@ def test_rows_in_memory_that_are_none(data: object, message: str, tmp_path: Path
     with pytest.raises(DataError, match=message):
         save_rows(data, tmp_path / "data.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_lie_in_a_hidden_one(tmp_path: Path):
+    folder = tmp_path / ".data" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert len(load_examples(str(folder))) == 1

@@ -12,8 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from runs import run_training
-from tiny import tiny_model
-from tiny_tokenizer import byte_tokenizer
+from tiny_files import save_tiny_model, write_sums
 from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
@@ -28,10 +27,8 @@ from hotlora.training.progress import ProgressLines
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("here")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    rows = [{"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny_model(folder / "model")
+    write_sums(folder / "rows.jsonl")
     return folder
 
 

@@ -11,8 +11,7 @@ import pytest
 from hub_server import READS, TOKEN, Hub, hub
 from huggingface_hub import ModelCard
 from runs import run_training
-from tiny import tiny_model
-from tiny_tokenizer import byte_tokenizer
+from tiny_files import save_tiny_model, write_sums
 from typer.testing import CliRunner
 
 import hotlora
@@ -37,10 +36,8 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("secret-project")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    rows = [{"prompt": f"{i} and {i % 7}", "completion": f" make {i + i % 7}"} for i in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny_model(folder / "model")
+    write_sums(folder / "rows.jsonl")
     model, data = str(folder / "model"), str(folder / "rows.jsonl")
     run_training(model, data, folder / "run", max_steps=1, r=2, max_length=64)
     write_card(folder / "run")

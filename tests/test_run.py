@@ -11,6 +11,7 @@ from peft import get_peft_model
 from runs import run_evaluation, run_training
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_plan
+from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.adapter.config import HotLoraConfig
@@ -39,9 +40,7 @@ def dataset():
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_model(folder)
 
 
 def test_a_whole_run_and_its_record(model_folder: str, tmp_path: Path):

@@ -12,8 +12,7 @@ import pytest
 import torch
 import typer
 from runs import run_training
-from tiny import tiny_model
-from tiny_tokenizer import byte_tokenizer
+from tiny_files import save_tiny_model
 from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
@@ -45,8 +44,7 @@ def call(*words: object) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_tiny_model(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import run_method, run_options, run_training
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 import hotlora
@@ -34,9 +34,7 @@ SHORT = {
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("olmoe", vocab_size=259, max_position_embeddings=512).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_model(folder)
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,12 @@ def read_json_lines(path: str | os.PathLike[str], *keys: str) -> list[dict[str, 
     return rows
 
 
+def visible_files(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """The files below `folder` by `pattern`, in order, but for those that are hidden in it."""
+    found = (file for file in folder.glob(pattern) if file.is_file())
+    return sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts))
+
+
 def whole_text(obj: Any, source: str) -> Any:
     """`obj`, which the JSON in `source` says; ValueError where a text in it holds half a character: JSON can write one
     half of a surrogate pair, and nothing can encode it."""

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import FileError, HotLoraError
-from ..base.files import read_json
+from ..base.files import read_json, visible_files
 
 _CONFIGS = ("adapter_config.json", "config.json")
 
@@ -61,9 +61,7 @@ def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> st
     folder = _trained(Path(path).expanduser())
     check_push(name)
     operations = [
-        CommitOperationAdd(file.relative_to(folder).as_posix(), _shared(file) or file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        CommitOperationAdd(file.relative_to(folder).as_posix(), _shared(file) or file) for file in visible_files(folder)
     ]
     api = HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
     try:

@@ -32,7 +32,7 @@ from .messages import (
 )  # fmt: skip
 from .pattern import Pattern, form_of, pattern_of, with_marks
 from .task import Example
-from .turns import Marks, Span, parting, trimmed, turn_span
+from .turns import Marks, Span, header_of, parting, trimmed, turn_span
 
 _PLAIN = ("role", "content", "tool_call_id")  # an id says nothing that could be written
 _DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")
@@ -254,11 +254,10 @@ class ChatTemplate:
         return spans
 
     def _header(self, talk: Conversation, number: int) -> str:
-        """What the generation prompt writes before message `number`; it is the same behind messages of one role."""
+        """`header_of` its prompt, which is the same behind messages of one role."""
         key = (self._template(talk), talk.messages[number - 1]["role"] if number else "")
         if key not in self._headers:
-            prompt = self.render(talk, number, generation_prompt=True)
-            self._headers[key] = prompt[parting(prompt, self.render(talk, number)) :]
+            self._headers[key] = header_of(self.render(talk, number, generation_prompt=True), self.render(talk, number))
         return self._headers[key]
 
     def _check(self, talk: Conversation, text: str, start: int) -> None:

@@ -17,10 +17,10 @@ from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
 from .messages import as_plain_text, is_empty, read_conversation
 from .rows import SUFFIXES, Row, folder_rows, hub_rows, iter_rows, need_text
 from .split import drawn
+from .task import TRAINED
 
 _log = logging.getLogger(__name__)
 
-TRAIN_ON = ("assistant", "last", "all")
 _CHAT_FILE = ".chat.json"  # beside FILE.jsonl, for all its rows
 
 
@@ -69,8 +69,8 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise DataError(f"A limit of {limit} examples leaves none; give at least 1.")
-    if train_on not in TRAIN_ON:
-        raise DataError(f"train_on = {train_on!r} does not exist: choose one of {', '.join(TRAIN_ON)}.")
+    if train_on not in TRAINED:
+        raise DataError(f"train_on = {train_on!r} does not exist: choose one of {', '.join(TRAINED)}.")
     task = task_of(source)
     if task is not None:
         if columns is not None or apply_chat_template:
@@ -154,7 +154,7 @@ class _Reader:
     columns: Mapping[str, str]
     now: datetime
     notes: Notes = field(default_factory=dict)
-    unread: dict[str, str] = field(default_factory=dict)  # column -> the first row that has it
+    unread: set[str] = field(default_factory=set)
     num_rows: int = 0
     empty: list[str] = field(default_factory=list)
 
@@ -194,8 +194,7 @@ class _Reader:
             is_blank = is_empty(talk.messages[-1])
         if is_blank:
             self.empty.append(row.place)
-        for name in row.values.keys() - set(read):
-            self.unread.setdefault(name, row.place)
+        self.unread |= row.values.keys() - set(read)
         self.num_rows += 1
         return replace(example, format=f"{found.format}, {how}")
 

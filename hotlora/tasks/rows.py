@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file
+from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file, visible_files
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 _SPLITS = {
@@ -86,7 +86,7 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         yield from _saved_rows(folder, split)
         return
-    files = _files(folder.glob("*")) or _files(folder.rglob("*"))
+    files = _files(folder, "*") or _files(folder, "**/*")
     if not files:
         raise DataError(f"{folder} holds no files of rows ({', '.join(SUFFIXES)}); give a folder that does, or a file.")
     of = {file: _split_of(file.relative_to(folder)) for file in files}
@@ -102,11 +102,11 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
         yield from iter_rows(file)
 
 
-def _files(found: Iterable[Path]) -> list[Path]:
-    """Those that hold rows: not what is hidden, nor what stands beside rows."""
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Those that hold rows, and not what stands beside rows."""
     beside = (".chat.json", "dataset_infos.json", "dataset_info.json")
-    some = (file for file in found if file.name.endswith(SUFFIXES) and not file.name.endswith(beside))
-    return sorted(file for file in some if file.is_file() and not any(part[:1] == "." for part in file.parts[1:]))
+    found = visible_files(folder, pattern)
+    return [file for file in found if file.name.endswith(SUFFIXES) and not file.name.endswith(beside)]
 
 
 def _split_of(path: Path) -> str | None:

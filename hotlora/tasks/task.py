@@ -7,6 +7,8 @@ from typing import Any, Literal
 from ..base.errors import DataError
 
 Kind = Literal["generate", "choice", "text"]
+TRAINED = {"assistant": "every answer", "last": "the last answer", "all": "prompts and answers"}
+"""What may carry loss (`train_on`), in words."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from ..base.errors import DataError
-from .task import Example
+from .task import TRAINED, Example
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ _AT_A_TIME = 1000  # examples
 _SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "completion_mask": pa.list_(pa.int8()), "cut": pa.bool_(), "index": pa.int64()}
 )
-_TRAINED = {"assistant": "every answer", "last": "the last answer", "all": "prompts and answers"}
 IGNORE = -100  # the label of a token without loss
 _ANCHORS = ("\n", ":", "a", "1", ")", "é")  # texts to tokenize a completion behind; one must not join with it
 
@@ -145,7 +144,7 @@ def told(examples: Sequence[Example], dataset: Dataset, train_on: str) -> str:
     read = [what if len(formats) == 1 else f"{number:,} {what}" for what, number in formats.most_common() if what]
     text = f"{len(examples):,} row{'s' * (len(examples) != 1)}" + (f" ({'; '.join(read)})" if read else "")
     text += (
-        f", {num_tokens:,} tokens, {num_trained / num_tokens:.0%} of them carry loss ({_TRAINED[train_on]}); the "
+        f", {num_tokens:,} tokens, {num_trained / num_tokens:.0%} of them carry loss ({TRAINED[train_on]}); the "
         f"longest has {pc.max(lengths).as_py():,}"
     )
     cut, left_out = pc.sum(dataset.data["cut"]).as_py(), len(examples) - len(dataset)

@@ -88,7 +88,7 @@ def turn_span(render: Render, talk: Conversation, number: int, text: str, end_to
     if here is None or after is None:
         return None
     (first, end), bound = here, after[0]
-    start = _behind(prompt[parting(prompt, render(talk, number)) :], text, first)
+    start = _behind(header_of(prompt, render(talk, number)), text, first)
     if text.startswith(whole) and start < len(whole):
         end = len(whole)
     elif end_token and (found := text.find(end_token, end, bound)) >= 0:
@@ -96,6 +96,11 @@ def turn_span(render: Render, talk: Conversation, number: int, text: str, end_to
     elif end_token and (ends := [token for token in tokens if text.startswith(token, end)]):
         end += max(map(len, ends))
     return (start, end) if (before[1] if before else 0) <= start < end <= bound else None
+
+
+def header_of(prompt: str, before: str) -> str:
+    """What the generation prompt adds to the messages before an answer."""
+    return prompt[parting(prompt, before) :]
 
 
 def _changed(render: Render, talk: Conversation, number: int, text: str) -> Span | None:
