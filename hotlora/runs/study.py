@@ -56,7 +56,7 @@ def run_study(
     examples: dict[str, Tensor] = {}
     made = [source for source in sources if not is_profile(source)]
     tokenizer, base, shared = None, None, 0.0
-    rows: dict[str, list[Example]] = {}
+    rows: dict[str, Sequence[Example]] = {}
     datasets: dict[str, Dataset] = {}
     if made:
         if model is None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,7 +134,7 @@ class _Run:
         self.examples = load_examples(options.data, "train", limit=options.limit, **read)
         source = test_source(options.data, options.test_data)
         self.task = task_of(source) if source else None
-        self.test: list[Example] = []
+        self.test: Sequence[Example] = []
         if source and options.test_split is not None:
             raise DataError(f"{source} holds out rows of its own: leave test_split out.")
         if source:
@@ -146,7 +147,7 @@ class _Run:
         if options.eval_steps is not None and not any(example.completion for example in self.test):
             raise DataError("eval_steps takes a held-out loss: give test_data or test_split.")
         self.plan = ExpertPlan.load(options.plan) if options.plan is not None else None
-        template = template_source(self.tokenizer, (*self.examples, *self.test))
+        template = template_source(self.tokenizer, chain(self.examples, self.test))
         self.identity = {
             **options.recorded(), "scores": None if options.scores is None else str(options.scores),
             "data_hash": data_hash(self.examples), "test_data": source, "test_hash": data_hash(self.test),
@@ -155,7 +156,7 @@ class _Run:
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
             "mask_hash": None if options.mask is None else mask_hash(options.mask, output),
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in options.on_top_of],
-            "train_on": trained_parts(options.train_on, (*self.examples, *self.test)),
+            "train_on": trained_parts(options.train_on, chain(self.examples, self.test)),
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})

@@ -10,7 +10,7 @@ that rewrites those once the answer is there (gpt-oss drops their reasoning) say
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
@@ -336,7 +336,7 @@ class ChatTemplate:
             note("the chat template writes no end-of-turn token after an answer, so how to end one is not learned")
 
 
-def template_source(tokenizer: Any, examples: Sequence[Example]) -> dict[str, str]:
+def template_source(tokenizer: Any, examples: Iterable[Example]) -> dict[str, str]:
     """What a run or a profile of these examples is of besides, as the data's hash has nothing of it: the hash of the
     tokenizer's chat templates, if any example was written by one."""
     if not any(example.text is not None for example in examples):

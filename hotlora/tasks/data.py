@@ -17,6 +17,7 @@ from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
 from .messages import as_plain_text, is_empty, read_conversation
 from .rows import SUFFIXES, Row, folder_rows, hub_rows, iter_rows, need_text
 from .split import drawn
+from .stored import StoredExamples
 from .task import TRAINED
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def load_examples(
     train_on: str = "assistant",
     columns: str | None = None,
     apply_chat_template: bool | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """The examples of a split of a task, of local files, or of a data set on the Hub.
 
     Args:
@@ -63,6 +64,9 @@ def load_examples(
         apply_chat_template: whether the chat template writes the rows. None: where they are conversations, or Alpaca's,
             and the tokenizer has one; texts of prompt and completion stay as they are.
 
+    Returns:
+        A task's as a list; people's own rows in a temporary file, however many: each is read when it is asked for.
+
     Raises:
         DataError: no such source or split; no rows; a row without its fields, or that the chat template refuses (file
             and line).
@@ -75,7 +79,8 @@ def load_examples(
     if task is not None:
         if columns is not None or apply_chat_template:
             raise DataError(f"{source} is a task, whose prompt is its own: leave columns and apply_chat_template out.")
-        examples = task.load(split, source.partition(":")[2] or None, limit, seed)
+        found = task.load(split, source.partition(":")[2] or None, limit, seed)
+        examples: Sequence[Example] = [_trained(example, train_on) for example in found]
     else:
         shared = _chat_options(source)
         shared |= {"tools": list(tools)} if tools is not None else {}
@@ -84,14 +89,19 @@ def load_examples(
             tokenizer, shared, apply_chat_template, train_on, read_columns(columns) if columns else {},
             now or datetime.now(),
         )  # fmt: skip
-        examples = [reader.example(row) for row in _rows(source, split)]
+        examples = StoredExamples.write(_trained(reader.example(row), train_on) for row in _rows(source, split))
         reader.tell(source)
-    if train_on == "all":
-        examples = [replace(e, spans=((0, len(e.prompt)),)) if e.text is None and e.prompt else e for e in examples]
     return drawn(examples, limit, seed)
 
 
-def data_hash(examples: Sequence[Example]) -> str:
+def _trained(example: Example, train_on: str) -> Example:
+    """Of a text, the prompt too, where `train_on` says so; a conversation's spans have that already."""
+    if train_on == "all" and example.text is None and example.prompt:
+        return replace(example, spans=((0, len(example.prompt)),))
+    return example
+
+
+def data_hash(examples: Iterable[Example]) -> str:
     """SHA-256 over every example's prompt and completion, in order; of a conversation, over what was read."""
     digest = hashlib.sha256()
     for example in examples:
@@ -100,7 +110,7 @@ def data_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def trained_parts(train_on: str, examples: Sequence[Example]) -> str | None:
+def trained_parts(train_on: str, examples: Iterable[Example]) -> str | None:
     """`train_on`, where it trains another part of these examples than each one's completion; else None."""
     return train_on if train_on == "all" or any(len(e.spans) > (e.text is not None) for e in examples) else None
 

@@ -14,11 +14,12 @@ import torch
 from datasets import Dataset
 
 from ..base.errors import DataError
+from .stored import mapped_table
 from .task import TRAINED, Example
 
 _log = logging.getLogger(__name__)
 
-_AT_A_TIME = 1000  # examples
+_AT_A_TIME = 250  # examples: a tokenizer takes a hundred times a text's memory while it works
 _SCHEMA = pa.schema(
     {"input_ids": pa.list_(pa.int32()), "completion_mask": pa.list_(pa.int8()), "cut": pa.bool_(), "index": pa.int64()}
 )
@@ -108,22 +109,9 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
         raise DataError("The tokenizer has no end-of-text token (eos_token); set one, so that answers end.")
     if vocab_size is not None and (tokenizer.pad_token_id or 0) >= vocab_size:
         raise DataError(f"The padding token {_past(tokenizer, tokenizer.pad_token_id, vocab_size)}")
-    parts = []  # Arrow has a token in 4 bytes; a list of Python's has it in 8 to 36
-    for start in range(0, len(examples), _AT_A_TIME):
-        some = examples[start : start + _AT_A_TIME]
-        rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
-        for index, (ids, mask) in enumerate(_encoded(some, tokenizer, start), start):
-            if vocab_size is not None and max(ids, default=0) >= vocab_size:
-                raise DataError(f"{_place(examples[index], index)}: {_past(tokenizer, max(ids), vocab_size)}")
-            if not any(mask[:max_length]):
-                continue
-            rows["input_ids"].append(ids[:max_length])
-            rows["completion_mask"].append(mask[:max_length])
-            rows["cut"].append(len(ids) > max_length)
-            rows["index"].append(index)
-        parts.append(pa.table(rows, schema=_SCHEMA))
-    # By itself Dataset pickles the whole table for a fingerprint, which takes four times the table's memory.
-    dataset = Dataset(pa.concat_tables(parts), fingerprint=uuid4().hex)
+    table = mapped_table(_token_tables(examples, tokenizer, max_length, vocab_size), _SCHEMA)
+    # By itself Dataset looks at the whole table for a fingerprint.
+    dataset = Dataset(table, fingerprint=uuid4().hex)
     if not len(dataset):
         raise DataError(f"Every prompt has {max_length} tokens (max_length) or more: give a larger max_length.")
     if num_cut := sum(dataset["cut"]):
@@ -134,6 +122,24 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
             num_without, len(examples), max_length,
         )  # fmt: skip
     return dataset
+
+
+def _token_tables(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, vocab_size: int | None
+) -> Iterator[pa.Table]:
+    for start in range(0, len(examples), _AT_A_TIME):
+        some = examples[start : start + _AT_A_TIME]
+        rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
+        for index, (ids, mask) in enumerate(_encoded(some, tokenizer, start), start):
+            if vocab_size is not None and max(ids, default=0) >= vocab_size:
+                raise DataError(f"{_place(some[index - start], index)}: {_past(tokenizer, max(ids), vocab_size)}")
+            if not any(mask[:max_length]):
+                continue
+            rows["input_ids"].append(ids[:max_length])
+            rows["completion_mask"].append(mask[:max_length])
+            rows["cut"].append(len(ids) > max_length)
+            rows["index"].append(index)
+        yield pa.table(rows, schema=_SCHEMA)
 
 
 def told(examples: Sequence[Example], dataset: Dataset, train_on: str) -> str:
@@ -253,12 +259,13 @@ def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[
     """
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
-    all_ids, all_masks = dataset["input_ids"][:], dataset["completion_mask"][:]
-    order = sorted(range(len(all_ids)), key=lambda i: -len(all_ids[i]))  # a stable sort: the same order every time
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # a stable sort: the same order every time
     for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        ids = [torch.tensor(all_ids[i]) for i in picked]
-        labels = [row.masked_fill(torch.tensor(all_masks[i]) == 0, IGNORE) for row, i in zip(ids, picked, strict=True)]
+        rows = dataset[order[start : start + batch_size]]
+        ids = [torch.tensor(row) for row in rows["input_ids"]]
+        masks = [torch.tensor(row) for row in rows["completion_mask"]]
+        labels = [row.masked_fill(mask == 0, IGNORE) for row, mask in zip(ids, masks, strict=True)]
         yield {
             "input_ids": pad(ids, tokenizer.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in ids], 0),

@@ -56,9 +56,10 @@ def broken_weights(model: nn.Module) -> int:
 def examples_of(batches: Sequence[Mapping[str, Tensor]], dataset: Dataset) -> list[int]:
     """Which rows of `dataset`, from `tokens.tokenize`, are in the batches of all processes, by their tokens. Where the
     data has a column `index`, as `tokens.tokenize` makes it: its values."""
-    place = dict(zip(map(tuple, dataset["input_ids"][:]), range(len(dataset)), strict=True))
+    asked = {row for batch in batches for row in _rows(batch)}
     index = dataset["index"][:] if "index" in dataset.column_names else range(len(dataset))
-    found = [place[row] for batch in batches for row in _rows(batch) if row in place]
+    place = {row: i for i, row in enumerate(map(tuple, dataset["input_ids"])) if row in asked}  # the last of equal rows
+    found = list(place.values())
     return sorted({index[i] for several in all_objects(found) for i in several})
 
 
