@@ -155,10 +155,13 @@ def test_a_template_may_end_every_text(tmp_path: Path):
 
 def test_marks_tell_the_answer_where_a_template_rewrites_what_came_before(tmp_path: Path):
     """gpt-oss drops the reasoning before a tool call once the final answer is there."""
-    (example,) = read(
-        tmp_path, {"messages": TALKS["tool and reasoning"], "tools": TOOLS}, tokenizer=tokenizer_of("gptoss"),
-        train_on="last",
-    )  # fmt: skip
+    # It reads `thinking`, which transformers before 5.23 does not give it for `reasoning_content`.
+    talk = [
+        {**m, "thinking": m["reasoning_content"]} if "reasoning_content" in m else m
+        for m in TALKS["tool and reasoning"]
+    ]
+    row = {"messages": talk, "tools": TOOLS}
+    (example,) = read(tmp_path, row, tokenizer=tokenizer_of("gptoss"), train_on="last")
     assert "Ask for it." in example.prompt and "Ask for it." not in str(example.text)
     assert trained(example) == (
         "<|channel|>analysis<|message|>Look at the sky.<|end|><|start|>assistant<|channel|>final<|message|>It is sunny."

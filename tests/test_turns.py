@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -94,6 +95,9 @@ def test_every_turn_is_trained_as_by_trl(name: str, tmp_path: Path):
         try:
             theirs = of_trl(row, tmp_path, assistant_only=True)
         except (ValueError, TemplateError):
+            continue
+        except TypeError:  # datasets 4 gives each message the fields of all, as None, and some templates take no None
+            assert datasets.__version__ < "5"
             continue
         ids, mask = of_ours(example)
         if ids != theirs[0]:
