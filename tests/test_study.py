@@ -1,5 +1,7 @@
 """The profiling study: numbers by hand and against scipy, the page and pictures, the command, the paper's claims."""
 
+import copy
+import importlib
 import json
 import math
 from pathlib import Path
@@ -16,8 +18,9 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, PlanError
 from hotlora.cli.profile import profile as profile_command
+from hotlora.report import study_models
 from hotlora.report.published import DATASETS, MODELS, OLMOE_SPIDER
-from hotlora.report.study_claims import claims
+from hotlora.report.study_claims import claims, claims_across
 from hotlora.report.study_figures import layer_overlap
 from hotlora.report.study_report import page, write_page, write_study
 from hotlora.routing.plan import select_experts
@@ -300,6 +303,41 @@ def test_claims_on_other_texts_name_theirs():
     assert "code_" in by_says["From the first layer to the peak, the CV on Spider doubles."].here
 
 
+def test_claims_that_compare_models():
+    one, other = papers_world(), papers_world()
+    shared = {**other, "model": {**other["model"], "shared": 4}, "mean": {**other["mean"], "cold_share": 0.01}}
+    by_says = {claim.says: claim for claim in claims_across({"one": one, "other": shared})}
+    absorbed = by_says["Shared experts absorb what would leave routed ones cold."]
+    assert absorbed.holds and absorbed.here.startswith("0% shared: ") and "50% shared: 1.0% cold" in absorbed.here
+    diffuse = "Diffuse tasks need nearly the same number of routed experts on all architectures."
+    assert by_says[diffuse].holds
+    apart = copy.deepcopy(shared)
+    for row in apart["datasets"].values():
+        row["experts_for_60"] *= 1.2
+    found = {claim.says: claim for claim in claims_across({"one": one, "other": apart})}
+    assert not found[diffuse].holds
+    for result in (one, apart):
+        for row in result["datasets"].values():
+            row["experts_for_60_with_shared"] = 7.0
+    assert {claim.says: claim for claim in claims_across({"one": one, "other": apart})}[diffuse].holds
+    assert all(claim.holds is None for claim in claims_across({"one": one}))
+    twice = {claim.says: claim.holds for claim in claims_across({"one": one, "two": other})}
+    assert twice["Shared experts absorb what would leave routed ones cold."] is None
+
+
+def test_tables_of_several_models():
+    studies = {"A": papers_world(), "B": study({"a": a_profile(1), "b": a_profile(2)})}
+    assert "| **B** | 4 × 8, 2 + 0 |" in study_models.skew(studies)
+    assert study_models.datasets(studies).count("\n") == 1 + 10 + 2
+    robust = study_models.robust(studies)
+    assert "| A | spider | 4 of 40 | 1.000 | 1.00–1.00 |" in robust and "| B | a | – | – | – |" in robust
+    assert "| B | layer CV |" in study_models.depth(studies)
+    nearest = next(line for line in study_models.overlaps(studies).splitlines() if line.startswith("| A |"))
+    assert "codealpaca" in nearest.split("|")[4] and study_models.chance(studies["B"]) == pytest.approx(2 / 14)
+    decided = study_models.decided(studies, studies)
+    assert "| A | B |" in decided and "agrees: " in decided and "| – |" in decided
+
+
 def test_claims_on_uniform_routing_fail_or_are_not_tested():
     profile = a_profile(counts=torch.full((6, E), 100))
     by_says = {claim.says: claim.holds for claim in claims(study({"a": profile, "b": profile}))}
@@ -427,13 +465,9 @@ def test_the_command(model_folder, files, tmp_path, monkeypatch):
     assert isinstance(result.exception, DataError) and "add --compare" in str(result.exception)
 
 
-def test_the_committed_page_is_what_its_numbers_say():
-    import importlib.util
-
-    file = Path(__file__).parents[1] / "scripts" / "study.py"
-    spec = importlib.util.spec_from_file_location("study_script", file)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_committed_page_is_what_its_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    script = importlib.import_module("study")
     assert script.PAGE.read_text(encoding="utf-8") == script.page()
     result = load_study(script.RESULTS / "study.json")
     profiles = {

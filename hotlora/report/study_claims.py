@@ -1,8 +1,10 @@
 """What MoE-Sieve's section 3 says, held against a study's numbers: each claim is a rule that code decides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isnan
+from typing import Any
 
 from ..routing.study import Study, clusters
 from .published import MBPP_STABILITY, MODELS, RATIOS
@@ -143,12 +145,13 @@ def _specialised(result: Study) -> Found | None:
 
 
 def _depth(result: Study) -> Found | None:
-    thirds = [[third["cv"] for third in row["by_depth"].values()] for row in result["datasets"].values()]
-    if not all(len(values) == 3 and None not in values for values in thirds):
+    thirds = {name: [third["cv"] for third in row["by_depth"].values()] for name, row in result["datasets"].items()}
+    if not all(len(values) == 3 and None not in values for values in thirds.values()):
         return None
-    risen = sum(min(values[1:]) > values[0] for values in thirds)
-    means = ", ".join(f"{sum(values) / len(thirds):.2f}" for values in zip(*thirds, strict=True))
-    return f"on {risen} of {len(thirds)}; means {means}", risen == len(thirds)
+    not_risen = [name for name, values in thirds.items() if min(values[1:]) <= values[0]]
+    means = ", ".join(f"{sum(values) / len(thirds):.2f}" for values in zip(*thirds.values(), strict=True))
+    told = f"on {len(thirds) - len(not_risen)} of {len(thirds)}; means {means}"
+    return told + (f"; not on {', '.join(not_risen)}" if not_risen else ""), not not_risen
 
 
 def _amplification(result: Study) -> Found | None:
@@ -169,7 +172,8 @@ def _stability(result: Study) -> Found | None:
     if not stable:
         return None
     worst = sorted(stable, key=lambda name: stable[name]["mean"])[:3]
-    lowest = ", ".join(f"{name} {stable[name]['mean']:.2f} (of {stable[name]['subsample']} examples)" for name in worst)
+    of = {name: f"{row['mean']:.2f} ({row['subsample']} of {row['examples']})" for name, row in stable.items()}
+    lowest = ", ".join(f"{name} {of[name]}" for name in worst)
     mean = result["mean"]["stability"]
     holds = mean >= _least("stability") and all(row["mean"] >= 0.9 for name, row in stable.items() if name != "mbpp")
     return f"mean {mean:.3f}; lowest: {lowest}", holds
@@ -178,6 +182,53 @@ def _stability(result: Study) -> Found | None:
 def _signals(result: Study) -> Found:
     value, spearman = result["mean"]["signals_jaccard"], result["mean"]["signals_spearman"] or float("nan")
     return f"{value:.3f}, Spearman of the scores {spearman:.3f}", value >= _QWEN_SIGNALS
+
+
+def claims_across(results: Mapping[str, Study]) -> list[Claim]:
+    """The claims of section 3.2 that compare models; name -> study. None is tested of fewer than two."""
+    return [Claim(section, says, rule, *(decide(results) or ("", None))) for section, says, rule, decide in _ACROSS]
+
+
+def _absorbed(results: Mapping[str, Study]) -> Found | None:
+    """Models with as many shared experts a token as another's count together."""
+    by_share: dict[float, list[float]] = {}
+    for result in results.values():
+        shared, top_k = result["model"]["shared"], result["model"]["num_experts_per_tok"]
+        by_share.setdefault(shared / (shared + top_k), []).append(result["mean"]["cold_share"])
+    if len(by_share) < 2:
+        return None
+    cold = {share: sum(values) / len(values) for share, values in sorted(by_share.items())}
+    told = "; ".join(f"{share:.0%} shared: {value:.1%} cold" for share, value in cold.items())
+    return told, all(a > b for a, b in pairwise(cold.values()))
+
+
+def _diffuse(results: Mapping[str, Study]) -> Found | None:
+    of_models = {name: result for name, result in results.items() if _has(result, *DIFFUSE)}
+    if len(of_models) < 2:
+        return None
+    told, close = [], []
+    for label, key in (("", "experts_for_60"), ("shared ones counted as covered: ", "experts_for_60_with_shared")):
+        found = {name: [row.get(key) for row in _rows(result, DIFFUSE)] for name, result in of_models.items()}
+        if any(None in values for values in found.values()):
+            continue
+        each = "; ".join(f"{name} {', '.join(f'{value:.1f}' for value in values)}" for name, values in found.items())
+        told.append(label + each)
+        close.append(all(max(column) <= 1.1 * min(column) for column in zip(*found.values(), strict=True)))
+    return ". ".join(told), any(close)
+
+
+def _rows(result: Study, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [result["datasets"][name] for name in names]
+
+
+DIFFUSE = ("boolq", "mmlu", "wikitext2")
+_ACROSS: list[tuple[str, str, str, Callable[[Mapping[str, Study]], Found | None]]] = [
+    ("3.2", "Shared experts absorb what would leave routed ones cold.",
+     "the larger the part of a token's experts that are shared, the smaller the mean cold share", _absorbed),
+    ("3.2", "Diffuse tasks need nearly the same number of routed experts on all architectures.",
+     f"experts for 60% of a layer's routing on {', '.join(DIFFUSE)}: at most a tenth apart, with or "
+     "without counting shared experts as covered", _diffuse),
+]  # fmt: skip
 
 
 def _column(result: Study, key: str) -> dict[str, float]:
@@ -230,7 +281,7 @@ _CLAIMS: list[tuple[str, str, str, Callable[[Study], Found | None]]] = [
      "mean layer CV of the middle and of the late third is above the early third's, on every data set", _depth),
     ("3.2", "From the first layer to the peak, the CV on Spider doubles.",
      f"peak CV over the first layer's is at least 2, without Spider on the most skewed data set (the paper's are "
-     f" {min(_RISES):.1f} to {max(_RISES):.1f})",
+     f"{min(_RISES):.1f} to {max(_RISES):.1f})",
      _amplification),
     ("3.3", "A tenth of the examples finds the same hot experts.",
      f"mean Jaccard at least {_least('stability'):.2f}, and at least 0.90 on each data set but MBPP ({_MBPP} in two of "
