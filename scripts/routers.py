@@ -191,7 +191,8 @@ def main() -> None:
     for model in SHARED:
         result, profiles = of_model(args.folder / model)
         for name, figure in pictures(result, profiles).items():
-            save_figure(figure, RESULTS / model / f"{name}.png", DPI)
+            if name != "robustness":  # the page has it as a table
+                save_figure(figure, RESULTS / model / f"{name}.png", DPI)
         del result["overlap"]["by_layer"]
         write_json(RESULTS / model / "study.json", rounded(result))
         print(f"{model}: {len(profiles)} data sets")
