@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from results import study_table
+
 from hotlora.base.files import read_json
 from hotlora.report import study_models
 from hotlora.report.study_report import table
@@ -134,13 +136,8 @@ def of_nano(nano: Mapping[str, Any]) -> dict[str, Any]:
         "nano_tokens": ", ".join(f"{task} {count:,}" for task, count in nano["tokens"].items()),
         "nano_precision_table": table(["", *(f"{task}; halves, unchanged" for task in nano["tokens"])], told),
         "nano_moved": (new & ~old).sum().item() / new.sum().item(), "nano_old": taken[0], "nano_new": taken[1],
-        "reprofile": REPROFILE,
+        "reprofile_table": study_table(NANO / "reprofile", sorted_last=("every-25", "every-25-merge"), kept=False),
     }  # fmt: skip
-
-
-REPROFILE = """\
-**Advice: leave `--reprofile-every` off.** Choosing again after training gains a point of coverage or less, and experts
-that come start from nothing, while those that go had learned. `reprofile.jsonl` says whether a plan moves."""
 
 
 def of_auto(real: Mapping[str, Study], trained: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,3 +123,18 @@ def test_reap_of_glm_is_a_sum_that_ranks_other_experts_than_count(scripts):
     hot = hot_overlap(hot_mask(profile.counts, 64), hot_mask(reap, 64)).mean().item()
     committed = read_json(RESULTS / "glm_5_2" / "study.json")["datasets"]["math"]["saliency"]["count"]
     assert hot == pytest.approx(committed, abs=2e-3)
+
+
+def test_experts_in_fp8_are_rounded_in_blocks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    as_fp8 = importlib.import_module("precision").as_fp8
+    weight = torch.randn(2, 130, 200, generator=torch.Generator().manual_seed(0))
+    weight[0, 129, 199] = 1e6  # a large weight spoils its own block alone
+    rounded = as_fp8(weight)
+    part = weight[:, :128, :128]
+    largest = part.abs().amax(dim=(1, 2), keepdim=True)
+    # Three bits of mantissa; below the smallest normal number, 2^-6 of 448 at the largest, steps of 2^-9.
+    bound = torch.maximum(part.abs() / 16, largest / 448 * 2**-10)
+    assert ((rounded[:, :128, :128] - part).abs() <= bound * 1.001).all()
+    assert rounded[0, 129, 199] == pytest.approx(1e6) and rounded[0, 128, 150] == 0
+    assert not torch.equal(rounded, weight) and torch.equal(as_fp8(rounded), rounded)
