@@ -1,12 +1,15 @@
-"""Write docs/study.md from the numbers in results/nano; the page names the commands that made those.
+"""Write docs/study.md from the numbers in results; the page names the commands that made those.
 
 python scripts/study.py             # the page, and the pictures again
 python scripts/study.py --check     # fail if the page is not what would be written
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
+
+import study_routers
 
 from hotlora.base.files import write_text
 from hotlora.report.published import HELLORA_OVERLAP
@@ -19,7 +22,6 @@ RESULTS = ROOT / "results" / "nano" / "study"
 WARM_UP = ROOT / "results" / "nano" / "warm-up"
 PAGE = ROOT / "docs" / "study.md"
 PREFACE = (
-    "What MoE-Sieve's study of routing finds on nano, beside the paper's models.\n\n"
     "nano is the small embedded model ([nano.md](nano.md)). It was trained on what its own three synthetic tasks are "
     "made of (sums, queries, people at crafts) and on generic text: HellaSwag's and PIQA's training splits, from "
     "which the examples below are drawn too. It has read none of the other eight data sets, and no code but generated "
@@ -40,13 +42,15 @@ WARM_UP_COMMANDS = """\
 
 def page() -> str:
     """docs/study.md."""
-    study = study_page(
+    nano = study_page(
         load_study(RESULTS / "study.json"),
         pictures_in=_from_docs(RESULTS),
-        title="MoE-Sieve's profiling study, on nano",
+        title="nano",
         preface=PREFACE,
+        with_claims=False,
     )
-    return f"{study}\n{warm_up()}"
+    inside = re.sub(r"^#(#*) ", r"##\1 ", nano, flags=re.M)  # a level down
+    return f"{study_routers.page()}\n{inside}\n{warm_up()}"
 
 
 def warm_up() -> str:

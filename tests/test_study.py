@@ -1,5 +1,7 @@
 """The profiling study: numbers by hand and against scipy, the page and pictures, the command, the paper's claims."""
 
+import copy
+import importlib
 import json
 import math
 from pathlib import Path
@@ -16,13 +18,24 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, PlanError
 from hotlora.cli.profile import profile as profile_command
+from hotlora.report import study_models
 from hotlora.report.published import DATASETS, MODELS, OLMOE_SPIDER
-from hotlora.report.study_claims import claims
+from hotlora.report.study_claims import claims, claims_across
 from hotlora.report.study_figures import layer_overlap
 from hotlora.report.study_report import page, write_page, write_study
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, jaccard
-from hotlora.routing.study import clusters, experts_for, hot_mask, load_study, overlap, stability, study, thirds
+from hotlora.routing.study import (
+    clusters,
+    experts_for,
+    hot_mask,
+    load_study,
+    overlap,
+    shuffled_cv,
+    stability,
+    study,
+    thirds,
+)
 from hotlora.runs.study import names_of, run_study, shared_experts
 from hotlora.tasks import TASKS
 
@@ -135,6 +148,31 @@ def test_stability_of_examples_that_are_alike_is_one():
         stability(examples[:1], 3)
 
 
+def test_stability_of_a_few_parts_takes_each_once():
+    random = np.random.default_rng(0)
+    parts = torch.from_numpy(random.poisson(random.gamma(1.0, 40.0, (8, L, E)))).int()
+    found, whole = stability(parts, 2), hot_mask(parts.sum(0), 2)
+    each = [((hot_mask(part, 2) & whole).sum(1) / (hot_mask(part, 2) | whole).sum(1)).mean().item() for part in parts]
+    assert (found["subsample"], found["draws"]) == (1, 8)
+    assert (found["mean"], found["min"], found["max"]) == pytest.approx((np.mean(each), min(each), max(each)))
+
+
+def test_the_global_cv_of_shuffled_experts():
+    counts = torch.from_numpy(np.random.default_rng(0).integers(1, 1000, (16, 64)))
+    found = shuffled_cv(counts)
+    # By hand: the mean square over all ways to renumber two experts in each of two layers.
+    two = shuffled_cv(torch.tensor([[6, 2], [5, 3]]))
+    sums = [np.array([6, 2]) + row for row in ([5, 3], [3, 5])]
+    assert two["global_cv"] == pytest.approx(np.sqrt(np.mean([s.var() for s in sums])) / 8)
+    # Independent layers: near the root of their number, and the real one is like any other.
+    assert found["ratio"] == pytest.approx(4, rel=0.02) and 0.05 < found["below"] < 0.95
+    even = torch.cat([counts, 1001 - counts])  # each expert's sum over layers is the same
+    assert shuffled_cv(even)["below"] == 0.0
+    same = counts[:1].repeat(16, 1)
+    assert shuffled_cv(same)["below"] == 1.0
+    assert math.isnan(shuffled_cv(torch.zeros(2, 4, dtype=torch.int64))["ratio"])
+
+
 def test_overlap_of_two_profiles_by_hand():
     a = a_profile(counts=torch.tensor([[9, 8, 1, 1], [5, 4, 3, 2]]))
     b = a_profile(counts=torch.tensor([[1, 8, 9, 1], [50, 40, 3, 2]]))
@@ -210,7 +248,7 @@ def test_the_published_cv_is_as_ours_by_ddof_0(folder, model):
     assert cv.argmax() == told["peak_layer"]
 
 
-def papers_world(**changes):
+def papers_world(profiles=False, **changes):
     """A study of the ten data sets in which every claim holds."""
     random = np.random.default_rng(0)
     depth = 24  # enough layers of their own to even out the sum over them
@@ -219,19 +257,20 @@ def papers_world(**changes):
         "spider": 0, "codealpaca": 0, "mbpp": 0, "gsm8k": 1, "arc_challenge": 2, "mmlu": 2, "boolq": 3,
         "piqa": 4, "hellaswag": 4, "wikitext2": 3,
     }  # fmt: skip
-    profiles, examples = {}, {}
+    made, examples = {}, {}
     for name, domain in (domains | changes).items():
         ranks = torch.stack(
-            [torch.from_numpy(np.random.default_rng([domain, layer]).permutation(32)) for layer in range(depth)]
+            [torch.from_numpy(np.random.default_rng([domain, layer // 8]).permutation(32)) for layer in range(depth)]
         )
+        ranks = (ranks + 4 * torch.arange(depth)[:, None]) % 32  # in eight layers each expert leads once, or nearly
         power = skew[:, None] * (1.3 if domain == 0 else 1.0)
         weights = (ranks + 1.0) ** -power
         counts = (weights / weights.sum(dim=1, keepdim=True) * 1e6).long() + torch.from_numpy(
             random.integers(0, 3, (depth, 32))
         )
-        profiles[name] = RoutingProfile(tuple(range(depth)), counts, counts.double() / 4, 1000, 4, {"model": "m"})
+        made[name] = RoutingProfile(tuple(range(depth)), counts, counts.double() / 4, 1000, 4, {"model": "m"})
         examples[name] = (counts[None] // 40).int().repeat(40, 1, 1)
-    return study(profiles, examples)
+    return made if profiles else study(made, examples)
 
 
 def test_claims_hold_where_they_should_and_fail_where_they_should():
@@ -247,6 +286,56 @@ def test_claims_hold_where_they_should_and_fail_where_they_should():
         "Code data sets cluster together.",
     }
     assert other["A quarter of the experts takes far more than a quarter of the routing."]
+
+
+def test_claims_on_other_texts_name_theirs():
+    """GLM-5.2's ten kinds of text, in the places of the paper's."""
+    places = {
+        "code_raw": "mbpp", "code_instruct": "codealpaca", "math": "arc_challenge", "reasoning": "mmlu",
+        "news": "piqa", "web": "hellaswag", "wiki": "wikitext2",
+    }  # fmt: skip
+    paper = papers_world(profiles=True)
+    by_says = {claim.says: claim for claim in claims(study({name: paper[place] for name, place in places.items()}))}
+    assert by_says["Code has the lowest entropy over experts, broad text a higher one."].holds
+    assert by_says["Code data sets cluster together."].holds
+    assert "news ~ web" in by_says["Hot experts overlap within a domain, and little across domains."].here
+    assert by_says["Spider is among the most concentrated data sets."].holds is None
+    assert "code_" in by_says["From the first layer to the peak, the CV on Spider doubles."].here
+
+
+def test_claims_that_compare_models():
+    one, other = papers_world(), papers_world()
+    shared = {**other, "model": {**other["model"], "shared": 4}, "mean": {**other["mean"], "cold_share": 0.01}}
+    by_says = {claim.says: claim for claim in claims_across({"one": one, "other": shared})}
+    absorbed = by_says["Shared experts absorb what would leave routed ones cold."]
+    assert absorbed.holds and absorbed.here.startswith("0% shared: ") and "50% shared: 1.0% cold" in absorbed.here
+    diffuse = "Diffuse tasks need nearly the same number of routed experts on all architectures."
+    assert by_says[diffuse].holds
+    apart = copy.deepcopy(shared)
+    for row in apart["datasets"].values():
+        row["experts_for_60"] *= 1.2
+    found = {claim.says: claim for claim in claims_across({"one": one, "other": apart})}
+    assert not found[diffuse].holds
+    for result in (one, apart):
+        for row in result["datasets"].values():
+            row["experts_for_60_with_shared"] = 7.0
+    assert {claim.says: claim for claim in claims_across({"one": one, "other": apart})}[diffuse].holds
+    assert all(claim.holds is None for claim in claims_across({"one": one}))
+    twice = {claim.says: claim.holds for claim in claims_across({"one": one, "two": other})}
+    assert twice["Shared experts absorb what would leave routed ones cold."] is None
+
+
+def test_tables_of_several_models():
+    studies = {"A": papers_world(), "B": study({"a": a_profile(1), "b": a_profile(2)})}
+    assert "| **B** | 4 × 8, 2 + 0 |" in study_models.skew(studies)
+    assert study_models.datasets(studies).count("\n") == 1 + 10 + 2
+    robust = study_models.robust(studies)
+    assert "| A | spider | 4 of 40 | 1.000 | 1.00–1.00 |" in robust and "| B | a | – | – | – |" in robust
+    assert "| B | layer CV |" in study_models.depth(studies)
+    nearest = next(line for line in study_models.overlaps(studies).splitlines() if line.startswith("| A |"))
+    assert "codealpaca" in nearest.split("|")[4] and study_models.chance(studies["B"]) == pytest.approx(2 / 14)
+    decided = study_models.decided(studies, studies)
+    assert "| A | B |" in decided and "agrees: " in decided and "| – |" in decided
 
 
 def test_claims_on_uniform_routing_fail_or_are_not_tested():
@@ -376,13 +465,9 @@ def test_the_command(model_folder, files, tmp_path, monkeypatch):
     assert isinstance(result.exception, DataError) and "add --compare" in str(result.exception)
 
 
-def test_the_committed_page_is_what_its_numbers_say():
-    import importlib.util
-
-    file = Path(__file__).parents[1] / "scripts" / "study.py"
-    spec = importlib.util.spec_from_file_location("study_script", file)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_committed_page_is_what_its_numbers_say(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    script = importlib.import_module("study")
     assert script.PAGE.read_text(encoding="utf-8") == script.page()
     result = load_study(script.RESULTS / "study.json")
     profiles = {

@@ -8,7 +8,7 @@ import numpy as np
 from ..report import published, study_figures
 from ..report.figures import coverages
 from ..report.published import MODELS, OLMOE_SPIDER
-from ..report.study_claims import ACROSS, WITHIN
+from ..report.study_claims import PAPERS
 from ..report.text import NONE, shown
 from ..routing.plan import select_experts
 from ..routing.profile import RoutingProfile, experts_kept
@@ -221,7 +221,7 @@ def overlaps(found: Sequence[Profiled]) -> Shown:
     model, result = found[0].model, found[0].study
     names, matrix = result["overlap"]["names"], result["overlap"]["jaccard"]
     values = {(a, b): matrix[i][j] for i, a in enumerate(names) for j, b in enumerate(names) if i != j}
-    told = [(pair, kind) for pairs, kind in ((WITHIN, "within"), (ACROSS, "across")) for pair in pairs]
+    told = [(pair, kind) for pairs, kind in ((PAPERS.within, "within"), (PAPERS.across, "across")) for pair in pairs]
     if not all(pair in values for pair, _ in told):
         told = [((a, b), NONE) for i, a in enumerate(names) for b in names[:i]]
     table = Shown(["data sets", "domain", "Jaccard"], texts=2)

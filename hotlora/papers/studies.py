@@ -36,7 +36,18 @@ def quantized() -> Sweep:
     return _experts_alone("quantized", conditions, seeds=(0, 1, 2))
 
 
-STUDIES: dict[str, Callable[[], Sweep]] = {"auto_k": auto_k, "quantized": quantized}
+def reprofile() -> Sweep:
+    """What choosing the hot quarter again while training buys: never, or three times in 100 steps."""
+    again = {**_HOT, "reprofile_every": 25}
+    conditions: dict[str, dict[str, Any]] = {
+        "once": _HOT,
+        "every-25": again,
+        "every-25-merge": {**again, "reprofile_left": "merge"},
+    }
+    return _experts_alone("reprofile", conditions, seeds=(0, 1))
+
+
+STUDIES: dict[str, Callable[[], Sweep]] = {"auto_k": auto_k, "quantized": quantized, "reprofile": reprofile}
 
 
 def _experts_alone(name: str, conditions: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> Sweep:

@@ -68,6 +68,7 @@ def by_layer(result: Study) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     depth = depths(len(result["model"]["layers"]))
+    dot, width = ("o", 1.8) if len(depth) <= 32 else (None, 1.0)  # of more layers lines alone can be told apart
     for axes, metric, label, scale in (
         (left, "cv", "CV of a layer's counts", 1),
         (right, "coverage", "covered by the hot 25%, %", 100),
@@ -77,7 +78,7 @@ def by_layer(result: Study) -> Figure:
         axes.plot(depths(16), published, color=INK, linewidth=1.4, linestyle=dots, label=label_of_paper)
         for (name, color), line in zip(colors(names).items(), _dashes(names), strict=True):
             values = np.array(rows[name]["by_layer"][metric], dtype=float) * scale
-            axes.plot(depth, values, color=color, linewidth=1.8, linestyle=line, marker="o", markersize=3, label=name)
+            axes.plot(depth, values, color=color, linewidth=width, linestyle=line, marker=dot, markersize=3, label=name)
         style_depth(axes, "layer", label)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", **LEGEND)
@@ -120,7 +121,7 @@ def overlap_map(result: Study) -> Figure:
 
 
 def robustness(result: Study) -> Figure:
-    """Jaccard of the hot set with that of 10% of the examples, and with that by mass: a dot a data set (figure 6)."""
+    """Jaccard of the hot set with that of some examples, and with that by mass: a dot a data set (figure 6)."""
     rows = result["datasets"]
     names = list(rows)[::-1]
     stable = [name for name in names if "stability" in rows[name]]
@@ -135,8 +136,9 @@ def robustness(result: Study) -> Figure:
         panels[0].plot([row["min"], row["max"]], [y, y], color=COLD, linewidth=4, solid_capstyle="round")
         panels[0].plot(row["mean"], y, "o", color=HOT, markersize=6)
     if stable:
-        share, draws = result["settings"]["subsample"], result["settings"]["draws"]
-        panels[0].set_xlabel(f"Jaccard, a {share:.0%} subsample against all (bar: {draws} draws)")
+        found = [rows[name]["stability"] for name in stable]
+        share = sum(row["subsample"] / row["examples"] for row in found) / len(found)
+        panels[0].set_xlabel(f"Jaccard, {share:.0%} of the examples against all (bar: {found[0]['draws']} draws)")
     right = panels[-1]
     for y, name in enumerate(names):
         row = rows[name]["signals"]

@@ -1,7 +1,7 @@
 """A study's numbers and pictures -> one Markdown page, with the paper's numbers beside. Loads no model."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .study_claims import claims
 from .text import NONE, markdown_table, shown
 
 DPI = 110
+VERDICTS = {True: "agrees", False: "**does not**", None: "not tested"}
 _OVERLAP = "Jaccard of the hot experts of two data sets"
 
 
@@ -62,12 +63,15 @@ def pictures(result: Study, profiles: Mapping[str, RoutingProfile]) -> dict[str,
     return found
 
 
-def page(result: Study, *, pictures_in: str = "", title: str | None = None, preface: str = "") -> str:
+def page(
+    result: Study, *, pictures_in: str = "", title: str | None = None, preface: str = "", with_claims: bool = True
+) -> str:
     """The whole page as Markdown.
 
     Args:
         pictures_in: the pictures' folder, as seen from the page.
         title, preface: in place of the plain title; what to say of the model first.
+        with_claims: whether the paper's claims are held against the numbers, at the end.
     """
     model, rows = result["model"], result["datasets"]
     picture = partial(_picture, pictures_in)
@@ -87,16 +91,16 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         "are means over layers, and in the first table over data sets.",
         _examples_words(result),
         "## How skewed",
-        _table(["", *_MODEL_COLUMNS], _model_rows(result)),
+        table(["", *_MODEL_COLUMNS], _model_rows(result)),
         "Rows without a mark are MoE-Sieve's (table 2, sections 3.2 and 3.3).",
-        _table(["data set", *_DATASET_COLUMNS], _dataset_rows(result)),
+        table(["data set", *_DATASET_COLUMNS], _dataset_rows(result)),
         "*60% in* is the number of a layer's experts that take 60% of its assignments: mean (lowest to highest "
         f"layer). OLMoE on Spider: {SPIDER_EXPERTS_FOR_60['mean']} ({SPIDER_EXPERTS_FOR_60['min']} to "
         f"{SPIDER_EXPERTS_FOR_60['max']}) of {MODELS['OLMoE-1B-7B']['num_experts']}.",
         picture("coverage", "Share of the routing that a layer's busiest experts take, mean over layers."),
         picture("heat-maps", "Layers and experts; 1× is the uniform share."),
         "## Depth",
-        _table(["", "metric", *THIRDS], _depth_rows(result)),
+        table(["", "metric", *THIRDS], _depth_rows(result)),
         picture("by-layer", "CV and coverage in each layer; dotted: OLMoE on Spider, from the paper's table 7."),
     ]
     if len(rows) > 1:
@@ -106,17 +110,19 @@ def page(result: Study, *, pictures_in: str = "", title: str | None = None, pref
         if len(rows) <= 3:
             parts += [picture("overlap-by-layer", f"{_OVERLAP}, in each layer.")]
         parts += [_nearest(result)]
-    verdicts = {True: "agrees", False: "**does not**", None: "not tested"}
-    decided = [[c.section, c.says, c.rule, c.here or NONE, verdicts[c.holds]] for c in claims(result)]
     parts += [
         "## How robust",
         _stability_words(result),
-        _table(["data set", *_ROBUST_COLUMNS], _robust_rows(result)),
+        table(["data set", *_ROBUST_COLUMNS], _robust_rows(result)),
         picture("robustness", "The same in a picture."),
-        "## The paper's claims",
-        "Each claim of section 3 that one model can decide, by a rule that code applies to the numbers above.",
-        _table(["section", "the paper says", "decided by", "here", ""], decided),
     ]
+    if with_claims:
+        decided = [[c.section, c.says, c.rule, c.here or NONE, VERDICTS[c.holds]] for c in claims(result)]
+        parts += [
+            "## The paper's claims",
+            "Each claim of MoE-Sieve that one model can decide, by a rule that code applies to the numbers above.",
+            table(["section", "the paper says", "decided by", "here", ""], decided),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -215,7 +221,7 @@ def _picture(folder: str, name: str, caption: str) -> str:
     return f"![{caption}]({folder + '/' if folder else ''}{name}.png)\n\n*{caption}*"
 
 
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table; columns of numbers stand on the right."""
     body = list(rows)
     columns = zip(*body, strict=True) if body else [()] * len(head)

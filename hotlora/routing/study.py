@@ -5,6 +5,7 @@ Shape suffixes: C data sets, L MoE layers, E experts, X examples.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ VERSION = 1
 FRACTION = 0.25  # the budget of all hot sets here
 COVERED = 0.60  # of a layer's assignments: the paper's cov60
 SUBSAMPLE, DRAWS = 0.10, 50  # MoE-Sieve s3.3
+SHUFFLES = 200
 THIRDS = ("early", "middle", "late")
 
 Study = dict[str, Any]
@@ -44,10 +46,11 @@ def study(
         seed: of the subsamples.
 
     Returns:
-        "datasets": name -> "global_cv", "layer_cv" (mean over layers), "ratio", "cold_share", "coverage" (of the
-        hot 25%), "coverage_with_shared" ((S + K coverage) / (S + K)), "entropy", "experts_for_60", "by_layer" and
-        "by_depth" (thirds of the layers) of the same, "signals" and "stability"; "mean": the means over data sets,
-        and the ratio of the mean CVs; "overlap": Jaccard of the hot sets, and a clustering of the data sets by it.
+        "datasets": name -> "global_cv", "layer_cv" (mean over layers), "ratio", "shuffled" (`shuffled_cv`),
+        "cold_share", "coverage" (of the hot 25%), "coverage_with_shared" ((S + K coverage) / (S + K)), "entropy",
+        "experts_for_60", "by_layer" and "by_depth" (thirds of the layers) of the same, "signals" and "stability";
+        "mean": the means over data sets, and the ratio of the mean CVs; "overlap": Jaccard of the hot sets, and a
+        clustering of the data sets by it.
 
     Raises:
         DataError: no profile, profiles of different models, or examples of a data set without a profile.
@@ -106,13 +109,18 @@ def overlap(
     if fraction is None and experts_per_layer is None:
         fraction = FRACTION
     kept = experts_kept(a.num_experts, fraction, experts_per_layer)
-    return _jaccard(hot_mask(a.counts, kept), hot_mask(b.counts, kept))
+    return hot_overlap(hot_mask(a.counts, kept), hot_mask(b.counts, kept))
 
 
 def hot_mask(scores: Tensor, kept: int) -> Tensor:
     """Boolean [..., L, E]: the `kept` highest scores of each layer; ties go to the lower index, as in `plan.hot`."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def hot_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """float64 [L]: |a and b| / |a or b| of two boolean [L, E]."""
+    return (a & b).sum(dim=-1).double() / (a | b).sum(dim=-1).clamp(min=1)
 
 
 def experts_for(profile: RoutingProfile, covered: float = COVERED) -> Tensor:
@@ -124,9 +132,35 @@ def experts_for(profile: RoutingProfile, covered: float = COVERED) -> Tensor:
     return torch.where(totals[:, 0] > 0, needed, torch.nan)
 
 
+def shuffled_cv(counts: Tensor, *, shuffles: int = SHUFFLES, seed: int = 0) -> dict[str, float]:
+    """The global CV of counts [L, E] whose experts are numbered at random in each layer, and the real one among those.
+
+    An expert's number means nothing across layers. Where layers have nothing to do with each other, the global CV is
+    what shuffling gives, and the ratio of layer CV to it is near the root of L whatever the router does. A loss that
+    balances an expert's sum over layers brings it below. nan without any skew.
+
+    Returns:
+        "global_cv": root of its mean square over all shuffles, exactly; "ratio": mean layer CV over that; "below":
+        share of `shuffles` random ones whose global CV is below the real one (0.5 where it is one like them).
+    """
+    values = counts.double().numpy()
+    spread, total = math.sqrt(values.var(axis=1).sum()), values.mean(axis=1).sum()
+    if not spread:
+        return dict.fromkeys(("global_cv", "ratio", "below"), math.nan)
+    expected = spread / total
+    rows = values[values.sum(axis=1) > 0]
+    layer_cv = (rows.std(axis=1) / rows.mean(axis=1)).mean()
+    random = np.random.default_rng(seed)
+    found = np.array([random.permuted(values, axis=1).sum(axis=0).std() for _ in range(shuffles)])
+    return {
+        "global_cv": expected, "ratio": _ratio(layer_cv, expected),
+        "below": float((found < values.sum(axis=0).std()).mean()),
+    }  # fmt: skip
+
+
 def signals(profile: RoutingProfile, kept: int) -> dict[str, Any]:
     """Count against mass: Jaccard of the two hot sets, Spearman's rank correlation of the scores (MoE-Sieve s3.3)."""
-    jaccard = _jaccard(hot_mask(profile.counts, kept), hot_mask(profile.mass, kept))
+    jaccard = hot_overlap(hot_mask(profile.counts, kept), hot_mask(profile.mass, kept))
     spearman = [_spearman(count, mass) for count, mass in zip(profile.counts, profile.mass, strict=True)]
     return {
         "jaccard": jaccard.mean().item(),
@@ -141,7 +175,8 @@ def stability(
     """How well subsamples of the examples find the hot experts of all examples (MoE-Sieve s3.3, appendix A.3).
 
     Each draw takes the share of the examples, without replacement, adds up their counts, and compares the hot sets:
-    Jaccard, mean over layers. No pass through the model is made.
+    Jaccard, mean over layers. No pass through the model is made. Where there are no more than `draws` subsamples, as
+    of a few parts in the place of examples, each is taken once.
 
     Args:
         examples_XLE: int [X, L, E], each example's counts.
@@ -152,14 +187,17 @@ def stability(
     size = max(1, round(share * num_examples))
     whole = hot_mask(examples_XLE.sum(dim=0), kept)
     random = np.random.default_rng(seed)
+    if num_examples <= draws and math.comb(num_examples, size) <= draws:
+        subsamples = np.array(list(combinations(range(num_examples), size)))
+    else:
+        subsamples = np.array([np.sort(random.choice(num_examples, size, replace=False)) for _ in range(draws)])
     found = []
-    for _ in range(draws):
-        picked = torch.from_numpy(np.sort(random.choice(num_examples, size, replace=False)))
-        found.append(_jaccard(hot_mask(examples_XLE[picked].sum(dim=0), kept), whole))
+    for picked in torch.from_numpy(subsamples):
+        found.append(hot_overlap(hot_mask(examples_XLE[picked].sum(dim=0), kept), whole))
     jaccard_DL = torch.stack(found)
     by_draw = jaccard_DL.mean(dim=1)
     return {
-        "examples": num_examples, "subsample": size, "draws": draws, "mean": by_draw.mean().item(),
+        "examples": num_examples, "subsample": size, "draws": len(found), "mean": by_draw.mean().item(),
         "min": by_draw.min().item(), "max": by_draw.max().item(), "by_layer": jaccard_DL.mean(dim=0).tolist(),
     }  # fmt: skip
 
@@ -184,6 +222,7 @@ def _metrics(profile: RoutingProfile, shared: float, kept: int) -> dict[str, Any
         "global_cv": global_cv,
         "layer_cv": means["cv"],
         "ratio": _ratio(means.pop("cv"), global_cv),
+        "shuffled": shuffled_cv(profile.counts),
         "coverage_with_shared": (shared + top_k * means["coverage"]) / (shared + top_k),
         **means,
         "by_layer": {name: values.tolist() for name, values in table.items()},
@@ -201,6 +240,7 @@ def _means(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     rows = list(datasets.values())
     means: dict[str, Any] = {name: _mean([row[name] for row in rows]) for name in names}
     means["ratio"] = _ratio(means["layer_cv"], means["global_cv"])
+    means["shuffled_ratio"] = _mean([row["shuffled"]["ratio"] for row in rows])
     for name in ("jaccard", "spearman"):
         means[f"signals_{name}"] = _mean([row["signals"][name] for row in rows])
     if stable := [row["stability"]["mean"] for row in rows if "stability" in row]:
@@ -211,7 +251,7 @@ def _means(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _overlaps(profiles: Mapping[str, RoutingProfile], kept: int) -> dict[str, Any]:
     """Jaccard of every two data sets' hot experts, and the data sets clustered by 1 - Jaccard (average linkage)."""
     masks = [hot_mask(profile.counts, kept) for profile in profiles.values()]
-    by_layer = [[_jaccard(a, b) for b in masks] for a in masks]
+    by_layer = [[hot_overlap(a, b) for b in masks] for a in masks]
     jaccard_CC = np.array([[layers.mean().item() for layers in row] for row in by_layer])
     order, tree = [0], []
     if len(masks) > 1:
@@ -230,11 +270,6 @@ def clusters(overlaps: Mapping[str, Any]) -> list[set[str]]:
     for left, right, *_ in overlaps["linkage"]:
         branches.append(branches[int(left)] | branches[int(right)])
     return branches[len(names) :]
-
-
-def _jaccard(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [L]: |a and b| / |a or b| of two boolean [L, E]."""
-    return (a & b).sum(dim=-1).double() / (a | b).sum(dim=-1).clamp(min=1)
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:
