@@ -67,7 +67,7 @@ def _pairs(recipe: Recipe, cells: Cells) -> Shown:
         if test is not None:
             tested = [f"{test.mean:+.2f}", _range(test.interval), _yes(test.tost[2.0])]
         if recipe.name.endswith("table-3") and (published := EQUIVALENCE.get(_key(column))):
-            told = [f"±{published['difference']:.2f}", _yes(published["tost"][2])]
+            told = [f"{published['difference']:+.2f}", _yes(published["tost"][2])]
         table.rows.append([task_name(column), _score(first), _score(last), *tested, *told])
     return table
 
@@ -96,8 +96,8 @@ def _equivalence(recipe: Recipe, cells: Cells) -> Shown:
         if (test := against(last, first)) is not None:
             tested = [f"{test.mean:+.2f}", *(p_word(test.tost[bound]) for bound in BOUNDS), p_word(test.p)]
         if told := EQUIVALENCE.get(_key(column)):
-            ps = ", ".join(f"{told['tost'][bound]:.3f}" for bound in (1, 2, 3))
-            printed = f"±{told['difference']:.2f}; {ps}; {told['t_test']:.3f}"
+            ps = ", ".join(_p(told["tost"][bound]) for bound in (1, 2, 3))
+            printed = f"{told['difference']:+.2f}; {ps}; {_p(told['t_test'])}"
         table.rows.append([task_name(column), *tested, printed])
     return table
 
@@ -178,6 +178,11 @@ def _difference(cell: Cell | None, reference: Cell | None) -> str:
 
 def _yes(p: float | None) -> str:
     return NONE if p is None else "yes" if p < 0.05 else "no"
+
+
+def _p(printed: float) -> str:
+    """A published p: .001 stands for what is printed as "<.001"."""
+    return "<0.001" if printed == 0.001 else f"{printed:.3f}"
 
 
 def _range(interval: Interval | None) -> str:
