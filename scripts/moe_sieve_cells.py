@@ -23,7 +23,9 @@ from hotlora.routing.profile import RoutingProfile
 from hotlora.routing.study import FRACTION, Study, experts_for, study
 
 CONFIGS = Path(__file__).resolve().parent.parent / "benchmarks" / "configs"
-CONFIG_OF = {"OLMoE-1B-7B": "olmoe-1b-7b", "Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b"}
+CONFIG_OF = {
+    "OLMoE-1B-7B": "olmoe-1b-7b", "Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b", "DeepSeek-MoE-16B": "deepseek-moe-16b",
+}  # fmt: skip
 OLMOE = "OLMoE-1B-7B"
 PAIRS = tuple(published.PAIRS)
 CONDITION = {"all": "full_lora", "greedy": "budgetp25_bcount"}
