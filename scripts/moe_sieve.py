@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from marks import table
-from moe_sieve_cells import OLMOE, Cell, cells
+from moe_sieve_cell import OLMOE, Cell
+from moe_sieve_cells import cells
 from moe_sieve_claims import ALL, QUARTER, tests
 from moe_sieve_data import KEYS, SOURCE, Data, Scores, read
 from moe_sieve_figures import figures

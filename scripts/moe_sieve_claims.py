@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moe_sieve_cells import paired
 from moe_sieve_data import Scores
+from moe_sieve_trainings import paired
 
 from hotlora.evaluate.stats import holm, mean_sd, sd_ratio
 

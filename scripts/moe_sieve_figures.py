@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from moe_sieve_cells import OLMOE
+from moe_sieve_cell import OLMOE
 from moe_sieve_data import Data
 
 from hotlora.evaluate.stats import mean_interval
