@@ -106,8 +106,8 @@ made the rest.
   eight scores of each condition are sorted before they are paired; its Spider rows, and all of table 3, are by seed.
   Sorting makes the two scores of a pair as like each other as they can be, and the test surer than the runs are: by
   seed the p of equivalence within 1 point is {by_seed}
-  in place of {printed}. OLMoE on GSM8K is then not equivalent at 1 point.
-  At 2 points, the paper's own margin, its six conclusions stand, each row by itself.
+  in place of {printed} (OLMoE on GSM8K and HellaSwag, then Qwen). OLMoE on GSM8K
+  is then not equivalent at 1 point. At 2 points, the paper's own margin, its six conclusions stand, each row by itself.
 - **Deviations are by two formulas**: over n in tables 3 and 6, over n − 1 in table 5's greedy column (over n in its
   uniform one) and in Spider's part of table 10. So one condition has two: OLMoE's hot quarter on Spider is ±1.5 in
   tables 3 and 5 and ±1.6 in table 10. Section 3.2's CVs and figure 1's 5.7 are over n − 1, too; table 2's are over n.
@@ -190,7 +190,7 @@ where the 95% interval of their ratio leaves 1 out, which is not corrected.
 {_sentences(tests)}
 
 {_quarter(tests)}
-What they show together: with eight seeds, which of these budgets is best cannot be told. That random experts are worse
+With eight seeds, which of these budgets is best cannot be told. That random experts are worse
 than hot ones is the surest of the paper's findings. That a quarter makes seeds differ less is one interval of six, and
 the others hold 1: a sign, no finding. That very few experts underfit is likely (all four differences are below 0), and
 no one test survives the correction. {_coverage(record["experts_for_60"])}"""
