@@ -220,6 +220,7 @@ def main() -> None:
         ROOT / "docs" / "options.md": options_page(),
         ROOT / "hotlora" / "runs" / "keywords.py": keywords_module(),
         readme: demo_tables(text),
+        moe_sieve.PAGE: moe_sieve.recorded_page(),
         papers: filled(papers.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.papers_table()),
         method: filled(of_method, QUANTIZED_MARK, quantized_table(studies / "quantized")),
         MODELS_PAGE: models_page(),

@@ -45,6 +45,9 @@ def rows(tmp_path: Path) -> Path:
     return file
 
 
+OLMOE_CONFIG = Path(__file__).parents[1] / "benchmarks" / "configs" / "olmoe-1b-7b"
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs a command in this process, which spares seconds of imports: (exit code, stdout, stderr)."""
@@ -130,6 +133,20 @@ def test_parameters_from_a_config_alone(call, tmp_path: Path):
         assert code == 0 and json.loads(out)["trainable"] == trainable
     code, out, _ = call("params", tmp_path / "config.json", "--experts-per-layer", 16)
     assert code == 0 and "84,967,424" in out and "1.2131%" in out
+
+
+def test_params_has_the_adapters_flops(call):
+    code, out, _ = call("params", OLMOE_CONFIG, "--method", "hellora", "--coverage", 0.516)
+    assert (
+        code == 0 and "57.9 MFLOP a token forward for the adapter, where its experts take 51.6% of the routing" in out
+    )
+    code, out, _ = call("params", OLMOE_CONFIG, "--method", "hellori-s", "--coverage", 0.516, "--json")
+    masked = json.loads(out)
+    assert masked["adapter_flops"]["per_token"] == pytest.approx(57.9e6, rel=1e-3), "a mask saves none"
+    code, out, _ = call("params", OLMOE_CONFIG, "--method", "fft", "--json")
+    assert code == 0 and "adapter_flops" not in json.loads(out)
+    code, _, err = call("params", OLMOE_CONFIG, "--method", "fft", "--coverage", 0.5)
+    assert code == 1 and "coverage is of LoRA's FLOPs" in err
 
 
 def test_an_estimate_is_for_the_device_that_is_named(call, model_folder: Path):

@@ -7,6 +7,7 @@ import pytest
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import HotLoraError
 from hotlora.runs.methods import METHODS, PLACEMENTS, PRESETS, counted_options, resolve
+from hotlora.training.identity import check_same
 
 OLMOE = {
     "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
@@ -78,8 +79,25 @@ def test_the_published_hyperparameters():
     assert lori.train_a is False and lori.batch_size == 32
     esft = resolved(preset="esft-gate")
     assert (esft.signal, esft.adam_beta2, esft.weight_decay) == ("mass", 0.95, 0.1)
-    sieve = resolved(preset="sieve", learning_rate=1e-4)
-    assert (sieve.fraction, sieve.lora_dropout, sieve.batch_size) == (0.25, 0.05, 64)
+
+
+def test_moe_sieves_protocol():
+    """Its PDF's section 5.1, and its released code where that says nothing."""
+    sieve = resolved(preset="sieve")
+    assert (sieve.rule, sieve.fraction, sieve.signal, sieve.profile_fraction) == ("hot", 0.25, "count", 1.0)
+    assert (sieve.r, sieve.lora_alpha, sieve.lora_dropout) == (32, 64, 0.05)
+    assert (sieve.learning_rate, sieve.epochs, sieve.weight_decay, sieve.max_grad_norm) == (4e-4, 3, 0.0, 1.0)
+    assert (sieve.lr_scheduler, sieve.warmup_length) == ("linear", 0.0)
+    assert (sieve.batch_size * sieve.gradient_accumulation_steps, sieve.max_length) == (64, 2048)
+    assert sieve.train_on == "all", "the loss is on prompt and answer"
+
+
+def test_a_run_of_the_older_preset_is_not_gone_on_with(tmp_path):
+    """Before, its rate was the user's, and the rest the defaults."""
+    older = resolved("sieve", epochs=3, batch_size=64, learning_rate=4e-4).recorded() | {"train_on": None}
+    now = resolved(preset="sieve").recorded() | {"train_on": "all"}
+    with pytest.raises(HotLoraError, match=r"--lr-scheduler linear against constant_with_warmup.*--train-on all"):
+        check_same(older, now, tmp_path)
 
 
 def test_what_is_given_comes_first():
@@ -100,7 +118,6 @@ def test_what_is_given_comes_first():
         ({"method": "qlora"}, r"method 'qlora' does not exist \(did you mean lora\?\): choose one of fft, lora"),
         ({"preset": "hellora-poetry"}, "preset 'hellora-poetry' does not exist"),
         ({"placement": "left"}, "placement 'left' does not exist: choose one of full, gate, pure"),
-        ({"preset": "sieve"}, "preset 'sieve' has no learning_rate, for its paper states none"),
         ({"preset": "hellora-math", "method": "lora"}, "is for method 'hellora', and method is 'lora'"),
         ({"learning_rte": 1.0}, r"learning_rte \(did you mean learning_rate\?\): no such option"),
     ],

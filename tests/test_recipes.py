@@ -6,13 +6,6 @@ from hotlora.papers.recipe import across_name, condition_name, scored_name
 from hotlora.runs.sweep import Sweep, sweep_jobs
 from hotlora.runs.worker_pool import Job
 
-RATE = {"learning_rate": 1e-4}
-
-
-def setting_of(name: str, model: str | None) -> Setting:
-    needs_rate = model is None and name.startswith("moe-sieve")
-    return Setting(model, options=RATE if needs_rate else {})
-
 
 def jobs_of(sweep: Sweep, tmp_path) -> list[Job]:
     return sweep_jobs(sweep, tmp_path)
@@ -20,7 +13,7 @@ def jobs_of(sweep: Sweep, tmp_path) -> list[Job]:
 
 def trainings() -> dict[str, Recipe]:
     """nano's, by name."""
-    made = {name: make(setting_of(name, "nano")) for name, make in RECIPES.items()}
+    made = {name: make(Setting("nano")) for name, make in RECIPES.items()}
     return {name: recipe for name, recipe in made.items() if isinstance(recipe, Recipe)}
 
 
@@ -52,11 +45,7 @@ def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
     if name not in RECIPES:
         assert jobs_of(find_recipe(name), tmp_path) and set(names()) == {*RECIPES, "auto_k", "quantized"}
         return
-    setting = setting_of(name, model)
-    if model == "some/other-moe" and name.startswith("moe-sieve"):
-        with pytest.raises(HotLoraError, match="--set learning_rate"):
-            find_recipe(name, setting)
-        setting = Setting(model, options=RATE)
+    setting = Setting(model)
     recipe, sweep = RECIPES[name](setting), find_recipe(name, setting)
     assert isinstance(recipe, Recipe)
     jobs = jobs_of(sweep, tmp_path)
@@ -65,7 +54,7 @@ def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
         for column in recipe.columns:
             if not row.only or column.name in row.only:
                 assert {condition_name(row, column), scored_name(row, column)} <= found
-                assert set(row.published) <= {"GSM8K", "HUMAN", "SAFE", "Spider", "HellaSwag"}
+                assert {key.split()[-1] for key in row.published} <= {"GSM8K", "HUMAN", "SAFE", "Spider", "HellaSwag"}
                 others = [o for o in recipe.columns if o.name != column.name] if recipe.across and row.method else []
                 assert {across_name(row, column, other) for other in others} <= found
     models = {column.model for column in recipe.columns}
@@ -89,12 +78,34 @@ def test_hyperparameters_are_the_papers_and_a_users_come_first():
     assert options["OLMoE-1B-7B-0924/codealpaca-lori/hellora"]["preset"] == "hellora-code"
     assert options["OLMoE-1B-7B-0924/codealpaca-lori/hellora-scored"]["samples"] == 20
     assert len(sweep.seeds) == 10
-    sweep = find_recipe("moe-sieve-table-3", Setting(seeds=2, options={**RATE, "epochs": 1}))
+    sweep = find_recipe("moe-sieve-table-3", Setting(seeds=2, options={"epochs": 1}))
     first = sweep.conditions[0].options
-    assert (first["epochs"], first["batch_size"], first["learning_rate"]) == (1, 64, 1e-4) and len(sweep.seeds) == 2
+    assert (first["epochs"], first["batch_size"], first["learning_rate"]) == (1, 8, 4e-4)
+    assert sweep.seeds == [42, 99]
+    assert {first[name] for name in ("train_on", "lr_scheduler", "max_length")} == {"all", "linear", 2048}
+    limits = {condition.options["data"]: condition.options.get("limit") for condition in sweep.conditions}
+    assert limits == {"spider": None, "gsm8k": None, "hellaswag": 7500}
+    assert find_recipe("moe-sieve-table-3", Setting(seeds=10)).seeds[7:] == [6969, 0, 1]
+    assert find_recipe("moe-sieve-table-3", Setting("nano")).seeds == list(range(8))
+    nano = find_recipe("moe-sieve-table-3", Setting("nano")).conditions[0].options
+    assert nano["limit"] == 2000 and "train_on" not in nano
     assert {condition.options["model"] for condition in sweep.conditions} == {
         "allenai/OLMoE-1B-7B-0924", "Qwen/Qwen1.5-MoE-A2.7B",
     }  # fmt: skip
+
+
+def test_what_the_papers_print_is_beside_its_own_model_and_task():
+    recipe = RECIPES["moe-sieve-table-3"](Setting())
+    every, hot = recipe.rows
+    assert [every.published[column.name] for column in recipe.columns] == [39.6, 30.4, 80.5, 52.0, 59.0, 88.5]
+    assert hot.published["Qwen HellaSwag"] == 89.3 and hot.published["HellaSwag"] == 80.7
+    for name, heads in (
+        ("hellora-table-2", {"trained, %"}),
+        ("hellora-table-7", {"trained, %", "samples/s"}),
+        ("moe-sieve-section-6.1", {"sd"}),
+        ("moe-sieve-table-10", {"sd, HellaSwag", "sd, Spider"}),
+    ):
+        assert {head for row in RECIPES[name](Setting()).rows for head in row.printed} == heads, name
 
 
 def test_local_files_stand_for_a_task():

@@ -15,6 +15,7 @@ from ..runs.options import RunOptions
 from .options import AsJson, err, number_list, of, options_of, out
 
 _COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared")
+_NOT_LORA = {"full", "use_dora", "train_full_experts"}
 _ESTIMATED = ("batch_size", "max_length", "quantize", "keep_hot", "gradient_checkpointing")
 
 
@@ -62,7 +63,8 @@ def params(
 ) -> None:
     """Count what would be trained, from a model's config.json alone; no weights are read.
 
-    With --estimate also the memory of a training step by kind, its FLOPs, and its time at a given rate.
+    Beside them the adapter's own FLOPs; with --estimate also the memory of a training step by kind, its FLOPs, and its
+    time at a given rate.
     """
     from ..adapter.count import parameters_from_config
 
@@ -71,6 +73,10 @@ def params(
     if fraction is not None or "experts_per_layer" in given:
         named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
     counts: dict[str, Any] = dict(parameters_from_config(model, **{**options, **named}))
+    if named.keys() & _NOT_LORA and coverage is not None:
+        raise HotLoraError(f"coverage is of LoRA's FLOPs, which {method} has none of: leave it out.")
+    if not named.keys() & _NOT_LORA:
+        counts["adapter_flops"] = _adapter_flops(model, {**options, **named}, counts, coverage)
     if estimate and named:
         raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
@@ -101,6 +107,10 @@ def params(
     table.add_row("with the frozen base", f"{counts['total']:,}")
     table.add_row("share", f"{counts['percent']:.4f}%")
     out.print(table)
+    if flops := counts.get("adapter_flops"):
+        told = f"{flops['per_token'] / 1e6:,.1f} MFLOP a token forward for the adapter"
+        share = "" if flops["coverage"] == 1 else f", where its experts take {flops['coverage']:.1%} of the routing"
+        out.print(f"{told}{share}", highlight=False, soft_wrap=True)
     if estimate:
         from ..report.tables import human_bytes, human_flops
 
@@ -121,6 +131,20 @@ def params(
             out.print(
                 f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s", highlight=False
             )
+
+
+def _adapter_flops(
+    model: str, options: dict[str, Any], counts: dict[str, Any], coverage: float | None
+) -> dict[str, float]:
+    """Of LoRA as placed by these options: a frozen A or a mask saves none."""
+    from ..adapter.count import parameters_from_config
+    from ..cost.adapter import adapter_flops
+
+    budget = {name: options.get(name) for name in ("experts_per_layer", "fraction")}
+    if "train_a" in options or "keep" in options:
+        plain = {name: value for name, value in options.items() if name not in ("train_a", "keep")}
+        counts = dict(parameters_from_config(model, **plain))
+    return adapter_flops(model, counts, coverage=coverage, **budget)
 
 
 def bench(

@@ -334,13 +334,30 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
     if not file.is_file():
         raise FileError(f"{file} does not exist. Give a model's config.json, or the folder that holds it.")
     try:
-        config = AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+        config = _shapes_of(file) or AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except Exception as error:
         raise FileError(
             f"{file} is not a config.json that transformers knows: {_first_line(error)} "
             "It must be JSON with a `model_type`."
         ) from error
     return _built(config)
+
+
+# Models of remote code with the modules, shapes and names of fields of a family of transformers.
+_SHAPED_AS = {"deepseek": "glm4_moe"}  # DeepSeek-MoE-16B
+
+
+def _shapes_of(file: Path) -> PreTrainedConfig | None:
+    """The config of a model that transformers itself does not know, as that of a family with the same shapes: enough to
+    count parameters and FLOPs. None of any other."""
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    known = _SHAPED_AS.get(raw.get("model_type", "")) if isinstance(raw, dict) else None
+    if known is None:
+        return None
+    drop = ("model_type", "auto_map", "architectures", "transformers_version")
+    fields = {name: value for name, value in raw.items() if name not in drop}
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    return AutoConfig.for_model(known, **{"head_dim": width // heads, **fields})
 
 
 def model_source(name_or_path: str | Path) -> str:

@@ -6,41 +6,46 @@ from typing import Any
 from .recipe import Column, Recipe, Row
 from .settings import HELLORA_TASKS, LABELS, MIXTRAL, Setting, recipe
 
-_OWN = ("hellora", "hellori-d", "hellori-s")
+_TRAINED, _SPEED = "trained, %", "samples/s"
+_OWN = {"hellora": 0.7, "hellori-d": 0.3, "hellori-s": 0.03}
+"""trained parameters in percent, as printed"""
 _COLUMNS = list(HELLORA_TASKS.values())
 _GSM8K = [HELLORA_TASKS["GSM8K"]]
 _MIXTRAL = [Column("GSM8K", MIXTRAL, "gsm8k-lori", "math")]
 
 
-def _row(method: str, *scores: float | tuple[float, ...], end: str = "", mark: str = "", **options: Any) -> Row:
-    """scores: on GSM8K, HUMAN (pass@1, 5 and 10) and SAFE, as far as there are any."""
-    return Row(method + end, LABELS[method] + mark, method, options, dict(zip(HELLORA_TASKS, scores, strict=False)))
+def _row(
+    method: str, percent: float, *scores: float | tuple[float, ...], end: str = "", mark: str = "", **options: Any
+) -> Row:
+    """percent: trained parameters as printed. scores: on GSM8K, HUMAN (pass@1, 5 and 10), SAFE, as far as there are."""
+    published = dict(zip(HELLORA_TASKS, scores, strict=False))
+    return Row(method + end, LABELS[method] + mark, method, options, published, printed={_TRAINED: percent})
 
 
 _BASE = Row("base", "as it is", published={"GSM8K": 1.66, "HUMAN": (13.41, 16.81, 18.17), "SAFE": 66.75})
 _OURS = [
-    _row("hellora", 29.49, (17.87, 22.04, 23.82), 99.06),
-    _row("hellori-d", 28.42, (16.89, 20.89, 22.21), 98.75),
-    _row("hellori-s", 25.10, (16.22, 20.27, 21.76), 97.50),
+    _row("hellora", 0.7, 29.49, (17.87, 22.04, 23.82), 99.06),
+    _row("hellori-d", 0.3, 28.42, (16.89, 20.89, 22.21), 98.75),
+    _row("hellori-s", 0.03, 25.10, (16.22, 20.27, 21.76), 97.50),
 ]
 _METHODS = [
     _BASE,
-    _row("fft", 27.64, (16.4, 21.04, 22.38), 97.32),
-    _row("lora", 26.37, (16.52, 21.80, 24.03), 98.75),
-    _row("dora", 26.82, (16.72, 21.93, 23.68), 98.86),
-    _row("lori-d", 28.22, (16.98, 21.85, 23.75), 96.56),
-    _row("lori-s", 25.49, (16.46, 20.22, 22.37), 98.44),
+    _row("fft", 100, 27.64, (16.4, 21.04, 22.38), 97.32),
+    _row("lora", 4.3, 26.37, (16.52, 21.80, 24.03), 98.75),
+    _row("dora", 4.35, 26.82, (16.72, 21.93, 23.68), 98.86),
+    _row("lori-d", 1.9, 28.22, (16.98, 21.85, 23.75), 96.56),
+    _row("lori-s", 0.19, 25.49, (16.46, 20.22, 22.37), 98.44),
     *_OURS,
 ]
 _ON_MIXTRAL = [
-    _row("lora", 67.73), _row("lori-d", 64.84), _row("lori-s", 63.98),
-    _row("hellora", 68.28), _row("hellori-d", 64.61), _row("hellori-s", 66.17),
+    _row("lora", 1.03, 67.73), _row("lori-d", 0.59, 64.84), _row("lori-s", 0.06, 63.98),
+    _row("hellora", 0.31, 68.28), _row("hellori-d", 0.17, 64.61), _row("hellori-s", 0.02, 66.17),
 ]  # fmt: skip
 # Hot in each layer, hot over all layers by index (_M), cold (_C).
 _WHICH_EXPERTS = _OURS + [
-    _row(method, score, end=f"-{rule}", mark=mark, rule=rule, experts_per_layer="top_k")
+    _row(method, percent, score, end=f"-{rule}", mark=mark, rule=rule, experts_per_layer="top_k")
     for mark, rule, scores in (("_M", "global", (28.51, 23.14, 23.14)), ("_C", "cold", (25.88, 25.19, 23.04)))
-    for method, score in zip(_OWN, scores, strict=True)
+    for (method, percent), score in zip(_OWN.items(), scores, strict=True)
 ]
 # Beside the hot experts attention and router are adapted, nothing (_pure), or the router (_gate).
 _PLACEMENTS = {
@@ -53,17 +58,21 @@ _PLACEMENTS = {
         (23.44, (16.06, 21.17, 22.73), 96.56),
     ],
 }  # fmt: skip
+_PERCENT = {"pure": (0.543, 0.241, 0.020), "gate": (0.558, 0.242, 0.020)}
 _BESIDE_EXPERTS = _OURS + [
-    _row(method, *scores, end=f"-{placement}", mark=f"_{placement}", placement=placement)
+    _row(method, percent, *scores, end=f"-{placement}", mark=f"_{placement}", placement=placement)
     for placement, all_scores in _PLACEMENTS.items()
-    for method, scores in zip(_OWN, all_scores, strict=True)
+    for method, percent, scores in zip(_OWN, _PERCENT[placement], all_scores, strict=True)
 ]
 # A quarter of the router's K, half of it, K and 2 K. The paper's labels Accuracy and Throughput are swapped.
 _NUMBERS = [
-    Row("hellora-2of64", "k = 2 of 64", "hellora", {"fraction": 2 / 64}, {"GSM8K": 26.72}),
-    Row("hellora-4of64", "k = 4 of 64", "hellora", {"fraction": 4 / 64}, {"GSM8K": 26.97}),
-    Row("hellora", "k = 8 of 64", "hellora", {}, {"GSM8K": 29.49}),
-    Row("hellora-16of64", "k = 16 of 64", "hellora", {"fraction": 16 / 64}, {"GSM8K": 29.69}),
+    Row(name, f"k = {k} of 64", "hellora", options, {"GSM8K": score}, printed={_TRAINED: percent, _SPEED: speed})
+    for name, k, options, score, percent, speed in (
+        ("hellora-2of64", 2, {"fraction": 2 / 64}, 26.72, 0.27, 20.99),
+        ("hellora-4of64", 4, {"fraction": 4 / 64}, 26.97, 0.41, 20.98),
+        ("hellora", 8, {}, 29.49, 0.68, 20.08),
+        ("hellora-16of64", 16, {"fraction": 16 / 64}, 29.69, 1.21, 16.49),
+    )
 ]
 
 RECIPES: dict[str, Callable[[str, Setting], Recipe]] = {

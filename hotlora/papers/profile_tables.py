@@ -224,13 +224,19 @@ def overlaps(found: Sequence[Profiled]) -> Shown:
     told = [(pair, kind) for pairs, kind in ((PAPERS.within, "within"), (PAPERS.across, "across")) for pair in pairs]
     if not all(pair in values for pair, _ in told):
         told = [((a, b), NONE) for i, a in enumerate(names) for b in names[:i]]
-    table = Shown(["data sets", "domain", "Jaccard"], texts=2)
-    table.rows = [[f"{a} ~ {b}", kind, f"{values[a, b]:.2f}"] for (a, b), kind in told]
-    pairs = ((a, b, value) for (a, b), value in values.items() if a < b)
-    table.numbers = [{"model": model, "a": a, "b": b, "jaccard": value} for a, b, value in pairs]
+    printed = {**published.JACCARD, **{(b, a): value for (a, b), value in published.JACCARD.items()}}
+    table = Shown(["data sets", "domain", "Jaccard", "published (OLMoE)"], texts=2)
+    table.rows = [
+        [f"{a} ~ {b}", kind, f"{values[a, b]:.2f}", shown(printed.get((a, b)), ".2f")] for (a, b), kind in told
+    ]
+    table.numbers = [
+        {"model": model, "a": a, "b": b, "jaccard": value, "published": printed.get((a, b))}
+        for (a, b), value in values.items()
+        if a < b
+    ]
     table.notes = [
         f"{model}: the hot {result['settings']['experts_per_layer']} experts of each layer, mean over layers. "
-        "The paper names these pairs; their numbers are lost in its text."
+        "These are the pairs that the paper's text names."
     ]
     table.figures = {"": study_figures.overlap_map(result)} if len(names) > 1 else {}
     return table

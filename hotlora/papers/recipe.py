@@ -49,6 +49,7 @@ class Row:
         method: from `methods.METHODS`; None: the model as it is.
         options: beside the method's own.
         published: column name -> what the paper prints there, a score in points, or several (pass@1, 5, 10).
+        printed: head -> what else the paper prints of the row, such as "trained, %" and "samples/s".
         only: names of the columns that have this row; empty: all.
     """
 
@@ -58,6 +59,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, float | tuple[float, ...] | None] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    printed: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..evaluate.stats import Interval, mean_interval, sd_ratio
 from ..report.comparison_table import ends
-from ..report.published import EQUIVALENCE, SEED_SD
+from ..report.published import EQUIVALENCE, GREEDY, PAIRS, SEED_SD
 from ..report.text import NONE, p_word, shown
 from .cells import BOUNDS, Cell, Cells, against, read_cell, read_cells, task_name
 from .hellora import PUBLISHED_ACROSS
@@ -33,7 +33,8 @@ def result(recipe: Recipe, folder: Path) -> Result | None:
 
 def _scores(recipe: Recipe, cells: Cells) -> Shown:
     """Rows by columns, each cell with its difference to the reference and the published number."""
-    heads = ["", "trained"]
+    also = list(dict.fromkeys(name for row in recipe.rows for name in row.printed))
+    heads = ["", "trained", *(f"published: {name}" for name in also)]
     for column in recipe.columns:
         heads += [task_name(column), *(["Δ [95%]"] if recipe.reference else []), "published"]
     table = Shown(heads)
@@ -41,11 +42,12 @@ def _scores(recipe: Recipe, cells: Cells) -> Shown:
         mine = [cells.get((row.name, column.name)) for column in recipe.columns]
         percent = next((cell.percent for cell in mine if cell and cell.percent is not None), None)
         line = [row.label, NONE if percent is None else f"{percent:.3g}%"]
+        line += [shown(row.printed.get(name), "g") for name in also]
         for cell, column in zip(mine, recipe.columns, strict=True):
             line.append(_score(cell))
             if recipe.reference:
                 line.append(_difference(cell, cells.get((recipe.reference, column.name))))
-            line.append(_printed(row.published.get(column.name.split()[-1])))
+            line.append(_printed(row.published.get(column.name)))
         table.rows.append(line)
     return table
 
@@ -60,16 +62,32 @@ def _last_and_first(recipe: Recipe, cells: Cells) -> Iterator[tuple[Column, Cell
 def _pairs(recipe: Recipe, cells: Cells) -> Shown:
     """MoE-Sieve's tables 3 and 5: the last row against the first, a line a column."""
     labels = [recipe.rows[0].label, recipe.rows[-1].label]
-    table = Shown(["", *labels, "Δ", "95%", "within 2 points", "published Δ", "published within 2"])
+    is_greedy = recipe.name.endswith("table-5")
+    told = ["experts of a layer", "they cover"] if is_greedy else ["Δ", "95%", "within 2"]
+    heads = ["", *labels, "Δ", "95%", "within 2 points", *(f"published: {name}" for name in (*labels, *told))]
+    table = Shown(heads)
     for column, last, first in _last_and_first(recipe, cells):
         test = against(last, first)
-        tested, told = [NONE] * 3, [NONE] * 2
+        tested = [NONE] * 3
         if test is not None:
             tested = [f"{test.mean:+.2f}", _range(test.interval), _yes(test.tost[2.0])]
-        if recipe.name.endswith("table-3") and (published := EQUIVALENCE.get(_key(column))):
-            told = [f"±{published['difference']:.2f}", _yes(published["tost"][2])]
-        table.rows.append([task_name(column), _score(first), _score(last), *tested, *told])
+        table.rows.append([task_name(column), _score(first), _score(last), *tested, *_pair_told(column, is_greedy)])
     return table
+
+
+def _pair_told(column: Column, is_greedy: bool) -> list[str]:
+    """What MoE-Sieve's table 3 prints of a pair, or its table 5."""
+    key = _key(column)
+    if key not in PAIRS:
+        return [NONE] * (4 if is_greedy else 5)
+    kinds = ("hot", "greedy") if is_greedy else ("all", "hot")
+    scores = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in (PAIRS[key][kind] for kind in kinds)]
+    if is_greedy:
+        fewest, most, covered = GREEDY[key]
+        return [*scores, f"{fewest}–{most}", f"{covered:.1f}%"]
+    told = EQUIVALENCE[key]
+    low, high = told["interval"]
+    return [*scores, f"{told['difference']:+.2f}", f"[{low:.2f}, {high:.2f}]", _yes(told["tost"][2])]
 
 
 def _spread(recipe: Recipe, cells: Cells) -> Shown:
@@ -96,8 +114,8 @@ def _equivalence(recipe: Recipe, cells: Cells) -> Shown:
         if (test := against(last, first)) is not None:
             tested = [f"{test.mean:+.2f}", *(p_word(test.tost[bound]) for bound in BOUNDS), p_word(test.p)]
         if told := EQUIVALENCE.get(_key(column)):
-            ps = ", ".join(f"{told['tost'][bound]:.3f}" for bound in (1, 2, 3))
-            printed = f"±{told['difference']:.2f}; {ps}; {told['t_test']:.3f}"
+            ps = ", ".join(_p(told["tost"][bound]) for bound in (1, 2, 3))
+            printed = f"{told['difference']:+.2f}; {ps}; {_p(told['t_test'])}"
         table.rows.append([task_name(column), *tested, printed])
     return table
 
@@ -133,7 +151,7 @@ def _numbers(recipe: Recipe, cells: Cells) -> list[dict[str, Number]]:
     for (name, _), cell in cells.items():
         reference = cells.get((recipe.reference or "", cell.column.name))
         test = None if reference is cell else against(cell, reference)
-        summary, published = cell.summary, cell.row.published.get(cell.column.name.split()[-1])
+        summary, published = cell.summary, cell.row.published.get(cell.column.name)
         line: dict[str, Number] = {
             "row": name, "label": cell.row.label, "model": cell.column.model, "data": cell.column.data,
             "n": summary.n, "mean": summary.mean, "sd": summary.sd, "trained_percent": cell.percent,
@@ -142,6 +160,7 @@ def _numbers(recipe: Recipe, cells: Cells) -> list[dict[str, Number]]:
         }  # fmt: skip
         line |= {f"tost_{bound:g}": test.tost[bound] if test else None for bound in BOUNDS}
         line["published"] = published[0] if isinstance(published, tuple) else published
+        line |= {f"published {name}": value for name, value in cell.row.printed.items()}
         lines.append(line)
     return lines
 
@@ -178,6 +197,11 @@ def _difference(cell: Cell | None, reference: Cell | None) -> str:
 
 def _yes(p: float | None) -> str:
     return NONE if p is None else "yes" if p < 0.05 else "no"
+
+
+def _p(printed: float) -> str:
+    """A published p: .001 stands for what is printed as "<.001"."""
+    return "<0.001" if printed == 0.001 else f"{printed:.3f}"
 
 
 def _range(interval: Interval | None) -> str:

@@ -1,12 +1,12 @@
 """On what a paper's tables are made: its models, tasks and hyperparameters, or nano and its own."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..base.errors import HotLoraError
-from ..runs.methods import METHODS
+from ..runs.methods import METHODS, MOE_SIEVE
 from .recipe import Column, Recipe, Row
 
 OLMOE = "allenai/OLMoE-1B-7B-0924"
@@ -21,7 +21,11 @@ HELLORA_TASKS = {
     "HUMAN": Column("HUMAN", OLMOE, "codealpaca-lori", "code", scored={"data": "humaneval-lori", **_SAMPLED}),
     "SAFE": Column("SAFE", OLMOE, "saferpaca-lori", "safety", scored={"data": "hexphi-lori"}),
 }
-SIEVE_TASKS = {name: Column(name, OLMOE, name.lower()) for name in ("Spider", "GSM8K", "HellaSwag")}
+# Of HellaSwag's 39,905 training rows its code takes about 7,500.
+_CUT = {"HellaSwag": {"limit": 7500}}
+SIEVE_TASKS = {
+    name: Column(name, OLMOE, name.lower(), options=_CUT.get(name, {})) for name in ("Spider", "GSM8K", "HellaSwag")
+}
 STANDS_FOR = {
     "gsm8k": "nano-math", "spider": "nano-sql", "codealpaca": "nano-sql", "saferpaca": "nano-choice",
     "hellaswag": "nano-choice",
@@ -34,8 +38,9 @@ LABELS = {
 }  # fmt: skip
 """methods as HELLoRA prints them"""
 
-SEEDS = {"hellora": 10, "moe-sieve": 8}  # by HELLoRA's table 1, MoE-Sieve's section 5.1
-NANO_SEEDS = {"hellora": 3, "moe-sieve": 8}
+# HELLoRA's table 1 has a number of seeds, MoE-Sieve's released runs have these.
+SEEDS: dict[str, Sequence[int]] = {"hellora": range(10), "moe-sieve": (42, 99, 123, 456, 777, 789, 2026, 6969)}
+NANO_SEEDS: dict[str, Sequence[int]] = {"hellora": range(3), "moe-sieve": range(8)}
 
 # The best of a grid on nano-math with a seed of its own (docs/log.md).
 NANO_RATES = {
@@ -58,7 +63,7 @@ class Setting:
         model: in place of the paper's; "nano" brings its own tasks, hyperparameters and number of seeds.
         sources: task name -> local files or a hub id, for those that are not on the hub under their own name.
         seeds: how many; None: as many as the paper has.
-        options: of every run, before everything else (MoE-Sieve's learning rate, which it does not state).
+        options: of every run, before everything else.
     """
 
     model: str | None = None
@@ -86,16 +91,18 @@ def recipe(
         paper = "hellora" if name.startswith("hellora") else "moe-sieve"
         own = {column.data: replace(column, name=column.name.split()[-1]) for column in columns}
         placed = [_placed(column, setting) for column in (columns if setting.model is None else own.values())]
-        seeds = setting.seeds or (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
+        known = (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
+        further = (seed for seed in itertools.count() if seed not in known)
+        seeds = list(itertools.islice(itertools.chain(known, further), setting.seeds or len(known)))
         options = partial(_options, paper, setting)
-        return Recipe(name, title, where, placed, rows, range(seeds), options, **rest)
+        return Recipe(name, title, where, placed, rows, seeds, options, **rest)
 
     return make
 
 
 def _placed(column: Column, setting: Setting) -> Column:
     if setting.is_nano:
-        return replace(column, model=NANO, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None)
+        return replace(column, model=NANO, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None, options={})
     scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     model = setting.model or column.model
     return replace(column, model=model, data=source_of(column.data, setting), scored=scored)
@@ -117,10 +124,6 @@ def _options(paper: str, setting: Setting, row: Row, column: Column) -> dict[str
             given["dense_learning_rate"] = NANO_RATES[row.method.removesuffix("-s") + "-d"]
     elif paper == "hellora":
         given = {"preset": f"{row.method}-{column.domain}"}
-    elif "learning_rate" not in setting.options:
-        raise HotLoraError(
-            "MoE-Sieve does not state its learning rate, so its tables need one: give --set learning_rate=RATE."
-        )
     else:
-        given = {"method": row.method, "epochs": 3, "batch_size": 64}
+        given = {"method": row.method, **MOE_SIEVE}
     return {**given, **row.options, **setting.options}

@@ -1,6 +1,7 @@
-"""What MoE-Sieve (sections 3 and 7, appendices A and B) published. Numbers lost in its text are left out.
+"""What MoE-Sieve published: its PDF (arXiv 2603.24044, also in its repository), of whose text some copies lack numbers.
 
-Shares are fractions of 1. Names of models and data sets are the paper's; the data sets are spelled as our tasks.
+Shares are fractions of 1, scores of trainings points. Names of models and data sets are the paper's; the data sets are
+spelled as our tasks.
 """
 
 from typing import Any
@@ -21,9 +22,8 @@ _OF_MODELS: dict[str, tuple[float, float, float]] = {
     "coverage_with_shared": (0.53, 0.69, 0.57),
     # Section 3.3: hot sets of 10% subsamples; hot sets by count and by mass.
     "stability": (0.979, 0.941, 0.962), "signals_jaccard": (0.981, 0.920, 0.646),
-    # Section 3.2, depth, on Spider. Of OLMoE it prints 0.82 and 1.64, by ddof 1; appendix A.1 has these, by ddof 0 as
-    # all else here. Qwen's are by its released counts (printed: 0.43, 0.93), DeepSeek's from the printed 0.53 and 1.19,
-    # times sqrt(63/64).
+    # Section 3.2, depth, on Spider: by ddof 0, as all else here. It prints them by ddof 1 (DEPTH_CV). OLMoE's are in
+    # appendix A.1, Qwen's by its released counts, DeepSeek's the printed ones times sqrt(63/64).
     "first_cv": (0.81, 0.425, 0.526), "peak_cv": (1.63, 0.926, 1.181), "first_layer": (0, 0, 1),
     "peak_layer": (11, 20, 20),
 }  # fmt: skip
@@ -54,20 +54,75 @@ HELLORA_OVERLAP = {"same": 11, "layers": 16, "experts_per_layer": 8}
 """HELLoRA section 4.1, figure 3: on OLMoE a 10% warm-up finds the real eight hot experts in 11 of 16 layers, and all
 but one of them in the other five"""
 
-# Table 8 (appendix B): absolute paired mean difference in points, TOST p by bound in points, p of the paired t test.
-# The text keeps neither signs nor "<": .001 is "less than .001". The intervals are those that its sentences repeat
-# (section 5.2, appendix B), with Qwen's on Spider mirrored as its difference is.
-_TABLE_8: dict[tuple[str, str], tuple[float, tuple[float, float, float], float, tuple[float, float] | None]] = {
-    ("OLMoE-1B-7B", "gsm8k"): (0.08, (0.003, 0.001, 0.001), 0.753, None),
-    ("OLMoE-1B-7B", "hellaswag"): (0.17, (0.001, 0.001, 0.001), 0.243, None),
-    ("OLMoE-1B-7B", "spider"): (0.30, (0.251, 0.065, 0.015), 0.771, (-2.04, 2.64)),
-    ("Qwen1.5-MoE-A2.7B", "gsm8k"): (0.20, (0.006, 0.001, 0.001), 0.425, None),
-    ("Qwen1.5-MoE-A2.7B", "hellaswag"): (0.73, (0.001, 0.001, 0.001), 0.001, None),
-    ("Qwen1.5-MoE-A2.7B", "spider"): (0.93, (0.429, 0.016, 0.001), 0.055, (-0.03, 1.88)),
+DEPTH_CV = {"OLMoE-1B-7B": (0.82, 1.64), "Qwen1.5-MoE-A2.7B": (0.43, 0.93), "DeepSeek-MoE-16B": (0.53, 1.19)}
+"""section 3.2, on Spider: CV of the first MoE layer and of the peak, as printed"""
+
+CODE_ENTROPY, BROAD_ENTROPY = (0.83, 0.86), 0.97
+"""section 3.2, OLMoE: from the lowest to the highest of its three code data sets; HellaSwag and Wikitext"""
+
+ENTROPY = {
+    "gsm8k": 0.9115, "codealpaca": 0.8592, "spider": 0.8524, "arc_challenge": 0.9377, "boolq": 0.9742, "piqa": 0.9310,
+    "hellaswag": 0.9662, "mbpp": 0.8299, "mmlu": 0.9740, "wikitext2": 0.9706,
+}  # fmt: skip
+"""figure 5's titles: OLMoE's entropy, mean over layers"""
+
+# Figure 3: OLMoE, Jaccard of the 16 hot experts of two data sets, in the figure's order.
+JACCARD_ORDER = (
+    "mbpp", "spider", "codealpaca", "gsm8k", "piqa", "arc_challenge", "hellaswag", "wikitext2", "mmlu", "boolq",
+)  # fmt: skip
+_JACCARD = (
+    (0.48, 0.83, 0.42, 0.20, 0.36, 0.19, 0.13, 0.32, 0.11), (0.52, 0.38, 0.23, 0.29, 0.19, 0.16, 0.28, 0.20),
+    (0.41, 0.22, 0.38, 0.22, 0.14, 0.33, 0.14), (0.32, 0.37, 0.26, 0.24, 0.35, 0.20), (0.36, 0.61, 0.25, 0.27, 0.26),
+    (0.37, 0.20, 0.60, 0.22), (0.23, 0.28, 0.22), (0.25, 0.61), (0.27,),
+)  # fmt: skip
+JACCARD: dict[tuple[str, str], float] = {
+    (one, other): value
+    for i, (one, row) in enumerate(zip(JACCARD_ORDER, _JACCARD, strict=False))
+    for other, value in zip(JACCARD_ORDER[i + 1 :], row, strict=True)
+}
+
+# Tables 3 and 5, section 6.1 (mean and standard deviation in points).
+_OLMOE, _QWEN = "OLMoE-1B-7B", "Qwen1.5-MoE-A2.7B"
+PAIRS: dict[tuple[str, str], dict[str, tuple[float, float]]] = {
+    (_OLMOE, "spider"): {"all": (39.6, 2.6), "hot": (39.9, 1.5), "greedy": (40.5, 1.9)},
+    (_OLMOE, "gsm8k"): {"all": (30.4, 1.1), "hot": (30.4, 0.6), "greedy": (30.4, 0.8)},
+    (_OLMOE, "hellaswag"): {"all": (80.5, 0.5), "hot": (80.7, 0.8), "greedy": (80.6, 0.8)},
+    (_QWEN, "spider"): {"all": (52.0, 1.4), "hot": (51.1, 0.5), "greedy": (50.9, 1.2)},
+    (_QWEN, "gsm8k"): {"all": (59.0, 1.1), "hot": (59.2, 0.7), "greedy": (59.1, 1.0)},
+    (_QWEN, "hellaswag"): {"all": (88.5, 0.2), "hot": (89.3, 0.1), "greedy": (89.5, 0.1)},
+}
+GREEDY: dict[tuple[str, str], tuple[int, int, float]] = {
+    (_OLMOE, "gsm8k"): (12, 22, 56.8), (_OLMOE, "spider"): (12, 20, 68.4), (_OLMOE, "hellaswag"): (9, 21, 43.0),
+    (_QWEN, "gsm8k"): (12, 19, 34.2), (_QWEN, "spider"): (12, 19, 48.2), (_QWEN, "hellaswag"): (11, 20, 36.4),
+}  # fmt: skip
+"""table 5: the fewest and the most experts of a layer, and what they cover, in percent"""
+RANDOM: dict[int, dict[str, tuple[float, float]]] = {
+    16: {"hot": (30.4, 0.6), "random": (27.9, 0.8)}, 8: {"hot": (29.1, 0.7), "random": (27.0, 1.1)},
+}  # fmt: skip
+"""section 6.1, OLMoE on GSM8K: experts of a layer -> hot and random, mean and sd"""
+RANDOM_DIFFERENCE = {16: 2.5, 8: 2.1}
+"""section 6.1: hot - random, in points"""
+COV60 = {"gsm8k": (30.0, 30.4), "hellaswag": (81.1, 80.7)}
+"""section 6.2, OLMoE: a coverage of 60%, and the hot 25%"""
+SWEEP: dict[str, dict[str, tuple[float, float]]] = {
+    "hellaswag": {"8": (79.0, 1.1), "16": (80.7, 0.8), "24": (80.6, 1.0), "32": (81.2, 0.7), "greedy": (80.6, 0.8),
+                  "all": (80.5, 0.5)},
+    "spider": {"8": (36.5, 1.2), "16": (39.9, 1.6), "greedy": (40.5, 1.9), "all": (39.6, 2.8)},
+}  # fmt: skip
+"""table 10 (appendix D), OLMoE: experts of a layer -> mean and sd"""
+
+# Table 8 (appendix B) and the intervals of table 3: paired mean difference hot - all in points, TOST p by bound in
+# points and p of the paired t test (.001 is printed as "<.001"), 95% interval.
+_TABLE_8: dict[tuple[str, str], tuple[float, tuple[float, float, float], float, tuple[float, float]]] = {
+    (_OLMOE, "gsm8k"): (-0.08, (0.003, 0.001, 0.001), 0.753, (-1.45, 1.30)),
+    (_OLMOE, "hellaswag"): (0.17, (0.001, 0.001, 0.001), 0.243, (-0.71, 1.05)),
+    (_OLMOE, "spider"): (0.30, (0.251, 0.065, 0.015), 0.771, (-2.04, 2.64)),
+    (_QWEN, "gsm8k"): (0.20, (0.006, 0.001, 0.001), 0.425, (-0.77, 1.17)),
+    (_QWEN, "hellaswag"): (0.73, (0.001, 0.001, 0.001), 0.001, (0.53, 0.93)),
+    (_QWEN, "spider"): (-0.93, (0.429, 0.016, 0.001), 0.055, (-1.88, 0.03)),
 }
 EQUIVALENCE: dict[tuple[str, str], dict[str, Any]] = {
-    key: {"difference": difference, "tost": dict(zip((1, 2, 3), tost, strict=True)), "t_test": t_test}
-    | ({"interval": ends} if ends else {})
+    key: {"difference": difference, "tost": dict(zip((1, 2, 3), tost, strict=True)), "t_test": t_test, "interval": ends}
     for key, (difference, tost, t_test, ends) in _TABLE_8.items()
 }
 

@@ -1,6 +1,7 @@
 """The papers' methods and hyperparameters by name, as options of a run. Imports nothing heavy.
 
-HELLoRA's table 1 and section 4, MoE-Sieve's section 4, LoRI (arXiv 2504.07448, appendix), ESFT (arXiv 2407.01906).
+HELLoRA's table 1 and section 4, MoE-Sieve's sections 4 and 5.1 and its released code, LoRI (arXiv 2504.07448, its
+appendix), ESFT (arXiv 2407.01906).
 Any option given beside a name comes before what the name stands for.
 """
 
@@ -41,6 +42,11 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 _AS_HELLORA: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 128}
 _AS_LORI: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 32}
+MOE_SIEVE: dict[str, Any] = {
+    "epochs": 3, "learning_rate": 4e-4, "lr_scheduler": "linear", "warmup_ratio": 0.0, "batch_size": 8,
+    "gradient_accumulation_steps": 8, "max_length": 2048, "train_on": "all", "profile_fraction": 1.0,
+}  # fmt: skip
+"""MoE-Sieve's protocol: the batches, the schedule, the length and the loss on prompts too are its code's."""
 _DOMAINS = {"math": (3, 4e-4, 4e-5), "code": (2, 2e-3, 2e-4), "safety": (1, 4e-4, 2e-5)}
 """domain -> epochs, learning rate, and that of full fine-tuning"""
 
@@ -57,7 +63,7 @@ def _presets() -> dict[str, dict[str, Any]]:
         presets[f"lori-s-{domain}"] = {
             "method": "lori-s", "epochs": epochs, "learning_rate": 5e-4, "dense_learning_rate": 5e-5, **_AS_LORI,
         }  # fmt: skip
-    presets["sieve"] = {"method": "sieve", "epochs": 3, "batch_size": 64}
+    presets["sieve"] = {"method": "sieve", **MOE_SIEVE}
     for name, signal in (("token", "count"), ("gate", "mass")):
         presets[f"esft-{name}"] = {
             "method": "esft", "signal": signal, "learning_rate": 1e-5, "lr_scheduler": "constant",
@@ -68,7 +74,6 @@ def _presets() -> dict[str, dict[str, Any]]:
 
 PRESETS = _presets()
 """preset -> its method, and the hyperparameters as published"""
-_NOT_PUBLISHED = {"sieve": ("learning_rate",)}
 
 
 def resolve(
@@ -81,8 +86,7 @@ def resolve(
         given: fields of `RunOptions`; they come before the names'.
 
     Raises:
-        HotLoraError: a name that does not exist, two methods, or a preset whose paper leaves a value open that is
-        not given either; an option as `RunOptions` refuses it.
+        HotLoraError: a name that does not exist, or two methods; an option as `RunOptions` refuses it.
     """
     options: dict[str, Any] = {}
     if preset is not None:
@@ -93,8 +97,6 @@ def resolve(
                 f"preset {preset!r} is for method {own!r}, and method is {method!r}: leave one of them out."
             )
         method = own
-        if missing := [name for name in _NOT_PUBLISHED.get(preset, ()) if name not in given]:
-            raise HotLoraError(f"preset {preset!r} has no {missing[0]}, for its paper states none: give one.")
     if method is not None:
         options = _named("method", METHODS, method) | options
     if placement is not None:
