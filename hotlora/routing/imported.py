@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..base.errors import DataError
 from ..base.files import check_writable, file_in, write_json
-from .formats.found import Found, Known, spans
+from .formats.found import MOST_EXPERTS, Found, Known, spans
 from .formats.reading import Files, read_routing
 from .profile import RoutingProfile
 from .scores import VERSION
@@ -135,8 +135,8 @@ def _told(found: Found) -> str:
 
 def _known(model: str | os.PathLike[str] | None, num_experts: int | None, num_experts_per_tok: int | None) -> Known:
     for name, value in (("num_experts", num_experts), ("num_experts_per_tok", num_experts_per_tok)):
-        if value is not None and not 1 <= value <= 65536:
-            raise DataError(f"{name} is {value}: it must be a number from 1 to 65,536")
+        if value is not None and not 1 <= value <= MOST_EXPERTS:
+            raise DataError(f"{name} is {value}: it must be a number from 1 to {MOST_EXPERTS:,}")
     if model is None:
         return Known(num_experts, num_experts_per_tok)
     from .formats.model import known_of

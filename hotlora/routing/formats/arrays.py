@@ -66,7 +66,7 @@ class Stored:
         assert self.member is not None
         with zipfile.ZipFile(self.file) as stored, stored.open(self.member) as stream:
             _, _, dtype = _header(stream, self.file)
-            return _filled(stream.read(), self.shape, dtype, self.file)
+            return _filled(stream.read(math.prod(self.shape) * dtype.itemsize + 1), self.shape, dtype, self.file)
 
 
 def npy(file: Path) -> list[Stored]:
@@ -226,11 +226,14 @@ def _decoded(value: Any, where: str, known: Known) -> np.ndarray[Any, Any]:
 
 
 def _header(stream: IO[bytes], file: Path) -> tuple[bool, tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise FileError(f"{file} is a .npy file of version {version}: save a plain array of numbers")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    except Exception as error:  # of every kind: numpy reads the header as Python's source
+        raise FileError(f"{file} holds no .npy array ({' '.join(str(error).split())[:200]})") from error
     if dtype.kind not in "iuf":
         raise FileError(f"{file} holds {dtype}, which is not read (nothing is unpickled): save integers or floats")
     return fortran, shape, dtype

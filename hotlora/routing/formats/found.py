@@ -18,6 +18,7 @@ from torch import Tensor
 from ...base.errors import DataError, FileError, HotLoraError
 from ...base.files import JSON_ERRORS
 
+MOST_EXPERTS = 65536  # more than any layer has: a number from a file makes a table of that size
 _BROKEN = (
     *JSON_ERRORS, TypeError, KeyError, EOFError, OverflowError, MemoryError, RuntimeError, NotImplementedError,
     SafetensorError, zipfile.BadZipFile, zlib.error,

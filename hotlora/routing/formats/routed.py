@@ -19,7 +19,7 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
     """layers: decoder indices of the arrays' layers, where their names say; else they are the model's."""
     num_experts = known.need("num_experts", file, "how many experts a layer has")
     first = next((block for block in blocks if block.num_tokens), None)
-    if first is None:
+    if first is None or 0 in first.shape:
         raise DataError(f"{file} holds no routed experts of any token")
     num_layers, top_k = first.shape[1:]
     if known.num_experts_per_tok not in (None, top_k):
@@ -79,8 +79,8 @@ def _places(
         return routed, tuple(indices[place] for place in routed)
     if layers is None and number != known.num_hidden_layers:
         raise DataError(
-            f"{file} has {number} layers, and {known.name} has {len(known.layers)} MoE layers ({spans(known.layers)}) of "
-            f"{known.num_hidden_layers}: one of the two numbers must be the file's"
+            f"{file} has {number} layers, and {known.name} has {len(known.layers)} MoE layers ({spans(known.layers)}) "
+            f"of {known.num_hidden_layers}: one of the two numbers must be the file's"
         )
     kept = [place for place in places if indices[place] in known.layers]
     check_layers(sorted({indices[place] for place in (*kept, *routed)}), file, known)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
-from .found import Found, Known, check_counts, check_layers, tokens_of
+from .found import MOST_EXPERTS, Found, Known, check_counts, check_layers, tokens_of
 
 _COUNTS = ("counts", "count", "cnt", "expert_frequency")
 _MASS = ("mass", "gate", "gate_sum")
@@ -54,7 +54,7 @@ def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Fou
     counts = _whole(table(value, name, file), name, file)
     layers = _layers(data, len(counts), file, known)
     check_layers(layers, file, known)
-    num_experts = _number(data, _EXPERTS, file) or known.num_experts
+    num_experts = _number(data, _EXPERTS, file, MOST_EXPERTS) or known.num_experts
     if num_experts not in (None, counts.shape[1]):
         raise DataError(f"{file}: {name} have {counts.shape[1]} experts a layer, and the model has {num_experts}")
     mass, scores, ignored = None, {}, []
@@ -86,7 +86,7 @@ def _examples(data: Mapping[str, Any], file: Path, known: Known) -> Found:
     num_layers = len(examples[0])
     layers = _layers(data, num_layers, file, known)
     check_layers(layers, file, known)
-    num_experts = _number(data, _EXPERTS, file) or known.need("num_experts", file, "how many experts a layer has")
+    num_experts = _number(data, _EXPERTS, file, MOST_EXPERTS) or known.need("num_experts", file, "how many experts a layer has")
     sums = np.zeros((len(examples), num_layers), np.int64)
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
     for index, rows in enumerate(examples):
@@ -258,12 +258,12 @@ def _is_layer(key: Any) -> bool:
     return re.fullmatch("0|[1-9][0-9]{0,8}", str(key)) is not None
 
 
-def _number(data: Mapping[str, Any], names: Sequence[str], file: Path) -> int | None:
+def _number(data: Mapping[str, Any], names: Sequence[str], file: Path, most: int = 2**62) -> int | None:
     for name in names:
         value = data.get(name)
         if value is not None:
-            if type(value) is not int or not 1 <= value < 2**62:
-                raise DataError(f"{file}: {name} is {str(value)[:40]}: it must be a positive integer")
+            if type(value) is not int or not 1 <= value <= most:
+                raise DataError(f"{file}: {name} is {str(value)[:40]}: it must be an integer from 1 to {most:,}")
             return value
     return None
 
