@@ -128,6 +128,8 @@ def _stability(result: Study) -> Found | None:
 
 def _signals(result: Study) -> Found:
     value, spearman = result["mean"]["signals_jaccard"], result["mean"]["signals_spearman"] or float("nan")
+    if value is None:  # imported profiles of counts alone
+        return None
     return f"{value:.3f}, Spearman of the scores {spearman:.3f}", value >= _QWEN_SIGNALS
 
 

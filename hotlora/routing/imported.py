@@ -118,7 +118,9 @@ def _profile(found: Found, known: Known) -> RoutingProfile:
         if value:
             source[name] = value
     mass = torch.zeros(found.counts.shape, dtype=torch.float64) if found.mass is None else found.mass
-    return RoutingProfile(found.layers, found.counts, mass, found.num_tokens, found.num_experts_per_tok, source)
+    return RoutingProfile(
+        found.layers, found.counts, mass, found.num_tokens, found.num_experts_per_tok, source, found.saliency
+    )
 
 
 def _told(found: Found) -> str:
@@ -129,7 +131,8 @@ def _told(found: Found) -> str:
     text += f"{shape[0]} layers ({spans(found.layers)}) of {shape[1]} experts"
     if found.counts is not None:
         text += f", {found.num_experts_per_tok} a token"
-        text += "" if found.mass is not None else "; no gate weights, so no signal but count"
+        held = [name for name in ("mass", "saliency") if getattr(found, name) is not None]
+        text += f"; with {' and '.join(held)}" if held else "; counts alone, so no signal but count"
     return text + (f"; ignored: {', '.join(found.ignored)}" if found.ignored else "")
 
 

@@ -42,7 +42,7 @@ class RoutingProfile:
     router with a choice to skip (zaya) sent to none, and times the runs of a layer that a model loops over
     (inkling2_loop)"""
     mass: Tensor
-    """float64 [L, E]: sum of the gate weights as applied, over those tokens"""
+    """float64 [L, E]: sum of the gate weights as applied, over those tokens; all 0 where they are not known"""
     num_tokens: int
     """tokens seen, without padding"""
     num_experts_per_tok: int
@@ -97,6 +97,11 @@ class RoutingProfile:
         return self.counts.shape[1]
 
     @property
+    def has_mass(self) -> bool:
+        """Whether gate weights are known: an imported profile may have counts alone, and then `mass` is 0."""
+        return bool(self.mass.any()) or not self.counts.any()
+
+    @property
     def hash(self) -> str:
         """Hex SHA-256 of the layers and numbers; `source` does not enter."""
         head = [list(self.layers), list(self.counts.shape), self.num_tokens, self.num_experts_per_tok]
@@ -116,6 +121,11 @@ class RoutingProfile:
         """
         if name == "count":
             return self.counts
+        if name.startswith("mass") and not self.has_mass:
+            raise PlanError(
+                f"the profile holds no gate weights, so there is no signal {name} (it was imported from "
+                f"{self.source.get('imported', 'elsewhere')}): choose signal count, or profile the model"
+            )
         if name == "mass":
             return self.mass
         if name == "mass_per_token":

@@ -127,6 +127,8 @@ def experts_for(profile: RoutingProfile, covered: float = COVERED) -> Tensor:
 def signals(profile: RoutingProfile, kept: int) -> dict[str, Any]:
     """Count against mass: Jaccard of the two hot sets, Spearman's rank correlation of the scores (MoE-Sieve s3.3)."""
     jaccard = _jaccard(hot_mask(profile.counts, kept), hot_mask(profile.mass, kept))
+    if not profile.has_mass:  # an imported profile of counts alone
+        jaccard = torch.full_like(jaccard, torch.nan)
     spearman = [_spearman(count, mass) for count, mass in zip(profile.counts, profile.mass, strict=True)]
     return {
         "jaccard": jaccard.mean().item(),

@@ -67,6 +67,8 @@ class Found:
     num_experts_per_tok: int = 0
     mass: Tensor | None = None
     """float64 [L, E]"""
+    saliency: Tensor | None = None
+    """float64 [L, E]: sum over the expert's tokens of gate weight x output norm"""
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     """float64 [L, E] each: what else the file says of each expert"""
     ignored: tuple[str, ...] = ()
@@ -104,12 +106,16 @@ def together(found: Sequence[tuple[Path, Found]]) -> Found:
         if total.counts is None or other.counts is None:
             raise DataError(f"{first_file} and {file} hold scores, which do not add up: import one file")
         dropped = [f"{name} of several files (scores do not add up)" for name in sorted({*total.scores, *other.scores})]
-        mass = None if total.mass is None or other.mass is None else total.mass + other.mass
-        if mass is None and (total.mass is not None or other.mass is not None):
-            dropped.append("mass, which not all files have")
+        sums: dict[str, Any] = {}
+        for name in ("mass", "saliency"):
+            one, more = getattr(total, name), getattr(other, name)
+            sums[name] = None if one is None or more is None else one + more
+            if (one is None) != (more is None):
+                dropped.append(f"{name}, which not all files have")
         total = replace(
-            total, counts=total.counts + other.counts, mass=mass, num_tokens=total.num_tokens + other.num_tokens,
-            scores={}, ignored=tuple(dict.fromkeys((*total.ignored, *other.ignored, *dropped))),
+            total, counts=total.counts + other.counts, scores={},
+            num_tokens=total.num_tokens + other.num_tokens, **sums,
+            ignored=tuple(dict.fromkeys((*total.ignored, *other.ignored, *dropped))),
             data=total.data if total.data == other.data else ", ".join(filter(None, (total.data, other.data))),
         )  # fmt: skip
     return total
@@ -154,14 +160,17 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in runs)
 
 
-def check_counts(counts: Tensor, mass: Tensor | None, layers: Sequence[int], file: Path) -> None:
-    """DataError, with layer, expert and number, where counts are negative, or mass is not finite, negative, or there
-    without a count."""
+def check_counts(
+    counts: Tensor, layers: Sequence[int], file: Path, mass: Tensor | None = None, saliency: Tensor | None = None
+) -> None:
+    """DataError, with layer, expert and number, where counts are negative, or mass or saliency are not finite,
+    negative, or there without a count."""
     tables: list[tuple[str, Tensor, Any, str]] = [("counts", counts, counts < 0, "0 or more")]
     tables.append(("counts", counts, counts >= 2**53, "less than 2^53"))
-    if mass is not None:
-        tables.append(("mass", mass, ~(mass.isfinite() & (mass >= 0)), "finite, and 0 or more"))
-        tables.append(("mass", mass, (mass > 0) & (counts == 0), "0 where the count is 0"))
+    for name, sums in (("mass", mass), ("saliency", saliency)):
+        if sums is not None:
+            tables.append((name, sums, ~(sums.isfinite() & (sums >= 0)), "finite, and 0 or more"))
+            tables.append((name, sums, (sums > 0) & (counts == 0), "0 where the count is 0"))
     for name, table, wrong, allowed in tables:
         if wrong.any():
             row, expert = (int(index) for index in torch.nonzero(wrong)[0])

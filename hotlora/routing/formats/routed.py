@@ -48,7 +48,7 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
     if others := sorted(set(range(num_layers)) - set(places)):
         ignored.append(f"layers without experts ({spans(others)} of the array)")
     table = torch.from_numpy(np.ascontiguousarray(counts))
-    check_counts(table, None, indices, file)
+    check_counts(table, indices, file)
     if int(table.max()) > num_tokens:
         raise DataError(
             f"{file}: an expert has {int(table.max()):,} of {num_tokens:,} tokens, more than once each: the axes must "

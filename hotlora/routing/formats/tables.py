@@ -15,6 +15,7 @@ from .found import MOST_EXPERTS, Found, Known, check_counts, check_layers, token
 
 _COUNTS = ("counts", "count", "cnt", "expert_frequency")
 _MASS = ("mass", "gate", "gate_sum")
+_SALIENCY = ("sal", "saliency_sum", "weighted_ean_sum")  # sums; `reap` and `saliency` may be means, so they are scores
 _TOKENS = ("num_tokens", "tokens")
 _EXPERTS = ("num_experts", "n_expert", "n_experts")
 _DATA = ("data", "dataset")
@@ -57,7 +58,7 @@ def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Fou
     num_experts = _number(data, _EXPERTS, file, MOST_EXPERTS) or known.num_experts
     if num_experts not in (None, counts.shape[1]):
         raise DataError(f"{file}: {name} have {counts.shape[1]} experts a layer, and the model has {num_experts}")
-    mass, scores, ignored = None, {}, []
+    mass, saliency, scores, ignored = None, None, {}, []
     for key, value in data.items():
         if key in (*_READ, name):
             continue
@@ -69,12 +70,14 @@ def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Fou
             raise DataError(f"{file}: {name} are {list(counts.shape)}, {key} is {list(found.shape)}: they must agree")
         if key in _MASS and mass is None:
             mass = found.double()
+        elif key in _SALIENCY and saliency is None:
+            saliency = found.double()
         else:
             scores[key] = _finite(found.double(), key, layers, file)
-    check_counts(counts, mass, layers, file)
+    check_counts(counts, layers, file, mass, saliency)
     num_tokens, top_k = _sizes(data, counts, layers, file, known)
     return Found(
-        form, layers, counts, num_tokens, top_k, mass, scores, tuple(ignored), _text(data, ("model",)),
+        form, layers, counts, num_tokens, top_k, mass, saliency, scores, tuple(ignored), _text(data, ("model",)),
         _text(data, _DATA),
     )  # fmt: skip
 
@@ -86,7 +89,9 @@ def _examples(data: Mapping[str, Any], file: Path, known: Known) -> Found:
     num_layers = len(examples[0])
     layers = _layers(data, num_layers, file, known)
     check_layers(layers, file, known)
-    num_experts = _number(data, _EXPERTS, file, MOST_EXPERTS) or known.need("num_experts", file, "how many experts a layer has")
+    num_experts = _number(data, _EXPERTS, file, MOST_EXPERTS) or known.need(
+        "num_experts", file, "how many experts a layer has"
+    )
     sums = np.zeros((len(examples), num_layers), np.int64)
     counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
     for index, rows in enumerate(examples):
@@ -116,8 +121,8 @@ def _examples(data: Mapping[str, Any], file: Path, known: Known) -> Found:
     num_tokens, top_k = _sizes(data, counts, layers, file, known)
     ignored = tuple(key for key in data if key not in _READ)
     return Found(
-        "counts of each example", layers, counts, num_tokens, top_k, None, {}, ignored, _text(data, ("model",)),
-        _text(data, _DATA),
+        "counts of each example", layers, counts, num_tokens, top_k, ignored=ignored,
+        model=_text(data, ("model",)), data=_text(data, _DATA),
     )  # fmt: skip
 
 
