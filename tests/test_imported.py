@@ -4,22 +4,30 @@ import base64
 import gzip
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from published import ABSENT, DATA
 from safetensors.torch import save_file
 from tiny import tiny_batch
 from zoo import zoo_config, zoo_model
 
 import hotlora
-from hotlora import DataError, HotLoraError, RoutingProfile, import_profile, import_scores
+from hotlora import DataError, HotLoraError, PlanError, RoutingProfile, import_profile, import_scores
 from hotlora.hf.models import moe_layers
+from hotlora.report.published import MODELS
+from hotlora.report.study_report import write_study
 from hotlora.routing.formats import ids as counting
 from hotlora.routing.formats.model import known_of
+from hotlora.routing.imported import imported
 from hotlora.routing.profiler import profile_routing
+from hotlora.runs.checks import check_run
+from hotlora.runs.options import RunOptions
+from hotlora.runs.study import run_study
 
 WIDTH = 16
 
@@ -194,7 +202,7 @@ def test_layers_and_tokens_without_experts_are_left_out(tmp_path: Path):
     array[-1] = 0
     array[7] = -1
     np.save(tmp_path / "a.npy", array)
-    found, told, _ = hotlora.routing.imported.imported(tmp_path / "a.npy", None, None, 8, None)
+    found, told, _ = imported(tmp_path / "a.npy", None, None, 8, None)
     routed = np.delete(array, [7, 49], axis=0)[:, 1:]
     assert found.layers == (1, 2, 3) and found.num_tokens == 48
     assert torch.equal(found.counts, slowly(routed, 8))
@@ -311,3 +319,213 @@ def test_scores_are_written_for_the_rule_scores(tmp_path: Path):
     with pytest.raises(DataError, match=r"ESFT's summary holds scores \(token_scores, gate_scores\) and no counts"):
         import_profile(tmp_path / "a.json", tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_profile_of_counts_alone_has_no_signal_mass(tmp_path: Path):
+    np.save(tmp_path / "a.npy", distinct(40, 2, 2, 8))
+    profile = import_profile(tmp_path / "a.npy", tmp_path, num_experts=8)
+    again = RoutingProfile.load(tmp_path)
+    assert not profile.has_mass and again.hash == profile.hash and again.source == {"imported": "routed experts"}
+    for options in ({"signal": "mass"}, {"rule": "cumulative", "signal": "mass"}, {"rule": "auto", "signal": "mass"}):
+        with pytest.raises(PlanError, match=r"no signal mass .* imported from routed experts"):
+            hotlora.select_experts(again, **options)
+    assert len(hotlora.select_experts(again, experts_per_layer=3).experts[0]) == 3
+    result, profiles = run_study([str(tmp_path / "profile.safetensors")], None, tell=lambda text: None)
+    page = write_study(result, profiles, tmp_path / "study", "hotlora")
+    assert page.is_file()
+
+
+GOOD: dict[str, Any] = {"counts": [[3, 1], [2, 2]], "num_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"counts": [[3, 1], [2, 1]], "num_tokens": 4}, "layer 1 has 3 assignments, layer 0 has 4: .* tokens x 1"),
+        ({"counts": [[3, 1], [2, 2]], "num_tokens": 3}, "3 tokens, and layers have 4 to 4 assignments"),
+        ({"counts": [[3, 2], [4, 1]], "num_tokens": 5, "num_experts_per_tok": 2}, "5 assignments.* whole num"),
+        ({"counts": [[3, 3], [4, 2]], "num_tokens": 6, "num_experts_per_tok": 2}, "6 tokens of 2 .* which is 3 tokens"),
+        ({"counts": [[3, 1], [2, 2]]}, "does not say how many experts a token is sent to.* --num-experts-per-tok"),
+        ({**GOOD, "counts": [[5, -1], [2, 2]]}, "counts of layer 0, expert 1, is -1: it must be 0 or more"),
+        ({**GOOD, "counts": [[2.5, 1.5], [2, 2]]}, r"counts hold 2\.5: counts are whole numbers"),
+        ({**GOOD, "counts": [[3, 1], [4]]}, "1 to 2 experts a layer: every layer must have as many"),
+        ({**GOOD, "counts": [[3, True], [2, 2]]}, "what is no number of 64 bits"),
+        ({**GOOD, "counts": [[10**40, 1], [2, 2]]}, "what is no number of 64 bits"),
+        ({**GOOD, "counts": [[0, 0], [0, 0]], "num_experts_per_tok": 1}, "all counts are 0"),
+        ({**GOOD, "counts": 3}, "counts must be a list of layers"),
+        ({**GOOD, "mass": [[0.1, float("nan")], [1, 1]]}, "mass of layer 0, expert 1, is nan"),
+        ({**GOOD, "mass": [[0.1, 0.1]]}, r"counts are \[2, 2\], mass is \[1, 2\]"),
+        ({"counts": [[4, 0], [2, 2]], "num_tokens": 4, "mass": [[1, 1], [1, 1]]}, "expert 1, .*0 where the count is 0"),
+        ({**GOOD, "reap": [[1, float("inf")], [1, 1]]}, "reap of layer 0, expert 1, is inf"),
+        ({**GOOD, "layers": [1, 0]}, r"layers are \[1, 0\]: they must be 2 ascending decoder indices"),
+        ({**GOOD, "num_experts": 3}, "counts have 2 experts a layer, and the model has 3"),
+        ({**GOOD, "assignments_per_layer": [4, 5]}, r"_per_layer are \[4, 5\], and the counts add up to \[4, 4\]"),
+        ({"examples": [[[[0, 1]], [[2, 1]]]], "num_experts": 2, "num_experts_per_tok": 1}, "layer 1 has expert 2: ids"),
+        ({"examples": [[[[0, 1]], [[1, 2]]]], "num_experts": 2, "num_experts_per_tok": 1}, "0 has 1 assignments"),
+        ({"examples": [[[[0, 1]]], []], "num_experts": 2, "num_experts_per_tok": 1}, "example 1 has 0 layers"),
+        ({"examples": [[[[0]]]], "num_experts": 2, "num_experts_per_tok": 1}, r"must be pairs \(expert, count\)"),
+        ({"layers": {"0": {"cnt": [1]}, "1": {"gate": [1]}}}, "layer 1 has .*gate.*, another .*cnt"),
+        ({"version": 1, "scores": {}}, "is a file of scores already"),
+        ({"routed_experts": [[[0, 1]], [[0]]]}, "routed experts are ragged"),
+        ({"routed_experts": "é"}, "routed experts are text, and no base64"),
+        ({"routed_experts": "AAAA"}, "int32 without a shape, as SGLang returns them: give --model CONFIG"),
+        ({"routed_experts": 3}, "routed experts are '3'"),
+        ({"a": 1}, "holds no routing that is known"),
+        ([], "holds no routing that is known"),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_one_error(tmp_path: Path, data: Any, match: str):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(HotLoraError, match=match) as told:
+        import_profile(file, tmp_path / "p.safetensors")
+    assert str(file) in str(told.value) and not (tmp_path / "p.safetensors").exists()
+
+
+def zip_of(data: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as packed:
+        packed.writestr("a.npy", data)
+    return stream.getvalue()
+
+
+IDS = np.array([[[0, 1], [1, 2]], [[2, 3], [3, 0]]], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "match"),
+    [
+        ("a.npy", npy_bytes(IDS)[:-3], "is cut short"),
+        ("a.npy", npy_bytes(IDS + 1), r"token 1, layer 0 of the array, has the experts \[3, 4\]: .* ids from 0 to 3"),
+        ("a.npy", npy_bytes(IDS - 2), r"token 0, layer 0 of the array, has the experts \[-2, -1\]"),
+        ("a.npy", npy_bytes(np.minimum(IDS, 2)), r"token 1, layer 0 of the array, has the experts \[2, 2\]"),
+        ("a.npy", npy_bytes(IDS[0]), "give expert ids"),
+        ("a.npy", npy_bytes(IDS[:0]), "no routed experts of any token"),
+        ("a.npy", npy_bytes(IDS[:, :0]), "no routed experts of any token"),
+        ("a.npy", npy_bytes(IDS * 0), "no layer has experts"),
+        ("a.npy", npy_bytes(IDS.astype(complex)), "holds complex128, which is not read"),
+        ("a.npy", npy_bytes(np.array([{}], object)), r"holds object, which is not read \(nothing is unpickled\)"),
+        ("a.npy", npy_bytes(np.asfortranarray(IDS)), "Fortran's order"),
+        ("a.npy", npy_bytes(IDS.astype(np.float32)), "is 4 experts|router logits of 2 experts"),
+        ("a.npy", npy_bytes(np.full((1, 2, 4), np.nan, np.float32)), "logits that are not finite, near token 0"),
+        ("a.npy", b"\x93NUMPY", "holds no .npy array"),
+        ("a.npy", b"", "is not a whole file of routing|no routing"),
+        ("a.npz", zip_of(npy_bytes(IDS)[:-4]), "cut short"),
+        ("a.npz", zip_of(npy_bytes(IDS))[:-10], "not a zip|is not a whole file"),
+        ("a.npz", zip_of(b"x"), "holds no .npy array"),
+        ("a.safetensors", b"\xff" * 7 + b"\x00{}", "header would be"),
+        ("a.pt", b"\x80\x02}q\x00.", "nothing is unpickled"),
+        ("a.json", b"\xff\xfe", "is not a whole file of routing"),
+        ("a.jsonl", b'{"routed_experts": [[[0, 1]]]}\n{"routed', "is not a whole file of routing"),
+        ("a.json", b"[" * 100_000, "is not a whole file of routing"),
+        ("a.json.gz", gzip.compress(b"{}")[:-4], "is not a whole file of routing"),
+    ],
+)  # fmt: skip
+def test_broken_files_are_one_error(tmp_path: Path, name: str, data: bytes, match: str):
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(HotLoraError, match=match) as told:
+        import_profile(file, tmp_path / "p.safetensors", num_experts=4, num_experts_per_tok=2)
+    assert str(file) in str(told.value) and sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_files_that_do_not_belong_together_are_one_error(tmp_path: Path):
+    np.save(tmp_path / "a.npy", distinct(9, 2, 2, 8))
+    np.save(tmp_path / "b.npy", distinct(9, 3, 2, 8))
+    (tmp_path / "c.json").write_text(json.dumps(GOOD))
+    (tmp_path / "empty").mkdir()
+    sizes = {"num_experts": 8}
+    for files, match in (
+        (["a.npy", "b.npy"], r"a\.npy has layers \(0, 1\), .*b\.npy has \(0, 1, 2\)"),
+        (["a.npy", "a.npy"], "given twice"),
+        (["a.npy", "missing.npy"], "missing.npy does not exist"),
+        (["empty"], "without ESFT's expert_weights_LAYER.txt"),
+        ([], "no file was given"),
+    ):
+        with pytest.raises(HotLoraError, match=match):
+            import_profile([tmp_path / file for file in files], **sizes)
+    with pytest.raises(DataError, match=r"c\.json has form counts|counts have 2 experts a layer, and the model has 8"):
+        import_profile([tmp_path / "a.npy", tmp_path / "c.json"], **sizes)
+    for size in (0, -1, 65537):
+        with pytest.raises(DataError, match=f"num_experts is {size}"):
+            import_profile(tmp_path / "a.npy", num_experts=size)
+
+
+def test_another_models_files_are_one_error(nano: Nano, tmp_path: Path):
+    for name, array in (("layers", nano.routed[:, :3]), ("k", nano.routed[..., :1]), ("ids", nano.routed + 1)):
+        np.save(tmp_path / f"{name}.npy", array)
+    profile = nano.profile
+    counts = {"counts": profile.counts.tolist(), "num_tokens": profile.num_tokens, "layers": [*range(1, 7)]}
+    (tmp_path / "counts.json").write_text(json.dumps(counts))
+    for name, match in (
+        ("layers.npy", r"has 3 layers, and nano has 6 MoE layers \(0 to 5\) of 6"),
+        ("k.npy", "sends a token to"),
+        ("ids.npy", r"ids from 0 to 31"),
+        ("counts.json", "has layers 1 to 6, and the MoE layers of nano are 0 to 5"),
+    ):
+        with pytest.raises(HotLoraError, match=match):
+            import_profile(tmp_path / name, model="nano")
+    with pytest.raises(DataError, match="num_experts is 8, and nano has 32"):
+        import_profile(tmp_path / "ids.npy", model="nano", num_experts=8)
+
+
+REAL = DATA / "routing"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"routing is {ABSENT}")
+def test_published_counts_give_the_published_statistics():
+    """MoE-Sieve's table 2 from its author's own counts, tokens of GSM8K as they were counted, and OLMoE's in NF4."""
+    for model, wanted in (("olmoe", (1_167_505, 16, 64)), ("qwen", (1_383_221, 24, 60))):
+        profile = import_profile(REAL / "moe_sieve" / model / "gsm8k.json")
+        assert (profile.num_tokens, *profile.counts.shape) == wanted and profile.has_mass
+    for model, name in (("olmoe", "OLMoE-1B-7B"), ("qwen", "Qwen1.5-MoE-A2.7B")):
+        profiles = [import_profile(file) for file in sorted((REAL / "moe_sieve" / model).glob("*.json"))]
+        assert len(profiles) == 10
+        found = {
+            "layer_cv": [profile.mean_layer_cv() for profile in profiles],
+            "global_cv": [profile.global_cv() for profile in profiles],
+            "cold_share": [profile.cold_share().mean().item() for profile in profiles],
+            "coverage": [profile.coverage(fraction=0.25).mean().item() for profile in profiles],
+        }
+        for statistic, values in found.items():
+            assert round(sum(values) / 10, 3) == MODELS[name][statistic], (model, statistic)
+    glm = import_profile(REAL / "glm_5_2" / "wiki.json")
+    assert (glm.num_tokens, glm.num_experts_per_tok, glm.layers[0], glm.layers[-1]) == (191_804, 8, 3, 77)
+    assert import_scores(REAL / "glm_5_2" / "wiki.json")["reap"].shape == (75, 256)
+    each = import_profile(REAL / "olmoe_alpaca_per_example" / "bf16.json.gz")
+    assert each.num_tokens == 88_098 and not each.has_mass
+    both = import_profile([REAL / "moe_sieve" / "olmoe" / f"{name}.json" for name in ("gsm8k", "mbpp")])
+    assert both.num_tokens == 1_167_505 + 33_802
+
+
+def test_the_command_says_what_was_read_and_training_takes_the_profile(nano: Nano, tmp_path: Path, call):
+    np.save(tmp_path / "routed.npy", nano.routed)
+    file, plan = tmp_path / "p.safetensors", tmp_path / "plan.json"
+    code, out, _ = call("import", tmp_path / "routed.npy", "--model", "nano", "-o", file)
+    tokens = f"{nano.profile.num_tokens:,}"
+    assert code == 0 and f"routed experts: {tokens} tokens, 6 layers (0 to 5) of 32 experts, 4 a token" in out
+    assert "counts alone" in out and str(file) in out and "not bound" not in out
+    assert call("plan", file, "-o", plan)[0] == 0
+    assert hotlora.ExpertPlan.load(plan).experts == hotlora.select_experts(nano.profile).experts
+    options = RunOptions(model="nano", data="nano-math", profile=file, r=2)
+    check_run(options)  # what `train` asks of a profile before it begins
+    code, out, _ = call("import", tmp_path / "routed.npy", "--num-experts", 32, "-o", file)
+    assert code == 0 and "not bound to a model" in out
+    check_run(options)
+    import_profile(tmp_path / "routed.npy", file, num_experts=64)
+    with pytest.raises(PlanError, match="64"):  # not bound, and it does not fit
+        check_run(options)
+    code, _, err = call("import", tmp_path / "routed.npy", "-o", file)
+    assert code == 1 and "--num-experts" in err
+
+
+def test_the_command_writes_scores_alone_as_json(tmp_path: Path, call):
+    whole = {"counts": [[3, 1], [2, 2]], "num_tokens": 4, "reap": [[0.5, 1.5], [2, 3]]}
+    (tmp_path / "c.json").write_text(json.dumps(whole))
+    code, out, _ = call("import", tmp_path / "c.json", "-o", tmp_path / "s.json")
+    assert code == 0 and str(tmp_path / "s-reap.json") in out
+    written = json.loads((tmp_path / "s-reap.json").read_text())
+    assert written == {"version": 1, "fingerprint": None, "scores": {"0": [0.5, 1.5], "1": [2.0, 3.0]}}
+    (tmp_path / "c.json").write_text(json.dumps(GOOD))
+    code, _, err = call("import", tmp_path / "c.json", "-o", tmp_path / "s.json")
+    assert code == 1 and "holds no scores but counts" in err

@@ -101,7 +101,10 @@ def npz(file: Path) -> list[Stored]:
             offset = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(
                 local[28:30], "little"
             )  # fmt: skip
-            _check_size(file, offset + head, shape, dtype)
+            if head + math.prod(shape) * dtype.itemsize != info.file_size:
+                raise FileError(
+                    f"{file}: {info.filename} is cut short: {list(shape)} of {dtype} in {info.file_size - head:,} bytes"
+                )
             found.append(Stored(name, shape, dtype, file, offset + head))
     return found
 

@@ -201,6 +201,8 @@ def _finite(found: Tensor, name: str, layers: Sequence[int], file: Path) -> Tens
 def _sizes(data: Mapping[str, Any], counts: Tensor, layers: Sequence[int], file: Path, known: Known) -> tuple[int, int]:
     """(tokens, K), from what the file says, the model, and the counts, which all must agree."""
     sums = counts.sum(dim=1).tolist()
+    if not any(sums):
+        raise DataError(f"{file}: all counts are 0: there is no routing in it")
     said = data.get("assignments_per_layer")
     if said is not None and said != sums:
         raise DataError(f"{file}: assignments_per_layer are {str(said)[:80]}, and the counts add up to {sums[:3]}, …")
@@ -223,8 +225,6 @@ def _sizes(data: Mapping[str, Any], counts: Tensor, layers: Sequence[int], file:
             f"{file} says {num_tokens:,} tokens of {top_k} experts each, and layer {layers[0]} has {sums[0]:,} "
             f"assignments, which is {found:,} tokens"
         )
-    if not found:
-        raise DataError(f"{file}: all counts are 0: there is no routing in it")
     return num_tokens or found, top_k
 
 
