@@ -18,8 +18,9 @@ import torch
 from ...base.errors import DataError
 
 Ids = np.ndarray[tuple[int, int, int], np.dtype[np.integer]]
-_BLOCK = 2**24
-"""ids of a block: a few megabytes, whatever the file's size"""
+Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
+_BLOCK = 2**25
+"""ids that all workers together hold: tens of megabytes, whatever the file's size"""
 _PIECE = 2**18
 """ids that are turned at once: they stay in a core's cache"""
 
@@ -37,8 +38,8 @@ class Blocks:
     def num_tokens(self) -> int:
         return self.shape[0]
 
-    def pieces(self) -> list[tuple[int, int]]:
-        step = max(1, _BLOCK // (self.shape[1] * self.shape[2]))
+    def pieces(self, workers: int) -> list[tuple[int, int]]:
+        step = max(1, _BLOCK // workers // (self.shape[1] * self.shape[2]))
         return [(start, min(start + step, self.num_tokens)) for start in range(0, self.num_tokens, step)]
 
 
@@ -62,8 +63,8 @@ def tally(parts: Iterable[Blocks], num_layers: int, top_k: int, num_experts: int
     """The counts of all parts. DataError, with token, layer and id, where an id is out of range or a token has an
     expert twice."""
     total = Tally(np.zeros((num_layers, num_experts), np.int64), np.zeros(num_layers, np.int64))
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(4, workers)) as pool:
+    workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:  # torch and numpy work outside of Python's lock
         for part in parts:
             if part.shape[1:] != (num_layers, top_k):
                 raise DataError(
@@ -74,7 +75,7 @@ def tally(parts: Iterable[Blocks], num_layers: int, top_k: int, num_experts: int
             def count(piece: tuple[int, int], part: Blocks = part) -> Tally:
                 return _tally_block(part.read(*piece), num_experts, piece[0], file)
 
-            for found in pool.map(count, part.pieces()):
+            for found in pool.map(count, part.pieces(workers)):
                 total.add(found)
     return total
 
@@ -88,18 +89,25 @@ def _tally_block(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
         ids = ids.astype(narrow)
     by_layer = _turned(ids)
     if ids.dtype == np.uint8 and top_k % 2 == 0:
-        # [L, P]: half the steps, and what lies on the diagonal is no routing
-        pairs = by_layer.view(np.uint16)
-        wide = [_bincount(row, 2**16, num_experts > 128).view(256, 256) for row in pairs]
-        is_routing = all(not grid.diagonal().any() for grid in wide)
-        counts = torch.stack([grid.sum(0) + grid.sum(1) for grid in wide])
+        found = [_pairs(row.view(np.uint16)) for row in by_layer]
     else:
         rows = by_layer.reshape(num_layers, num_tokens, top_k)
-        is_routing = top_k == 1 or not (rows[..., 1:] == rows[..., :-1]).any()
-        counts = torch.stack([_bincount(row, 2 ** (8 * ids.dtype.itemsize), ids.itemsize > 1) for row in by_layer])
-    if not is_routing or counts[:, num_experts:].any():
+        found = [(_bincount(row.ravel()), bool((row[:, 1:] == row[:, :-1]).any())) for row in rows]
+    counts = np.stack([np.pad(row, (0, max(0, num_experts - len(row)))) for row, _ in found])
+    if any(repeats for _, repeats in found) or counts[:, num_experts:].any():
         return _tally_slowly(ids, num_experts, first, file)
-    return Tally(counts[:, :num_experts].numpy(), np.zeros(num_layers, np.int64), num_tokens)
+    return Tally(counts[:, :num_experts], np.zeros(num_layers, np.int64), num_tokens)
+
+
+def _pairs(row: np.ndarray[tuple[int], np.dtype[np.uint16]]) -> tuple[Counts, bool]:
+    """(the counts of the ids in pairs of neighbours, int64 [256]; whether a pair is the same id twice): half the steps
+    of counting ids one by one."""
+    grid = torch.from_numpy(_bincount(row))
+    rows = -(-len(grid) // 256)
+    grid = torch.nn.functional.pad(grid, (0, 256 * rows - len(grid))).view(rows, 256)  # [second, first]
+    counts = grid.sum(dim=0)
+    counts[:rows] += grid.sum(dim=1)
+    return counts.numpy(), bool(grid.diagonal().any())
 
 
 def _turned(ids: Ids) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
@@ -118,11 +126,14 @@ def _turned(ids: Ids) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
     return turned.reshape(num_layers, -1).view(ids.dtype)
 
 
-def _bincount(row: np.ndarray[tuple[int], np.dtype[np.integer]], bins: int, high: bool) -> torch.Tensor:
-    """int64 [bins]. torch counts no uint16: they are taken as int16 where that is the same. high: where it is not."""
+def _bincount(row: np.ndarray[tuple[int], np.dtype[np.integer]]) -> Counts:
+    """int64, up to the highest id. numpy's own takes three times as long; torch has no uint16, which are taken as
+    int16 where that is the same."""
     if row.dtype == np.uint16:
-        row = row.view(np.int16) if not high and row.view(np.int16).min() >= 0 else row.astype(np.int32)
-    return torch.bincount(torch.from_numpy(row), minlength=bins)
+        signed = row.view(np.int16)
+        row = signed if len(row) and signed.min() >= 0 else row.astype(np.int32)
+    counts: Counts = torch.bincount(torch.from_numpy(row)).numpy()
+    return counts
 
 
 def _tally_slowly(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
