@@ -36,8 +36,10 @@ import hotlora.routing.imported
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, start, cpu = peak(), time.perf_counter(), time.process_time()
 profile = import_profile(sys.argv[1], num_experts=int(sys.argv[2]))
-print(json.dumps({"import": time.perf_counter() - start, "import, cpu": time.process_time() - cpu, "peak": peak(), "over": peak() - before,
-    "counts": profile.counts.tolist(), "tokens": profile.num_tokens}))
+print(json.dumps({
+    "import": time.perf_counter() - start, "import, cpu": time.process_time() - cpu, "peak": peak(),
+    "over": peak() - before, "counts": profile.counts.tolist(), "tokens": profile.num_tokens,
+}))
 """
 
 
