@@ -190,9 +190,17 @@ def test_every_size_is_counted_as_a_loop_counts_it(
     array = distinct(90, 3, top_k, num_experts).astype(dtype)
     file = tmp_path / "a.npy"
     np.save(file, array)
-    found = import_profile(file, num_experts=num_experts)
-    assert torch.equal(found.counts, slowly(array, num_experts)) and found.num_tokens == 90
-    assert (found.counts.sum(dim=1) == 90 * top_k).all()
+    wrong = array.copy()
+    wrong[70, 1] = wrong[70, 1, 0]  # an expert that is there twice, or thrice
+    np.save(tmp_path / "wrong.npy", wrong)
+    for few in (0, 2**15):  # by layer, and all at once
+        monkeypatch.setattr(counting, "_FEW", few)
+        found = import_profile(file, num_experts=num_experts)
+        assert torch.equal(found.counts, slowly(array, num_experts)) and found.num_tokens == 90
+        assert (found.counts.sum(dim=1) == 90 * top_k).all()
+        if top_k > 1:
+            with pytest.raises(DataError, match=r"token 70, layer 1 of the array|layer 1 has no experts"):
+                import_profile(tmp_path / "wrong.npy", num_experts=num_experts)
 
 
 def test_layers_and_tokens_without_experts_are_left_out(tmp_path: Path):

@@ -23,6 +23,8 @@ from .found import Known
 from .ids import Blocks, Ids
 
 _MAGIC = b"\x93NUMPY"
+_JOINED = 2**22
+"""ids that answers are put together to"""
 _KEYS = ("routed_experts", "prompt_routed_experts")
 _SAFETENSORS = {
     "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
@@ -167,7 +169,26 @@ def by_layer(arrays: Mapping[str, Stored], file: Path, wanted: str) -> dict[int,
 
 def answers(rows: Iterator[Any], file: Path, known: Known) -> Iterator[Blocks]:
     """The routed experts in a server's answers, wherever they stand in them: lists, base64 of a .npy file (vLLM), or
-    base64 of int32 alone (SGLang), whose shape the model's config tells."""
+    base64 of int32 alone (SGLang), whose shape the model's config tells. Answers are put together to large blocks."""
+    held: list[Ids] = []
+    for array in _arrays(rows, file, known):
+        if held and array.shape[1:] != held[0].shape[1:]:
+            yield _joined(held)
+            held = []
+        held.append(array)
+        if sum(part.size for part in held) >= _JOINED:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(arrays: list[Ids]) -> Blocks:
+    array = np.concatenate(arrays)
+    return Blocks(array.shape, partial(_slice, array))
+
+
+def _arrays(rows: Iterator[Any], file: Path, known: Known) -> Iterator[Ids]:
     for number, row in enumerate(rows, 1):
         for value in _values(row):
             array = _decoded(value, f"{file}, answer {number}", known)
@@ -176,7 +197,8 @@ def answers(rows: Iterator[Any], file: Path, known: Known) -> Iterator[Blocks]:
                     f"{file}, answer {number}: routed experts are {list(array.shape)} of {array.dtype}: they must be "
                     "integers [tokens, layers, k]"
                 )
-            yield Blocks(array.shape, partial(_slice, array))
+            if len(array):
+                yield array
 
 
 def _slice(array: Ids, start: int, stop: int) -> Ids:

@@ -21,6 +21,8 @@ Ids = np.ndarray[tuple[int, int, int], np.dtype[np.integer]]
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
 _BLOCK = 2**25
 """ids that all workers together hold: tens of megabytes, whatever the file's size"""
+_FEW = 2**15
+"""ids of a layer, below which a call for each layer takes longer than counting all layers at once"""
 _PIECE = 2**18
 """ids that are turned at once: they stay in a core's cache"""
 
@@ -72,8 +74,8 @@ def tally(parts: Iterable[Blocks], num_layers: int, top_k: int, num_experts: int
                     "must agree"
                 )
 
-            def count(piece: tuple[int, int], part: Blocks = part) -> Tally:
-                return _tally_block(part.read(*piece), num_experts, piece[0], file)
+            def count(piece: tuple[int, int], part: Blocks = part, before: int = total.num_tokens) -> Tally:
+                return _tally_block(part.read(*piece), num_experts, before + piece[0], file)
 
             for found in pool.map(count, part.pieces(workers)):
                 total.add(found)
@@ -87,6 +89,8 @@ def _tally_block(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
         if ids.min() < 0 or ids.max() >= num_experts:
             return _tally_slowly(ids, num_experts, first, file)
         ids = ids.astype(narrow)
+    if num_tokens * top_k < _FEW:
+        return _tally_few(ids, num_experts, first, file)
     by_layer = _turned(ids)
     if ids.dtype == np.uint8 and top_k % 2 == 0:
         found = [_pairs(row.view(np.uint16)) for row in by_layer]
@@ -97,6 +101,20 @@ def _tally_block(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
     if any(repeats for _, repeats in found) or counts[:, num_experts:].any():
         return _tally_slowly(ids, num_experts, first, file)
     return Tally(counts[:, :num_experts], np.zeros(num_layers, np.int64), num_tokens)
+
+
+def _tally_few(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
+    num_tokens, num_layers, _ = ids.shape
+    if ids.max() >= num_experts or (ids[..., 1:] == ids[..., :-1]).any():
+        return _tally_slowly(ids, num_experts, first, file)
+    return Tally(_by_layer(ids, num_experts), np.zeros(num_layers, np.int64), num_tokens)
+
+
+def _by_layer(ids: Ids, num_experts: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """[L, E] of [T, L, K]."""
+    num_layers = ids.shape[1]
+    flat = ids + np.arange(num_layers)[:, None] * num_experts
+    return np.bincount(flat.ravel(), minlength=num_layers * num_experts).reshape(num_layers, num_experts)
 
 
 def _pairs(row: np.ndarray[tuple[int], np.dtype[np.uint16]]) -> tuple[Counts, bool]:
