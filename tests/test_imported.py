@@ -214,7 +214,13 @@ def test_layers_and_tokens_without_experts_are_left_out(tmp_path: Path):
     routed = np.delete(array, [7, 49], axis=0)[:, 1:]
     assert found.layers == (1, 2, 3) and found.num_tokens == 48
     assert torch.equal(found.counts, slowly(routed, 8))
-    assert "2 tokens without experts (zeros or -1)" in told and "layers without experts (0 of the array)" in told
+    assert (
+        "without 2 tokens that are padding or have no experts" in told
+        and "layers without experts (0 of the array)" in told
+    )
+    np.save(tmp_path / "b.npy", array)
+    both, told, _ = imported([tmp_path / "a.npy", tmp_path / "b.npy"], None, None, 8, None)
+    assert both.num_tokens == 96 and torch.equal(both.counts, 2 * found.counts) and "without 4 tokens" in told
     for dtype in (np.uint8, np.uint16):  # -1 as it is in these
         np.save(tmp_path / "a.npy", array.astype(dtype))
         assert torch.equal(import_profile(tmp_path / "a.npy", num_experts=8).counts, found.counts)

@@ -133,6 +133,8 @@ def _told(found: Found) -> str:
         text += f", {found.num_experts_per_tok} a token"
         held = [name for name in ("mass", "saliency") if getattr(found, name) is not None]
         text += f"; with {' and '.join(held)}" if held else "; counts alone, so no signal but count"
+    if found.skipped:
+        text += f"; without {found.skipped:,} tokens that are padding or have no experts (zeros or -1)"
     return text + (f"; ignored: {', '.join(found.ignored)}" if found.ignored else "")
 
 

@@ -71,6 +71,8 @@ class Found:
     """float64 [L, E]: sum over the expert's tokens of gate weight x output norm"""
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     """float64 [L, E] each: what else the file says of each expert"""
+    skipped: int = 0
+    """tokens left out: padding, or without experts"""
     ignored: tuple[str, ...] = ()
     model: str | None = None
     data: str | None = None
@@ -114,7 +116,7 @@ def together(found: Sequence[tuple[Path, Found]]) -> Found:
                 dropped.append(f"{name}, which not all files have")
         total = replace(
             total, counts=total.counts + other.counts, scores={},
-            num_tokens=total.num_tokens + other.num_tokens, **sums,
+            num_tokens=total.num_tokens + other.num_tokens, skipped=total.skipped + other.skipped, **sums,
             ignored=tuple(dict.fromkeys((*total.ignored, *other.ignored, *dropped))),
             data=total.data if total.data == other.data else ", ".join(filter(None, (total.data, other.data))),
         )  # fmt: skip

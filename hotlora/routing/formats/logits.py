@@ -71,10 +71,9 @@ def read_logits(arrays: Mapping[str, Stored], file: Path, known: Known) -> Found
             if known.norm_topk_prob:
                 weights /= weights.sum(dim=1, keepdim=True)
             mass[row].index_add_(0, flat, weights.flatten())
-    ignored = () if mask is None or is_token.all() else (f"{int((~is_token).sum()):,} tokens of padding",)
     return Found(
         "router logits", numbers, counts, int(is_token.sum()), top_k, None if known.norm_topk_prob is None else mass,
-        ignored=ignored,
+        skipped=int((~is_token).sum()),
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
     num_tokens = total.num_tokens - int(empty[0])
     if not num_tokens:
         raise DataError(f"{file}: no token has experts: all ids are 0 or -1")
-    ignored = [f"{int(empty[0]):,} tokens without experts (zeros or -1)"] if empty[0] else []
+    ignored = []
     if others := sorted(set(range(num_layers)) - set(places)):
         ignored.append(f"layers without experts ({spans(others)} of the array)")
     table = torch.from_numpy(np.ascontiguousarray(counts))
@@ -54,7 +54,7 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
             f"{file}: an expert has {int(table.max()):,} of {num_tokens:,} tokens, more than once each: the axes must "
             "be [tokens, layers, k]"
         )
-    return Found("routed experts", indices, table, num_tokens, top_k, ignored=tuple(ignored))
+    return Found("routed experts", indices, table, num_tokens, top_k, skipped=int(empty[0]), ignored=tuple(ignored))
 
 
 def _places(
