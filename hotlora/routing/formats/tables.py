@@ -77,8 +77,8 @@ def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Fou
     check_counts(counts, layers, file, mass, saliency)
     num_tokens, top_k = _sizes(data, counts, layers, file, known)
     return Found(
-        form, layers, counts, num_tokens, top_k, mass, saliency, scores, tuple(ignored), _text(data, ("model",)),
-        _text(data, _DATA),
+        form, layers, counts, num_tokens, top_k, mass, saliency, scores, ignored=tuple(ignored),
+        model=_text(data, ("model",)), data=_text(data, _DATA),
     )  # fmt: skip
 
 
