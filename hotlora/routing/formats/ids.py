@@ -18,7 +18,6 @@ import torch
 from ...base.errors import DataError
 
 Ids = np.ndarray[tuple[int, int, int], np.dtype[np.integer]]
-Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
 _BLOCK = 2**25
 """ids that all workers together hold: tens of megabytes, whatever the file's size"""
 _FEW = 2**15
@@ -96,11 +95,12 @@ def _tally_block(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
         found = [_pairs(row.view(np.uint16)) for row in by_layer]
     else:
         rows = by_layer.reshape(num_layers, num_tokens, top_k)
-        found = [(_bincount(row.ravel()), bool((row[:, 1:] == row[:, :-1]).any())) for row in rows]
-    counts = np.stack([np.pad(row, (0, max(0, num_experts - len(row)))) for row, _ in found])
+        bins = 2 ** (8 * ids.itemsize)
+        found = [(_bincount(row.ravel(), bins), bool((row[:, 1:] == row[:, :-1]).any())) for row in rows]
+    counts = torch.stack([row for row, _ in found])
     if any(repeats for _, repeats in found) or counts[:, num_experts:].any():
         return _tally_slowly(ids, num_experts, first, file)
-    return Tally(counts[:, :num_experts], np.zeros(num_layers, np.int64), num_tokens)
+    return Tally(counts[:, :num_experts].numpy(), np.zeros(num_layers, np.int64), num_tokens)
 
 
 def _tally_few(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
@@ -117,15 +117,13 @@ def _by_layer(ids: Ids, num_experts: int) -> np.ndarray[tuple[int, int], np.dtyp
     return np.bincount(flat.ravel(), minlength=num_layers * num_experts).reshape(num_layers, num_experts)
 
 
-def _pairs(row: np.ndarray[tuple[int], np.dtype[np.uint16]]) -> tuple[Counts, bool]:
+def _pairs(row: np.ndarray[tuple[int], np.dtype[np.uint16]]) -> tuple[torch.Tensor, bool]:
     """(the counts of the ids in pairs of neighbours, int64 [256]; whether a pair is the same id twice): half the steps
     of counting ids one by one."""
-    grid = torch.from_numpy(_bincount(row))
-    rows = -(-len(grid) // 256)
-    grid = torch.nn.functional.pad(grid, (0, 256 * rows - len(grid))).view(rows, 256)  # [second, first]
+    grid = _bincount(row, 2**15).view(-1, 256)  # [second, first], of 128 rows or 256
     counts = grid.sum(dim=0)
-    counts[:rows] += grid.sum(dim=1)
-    return counts.numpy(), bool(grid.diagonal().any())
+    counts[: len(grid)] += grid.sum(dim=1)
+    return counts, bool(grid.diagonal().any())
 
 
 def _turned(ids: Ids) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
@@ -144,14 +142,13 @@ def _turned(ids: Ids) -> np.ndarray[tuple[int, int], np.dtype[np.integer]]:
     return turned.reshape(num_layers, -1).view(ids.dtype)
 
 
-def _bincount(row: np.ndarray[tuple[int], np.dtype[np.integer]]) -> Counts:
-    """int64, up to the highest id. numpy's own takes three times as long; torch has no uint16, which are taken as
-    int16 where that is the same."""
+def _bincount(row: np.ndarray[tuple[int], np.dtype[np.integer]], bins: int) -> torch.Tensor:
+    """int64 [bins], or as many as the type has numbers. numpy's own takes three times as long; torch has no uint16,
+    which are taken as int16 where that is the same."""
     if row.dtype == np.uint16:
         signed = row.view(np.int16)
-        row = signed if len(row) and signed.min() >= 0 else row.astype(np.int32)
-    counts: Counts = torch.bincount(torch.from_numpy(row)).numpy()
-    return counts
+        row, bins = (signed, bins) if len(row) and signed.min() >= 0 else (row.astype(np.int32), 2**16)
+    return torch.bincount(torch.from_numpy(row), minlength=bins)
 
 
 def _tally_slowly(ids: Ids, num_experts: int, first: int, file: Path) -> Tally:
