@@ -307,6 +307,13 @@ def test_esfts_files_add_up_over_lines_layers_and_ranks(tmp_path: Path):
         file.write_text(text)
         with pytest.raises(DataError, match=r"expert_weights_2\.txt, line 1: "):
             import_profile(tmp_path, **sizes)
+    for data in (b"\xff\xfe", None):
+        file.unlink()
+        file.write_bytes(data) if data else file.mkdir()
+        with pytest.raises(HotLoraError, match=r"rank_1.expert_weights_2\.txt .*(whole file|cannot be read)"):
+            import_profile(tmp_path, **sizes)
+        if not data:
+            file.rmdir()
 
 
 def test_scores_are_written_for_the_rule_scores(tmp_path: Path):

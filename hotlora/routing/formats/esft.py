@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...base.errors import DataError, FileError
-from .found import Found, Known, check_layers, tokens_of
+from .found import Found, Known, check_layers, tokens_of, whole
 
 _NAME = re.compile(r"expert_weights_(0|[1-9]\d{0,8})\.txt")
 
@@ -43,7 +43,7 @@ def read_esft(files: Sequence[Path], known: Known) -> Found:
         layer = int(match[1])
         counts.setdefault(layer, torch.zeros(num_experts, dtype=torch.int64))
         mass.setdefault(layer, torch.zeros(num_experts, dtype=torch.float64))
-        with open(file, encoding="utf-8") as lines:
+        with whole(file), open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 ids, weights = _line(line.rstrip("\r\n"), f"{file}, line {number}", num_experts, top_k)
                 counts[layer] += torch.bincount(ids, minlength=num_experts)

@@ -32,8 +32,7 @@ def read_routing(files: Files, known: Known) -> Found:
     if any(map(esft.is_esft, text)):
         if not all(map(esft.is_esft, text)):
             raise DataError(f"{text[0]} and {text[-1]} are of two forms: import files of one form together")
-        with whole(text[0]):
-            return esft.read_esft(text, known)
+        return esft.read_esft(text, known)
     found = []
     for path in text:
         if not path.is_file():
