@@ -29,6 +29,8 @@ _PUBLIC = {
     "compare_examples": "report.paired",
     "compare_runs": "report.comparison",
     "count_parameters": "adapter.count",
+    "import_profile": "routing.imported",
+    "import_scores": "routing.imported",
     "jaccard": "routing.profile",
     "load": "runs.load",
     "load_adapter": "runs.load",
@@ -66,6 +68,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .hf.models import load_tokenizer as load_tokenizer
     from .report.comparison import compare_runs as compare_runs
     from .report.paired import compare_examples as compare_examples
+    from .routing.imported import import_profile as import_profile
+    from .routing.imported import import_scores as import_scores
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
     from .routing.profile import RoutingProfile as RoutingProfile

@@ -47,6 +47,7 @@ SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
 README_GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu/h200.json -->"
 GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
+IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
 OPTIONS_HEAD = """# Options of a run
 
 Every option of a training: its name, its default and what it does.
@@ -185,6 +186,27 @@ def profiling_table() -> str:
     return "\n".join(lines)
 
 
+def import_table() -> str:
+    """What reading a large array of routed experts takes, from the results of benchmarks/time_import.py."""
+    heads = ["the file", "`cat` twice, s", "import, s", "import over the two passes", "peak memory over the file"]
+    rows = []
+    for file in sorted((ROOT / "benchmarks" / "import").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        size = f"{result['bytes'] / 1e9:.2f} GB, {result['environment']['device']}"
+        for state, seconds in result["seconds"].items():
+            ratio = result["import_over_two_passes"][state]
+            rows.append(
+                [
+                    f"{size}, {'in' if state == 'cached' else 'not in'} the system's cache",
+                    f"{seconds['two passes']['median']:.1f}",
+                    f"{seconds['import']['median']:.1f}",
+                    f"{ratio['median']:.2f} ({ratio['least']:.2f}–{ratio['most']:.2f})",
+                    f"{result['memory']['peak']['share of the file']:.3f}",
+                ]
+            )
+    return table(heads, rows)
+
+
 def take_over(runs: Path, into: Path) -> None:
     """Copy a demo's records, plans, profiles, metrics and heat map, not its weights."""
     for folder in find_records(runs):
@@ -209,7 +231,7 @@ def main() -> None:
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
     text = filled(readme.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.readme_table())
     text = filled(text, README_GPU_MARK, gpu_readme_table())
-    papers = ROOT / "docs" / "papers.md"
+    papers, imports = ROOT / "docs" / "papers.md", ROOT / "docs" / "import.md"
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
@@ -226,6 +248,7 @@ def main() -> None:
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
         RELIABILITY_PAGE: reliability_page(),
+        imports: filled(imports.read_text(encoding="utf-8"), IMPORT_MARK, import_table()),
         speed: filled(of_speed, PROFILING_MARK, profiling_table()),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }

@@ -1,7 +1,8 @@
-"""Slow and GPU tests are listed as skipped unless asked for. What the tests take can be recorded."""
+"""Slow and GPU tests are listed as skipped unless asked for. What tests take can be recorded. A command, called."""
 
 import json
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: needs a CUDA device"))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process, which spares seconds of imports: (exit code, stdout, stderr)."""
+
+    from hotlora.cli import main as cli
+
+    def run_here(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hotlora", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run_here

@@ -4,6 +4,7 @@
 JSON or tensors, by its values. test_fuzz_files gives each target some inputs, scripts/reliability.py many more.
 """
 
+import base64
 import copy
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -24,7 +26,15 @@ from safetensors.torch import save_file
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora import ExpertPlan, HotLoraConfig, RoutingProfile, load_adapter, select_experts
+from hotlora import (
+    ExpertPlan,
+    HotLoraConfig,
+    RoutingProfile,
+    import_profile,
+    import_scores,
+    load_adapter,
+    select_experts,
+)
 from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.formats.import_peft import import_adapter
 from hotlora.adapter.mask import SparseMask
@@ -238,7 +248,10 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def targets(folder: Path) -> list[Target]:
     """A whole file of every format, in folders below `folder`."""
-    return [*_values_files(folder), *_data_files(folder), *_model_files(folder), *_run_files(folder)]
+    return [
+        *_values_files(folder), *_imported_files(folder), *_data_files(folder), *_model_files(folder),
+        *_run_files(folder),
+    ]  # fmt: skip
 
 
 def _values_files(folder: Path) -> list[Target]:
@@ -275,6 +288,60 @@ def _values_files(folder: Path) -> list[Target]:
             "json",
         ),
     ]
+
+
+def _imported_files(folder: Path) -> list[Target]:
+    """Routing that others measured: a form each."""
+    counts, mass = [[3, 1, 2, 2], [0, 4, 4, 0]], [[1.5, 0.5, 1.0, 1.0], [0.0, 2.0, 2.5, 0.0]]
+    by_layer = {str(layer): {"cnt": counts[layer], "gate": mass[layer], "sal": mass[layer]} for layer in (0, 1)}
+    scores = {str(layer): {str(expert): 0.25 for expert in range(4)} for layer in (0, 1)}
+    ids = numpy.array([[[0, 1], [1, 2]], [[2, 3], [3, 0]]], numpy.uint8)
+    npy, npz, packed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    numpy.save(npy, ids)
+    numpy.savez(npz, a=ids)
+    numpy.savez_compressed(packed, a=ids)
+    text = [base64.b64encode(data).decode() for data in (npy.getvalue(), ids.astype("<i4").tobytes())]
+    answers = [
+        {"choices": [{"routed_experts": text[0]}]}, {"meta_info": {"routed_experts": text[1]}},
+        {"prompt_routed_experts": ids.tolist(), "routed_experts": ids.tolist()},
+    ]  # fmt: skip
+    files: dict[str, tuple[str, bytes, str]] = {
+        "counts": ("c.json", _json({"counts": counts, "mass": mass, "reap": mass, "num_tokens": 4}), "json"),
+        "counts of examples": ("x.json", _json({"num_experts": 4, "examples": [[[[0, 2]], [[1, 1], [3, 1]]]]}), "json"),
+        "saliency": ("s.json", _json({"n_expert": 4, "tokens": 4, "layers": by_layer}), "json"),
+        "ESFT's summary": ("summary.json", _json({"token_scores": scores, "gate_scores": scores}), "json"),
+        "ESFT's scores": ("expert_weights_1.txt", b"0\t1\t2\t3\t\t.1\t.2\t.3\t.4\n1\t0\t\t.5\t.5\n", "bytes"),
+        "routed experts.npy": ("r.npy", npy.getvalue(), "bytes"),
+        "routed experts.npz": ("r.npz", npz.getvalue(), "bytes"),
+        "routed experts in a packed npz": ("p.npz", packed.getvalue(), "bytes"),
+        "routed experts.jsonl": ("r.jsonl", _lines(answers), "lines"),
+        "routed experts.safetensors": ("r.safetensors", b"", "tensors"),
+        "router logits": ("l.safetensors", b"", "tensors"),
+    }
+    config = folder / "imported-config"
+    tiny_config("olmoe", num_experts=4).save_pretrained(config)
+    found = []
+    for name, (file, data, kind) in files.items():
+        path = folder / f"imported-{len(found)}" / file
+        path.parent.mkdir()
+        path.write_bytes(data)
+        if kind == "tensors":
+            floats = {f"layer{layer}": torch.rand(3, 4) for layer in (0, 1)}
+            mask = {"attention_mask": torch.tensor([[1, 1, 0]])}
+            tensors = {"a": torch.from_numpy(ids)} if name.startswith("routed") else {**floats, **mask}
+            save_file(tensors, path, {"format": "pt"})
+
+        def read(path: Path = path, name: str = name) -> None:
+            if name == "ESFT's summary":
+                import_scores(path)
+                return
+            known = {"model": config} if path.suffix == ".jsonl" else {"num_experts": 4, "num_experts_per_tok": 2}
+            profile = import_profile(path, **known)
+            select_experts(profile, experts_per_layer=1)
+            assert profile.hash and profile.counts.sum() == profile.num_tokens * 2 * len(profile.layers)
+
+        found.append(Target(name, path, read, kind))
+    return found
 
 
 def _data_files(folder: Path) -> list[Target]:

@@ -52,6 +52,7 @@ PATHS = (
     "{model}",
     "{adapter}",
     "{profile}",
+    "{counts}",
     "{plan}",
     "{rows}",
     "{config}",
@@ -68,6 +69,7 @@ FIRST: dict[str, str] = {
     "evaluate": "--model {model} --data nano-choice --limit 2 --batch-size 2",
     "profile": "--model {model} --data {rows} --limit 3 --max-length 64",
     "plan": "{profile}", "params": "{config}", "export": "--model {model} {adapter} -o out --format peft",
+    "import": "{counts} -o out/p.safetensors",
     "merge": "--model {model} {adapter} -o out", "combine": "--model {model} {adapter} {adapter} -o out",
     "demo": "--task x", "bench": "--rounds 0", "sweep": "{file} --dry-run", "report": "{runs} -o out",
     "compare": "{runs}", "data": "{rows} --model {model}", "push": "{adapter} owner/name",
@@ -94,9 +96,12 @@ class Bench:
         rows = ({"prompt": f"{i} and", "completion": f" {i}"} for i in range(6))
         (self.inputs / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (self.inputs / "config.json").write_text(json.dumps(tiny_config("olmoe").to_dict()))
+        (self.inputs / "counts.json").write_text(json.dumps({"counts": [[3, 1], [2, 2]], "num_tokens": 4}))
         (self.inputs / "sweep.py").write_text("SWEEP = 1\n")
         fuzz.write_runs(self.inputs / "runs")
-        names = ("model", "adapter", "runs", "profile.safetensors", "plan.json", "rows.jsonl", "config.json")
+        names = (
+            "model", "adapter", "runs", "profile.safetensors", "plan.json", "rows.jsonl", "config.json", "counts.json"
+        )  # fmt: skip
         self.words = {name.split(".")[0]: str(self.inputs / name) for name in names}
         self.words["file"] = str(self.inputs / "sweep.py")
         self.before = self.state()

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hotlora import ExpertPlan, RoutingProfile
 from hotlora.base.records import read_record
-from hotlora.cli import main as cli
 
 
 def run(*words: object) -> str:
@@ -46,22 +45,6 @@ def rows(tmp_path: Path) -> Path:
 
 
 OLMOE_CONFIG = Path(__file__).parents[1] / "benchmarks" / "configs" / "olmoe-1b-7b"
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command in this process, which spares seconds of imports: (exit code, stdout, stderr)."""
-
-    def run_here(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hotlora", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run_here
 
 
 def test_help_needs_no_torch():

@@ -22,7 +22,9 @@ NAMES = (
     "rows.csv", "rows.tsv", "rows.parquet", "generations", "config.json for params", "a model's config.json",
     "a model's weights", "a model's tokenizer", "adapter_config.json", "an adapter's weights", "PEFT's config",
     "PEFT's weights", "run.json",
-    "results", "a checkpoint's mark", "metrics.jsonl",
+    "results", "a checkpoint's mark", "metrics.jsonl", "counts", "counts of examples", "saliency", "ESFT's summary",
+    "ESFT's scores", "routed experts.npy", "routed experts.npz", "routed experts in a packed npz",
+    "routed experts.jsonl", "routed experts.safetensors", "router logits",
 )  # fmt: skip
 
 

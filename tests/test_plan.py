@@ -1,8 +1,10 @@
 """Rules on counts worked by hand, and the plan's file."""
 
+import itertools
 import json
 import random
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.cli import main as cli
 from hotlora.routing.plan import RULES, ExpertPlan, select_experts
-from hotlora.routing.profile import RoutingProfile
+from hotlora.routing.profile import SIGNALS, RoutingProfile
 
 
 def make_profile(counts, mass=None, layers=None, **source):
@@ -59,6 +61,25 @@ def test_mass_may_rank_otherwise_than_count():
     profile = make_profile([[4, 3, 2, 1]], mass=[[0.1, 0.2, 0.3, 0.4]])
     assert select_experts(profile, experts_per_layer=1).experts == {0: (0,)}
     assert select_experts(profile, experts_per_layer=1, signal="mass").experts == {0: (3,)}
+
+
+def test_saliency_and_mass_per_token_rank_where_the_profile_holds_them():
+    """Saliency is the mean over an expert's tokens: the third's 0.9 of one token is above the first's 0.4 of four."""
+    profile = make_profile([[4, 3, 1, 0]], mass=[[0.1, 0.2, 0.3, 0.0]])
+    held = replace(profile, saliency=torch.tensor([[1.6, 2.4, 0.9, 0.0]]))
+    assert held.signal("saliency")[0].tolist() == pytest.approx([0.4, 0.8, 0.9, 0.0])
+    assert select_experts(held, experts_per_layer=2, signal="saliency").experts == {0: (1, 2)}
+    assert held.signal("mass_per_token").tolist() == [[0.025, 0.05, 0.075, 0.0]]
+    for rule, signal in itertools.product(("hot", "coverage", "auto", "greedy", "cumulative"), SIGNALS[:3]):
+        plan = select_experts(held, rule=rule, signal=signal)
+        assert plan.params["signal"] == signal
+        if signal == "mass_per_token":  # the same order, another unit
+            assert plan.experts == select_experts(held, rule=rule, signal="mass").experts
+    with pytest.raises(PlanError, match=r"holds no saliency: make it again with `hotlora profile --saliency`"):
+        select_experts(profile, signal="saliency")
+    assert select_experts(profile, rule="random", signal="saliency").rule == "random"  # which reads no signal
+    with pytest.raises(PlanError, match=r"'cumulative' adds up ESFT's scores.*choose coverage"):
+        select_experts(held, rule="cumulative", signal="saliency")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +193,7 @@ def test_cumulative_by_mass_adds_gate_weights_a_token_as_esft_does(caplog):
 
 def test_cumulative_by_mass_needs_the_number_of_tokens():
     profile = RoutingProfile((0,), torch.tensor([[1, 2]]), torch.tensor([[0.5, 1.0]]), 0, 1, source={})
-    with pytest.raises(PlanError, match="num_tokens = 0, and rule 'cumulative' by mass needs weights a token"):
+    with pytest.raises(PlanError, match=r"num_tokens = 0, .*rule 'cumulative' by mass.* needs weights a token"):
         select_experts(profile, rule="cumulative", signal="mass")
     assert select_experts(profile, rule="cumulative").experts == {0: (1,)}
 

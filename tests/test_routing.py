@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -441,6 +442,19 @@ def test_save_and_load(tmp_path):
     assert set(load_file(tmp_path / "mine.safetensors")) == {"counts", "mass"}
 
 
+def test_saliency_is_kept_in_the_file_and_in_the_hash(tmp_path):
+    """A file without it, as older ones are, loads as before and has the hash that it had."""
+    without = hand_profile()
+    profile = replace(without, saliency=HAND / 4)
+    assert profile.saliency.dtype == torch.float64 and profile.hash != without.hash
+    profile.save(tmp_path / "with.safetensors")
+    found = RoutingProfile.load(tmp_path / "with.safetensors")
+    assert torch.equal(found.saliency, HAND / 4) and found.hash == profile.hash
+    without.save(tmp_path / "without.safetensors")
+    assert RoutingProfile.load(tmp_path / "without.safetensors").saliency is None
+    assert set(load_file(tmp_path / "without.safetensors")) == {"counts", "mass"}
+
+
 def test_load_names_a_file_that_is_missing_cut_short_or_foreign(tmp_path):
     path = tmp_path / "profile.safetensors"
     with pytest.raises(FileError, match=r"does not exist.*hotlora profile"):
@@ -478,6 +492,9 @@ def test_load_names_a_file_that_is_missing_cut_short_or_foreign(tmp_path):
         ({"counts": HAND + 2**62}, "counts: layer 0 adds up to more than 2\\^63"),
         ({"mass": HAND.double() * torch.nan}, "mass: layer 0 has nan: it must be finite"),
         ({"mass": HAND.double() + torch.inf}, "mass: layer 0 has inf: it must be finite"),
+        ({"saliency": torch.zeros(2, 5)}, r"saliency is \[2, 5\]: it must be \[2, [0-9]+\], as counts are"),
+        ({"saliency": HAND * torch.nan}, "saliency: layer 0 has nan"),
+        ({"saliency": HAND.double() - 99}, "saliency: layer 0 has -[0-9]+: it must be finite, and 0 or more"),
         ({"layers": (-1, 0)}, "ascending decoder indices"),
         ({"layers": ("0", "1")}, "ascending decoder indices"),
         ({"num_tokens": -1}, "num_tokens is '-1'"),

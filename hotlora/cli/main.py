@@ -20,6 +20,7 @@ from ..routing.selection import Selection
 from ..runs.options import EvalOptions, LoadOptions, RunOptions
 from .compare import compare
 from .data import data
+from .imported import import_
 from .measure import bench, params
 from .options import AsJson, err, number_list, options_of, out
 from .profile import profile
@@ -81,6 +82,7 @@ def demo(
 
 
 app.command()(profile)
+app.command("import")(import_)
 
 
 @app.command()

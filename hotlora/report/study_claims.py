@@ -179,8 +179,10 @@ def _stability(result: Study) -> Found | None:
     return f"mean {mean:.3f}; lowest: {lowest}", holds
 
 
-def _signals(result: Study) -> Found:
+def _signals(result: Study) -> Found | None:
     value, spearman = result["mean"]["signals_jaccard"], result["mean"]["signals_spearman"] or float("nan")
+    if value is None:  # imported profiles of counts alone
+        return None
     return f"{value:.3f}, Spearman of the scores {spearman:.3f}", value >= _QWEN_SIGNALS
 
 

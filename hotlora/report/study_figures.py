@@ -141,7 +141,7 @@ def robustness(result: Study) -> Figure:
         panels[0].set_xlabel(f"Jaccard, {share:.0%} of the examples against all (bar: {found[0]['draws']} draws)")
     right = panels[-1]
     for y, name in enumerate(names):
-        row = rows[name]["signals"]
+        row = {key: np.asarray(value, float) for key, value in rows[name]["signals"].items() if key != "by_layer"}
         right.plot(row["jaccard"], y, "o", color=HOT, markersize=6, label="Jaccard of the hot sets" if y == 0 else None)
         label = "Spearman of the scores" if y == 0 else None
         right.plot(row["spearman"], y, "o", color=INK, markersize=6, fillstyle="none", label=label)

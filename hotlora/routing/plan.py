@@ -14,18 +14,18 @@ from ..base.errors import FileError, PlanError
 from ..base.escape import one_line
 from ..base.files import file_in, read_json, write_json
 from .picture import CHOICE, grid_html
-from .profile import RoutingProfile, experts_kept
+from .profile import SIGNALS, RoutingProfile, experts_kept
 from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
 from .selection import Selection
 
 VERSION = 1
 MOST_RANK = 65536  # more than any matrix is wide
-SIGNALS = ("count", "mass")
 DEFAULT_FRACTION = 0.25  # MoE-Sieve s4
 DEFAULT_P = {
-    ("coverage", "count"): 0.6, ("coverage", "mass"): 0.6,  # MoE-Sieve s6.2
-    ("cumulative", "count"): 0.2, ("cumulative", "mass"): 0.1,  # ESFT's token score and gate score
+    **{("coverage", signal): 0.6 for signal in SIGNALS},  # MoE-Sieve s6.2
+    ("cumulative", "count"): 0.2,  # ESFT's token score
+    ("cumulative", "mass"): 0.1, ("cumulative", "mass_per_token"): 0.1,  # ESFT's gate score
 }  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -184,7 +184,9 @@ def select_experts(
     p: share of a layer's assignments or gate weights that "coverage" (0.6) and "cumulative" by count (0.2) reach; for
         "cumulative" by mass (0.1) the sum of the chosen experts' mean gate weights a token, ESFT's gate score.
     budget: experts over all layers, for "greedy", in place of the two.
-    signal: "count" ranks by assignments, "mass" by summed gate weights. seed: of what a rule draws.
+    signal: what ranks: "count" (assignments), "mass" (summed gate weights), "mass_per_token" (the same a token: ESFT's
+        gate score) or "saliency" (gate weight x output norm, mean over an expert's tokens: REAP's), which a profile
+        holds where it was gathered. seed: of what a rule draws.
     fillers: how many of "hot+random" are random; half, rounded down, when not given.
     scores: for the rule "scores": a file, a dict from layer to E numbers, or a tensor [L, E].
 
@@ -193,8 +195,6 @@ def select_experts(
     """
     if rule not in RULES:
         raise PlanError(f"rule {rule!r} does not exist: choose one of {', '.join(RULES)}")
-    if signal not in SIGNALS:
-        raise PlanError(f"signal {signal!r} does not exist: choose one of {', '.join(SIGNALS)}")
     options = {
         "fraction": fraction, "experts_per_layer": experts_per_layer, "p": p, "budget": budget, "fillers": fillers,
         "scores": scores,
@@ -207,7 +207,11 @@ def select_experts(
         )
     fingerprint = profile.source.get("fingerprint")
     num_layers, num_experts = profile.counts.shape
-    table = profile.counts if signal == "count" else profile.mass
+    table = profile.signal(signal if "signal" in reads or signal not in SIGNALS else "count")
+    if rule == "cumulative" and signal == "saliency":
+        raise PlanError(
+            "rule 'cumulative' adds up ESFT's scores, by count, mass or mass_per_token: for saliency choose coverage"
+        )
     params: dict[str, Any] = {}
     if "p" in reads:
         p = DEFAULT_P[rule, signal] if p is None else p
@@ -233,13 +237,8 @@ def select_experts(
         table, params["scores_hash"] = read_scores(scores, profile.layers, num_experts, fingerprint)
     if rule in BY_SHARE:
         _check_shares(rule, profile.layers, table)
-    if rule == "cumulative" and signal == "mass":
-        if profile.num_tokens < 1:
-            raise PlanError(
-                f"the profile says num_tokens = {profile.num_tokens}, and rule {rule!r} by mass needs weights a token: "
-                "profile again, or choose signal count"
-            )
-        table = table / profile.num_tokens
+    if rule == "cumulative" and signal != "count":
+        table = profile.signal("mass_per_token")
         _tell_unreached(profile.layers, table, params["p"])
     chosen = RULES[rule](table, params)
     experts = {layer: tuple(sorted(ids)) for layer, ids in zip(profile.layers, chosen, strict=True)}

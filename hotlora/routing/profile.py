@@ -22,6 +22,8 @@ from .picture import LOADS, grid_html
 
 FORMAT = "hotlora.profile"
 VERSION = "1"
+SIGNALS = ("count", "mass", "mass_per_token", "saliency")
+"""what may rank experts: `RoutingProfile.signal`"""
 TOP = 4.0
 """Loads of more than so many uniform shares have one colour: one outlier must not flatten all others."""
 
@@ -40,13 +42,16 @@ class RoutingProfile:
     router with a choice to skip (zaya) sent to none, and times the runs of a layer that a model loops over
     (inkling2_loop)"""
     mass: Tensor
-    """float64 [L, E]: sum of the gate weights as applied, over those tokens"""
+    """float64 [L, E]: sum of the gate weights as applied, over those tokens; all 0 where they are not known"""
     num_tokens: int
     """tokens seen, without padding"""
     num_experts_per_tok: int
     """K"""
     source: dict[str, Any] = field(default_factory=dict)
     """where the profile came from: the model's "fingerprint", "model", "data", ..."""
+    saliency: Tensor | None = None
+    """float64 [L, E]: sum over those tokens of gate weight x L2 norm of the expert's output; None where it was not
+    gathered. Over the count it is REAP's saliency (arXiv 2510.13999), a mean"""
 
     def __post_init__(self) -> None:
         layers = tuple(self.layers)
@@ -65,10 +70,14 @@ class RoutingProfile:
             number = getattr(self, name)
             if not isinstance(number, int) or not least <= number < 2**63:
                 raise DataError(f"{name} is {str(number)[:40]!r}: it must be an integer of {least} or more")
+        if self.saliency is not None and self.saliency.shape != shape:
+            raise DataError(f"saliency is {list(self.saliency.shape)}: it must be {list(shape)}, as counts are")
         self._check_numbers(layers)
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "counts", self.counts.to("cpu", torch.int64))
         object.__setattr__(self, "mass", self.mass.to("cpu", torch.float64))
+        if self.saliency is not None:
+            object.__setattr__(self, "saliency", self.saliency.to("cpu", torch.float64))
 
     def _check_numbers(self, layers: tuple[int, ...]) -> None:
         for layer, counts, mass in zip(layers, self.counts.to("cpu"), self.mass.to("cpu"), strict=True):
@@ -78,6 +87,9 @@ class RoutingProfile:
                 raise DataError(f"counts: layer {layer} adds up to more than 2^63")
             if not mass.isfinite().all():
                 raise DataError(f"mass: layer {layer} has {mass[~mass.isfinite()][0]:g}: it must be finite")
+        for layer, sums in zip(layers, () if self.saliency is None else self.saliency.to("cpu"), strict=False):
+            if (wrong := sums[~(sums.isfinite() & (sums >= 0))]).numel():
+                raise DataError(f"saliency: layer {layer} has {wrong[0]:g}: it must be finite, and 0 or more")
 
     @property
     def num_experts(self) -> int:
@@ -85,13 +97,52 @@ class RoutingProfile:
         return self.counts.shape[1]
 
     @property
+    def has_mass(self) -> bool:
+        """Whether gate weights are known: an imported profile may have counts alone, and then `mass` is 0."""
+        return bool(self.mass.any()) or not self.counts.any()
+
+    @property
     def hash(self) -> str:
         """Hex SHA-256 of the layers and numbers; `source` does not enter."""
         head = [list(self.layers), list(self.counts.shape), self.num_tokens, self.num_experts_per_tok]
         digest = hashlib.sha256(json.dumps(head).encode())
-        for tensor in (self.counts, self.mass):
+        for tensor in (self.counts, self.mass, *(() if self.saliency is None else (self.saliency,))):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def signal(self, name: str) -> Tensor:
+        """[L, E], higher is hotter: the number that ranks experts, by its name.
+
+        count: assignments. mass: summed gate weights. mass_per_token: mass over all tokens, ESFT's average gate score
+        (arXiv 2407.01906 s3.2). saliency: gate weight x output norm, mean over the expert's tokens (REAP); 0 where it
+        has none.
+
+        PlanError: no such signal, or one that the profile does not hold.
+        """
+        if name == "count":
+            return self.counts
+        if name.startswith("mass") and not self.has_mass:
+            raise PlanError(
+                f"the profile holds no gate weights, so there is no signal {name} (it was imported from "
+                f"{self.source.get('imported', 'elsewhere')}): choose signal count, or profile the model"
+            )
+        if name == "mass":
+            return self.mass
+        if name == "mass_per_token":
+            if self.num_tokens < 1:
+                raise PlanError(
+                    f"the profile says num_tokens = {self.num_tokens}, and mass_per_token (and rule 'cumulative' by "
+                    "mass) needs weights a token: profile again, or choose signal count"
+                )
+            return self.mass / self.num_tokens
+        if name != "saliency":
+            raise PlanError(f"signal {name!r} does not exist: choose one of {', '.join(SIGNALS)}")
+        if self.saliency is None:
+            raise PlanError(
+                "the profile holds no saliency: make it again with `hotlora profile --saliency`, or choose signal "
+                "count or mass"
+            )
+        return self.saliency / self.counts.clamp(min=1)
 
     def shares(self) -> Tensor:
         """float64 [L, E]: each expert's share of its layer's assignments."""
@@ -147,6 +198,8 @@ class RoutingProfile:
         names = ("layers", "num_tokens", "num_experts_per_tok", "source")
         meta = {name: getattr(self, name) for name in names}
         tensors = {"counts": self.counts.contiguous(), "mass": self.mass.contiguous()}
+        if self.saliency is not None:
+            tensors["saliency"] = self.saliency.contiguous()
         save_tensors(file_in(path, "profile.safetensors"), tensors, meta, format=FORMAT, version=VERSION)
 
     @classmethod
@@ -158,7 +211,7 @@ class RoutingProfile:
         try:
             return cls(
                 tuple(meta["layers"]), tensors["counts"], tensors["mass"], meta["num_tokens"],
-                meta["num_experts_per_tok"], dict(meta["source"]),
+                meta["num_experts_per_tok"], dict(meta["source"]), tensors.get("saliency"),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{file} is not a whole {what} ({error}): {fix}") from error

@@ -27,4 +27,8 @@ class Selection(Options):
     budget: int | None = option("greedy: experts over all layers, in place of --fraction.", None, panel=_PANEL)
     fillers: int | None = option("hot+random: how many are random (default half).", None, panel=_PANEL)
     scores: str | Path | None = option("scores: a JSON file of each expert's score.", None, panel=_PANEL)
-    signal: str = option("What ranks experts: count (assignments) or mass (gate weights).", "count", panel=_PANEL)
+    signal: str = option(
+        "What ranks experts: count (assignments), mass (gate weights), mass_per_token (the same a token: ESFT's gate "
+        "score) or saliency (gate weight x output norm: REAP's; of a profile made with --saliency).", "count",
+        panel=_PANEL,
+    )  # fmt: skip

@@ -161,6 +161,8 @@ def shuffled_cv(counts: Tensor, *, shuffles: int = SHUFFLES, seed: int = 0) -> d
 def signals(profile: RoutingProfile, kept: int) -> dict[str, Any]:
     """Count against mass: Jaccard of the two hot sets, Spearman's rank correlation of the scores (MoE-Sieve s3.3)."""
     jaccard = hot_overlap(hot_mask(profile.counts, kept), hot_mask(profile.mass, kept))
+    if not profile.has_mass:  # an imported profile of counts alone
+        jaccard = torch.full_like(jaccard, torch.nan)
     spearman = [_spearman(count, mass) for count, mass in zip(profile.counts, profile.mass, strict=True)]
     return {
         "jaccard": jaccard.mean().item(),

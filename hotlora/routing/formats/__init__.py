@@ -1,0 +1,1 @@
+"""Routing that others measured: their files, one module a form."""
