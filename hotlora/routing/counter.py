@@ -137,24 +137,25 @@ class Counter:
         rows, self.rows = self.rows, []
         return [batch.cpu() for batch in rows]
 
-    def to_host(self) -> Tensor:
-        """int64 [C, E], in units."""
-        if self.sums is None:
-            raise ModelError("an MoE layer's experts were not called: this model's forward is not supported")
-        return self.sums[:, :-1].cpu()
-
 
 def in_units(table: Tensor, name: str) -> Tensor:
     """int64 counts as they are; mass and saliency as float64, from units."""
     return table.clone() if name == "count" else table.double() * UNITS[name]
 
 
-def sum_over_processes(counters: Sequence[Counter]) -> None:
-    """Gives every process the sums of all, in integers: exact, whatever the order."""
-    held = [(counter.sums, counter.bad, counter.skipped) for counter in counters]
-    if processes.num_processes() == 1 or any(sums is None for sums, _, _ in held):
-        return  # no batch at all, in any of them
-    sums = processes.summed(torch.stack([sums.cpu() for sums, _, _ in held if sums is not None]))
-    rest = processes.summed(torch.tensor([[int(bad or 0), int(skipped)] for _, bad, skipped in held]))
-    for counter, total, (bad, skipped) in zip(counters, sums, rest, strict=True):
-        counter.sums, counter.bad, counter.skipped = total, bad, skipped
+def sums_of(counters: Sequence[Counter], *, share_out: bool) -> tuple[dict[str, Tensor], Tensor, int]:
+    """The tables [L, E] by name, the choices [L] of no expert, and how many numbers were not finite; with share_out
+    those of all processes, summed in integers: exact, whatever the order.
+
+    ModelError: a layer's experts were not called.
+    """
+    if any(counter.sums is None for counter in counters):
+        raise ModelError("an MoE layer's experts were not called: this model's forward is not supported")
+    sums_LCE = torch.stack([counter.sums[:, :-1].cpu() for counter in counters if counter.sums is not None])
+    rest_L2 = torch.tensor([[int(counter.skipped), int(counter.bad or 0)] for counter in counters])
+    if share_out:
+        sums_LCE, rest_L2 = processes.summed(sums_LCE), processes.summed(rest_L2)
+    skipped_L, bad_L = rest_L2.unbind(dim=1)
+    names = counters[0].held
+    tables = {name: in_units(table, name) for name, table in zip(names, sums_LCE.unbind(dim=1), strict=True)}
+    return tables, skipped_L, int(bad_L.sum())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..base import processes
 from ..base.errors import DataError, ModelError
 from ..hf import forward, models
-from .counter import UNITS, Counter, in_units, sum_over_processes
+from .counter import UNITS, Counter, in_units, sums_of
 from .profile import RoutingProfile
 
 
@@ -97,7 +97,7 @@ class Watch:
         self.by_example = tuple(by_example)
         skips = models.skips_tokens(model)
         self.counters = [Counter(layer.num_experts, held, kept, skips) for layer in self.layers]
-        self.num_tokens, self._packs = 0, False
+        self.num_tokens, self._packs, self._told = 0, False, False
         self._mine: list[bool] = []
         """of each batch since the last `examples`, whether it is this process's"""
         self._hooks = ExitStack()
@@ -123,8 +123,9 @@ class Watch:
         """Runs the model on batches. told: the words of its bar."""
         if progress and (console := Console(stderr=True)).is_terminal:
             batches = track(batches, description=told, total=total, transient=True, console=console)
-        elif progress:
+        elif progress and not self._told:
             console.print("profiling the router" + (f" on {total:,} batches" if total else ""), highlight=False)
+        self._told = True
         turns = processes.shared_out(batches) if self.share_out else ((batch, True) for batch in batches)
         for index, (batch, is_mine) in enumerate(turns):
             input_ids, mask, position_ids = _checked(batch, index)
@@ -164,24 +165,19 @@ class Watch:
         return {name: in_units(table, name) for name, table in zip(self.by_example, tables, strict=True)}
 
     def profile(self, source: Mapping[str, Any] | None = None) -> RoutingProfile:
-        """Of all batches, of all processes. To be asked for once, at the end."""
+        """Of all batches so far, of all processes."""
         num_tokens = self.num_tokens
         if self.share_out:
-            sum_over_processes(self.counters)
             num_tokens = sum(processes.all_objects(num_tokens))
         if num_tokens == 0:
             raise DataError("no token to profile on: give at least one batch with a token that is not padding")
         top_k = models.num_experts_per_tok(self.model)
-        if bad := sum(int(counter.bad or 0) for counter in self.counters):
+        sums, skipped, bad = sums_of(self.counters, share_out=self.share_out)
+        if bad:
             raise ModelError(
                 f"{bad} gate weights{' or outputs' * self.counters[0].with_saliency} are not finite, so the model "
                 "overflows in its dtype: load it in bfloat16 or float32"
             )
-        sums = {
-            name: in_units(torch.stack(tables), name)
-            for name, *tables in zip(self.counters[0].held, *(c.to_host() for c in self.counters), strict=True)
-        }
-        skipped = torch.tensor([int(counter.skipped) for counter in self.counters])
         # A router of expert parallelism may hand on other ranks' experts as an index out of range.
         partial = any(counter.is_expert_parallel for counter in self.counters)
         runs = torch.tensor([counter.runs for counter in self.counters])
