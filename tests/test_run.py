@@ -22,8 +22,8 @@ from hotlora.evaluate.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.export import combine_saved, export_saved
+from hotlora.runs.profiling import profile_data
 from hotlora.runs.study import run_study
-from hotlora.runs.training import profile_data
 from hotlora.tasks import Example
 from hotlora.tasks.tokens import tokenize
 from hotlora.training.config import TrainConfig

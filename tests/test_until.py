@@ -1,4 +1,4 @@
-"""How many examples a profile reads: an estimate that is right on examples whose population is known, and can be wrong."""
+"""How many examples a profile reads: an estimate that is right where the population is known, and could be wrong."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ HOT = Selection(fraction=0.25)
 
 
 def population(seed=0, num_examples=2000, tokens=20, own=0.65):
-    """int64 [X, L, E]: each example routes its tokens by a mixture of what all have in common and of what is its own."""
+    """int64 [X, L, E]: each example routes its tokens by a mixture of what all share and of what is its own."""
     random = np.random.default_rng(seed)
     shared = random.dirichlet(np.full(NUM_EXPERTS, 2.0), NUM_LAYERS)
     rows = np.empty((num_examples, NUM_LAYERS, NUM_EXPERTS), dtype=np.int64)
@@ -159,5 +159,5 @@ def test_a_model_is_run_on_examples_drawn_at_random_until_it_is_enough():
     held = profile_until(model, batches_of, 90, until=0.3, selection=Selection(signal="saliency"))
     assert held.saliency is not None and held.source["until"]["experts"]["signal"] == "saliency"
     for until in (0, 1, 1.5, float("nan")):
-        with pytest.raises(DataError, match="until is .*: it must be above 0 and below 1"):
+        with pytest.raises(DataError, match=r"until is .*: it must be above 0 and below 1"):
             profile_until(model, batches_of, 90, until=until)

@@ -19,9 +19,8 @@ from .plan import DEFAULT_FRACTION, ExpertPlan, selected
 from .profile import RoutingProfile
 from .profiler import Watch
 from .rules import READS, RULES
-from .selection import Selection
+from .selection import UNTIL, Selection
 
-UNTIL = 0.95
 FIRST, GROWTH = 64, 1.25
 """Examples before the first look, and how many times as many there are at each one after it."""
 RESAMPLES = 100
@@ -194,3 +193,28 @@ def _thinned(rows_XLE: Tensor) -> Tensor:
         even = len(rows_XLE) // 2 * 2
         rows_XLE = torch.cat([rows_XLE[:even].unflatten(0, (-1, 2)).sum(dim=1), rows_XLE[even:]])
     return rows_XLE
+
+
+def is_settled(profile: RoutingProfile) -> bool:
+    """Whether a profile reached what it was to be read until; True where all was to be read."""
+    asked_for, found = profile.source.get("until"), profile.source.get("stability")
+    return asked_for is None or (found is not None and found["mean"] >= asked_for["jaccard"])
+
+
+def told_stability(profile: RoutingProfile) -> str | None:
+    """What a profile of `profile_until` read and how stable it is, without a full stop; None of another profile."""
+    source = profile.source
+    if "until" not in source:
+        return None
+    read, number = source["examples"], source["drawn_from"]
+    some = f"{read:,} of {number:,} examples" if read < number else f"all {number:,} examples"
+    told = f"profiled on {some}, {profile.num_tokens:,} tokens"
+    if (found := source["stability"]) is None:
+        return f"{told}, too few to say how stable the chosen experts are"
+    chosen = source["until"]["experts"]
+    what = ", ".join(str(value) if name == "rule" else f"{name} {value}" for name, value in chosen.items())
+    told += (
+        f": the experts that they choose ({what}) agree to {found['mean']:.2f} (Jaccard; {found['low']:.2f} or more, "
+        "19 times in 20) with those of endless such data"
+    )
+    return told if is_settled(profile) else f"{told}, short of profile_until = {source['until']['jaccard']:g}"

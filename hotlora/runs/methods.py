@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..base.options import suggest
-from .options import RunOptions
+from .options import PROFILE_FRACTION, RunOptions
 
 _FROZEN_A = {"train_a": False}
 _SPARSE = {**_FROZEN_A, "keep": 0.1}
@@ -39,7 +39,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 """What is adapted beside the planned experts: what the method has; the router alone; nothing (HELLoRA s4.5.2)."""
 
-_AS_HELLORA: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 128}
+_AS_HELLORA: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 128, "profile_fraction": PROFILE_FRACTION}
 _AS_LORI: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 32}
 _DOMAINS = {"math": (3, 4e-4, 4e-5), "code": (2, 2e-3, 2e-4), "safety": (1, 4e-4, 2e-5)}
 """domain -> epochs, learning rate, and that of full fine-tuning"""
