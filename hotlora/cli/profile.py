@@ -60,8 +60,8 @@ def profile(
             raise HotLoraError("--compare profiles in one process: leave --expert-parallel out.")
         if given.pop("profile_until", 1) != 1 or given.pop("saliency", False):
             raise HotLoraError(
-                "--compare reads all of the data (--limit: so much of it), by count and mass: leave --profile-until and "
-                "--saliency out."
+                "--compare reads all of the data (with --limit so much of it), by count and mass: leave "
+                "--profile-until and --saliency out."
             )
         _compare(chosen, model, output or Path("runs/study"), given)
         return

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ..base.processes import check_alike, is_main
 from ..hf.models import fingerprint
+from ..routing.agreement import disagreements
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing
 from ..routing.rules import READS
@@ -45,6 +46,12 @@ class Watching:
         selection = options.selection()
         by_saliency = selection.signal == "saliency" and "signal" in READS.get(selection.rule, ())
         return cls(options.until, selection, by_saliency)
+
+    @property
+    def tells_signals(self) -> bool:
+        """Whether it is of use to hear that signals disagree: the rule reads one, and it is the default's."""
+        chosen = self.selection or Selection()
+        return chosen.signal == Selection.signal and "signal" in READS.get(chosen.rule, ())
 
     def asked(self) -> dict[str, Any]:
         """What the source of a profile holds of it."""
@@ -101,7 +108,9 @@ def profile_data(
         if more and not is_settled(found):
             _log.warning("%s: %s to read more.", said, more)
         elif progress:
-            print(said, file=sys.stderr)
+            print(f"{said}.", file=sys.stderr)
+    for told in disagreements(found) if is_main() and progress and watching.tells_signals else ():
+        print(f"{told}.", file=sys.stderr)
     return found
 
 
