@@ -1,6 +1,6 @@
 """Whether a profile that is read until its hot experts are settled keeps what it promises, and what that spares.
 
-    python benchmarks/profile_until.py ../shared/data/routing --output benchmarks/profiling/until.json
+    python benchmarks/profile_until.py ../shared/data/routing --output results/profile_until.json
 
 No model is run on OLMoE's data: 1,024 rows of Alpaca, each with its own counts, are the population, of which rows are
 drawn with replacement, so that the hot experts of endless such data are known: those of all rows. Each draw is read

@@ -1,7 +1,9 @@
 """Count against mass and saliency: by hand, and said by the commands where they disagree."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,31 @@ def test_the_published_models_are_on_both_sides_of_the_threshold():
             counts, mass = torch.tensor(data["counts"]), torch.tensor(data["mass"])
             profile = RoutingProfile(tuple(range(len(counts))), counts, mass, 1, 8)
             assert (agreements(profile)[0].jaccard >= AGREE) is agree, file
+
+
+def test_the_table_in_the_docs():
+    folder = DATA / "routing"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is {ABSENT}")
+    page = (Path(__file__).parents[1] / "docs" / "method.md").read_text("utf-8")
+    shown = re.findall(
+        r"^\| (OLMoE|Qwen1.5-MoE|GLM-5.2), .* \| (mass|saliency) \| (.*) \| (.*)% \| (.*)% \|$", page, re.M
+    )
+    assert len(shown) == 4
+    where = {"OLMoE": "moe_sieve/olmoe", "Qwen1.5-MoE": "moe_sieve/qwen", "GLM-5.2": "glm_5_2"}
+    for model, signal, *cells in shown:
+        rows = []
+        for file in (folder / where[model]).glob("*.json"):
+            data = json.loads(file.read_text("utf-8"))
+            counts = torch.tensor(data["counts"])
+            sums = torch.tensor(data["reap"]).double() * counts if signal == "saliency" else None
+            mass = torch.tensor(data["mass"])
+            profile = RoutingProfile(tuple(range(len(counts))), counts, mass, 1, 8, saliency=sums)
+            found = agreements(profile)[-1]
+            rows.append((found.jaccard, 100 * found.by_count, 100 * found.by_signal))
+        ends = [(min(column), max(column)) for column in zip(*rows, strict=True)]
+        forms = (".2f", ".1f", ".1f")
+        assert cells == [f"{low:{form}}–{high:{form}}" for (low, high), form in zip(ends, forms, strict=True)]
 
 
 @pytest.mark.parametrize("given", [(), ("--signal", "mass"), ("--rule", "random")])
