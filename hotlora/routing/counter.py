@@ -104,8 +104,8 @@ class Counter:
         return output_SD.view(-1, len(column_S) // shape[:-1].numel(), shape[-1]).sum(dim=1).view(shape)
 
     def _units(self, values: Tensor, name: str, counted: Tensor) -> Tensor:
-        """int64, 0 where not finite."""
-        finite = values.isfinite()
+        """int64, 0 where not finite, or so large that it would not fit."""
+        finite = values.abs() < 2.0**62 * UNITS[name]  # not so for nan
         assert self.bad is not None
         self.bad += (counted & ~finite).sum()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
