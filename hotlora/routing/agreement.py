@@ -13,6 +13,9 @@ AGREE = 0.85
 """Jaccard from which two signals are said to choose the same. Count and mass of OLMoE and Qwen1.5-MoE are at 0.88 to
 0.99, of GLM-5.2, with 256 experts a layer, at 0.56 to 0.77 (docs/method.md)."""
 
+NEAR = 0.95
+"""Share that the hot experts by count have of what those by the signal have, from which little depends on the choice."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -27,11 +30,15 @@ class Agreement:
 
     def __str__(self) -> str:
         what = {"mass": "gate weights", "saliency": "gate weights times output norms"}[self.signal]
+        meaning = (
+            "what differs is mostly near the edge of the budget"
+            if self.by_count >= NEAR * self.by_signal
+            else f"a plan by --signal {self.signal} adapts experts that weigh more there"
+        )
         return (
             f"count and {self.signal} choose other experts: their hot {DEFAULT_FRACTION:.0%} overlap "
             f"{self.jaccard:.2f} (Jaccard). Those by count have {self.by_count:.1%} of a layer's {what}, those by "
-            f"{self.signal} {self.by_signal:.1%}: where the two are close, the experts that differ are near the edge "
-            f"of the budget, and it matters little which are adapted; where they are not, try --signal {self.signal}"
+            f"{self.signal} {self.by_signal:.1%}: {meaning}"
         )
 
 

@@ -212,7 +212,8 @@ def told_stability(profile: RoutingProfile) -> str | None:
     if (found := source["stability"]) is None:
         return f"{told}, too few to say how stable the chosen experts are"
     chosen = source["until"]["experts"]
-    what = ", ".join(str(value) if name == "rule" else f"{name} {value}" for name, value in chosen.items())
+    words = {"rule": "{}", "signal": "by {}"}
+    what = ", ".join(words.get(name, f"{name} {{}}").format(value) for name, value in chosen.items())
     told += (
         f": the experts that they choose ({what}) agree to {found['mean']:.2f} (Jaccard; {found['low']:.2f} or more, "
         "19 times in 20) with those of endless such data"
