@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_by_hand():
     assert disagreements(profile) == [found]
     told = str(found)
     assert "overlap 0.67" in told and "Those by count have 81.2%" in told and "those by mass 93.8%" in told
-    assert "try --signal mass" in told
+    assert "a plan by --signal mass adapts experts that weigh more there" in told
+    assert "near the edge of the budget" in str(replace(found, by_count=0.9))
     assert not disagreements(make(COUNTS.tolist()))
 
 

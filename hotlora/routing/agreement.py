@@ -14,7 +14,7 @@ AGREE = 0.85
 0.99, of GLM-5.2, with 256 experts a layer, at 0.56 to 0.77 (docs/method.md)."""
 
 NEAR = 0.95
-"""Share that the hot experts by count have of what those by the signal have, from which little depends on the choice."""
+"""What the hot experts by count have of what those by the signal have: from there, little depends on the choice."""
 
 
 @dataclass(frozen=True)
