@@ -16,6 +16,7 @@ section 3.3)."""
 WARMUPS = ("none", "lora")
 BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
 TRAIN_ON = ("assistant", "last", "all")
+_NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one of the two."
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
 
@@ -179,6 +180,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError("a warm-up is there to make a profile: leave out profile, plan and full fine-tuning.")
         if self.warmup != "none" and self.profile_until not in (None, 1):
             raise HotLoraError("a warm-up profiles the examples that it trained on: leave out profile_until.")
+        if self.expert_parallel > 1 and self.signal == "saliency" and self.profiles:
+            raise HotLoraError(_NO_SALIENCY)
 
     @property
     def profiles(self) -> bool:
@@ -244,6 +247,8 @@ class ProfileOptions(LoadOptions, DataOptions):
         super().__post_init__()
         if not 0 < self.profile_until <= 1:
             raise DataError(f"profile_until = {self.profile_until} is out of range: it must be in (0, 1].")
+        if self.expert_parallel > 1 and self.saliency:
+            raise HotLoraError(_NO_SALIENCY)
 
 
 PROFILE_LEAVES = ("on_top_of", "keep_hot")
