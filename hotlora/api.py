@@ -171,7 +171,7 @@ def profile(
     from .hf.models import load_tokenizer, vocab_size
     from .runs.checks import check_adapters, check_sizes
     from .runs.folder import load_base
-    from .runs.training import profile_data
+    from .runs.profiling import Watching, profile_data
     from .tasks.data import load_examples
     from .tasks.rows import save_rows
     from .tasks.tokens import tokenize
@@ -194,7 +194,8 @@ def profile(
         base = load_base(chosen.model, **chosen.loading())
         result = profile_data(
             base, tokenizer, examples, named, chosen.model, dataset=dataset, progress=progress and is_main(),
-            **sizes,
+            watching=Watching(chosen.profile_until, saliency=chosen.saliency, seed=chosen.seed),
+            more="give a larger --limit" if chosen.limit == len(examples) else "", **sizes,
         )  # fmt: skip
         if output is not None and is_main():
             result.save(output)

@@ -48,6 +48,7 @@ README_GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu/h200.json --
 GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
+UNTIL_MARK = "<!-- made by scripts/docs.py from results/profile_until.json -->"
 OPTIONS_HEAD = """# Options of a run
 
 Every option of a training: its name, its default and what it does.
@@ -207,6 +208,39 @@ def import_table() -> str:
     return table(heads, rows)
 
 
+def until_tables() -> str:
+    """What `--profile-until` promises and spares, from the record of benchmarks/profile_until.py."""
+    record = json.loads((ROOT / "results" / "profile_until.json").read_text(encoding="utf-8"))
+
+    def spread(found: dict[str, float], form: str = ".3f") -> str:
+        return f"{found['mean']:{form}} ({found['sd']:{form}})"
+
+    lines = [
+        "| rows that are read | overlap with the population's | as estimated | lower end | overlap above it |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for number, found in record["olmoe"]["estimates"].items():
+        cells = [spread(found[name]) for name in ("true", "estimate", "low")]
+        lines.append(f"| {int(number):,} | {' | '.join(cells)} | {found['true_at_least_low']:.0%} |")
+    lines += ["", "| read until | rows drawn | rows read | tokens read | overlap | above the lower end | the least |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for name, found in record["olmoe"]["stops"].items():
+        numbers = [spread(found[what], ",.0f") for what in ("rows", "tokens")]
+        kept = f"{found['true_at_least_low']:.0%} | {found['true']['min']:.2f}"
+        way = name.partition(", ")[2]
+        lines.append(f"| {found['target']:g} | {way} | {' | '.join(numbers)} | {spread(found['true'])} | {kept} |")
+    lines += ["", "And on nano, with the seconds of one pass over all 2,000 rows, and of one that stops, on a CPU:", ""]
+    lines.append("| task | tokens of all | tokens read | of all | overlap with all | seconds |")
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for task, found in record["nano"].items():
+        stops, until = found["stops"], found["until"]
+        share = stops["tokens"]["mean"] / found["tokens"]
+        times = f"{found['seconds']:.1f} and {until['seconds']:.1f}"
+        read = spread(stops["tokens"], ",.0f")
+        lines.append(f"| {task} | {found['tokens']:,} | {read} | {share:.1%} | {spread(stops['true'])} | {times} |")
+    return "\n".join(lines)
+
+
 def take_over(runs: Path, into: Path) -> None:
     """Copy a demo's records, plans, profiles, metrics and heat map, not its weights."""
     for folder in find_records(runs):
@@ -235,6 +269,7 @@ def main() -> None:
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
+    of_method = filled(of_method, UNTIL_MARK, until_tables())
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
     wanted = {

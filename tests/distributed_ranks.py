@@ -28,6 +28,8 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.hf.models import load_model
 from hotlora.routing.profiler import profile_routing
+from hotlora.routing.selection import Selection
+from hotlora.routing.until import profile_until
 from hotlora.training.config import TrainConfig
 
 STEPS, PER_STEP = 4, 4
@@ -90,8 +92,16 @@ def profile(output: Path) -> None:
     model = load_model(output.parent / "model", device="cpu")
     batches = [tiny_batch(2, 5 + i, seed=i, vocab_size=259) for i in range(5)]
     profile = profile_routing(model, batches, share_out=True)
+
+    def batches_of(places):
+        return (tiny_batch(2, 5 + i % 5, seed=i, vocab_size=259) for i in places)
+
+    until = profile_until(
+        model, batches_of, 90, until=0.9, share_out=True, selection=Selection(signal="saliency", fraction=0.5)
+    )
     if distributed.is_main():
         profile.save(output)
+        until.save(output / "until.safetensors")
 
 
 def resume(output: Path) -> None:

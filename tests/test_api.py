@@ -176,6 +176,11 @@ def test_profile(rows: Path, tmp_path: Path):
     assert found.source["examples"] == 10 and found.num_tokens > 0
     assert hotlora.RoutingProfile.load(tmp_path / "profile.safetensors").hash == found.hash
     assert hotlora.profile("nano", rows, limit=10, progress=False).hash == found.hash
+    assert found.source["stability"] is None and found.saliency is None
+    assert hotlora.profile("nano", rows, limit=10, progress=False, saliency=True).saliency is not None
+    assert "until" not in hotlora.profile("nano", rows, limit=10, progress=False, profile_until=1).source
+    with pytest.raises(HotLoraError, match=r"profile_until = 0 is out of range: it must be in \(0, 1\]"):
+        hotlora.profile("nano", rows, profile_until=0)
     with pytest.raises(HotLoraError, match="batch_size"):
         hotlora.profile("nano", rows, batch_size=0)
 

@@ -123,6 +123,9 @@ def test_two_processes_profile_what_one_profiles_to_the_bit(quick):
     assert codes["profile:1"] == [0] and codes["profile:2"] == [0, 0], said(folder, "profile:2")
     one, two = (RoutingProfile.load(folder / f"profile-{n}") for n in (1, 2))
     assert two.hash == one.hash and two.num_tokens == one.num_tokens == sum(2 * (5 + i) - 2 for i in range(5))
+    one, two = (RoutingProfile.load(folder / f"profile-{n}" / "until.safetensors") for n in (1, 2))
+    assert two.hash == one.hash and two.source == one.source and one.saliency is not None
+    assert 64 <= one.source["examples"] <= 90 and 0.5 < one.source["stability"]["mean"] < 1
 
 
 def test_under_fsdp_of_others_the_adapter_is_sharded_and_saved_whole(quick):

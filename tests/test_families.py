@@ -4,6 +4,7 @@ Built from the package itself (zoo.py), so a transformers with a new family fail
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
 from hotlora.adapter.raw_weights import HotLoraWeights
-from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens
+from hotlora.hf.experts_view import ExpertsView
+from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens, unwrap
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profiler import profile_routing
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
@@ -84,6 +86,36 @@ def test_profile_and_zero_B(family):
     expected = logits(model)
     plan = select_experts(profile, rule="hot", fraction=0.25)
     assert torch.equal(logits(adapted(family, plan=plan.to_dict(), randomise=False)), expected)
+
+
+@every_family
+def test_saliency_against_a_plain_loop(family):
+    """Gate weight times the norm of each expert's output, one expert after another, from the inputs that they get in a
+    profile without saliency; all else of the profile is that one's, bit for bit."""
+    model, given = zoo_model(family), {}
+    for layer in moe_layers(model):
+        model.get_submodule(layer.experts).register_forward_pre_hook(
+            lambda _, args, kwargs, i=layer.layer: given.setdefault(i, []).append((*args, *kwargs.values())[:3]),
+            with_kwargs=True,
+        )
+    plain, calls = profile_routing(model, [BATCH]), given.copy()
+    expected = torch.zeros(plain.mass.shape, dtype=torch.float64)
+    is_token = BATCH["attention_mask"].flatten().bool()
+    for row, layer in enumerate(moe_layers(model)):
+        view = ExpertsView(unwrap(model.get_submodule(layer.experts)))
+        for hidden, ids, weights in calls[layer.layer]:
+            weights = weights.reshape(ids.shape)
+            for expert in range(NUM_EXPERTS):
+                *ins, (down, down_bias) = view.linears_of(expert)
+                x = hidden.reshape(len(ids), -1)
+                up = torch.cat([torch.nn.functional.linear(x, *matrix) for matrix in ins], dim=-1)
+                y = torch.nn.functional.linear(view.activation(view.join(up)), down, down_bias)
+                y = y if view.norm_after is None else view.norm_after(y)
+                gate = torch.where(ids == expert, weights, 0).abs().double().sum(dim=1)
+                expected[row, expert] += (gate * y.double().norm(dim=1))[is_token].sum()
+    found = profile_routing(model, [BATCH], saliency=True)
+    assert replace(found, saliency=None).hash == plain.hash and plain.saliency is None
+    torch.testing.assert_close(found.saliency, expected, rtol=1e-5, atol=1e-8)
 
 
 def by_hand(model):

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hotlora.base.errors import FileError, HotLoraError
+from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.options import converted, read_yaml
 from hotlora.cli.options import options_of
 from hotlora.routing.selection import Selection
@@ -170,6 +170,33 @@ def test_what_a_record_holds():
     held = set(RunOptions(model="nano", data="nano-math").recorded())
     assert held - {field.name for field in dataclasses.fields(TrainConfig)} == {
         "model", "data", "test_data", "test_split", "attn_implementation", "evaluate", "full", "dtype", "quantize",
-        "expert_parallel", "profile_fraction", "plan_seed", "reprofile_every", "reprofile_left",
+        "expert_parallel", "profile_until", "profile_fraction", "plan_seed", "reprofile_every", "reprofile_left",
         *(field.name for field in dataclasses.fields(Selection)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("profiling", [{"signal": "saliency"}, {"saliency": True}])
+def test_saliency_and_expert_parallelism_are_told_apart_at_once(profiling):
+    kind = ProfileOptions if "saliency" in profiling else RunOptions
+    data = {} if kind is ProfileOptions else {"data": "nano-math"}
+    with pytest.raises(HotLoraError, match="saliency is not gathered under expert parallelism"):
+        kind(model="nano", expert_parallel=2, **data, **profiling)
+    assert kind(model="nano", **data, **profiling).expert_parallel == 1
+
+
+def test_how_much_is_profiled():
+    """By default until it is settled, of all; an explicit share says how much by itself, or the most of it."""
+
+    def of(**options):
+        made = RunOptions(model="nano", data="nano-math", **options)
+        return made.until, made.share_profiled
+
+    assert of() == (0.95, 1.0) and of(profile_until=0.9) == (0.9, 1.0) and of(profile_until=1) == (1.0, 1.0)
+    assert of(profile_fraction=0.1) == (1.0, 0.1) and of(profile_fraction=0.1, profile_until=0.9) == (0.9, 0.1)
+    # Where none is made, what runs from before this option hold.
+    assert of(profile="p") == of(plan="p") == of(full=True) == (1.0, 0.1)
+    assert of(profile="p", reprofile_every=5) == (0.95, 1.0)
+    with pytest.raises(DataError, match=r"profile_until = 2 is out of range: it must be in \(0, 1\]"):
+        of(profile_until=2)
+    with pytest.raises(HotLoraError, match="a warm-up profiles the examples that it trained on"):
+        of(profile_until=0.9, warmup="lora")

@@ -204,6 +204,49 @@ def test_a_hotlora_model_is_profiled_too():
     assert profile_routing(adapted, [tiny_batch()]).hash == expected.hash
 
 
+def test_saliency_is_of_the_model_as_it_is_adapted():
+    """By PEFT alone and by hotlora, whose layers stand around the experts: as of the merged weights."""
+    import peft
+
+    from hotlora.adapter.config import HotLoraConfig
+
+    plain = profile_routing(tiny_model(), [tiny_batch()], saliency=True)
+    plan = select_experts(plain, experts_per_layer=3)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    for config in (
+        peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters, init_lora_weights=False),
+        HotLoraConfig(plan=plan, r=2, init_lora_weights=False),
+    ):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(tiny_model(), config)
+        found = profile_routing(adapted, [tiny_batch()], saliency=True)
+        assert torch.equal(found.counts, profile_routing(adapted, [tiny_batch()]).counts)
+        merged = profile_routing(adapted.merge_and_unload(), [tiny_batch()], saliency=True)
+        torch.testing.assert_close(found.saliency, merged.saliency, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found.saliency, plain.saliency, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saliency_in_half_precision(dtype):
+    model = tiny_model()
+    exact = profile_routing(model, [tiny_batch(4, 20)], saliency=True)
+    found = profile_routing(model.to(dtype), [tiny_batch(4, 20)], saliency=True)
+    assert found.counts.sum(dim=1).tolist() == [found.num_tokens * K] * 2
+    same = (found.counts == exact.counts) & (exact.counts > 0)  # a near-tie of the router may fall otherwise
+    assert same.double().mean() > 0.5
+    torch.testing.assert_close(found.saliency[same], exact.saliency[same], rtol=0.05, atol=0)
+
+
+def test_saliency_that_overflows_is_told():
+    model = tiny_model()
+    for weight in (torch.inf, 1e30):
+        with torch.no_grad():
+            model.get_submodule(moe_layers(model)[1].experts).down_proj.fill_(weight)
+        with pytest.raises(ModelError, match="gate weights or outputs are not finite"):
+            profile_routing(model, [tiny_batch()], saliency=True)
+        profile_routing(model, [tiny_batch()])  # to which the last layer's outputs are nothing
+
+
 def test_head_is_not_run():
     model = tiny_model()
     model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head was run"))

@@ -22,8 +22,8 @@ from hotlora.evaluate.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.export import combine_saved, export_saved
+from hotlora.runs.profiling import profile_data
 from hotlora.runs.study import run_study
-from hotlora.runs.training import profile_data
 from hotlora.tasks import Example
 from hotlora.tasks.tokens import tokenize
 from hotlora.training.config import TrainConfig
@@ -97,6 +97,50 @@ def test_a_run_on_a_file_with_a_shared_profile(model_folder: str, tmp_path: Path
         tiny_model("olmoe", vocab_size=259, max_position_embeddings=512), tmp_path / "cold" / "adapter"
     )
     assert response_loss(model, TOKENIZER, dataset()) == record["training"]["test_loss"] and len(loaded) > 0
+
+
+def test_a_run_profiles_until_its_experts_are_settled(model_folder: str, tmp_path: Path, capsys, caplog):
+    """Runs that were begun before there was a choice have read what --profile-fraction gave, a tenth by default."""
+    file, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"prompt": f"{i}", "completion": f" {i % 7}"}) + "\n" for i in range(300)))
+    config, named = replace(CONFIG, max_steps=1), (model_folder, str(file))
+    record = run_training(*named, run, config=config, profile_until=0.5, rule="cold", fraction=0.5, progress=True)
+    profile = RoutingProfile.load(run)
+    assert (profile.source["examples"], profile.source["drawn_from"]) == (64, 300)
+    assert profile.source["until"]["experts"] == {"rule": "cold", "fraction": 0.5, "signal": "count"}
+    assert record["profile"]["examples"] == 64 and record["profile"]["stability"]["mean"] >= 0.5
+    said = "profiled on 64 of 300 examples, {:,} tokens: the experts that they choose (cold, fraction 0.5, by count)"
+    assert said.format(profile.num_tokens) in capsys.readouterr().err
+    same = {"config": config, "profile_until": 0.5, "rule": "cold", "fraction": 0.5}
+    assert run_training(*named, run, **same) == record
+    with pytest.raises(HotLoraError, match=r"--profile-until 0\.95 against 0\.5"):
+        run_training(*named, run, **{**same, "profile_until": None})
+
+    old = run_training(*named, tmp_path / "old", config=config, profile_fraction=0.1)
+    assert RoutingProfile.load(tmp_path / "old").source["examples"] == 64  # of a small set as many at least
+    assert (old["config"].pop("profile_until"), old["config"]["profile_fraction"]) == (1.0, 0.1)
+    write_record(tmp_path / "old", old)
+    with pytest.raises(HotLoraError, match=r"--profile-fraction 1\.0 against 0\.1, --profile-until 0\.95 against 1\.0"):
+        run_training(*named, tmp_path / "old", config=config)
+    assert run_training(*named, tmp_path / "old", config=config, profile_fraction=0.1)["status"] == "done"
+
+    assert not caplog.records
+    run_training(*named, tmp_path / "few", config=config, profile_until=0.9999, profile_fraction=0.25)
+    assert "on all 75 examples" in caplog.text and "short of profile_until = 0.9999" in caplog.text
+    assert "give a larger --profile-fraction to read more." in caplog.text
+
+
+def test_a_run_by_saliency_gathers_it(model_folder: str, tmp_path: Path):
+    arguments = {"config": replace(CONFIG, max_steps=1, max_length=256), "limit": 12, "evaluate": False}
+    arguments |= {"signal": "saliency"}
+    record = run_training(model_folder, "nano-choice", tmp_path / "run", **arguments)
+    assert RoutingProfile.load(tmp_path / "run").saliency is not None
+    assert record["plan"]["params"]["signal"] == "saliency"
+    plain = replace(RoutingProfile.load(tmp_path / "run"), saliency=None)
+    plain.save(tmp_path / "plain.safetensors")
+    with pytest.raises(PlanError, match="holds no saliency: make it again with `hotlora profile --saliency`"):
+        run_training(model_folder, "nano-choice", tmp_path / "no", profile=tmp_path / "plain.safetensors", **arguments)
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_run_that_fails_says_so_and_goes_on(model_folder: str, tmp_path: Path):

@@ -16,7 +16,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
-from hotlora.base.errors import DataError, FileError, PlanError
+from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.cli.profile import profile as profile_command
 from hotlora.report import study_models
 from hotlora.report.published import DATASETS, MODELS, OLMOE_SPIDER
@@ -458,6 +458,12 @@ def test_the_command(model_folder, files, tmp_path, monkeypatch):
     found = load_study(out / "study.json")
     assert list(found["datasets"]) == ["sums", "names", "letters"] and "page:" in result.output
     assert found["command"].startswith("hotlora profile") and "--compare" in found["command"]
+    for more in (["--profile-until", "0.9"], ["--saliency"]):
+        result = runner.invoke(app, [*words, *more])
+        assert isinstance(result.exception, HotLoraError) and "--compare reads all of the data" in str(result.exception)
+    assert runner.invoke(app, [*one, "--saliency", "--profile-until", "1"]).exit_code == 0
+    made = RoutingProfile.load(tmp_path / "p.safetensors")
+    assert made.saliency is not None and "until" not in made.source
     for wrong, says in (([], "give a data set"), ([files[0]], "give the model")):
         result = runner.invoke(app, wrong)
         assert result.exit_code == 2 and says in result.output

@@ -180,6 +180,42 @@ def test_a_shared_profile_is_made_again_only_for_other_data(model_folder: Path, 
     assert record["profile"]["hash"] == RoutingProfile.load(tmp_path / "p").hash  # what a run makes by itself
 
 
+def test_a_sweeps_profile_is_found_again_where_it_says_how_much_is_read(tmp_path: Path):
+    """Folders of sweeps from before --profile-until keep their names; a default reads until the hot 25% are settled."""
+    folders = {}
+    for name, options in {
+        "half": {"profile_fraction": 0.5}, "tenth": {"profile_fraction": 0.1}, "default": {},
+        "mass": {"signal": "mass"}, "saliency": {"signal": "saliency"},
+        "random": {"rule": "random", "signal": "saliency"},
+    }.items():  # fmt: skip
+        job = sweep_jobs(Sweep("s", "nano", "nano-math", [Condition("c", options)]), tmp_path)[0]
+        folders[name] = job.folder.name
+        assert job.arguments.get("profile_until") == (None if "profile_fraction" in options else 0.95)
+        assert job.arguments.get("saliency") == (True if name == "saliency" else None)
+    assert (folders["half"], folders["tenth"]) == ("nano-math-043f6b83", "nano-math-8a5b9c96")
+    assert folders["default"] == folders["mass"] == folders["random"] != folders["saliency"]
+
+
+def test_runs_of_a_sweep_have_the_profile_that_is_settled(model_folder: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "!"}) + "\n" for i in range(100)))
+    options = {"device": "cpu", "evaluate": False, "profile_until": 0.4}
+    config = TrainConfig(max_steps=1, batch_size=4, r=2, max_length=64)
+    sweep = Sweep("s", str(model_folder), str(rows), [Condition("c", options)], config=config)
+    profile, run = sweep_jobs(sweep, tmp_path / "runs")
+    profile.function(**profile.arguments)
+    found = RoutingProfile.load(profile.folder)
+    assert (found.source["examples"], found.source["drawn_from"]) == (64, 100)
+    made = profile.folder.joinpath("profile.safetensors").stat().st_mtime_ns
+    profile.function(**profile.arguments)
+    assert profile.folder.joinpath("profile.safetensors").stat().st_mtime_ns == made
+    run.function(**run.arguments)
+    record = json.loads((run.folder / "run.json").read_text())
+    # The run makes none, so it is as one that had this profile before there was --profile-until.
+    assert record["config"]["profile_until"] == 1.0 and record["profile"]["hash"] == found.hash
+    assert record["profile"]["examples"] == 64
+
+
 FILE = """
 from hotlora.training.config import TrainConfig
 from hotlora.runs.sweep import Condition, Sweep

@@ -94,12 +94,17 @@ def plan(
     **given: Any,
 ) -> None:
     """Choose the experts to adapt, from a profile. The file can be edited by hand."""
+    from ..routing.agreement import disagreements
     from ..routing.plan import selected
     from ..routing.profile import RoutingProfile
 
     selection = Selection(**given)
-    chosen = selected(RoutingProfile.load(profile), selection, seed=seed)
+    routing = RoutingProfile.load(profile)
+    chosen = selected(routing, selection, seed=seed)
     chosen.save(output)
+    if "signal" in chosen.params and "signal" not in given:
+        for told in disagreements(routing):
+            err.print(f"{told}.", highlight=False, markup=False, soft_wrap=True)
     out.print(f"{chosen.summary}; plan: {output}")
 
 

@@ -58,6 +58,11 @@ def profile(
     if compare:
         if given.pop("expert_parallel", 1) != 1:
             raise HotLoraError("--compare profiles in one process: leave --expert-parallel out.")
+        if given.pop("profile_until", 1) != 1 or given.pop("saliency", False):
+            raise HotLoraError(
+                "--compare reads all of the data (with --limit so much of it), by count and mass: leave "
+                "--profile-until and --saliency out."
+            )
         _compare(chosen, model, output or Path("runs/study"), given)
         return
     if len(chosen) > 1:

@@ -64,7 +64,7 @@ class HyperparameterTable(Direct):
             (f"{told}, math", "3 epochs", field_of(epochs)),
             (f"{told}, code", "2 epochs", field_of(epochs, 1)),
             (f"{told}, safety", "1 epoch", field_of(epochs, 2)),
-            ("samples to find hot experts", "10%", of(0, lambda options: f"{options.profile_fraction:.0%}")),
+            ("samples to find hot experts", "10%", of(0, lambda options: f"{options.share_profiled:.0%}")),
             ("hot experts of a layer", "8", "the router's own K" if k == "top_k" else str(k)),
             ("scaling α", "64", field_of("lora_alpha")),
             ("seeds", "10", str(len(self.trainings.seeds))),

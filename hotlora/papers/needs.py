@@ -196,7 +196,7 @@ def _loads(sweep: Sweep, model: str) -> tuple[list[Load], dict[str, float]]:
                 trained = examples * size[1] / size[0]
             flops = trained * _flops_per_token(meta, options, share)
             flops *= 2 if options.keep else 1  # LoRI's dense run comes first
-            part = size[1] * options.profile_fraction
+            part = size[1] * options.share_profiled
             forward[options.data] = part * sum(forward_flops(meta, options.max_length).values())
         loads.append(Load(condition.name, options, flops, share))
     return loads, forward

@@ -21,8 +21,9 @@ from ..routing.study import Study, load_study, study
 from ..runs.folder import data_time, load_base
 from ..runs.methods import resolve
 from ..runs.options import PROFILE_FRACTION
+from ..runs.profiling import profile_data, profile_sample
 from ..runs.study import run_study
-from ..runs.training import profile_data, profile_sample, run_training
+from ..runs.training import run_training
 from ..tasks.data import load_examples
 from ..training.config import TrainConfig
 from . import hellora

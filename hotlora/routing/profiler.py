@@ -1,10 +1,11 @@
 """Watches a model's router on data: which experts each token is sent to (MoE-Sieve s4, step 1).
 
-Shape suffixes: L MoE layers, E experts, K router's top-k, T tokens, S assignments, X examples, D model width.
+Shape suffixes: L MoE layers, E experts, K router's top-k, T tokens, X examples.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,18 +16,15 @@ from torch import Tensor, nn
 from ..base import processes
 from ..base.errors import DataError, ModelError
 from ..hf import forward, models
-from ..hf.experts_view import ExpertsView
+from .counter import UNITS, Counter, in_units, sums_of
 from .profile import RoutingProfile
-
-# Gate weights are summed as integers of this unit: then a sum does not depend on the order in which a GPU's
-# atomics add, and devices without float64 (mps) keep full precision. A float32 weight above 2**-13 is exact.
-_MASS_UNIT = 2.0**-36
 
 
 def profile_routing(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
     *,
+    saliency: bool = False,
     progress: bool = False,
     source: Mapping[str, Any] | None = None,
     share_out: bool = False,
@@ -40,15 +38,21 @@ def profile_routing(
 
     batches: dicts with input_ids [B, S], attention_mask [B, S] (1 token, 0 padding; absent = all ones) and
     position_ids [B, S] (absent = transformers' own). Where a row's positions begin again, packed texts are kept apart.
+    saliency: also gather REAP's (arXiv 2510.13999): each expert's output is handed out by itself, in the same pass, and
+    added up for its token here. That takes about twice the memory of the experts' forward; in half precision outputs
+    are rounded once more than without, so that near-ties of later routers may fall otherwise.
     progress: show a bar on stderr. total: the number of batches, for its time left, where they have no length.
     source: what to remember of data and model, in plain JSON values.
     share_out: for several processes (torchrun), all of which call this with the same batches: each runs its share of
     them, and gets the profile of all, which is the profile that one process makes, bit for bit.
 
     DataError: no batch, no token, or a batch of another form. ModelError: no MoE layer, a model on the meta
-    device, packed texts that the family does not keep apart, or gate weights that are not finite.
+    device, packed texts that the family does not keep apart, gate weights that are not finite, or saliency under
+    expert parallelism.
     """
-    return _profile(model, batches, progress, source, per_example=False, share_out=share_out, total=total)[0]
+    with Watch(model, saliency=saliency, share_out=share_out) as watch:
+        watch.run(batches, progress=progress, total=total)
+        return watch.profile(source)
 
 
 def profile_examples(
@@ -63,163 +67,128 @@ def profile_examples(
     Returns the profile, and int32 [X, L, E]: one row for each row of the batches, in their order. Summed over
     the X examples they are the profile's counts.
     """
-    return _profile(model, batches, progress, source, per_example=True)
+    with Watch(model, by_example=("count",)) as watch:
+        watch.run(batches, progress=progress)
+        profile = watch.profile(source)
+        rows_XLE = watch.examples()["count"].int()
+    assert torch.equal(rows_XLE.sum(dim=0), profile.counts), "the examples' counts must sum to the profile's"
+    return profile, rows_XLE
 
 
-def _profile(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], progress: bool, source: Mapping[str, Any] | None,
-    *, per_example: bool, share_out: bool = False, total: int | None = None,
-) -> tuple[RoutingProfile, Tensor]:  # fmt: skip
-    """The profile, and int32 [X, L, E], of which X is 0 unless `per_example`."""
-    layers = models.moe_layers(model)
-    sizes = sorted({layer.num_experts for layer in layers})
-    if len(sizes) > 1:
-        raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
-    device = _input_device(model)
-    run, options = _decoder(model)
-    counters = [_Counter(layer.num_experts, per_example, models.skips_tokens(model)) for layer in layers]
-    num_tokens, packs = 0, False
-    with ExitStack() as stack:
-        stack.enter_context(forward.inference(model))
-        for layer, counter in zip(layers, counters, strict=True):
-            experts = model.get_submodule(layer.experts)
-            handle = experts.register_forward_pre_hook(counter.hook, with_kwargs=True)
-            stack.callback(handle.remove)
+class Watch:
+    """Inside, hooks on a model's experts add up what the router does in `run`.
+
+    saliency, share_out: as `profile_routing` takes them. by_example: names of what is kept for each example by itself,
+    "count", "mass", "saliency".
+    """
+
+    def __init__(
+        self, model: nn.Module, *, saliency: bool = False, share_out: bool = False, by_example: Sequence[str] = ()
+    ) -> None:
+        self.model, self.share_out = model, share_out
+        self.layers = models.moe_layers(model)
+        sizes = sorted({layer.num_experts for layer in self.layers})
+        if len(sizes) > 1:
+            raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
+        self.device = _input_device(model)
+        self.decoder, self.options = _decoder(model)
+        held = tuple(UNITS)[: 3 if saliency else 2]
+        kept = [held.index(name) for name in by_example]
+        self.by_example = tuple(by_example)
+        skips = models.skips_tokens(model)
+        self.counters = [Counter(layer.num_experts, held, kept, skips) for layer in self.layers]
+        self.num_tokens, self._packs, self._told = 0, False, False
+        self._mine: list[bool] = []
+        """of each batch since the last `examples`, whether it is this process's"""
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "Watch":
+        self._hooks.enter_context(forward.inference(self.model))
+        for layer, counter in zip(self.layers, self.counters, strict=True):
+            experts = self.model.get_submodule(layer.experts)
+            handles = [experts.register_forward_pre_hook(counter.hook, with_kwargs=True)]
+            if counter.with_saliency:
+                handles.append(experts.register_forward_hook(counter.add_up))
+            for handle in handles:
+                self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.close()
+
+    def run(
+        self, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False, total: int | None = None,
+        told: str = "profiling",
+    ) -> None:  # fmt: skip
+        """Runs the model on batches. told: the words of its bar."""
         if progress and (console := Console(stderr=True)).is_terminal:
-            batches = track(batches, description="profiling", total=total, transient=True, console=console)
-        elif progress:
+            batches = track(batches, description=told, total=total, transient=True, console=console)
+        elif progress and not self._told:
             console.print("profiling the router" + (f" on {total:,} batches" if total else ""), highlight=False)
-        turns = processes.shared_out(batches) if share_out else ((batch, True) for batch in batches)
+        self._told = True
+        turns = processes.shared_out(batches) if self.share_out else ((batch, True) for batch in batches)
         for index, (batch, is_mine) in enumerate(turns):
             input_ids, mask, position_ids = _checked(batch, index)
             begins = _begin_again(position_ids, mask)
-            if begins.any() and not packs:
-                _check_packing(model, run, input_ids, mask, begins)
-                packs = True
+            if begins.any() and not self._packs:
+                _check_packing(self.model, self.decoder, input_ids, mask, begins)
+                self._packs = True
             counted = mask & is_mine
-            num_tokens += int(counted.sum())
+            self.num_tokens += int(counted.sum())
+            self._mine.append(is_mine)
             masks = {mask.device: counted.flatten()}
-            for counter in counters:
+            for counter in self.counters:
                 counter.masks, counter.runs = masks, 0
                 counter.num_rows = len(mask)
             inputs = {"input_ids": input_ids, "position_ids": position_ids}
             if not begins.any():  # transformers keeps packed texts apart only where it gets no mask
                 inputs["attention_mask"] = mask
-            given = {name: tensor.to(device) for name, tensor in inputs.items() if tensor is not None}
-            run(**given, use_cache=False, **options)
-            for counter in counters:
+            given = {name: tensor.to(self.device) for name, tensor in inputs.items() if tensor is not None}
+            self.decoder(**given, use_cache=False, **self.options)
+            for counter in self.counters:
                 counter.masks = {}
-    if share_out:
-        _sum_over_processes(counters)
-        num_tokens = sum(processes.all_objects(num_tokens))
-    if num_tokens == 0:
-        raise DataError("no token to profile on: give at least one batch with a token that is not padding")
-    top_k = models.num_experts_per_tok(model)
-    sums = [counter.to_host() for counter in counters]
-    counts = torch.stack([counts for counts, _, _ in sums])
-    skipped = torch.tensor([int(counter.skipped) for counter in counters])
-    if bad := sum(bad for _, _, bad in sums):
-        raise ModelError(
-            f"{bad} gate weights are not finite, so the model overflows in its dtype: load it in bfloat16 or float32"
-        )
-    # A router of expert parallelism may hand on other ranks' experts as an index out of range.
-    partial = any(counter.is_expert_parallel for counter in counters)
-    runs = torch.tensor([counter.runs for counter in counters])
-    whole = counts.sum(dim=1) + skipped == num_tokens * top_k * runs
-    assert partial or whole.all(), "a row must sum to tokens x K, each time that the layer runs"
-    name = getattr(getattr(model, "config", None), "name_or_path", None)
-    origin = {"fingerprint": models.fingerprint(model)} | ({"model": name} if name else {})
-    indices, mass = tuple(layer.layer for layer in layers), torch.stack([mass for _, mass, _ in sums])
-    profile = RoutingProfile(indices, counts, mass, num_tokens, top_k, origin | dict(source or {}))
-    rows_XLE = torch.stack([counter.rows_to_host() for counter in counters], dim=1)
-    assert not per_example or torch.equal(rows_XLE.sum(dim=0), counts), "the examples' counts must sum to the profile's"
-    return profile, rows_XLE
 
+    def examples(self) -> dict[str, Tensor]:
+        """[X, L, E] of each of `by_example`: int64 counts, float64 mass and saliency of the rows of all batches since
+        the last call, of all processes, in the batches' order."""
+        rows = [counter.rows_to_host() for counter in self.counters]  # of each layer those of each batch [B, C, E]
+        by_batch = [
+            torch.stack(layers, dim=2) for layers, is_mine in zip(zip(*rows, strict=True), self._mine, strict=True)
+            if is_mine
+        ]  # fmt: skip
+        self._mine = []
+        if self.share_out:
+            found = zip_longest(*processes.all_objects(by_batch))
+            by_batch = [batch for turn in found for batch in turn if batch is not None]
+        shape = (0, len(self.by_example), len(self.layers), self.layers[0].num_experts)
+        tables = torch.cat([torch.zeros(shape, dtype=torch.int64), *by_batch]).unbind(dim=1)
+        return {name: in_units(table, name) for name, table in zip(self.by_example, tables, strict=True)}
 
-class _Counter:
-    """Sums one layer's assignments on the device that its experts live on. Never waits for that device."""
-
-    def __init__(self, num_experts: int, per_example: bool, skips_tokens: bool) -> None:
-        self.num_experts = num_experts
-        self.per_example = per_example
-        self.skips_tokens = skips_tokens
-        self.num_rows = 0
-        """B, the current batch's rows; its tokens come row after row"""
-        self.runs = 0
-        """how often the layer has run for the current batch: more than once in a model that loops over layers"""
-        self.rows: list[Tensor] = []
-        """int32 [B, E] of every batch so far, if `per_example`"""
-        self.masks: dict[torch.device, Tensor] = {}
-        """the current batch's token mask [T], on each device that asked"""
-        self.sums: Tensor | None = None
-        """int64 [2, E + 1]: counts and mass; the last column takes what does not count"""
-        self.bad: Tensor | None = None
-        """int64 []: gate weights that are not finite"""
-        self.skipped: Tensor | int = 0
-        """int64 []: choices of no expert, if `skips_tokens`: expert 0 with weight 0"""
-        self.is_expert_parallel = False
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Reads hidden [T, D], top_k_index [T, K], top_k_weights [T, K] by position: their names differ."""
-        if not self.masks:  # a probe
-            return
-        _, index_TK, weight_TK = (*args, *kwargs.values())[:3]
-        device = index_TK.device
-        if self.sums is None:
-            self.sums = torch.zeros(2, self.num_experts + 1, dtype=torch.int64, device=device)
-            self.bad = torch.zeros((), dtype=torch.int64, device=device)
-            self.is_expert_parallel = ExpertsView(models.unwrap(module)).is_expert_parallel
-        if device not in self.masks:
-            self.masks[device] = next(iter(self.masks.values())).to(device, non_blocking=True)
-        mask_T = self.masks[device]
-        assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
-        weight_TK = weight_TK.reshape(index_TK.shape)
-        here_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
-        skipped_TK = (index_TK == 0) & (weight_TK == 0) if self.skips_tokens else torch.zeros_like(here_TK)
-        counted_TK = here_TK & ~skipped_TK
-        self.skipped = self.skipped + (here_TK & ~counted_TK).sum()
-        finite_TK = weight_TK.isfinite()
-        weight_TK = weight_TK.to(torch.promote_types(weight_TK.dtype, torch.float32))
-        units_TK = (torch.where(finite_TK, weight_TK, 0) / _MASS_UNIT).round().to(torch.int64)
-        column_S = torch.where(counted_TK, index_TK, self.num_experts).flatten()
-        self.sums.index_add_(1, column_S, torch.stack([torch.ones_like(units_TK), units_TK]).flatten(1))
-        self.bad += (counted_TK & ~finite_TK).sum()
-        self.runs += 1
-        if self.per_example and self.runs > 1:
-            self.rows[-1] += self._by_row(column_S)
-        elif self.per_example:
-            self.rows.append(self._by_row(column_S))
-
-    def _by_row(self, column_S: Tensor) -> Tensor:
-        """int32 [B, E]: the batch's assignments, by row; `column_S` is E for those that do not count."""
-        width = self.num_experts + 1
-        slots = max(1, len(column_S) // max(1, self.num_rows))  # of one row
-        row_S = torch.arange(len(column_S), device=column_S.device) // slots
-        counts = torch.zeros(self.num_rows * width, dtype=torch.int32, device=column_S.device)
-        counts.index_add_(0, row_S * width + column_S, torch.ones_like(column_S, dtype=torch.int32))
-        return counts.view(self.num_rows, width)[:, :-1]
-
-    def rows_to_host(self) -> Tensor:
-        """int32 [X, E]: the counts of every row of every batch, in their order."""
-        return torch.cat([rows.cpu() for rows in self.rows] or [torch.zeros(0, self.num_experts, dtype=torch.int32)])
-
-    def to_host(self) -> tuple[Tensor, Tensor, int]:
-        """counts int64 [E], mass float64 [E], number of weights that are not finite."""
-        if self.sums is None or self.bad is None:
-            raise ModelError("an MoE layer's experts were not called: this model's forward is not supported")
-        counts, units = self.sums[:, :-1].cpu()
-        return counts.clone(), units.double() * _MASS_UNIT, int(self.bad)
-
-
-def _sum_over_processes(counters: Sequence[_Counter]) -> None:
-    """Gives every process the sums of all, in integers: exact, whatever the order."""
-    held = [(counter.sums, counter.bad, counter.skipped) for counter in counters]
-    if processes.num_processes() == 1 or any(sums is None for sums, _, _ in held):
-        return  # no batch at all, in any of them
-    sums = processes.summed(torch.stack([sums.cpu() for sums, _, _ in held if sums is not None]))
-    rest = processes.summed(torch.tensor([[int(bad or 0), int(skipped)] for _, bad, skipped in held]))
-    for counter, total, (bad, skipped) in zip(counters, sums, rest, strict=True):
-        counter.sums, counter.bad, counter.skipped = total, bad, skipped
+    def profile(self, source: Mapping[str, Any] | None = None) -> RoutingProfile:
+        """Of all batches so far, of all processes."""
+        num_tokens = self.num_tokens
+        if self.share_out:
+            num_tokens = sum(processes.all_objects(num_tokens))
+        if num_tokens == 0:
+            raise DataError("no token to profile on: give at least one batch with a token that is not padding")
+        top_k = models.num_experts_per_tok(self.model)
+        sums, skipped, bad = sums_of(self.counters, share_out=self.share_out)
+        if bad:
+            raise ModelError(
+                f"{bad} gate weights{' or outputs' * self.counters[0].with_saliency} are not finite, so the model "
+                "overflows in its dtype: load it in bfloat16 or float32"
+            )
+        # A router of expert parallelism may hand on other ranks' experts as an index out of range.
+        partial = any(counter.is_expert_parallel for counter in self.counters)
+        runs = torch.tensor([counter.runs for counter in self.counters])
+        whole = sums["count"].sum(dim=1) + skipped == num_tokens * top_k * runs
+        assert partial or whole.all(), "a row must sum to tokens x K, each time that the layer runs"
+        name = getattr(getattr(self.model, "config", None), "name_or_path", None)
+        origin = {"fingerprint": models.fingerprint(self.model)} | ({"model": name} if name else {})
+        return RoutingProfile(
+            tuple(layer.layer for layer in self.layers), sums["count"], sums["mass"], num_tokens, top_k,
+            origin | dict(source or {}), sums.get("saliency"),
+        )  # fmt: skip
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ..base.options import Options, option
 
+UNTIL = 0.95
+"""Jaccard of a profile's chosen experts with those of endless such data, at which it is enough."""
 _PANEL = "Which experts"
 
 

@@ -104,5 +104,5 @@ def _alike(model: Any) -> RoutingProfile:
     counts = torch.ones(len(layers), layers[0].num_experts, dtype=torch.int64)
     return RoutingProfile(
         tuple(layer.layer for layer in layers), counts, counts.double(), counts.shape[1], num_experts_per_tok(model),
-        {"fingerprint": fingerprint(model)},
+        {"fingerprint": fingerprint(model)}, counts.double(),
     )  # fmt: skip

@@ -75,7 +75,8 @@ class TrainKeywords(TypedDict, total=False):
     push_to_hub: str | None
     hub_private_repo: bool
     profile: str | Path | None
-    profile_fraction: float
+    profile_until: float | None
+    profile_fraction: float | None
     plan: str | Path | None
     plan_seed: int | None
     reprofile_every: int | None
@@ -99,6 +100,8 @@ class ProfileKeywords(TypedDict, total=False):
     attn_implementation: str | None
     quantize: int | None
     expert_parallel: int
+    profile_until: float
+    saliency: bool
     limit: int | None
     batch_size: int
     max_length: int

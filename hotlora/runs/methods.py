@@ -11,7 +11,7 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..base.options import suggest
-from .options import RunOptions
+from .options import PROFILE_FRACTION, RunOptions
 
 _FROZEN_A = {"train_a": False}
 _SPARSE = {**_FROZEN_A, "keep": 0.1}
@@ -40,7 +40,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 }
 """What is adapted beside the planned experts: what the method has; the router alone; nothing (HELLoRA s4.5.2)."""
 
-_AS_HELLORA: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 128}
+_AS_HELLORA: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 128, "profile_fraction": PROFILE_FRACTION}
 _AS_LORI: dict[str, Any] = {"lr_scheduler": "constant", "batch_size": 32}
 MOE_SIEVE: dict[str, Any] = {
     "epochs": 3, "learning_rate": 4e-4, "lr_scheduler": "linear", "warmup_ratio": 0.0, "batch_size": 8,

@@ -7,14 +7,16 @@ from typing import Any
 
 from ..base.errors import DataError, HotLoraError, PlanError
 from ..base.options import Options, option
-from ..routing.selection import Selection
+from ..routing.selection import UNTIL, Selection
 from ..training.config import TrainConfig
 
 PROFILE_FRACTION = 0.1
-"""Share of the training examples to profile on: HELLoRA's warm-up set, and MoE-Sieve's subsample (its section 3.3)."""
+"""Share of the training examples in HELLoRA's warm-up set; MoE-Sieve finds that as many are enough to profile on (its
+section 3.3)."""
 WARMUPS = ("none", "lora")
 BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
 TRAIN_ON = ("assistant", "last", "all")
+_NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one of the two."
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
 
@@ -100,9 +102,15 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     hub_private_repo: bool = option("Whether a repository that is made for it is private.", True, resume=None)
 
     profile: str | Path | None = option("Use this profile; none is made.", None, panel=_EXPERTS, resume=None)
-    profile_fraction: float = option(
-        "Share of the training data to profile the router on.", PROFILE_FRACTION, panel=_EXPERTS
-    )
+    profile_until: float | None = option(
+        "Profile on examples drawn at random until the chosen experts agree to this share (Jaccard, by a bootstrap "
+        f"over examples) with those of endless such data; 1: on all (default {UNTIL}; with --profile-fraction 1).",
+        None, panel=_EXPERTS,
+    )  # fmt: skip
+    profile_fraction: float | None = option(
+        "Share of the training data to profile the router on; with --profile-until at most (default: all).", None,
+        panel=_EXPERTS,
+    )  # fmt: skip
     plan: str | Path | None = option("Use this plan; no profile is made.", None, panel=_EXPERTS, resume=None)
     plan_seed: int | None = option("Of rules that draw (default: --seed, a new draw each).", None, panel=_EXPERTS)
     reprofile_every: int | None = option(
@@ -129,8 +137,9 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.profile_fraction <= 1:
-            raise DataError(f"profile_fraction = {self.profile_fraction} is out of range: it must be in (0, 1].")
+        for name in ("profile_fraction", "profile_until"):
+            if (share := getattr(self, name)) is not None and not 0 < share <= 1:
+                raise DataError(f"{name} = {share} is out of range: it must be in (0, 1].")
         if self.test_split is not None and not 0 < self.test_split < 1:
             raise DataError(f"test_split = {self.test_split} is out of range: it must be a share between 0 and 1.")
         if self.test_split is not None and self.test_data is not None:
@@ -169,6 +178,38 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(f"warmup {self.warmup!r} does not exist: choose one of {', '.join(WARMUPS)}.")
         if self.warmup != "none" and (self.profile is not None or self.plan is not None or self.full):
             raise HotLoraError("a warm-up is there to make a profile: leave out profile, plan and full fine-tuning.")
+        if self.warmup != "none" and self.profile_until not in (None, 1):
+            raise HotLoraError("a warm-up profiles the examples that it trained on: leave out profile_until.")
+        if self.expert_parallel > 1 and self.signal == "saliency" and self.profiles:
+            raise HotLoraError(_NO_SALIENCY)
+
+    @property
+    def profiles(self) -> bool:
+        """Whether a profile is made."""
+        return self.plan is None and not self.full and (self.profile is None or self.reprofile_every is not None)
+
+    @property
+    def until(self) -> float:
+        """`profile_until`, by default on where it is not said on how much to profile; 1 where no profile is made."""
+        if not self.profiles:
+            return 1.0
+        if self.profile_until is not None:
+            return self.profile_until
+        return UNTIL if self.profile_fraction is None else 1.0
+
+    @property
+    def share_profiled(self) -> float:
+        """`profile_fraction`, at most; where no profile is made, what records of such runs have always held."""
+        if self.profile_fraction is not None:
+            return self.profile_fraction
+        return 1.0 if self.profiles else PROFILE_FRACTION
+
+    def selection(self) -> Selection:
+        """The rule and its budget alone."""
+        return Selection(**{field.name: getattr(self, field.name) for field in fields(Selection)})
+
+    def recorded(self) -> dict[str, Any]:
+        return super().recorded() | {"profile_until": self.until, "profile_fraction": self.share_profiled}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +231,24 @@ class EvalOptions(LoadOptions, DataOptions):
 class ProfileOptions(LoadOptions, DataOptions):
     """What a routing profile is made with, beside its data."""
 
+    profile_until: float = option(
+        "Read examples, drawn at random, until the hot 25% agree to this share (Jaccard, by a bootstrap over examples) "
+        "with those of endless such data; 1: read all.", UNTIL,
+    )  # fmt: skip
+    saliency: bool = option(
+        "Also gather saliency (gate weight x output norm: REAP's), for plans by --signal saliency; takes longer.", False
+    )
     limit: int | None = option("Use at most so many examples, drawn by the seed.", None)
     batch_size: int = option("Sequences of a batch.", 16)
     max_length: int = option("Tokens of an example; longer ones are cut from the right.", 512)
-    seed: int = option("Of which examples --limit draws.", 0)
+    seed: int = option("Of which examples --limit draws, and of their order.", 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.profile_until <= 1:
+            raise DataError(f"profile_until = {self.profile_until} is out of range: it must be in (0, 1].")
+        if self.expert_parallel > 1 and self.saliency:
+            raise HotLoraError(_NO_SALIENCY)
 
 
 PROFILE_LEAVES = ("on_top_of", "keep_hot")

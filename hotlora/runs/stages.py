@@ -21,7 +21,8 @@ from ..training.identity import check_same
 from .checks import check_run
 from .folder import data_time, load_base
 from .options import BUDGETS, PROFILE_FRACTION, RunOptions
-from .training import profile_data, profile_sample, run_training
+from .profiling import Watching, profile_data, profile_sample
+from .training import run_training
 
 
 def run_method(
@@ -54,7 +55,7 @@ def run_method(
         without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "profile"))
         options = replace(
             options, **without, mask=mask, plan=output / "dense" / "plan.json",
-            profile_fraction=PROFILE_FRACTION,
+            profile_fraction=None, profile_until=None,
         )  # fmt: skip
         if options.fresh_a:
             options = replace(options, a_seed=SparseMask.load(mask).a_seed + 1)
@@ -105,11 +106,12 @@ def _warm_up(
     tokenizer = load_tokenizer(model)
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(data, "train", limit=options.limit, **read)
-    number = len(profile_sample(examples, options.profile_fraction))
+    number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
         options, **without,
         warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=number, profile_fraction=1.0,
+        profile_until=None,
         train_a=True, use_dora=False, train_full_experts=False,
         eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
@@ -121,6 +123,7 @@ def _warm_up(
         warmed = profile_data(
             load_adapter(load_base(model, **options.loading()), output / "adapter"), tokenizer, some, data, model,
             batch_size=options.batch_size, max_length=options.max_length, progress=progress,
+            watching=Watching(saliency=Watching.of(options).saliency),
         )  # fmt: skip
         if is_main():
             warmed.save(file)

@@ -26,6 +26,7 @@ from ..tasks.data import task_of, test_source
 from ..training.config import TrainConfig
 from .methods import resolve
 from .options import DataOptions, EvalOptions, RunOptions
+from .profiling import Watching
 from .sweep_runs import SAMPLING, keep_failure, make_profile, score_adapter, score_base, train_run
 from .sweep_table import progress_table, state, title
 from .worker_pool import Job, default_processes, run_jobs
@@ -240,9 +241,12 @@ def _profile_job(options: RunOptions, output: Path) -> Job | None:
     own = options.plan or options.profile or options.on_top_of or options.full or options.warmup != "none"
     if own or options.test_split is not None:  # the rows that are held out are not profiled
         return None
-    settings = {name: getattr(options, name) for name in _PROFILE}
+    settings = {name: getattr(options, name) for name in _PROFILE} | {"profile_fraction": options.share_profiled}
     also = {"attn_implementation": options.attn_implementation, **options.reading()}
     settings |= {name: value for name, value in also.items() if value not in (None, DataOptions.train_on)}
+    watching = Watching.of(options)  # where it is as before there was a choice, so is the folder's name
+    settings |= {"profile_until": watching.until} if watching.until < 1 else {}
+    settings |= {"saliency": True} if watching.saliency else {}
     digest = hashlib.sha256(json.dumps(settings, default=os.fspath).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["data"])).stem).strip("-")
     folder = output / PROFILES / f"{name}-{digest}"

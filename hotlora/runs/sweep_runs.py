@@ -18,8 +18,8 @@ from ..tasks.data import data_hash, load_examples, task_of
 from ..tasks.tokens import tokenize
 from .evaluation import run_evaluation, run_held_out
 from .options import EvalOptions, RunOptions
+from .profiling import Watching, profile_data, profile_sample
 from .stages import run_method
-from .training import profile_data, profile_sample
 from .worker_pool import Job
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
@@ -68,17 +68,23 @@ def make_profile(
     max_length: int,
     batch_size: int,
     attn_implementation: str | None = None,
+    profile_until: float = 1.0,
+    saliency: bool = False,
     **reading: Any,
 ) -> None:
-    """Writes the routing profile that `run_training` would make of these options, unless it is there."""
+    """Writes the routing profile that `run_training` would make of these options, unless it is there.
+
+    profile_until: until when the hot 25% are settled, whatever the rules of the runs that share the profile.
+    """
+    watching = Watching(profile_until, saliency=saliency)
     tokenizer = load_tokenizer(model)
     examples = profile_sample(
         load_examples(data, "train", limit=limit, tokenizer=tokenizer, **reading), profile_fraction
     )
     wanted = {"data_hash": data_hash(examples), **template_source(tokenizer, examples)}
     try:
-        source = RoutingProfile.load(path).source
-        if all(source.get(name) == value for name, value in wanted.items()):
+        found = RoutingProfile.load(path)
+        if watching.is_held_by(found) and all(found.source.get(name) == value for name, value in wanted.items()):
             return
     except FileError:
         pass  # none yet
@@ -88,7 +94,15 @@ def make_profile(
         attn_implementation=attn_implementation,
     )  # fmt: skip
     profile_data(
-        base, tokenizer, examples, data, model, batch_size=batch_size, max_length=max_length, dataset=dataset
+        base,
+        tokenizer,
+        examples,
+        data,
+        model,
+        batch_size=batch_size,
+        max_length=max_length,
+        dataset=dataset,
+        watching=watching,
     ).save(path)
 
 

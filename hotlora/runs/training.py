@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset
 from peft import get_peft_model
@@ -41,48 +41,22 @@ from ..evaluate.score import Evaluation, RowLoss, evaluate_task, response_loss, 
 from ..hf.models import fingerprint, load_tokenizer, vocab_size
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
-from ..routing.profiler import profile_routing
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of, test_source, trained_parts
 from ..tasks.split import drawn, held_out
-from ..tasks.tokens import batches, tokenize, told
+from ..tasks.tokens import tokenize, told
 from ..training.config import TrainConfig
 from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
 from .checks import check_made_on, check_run, select
 from .folder import data_time, finished, load_base, recorded, save_evaluation, underneath
 from .options import RunOptions
+from .profiling import Watching, profile_data, profile_sample, profile_source
 
 _log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-_MIN_PROFILED = 64  # examples, where there are so many: a tenth of a small set is too few to rank experts by
 _NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
-
-
-def profile_data(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    data: str,
-    model_name: str,
-    *,
-    batch_size: int = 16,
-    max_length: int = 512,
-    dataset: Dataset | None = None,
-    progress: bool = False,
-) -> RoutingProfile:
-    """The model's routing on prompts and responses, with where it came from in `source`. Several processes share it.
-
-    dataset: what `tokenize` has made of the examples already.
-    """
-    dataset = tokenize(examples, tokenizer, max_length) if dataset is None else dataset
-    source = _profile_source(model, tokenizer, examples, data, model_name, max_length)
-    check_alike({"data_hash": source["data_hash"], "fingerprint": source["fingerprint"]})
-    some = batches(dataset, tokenizer, batch_size)
-    total = -(-len(dataset) // batch_size)
-    return profile_routing(model, some, progress=progress, source=source, share_out=True, total=total)
 
 
 def run_training(
@@ -246,7 +220,8 @@ class _Run:
         """A plan by the options' rule and this model's profile."""
         routing, file = self._profile(base)
         self.record["profile"] = {
-            "path": os.path.relpath(file, self.output), "hash": routing.hash, "num_tokens": routing.num_tokens
+            "path": os.path.relpath(file, self.output), "hash": routing.hash, "num_tokens": routing.num_tokens,
+            **{name: routing.source[name] for name in ("examples", "stability") if "until" in routing.source},
         }  # fmt: skip
         return select(routing, self.options)
 
@@ -259,15 +234,19 @@ class _Run:
             check_made_on(routing, fingerprint(base), file, options.model)
             return routing, file
         file = self.output / "profile.safetensors"
-        some = profile_sample(self.examples, options.profile_fraction)
+        some, watching = profile_sample(self.examples, options.share_profiled), Watching.of(options)
+        named: dict[str, Any] = {
+            "model": base, "tokenizer": self.tokenizer, "examples": some, "data": options.data,
+            "model_name": options.model, "max_length": options.max_length, "watching": watching,
+        }  # fmt: skip
         if file.is_file():
             routing = RoutingProfile.load(file)
-            source = _profile_source(base, self.tokenizer, some, options.data, options.model, options.max_length)
-            if all(routing.source.get(key) == value for key, value in source.items()):
+            source = profile_source(**named)
+            if watching.is_held_by(routing) and all(routing.source.get(key) == value for key, value in source.items()):
                 return routing, file
         routing = profile_data(
-            base, self.tokenizer, some, options.data, options.model, dataset=self._sample(), progress=self.progress,
-            batch_size=options.batch_size, max_length=options.max_length,
+            **named, dataset=self._sample(), progress=self.progress, batch_size=options.batch_size,
+            more="give a larger --profile-fraction" if len(some) < len(self.examples) else "",
         )  # fmt: skip
         if is_main():
             routing.save(file)
@@ -275,7 +254,7 @@ class _Run:
 
     def _sample(self) -> Dataset:
         """The rows of the training data that the router is profiled on."""
-        places = set(profile_sample(range(len(self.examples)), self.options.profile_fraction))
+        places = set(profile_sample(range(len(self.examples)), self.options.share_profiled))
         rows = [row for row, place in enumerate(self.dataset["index"]) if place in places]
         if not rows:
             raise DataError(
@@ -306,11 +285,11 @@ class _Run:
         return model
 
     def _reprofiling(self, model: Any) -> Reprofiling:
-        options, sample = self.options, self._sample()
+        options, sample, watching = self.options, self._sample(), Watching.of(self.options)
         assert options.reprofile_every is not None
         return Reprofiling(
             model,
-            profile=lambda: profile_routing(model, batches(sample, self.tokenizer, options.batch_size), share_out=True),
+            profile=lambda: watching.profile(model, sample, self.tokenizer, options.batch_size),
             select=lambda routing: select(routing, options),
             every=options.reprofile_every,
             left=options.reprofile_left,
@@ -319,28 +298,11 @@ class _Run:
         )
 
 
-def _profile_source(
-    model: Any, tokenizer: Any, examples: Sequence[Example], data: str, model_name: str, max_length: int
-) -> dict[str, Any]:
-    return {
-        "fingerprint": fingerprint(model), "model": model_name, "data": data,
-        "data_hash": data_hash(examples), "examples": len(examples), "max_length": max_length,
-        **template_source(tokenizer, examples),
-    }  # fmt: skip
-
-
 def mask_hash(mask: str | Path, output: Path) -> str:
     """Of its content; where the run in `output` was begun with the hash of this very file, as older ones were, that."""
     found, file = SparseMask.load(mask).hash, sha256_file(file_in(mask, "mask.safetensors"))
     begun = read_record(output)["config"] if (output / "run.json").is_file() else {}
     return file if begun.get("mask_hash") == file else found
-
-
-def profile_sample(examples: Sequence[_T], fraction: float) -> list[_T]:
-    """What the router is profiled on."""
-    num = min(len(examples), max(_MIN_PROFILED, round(fraction * len(examples))))
-    stride = len(examples) / num  # spread over the data, which may be sorted
-    return [examples[int(i * stride)] for i in range(num)]
 
 
 def _evaluate(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], **options: Any) -> Evaluation:

@@ -7,7 +7,7 @@ import pytest
 
 from hotlora import jaccard, load_model, load_tokenizer, select_experts
 from hotlora.hf.models import NANO_PATH
-from hotlora.runs.training import profile_data
+from hotlora.runs.profiling import profile_data
 from hotlora.tasks.data import load_examples
 
 TASKS = ("nano-math", "nano-sql", "nano-choice")
