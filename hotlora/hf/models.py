@@ -50,6 +50,7 @@ _NOT_ATTENTION = re.compile(r"indexer|compressor")
 # the experts of a token.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_GROUPS = ("n_group", "num_expert_group")
 _SKIP_TOKENS = ("zaya",)
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -145,6 +146,13 @@ def check_in_memory(model: nn.Module) -> None:
             "(device_map), where they cannot be adapted: load the model without device_map, its experts in 4 bits "
             "(quantize=4), or spread over several GPUs."
         )
+
+
+def expert_groups(model: nn.Module) -> int | None:
+    """How many groups of experts a router chooses from, before it chooses experts of these; None: it has no groups."""
+    config = _config(model)
+    found = next((number for name in _GROUPS if (number := getattr(config, name, None))), 1)
+    return found if found > 1 else None
 
 
 def skips_tokens(model: nn.Module) -> bool:
