@@ -32,6 +32,7 @@ def test_by_hand():
     assert "overlap 0.67" in told and "Those by count have 81.2%" in told and "those by mass 93.8%" in told
     assert "a plan by --signal mass adapts experts that weigh more there" in told
     assert "near the edge of the budget" in str(replace(found, by_count=0.9))
+    assert "ranks experts high that few tokens are sent to" in str(replace(found, signal="saliency", by_count=0.9))
     assert not disagreements(make(COUNTS.tolist()))
 
 
@@ -78,7 +79,7 @@ def test_the_table_in_the_docs():
         for file in (folder / where[model]).glob("*.json"):
             data = json.loads(file.read_text("utf-8"))
             counts = torch.tensor(data["counts"])
-            sums = torch.tensor(data["reap"]).double() * counts if signal == "saliency" else None
+            sums = torch.tensor(data["reap"]).double() if signal == "saliency" else None
             mass = torch.tensor(data["mass"])
             profile = RoutingProfile(tuple(range(len(counts))), counts, mass, 1, 8, saliency=sums)
             found = agreements(profile)[-1]

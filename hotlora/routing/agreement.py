@@ -30,11 +30,12 @@ class Agreement:
 
     def __str__(self) -> str:
         what = {"mass": "gate weights", "saliency": "gate weights times output norms"}[self.signal]
-        meaning = (
-            "what differs is mostly near the edge of the budget"
-            if self.by_count >= NEAR * self.by_signal
-            else f"a plan by --signal {self.signal} adapts experts that weigh more there"
-        )
+        if self.by_count > self.by_signal and self.signal == "saliency":
+            meaning = "saliency, a mean, ranks experts high that few tokens are sent to"
+        elif self.by_count >= NEAR * self.by_signal:
+            meaning = "what differs is mostly near the edge of the budget"
+        else:
+            meaning = f"a plan by --signal {self.signal} adapts experts that weigh more there"
         return (
             f"count and {self.signal} choose other experts: their hot {DEFAULT_FRACTION:.0%} overlap "
             f"{self.jaccard:.2f} (Jaccard). Those by count have {self.by_count:.1%} of a layer's {what}, those by "
