@@ -44,9 +44,10 @@ class Agreement:
 
 
 def agreements(profile: RoutingProfile, fraction: float = DEFAULT_FRACTION) -> list[Agreement]:
-    """Count against mass, and against saliency where the profile holds it, by the hot `fraction` of each layer."""
+    """Count against mass, and against saliency, where the profile holds them, by the hot `fraction` of each layer."""
     kept = experts_kept(profile.num_experts, fraction, None)
-    totals = {"mass": profile.mass} | ({} if profile.saliency is None else {"saliency": profile.saliency})
+    totals = {"mass": profile.mass} if profile.has_mass else {}
+    totals |= {} if profile.saliency is None else {"saliency": profile.saliency}
     by_count, found = _hot(profile.counts, kept), []
     for signal, total in totals.items():
         by_signal = _hot(profile.signal(signal), kept)
