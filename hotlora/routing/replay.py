@@ -316,7 +316,8 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _decoder(model: nn.Module) -> nn.Module:
     """What each forward runs, however the model is wrapped: PEFT and trainers call an inner forward itself."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     return getattr(inner, inner.base_model_prefix, inner)
 
 
