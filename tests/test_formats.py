@@ -141,8 +141,42 @@ def test_columns_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture
     (example,) = read(tmp_path, row, columns="prompt=ask, completion=reply")
     assert (example.prompt, example.completion) == (ASKED, SAID)
     assert "nothing reads id" in caplog.text and "ask" not in caplog.text.replace("tasks", "")
+    caplog.clear()
+    (example,) = read(tmp_path, {"prompt": "x", "ask": ASKED, "completion": SAID}, columns="prompt=ask")
+    assert example.prompt == ASKED and "nothing reads prompt" in caplog.text
+    caplog.clear()
     (turned,) = read(tmp_path, {"prompt": SAID, "completion": ASKED}, columns="prompt=completion,completion=prompt")
     assert (turned.prompt, turned.completion) == (ASKED, SAID)
+
+
+TURNS = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"), ("user", "c"), ("assistant", "three")]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}], ids=str)
+@pytest.mark.parametrize("unlearned", [{"one"}, {"two"}, {"three"}, {"one", "three"}], ids=str)
+def test_answers_that_are_marked_are_not_learned(mark: dict, unlearned: set, train_on: str, template, tmp_path: Path):
+    """OpenAI's, ms-swift's and Axolotl's marks; ShareGPT's turns have them, too."""
+    tokenizer = tokenizer_of(template) if template else byte_tokenizer()
+    of = [(role, text, mark if text in unlearned else {"weight": 1}) for role, text in TURNS]
+    messages = [{"role": role, "content": text, **more} for role, text, more in of]
+    turns = [{"from": {"user": "human"}.get(role, "gpt"), "value": text, **more} for role, text, more in of]
+    end = "<|im_end|>" if template else ""
+    learned = [text for role, text in TURNS if role == "assistant" and text not in unlearned]
+    for row in ({"messages": messages}, {"conversations": turns}):
+        (example,) = read(tmp_path, row, tokenizer=tokenizer, train_on=train_on)
+        if template:
+            said = [str(example.text)[a:b] for a, b in example.spans]
+        else:
+            said = [*(example.prompt[a:b].strip() for a, b in example.spans), example.completion.strip()]
+        assert said == [f"{text}{end}" for text in (learned if train_on == "assistant" else learned[-1:])]
+
+
+def test_a_row_in_which_nothing_is_learned_is_told(tmp_path: Path):
+    messages = [{"role": role, "content": text, "weight": 0} for role, text in TURNS]
+    with pytest.raises(DataError, match="has no answer to learn.*'weight': 0"):
+        read(tmp_path, {"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -205,6 +239,7 @@ def test_tables_and_parquet_hold_the_same_rows(tmp_path: Path):
         ("rows.csv", b"prompt,completion\na,b,c\n", r"rows\.csv line 2: has not as many fields"),
         ("rows.csv", b"prompt,completion\na\n", r"rows\.csv line 2: has not as many fields"),
         ("rows.csv", b'prompt,completion\na,"b\n', r"rows\.csv line \d: is no table|rows\.csv line \d is no table"),
+        ("rows.csv", b"prompt,completion,completion\na,b,c\n", "has the column 'completion' twice"),
         ("rows.csv", b"prompt,completion\n", "holds no rows"),
         ("rows.csv", b"", "holds no rows"),
         ("rows.csv", b"\xff\xfe\x00", "cannot be read"),

@@ -183,6 +183,9 @@ def test_rows_are_held_out_by_their_prompts():
     train, test = held_out(rows, 0.1)
     assert len(train) + len(test) == 800 and 0.05 < len(test) / 800 < 0.15
     assert not {row.prompt for row in train} & {row.prompt for row in test}
+    texts = [Example("", f"text {i % 400}") for i in range(800)]  # without a prompt
+    train_texts, test_texts = held_out(texts, 0.1)
+    assert 0.05 < len(test_texts) / 800 < 0.15 and not set(map(repr, train_texts)) & set(map(repr, test_texts))
     more_train, more_test = held_out([*rows, *(Example(f"new {i}", "") for i in range(50))], 0.1)
     assert more_train[: len(train)] == train and more_test[: len(test)] == test
 

@@ -179,6 +179,7 @@ class _Reader:
         self.template = ChatTemplate(self.tokenizer, self.now, self.notes, self.train_on) if given else None
 
     def example(self, row: Row) -> Example:
+        self.unread |= (row.values.keys() & self.columns.keys()) - set(self.columns.values())  # another takes its name
         row = renamed_columns(row, self.columns)
         found = detect(row)
         messages, read = found.messages, found.read

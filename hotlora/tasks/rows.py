@@ -158,6 +158,9 @@ def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(file, delimiter=_TABLES[path.suffix], strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
