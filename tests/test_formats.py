@@ -3,9 +3,11 @@
 import csv
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -149,7 +151,8 @@ def test_columns_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert (turned.prompt, turned.completion) == (ASKED, SAID)
 
 
-TURNS = [("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"), ("user", "c"), ("assistant", "three")]
+ANSWERS = ("one", "two", "three")
+TURNS = [turn for answer in ANSWERS for turn in (("user", f"ask {answer}"), ("assistant", answer))]
 
 
 @pytest.mark.parametrize("template", [CHATML, None])
@@ -175,7 +178,7 @@ def test_answers_that_are_marked_are_not_learned(mark: dict, unlearned: set, tra
 
 def test_a_row_in_which_nothing_is_learned_is_told(tmp_path: Path):
     messages = [{"role": role, "content": text, "weight": 0} for role, text in TURNS]
-    with pytest.raises(DataError, match="has no answer to learn.*'weight': 0"):
+    with pytest.raises(DataError, match=r"has no answer to learn.*'weight': 0"):
         read(tmp_path, {"messages": messages})
 
 
@@ -331,6 +334,21 @@ def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
     for data in (dataset, dataset.to_iterable_dataset(), dataset.to_pandas()):
         path = save_rows(data, tmp_path / type(data).__name__ / "data.jsonl")
         assert load_examples(str(path), tokenizer=tokenizer_of(CHATML))[0].text == WRITTEN
+    path = save_rows(pyarrow.table({"text": ["a"], "at": [datetime(2026, 1, 2)]}), tmp_path / "arrow" / "data.jsonl")
+    assert json.loads(path.read_text()) == {"text": "a", "at": "2026-01-02 00:00:00"}
+
+
+def test_columns_of_parquet(tmp_path: Path):
+    a, b = pyarrow.array(["a"]), pyarrow.array(["b"])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([a, b, a], names=["prompt", "completion", "completion"]), tmp_path / "twice.parquet"
+    )
+    with pytest.raises(DataError, match="twice.parquet has the column 'completion' twice".replace(".", r"\.")):
+        load_examples(str(tmp_path / "twice.parquet"))
+    messages = [{**message, "at": datetime(2026, 1, 2), "raw": b"x"} for message in TALK]  # what JSON does not have
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [messages]}), tmp_path / "times.parquet")
+    (example,) = load_examples(str(tmp_path / "times.parquet"), tokenizer=tokenizer_of(CHATML))
+    assert example.text == WRITTEN
 
 
 @pytest.mark.parametrize(
@@ -339,6 +357,10 @@ def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
         ([], "data holds no rows"),
         (["a"], "row 1 of the data is a str: give dictionaries"),
         ([{"prompt": "a"}, {"prompt": b"a"}], "row 2 of the data holds what JSON cannot: a bytes"),
+        ([{"prompt": {1}}], r"JSON cannot: a set, '\{1\}': leave it out"),
+        (5, "data is a int: give a path, a name, or rows"),
+        (pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "text", "text"]), "has the column 'text' twice"),
+        ({"prompt": ["a"], "completion": ["b"]}, r"a dictionary of columns: give datasets\.Dataset\.from_dict"),
         ({"train": [{}]}, r"has the splits train: give one of them, as data\[split\]"),
     ],
     ids=str,

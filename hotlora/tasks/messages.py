@@ -35,7 +35,9 @@ class Conversation:
     def hash(self) -> str:
         """SHA-256 of what was read, which no template and no date is part of."""
         more = [self.first_trained] if self.first_trained else []
-        return hashlib.sha256(json.dumps([self.messages, self.tools, self.options, *more]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.messages, self.tools, self.options, *more], default=str).encode()
+        ).hexdigest()
 
 
 def read_conversation(
@@ -125,7 +127,9 @@ def as_plain_text(talk: Conversation, sized: bool, every_turn: bool = False) -> 
         raise DataError(f"{talk.place}: the tokenizer has no chat template, which a row with tool calls needs.")
     trained = [number for number in trained_turns(talk) if every_turn]
     prompt, spans = "", []
-    *before, last = [(m["role"], "".join(texts(m)) or json.dumps(m.get("tool_calls") or "")) for m in talk.messages]
+    *before, last = [
+        (m["role"], "".join(texts(m)) or json.dumps(m.get("tool_calls") or "", default=str)) for m in talk.messages
+    ]
     for number, (role, text) in enumerate(before):
         prompt += f"{role.capitalize()}: {text}"
         if every_turn and number in trained:
