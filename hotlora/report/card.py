@@ -238,10 +238,7 @@ def _can_be_on_hub(name: str) -> bool:
 
 
 def _exists(name: str) -> bool:
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # longer than a name may be, a NUL, no such user
-        return False
+    return os.path.exists(os.path.expanduser(name))  # also of what no path can be: too long, a NUL, no such user
 
 
 def _shared(name: str) -> str:
