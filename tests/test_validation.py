@@ -1,6 +1,7 @@
 """Held-out losses during training: what is written, which weights are kept, when it ends, also where it was killed."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,14 @@ def test_the_best_weights_of_the_checkpoint_before_stay(tmp_path, monkeypatch):
                 (tmp_path / "checkpoints" / f"checkpoint-{saved}").mkdir(parents=True)
             held.on_save(arguments, state, None)
             assert {path.name for path in tmp_path.glob("best-*")} == {f"best-{n}.safetensors" for n in needed}
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    rows = [{"step": step, "eval_loss": loss} for step, loss in enumerate([math.nan, 2.0, 1.0, math.nan, 1.5], start=1)]
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows).best_step == 3
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1]).best_step is None
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows, patience=2).is_over
+    assert not Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1], patience=1).is_over
 
 
 def test_it_ends_where_the_loss_gets_no_better(model_folder, data, tmp_path):
