@@ -97,6 +97,7 @@ def train(
         model, "a loaded model takes hotlora.HotLoraConfig and peft.get_peft_model, and TRL's SFTTrainer trains"
     )
     given: Any = {"model": model, "data": _named(data), "test_data": _named(test_data), **options}
+    _check_output(output)
     chosen = resolve(method, preset=preset, placement=placement, **given)
     name = preset or chosen.condition or chosen.rule
     parts = (chosen.model, chosen.data, name, f"seed{chosen.seed}")
@@ -163,6 +164,7 @@ def profile(
         HotLoraError: as `train`.
     """
     _check_model(model, "of a loaded model, hotlora.profile_routing(model, batches) makes the profile")
+    _check_output(output)
     chosen, named = ProfileOptions(model=model, **options), _named(data)  # type: ignore[arg-type]
 
     from .base.files import check_writable, file_in
@@ -207,6 +209,11 @@ def _check_model(model: Any, otherwise: str) -> None:
         raise ModelError(
             f"model is a {type(model).__name__}: give a folder, a name on the Hub or nano; {otherwise}: docs/python.md."
         )
+
+
+def _check_output(output: Any) -> None:
+    if output is not None and not (isinstance(output, str | os.PathLike) and os.fspath(output)):
+        raise HotLoraError(f"output is {output!r}: give a folder to write to.")
 
 
 def _check_memory(options: RunOptions, progress: bool) -> None:

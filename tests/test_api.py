@@ -157,6 +157,31 @@ def test_an_option_of_the_other_function(tmp_path: Path):
         hotlora.profile("nano", "nano-math", epochs=3)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": ""}, "the data's name is empty"),
+        ({"data": " "}, "the data's name is empty"),
+        ({"test_data": ""}, "the data's name is empty"),
+        ({"output": ""}, "output is '': give a folder"),
+        ({"output": 5}, "output is 5: give a folder"),
+        ({"method": 5}, "method 5 does not exist"),
+        ({"method": ""}, "method '' does not exist"),
+        ({"placement": ["pure"]}, r"placement \['pure'\] does not exist"),
+        ({"columns": ""}, "columns = '': give each name once"),
+    ],
+    ids=str,
+)
+def test_empty_names_are_no_folders_and_no_defaults(given, message, tmp_path, monkeypatch):
+    """An unset variable of the shell; as a path it would be the folder that one is in, with whatever rows it has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    given = {"data": "rows.jsonl", "output": "run", **given}
+    with pytest.raises(HotLoraError, match=message):
+        hotlora.train("nano", max_steps=1, preflight=False, progress=False, **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_wrong_value_is_told_before_anything_starts(tmp_path: Path):
     with pytest.raises(HotLoraError, match="max_steps"):
         hotlora.train("nano", "nano-math", tmp_path / "run", max_steps="three")  # type: ignore[arg-type]

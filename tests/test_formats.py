@@ -3,9 +3,11 @@
 import csv
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -141,8 +143,43 @@ def test_columns_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture
     (example,) = read(tmp_path, row, columns="prompt=ask, completion=reply")
     assert (example.prompt, example.completion) == (ASKED, SAID)
     assert "nothing reads id" in caplog.text and "ask" not in caplog.text.replace("tasks", "")
+    caplog.clear()
+    (example,) = read(tmp_path, {"prompt": "x", "ask": ASKED, "completion": SAID}, columns="prompt=ask")
+    assert example.prompt == ASKED and "nothing reads prompt" in caplog.text
+    caplog.clear()
     (turned,) = read(tmp_path, {"prompt": SAID, "completion": ASKED}, columns="prompt=completion,completion=prompt")
     assert (turned.prompt, turned.completion) == (ASKED, SAID)
+
+
+ANSWERS = ("one", "two", "three")
+TURNS = [turn for answer in ANSWERS for turn in (("user", f"ask {answer}"), ("assistant", answer))]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}], ids=str)
+@pytest.mark.parametrize("unlearned", [{"one"}, {"two"}, {"three"}, {"one", "three"}], ids=str)
+def test_answers_that_are_marked_are_not_learned(mark: dict, unlearned: set, train_on: str, template, tmp_path: Path):
+    """OpenAI's, ms-swift's and Axolotl's marks; ShareGPT's turns have them, too."""
+    tokenizer = tokenizer_of(template) if template else byte_tokenizer()
+    of = [(role, text, mark if text in unlearned else {"weight": 1}) for role, text in TURNS]
+    messages = [{"role": role, "content": text, **more} for role, text, more in of]
+    turns = [{"from": {"user": "human"}.get(role, "gpt"), "value": text, **more} for role, text, more in of]
+    end = "<|im_end|>" if template else ""
+    learned = [text for role, text in TURNS if role == "assistant" and text not in unlearned]
+    for row in ({"messages": messages}, {"conversations": turns}):
+        (example,) = read(tmp_path, row, tokenizer=tokenizer, train_on=train_on)
+        if template:
+            said = [str(example.text)[a:b] for a, b in example.spans]
+        else:
+            said = [*(example.prompt[a:b].strip() for a, b in example.spans), example.completion.strip()]
+        assert said == [f"{text}{end}" for text in (learned if train_on == "assistant" else learned[-1:])]
+
+
+def test_a_row_in_which_nothing_is_learned_is_told(tmp_path: Path):
+    messages = [{"role": role, "content": text, "weight": 0} for role, text in TURNS]
+    with pytest.raises(DataError, match=r"has no answer to learn.*'weight': 0"):
+        read(tmp_path, {"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -205,6 +242,7 @@ def test_tables_and_parquet_hold_the_same_rows(tmp_path: Path):
         ("rows.csv", b"prompt,completion\na,b,c\n", r"rows\.csv line 2: has not as many fields"),
         ("rows.csv", b"prompt,completion\na\n", r"rows\.csv line 2: has not as many fields"),
         ("rows.csv", b'prompt,completion\na,"b\n', r"rows\.csv line \d: is no table|rows\.csv line \d is no table"),
+        ("rows.csv", b"prompt,completion,completion\na,b,c\n", "has the column 'completion' twice"),
         ("rows.csv", b"prompt,completion\n", "holds no rows"),
         ("rows.csv", b"", "holds no rows"),
         ("rows.csv", b"\xff\xfe\x00", "cannot be read"),
@@ -296,6 +334,21 @@ def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
     for data in (dataset, dataset.to_iterable_dataset(), dataset.to_pandas()):
         path = save_rows(data, tmp_path / type(data).__name__ / "data.jsonl")
         assert load_examples(str(path), tokenizer=tokenizer_of(CHATML))[0].text == WRITTEN
+    path = save_rows(pyarrow.table({"text": ["a"], "at": [datetime(2026, 1, 2)]}), tmp_path / "arrow" / "data.jsonl")
+    assert json.loads(path.read_text()) == {"text": "a", "at": "2026-01-02 00:00:00"}
+
+
+def test_columns_of_parquet(tmp_path: Path):
+    a, b = pyarrow.array(["a"]), pyarrow.array(["b"])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([a, b, a], names=["prompt", "completion", "completion"]), tmp_path / "twice.parquet"
+    )
+    with pytest.raises(DataError, match="twice.parquet has the column 'completion' twice".replace(".", r"\.")):
+        load_examples(str(tmp_path / "twice.parquet"))
+    messages = [{**message, "at": datetime(2026, 1, 2), "raw": b"x"} for message in TALK]  # what JSON does not have
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [messages]}), tmp_path / "times.parquet")
+    (example,) = load_examples(str(tmp_path / "times.parquet"), tokenizer=tokenizer_of(CHATML))
+    assert example.text == WRITTEN
 
 
 @pytest.mark.parametrize(
@@ -304,6 +357,10 @@ def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
         ([], "data holds no rows"),
         (["a"], "row 1 of the data is a str: give dictionaries"),
         ([{"prompt": "a"}, {"prompt": b"a"}], "row 2 of the data holds what JSON cannot: a bytes"),
+        ([{"prompt": {1}}], r"JSON cannot: a set, '\{1\}': leave it out"),
+        (5, "data is a int: give a path, a name, or rows"),
+        (pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "text", "text"]), "has the column 'text' twice"),
+        ({"prompt": ["a"], "completion": ["b"]}, r"a dictionary of columns: give datasets\.Dataset\.from_dict"),
         ({"train": [{}]}, r"has the splits train: give one of them, as data\[split\]"),
     ],
     ids=str,

@@ -149,6 +149,8 @@ def test_the_command_line_comes_before_the_file(given, tmp_path: Path):
         **expected, "r": 4, "packing": False, "train_a": True, "data": "b.jsonl", "method": "lora",
         "on_top_of": (Path("c"),),
     }  # fmt: skip
+    file.write_text("model: nano\ndata: rows.jsonl\non_top_of: []\n")
+    assert given("--config", file)["on_top_of"] == ()
     method = over.pop("method")
     over.pop("output")
     assert resolve(method, **over).experts_per_layer == 4

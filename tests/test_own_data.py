@@ -12,7 +12,7 @@ from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
 import hotlora
-from hotlora.base.errors import DataError, HotLoraError
+from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.evaluate.score import response_scores
@@ -88,6 +88,9 @@ def test_own_rows_are_scored(rows: str, run: Path, tmp_path: Path):
     assert run_evaluation("nano", rows, tmp_path / "out", adapter=run / "adapter") == (record, None)
     with pytest.raises(HotLoraError, match="--attn-implementation eager against none"):
         run_evaluation("nano", rows, tmp_path / "out", adapter=run / "adapter", attn_implementation="eager")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="file is a file: give another folder"):
+        run_evaluation("nano", rows, tmp_path / "file", adapter=run / "adapter")
     base, _ = run_evaluation("nano", rows)
     assert base["evaluation"]["my-rows"]["loss"] > found["loss"]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ from tiny_files import save_tiny_model, write_sums
 from typer.testing import CliRunner
 
 import hotlora
-from hotlora.base.errors import HotLoraError
+from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
-from hotlora.hf.hub import check_push, push
+from hotlora.hf.hub import _user, check_push, push
 from hotlora.report.card import write_card
 
 WHAT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "experts.png"}
@@ -96,6 +97,13 @@ def test_a_hub_that_refuses_or_is_not_there(there: Hub, run: Path, monkeypatch):
     there.is_full = True
     with pytest.raises(HotLoraError, match=r"could not be pushed to lab/mine .*storage limit.*hotlora push .*run lab"):
         push(run, "lab/mine")
+    answer = there.answer
+    for foreign in ([], "a login page", None, {}):
+        there.answer = lambda *asked, foreign=foreign: (200, foreign)
+        _user.cache_clear()
+        with pytest.raises(HotLoraError, match=r"the Hub cannot be asked .*none of the Hub's"):
+            check_push("lab/mine")
+    there.answer = answer
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(HotLoraError, match="the Hub cannot be asked"):
         check_push("ada/mine")
@@ -111,6 +119,34 @@ def test_what_is_no_adapter_is_not_pushed(there: Hub, tmp_path: Path):
     with pytest.raises(HotLoraError, match="holds no adapter or model to push"):
         push(tmp_path, "mine")
     assert not there.repos
+
+
+def test_a_link_out_of_the_folder_is_not_pushed(there: Hub, run: Path, tmp_path: Path):
+    (tmp_path / "secret").write_text("private")
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(FileError, match=r"notes\.txt is a link to .*secret, which would be pushed"):
+        push(tmp_path / "adapter", "lab/linked")
+    assert not there.repos
+    # As huggingface_hub keeps what it downloaded.
+    snapshot = tmp_path / "cache" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    for file in (run / "adapter").iterdir():
+        blob = shutil.copy(file, tmp_path / "cache" / "blobs" / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{Path(blob).name}")
+    push(snapshot, "lab/cached")
+    assert there.files["lab/cached"].keys() >= WHAT
+
+
+@pytest.mark.parametrize(
+    "config", [{"base_model_name_or_path": 5, "on_top_of": 5}, {"base_model_name_or_path": "x" * 400}]
+)
+def test_a_config_from_elsewhere_is_pushed_as_it_is(there: Hub, run: Path, tmp_path: Path, config: dict):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    push(tmp_path / "adapter", "lab/odd")
+    assert json.loads(there.files["lab/odd"]["adapter_config.json"]) == config
 
 
 def test_the_commands(there: Hub, run: Path, tmp_path: Path):

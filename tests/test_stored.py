@@ -1,15 +1,22 @@
 """Rows of a file are not all in memory."""
 
 import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 import tracemalloc
 from dataclasses import replace
 
 import pytest
+from datasets.utils.logging import disable_progress_bar
 from test_chat import CHATML, tokenizer_of
 from test_data import write_lines
 
-from hotlora.base.errors import DataError
+from hotlora.base.errors import DataError, FileError
 from hotlora.tasks.data import data_hash, load_examples
 from hotlora.tasks.split import drawn, held_out
 from hotlora.tasks.stored import StoredExamples
@@ -96,3 +103,86 @@ def test_more_rows_take_no_more_memory(tmp_path):
 
     peak(10)  # what is loaded once
     assert peak(4000) < 1.25 * peak(1000)
+
+
+def tokens_of(number: int):
+    return tokenize(StoredExamples.write(examples_of(number)), tokenizer_of(CHATML), 64)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda dataset: dataset,
+        lambda dataset: dataset.select([1, 5, 7]),
+        lambda dataset: dataset.select(range(3, 9)).select_columns(["index"]),
+        lambda dataset: dataset.shuffle(seed=1).remove_columns(["cut"]),
+        lambda dataset: dataset.train_test_split(0.2)["test"],
+    ],
+)
+def test_tokens_live_as_long_as_any_data_set_made_of_them(made, temporary):
+    """By their path, too, which is all that a process gets of them that is spawned."""
+    dataset = made(tokens_of(20))
+    gc.collect()
+    assert len(list(temporary.iterdir())) == 1
+    assert pickle.loads(pickle.dumps(dataset))["index"][:] == dataset["index"][:]
+    del dataset
+    gc.collect()
+    assert not list(temporary.iterdir())
+
+
+def test_workers_read_tokens(temporary):
+    disable_progress_bar()
+    dataset = tokens_of(20)
+    assert dataset.map(_doubled, num_proc=2)["index"][:] == [2 * index for index in dataset["index"]]
+    if (pid := os.fork()) == 0:
+        del dataset
+        gc.collect()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert len(list(temporary.iterdir())) == 1
+
+
+def _doubled(row):
+    return {"index": 2 * row["index"]}
+
+
+@pytest.mark.parametrize("folder", ["not there", "a file"])
+def test_where_no_temporary_file_can_be_written(folder, tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / folder))
+    with pytest.raises(FileError, match=rf"{folder} cannot be written to .*TMPDIR"):
+        StoredExamples.write(examples_of(3))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(temporary):
+    resource = pytest.importorskip("resource")
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(FileError, match=r"full.*TMPDIR"):
+            StoredExamples.write(examples_of(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(temporary.iterdir())
+
+
+def test_what_a_killed_process_left_is_deleted_by_the_next(temporary):
+    code = (
+        "import sys, time; from hotlora.tasks.stored import StoredExamples; from hotlora.tasks.task import Example\n"
+        "some = StoredExamples.write([Example('a', 'b')]); print(1, flush=True); time.sleep(100)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(temporary)}
+    )
+    process.stdout.read(1)
+    (file,) = temporary.glob("*/*")
+    old = time.time() - 3600
+    os.utime(file, (old, old))
+    first = StoredExamples.write(examples_of(3))
+    assert file.is_file()  # it is in use
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    second = StoredExamples.write(examples_of(4))
+    assert not file.parent.exists() and len(list(temporary.iterdir())) == len([first, second])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,10 +219,48 @@ def test_the_card(run: Path, tmp_path: Path):
     assert card.data.to_dict()["base_model"] == "allenai/OLMoE-1B-7B-0924"
 
 
+@pytest.mark.parametrize("where", ["model", "data", "name"])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "a\n# b", "---\nlicense: mit\n---", "<script>alert(1)</script>", "[x](http://evil)", "![x](http://evil)",
+        "```\nimport os\n```", "`x`", "a|b", "owner/na..me", "-x/y", "owner/x-", "x" * 300, "a\x00b", "\u2028x",
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_a_card_of_any_names_is_one(run: Path, where: str, hostile: str):
+    record = read_record(run)
+    if where == "name":
+        record |= {"name": hostile, "plan": {**record["plan"], "rule": hostile}}
+    else:
+        record[where] = {**record[where], "name": hostile}
+    card = ModelCard(card_text(record, "adapter"))
+    found = card.data.to_dict()
+    assert found["library_name"] == "peft" and not found.keys() & {"license", "base_model"}
+    plain = re.sub(r"```python.*?\n```\n|`[^`\n]*`", "", card.text, flags=re.DOTALL)  # what is no code
+    assert not re.search(r"\]\(http|(?<!\\)<script|\u2028|\x00", plain)
+    titles = [line for line in card.text.splitlines() if line.startswith("#")]
+    assert len(titles) == 5 and titles[1:] == ["## Use", "## Results", "## Training", "## Made with"]
+    assert sum(line.startswith("```") for line in card.text.splitlines()) == 2
+
+
 def test_a_run_without_an_end_has_no_card(run: Path, tmp_path: Path):
     write_record(tmp_path, {**read_record(run), "status": "failed"})
     with pytest.raises(DataError, match="its status is 'failed'"):
         write_card(tmp_path)
+
+
+def test_a_card_of_a_record_that_was_edited_is_refused(run: Path, tmp_path: Path):
+    (tmp_path / "adapter").mkdir()
+    record = read_record(run)
+    for section, key in (("data", "train"), ("training", "test_loss_before"), ("training", "best_step")):
+        write_record(tmp_path, record)
+        text = json.dumps({**record, section: {**record[section], key: ""}})
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(FileError, match=rf"run\.json: {section}: {key} is ''"):
+            write_card(tmp_path)
+    del record["parameters"]["percent"]
+    assert "trained parameters (" in card_text(record, "adapter")
 
 
 def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Held-out losses during training: what is written, which weights are kept, when it ends, also where it was killed."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,14 @@ def test_the_best_weights_of_the_checkpoint_before_stay(tmp_path, monkeypatch):
             assert {path.name for path in tmp_path.glob("best-*")} == {f"best-{n}.safetensors" for n in needed}
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    rows = [{"step": step, "eval_loss": loss} for step, loss in enumerate([math.nan, 2.0, 1.0, math.nan, 1.5], start=1)]
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows).best_step == 3
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1]).best_step is None
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows, patience=2).is_over
+    assert not Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1], patience=1).is_over
+
+
 def test_it_ends_where_the_loss_gets_no_better(model_folder, data, tmp_path):
     options = {**SHORT, "max_steps": 40, "learning_rate": 2e-2, "early_stopping_patience": 2}
     record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options)
@@ -183,6 +192,9 @@ def test_rows_are_held_out_by_their_prompts():
     train, test = held_out(rows, 0.1)
     assert len(train) + len(test) == 800 and 0.05 < len(test) / 800 < 0.15
     assert not {row.prompt for row in train} & {row.prompt for row in test}
+    texts = [Example("", f"text {i % 400}") for i in range(800)]  # without a prompt
+    train_texts, test_texts = held_out(texts, 0.1)
+    assert 0.05 < len(test_texts) / 800 < 0.15 and not set(map(repr, train_texts)) & set(map(repr, test_texts))
     more_train, more_test = held_out([*rows, *(Example(f"new {i}", "") for i in range(50))], 0.1)
     assert more_train[: len(train)] == train and more_test[: len(test)] == test
 

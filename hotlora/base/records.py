@@ -48,10 +48,12 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
 # Those that may be there, or null.
 _OPTIONAL: dict[str, dict[str, Kind]] = {
     "config": {"test_hash": str, "test_data": str},
+    "data": {"train": int, "test": int},
     "parameters": {"percent": (int, float), "adapter_bytes": int},
     "training": {
-        **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "test_loss", "seconds"), (int, float)),
-        **dict.fromkeys(("steps", "tokens", "peak_memory_bytes"), int),
+        **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "seconds"), (int, float)),
+        **dict.fromkeys(("test_loss", "test_loss_before", "best_eval_loss"), (int, float)),
+        **dict.fromkeys(("steps", "tokens", "peak_memory_bytes", "best_step"), int),
         "metrics": str,
     },
 }

@@ -61,6 +61,8 @@ def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Seque
             for name, kind in types.items():
                 source = context.get_parameter_source(name)
                 if source is not None and source.name in _GIVEN:
+                    if values[name] is None and get_origin(kind) is Sequence:
+                        values[name] = ()  # an empty list in a file, which Typer makes None
                     values[name] = converted(name, values[name], kind)
                 else:
                     del values[name]

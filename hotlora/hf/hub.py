@@ -60,9 +60,9 @@ def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> st
     """
     folder = _trained(Path(path).expanduser())
     check_push(name)
-    operations = [
-        CommitOperationAdd(file.relative_to(folder).as_posix(), _shared(file) or file) for file in visible_files(folder)
-    ]
+    files = visible_files(folder)
+    _check_links(folder, files)
+    operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), _shared(file) or file) for file in files]
     api = HfApi(endpoint=huggingface_hub.constants.ENDPOINT)
     try:
         repo = api.create_repo(name, private=private, exist_ok=True)
@@ -86,23 +86,36 @@ def _trained(path: Path) -> Path:
     raise FileError(f"{path} holds no adapter or model to push: give a run's folder that has ended, or an adapter's.")
 
 
+def _check_links(folder: Path, files: list[Path]) -> None:
+    """FileError for a link that leads out of the folder, which may come from somebody else, but to the files of the
+    Hub's own cache."""
+    own = folder.resolve()
+    for file in files:
+        found = file.resolve()
+        if not found.is_relative_to(own) and found.parent != own.parent.parent / "blobs":
+            raise FileError(f"{file} is a link to {found}, which would be pushed: delete it, or copy the file there.")
+
+
 def _shared(file: Path) -> bytes | None:
     """An adapter's config without where things lie on this machine; None of other files."""
     if file.name != _CONFIGS[0]:
         return None
     config = read_json(file)
-    base = config.get("base_model_name_or_path")
-    if base and Path(base).expanduser().exists():
+    base, below = config.get("base_model_name_or_path"), config.get("on_top_of")
+    if isinstance(base, str) and os.path.exists(os.path.expanduser(base)):
         config["base_model_name_or_path"] = Path(base).expanduser().resolve().name
-    for entry in config.get("on_top_of") or ():
-        entry["path"] = None
+    if isinstance(below, list):
+        config["on_top_of"] = [{**entry, "path": None} for entry in below if isinstance(entry, dict)]
     return json.dumps(config, indent=2).encode()
 
 
 @functools.cache
 def _user(token: str, endpoint: str) -> dict[str, Any]:
     """Who the token is of: asked once, for the Hub answers few such questions."""
-    return HfApi(endpoint=endpoint).whoami(token)
+    found = HfApi(endpoint=endpoint).whoami(token)
+    if not isinstance(found, dict) or "name" not in found:
+        raise ValueError("its answer is none of the Hub's: is something in between, such as a login page?")
+    return found
 
 
 def _no_hub(name: str, error: Exception) -> HotLoraError:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import DataError
+from ..base.escape import markdown, one_line
 from ..base.files import atomic_path, read_json, write_text
 from ..base.records import Record, read_record
 from ..routing.plan import ExpertPlan
@@ -60,8 +63,8 @@ def card_text(record: Record, kind: str, has_picture: bool = False) -> str:
     """
     config, training = record.get("config", {}), record.get("training", {})
     model, data = _shared(record["model"]["name"]), _shared(record["data"]["name"])
-    name = f"{Path(model).name}, {record['name']}, on {data}"
-    blocks = [f"---\n{_metadata(record, kind, name)}\n---", f"# {name}", _summary(record, kind, model)]
+    name = one_line(f"{Path(model).name}, {record['name']}, on {data}")
+    blocks = [f"---\n{_metadata(record, kind, name)}\n---", f"# {markdown(name)}", _summary(record, kind, model)]
     if has_picture:
         blocks.append(f"![Which experts the router uses, layer by layer; the adapted ones are outlined]({PICTURE})")
     blocks += ["## Use", _usage(model, kind), "## Results", _results(record), "## Training"]
@@ -97,8 +100,8 @@ def write_export_card(
     place = folder / "adapter" if into_base else folder
     base = "../base" if into_base else _shared(model)
     made = f"{Path(_shared(model)).name}, {_MADE[format]}"
-    text = [f"---\n{_head(model, kind)}\n---", f"# {made}", _origin(records, model, format), "## Use"]
-    text.append(_export_usage(format, base, place))
+    text = [f"---\n{_head(model, kind)}\n---", f"# {markdown(made)}", _origin(records, model, format), "## Use"]
+    text.append(_export_usage(format, one_line(base), place))
     if len(records) == 1:
         text += [
             "## Results",
@@ -108,18 +111,18 @@ def write_export_card(
     write_text(place / "README.md", "\n\n".join(text) + "\n")
     if into_base:
         told = (
-            f"`{_shared(model)}` with those updates of an adapter folded in that {_SERVERS[format]} cannot hold. "
+            f"{_code(_shared(model))} with those updates of an adapter folded in that {_SERVERS[format]} cannot hold. "
             "It belongs to the adapter beside it: serve the two together."
         )
         head = f"---\n{_head(model, 'model')}\n---"
-        write_text(folder / "base" / "README.md", "\n\n".join([head, f"# {made}: its base", told]) + "\n")
+        write_text(folder / "base" / "README.md", "\n\n".join([head, f"# {markdown(made)}: its base", told]) + "\n")
 
 
 def _origin(records: Sequence[Record], model: str, format: str) -> str:
     what = "A merged checkpoint" if format == "merged" else "A LoRA adapter"
-    of = " and ".join(f"`{record['name']}` on {_shared(record['data']['name'])}" for record in records)
+    of = " and ".join(f"{_code(record['name'])} on {markdown(_shared(record['data']['name']))}" for record in records)
     trained = f"trained as {of}, " if of else ""
-    return f"{what} for `{_shared(model)}`, {trained}written by hotlora."
+    return f"{what} for {_code(_shared(model))}, {trained}written by hotlora."
 
 
 def _export_usage(format: str, base: str, folder: Path) -> str:
@@ -148,7 +151,7 @@ for SGLang. Compare a few answers before you rely on it."""
 
 
 def _head(model: str, kind: str, **results: Any) -> str:
-    is_on_hub = _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    is_on_hub = _HUB_ID.fullmatch(model) is not None and _can_be_on_hub(model) and not _exists(model)
     tags = ["hotlora", "mixture-of-experts", *(["lora"] if kind == "adapter" else [])]
     return ModelCardData(
         base_model=model if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
@@ -170,19 +173,21 @@ def _metadata(record: Record, kind: str, name: str) -> str:
 
 def _summary(record: Record, kind: str, model: str) -> str:
     parameters, plan = record["parameters"], record.get("plan", {})
-    share = f"{parameters['trainable']:,} trained parameters ({parameters['percent']:.2f}%)"
+    percent = 100 * parameters["trainable"] / max(parameters["total"], 1)
+    share = f"{parameters['trainable']:,} trained parameters ({percent:.2f}%)"
     if kind == "model":
-        return f"`{model}`, fine-tuned in full: {share}."
-    rule = f", chosen by the rule `{plan['rule']}`" if plan.get("rule") else ""
+        return f"{_code(model)}, fine-tuned in full: {share}."
+    rule = f", chosen by the rule {_code(plan['rule'])}" if plan.get("rule") else ""
     return (
-        f"A LoRA adapter for `{model}` on planned experts{rule}: {share}. Made by hotlora, which adapts the experts "
-        "that the router really uses."
+        f"A LoRA adapter for {_code(model)} on planned experts{rule}: {share}. Made by hotlora, which adapts the "
+        "experts that the router really uses."
     )
 
 
 def _usage(model: str, kind: str) -> str:
     if kind == "model":
         return "It is a plain checkpoint of transformers."
+    model = one_line(model)
     return f"""```python
 import hotlora
 
@@ -198,7 +203,7 @@ def _results(record: Record) -> str:
     for task, found in (record.get("evaluation") or {}).items():
         low, high = 100 * found["ci_low"], 100 * found["ci_high"]
         score = f"{100 * found['accuracy']:.1f}% [{low:.1f} to {high:.1f}]"
-        rows.append((f"{task}, {found['metric']} on {found['n']:,} examples", score))
+        rows.append((f"{markdown(task)}, {found['metric']} on {found['n']:,} examples", score))
     if "test_loss" in training:
         before = f", {training['test_loss_before']:.4f} before" if "test_loss_before" in training else ""
         rows.append(("held-out response loss, nats a token", f"{training['test_loss']:.4f}{before}"))
@@ -216,7 +221,24 @@ def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return markdown(str(value))
+
+
+def _code(text: str) -> str:
+    """As code within a line, which no backtick ends."""
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
+
+def _can_be_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _exists(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))  # also of what no path can be: too long, a NUL, no such user
 
 
 def _shared(name: str) -> str:
@@ -224,5 +246,5 @@ def _shared(name: str) -> str:
     task, colon, files = name.partition(":")
     if colon and ("/" in files or "\\" in files):  # a task with its files; openai/gsm8k:main is on the Hub
         return task
-    is_local = name.startswith((".", "/", "~")) or Path(name).expanduser().exists() or name.count("/") > 1
+    is_local = name.startswith((".", "/", "~")) or _exists(name) or name.count("/") > 1
     return Path(name).name if is_local or Path(name).suffix in (".jsonl", ".json", ".txt", ".csv") else name

@@ -113,6 +113,8 @@ def finished(
         results: a file of results that this work goes on from; without a record, nothing says what they are of.
         longer: the options of a training that is to go on past the end that the one in `output` has (`--extend`).
     """
+    if output.exists() and not output.is_dir():
+        raise FileError(f"{output} is a file: give another folder (--output).")
     if longer is not None and not (output / "run.json").is_file():
         raise HotLoraError(f"{output} holds no run to extend: leave --extend out, or give the run's folder (--output).")
     if not (output / "run.json").is_file():

@@ -131,8 +131,8 @@ def counted_options(method: str | None, placement: str | None) -> dict[str, Any]
 
 
 def _named(kind: str, known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
+    if not isinstance(name, str) or name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise HotLoraError(f"{kind} {name!r} does not exist{meant}: choose one of {', '.join(known)}.")
     return dict(known[name])

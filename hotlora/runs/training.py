@@ -107,11 +107,11 @@ class _Run:
         read: dict[str, Any] = {"tokenizer": self.tokenizer, "now": now, **options.reading()}
         self.examples = load_examples(options.data, "train", limit=options.limit, **read)
         source = test_source(options.data, options.test_data)
-        self.task = task_of(source) if source else None
+        self.task = task_of(source) if source is not None else None
         self.test: Sequence[Example] = []
-        if source and options.test_split is not None:
+        if source is not None and options.test_split is not None:
             raise DataError(f"{source} holds out rows of its own: leave test_split out.")
-        if source:
+        if source is not None:
             if self.task is not None:  # it reads its own rows
                 read |= {"columns": None, "apply_chat_template": None}
             self.test = load_examples(source, "test", limit=options.test_limit, **read)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from ..base.errors import DataError
 from .messages import (
+    LOSS_MARKS,
     REASONING,
     Conversation,
     filled,
@@ -29,6 +30,7 @@ from .messages import (
     said,
     short,
     texts,
+    trained_turns,
 )  # fmt: skip
 from .pattern import Pattern, form_of, pattern_of, with_marks
 from .task import Example
@@ -226,7 +228,7 @@ class ChatTemplate:
     def _earlier(self, talk: Conversation, text: str, start: int, end: int) -> list[Span]:
         """Where the assistant's turns before the last one stand."""
         numbers = [i for i, m in enumerate(talk.messages[:-1]) if m["role"] == "assistant"]
-        trained = [i for i in numbers if i >= talk.first_trained]
+        trained = trained_turns(talk)
         if not trained:
             return []
         ended = [token for token in self._tokens if token and text[start:end].endswith(token)]
@@ -323,7 +325,8 @@ class ChatTemplate:
         for message in talk.messages:
             for name, value in message.items():
                 names = REASONING if name in REASONING else (name,)
-                if value is not None and name not in _PLAIN and not reads(*names):
+                is_known = name in _PLAIN or (name in LOSS_MARKS and value in (0, 1))
+                if value is not None and not is_known and not reads(*names):
                     note(f"the chat template does not read {name!r} of 'messages'")
             for arguments in (function(call).get("arguments") for call in message.get("tool_calls") or ()):
                 if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:

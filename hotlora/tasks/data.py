@@ -86,7 +86,7 @@ def load_examples(
         shared |= {"tools": list(tools)} if tools is not None else {}
         shared |= {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs is not None else {}
         reader = _Reader(
-            tokenizer, shared, apply_chat_template, train_on, read_columns(columns) if columns else {},
+            tokenizer, shared, apply_chat_template, train_on, {} if columns is None else read_columns(columns),
             now or datetime.now(),
         )  # fmt: skip
         examples = StoredExamples.write(_trained(reader.example(row), train_on) for row in _rows(source, split))
@@ -116,6 +116,8 @@ def trained_parts(train_on: str, examples: Iterable[Example]) -> str | None:
 
 
 def _rows(source: str, split: str) -> Iterable[Row]:
+    if not source.strip():  # a variable of the shell that is not set; as a path it would be the folder that one is in
+        raise DataError("the data's name is empty: give a file, a folder, a Hub id or a task.")
     path = Path(source).expanduser()
     if path.is_file():
         return iter_rows(path)
@@ -179,6 +181,7 @@ class _Reader:
         self.template = ChatTemplate(self.tokenizer, self.now, self.notes, self.train_on) if given else None
 
     def example(self, row: Row) -> Example:
+        self.unread |= (row.values.keys() & self.columns.keys()) - set(self.columns.values())  # another takes its name
         row = renamed_columns(row, self.columns)
         found = detect(row)
         messages, read = found.messages, found.read

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..base.errors import DataError
 from ..base.files import JSON_ERRORS
 from ..base.options import suggest
+from .messages import LOSS_MARKS
 from .rows import Row, need_text
 
 ALLOWED_FIELDS = (
@@ -130,14 +131,17 @@ def _message(row: Row, name: str, turn: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(who, str) or not isinstance(value, str):
         raise DataError(f"{row.place}: each of {name!r} needs 'from' and 'value', both texts.")
     role = _ROLES.get(who, who)
+    marks = {mark: turn[mark] for mark in LOSS_MARKS if mark in turn}
     if who != "function_call":
-        return {"role": role, "content": value}
+        return {"role": role, "content": value, **marks}
     try:
         calls = json.loads(value)
     except JSON_ERRORS as error:
         raise DataError(f"{row.place}: a function_call's value must be JSON, name and arguments ({error}).") from error
     calls = calls if isinstance(calls, list) else [calls]
-    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+    return {
+        "role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls], **marks
+    }  # fmt: skip
 
 
 def _alpaca(row: Row) -> Found:

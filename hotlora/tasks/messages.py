@@ -16,6 +16,7 @@ _TAKEN = (
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
+LOSS_MARKS = ("weight", "loss", "train")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives the template all, whichever a row has
 
 
@@ -34,7 +35,9 @@ class Conversation:
     def hash(self) -> str:
         """SHA-256 of what was read, which no template and no date is part of."""
         more = [self.first_trained] if self.first_trained else []
-        return hashlib.sha256(json.dumps([self.messages, self.tools, self.options, *more]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.messages, self.tools, self.options, *more], default=str).encode()
+        ).hexdigest()
 
 
 def read_conversation(
@@ -60,12 +63,12 @@ def read_conversation(
             "one or more {'type': 'text', 'text': …}; only an assistant's message with 'tool_calls' or reasoning needs "
             "no content."
         )
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and carries_loss(m)), default=0)
     if last < max(1, first_trained):
         what = f"{'its completion has ' if first_trained else ''}{_roles(messages[first_trained:])}"
         raise DataError(
             f"{row.place}: has no answer to learn, {what}: one of the messages behind the first must be of role "
-            "'assistant'."
+            "'assistant', and not marked as without loss ('weight': 0)."
         )
     given = row.values.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
@@ -94,6 +97,14 @@ def _is_message(message: Any) -> bool:
     return bool(parts) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
 
 
+def carries_loss(message: Mapping[str, Any]) -> bool:
+    """Whether a message is not marked as one that is not to be learned: by OpenAI's and Mistral's `weight`, ms-swift's
+    `loss` or Axolotl's `train`."""
+    weight = message.get("weight")
+    is_zero = isinstance(weight, int | float) and weight == 0
+    return not (is_zero or any(message.get(name) is False for name in LOSS_MARKS[1:]))
+
+
 def _tools(place: str, tools: Any) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):  # as TRL takes them, too: a column of one type for tools of many
         try:
@@ -114,15 +125,24 @@ def as_plain_text(talk: Conversation, sized: bool, every_turn: bool = False) -> 
     """
     if not sized and any(m.get("content") is None or m.get("tool_calls") for m in talk.messages):
         raise DataError(f"{talk.place}: the tokenizer has no chat template, which a row with tool calls needs.")
+    trained = [number for number in trained_turns(talk) if every_turn]
     prompt, spans = "", []
-    *before, last = [(m["role"], "".join(texts(m)) or json.dumps(m.get("tool_calls") or "")) for m in talk.messages]
+    *before, last = [
+        (m["role"], "".join(texts(m)) or json.dumps(m.get("tool_calls") or "", default=str)) for m in talk.messages
+    ]
     for number, (role, text) in enumerate(before):
         prompt += f"{role.capitalize()}: {text}"
-        if every_turn and role == "assistant" and number >= talk.first_trained:
+        if every_turn and number in trained:
             spans.append((len(prompt) - len(text) - 1, len(prompt)))
         prompt += "\n\n"
     answer = f" {last[1]}"
     return Example(f"{prompt}Assistant:", answer, spans=tuple(spans), place=talk.place, source_hash=talk.hash)
+
+
+def trained_turns(talk: Conversation) -> list[int]:
+    """The assistant's messages before the last one that are to be learned."""
+    turns = [i for i, m in enumerate(talk.messages[:-1]) if m["role"] == "assistant" and carries_loss(m)]
+    return [i for i in turns if i >= talk.first_trained]
 
 
 def texts(message: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,10 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,7 +149,10 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+        file = pyarrow.parquet.ParquetFile(path)
+        if twice := _given_twice(file.schema_arrow.names):
+            raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
+        for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
                 yield Row(f"{path} row {number}", without_filling(row))
@@ -158,6 +164,8 @@ def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(file, delimiter=_TABLES[path.suffix], strict=True)
     try:
+        if twice := _given_twice(reader.fieldnames or ()):
+            raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
@@ -167,6 +175,11 @@ def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
             yield Row(f"{path} line {reader.line_num}", dict(row))
     except csv.Error as error:
         raise DataError(f"{path} line {reader.line_num} is no table's ({error}): quote texts as CSV does.") from error
+
+
+def _given_twice(names: Sequence[str]) -> str | None:
+    """A name that is there more than once: of two columns, readers give the last one."""
+    return next((name for name, number in Counter(names).items() if name and number > 1), None)
 
 
 def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
@@ -335,7 +348,7 @@ def save_rows(data: Any, path: Path) -> Path:
 
     Args:
         data: a list of dictionaries, or any iterable of them such as a `datasets.Dataset` or `IterableDataset`; or a
-            pandas DataFrame.
+            DataFrame of pandas or polars, or an Arrow table.
 
     Returns:
         `path`, which may hold the same rows already.
@@ -343,10 +356,20 @@ def save_rows(data: Any, path: Path) -> Path:
     Raises:
         DataError: a row that is no dictionary, or holds what JSON cannot; no rows; other rows in `path`.
     """
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+    if listed := next((name for name in ("to_dicts", "to_pylist") if hasattr(data, name)), None):
+        data = getattr(data, listed)()  # of polars, of Arrow
+    elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # of pandas
+        if twice := _given_twice(list(data.columns)):
+            raise DataError(f"data has the column {twice!r} twice: give each its own name.")
         data = (
             {k: v for k, v in row.items() if not (isinstance(v, float) and v != v)} for row in data.to_dict("records")
         )
+    if isinstance(data, Mapping) and all(
+        isinstance(v, list) and not any(isinstance(item, Mapping) for item in v) for v in data.values()
+    ):
+        raise DataError("data is a dictionary of columns: give datasets.Dataset.from_dict(data).")
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is a {type(data).__name__}: give a path, a name, or rows as dictionaries.")
     if isinstance(data, Mapping):
         raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
     digest, number = hashlib.sha256(), 0
@@ -357,7 +380,7 @@ def save_rows(data: Any, path: Path) -> Path:
             try:
                 line = json.dumps(without_filling(dict(row)), default=_plain).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(f"row {number} of the data holds what JSON cannot: {error}.") from error
+                raise DataError(f"row {number} of the data holds what JSON cannot: {error}: leave it out.") from error
             digest.update(line)
             file.write(line)
         if not number:
@@ -369,7 +392,9 @@ def save_rows(data: Any, path: Path) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has for numpy's arrays and numbers."""
+    """What JSON has for numpy's arrays and numbers; times and decimals as text."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, date | time | Decimal):
+        return str(value)
     raise TypeError(f"a {type(value).__name__}, {str(value)[:40]!r}")

@@ -12,8 +12,8 @@ from .task import Example
 def held_out(examples: Sequence[Example], share: float) -> tuple[Sequence[Example], Sequence[Example]]:
     """(rows to train on, rows that are held out: about `share` of them).
 
-    A hash of each prompt, or of each conversation, says where it goes: equal ones are on one side, and rows that are
-    added later move no other. DataError: one side would be empty.
+    A hash of each prompt, of each conversation, or of each text that has no prompt, says where it goes: equal ones are
+    on one side, and rows that are added later move no other. DataError: one side would be empty.
     """
     kept: list[int] = []
     out: list[int] = []
@@ -43,5 +43,6 @@ def picked(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Examp
 
 def _position(example: Example) -> float:
     """In [0, 1), by the row alone."""
-    digest = hashlib.sha256((example.source_hash or example.prompt).encode()).digest()
+    read = example.source_hash or example.prompt or example.completion
+    digest = hashlib.sha256(read.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

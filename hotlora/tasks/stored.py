@@ -1,20 +1,33 @@
 """Rows in a file that is mapped, instead of in memory: what 100,000 conversations hold would be a gigabyte."""
 
 import json
+import mmap
+import os
 import shutil
 import tempfile
+import time
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import pyarrow as pa
 from datasets.table import MemoryMappedTable
 
+from ..base.errors import FileError
+from ..base.files import full_disk, is_full
 from .task import Example
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PREFIX, _FILE = "hotlora-rows-", "rows.arrow"
+_MIN_AGE = 60  # seconds: a file that was just made may not be locked yet
 _AT_A_TIME = 500  # rows
 _SCHEMA = pa.schema(
     {
@@ -26,19 +39,71 @@ _SCHEMA = pa.schema(
 
 
 def mapped_table(parts: Iterable[pa.Table], schema: pa.Schema) -> MemoryMappedTable:
-    """The parts as one table, in a temporary file that is deleted when the table is let go."""
-    folder = tempfile.mkdtemp(prefix="hotlora-")
+    """The parts as one table, in a temporary file that is deleted when no table that was made of it is in use any more.
+
+    FileError: the folder of temporary files cannot be written to.
+    """
+    with _told():
+        _remove_leftovers()
+        folder = tempfile.mkdtemp(prefix=_PREFIX)
+    file = Path(folder) / _FILE
     try:
-        file = str(Path(folder) / "rows.arrow")
-        with pa.OSFile(file, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for part in parts:
-                writer.write_table(part)
-        table = MemoryMappedTable.from_file(file)
+        with _told(), open(file, "x+b") as opened:
+            _lock(opened, wait=True)
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for part in parts:
+                    writer.write_table(part)
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file open, and so its lock
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    weakref.finalize(table, shutil.rmtree, folder, ignore_errors=True)  # Windows deletes no file that is mapped
-    return table
+    # Every array of every table that is made of this one keeps the map, whichever of the tables live on. By its path
+    # `datasets` opens the file again, in each process that it starts.
+    weakref.finalize(content, _remove, folder, os.getpid())
+    return MemoryMappedTable(pa.ipc.open_stream(pa.py_buffer(content)).read_all(), str(file))
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # and no fork of it
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Deletes what processes that were killed left: files whose lock nobody holds."""
+    if fcntl is None:
+        return
+    for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_FILE}"):
+        with suppress(OSError):  # another user's, or just gone
+            if time.time() - file.stat().st_mtime > _MIN_AGE:
+                with open(file, "rb") as opened:
+                    if _lock(opened):
+                        file.unlink()
+                        file.parent.rmdir()
+
+
+def _lock(opened: IO[bytes], *, wait: bool = False) -> bool:
+    """Whether it could be locked; a lock ends with all processes that have the file open."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another process, or the file system has no locks
+        return False
+    return True
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the system refuses, as a FileError."""
+    try:
+        yield
+    except OSError as error:
+        folder = next((place for place in (tempfile.tempdir, os.environ.get("TMPDIR")) if place), "/tmp")
+        reason = full_disk(Path(folder)) if is_full(error) else error.strerror or error
+        raise FileError(
+            f"{folder} cannot be written to ({reason}), and the rows of the data are kept there while they are in use: "
+            "name another folder in TMPDIR"
+        ) from error
 
 
 class StoredExamples(Sequence[Example]):

@@ -49,7 +49,7 @@ class Validation(TrainerCallback):
         return self._best()
 
     def _best(self, until: float = math.inf) -> int | None:
-        steps = [step for step in self.found if step <= until]
+        steps = [step for step, loss in self.found.items() if step <= until and not math.isnan(loss)]
         return min(steps, key=lambda step: (self.found[step], step), default=None)
 
     @property
