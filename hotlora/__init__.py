@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
 _PUBLIC = {
     "ExpertsQuantization": "adapter.quantize",
-    "export_adapter": "adapter.formats.export",
+    "export_adapter": "api",
     "import_adapter": "adapter.formats.import_peft",
     "DataError": "base.errors",
     "ExpertPlan": "routing.plan",
@@ -50,11 +50,11 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from . import plots as plots
     from .adapter.config import HotLoraConfig as HotLoraConfig
     from .adapter.count import count_parameters as count_parameters
-    from .adapter.formats.export import export_adapter as export_adapter
     from .adapter.formats.import_peft import import_adapter as import_adapter
     from .adapter.load import base_quantization as base_quantization
     from .adapter.quantize import ExpertsQuantization as ExpertsQuantization
     from .adapter.quantize import quantize_experts as quantize_experts
+    from .api import export_adapter as export_adapter
     from .api import profile as profile
     from .api import train as train
     from .base.errors import DataError as DataError
