@@ -131,6 +131,8 @@ def train(
             save_rows({"data": data, "test_data": test_data}[option], file)
         wait_for_all()
         run_method(chosen, folder, progress=progress, begin=begin)
+        if progress and is_main() and not begin.cache_info().currsize:
+            _tell(f"{folder} is done: nothing was trained now (--extend trains it on)")
         if is_main():
             write_card(folder)
             if chosen.push_to_hub is not None:

@@ -150,6 +150,7 @@ def test_columns_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture
     [
         ("prompt", "give each name once, as in prompt=question"),
         ("prompt=a,prompt=b", "give each name once"),
+        ("ask=prompt", r"no format has: ask.* \(did you mean prompt=ask\?\)"),
         ("promt=ask", r"names what no format has: promt \(did you mean prompt\?\)"),
         ("prompt=aks", r"line 1 has no field 'aks', which --columns names; it has ask, reply"),
     ],
