@@ -33,7 +33,7 @@ from .text import NONE
 
 COLUMNS = {
     "accuracy": "accuracy, %", "difference": "against all, points", "loss": "loss", "perplexity": "perplexity",
-    "token_accuracy": "token accuracy, %", "held_out": "held-out loss", "tested": "held-out rows",
+    "token_accuracy": "token accuracy, %", "rouge_l": "ROUGE-L", "held_out": "held-out loss", "tested": "held-out rows",
     "covered": "routing covered", "trained": "trained parameters", "adapter": "adapter file", "speed": "tokens/s",
     "memory": "peak memory",
 }  # fmt: skip
@@ -264,7 +264,12 @@ def _accuracy(result: Mapping[str, Any]) -> str:
 def _of_own_rows(result: Mapping[str, Any]) -> dict[str, str]:
     """Of people's own rows: loss, perplexity and token accuracy, with their intervals."""
     cells = {}
-    for key, form, scale in (("loss", ".4f", 1), ("perplexity", ".2f", 1), ("token_accuracy", ".1f", 100)):
+    for key, form, scale in (
+        ("loss", ".4f", 1),
+        ("perplexity", ".2f", 1),
+        ("token_accuracy", ".1f", 100),
+        ("rouge_l", ".3f", 1),
+    ):
         if (value := result.get(key)) is not None:
             cells[key] = f"{scale * value:{form}}"
             ends = [scale * end for end in result.get(f"{key}_ci") or () if isinstance(end, int | float)]
