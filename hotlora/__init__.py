@@ -37,8 +37,10 @@ _PUBLIC = {
     "profile": "api",
     "profile_routing": "routing.profiler",
     "quantize_experts": "adapter.quantize",
+    "run_sweep": "runs.sweep",
     "select_experts": "routing.plan",
     "train": "api",
+    "write_report": "report.page",
 }
 
 _MODULES = ("data", "plots")
@@ -65,6 +67,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
     from .report.comparison import compare_runs as compare_runs
+    from .report.page import write_report as write_report
     from .report.paired import compare_examples as compare_examples
     from .routing.plan import ExpertPlan as ExpertPlan
     from .routing.plan import select_experts as select_experts
@@ -74,6 +77,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .runs.load import Run as Run
     from .runs.load import load as load
     from .runs.load import load_adapter as load_adapter
+    from .runs.sweep import run_sweep as run_sweep
 
 
 def __getattr__(name: str) -> Any:
