@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
 _PUBLIC = {
     "ExpertsQuantization": "adapter.quantize",
-    "export_adapter": "adapter.formats.export",
+    "export_adapter": "api",
     "import_adapter": "adapter.formats.import_peft",
     "DataError": "base.errors",
     "ExpertPlan": "routing.plan",
@@ -42,8 +42,10 @@ _PUBLIC = {
     "quantize_experts": "adapter.quantize",
     "record_routing": "routing.replay",
     "replay_routing": "routing.replay",
+    "run_sweep": "runs.sweep",
     "select_experts": "routing.plan",
     "train": "api",
+    "write_report": "report.page",
 }
 
 _MODULES = ("data", "plots")
@@ -55,11 +57,11 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from . import plots as plots
     from .adapter.config import HotLoraConfig as HotLoraConfig
     from .adapter.count import count_parameters as count_parameters
-    from .adapter.formats.export import export_adapter as export_adapter
     from .adapter.formats.import_peft import import_adapter as import_adapter
     from .adapter.load import base_quantization as base_quantization
     from .adapter.quantize import ExpertsQuantization as ExpertsQuantization
     from .adapter.quantize import quantize_experts as quantize_experts
+    from .api import export_adapter as export_adapter
     from .api import profile as profile
     from .api import train as train
     from .base.errors import DataError as DataError
@@ -70,6 +72,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
     from .report.comparison import compare_runs as compare_runs
+    from .report.page import write_report as write_report
     from .report.paired import compare_examples as compare_examples
     from .routing.imported import import_profile as import_profile
     from .routing.imported import import_scores as import_scores
@@ -84,6 +87,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .runs.load import Run as Run
     from .runs.load import load as load
     from .runs.load import load_adapter as load_adapter
+    from .runs.sweep import run_sweep as run_sweep
 
 
 def __getattr__(name: str) -> Any:

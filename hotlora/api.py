@@ -1,4 +1,4 @@
-"""`hotlora.train` and `hotlora.profile`: what the commands of these names do, from Python. Imports nothing heavy."""
+"""`hotlora.train`, `profile` and `export_adapter`: what the commands do, from Python. Imports nothing heavy."""
 
 import inspect
 import logging
@@ -21,6 +21,8 @@ from .runs.methods import resolve
 from .runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .routing.profile import RoutingProfile
     from .runs.load import Run
 
@@ -130,6 +132,8 @@ def train(
             save_rows({"data": data, "test_data": test_data}[option], file)
         wait_for_all()
         run_method(chosen, folder, progress=progress, begin=begin)
+        if progress and is_main() and not begin.cache_info().currsize:
+            _tell(f"{folder} is done: nothing was trained now (--extend trains it on)")
         if is_main():
             write_card(folder)
             if chosen.push_to_hub is not None:
@@ -230,6 +234,61 @@ def _check_memory(options: RunOptions, progress: bool) -> None:
         _log.warning("%s", found)
     elif is_main() and progress:
         _tell(str(found))
+
+
+def export_adapter(
+    model: "nn.Module",
+    output: str | os.PathLike[str],
+    *,
+    format: str,
+    adapter_name: str = "default",
+    merge_router: bool = False,
+    drop_router: bool = False,
+    merge_attention: bool = False,
+    tokenizer: Any = None,
+) -> Path:
+    """Writes a HotLoRA adapter in the format of a server or a library. `model` is left as it was.
+    A model card beside it says what loads it, and how.
+
+    vllm: one pair of matrices for each expert and projection, zeros for the cold experts. sglang: the same,
+    hot experts only. peft: a plain PEFT adapter (`target_parameters`), which `peft.PeftModel.from_pretrained`
+    loads. merged: a whole checkpoint of the model with the adapter folded in.
+
+    The servers' formats hold no router. An adapter that trains it needs either of
+
+    - merge_router: `output/adapter` holds the rest, and `output/base` the base model with the routers'
+      updates folded in. Serve the two together.
+    - drop_router: the routers' updates are left out, so answers differ from the trained model's.
+
+    vLLM applies no adapter to MLA's `kv_b_proj` (DeepSeek, Kimi, GLM-5, …). An adapter that trains it needs
+
+    - merge_attention: its updates are folded into `output/base`, too.
+
+    Args:
+        model: a `PeftModel` with a HotLoRA adapter.
+        output: a folder that is not there yet, or is empty.
+        tokenizer: saved beside a checkpoint (merged, merge_router, merge_attention).
+
+    Returns:
+        `output`.
+
+    Raises:
+        HotLoraError: an unknown format or adapter, or something that the format cannot hold (named).
+        FileError: `output` is taken.
+    """
+    from .adapter.formats.export import base_name
+    from .adapter.formats.export import export_adapter as write
+    from .report.card import write_export_card
+
+    folder = write(
+        model, Path(output), format=format, adapter_name=adapter_name, merge_router=merge_router,
+        drop_router=drop_router, merge_attention=merge_attention, tokenizer=tokenizer,
+    )  # fmt: skip
+    adapted: Any = model
+    base = base_name(adapted, adapter_name) or "its base model"
+    source = adapted.base_model.entry_of(adapter_name).get("path")
+    write_export_card(folder, format, base, [source] if source else [])
+    return folder
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def run_method(model: Any, data: Any, output: Any, **options: Any) -> Record:
 
 def run_evaluation(
     model: Any, data: Any, output: Any = None, *, sampling: Sampling = GREEDY, engine: str = "transformers",
-    progress: bool = False, **options: Any,
+    rouge: bool = False, progress: bool = False, **options: Any,
 ) -> tuple[Record, Evaluation | None]:  # fmt: skip
     scored = EvalOptions(model=model, **options)
-    return evaluation.run_evaluation(scored, data, output, sampling=sampling, engine=engine, progress=progress)
+    return evaluation.run_evaluation(
+        scored, data, output, sampling=sampling, engine=engine, rouge=rouge, progress=progress
+    )

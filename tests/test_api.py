@@ -117,6 +117,9 @@ def test_what_is_told(rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
     hotlora.train("nano", rows, tmp_path / "run", **SHORT)
     told = capfd.readouterr().err
     assert f"training nano on {rows} into {tmp_path / 'run'}" in told and "memory: a step" in told
+    hotlora.train("nano", rows, tmp_path / "run", **SHORT)
+    again = capfd.readouterr().err
+    assert f"{tmp_path / 'run'} is done: nothing was trained now" in again and "is done" not in told
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only that one gets signals")

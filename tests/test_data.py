@@ -61,6 +61,10 @@ def test_every_row_format(tmp_path: Path):
         ("[]", "holds no rows"),
         ("\n \n", "holds no rows"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": ', r"rows\.jsonl line 2 is not valid JSON"),
+        (
+            '{"prompt": "a", "completion"\n{"prompt": "b"}',
+            r"line 1 is not valid JSON \(.* at column 29\)",
+        ),
         ('{"prompt": "a", "completion": "b"}\n[1]\n', r"line 2: a row must be a JSON object, this is a list"),
         ('[{"prompt": "a"}', r"line 1 is not valid JSON"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud800", "completion": ""}', r"line 2.*half a character"),

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from hotlora.papers.needs import config_file, data_size, sweep_needs
 from hotlora.papers.result import Result, write_results
 from hotlora.report.published import MODELS, THROUGHPUT, UNIFORM_COVERAGE
 from hotlora.routing.profile import RoutingProfile
-from hotlora.runs.sweep import Condition
+from hotlora.runs.sweep import Condition, Sweep
 from hotlora.tasks import TASKS
 from hotlora.tasks.data import load_examples
 
@@ -421,6 +422,25 @@ def test_needs_of_trainings(tiny_folder: str, tmp_path: Path):
     away = sweep_needs(RECIPES["moe-sieve-section-7.3"](Setting(tiny_folder, seeds=3, options=options)).sweep())
     assert away[1] == "data from the Hub: gsm8k (or --data TASK=FILES)"
     assert "hours of training and profiling unknown: the data is not here" in away[3]
+
+
+def test_needs_reads_own_rows_as_the_runs_do(tiny_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """By their own names of fields, and by the model's chat template: nothing that the runs read is told as unread."""
+    table, chat = tmp_path / "rows.csv", tmp_path / "chat.jsonl"
+    table.write_text("ask,reply\n1 + 1?,2\n2 + 2?,4\n")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    chat.write_text(json.dumps({"messages": turns, "tools": [{"type": "function", "function": {"name": "a"}}]}) + "\n")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    template = "{% if tools %}tools{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    conditions = [
+        Condition("table", {"data": str(table), "columns": "prompt=ask,completion=reply"}),
+        Condition("chat", {"data": str(chat)}),
+    ]
+    lines = sweep_needs(Sweep("own", str(model), str(chat), conditions, range(1)), tflops=1e-8)
+    assert "FLOP of training and profiling" in lines[3] and "unknown" not in lines[3]
+    assert "nothing reads" not in caplog.text
 
 
 def test_needs_names_the_data_that_only_the_user_has(tiny_folder: str, tmp_path: Path):

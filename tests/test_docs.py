@@ -170,6 +170,14 @@ def test_the_reference_has_every_public_name():
             and thing.__module__ not in listed] == []  # fmt: skip
 
 
+def test_every_function_of_the_reference_is_where_the_page_says():
+    """`import hotlora, then by these names`; those of `hotlora.data` and `hotlora.plots` stand there."""
+    listed = re.findall(r"^::: ([\w.]+)", (DOCS / "api.md").read_text("utf-8"), re.M)
+    names = [name.rpartition(".")[2] for name in listed if name != "hotlora.base.errors"]
+    places = (hotlora, hotlora.data, hotlora.plots)
+    assert [name for name in names if not any(name in place.__all__ for place in places)] == []
+
+
 def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     for package in ("material", "mkdocs", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:

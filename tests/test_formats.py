@@ -187,6 +187,7 @@ def test_a_row_in_which_nothing_is_learned_is_told(tmp_path: Path):
     [
         ("prompt", "give each name once, as in prompt=question"),
         ("prompt=a,prompt=b", "give each name once"),
+        ("ask=prompt", r"no format has: ask.* \(did you mean prompt=ask\?\)"),
         ("promt=ask", r"names what no format has: promt \(did you mean prompt\?\)"),
         ("prompt=aks", r"line 1 has no field 'aks', which --columns names; it has ask, reply"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 
 import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError
-from hotlora.base.records import read_record
+from hotlora.base.records import find_records, read_record
 from hotlora.cli.main import app
+from hotlora.evaluate.rouge import rouge_l
 from hotlora.evaluate.score import response_scores
 from hotlora.evaluate.stats import mean_interval, ratio_interval
+from hotlora.report.tables import read_sections, section_tables
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples
 from hotlora.tasks.own import own_task
@@ -110,6 +113,34 @@ def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run
     assert tuned == other
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "tuned"), str(tmp_path / "base")])
     assert done.exit_code == 0 and "my-rows" in done.output
+
+
+def test_rouge_l_of_own_rows(rows: str, run: Path, tmp_path: Path):
+    """As rouge-score has it for words of ASCII; other letters count, too, which it drops."""
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    texts = [("the cat sat", "the cat"), ("a-b, C!", "c a b"), ("", "x")]
+    expected = [scorer.score(target, text)["rougeL"].fmeasure for target, text in texts]
+    found = rouge_l([text for _, text in texts], [target for target, _ in texts])
+    assert found["rouge_l"] == pytest.approx(sum(expected) / 3) and 0 < expected[0] < 1
+    same = ["你好", "καλημέρα", "café"]
+    assert rouge_l(same, same) == {"rouge_l": 1.0, "rouge_l_ci": [1.0, 1.0]}
+    assert rouge_l(["a"], ["a"])["rouge_l_ci"] == [None, None]
+
+    words = ["evaluate", "--data", rows, "--adapter", str(run), "--rouge", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    result = read_record(tmp_path / "out")["evaluation"]["my-rows"]
+    assert f"ROUGE-L {result['rouge_l']:.4f} (95% " in done.output and result["accuracy"] <= result["rouge_l"] <= 1
+    columns = section_tables(read_sections(find_records(tmp_path))[0])[0].columns
+    assert "ROUGE-L" in columns.values()
+
+
+def test_rouge_l_that_cannot_be_is_told_first(rows: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(HotLoraError, match="one answer to each of your own rows"):
+        run_evaluation("nano", "nano-math", rouge=True)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(HotLoraError, match=r"pip install 'hotlora\[rouge\]'"):
+        run_evaluation("nano", rows, rouge=True)
 
 
 def test_conversations_are_compared_without_special_tokens(tmp_path: Path):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import hotlora
 from hotlora.base.errors import FileError, HotLoraError
+from hotlora.base.files import read_json
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.hf.hub import _user, check_push, push
@@ -105,7 +106,7 @@ def test_a_hub_that_refuses_or_is_not_there(there: Hub, run: Path, monkeypatch):
             check_push("lab/mine")
     there.answer = answer
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(HotLoraError, match="the Hub cannot be asked"):
+    with pytest.raises(HotLoraError, match=r"the Hub cannot be asked .* a run without --push-to-hub can be"):
         check_push("ada/mine")
 
 
@@ -166,6 +167,22 @@ def test_the_commands(there: Hub, run: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert f"pushed: {there.url}/ada/mine (private)" in done.stdout
     assert {"README.md", "experts.png"} <= set(there.files["lab/new"]) == set(there.files["ada/mine"])
+
+
+@pytest.mark.parametrize("format", ["vllm", "peft", "merged"])
+def test_an_export_from_python_has_the_card_of_the_command(run: Path, tmp_path: Path, format: str):
+    model, routers = hotlora.load_adapter(run), {"merge_router": True} if format == "vllm" else {}
+    out = hotlora.export_adapter(model, tmp_path / "python", format=format, **routers)
+    words = ["export", run, "--format", format, "-o", tmp_path / "command", *(["--merge-router"] if routers else [])]
+    assert CliRunner().invoke(app, list(map(str, words))).exit_code == 0
+    cards = {card.relative_to(out): card.read_text() for card in out.rglob("README.md")}
+    theirs = tmp_path / "command"
+    assert cards and cards == {card.relative_to(theirs): card.read_text() for card in theirs.rglob("README.md")}
+    if format == "peft":  # AutoPeftModel and servers read the base's name there
+        assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == str(run.parent / "model")
+    alone = hotlora.load_adapter(run, is_trainable=True)  # of no file: what it came to is not known
+    hotlora.export_adapter(alone, tmp_path / "alone", format="peft")
+    assert "## Results" not in (tmp_path / "alone" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("format", ["vllm", "sglang", "peft", "merged", "combined"])

@@ -304,6 +304,31 @@ def test_a_held_out_loss_is_a_score_where_there_is_no_task(tmp_path):
     assert "held-out loss" in console.file.getvalue() and "accuracy" not in console.file.getvalue()
 
 
+def test_held_out_losses_of_different_rows_are_not_set_against_each_other(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    for run, loss, rows, config in (
+        ("all-0", 1.25, 8, {"config__test_split": 0.1, "config__test_hash": "a" * 64}),
+        ("hot-0", 1.2, 20, {"config__test_data": "folder/held.jsonl", "config__test_hash": "b" * 64}),
+    ):
+        change(
+            tmp_path / "nano-math" / run, evaluation=None, training__test_loss=loss, data__test=rows, **config
+        )  # fmt: skip
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    rows = Page(text).rows
+    assert "against all" not in rows[0]
+    place = rows[0].index("held-out rows")
+    assert [row[place] for row in rows[1:]] == ["8 of test split 0.1", "20 of held.jsonl"]
+    assert "losses of different rows say nothing about each other" in text and "has a held-out loss of" not in text
+    console = Console(width=84, file=io.StringIO())
+    console.print(conditions_table(find_records(tmp_path)))
+    assert "different rows" in console.file.getvalue() and "−0.0500" not in console.file.getvalue()
+
+    for run in ("all-0", "hot-0"):  # the same rows, named otherwise
+        change(tmp_path / "nano-math" / run, config__test_hash="b" * 64)
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "different rows" not in text and "−0.0500" in text
+
+
 def test_no_runs(tmp_path):
     with pytest.raises(DataError, match=r"no run\.json"):
         write_report(tmp_path, tmp_path / "out")

@@ -233,7 +233,9 @@ SWEEP = Sweep(
 """
 
 
-def test_the_command_runs_two_at_a_time_and_tells_what_failed(model_folder: Path, tmp_path: Path):
+def test_the_command_runs_two_at_a_time_and_tells_what_failed(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     file, output = tmp_path / "study.py", tmp_path / "out"
     file.write_text(FILE.format(model=str(model_folder)))
     code, text = call(file, "-o", output, "--dry-run")
@@ -242,6 +244,8 @@ def test_the_command_runs_two_at_a_time_and_tells_what_failed(model_folder: Path
 
     code, text = call(file, "-o", output, "--processes", 2)
     assert code == 1 and "study: 3 of 5 runs done, 2 failed" in text
+    assert "\none page of all runs: " in text
+    assert "leaked" not in capfd.readouterr().err  # by nanobind, of what a worker's collector was told to leave
     assert text.count("failed: PlanError: p is 2: it must be above 0 and at most 1") == 2
     assert str(output / "wrong" / "seed1" / "log.txt") in text and f"hotlora report {output}" in text
     records = {folder.relative_to(output).as_posix(): record for folder, record in find_records(output).items()}

@@ -59,8 +59,8 @@ _OPTIONAL: dict[str, dict[str, Kind]] = {
 }
 _TOP: dict[str, Kind] = {"seconds": (int, float), "error": str}
 _RESULT: dict[str, Kind] = {
-    **dict.fromkeys(("ci_low", "ci_high", "loss", "perplexity", "token_accuracy"), (int, float)),
-    **dict.fromkeys(("loss_ci", "perplexity_ci", "token_accuracy_ci"), list),
+    **dict.fromkeys(("ci_low", "ci_high", "loss", "perplexity", "token_accuracy", "rouge_l"), (int, float)),
+    **dict.fromkeys(("loss_ci", "perplexity_ci", "token_accuracy_ci", "rouge_l_ci"), list),
     "results": str,
 }
 _EVALUATION: dict[str, Kind] = {"metric": str, "accuracy": (int, float), "n": int, "correct": (int, float)}

@@ -160,6 +160,9 @@ def evaluate(
             help="Examples without a completion count as wrong; else they are an error.",
         ),
     ] = False,
+    rouge: Annotated[
+        bool, typer.Option("--rouge", help="Of your own rows also ROUGE-L, which needs the extra rouge.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep run.json and every example's result here.")
     ] = None,
@@ -169,7 +172,7 @@ def evaluate(
     """Score a model, a model with an adapter, or completions made elsewhere, on a task's test split or your own rows.
 
     `hotlora evaluate --data rows.jsonl --adapter runs/mine` takes the base from the adapter. Of your own rows it tells
-    exact match, loss, perplexity and token accuracy.
+    exact match, loss, perplexity and token accuracy; with --rouge ROUGE-L.
 
     With --output, an evaluation that was stopped goes on where it was.
 
@@ -184,8 +187,8 @@ def evaluate(
     if harness is not None or tasks is not None:
         if harness != "lm-eval" or not tasks or data or not model or generations:
             raise HotLoraError("Give --harness lm-eval with --tasks and --model (and an adapter), and no --data.")
-        if samples != 1 or temperature or top_p != 1 or engine != "transformers":
-            raise HotLoraError("lm-eval's tasks say how answers are drawn: leave the engine and the sampling out.")
+        if rouge or samples != 1 or temperature or top_p != 1 or engine != "transformers":
+            raise HotLoraError("lm-eval's tasks say how answers are drawn: leave engine, sampling and --rouge out.")
         names = [name.strip() for name in tasks.split(",")]
         options = EvalOptions(model=model, **given)
         record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)
@@ -194,7 +197,7 @@ def evaluate(
     if data is None or num_fewshot is not None or include_path is not None:
         raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
     sampling = Sampling(samples, temperature, top_p, seed)
-    answering = set(given) - {"limit"} or engine != "transformers" or sampling != Sampling()
+    answering = set(given) - {"limit"} or rouge or engine != "transformers" or sampling != Sampling()
     if (model is None) == (generations is None) or (generations is not None and answering):
         raise HotLoraError("Give --model (and an adapter), which answers, or --generations, which holds the answers.")
     if model is None:
@@ -205,7 +208,7 @@ def evaluate(
         )
     else:
         options = EvalOptions(model=model, **given)
-        record, _ = run_evaluation(options, data, output, sampling=sampling, engine=engine, progress=True)
+        record, _ = run_evaluation(options, data, output, sampling=sampling, engine=engine, rouge=rouge, progress=True)
     _show_evaluation(record, output, as_json)
 
 

@@ -88,6 +88,9 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
                 f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} response tokens",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
+        if "rouge_l" in result:
+            low, high = (f"{end:.4f}" if end is not None else "?" for end in result["rouge_l_ci"])
+            out.print(f"  ROUGE-L {result['rouge_l']:.4f} (95% {low} to {high})", highlight=False)
         passes = [f"{name} {value:.1%}" for name, value in result.items() if name.startswith("pass@")]
         if passes:
             out.print(f"  {', '.join(passes)}", highlight=False)

@@ -120,8 +120,8 @@ def _user(token: str, endpoint: str) -> dict[str, Any]:
 
 def _no_hub(name: str, error: Exception) -> HotLoraError:
     return HotLoraError(
-        f"to push to {name}, the Hub cannot be asked ({_reason(error)}): leave --push-to-hub out, and push the run "
-        "later (hotlora push)."
+        f"to push to {name}, the Hub cannot be asked ({_reason(error)}): try again where it can be; a run without "
+        "--push-to-hub can be pushed later (hotlora push)."
     )
 
 

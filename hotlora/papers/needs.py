@@ -137,18 +137,24 @@ def bench_needs(model: str, options: Mapping[str, Any], kinds: Iterable[str]) ->
     return lines
 
 
-def data_size(data: str, model: str, limit: int | None, max_length: int) -> tuple[int, int] | None:
+def data_size(
+    data: str, model: str, limit: int | None, max_length: int, **reading: Any
+) -> tuple[int, int] | None:  # fmt: skip
     """(examples, tokens) of a training split that is on this machine, each cut at `max_length`; None where it is not.
 
     Tokens of a sample, by the model's tokenizer if it is here, else four characters each.
+
+    reading: what `load_examples` takes of own rows besides.
     """
     if not _is_here(data):
         return None
-    examples = load_examples(data, "train", limit=limit)
+    is_here = model == NANO or (Path(model).expanduser() / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(model) if is_here else None
+    examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, tell=False, **reading)  # the runs tell
     some = examples[:: max(1, len(examples) // _SAMPLE)]
     texts = [example.prompt + example.completion for example in some]
-    if model == NANO or (Path(model).expanduser() / "tokenizer.json").is_file():
-        lengths = [float(len(ids)) for ids in load_tokenizer(model)(texts)["input_ids"]]
+    if tokenizer is not None:
+        lengths = [float(len(ids)) for ids in tokenizer(texts)["input_ids"]]
     else:
         lengths = [len(text) / _CHARACTERS for text in texts]
     mean = sum(min(length, max_length) for length in lengths) / len(lengths)
@@ -187,7 +193,8 @@ def _loads(sweep: Sweep, model: str) -> tuple[list[Load], dict[str, float]]:
         if given["model"] != model or not condition.train or condition.scores is not None:
             continue
         options, flops = sweep.resolved(condition), None
-        size = size_of(options.data, model, options.limit, options.max_length)
+        reading = options.reading() if task_of(options.data) is None else {}
+        size = size_of(options.data, model, options.limit, options.max_length, **reading)
         share = None if options.full else _adapted_share(meta, options)
         if size is not None:
             trained = options.epochs * size[1]

@@ -175,7 +175,10 @@ def compare_runs(
         raise DataError(f"no run of a sweep here is done and has a {wanted}{told}: `hotlora sweep` makes such runs.")
     names = {name for conditions in groups.values() for name in conditions}
     if not any(_reference_of(name, reference, names) for name in names):
-        raise DataError(f"no condition is called {reference!r}: there are {', '.join(sorted(names))}.")
+        raise DataError(
+            f"no condition is called {reference!r}: there are {', '.join(sorted(names))}; name the one that the others "
+            "are compared with (--reference)."
+        )
     order = sorted(groups, key=lambda key: (key[0], key[2], key[1]))  # by sweep, task and model
     tables = tuple(_table(key, groups[key], reference, metric, bounds, holm, lacking) for key in order)
     return Comparison(reference, metric, bounds, holm, tables, tuple(left_out))

@@ -96,7 +96,10 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
     losses = _paired_losses(folders, records)
     if not common and not losses:
         told = " and ".join(f"{folder} on {', '.join(own) or 'none'}" for folder, own in each)
-        raise DataError(f"the two runs were scored on no task in common ({told}): give two that were.")
+        raise DataError(
+            f"the two runs were scored on no task in common ({told}), and hold out other rows. Score both on the same: "
+            "hotlora evaluate --data ROWS --adapter RUN --output FOLDER, and compare the two folders."
+        )
     left_out = [
         f"{task}: only {folder} was scored on it." for folder, own in each for task in own if task not in common
     ]

@@ -54,6 +54,11 @@ class Section:
         records = self.records.values()
         return not any(record.get("evaluation") for record in records) and any(map(held_out_loss, records))
 
+    @property
+    def tested_apart(self) -> bool:
+        """Whether the held-out losses are of different rows: then none is more or less than another."""
+        return len({tested_on(record) for record in self.records.values() if held_out_loss(record) is not None}) > 1
+
     def note(self, text: str) -> None:
         """Remembers what was left out, once."""
         if text not in self.notes:
@@ -145,6 +150,20 @@ def held_out_loss(record: Record) -> float | None:
     """The held-out loss after training."""
     loss: float | None = part(record, "training").get("test_loss")
     return loss
+
+
+def tested_on(record: Record) -> str | None:
+    """The hash of the rows that its held-out loss is of; None where the record has none."""
+    found: str | None = part(record, "config").get("test_hash")
+    return found
+
+
+def held_out_rows(record: Record) -> str:
+    """How many rows its held-out loss is of, and whence: "20 of held.jsonl"."""
+    config = part(record, "config")
+    name, share = config.get("test_data"), config.get("test_split")
+    source = f" of {Path(name).name}" if name else f" of test split {share:g}" if share else ""
+    return f"{part(record, 'data').get('test', 0):,}{source}"
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

@@ -22,17 +22,20 @@ from .sections import (
     differing,
     distance,
     held_out_loss,
+    held_out_rows,
     is_trained,
     option_text,
     part,
     read_sections,
+    tested_on,
 )  # fmt: skip
 from .text import NONE
 
 COLUMNS = {
     "accuracy": "accuracy, %", "difference": "against all, points", "loss": "loss", "perplexity": "perplexity",
-    "token_accuracy": "token accuracy, %", "held_out": "held-out loss", "covered": "routing covered",
-    "trained": "trained parameters", "adapter": "adapter file", "speed": "tokens/s", "memory": "peak memory",
+    "token_accuracy": "token accuracy, %", "rouge_l": "ROUGE-L", "held_out": "held-out loss", "tested": "held-out rows",
+    "covered": "routing covered", "trained": "trained parameters", "adapter": "adapter file", "speed": "tokens/s",
+    "memory": "peak memory",
 }  # fmt: skip
 """Beside them stand the options in which runs differ; their keys are "option NAME"."""
 
@@ -105,8 +108,10 @@ def conditions_table(records: Records) -> Table:
             heading = section.data if shown.task == section.data else f"{section.data} → {shown.task}"
             heading = f"[bold]{escape(one_line(heading))}[/]"
             heading += f" {escape(one_line(section.model))}" if several else ""
+            heading += " (held-out loss)" if len(kinds) > 1 and section.by_loss else ""
+            heading += "\nof different rows: no loss is comparable" if section.by_loss and section.tested_apart else ""
             heading += f"\n{shown.adapted}" if shown.adapted else ""
-            table.add_row(heading + (" (held-out loss)" if len(kinds) > 1 and section.by_loss else ""))
+            table.add_row(heading)
             for row in shown.rows:
                 note = f"\n[red]{escape(one_line(row.note))}[/]" if row.note else ""
                 cells = (row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys)
@@ -136,6 +141,8 @@ def table_rows(section: Section, task: str, folders: Sequence[Path] | None = Non
             cells["accuracy"] = f"{loss:.4f}"
         if not section.by_loss and loss is not None:
             cells["held_out"] = f"{loss:.4f}"
+        if section.tested_apart and loss is not None:
+            cells["tested"] = held_out_rows(record)
         if found := against_all(section, folder, task, chosen):
             cells["difference"] = _signed(found[1].difference, 4) if section.by_loss else _points(found[1])
         if (profile := section.profiles.get(folder)) is not None and folder in section.plans:
@@ -191,6 +198,8 @@ def against_all(
     for other, reference in sorted(others, key=lambda item: (item[0] not in within, distance(record, item[1]))):
         result = part(reference, "evaluation").get(task)
         if section.by_loss and (ours := held_out_loss(record)) and (theirs := held_out_loss(reference)):
+            if tested_on(record) != tested_on(reference):
+                continue
             return reference, Difference(ours - theirs, float("nan"), float("nan"))
         if result is None:
             continue
@@ -255,7 +264,12 @@ def _accuracy(result: Mapping[str, Any]) -> str:
 def _of_own_rows(result: Mapping[str, Any]) -> dict[str, str]:
     """Of people's own rows: loss, perplexity and token accuracy, with their intervals."""
     cells = {}
-    for key, form, scale in (("loss", ".4f", 1), ("perplexity", ".2f", 1), ("token_accuracy", ".1f", 100)):
+    for key, form, scale in (
+        ("loss", ".4f", 1),
+        ("perplexity", ".2f", 1),
+        ("token_accuracy", ".1f", 100),
+        ("rouge_l", ".3f", 1),
+    ):
         if (value := result.get(key)) is not None:
             cells[key] = f"{scale * value:{form}}"
             ends = [scale * end for end in result.get(f"{key}_ci") or () if isinstance(end, int | float)]

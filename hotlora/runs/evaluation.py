@@ -16,6 +16,7 @@ from ..base.records import Record, new_record
 from ..evaluate.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluate.generations import read_generations, score_generations
 from ..evaluate.harness import evaluate_by_lm_eval, lm_eval_version
+from ..evaluate.rouge import rouge_l, rouge_scorer
 from ..evaluate.score import (
     Evaluation,
     RowLoss,
@@ -48,6 +49,7 @@ def run_evaluation(
     *,
     sampling: Sampling = GREEDY,
     engine: str = "transformers",
+    rouge: bool = False,
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
     """Scores a model, or a model with a saved adapter, on a task's test split, or on people's own rows: those by exact
@@ -60,6 +62,7 @@ def run_evaluation(
         output: gets run.json and results-TASK.jsonl; None keeps nothing.
         sampling: how answers are drawn, and how many each example gets.
         engine: "transformers" or "vllm".
+        rouge: of own rows ROUGE-L, too.
 
     Returns:
         the record, and the evaluation; None in its place where `output` held the same one, done.
@@ -71,6 +74,10 @@ def run_evaluation(
     task = task_of(data)
     if task is not None:
         task.check_scored()
+    if rouge:
+        if task is not None or sampling.samples != 1:
+            raise HotLoraError("ROUGE-L is of one answer to each of your own rows: leave --rouge out.")
+        rouge_scorer()  # before anything takes long
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
     test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
@@ -86,6 +93,7 @@ def run_evaluation(
     parts = trained_parts(options.train_on, test) if is_own else None
     identity |= {"train_on": parts} if parts else {}
     identity |= {"keep_hot": True} if scored.keep else {}
+    identity |= {"rouge": True} if rouge else {}
     identity |= {"engine": engine} if engine != "transformers" else {}
     folder = None if output is None else Path(output)
     results = None if folder is None else folder / f"results-{task.name}.jsonl"
@@ -110,6 +118,9 @@ def run_evaluation(
                 batch_size=options.batch_size, sampling=sampling, results=results, progress=progress,
             )  # fmt: skip
         record["evaluation"] = save_evaluation(evaluation, folder)
+        if rouge:
+            answers = [result["prediction"] for result in evaluation.results]
+            found |= rouge_l(answers, [example.completion for example in test])
         record["evaluation"][task.name] |= found
     return record, evaluation
 

@@ -169,6 +169,8 @@ def run_sweep(
     table = Live(console=console, get_renderable=lambda: progress_table(sweep.name, jobs), refresh_per_second=2)
     with locked(output), table:
         run_jobs(jobs, processes or default_processes(), ended)
+    if not console.is_terminal:
+        console.print()  # Live ends its line in a terminal alone
     return jobs
 
 

@@ -185,6 +185,7 @@ def _work(connection: Connection) -> None:
         except (EOFError, OSError, KeyboardInterrupt):
             return
         if folder is None:
+            gc.unfreeze()  # else what is bound to C++ is told as leaked at the end
             return
         with _output_to(folder / LOG):
             try:

@@ -43,6 +43,7 @@ def load_examples(
     train_on: str = "assistant",
     columns: str | None = None,
     apply_chat_template: bool | None = None,
+    tell: bool = True,
 ) -> Sequence[Example]:
     """The examples of a split of a task, of local files, or of a data set on the Hub.
 
@@ -63,6 +64,7 @@ def load_examples(
         columns: the rows' own names of the formats' fields, `prompt=question,completion=answer`.
         apply_chat_template: whether the chat template writes the rows. None: where they are conversations, or Alpaca's,
             and the tokenizer has one; texts of prompt and completion stay as they are.
+        tell: log what of the rows nothing reads, and what else is worth to know.
 
     Returns:
         A task's as a list; people's own rows in a temporary file, however many: each is read when it is asked for.
@@ -90,7 +92,8 @@ def load_examples(
             now or datetime.now(),
         )  # fmt: skip
         examples = StoredExamples.write(_trained(reader.example(row), train_on) for row in _rows(source, split))
-        reader.tell(source)
+        if tell:
+            reader.tell(source)
     return drawn(examples, limit, seed)
 
 

@@ -92,7 +92,8 @@ def read_columns(text: str) -> dict[str, str]:
         if not (name and sign and column) or name in found:
             raise DataError(f"columns = {text!r}: give each name once, as in prompt=question,completion=answer.")
         if name not in _NAMES:
-            raise DataError(f"columns = {text!r} names what no format has: {suggest([name], _NAMES)}.")
+            turned = f" (did you mean {column}={name}?)" if column in _NAMES else ""
+            raise DataError(f"columns = {text!r} names what no format has: {suggest([name], _NAMES)}{turned}.")
         found[name] = column
     return found
 

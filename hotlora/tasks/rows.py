@@ -186,7 +186,7 @@ def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                row = Row(f"{path} line {number}", json.loads(line))
+                row = Row(f"{path} line {number}", json.loads(line.rstrip("\r\n")))
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."

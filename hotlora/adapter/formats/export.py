@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...base.errors import FileError, HotLoraError, ModelError
 from ...base.files import atomic_folder, write_json
-from ...hf.models import attention_modules
+from ...hf.models import NANO, NANO_PATH, attention_modules
 from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
 from ..on_top_of import described, merged_for_now, merged_into
@@ -42,34 +42,7 @@ def export_adapter(
     merge_attention: bool = False,
     tokenizer: Any = None,
 ) -> Path:
-    """Writes a HotLoRA adapter in the format of a server or a library. `model` is left as it was.
-
-    vllm: one pair of matrices for each expert and projection, zeros for the cold experts. sglang: the same,
-    hot experts only. peft: a plain PEFT adapter (`target_parameters`), which `peft.PeftModel.from_pretrained`
-    loads. merged: a whole checkpoint of the model with the adapter folded in.
-
-    The servers' formats hold no router. An adapter that trains it needs either of
-
-    - merge_router: `output/adapter` holds the rest, and `output/base` the base model with the routers'
-      updates folded in. Serve the two together.
-    - drop_router: the routers' updates are left out, so answers differ from the trained model's.
-
-    vLLM applies no adapter to MLA's `kv_b_proj` (DeepSeek, Kimi, GLM-5, …). An adapter that trains it needs
-
-    - merge_attention: its updates are folded into `output/base`, too.
-
-    Args:
-        model: a `PeftModel` with a HotLoRA adapter.
-        output: a folder that is not there yet, or is empty.
-        tokenizer: saved beside a checkpoint (merged, merge_router, merge_attention).
-
-    Returns:
-        `output`.
-
-    Raises:
-        HotLoraError: an unknown format or adapter, or something that the format cannot hold (named).
-        FileError: `output` is taken.
-    """
+    """As `hotlora.export_adapter`, without the card."""
     output = check_export(format, output)
     if not isinstance(model, PeftModel):
         raise ModelError(f"{type(model).__name__} has no adapter. Give a PeftModel, as load_adapter returns it.")
@@ -104,7 +77,7 @@ def export_adapter(
     plain = {
         "task_type": config.task_type,
         "inference_mode": True,
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": None if into_base or ground else base_name(model, adapter_name),
         **targets,
     }
     with atomic_folder(output) as folder:
@@ -122,6 +95,13 @@ def check_export(format: str, output: str | Path) -> Path:
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileError(f"{output} is there already and not empty: give a new folder for the export.")
     return output
+
+
+def base_name(model: PeftModel, adapter_name: str = "default") -> str | None:
+    """The adapter's base, as a folder, a name on the Hub or nano; None of one that came from nowhere."""
+    noted = model.peft_config[adapter_name].base_model_name_or_path
+    name: str | None = noted or getattr(model.get_base_model(), "name_or_path", None) or None
+    return NANO if name == str(NANO_PATH) else name
 
 
 def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop_router: bool) -> None:
