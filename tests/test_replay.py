@@ -122,8 +122,9 @@ def test_weights_and_gradients_are_those_of_a_plain_formula(family):
     assert theirs.abs().max() > 0 and torch.allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("kwargs", [{"use_reentrant": False}, checkpoint_kwargs()], ids=["torch's", "ours"])
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gemma4_text"])
-def test_gradient_checkpointing_replays_the_same(family):
+def test_gradient_checkpointing_replays_the_same(family, kwargs):
     model = adapted(family)
     wanted = others(recorded(model)[0], 8)
     labels = BATCH["input_ids"]
@@ -137,7 +138,7 @@ def test_gradient_checkpointing_replays_the_same(family):
 
     model.train()
     plain = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     model.enable_input_require_grads()
     with record_routing(model) as again:
         again_gradients = gradients()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..base.errors import DataError, ModelError
 from ..hf import models
@@ -126,7 +127,7 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
     with ExitStack() as stack:
         stack.callback(_decoder(model).register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, layer in enumerate(layers):
-            scope, experts = model.get_submodule(_scope(layer)), model.get_submodule(layer.experts)
+            scope, experts = _scope(model, layer), model.get_submodule(layer.experts)
             stack.callback(scope.register_forward_pre_hook(replay.enter(number)).remove)
             stack.callback(scope.register_forward_hook(replay.leave(number), always_call=True).remove)
             stack.callback(experts.register_forward_pre_hook(replay.check(number), with_kwargs=True).remove)
@@ -321,6 +322,9 @@ def _decoder(model: nn.Module) -> nn.Module:
     return getattr(inner, inner.base_model_prefix, inner)
 
 
-def _scope(layer: models.MoELayer) -> str:
-    """The innermost module that holds the router and the experts."""
-    return os.path.commonpath([layer.experts.replace(".", "/"), layer.router.replace(".", "/")]).replace("/", ".")
+def _scope(model: nn.Module, layer: models.MoELayer) -> nn.Module:
+    """The innermost module that holds the router and the experts, or the router, where that is a whole decoder layer
+    (gemma4): its hooks do not run when gradient checkpointing runs the layer again."""
+    parts = [path.replace(".", "/") for path in (layer.experts, layer.router)]
+    scope = model.get_submodule(os.path.commonpath(parts).replace("/", "."))
+    return model.get_submodule(layer.router) if isinstance(scope, GradientCheckpointingLayer) else scope
