@@ -193,6 +193,20 @@ def test_routes_are_found_by_tokens_in_any_batch():
     assert routes.missing == 2 * ROWS
 
 
+def test_routes_of_all_decoder_layers():
+    """Engines write zeros for a dense layer; here the first one is."""
+    model, text = zoo_model("deepseek_v3"), torch.arange(3, 10)
+    layers = [layer.layer for layer in moe_layers(model)]
+    assert layers == [1, 2]
+    ids, _ = recorded(model, {"input_ids": text[None]})
+    wanted = others(ids, 8)[:, 0].transpose(0, 1)
+    routes = Routes()
+    routes.add(text, torch.cat([torch.zeros_like(wanted[:, :1]), wanted], dim=1))
+    with replay_routing(model, routes):
+        taken, _ = recorded(model, {"input_ids": text[None]})
+    assert torch.equal(taken[:, 0].transpose(0, 1), wanted)
+
+
 def test_generation_is_recorded_as_one_forward_of_its_text_routes():
     model, _ = hotlora.load("nano")
     prompt = torch.tensor([[5, 9, 20, 31], [7, 7, 8, 40]])
@@ -246,6 +260,6 @@ def test_wrong_routes_are_one_message(tokens, experts, said):
     with pytest.raises(DataError, match=said):
         Routes().add(tokens, experts)
     model, routes = zoo_model("olmoe"), Routes()
-    routes.add([1, 2], torch.tensor([[[0, 1]] * 4]))
-    with pytest.raises(DataError, match="have 4 layers of 2 experts"), replay_routing(model, routes):
+    routes.add([1, 2], torch.tensor([[[0, 1]] * 2]))
+    with pytest.raises(DataError, match="have 2 layers of 2 experts"), replay_routing(model, routes):
         run(model, {"input_ids": torch.tensor([[1, 2]])})

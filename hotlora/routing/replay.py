@@ -46,6 +46,7 @@ class Routes:
             token_ids: N of them, without padding.
             expert_ids: integers [N', L, K], as vLLM and SGLang return them: of the first N' of the tokens. An engine
                 never runs the last token, so N' is N - 1 as a rule; the router chooses for the rest. -1: not known.
+                Of all decoder layers instead, as engines have them: the MoE layers are taken.
 
         Raises:
             DataError: other shapes, or more experts than tokens.
@@ -63,22 +64,24 @@ class Routes:
         """Forgets all texts, as before the next rollouts."""
         self._routes.clear()
 
-    def of(self, input_ids: Tensor, attention_mask: Tensor | None, num_layers: int, top_k: int) -> Tensor | None:
+    def of(self, input_ids: Tensor, attention_mask: Tensor | None, layers: Sequence[int], top_k: int) -> Tensor | None:
         """int64 [L, B, S, K] on the CPU, -1 where no route is known; None where that is everywhere.
 
-        input_ids, attention_mask: [B, S]. Waits for the device.
+        input_ids, attention_mask: [B, S]. layers: decoder indices of the L MoE layers. Waits for the device.
         """
         ids = input_ids.cpu().numpy()
         mask = np.ones_like(ids, dtype=bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
-        expert_ids = np.full((num_layers, *ids.shape, top_k), _UNKNOWN, dtype=np.int64)
+        expert_ids = np.full((len(layers), *ids.shape, top_k), _UNKNOWN, dtype=np.int64)
         found = 0
         for row, (tokens, is_token) in enumerate(zip(ids, mask, strict=True)):
             if (experts := self._routes.get(tokens[is_token].tobytes())) is None:
                 continue
-            if experts.shape[1:] != (num_layers, top_k):
+            if experts.shape[1] > max(len(layers), max(layers)):  # engines have the dense layers, too
+                experts = experts[:, list(layers)]
+            if experts.shape[1:] != (len(layers), top_k):
                 raise DataError(
                     f"a text's expert_ids have {experts.shape[1]} layers of {experts.shape[2]} experts; the model "
-                    f"sends each token to {top_k} experts in {num_layers} MoE layers."
+                    f"sends each token to {top_k} experts in {len(layers)} MoE layers."
                 )
             places = np.flatnonzero(is_token)[: len(experts)]
             expert_ids[:, row, places] = experts.transpose(1, 0, 2)
@@ -113,7 +116,7 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(expert_ids, Routes):
-            replay.given = _routes_of(expert_ids, len(layers), replay.top_k, args, kwargs)
+            replay.given = _routes_of(expert_ids, [layer.layer for layer in layers], replay.top_k, args, kwargs)
             if replay.given is not None:
                 replay.given = replay.checked(replay.given, "expert_ids of Routes")
         else:
@@ -297,14 +300,14 @@ class _Choice(TorchFunctionMode):
 
 
 def _routes_of(
-    routes: Routes, num_layers: int, top_k: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    routes: Routes, layers: Sequence[int], top_k: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     tokens = _tokens(args, kwargs)
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or not len(routes):
         return None  # generation
     if tokens.is_floating_point():
         raise DataError("the model was given embeddings: routes are found by token ids.")
-    return routes.of(tokens, kwargs.get("attention_mask"), num_layers, top_k)
+    return routes.of(tokens, kwargs.get("attention_mask"), layers, top_k)
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
