@@ -1,6 +1,6 @@
 """Whether a profile that is read until its hot experts are settled keeps what it promises, and what that spares.
 
-    python benchmarks/profile_until.py ../shared/data/routing --output results/profile_until.json
+    python benchmarks/profile_until.py routing/olmoe_alpaca/bf16.json.gz --output results/profile_until.json
 
 No model is run on OLMoE's data: 1,024 rows of Alpaca, each with its own counts, are the population, of which rows are
 drawn with replacement, so that the hot experts of endless such data are known: those of all rows. Each draw is read
@@ -33,18 +33,17 @@ from hotlora.tasks.data import load_examples
 from hotlora.tasks.tokens import batches, tokenize
 
 HOT = Selection(fraction=0.25)
-OLMOE = "olmoe_alpaca_per_example/bf16.json.gz"
 TASKS = ("nano-math", "nano-sql", "nano-choice")
 MOST = 5000  # rows of a draw with replacement
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="the folder of published routing")
+    parser.add_argument("counts", type=Path, help="counts of each example, as docs/study.md says how to make")
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    rows, top_k = read_examples(options.data / OLMOE)
+    rows, top_k = read_examples(options.counts)
     record: dict[str, Any] = {
         "draws": options.draws, "environment": environment(), "olmoe": of_population(rows, top_k, options.draws)
     }  # fmt: skip

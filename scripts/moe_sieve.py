@@ -83,7 +83,7 @@ def readme_table() -> str:
     told = (
         f"*Mean ± standard deviation over {len(found[ALL]['seeds'])} seeds; in brackets the 95% interval, paired by "
         f"seed. Of the paper's {len(pairs)} pairs of a model and a task the hot quarter is equivalent to all experts "
-        f"within {MARGIN:g} points in {passed}; of the others it cannot be told. Random experts were tried on this "
+        f"within {MARGIN:g} points in {passed}; of the rest it cannot be told. Random experts were tried on this "
         "pair alone.*"
     )
     return f"{table(heads, lines)}\n\n{told}"

@@ -20,9 +20,9 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
     ),
     ("Table 3", "Qwen1.5-MoE-A2.7B, hellaswag", "hot"): "89.248 rounds to 89.2; rounded to 89.25 first it gives 89.3",
     ("Table 5", "Qwen1.5-MoE-A2.7B, hellaswag", "uniform"): "as in table 3",
-    ("Table 4", OLMOE, "checkpoint, saved"): "340 MB over 1.25 GB, with a GB of 1,024 MB; by parameters it is 72.7%",
-    ("Table 4", "Qwen1.5-MoE-A2.7B", "checkpoint, saved"): "as OLMoE's: 606 MB over 2.04 GB of 1,024 MB each",
-    ("Table 4", "Qwen1.5-MoE-A2.7B", "checkpoint, hot"): "605.3 MB of float32 weights; the file has a header, too",
+    ("Table 4", OLMOE, "checkpoint, saved, %"): "340 MB over 1.25 GB, with a GB of 1,024 MB; by parameters it is 72.7%",
+    ("Table 4", "Qwen1.5-MoE-A2.7B", "checkpoint, saved, %"): "as OLMoE's: 606 MB over 2.04 GB of 1,024 MB each",
+    ("Table 4", "Qwen1.5-MoE-A2.7B", "checkpoint, hot, MB"): "605.3 MB of float32 weights; the file has a header, too",
 }
 """(table, row, column) -> why it is not what is printed."""
 

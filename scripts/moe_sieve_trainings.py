@@ -49,8 +49,8 @@ def _costs() -> Iterable[Cell]:
         yield Cell("Table 4", model, "parameters, saved, %", ".1f", 100 * told["parameters"], saved)
         full, hot = cost["bytes"]
         yield Cell("Table 4", model, "checkpoint, all, GB", ".2f", full / 1e9, 4 * counts[0] / 1e9)
-        yield Cell("Table 4", model, "checkpoint, hot", ".0f", hot / 1e6, 4 * counts[1] / 1e6)
-        yield Cell("Table 4", model, "checkpoint, saved", ".1f", 100 * told["bytes"], saved)
+        yield Cell("Table 4", model, "checkpoint, hot, MB", ".0f", hot / 1e6, 4 * counts[1] / 1e6)
+        yield Cell("Table 4", model, "checkpoint, saved, %", ".1f", 100 * told["bytes"], saved)
         yield Cell("Table 4", model, "time, saved, %", ".0f", 100 * told["seconds"], None)
 
 

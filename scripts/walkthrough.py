@@ -47,8 +47,9 @@ STEPS: list[tuple[str, str]] = [
         "hotlora data chat.jsonl --model model --rows 2",
     ),
     (
-        "Train. A twentieth of the rows is held out, its loss is taken every 20 steps, training ends when that got no "
-        "better three times, and the best weights are kept.",
+        "Train. Routing is counted until it is settled which experts are hot. A twentieth of the rows is held out, its "
+        "loss is taken every 20 steps, training ends when that got no better three times, and the best weights are "
+        "kept.",
         f"{TRAIN} --output runs/hot",
     ),
     (

@@ -436,6 +436,8 @@ IDS = np.array([[[0, 1], [1, 2]], [[2, 3], [3, 0]]], np.int32)
         ("a.npz", zip_of(b"x"), "holds no .npy array"),
         ("a.safetensors", b"\xff" * 7 + b"\x00{}", "header would be"),
         ("a.pt", b"\x80\x02}q\x00.", "nothing is unpickled"),
+        ("a.pt", zip_of(b"\x80\x02}q\x00."), "nothing is unpickled; save it as .safetensors or .npz"),
+        ("a.jsonl", b'{"choices": [{"text": "4"}]}\n{"choices": []}\n', "--enable-return-routed-experts"),
         ("a.json", b"\xff\xfe", "is not a whole file of routing"),
         ("a.jsonl", b'{"routed_experts": [[[0, 1]]]}\n{"routed', "is not a whole file of routing"),
         ("a.json", b"[" * 100_000, "is not a whole file of routing"),
@@ -448,6 +450,17 @@ def test_broken_files_are_one_error(tmp_path: Path, name: str, data: bytes, matc
     with pytest.raises(HotLoraError, match=match) as told:
         import_profile(file, tmp_path / "p.safetensors", num_experts=4, num_experts_per_tok=2)
     assert str(file) in str(told.value) and sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_a_folder_is_its_files(tmp_path: Path):
+    """So that a server's requests, a file each, need not fit on a command line."""
+    (tmp_path / "routed").mkdir()
+    for number in range(3):
+        np.save(tmp_path / "routed" / f"{number}.npy", distinct(9 + number, 2, 2, 8))
+    (tmp_path / "routed" / "notes.md").write_text("not read")
+    folder = import_profile(tmp_path / "routed", num_experts=8)
+    files = import_profile(sorted((tmp_path / "routed").glob("*.npy")), num_experts=8)
+    assert folder.num_tokens == 30 and torch.equal(folder.counts, files.counts)
 
 
 def test_files_that_do_not_belong_together_are_one_error(tmp_path: Path):

@@ -14,7 +14,7 @@ def import_(
         typer.Argument(
             metavar="FILE…",
             help="Files of one form, which add up: counts or saliency (JSON), routed experts of vLLM or SGLang or "
-            "router_logits (.npy, .npz, .safetensors, .json, .jsonl), or ESFT's folder.",
+            "router_logits (.npy, .npz, .safetensors, .json, .jsonl), or ESFT's; or a folder of them.",
             show_default=False,
         ),
     ],

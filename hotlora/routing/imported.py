@@ -28,7 +28,7 @@ def import_profile(
     profile = hotlora.import_profile("routed_experts.npy", model="Qwen/Qwen3-30B-A3B")
 
     Args:
-        files: one file or several of one form, whose counts add up; or ESFT's folder.
+        files: one file or several of one form, whose counts add up; or a folder of them.
         output: a .safetensors file or a folder to save it to; None: it is not saved. Scores beside the counts are
             written beside it, `NAME-reap.json` of its name.
         model: a config.json, its folder, nano, or a name on the Hub; no weights are read. Layers, experts and K are

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +29,7 @@ def read_routing(files: Files, known: Known) -> Found:
         raise DataError("no file was given: give one or several")
     if len({path.resolve() for path in paths}) < len(paths):
         raise DataError(f"a file is given twice: {', '.join(map(str, paths))}"[:400])
-    text = [part for path in paths for part in (esft.files_in(path) if path.is_dir() else [path])]
+    text = [part for path in paths for part in (_files_in(path) if path.is_dir() else [path])]
     if any(map(esft.is_esft, text)):
         if not all(map(esft.is_esft, text)):
             raise DataError(f"{text[0]} and {text[-1]} are of two forms: import files of one form together")
@@ -42,16 +43,29 @@ def read_routing(files: Files, known: Known) -> Found:
     return together(found)
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """ESFT's, where there are any; else all whose names end as those of a form. FileError where there is none."""
+    endings = (".npy", ".npz", ".safetensors", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
+    found = esft.files_in(folder) or sorted(path for path in folder.iterdir() if path.name.endswith(endings))
+    if not found:
+        raise FileError(
+            f"{folder} is a folder without ESFT's expert_weights_LAYER.txt, and without files in {', '.join(endings)}: "
+            "give a folder that has them, or files"
+        )
+    return found
+
+
 def _read_file(file: Path, known: Known) -> Found:
     with open(file, "rb") as stream:
         head = stream.read(16)
     if head.startswith(b"\x93NUMPY"):
         return _arrays(arrays.npy(file), file, known)
-    if head.startswith(b"PK"):
+    is_torch = file.suffix in (".pt", ".pth", ".pkl", ".bin")
+    if head.startswith(b"PK") and not is_torch:  # torch.save writes a zip file, too
         return _arrays(arrays.npz(file), file, known)
     if head[8:9] == b"{" and file.suffix == ".safetensors":
         return _arrays(arrays.safetensors(file), file, known)
-    if head.startswith(b"\x80") or file.suffix in (".pt", ".pth", ".pkl", ".bin"):
+    if head.startswith(b"\x80") or is_torch:
         raise FileError(
             f"{file} is pickled, or no file of routing: nothing is unpickled; save it as .safetensors or .npz"
         )
@@ -69,17 +83,23 @@ def _json(file: Path, known: Known) -> Found:
         rest = stream.readline() if data is not None else b""
         if data is not None and rest.strip():
             lines = (json.loads(line) for line in _lines(first, rest, stream))
-            return counted(arrays.answers(lines, file, known), None, file, known)
+            blocks = arrays.answers(lines, file, known)
+            if (one := next(blocks, None)) is None:
+                raise FileError(
+                    f"{file}: no line has routed_experts with a token in them: start vLLM or SGLang with "
+                    "--enable-return-routed-experts, and for SGLang ask for return_routed_experts in each request"
+                )
+            return counted(chain([one], blocks), None, file, known)
         if data is None:
             data = json.loads(first + stream.read())
     if isinstance(data, dict) and "scores" in data and "version" in data:
         raise FileError(f"{file} is a file of scores already: give it to --rule scores")
     if isinstance(data, dict) and (found := read_tables(data, file, known)) is not None:
         return found
-    blocks = list(arrays.answers(iter([data]), file, known))
-    if not blocks:
+    blocks = arrays.answers(iter([data]), file, known)
+    if (one := next(blocks, None)) is None:
         raise FileError(f"{file} holds no routing that is known: it may hold {_FORMS}")
-    return counted(iter(blocks), None, file, known)
+    return counted(chain([one], blocks), None, file, known)
 
 
 def _lines(first: bytes, second: bytes, stream: IO[bytes]) -> Iterator[bytes]:
