@@ -23,6 +23,8 @@ from ..hf import models
 
 _UNKNOWN = -1
 """In the place of an expert: no route is known, the router chooses."""
+_MOST = np.iinfo(np.int16).max
+"""The highest id of an expert that is kept."""
 
 
 class Routes:
@@ -47,16 +49,20 @@ class Routes:
                 never runs the last token, so N' is N - 1 as a rule; the router chooses for the rest. -1: not known.
 
         Raises:
-            DataError: other shapes, or more experts than tokens.
+            DataError: other shapes, no integers, more experts than tokens, or ids out of range.
         """
-        tokens = np.asarray(token_ids, dtype=np.int64)
-        experts = np.asarray(expert_ids)
-        if tokens.ndim != 1 or experts.ndim != 3 or experts.dtype.kind not in "iu" or len(experts) > len(tokens):
+        tokens, experts = np.asarray(token_ids), np.asarray(expert_ids)
+        is_right = tokens.ndim == 1 and experts.ndim == 3 and len(experts) <= len(tokens)
+        if not is_right or tokens.dtype.kind not in "iu" or experts.dtype.kind not in "iu":
             raise DataError(
-                f"token_ids are {list(tokens.shape)} and expert_ids {list(experts.shape)} of {experts.dtype}: give "
-                "one text's tokens, and integers [tokens, layers, k] of no more tokens."
+                f"token_ids are {list(tokens.shape)} of {tokens.dtype} and expert_ids {list(experts.shape)} of "
+                f"{experts.dtype}: give one text's tokens, and integers [tokens, layers, k] of no more tokens."
             )
-        self._routes[tokens.tobytes()] = experts.astype(np.int16)
+        if experts.dtype in (np.uint16, np.uint32, np.uint64):  # -1, as an unsigned number
+            experts = np.where(experts == np.iinfo(experts.dtype).max, _UNKNOWN, experts.astype(np.int64))
+        if experts.size and not (_UNKNOWN <= experts.min() and experts.max() <= _MOST):
+            raise DataError(f"expert_ids are {experts.min()} to {experts.max()}: they must be -1 to {_MOST}.")
+        self._routes[tokens.astype(np.int64).tobytes()] = experts.astype(np.int16)
 
     def clear(self) -> None:
         """Forgets all texts, as before the next rollouts."""
@@ -92,7 +98,7 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
 
     The scores of the given experts come from the router as it is, by the family's own formula, and carry its
     gradients; only the choice of the largest is replaced. A model that is adapted by PEFT may be given, and gradient
-    checkpointing used.
+    checkpointing used, where the backward of each forward comes before the next one that has gradients.
 
         with replay_routing(model, routes):
             trainer.train()
@@ -104,7 +110,8 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
 
     Raises:
         DataError: ids of another shape, out of range, or twice for one token. ModelError: a family whose router does
-        not choose by top-k (phimoe), found in the first forward.
+        not choose by top-k (phimoe), found in the first forward; under gradient checkpointing two forwards of other
+        experts before their backward.
     """
     layers = models.moe_layers(model)
     replay = _Replay(layers, models.num_experts_per_tok(model), models.expert_groups(model), models.skips_tokens(model))
@@ -122,8 +129,10 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
                 raise DataError(
                     f"expert_ids are of {list(fixed.shape[1:3])} rows and positions, and the forward has {shape}."
                 )
+        replay.keep()
 
     with ExitStack() as stack:
+        stack.callback(replay.end)
         stack.callback(_decoder(model).register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, layer in enumerate(layers):
             scope, experts = model.get_submodule(_scope(layer)), model.get_submodule(layer.experts)
@@ -191,8 +200,9 @@ class Recorded:
 class _Replay:
     """What the hooks of `replay_routing` share.
 
-    `given` is the current forward's, [L, B, S, K] on the CPU, and stays until the next: gradient checkpointing runs the
-    layers again, in a thread of its own on a GPU, so that the mode must be entered by each layer.
+    `given` is the current forward's, [L, B, S, K] on the CPU. Gradient checkpointing runs the layers again in the
+    backward, in a thread of its own on a GPU, so that the mode must be entered by each layer; they then get `kept`, of
+    the last forward with gradients. Nothing tells a layer which forward is run again, so it can be but that one.
     """
 
     def __init__(
@@ -202,6 +212,25 @@ class _Replay:
         self.given: Tensor | None = None
         self.modes: list[list[_Choice]] = [[] for _ in layers]
         self.is_checked = [False] * len(layers)
+        self.kept: Tensor | None = None
+        self.is_fresh, self.are_several = True, False
+        """no forward with gradients yet; several of other experts since the last backward"""
+        self.reruns = [0] * len(layers)
+
+    def keep(self) -> None:
+        """At the begin of a forward."""
+        if not torch.is_grad_enabled():
+            return
+        is_first = any(self.reruns) or self.is_fresh
+        self.are_several = not is_first and (self.are_several or self.given is not self.kept)
+        self.is_fresh = False
+        self.kept, self.reruns = self.given, [0] * len(self.layers)
+
+    def end(self) -> None:
+        """An interrupt (KeyboardInterrupt) runs no hook: no mode must stay."""
+        for modes in self.modes:
+            while modes:
+                modes.pop().__exit__(None, None, None)
 
     def checked(self, expert_ids: Tensor, name: str) -> Tensor:
         wanted = f"[{len(self.layers)} layers, rows, positions, {self.top_k} experts]"
@@ -224,10 +253,21 @@ class _Replay:
         # All K of a token are known or none: a part of them would leave the router to choose one of them again.
         return torch.where((ids < 0).any(dim=-1, keepdim=True), _UNKNOWN, ids)
 
+    def kept_of(self, number: int) -> Tensor | None:
+        """For a layer that is run again."""
+        self.reruns[number] += 1
+        if self.are_several and self.reruns[number] > 1:
+            raise ModelError(
+                "gradient checkpointing runs two forwards before their backward again, and their experts differ: call "
+                "backward after each, or leave gradient checkpointing out."
+            )
+        return self.kept
+
     def enter(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.given is not None:
-                mode = _Choice(self.given[number].flatten(0, 1), self.layers[number].num_experts, self.num_groups)
+            given = self.kept_of(number) if _is_backward() else self.given
+            if given is not None:
+                mode = _Choice(given[number].flatten(0, 1), self.layers[number].num_experts, self.num_groups)
                 mode.__enter__()
                 self.modes[number].append(mode)
 
@@ -244,10 +284,10 @@ class _Replay:
         """Once a layer, as it waits for the device."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.given is None or self.is_checked[number]:
+            if not self.modes[number] or self.is_checked[number]:
                 return
             index_TK = (*args, *kwargs.values())[1].detach().cpu()
-            wanted_TK = self.given[number].flatten(0, 1).view(index_TK.shape)
+            wanted_TK = self.modes[number][-1].given_TK.view(index_TK.shape)
             if self.skips_tokens:  # no expert is handed on as the first
                 wanted_TK = wanted_TK.masked_fill(wanted_TK == self.layers[number].num_experts, 0)
             if not ((index_TK == wanted_TK) | (wanted_TK < 0)).all():
@@ -256,7 +296,7 @@ class _Replay:
                     f"the experts of layer {layer.layer} are not those that were given: {layer.router} does not choose "
                     "by torch.topk, so that this family's routing cannot be replayed."
                 )
-            self.is_checked[number] = True
+            self.is_checked[number] = bool((wanted_TK >= 0).any())
 
         return hook
 
@@ -319,6 +359,11 @@ def _decoder(model: nn.Module) -> nn.Module:
     whole: Any = model
     inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     return getattr(inner, inner.base_model_prefix, inner)
+
+
+def _is_backward() -> bool:
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
 
 
 def _scope(layer: models.MoELayer) -> str:
