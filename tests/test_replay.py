@@ -331,3 +331,56 @@ def test_an_interrupt_leaves_no_mode_behind():
 def test_numbers_that_would_be_changed_are_refused(tokens, experts, said):
     with pytest.raises(DataError, match=said):
         Routes().add(tokens, experts)
+
+
+def test_packed_texts_are_found_each_by_itself():
+    model, routes, given = zoo_model("olmoe"), Routes(), []
+    texts = [torch.arange(3, 3 + n) for n in (5, 9, 7)]
+    for text in texts[:2]:
+        given.append(others(recorded(model, {"input_ids": text[None]})[0], 8))
+        routes.add(text, given[-1][:, 0].transpose(0, 1))
+    packed = {
+        "input_ids": torch.cat(texts)[None],
+        "position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None],
+    }
+    plain, _ = recorded(model, packed)
+    with replay_routing(model, routes):
+        taken, _ = recorded(model, packed)
+    assert torch.equal(taken, torch.cat([*given, plain[:, :, 14:]], dim=2))
+    assert (routes.found, routes.missing) == (2, 1)
+
+
+def test_routes_that_fit_no_row_are_told(caplog):
+    model, routes = zoo_model("olmoe"), Routes()
+    routes.add([1, 2], torch.tensor([[[0, 1]] * len(moe_layers(model))]))
+    with replay_routing(model, routes):
+        run(model)
+    assert f"none of {ROWS} texts has routes" in caplog.text
+    caplog.clear()
+    with replay_routing(model, Routes()):  # nothing was to be found
+        run(model)
+    assert not caplog.text
+
+
+def test_the_inner_of_two_replays_wins():
+    model = zoo_model("olmoe")
+    ids, _ = recorded(model)
+    outer, inner = others(ids, 8), others(others(ids, 8), 8)
+    with replay_routing(model, outer):
+        with replay_routing(model, inner):
+            assert torch.equal(recorded(model)[0], inner)
+        assert torch.equal(recorded(model)[0], outer)
+    assert torch.equal(recorded(model)[0], ids)
+
+
+def test_what_is_no_expert_ids_is_one_message():
+    model = zoo_model("olmoe")
+    ids, _ = recorded(model)
+    for wrong in (ids.numpy(), None, ids[:, :0]):
+        with pytest.raises(DataError, match="they must be"), replay_routing(model, wrong):
+            run(model)
+    routes = Routes()
+    routes.add(BATCH["input_ids"][0], ids[:, 0].transpose(0, 1))
+    mask = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    with pytest.raises(DataError, match=r"attention_mask is \[2, 1, 24, 24\]"), replay_routing(model, routes):
+        run(model, {"input_ids": BATCH["input_ids"], "attention_mask": mask})

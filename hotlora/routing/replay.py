@@ -8,6 +8,7 @@ replay: arXiv 2510.11370).
 Shape suffixes: L MoE layers, B rows, S positions, K router's top-k, T tokens (B x S), E experts, N tokens of a text.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..base.errors import DataError, ModelError
 from ..hf import models
 
+_log = logging.getLogger(__name__)
 _UNKNOWN = -1
 """In the place of an expert: no route is known, the router chooses."""
 _MOST = np.iinfo(np.int16).max
@@ -33,9 +35,9 @@ class Routes:
     def __init__(self) -> None:
         self._routes: dict[bytes, np.ndarray[Any, Any]] = {}
         self.found = 0
-        """rows that were asked for and had routes"""
+        """texts that were asked for and had routes"""
         self.missing = 0
-        """rows that were asked for and had none"""
+        """texts that were asked for and had none"""
 
     def __len__(self) -> int:
         return len(self._routes)
@@ -68,27 +70,38 @@ class Routes:
         """Forgets all texts, as before the next rollouts."""
         self._routes.clear()
 
-    def of(self, input_ids: Tensor, attention_mask: Tensor | None, num_layers: int, top_k: int) -> Tensor | None:
+    def of(
+        self, input_ids: Tensor, attention_mask: Tensor | None, num_layers: int, top_k: int,
+        position_ids: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """int64 [L, B, S, K] on the CPU, -1 where no route is known; None where that is everywhere.
 
-        input_ids, attention_mask: [B, S]. Waits for the device.
+        input_ids, attention_mask, position_ids: [B, S]. Where a row's positions begin again, another text begins. Waits
+        for the device.
         """
+        for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if given is not None and given.shape != input_ids.shape:
+                raise DataError(f"{name} is {list(given.shape)}: to find routes it must be {list(input_ids.shape)}.")
         ids = input_ids.cpu().numpy()
         mask = np.ones_like(ids, dtype=bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
+        positions = None if position_ids is None else position_ids.cpu().numpy()
         expert_ids = np.full((num_layers, *ids.shape, top_k), _UNKNOWN, dtype=np.int64)
         found = 0
-        for row, (tokens, is_token) in enumerate(zip(ids, mask, strict=True)):
-            if (experts := self._routes.get(tokens[is_token].tobytes())) is None:
+        texts = [
+            (row, places) for row, is_token in enumerate(mask)
+            for places in _texts(is_token, None if positions is None else positions[row])
+        ]  # fmt: skip
+        for row, places in texts:
+            if (experts := self._routes.get(ids[row, places].tobytes())) is None:
                 continue
             if experts.shape[1:] != (num_layers, top_k):
                 raise DataError(
                     f"a text's expert_ids have {experts.shape[1]} layers of {experts.shape[2]} experts; the model "
                     f"sends each token to {top_k} experts in {num_layers} MoE layers."
                 )
-            places = np.flatnonzero(is_token)[: len(experts)]
-            expert_ids[:, row, places] = experts.transpose(1, 0, 2)
+            expert_ids[:, row, places[: len(experts)]] = experts.transpose(1, 0, 2)
             found += 1
-        self.found, self.missing = self.found + found, self.missing + len(ids) - found
+        self.found, self.missing = self.found + found, self.missing + len(texts) - found
         return torch.from_numpy(expert_ids) if found else None
 
 
@@ -133,6 +146,8 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
 
     with ExitStack() as stack:
         stack.callback(replay.end)
+        if isinstance(expert_ids, Routes):
+            stack.callback(_tell_none, expert_ids, expert_ids.found, expert_ids.missing)
         stack.callback(_decoder(model).register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, layer in enumerate(layers):
             scope, experts = model.get_submodule(_scope(layer)), model.get_submodule(layer.experts)
@@ -233,8 +248,15 @@ class _Replay:
                 modes.pop().__exit__(None, None, None)
 
     def checked(self, expert_ids: Tensor, name: str) -> Tensor:
+        if not isinstance(expert_ids, Tensor):
+            raise DataError(f"{name} are {type(expert_ids).__name__}: they must be a tensor of integers, or Routes.")
         wanted = f"[{len(self.layers)} layers, rows, positions, {self.top_k} experts]"
-        if expert_ids.ndim != 4 or expert_ids.shape[0] != len(self.layers) or expert_ids.shape[3] != self.top_k:
+        if (
+            not expert_ids.numel()
+            or expert_ids.ndim != 4
+            or expert_ids.shape[0] != len(self.layers)
+            or expert_ids.shape[3] != self.top_k
+        ):
             raise DataError(f"{name} are {list(expert_ids.shape)}: they must be {wanted}.")
         if expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
             raise DataError(f"{name} are {expert_ids.dtype}: they must be integers.")
@@ -286,6 +308,9 @@ class _Replay:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.modes[number] or self.is_checked[number]:
                 return
+            choices = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Choice)]
+            if choices and choices[-1] is not self.modes[number][-1]:
+                return  # another replay, inside this one, chooses
             index_TK = (*args, *kwargs.values())[1].detach().cpu()
             wanted_TK = self.modes[number][-1].given_TK.view(index_TK.shape)
             if self.skips_tokens:  # no expert is handed on as the first
@@ -343,7 +368,28 @@ def _routes_of(
         return None  # generation
     if tokens.is_floating_point():
         raise DataError("the model was given embeddings: routes are found by token ids.")
-    return routes.of(tokens, kwargs.get("attention_mask"), num_layers, top_k)
+    positions = kwargs.get("position_ids")
+    if positions is not None and (positions.ndim != 2 or positions.shape[1] != tokens.shape[1]):
+        positions = None  # of images, as several axes
+    positions = None if positions is None else positions.expand(tokens.shape)
+    return routes.of(tokens, kwargs.get("attention_mask"), num_layers, top_k, positions)
+
+
+def _texts(is_token: np.ndarray[Any, Any], positions: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
+    """The places of each text in a row: one, but where positions begin again."""
+    places = np.flatnonzero(is_token)
+    if positions is None:
+        return [places]
+    return np.split(places, np.flatnonzero(np.diff(positions[places]) <= 0) + 1)
+
+
+def _tell_none(routes: Routes, found: int, missing: int) -> None:
+    """At the end of a replay."""
+    if routes.found == found and routes.missing > missing:
+        _log.warning(
+            "none of %s texts has routes, so the router chose all experts: add each text with the tokens that the "
+            "model is given, prompt and completion.", f"{routes.missing - missing:,}",
+        )  # fmt: skip
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
