@@ -563,3 +563,30 @@ def test_the_command_writes_scores_alone_as_json(tmp_path: Path, call):
     (tmp_path / "c.json").write_text(json.dumps(GOOD))
     code, _, err = call("import", tmp_path / "c.json", "-o", tmp_path / "s.json")
     assert code == 1 and "holds no scores but counts" in err
+
+
+def test_counts_that_map_layers_keep_their_numbers(tmp_path: Path):
+    """The keys are decoder indices, so they are not numbered from 0; and mass may be written alike."""
+    rows = {"1": [1, 2, 3, 4], "3": [4, 3, 2, 1]}
+    mass = {"3": [2.0, 1.0, 1.0, 0.5], "1": [0.5, 1.0, 1.0, 2.0]}
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({"counts": rows, "mass": mass, "num_experts_per_tok": 2}))
+    profile = import_profile(file)
+    assert profile.layers == (1, 3) and profile.counts.tolist() == [rows["1"], rows["3"]]
+    assert profile.mass.tolist() == [mass["1"], mass["3"]]
+    for changed, said in (
+        ({"layers": [0, 1]}, r"counts have layers 1, 3, and layers are \[0, 1\]: keep one"),
+        ({"mass": {"1": mass["1"], "2": mass["3"]}}, "mass have layers 1 to 2, counts 1, 3"),
+    ):
+        file.write_text(json.dumps({"counts": rows, "mass": mass, "num_experts_per_tok": 2, **changed}))
+        with pytest.raises(DataError, match=said):
+            import_profile(file)
+
+
+def test_a_profile_of_ours_is_named_as_one(tmp_path: Path):
+    ours = RoutingProfile((0,), torch.tensor([[2, 2]]), torch.ones(1, 2, dtype=torch.float64), 2, 2)
+    ours.save(tmp_path / "ours.safetensors")
+    with pytest.raises(HotLoraError, match="is a profile already: give it to --profile"):
+        import_profile(tmp_path / "ours.safetensors")
+    with pytest.raises(HotLoraError, match="is a profile already"):
+        import_scores(tmp_path / "ours.safetensors")

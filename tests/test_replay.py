@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from test_families import BATCH, BY_TABLE, adapted, every_family, plan_for
 from tiny import fill
+from torch.overrides import _get_current_function_mode_stack
 from zoo import runs_of, zoo_model
 
 import hotlora
@@ -263,3 +264,138 @@ def test_wrong_routes_are_one_message(tokens, experts, said):
     routes.add([1, 2], torch.tensor([[[0, 1]] * 2]))
     with pytest.raises(DataError, match="have 2 layers of 2 experts"), replay_routing(model, routes):
         run(model, {"input_ids": torch.tensor([[1, 2]])})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_in_between_does_not_change_what_is_run_again(reentrant):
+    """A reference's forward, or an evaluation's, may come between a forward and its backward."""
+    model = adapted("olmoe")
+    wanted = others(recorded(model)[0], 8)
+    routes = Routes()
+    for row, (tokens, mask) in enumerate(zip(BATCH["input_ids"], BATCH["attention_mask"].bool(), strict=True)):
+        routes.add(tokens[mask], wanted[:, row, mask].transpose(0, 1))
+
+    def gradients(between):
+        model.zero_grad()
+        with replay_routing(model, routes):
+            loss = model(**BATCH, labels=BATCH["input_ids"], use_cache=False).loss
+            if between:
+                run(model, {"input_ids": BATCH["input_ids"].roll(1, 1)})
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model.train()
+    how = {"use_reentrant": True} if reentrant else checkpoint_kwargs()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    model.enable_input_require_grads()
+    plain = gradients(False)
+    assert plain and all(torch.equal(a, b) for a, b in zip(plain, gradients(True), strict=True))
+
+
+def test_two_forwards_before_their_backward_are_refused_under_checkpointing():
+    model = adapted("olmoe")
+    ids = recorded(model)[0]
+    routes = Routes()
+    for shift in (0, 1):
+        for row, tokens in enumerate(BATCH["input_ids"]):
+            routes.add(tokens.roll(shift), others(ids, 8)[:, row].transpose(0, 1))
+    batches = [{"input_ids": BATCH["input_ids"].roll(shift, 1)} for shift in (0, 1)]
+    model.train()
+
+    def backward():
+        with replay_routing(model, routes):
+            sum(model(**batch, use_cache=False).logits.square().mean() for batch in batches).backward()
+            model.zero_grad()
+
+    backward()  # nothing is run again
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs())
+    model.enable_input_require_grads()
+    with pytest.raises(ModelError, match="two forwards before their backward"):
+        backward()
+    with replay_routing(model, routes):  # one after the other, and one graph twice
+        for batch in batches:
+            model(**batch, use_cache=False).logits.square().mean().backward()
+        loss = model(**batch, use_cache=False).logits.square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+def test_an_interrupt_leaves_no_mode_behind():
+    model = zoo_model("olmoe")
+    ids, _ = recorded(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    experts = model.get_submodule(moe_layers(model)[0].experts)
+    handle = experts.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), replay_routing(model, others(ids, 8)):
+        run(model)
+    handle.remove()
+    assert _get_current_function_mode_stack() == []
+    assert torch.equal(recorded(model)[0], ids)
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, said",
+    [
+        ([1, 2], torch.tensor([[[65539, 1]]]), "65539"),
+        ([1.5, 2.0], torch.tensor([[[3, 1]]]), "of float64"),
+    ],
+)
+def test_numbers_that_would_be_changed_are_refused(tokens, experts, said):
+    with pytest.raises(DataError, match=said):
+        Routes().add(tokens, experts)
+
+
+def test_packed_texts_are_found_each_by_itself():
+    model, routes, given = zoo_model("olmoe"), Routes(), []
+    texts = [torch.arange(3, 3 + n) for n in (5, 9, 7)]
+    for text in texts[:2]:
+        given.append(others(recorded(model, {"input_ids": text[None]})[0], 8))
+        routes.add(text, given[-1][:, 0].transpose(0, 1))
+    packed = {
+        "input_ids": torch.cat(texts)[None],
+        "position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None],
+    }
+    plain, _ = recorded(model, packed)
+    with replay_routing(model, routes):
+        taken, _ = recorded(model, packed)
+    assert torch.equal(taken, torch.cat([*given, plain[:, :, 14:]], dim=2))
+    assert (routes.found, routes.missing) == (2, 1)
+
+
+def test_routes_that_fit_no_row_are_told(caplog):
+    model, routes = zoo_model("olmoe"), Routes()
+    routes.add([1, 2], torch.tensor([[[0, 1]] * len(moe_layers(model))]))
+    with replay_routing(model, routes):
+        run(model)
+    assert f"none of {ROWS} texts has routes" in caplog.text
+    caplog.clear()
+    with replay_routing(model, Routes()):  # nothing was to be found
+        run(model)
+    assert not caplog.text
+
+
+def test_the_inner_of_two_replays_wins():
+    model = zoo_model("olmoe")
+    ids, _ = recorded(model)
+    outer, inner = others(ids, 8), others(others(ids, 8), 8)
+    with replay_routing(model, outer):
+        with replay_routing(model, inner):
+            assert torch.equal(recorded(model)[0], inner)
+        assert torch.equal(recorded(model)[0], outer)
+    assert torch.equal(recorded(model)[0], ids)
+
+
+def test_what_is_no_expert_ids_is_one_message():
+    model = zoo_model("olmoe")
+    ids, _ = recorded(model)
+    for wrong in (ids.numpy(), None, ids[:, :0]):
+        with pytest.raises(DataError, match="they must be"), replay_routing(model, wrong):
+            run(model)
+    routes = Routes()
+    routes.add(BATCH["input_ids"][0], ids[:, 0].transpose(0, 1))
+    mask = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    with pytest.raises(DataError, match=r"attention_mask is \[2, 1, 24, 24\]"), replay_routing(model, routes):
+        run(model, {"input_ids": BATCH["input_ids"], "attention_mask": mask})

@@ -177,3 +177,14 @@ def test_a_model_is_run_on_examples_drawn_at_random_until_it_is_enough():
     for until in (0, 1, 1.5, float("nan")):
         with pytest.raises(DataError, match=r"until is .*: it must be above 0 and below 1"):
             profile_until(model, batches_of, 90, until=until)
+
+
+def test_a_resample_without_a_layers_assignments_is_one():
+    """A router that may skip tokens (zaya) can have a layer that few examples are sent to: some resamples have none."""
+    rows = torch.randint(0, 9, (20, 2, 4), generator=torch.Generator().manual_seed(0))
+    rows[:, 1] = 0
+    rows[3, 1, 0] = 5
+    profile = RoutingProfile((0, 1), rows.sum(dim=0), rows.sum(dim=0).double(), 1000, 2)
+    for selection in (Selection(rule="greedy", budget=3), Selection(rule="auto"), Selection(rule="coverage")):
+        found = stability({"count": rows}, selected(profile, selection, seed=0), profile)
+        assert 0 < found.low < found.mean < 1

@@ -8,6 +8,7 @@ replay: arXiv 2510.11370).
 Shape suffixes: L MoE layers, B rows, S positions, K router's top-k, T tokens (B x S), E experts, N tokens of a text.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,14 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..base.errors import DataError, ModelError
 from ..hf import models
 
+_log = logging.getLogger(__name__)
 _UNKNOWN = -1
 """In the place of an expert: no route is known, the router chooses."""
+_MOST = np.iinfo(np.int16).max
+"""The highest id of an expert that is kept."""
 
 
 class Routes:
@@ -32,9 +36,9 @@ class Routes:
     def __init__(self) -> None:
         self._routes: dict[bytes, np.ndarray[Any, Any]] = {}
         self.found = 0
-        """rows that were asked for and had routes"""
+        """texts that were asked for and had routes"""
         self.missing = 0
-        """rows that were asked for and had none"""
+        """texts that were asked for and had none"""
 
     def __len__(self) -> int:
         return len(self._routes)
@@ -49,32 +53,48 @@ class Routes:
                 Of all decoder layers instead, as engines have them: the MoE layers are taken.
 
         Raises:
-            DataError: other shapes, or more experts than tokens.
+            DataError: other shapes, no integers, more experts than tokens, or ids out of range.
         """
-        tokens = np.asarray(token_ids, dtype=np.int64)
-        experts = np.asarray(expert_ids)
-        if tokens.ndim != 1 or experts.ndim != 3 or experts.dtype.kind not in "iu" or len(experts) > len(tokens):
+        tokens, experts = np.asarray(token_ids), np.asarray(expert_ids)
+        is_right = tokens.ndim == 1 and experts.ndim == 3 and len(experts) <= len(tokens)
+        if not is_right or tokens.dtype.kind not in "iu" or experts.dtype.kind not in "iu":
             raise DataError(
-                f"token_ids are {list(tokens.shape)} and expert_ids {list(experts.shape)} of {experts.dtype}: give "
-                "one text's tokens, and integers [tokens, layers, k] of no more tokens."
+                f"token_ids are {list(tokens.shape)} of {tokens.dtype} and expert_ids {list(experts.shape)} of "
+                f"{experts.dtype}: give one text's tokens, and integers [tokens, layers, k] of no more tokens."
             )
-        self._routes[tokens.tobytes()] = experts.astype(np.int16)
+        if experts.dtype in (np.uint16, np.uint32, np.uint64):  # -1, as an unsigned number
+            experts = np.where(experts == np.iinfo(experts.dtype).max, _UNKNOWN, experts.astype(np.int64))
+        if experts.size and not (_UNKNOWN <= experts.min() and experts.max() <= _MOST):
+            raise DataError(f"expert_ids are {experts.min()} to {experts.max()}: they must be -1 to {_MOST}.")
+        self._routes[tokens.astype(np.int64).tobytes()] = experts.astype(np.int16)
 
     def clear(self) -> None:
         """Forgets all texts, as before the next rollouts."""
         self._routes.clear()
 
-    def of(self, input_ids: Tensor, attention_mask: Tensor | None, layers: Sequence[int], top_k: int) -> Tensor | None:
+    def of(
+        self, input_ids: Tensor, attention_mask: Tensor | None, layers: Sequence[int], top_k: int,
+        position_ids: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """int64 [L, B, S, K] on the CPU, -1 where no route is known; None where that is everywhere.
 
-        input_ids, attention_mask: [B, S]. layers: decoder indices of the L MoE layers. Waits for the device.
+        input_ids, attention_mask, position_ids: [B, S]; where a row's positions begin again, another text begins.
+        layers: decoder indices of the L MoE layers. Waits for the device.
         """
+        for name, given in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if given is not None and given.shape != input_ids.shape:
+                raise DataError(f"{name} is {list(given.shape)}: to find routes it must be {list(input_ids.shape)}.")
         ids = input_ids.cpu().numpy()
         mask = np.ones_like(ids, dtype=bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
+        positions = None if position_ids is None else position_ids.cpu().numpy()
         expert_ids = np.full((len(layers), *ids.shape, top_k), _UNKNOWN, dtype=np.int64)
         found = 0
-        for row, (tokens, is_token) in enumerate(zip(ids, mask, strict=True)):
-            if (experts := self._routes.get(tokens[is_token].tobytes())) is None:
+        texts = [
+            (row, places) for row, is_token in enumerate(mask)
+            for places in _texts(is_token, None if positions is None else positions[row])
+        ]  # fmt: skip
+        for row, places in texts:
+            if (experts := self._routes.get(ids[row, places].tobytes())) is None:
                 continue
             if experts.shape[1] > max(len(layers), max(layers)):  # engines have the dense layers, too
                 experts = experts[:, list(layers)]
@@ -83,10 +103,9 @@ class Routes:
                     f"a text's expert_ids have {experts.shape[1]} layers of {experts.shape[2]} experts; the model "
                     f"sends each token to {top_k} experts in {len(layers)} MoE layers."
                 )
-            places = np.flatnonzero(is_token)[: len(experts)]
-            expert_ids[:, row, places] = experts.transpose(1, 0, 2)
+            expert_ids[:, row, places[: len(experts)]] = experts.transpose(1, 0, 2)
             found += 1
-        self.found, self.missing = self.found + found, self.missing + len(ids) - found
+        self.found, self.missing = self.found + found, self.missing + len(texts) - found
         return torch.from_numpy(expert_ids) if found else None
 
 
@@ -96,7 +115,7 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
 
     The scores of the given experts come from the router as it is, by the family's own formula, and carry its
     gradients; only the choice of the largest is replaced. A model that is adapted by PEFT may be given, and gradient
-    checkpointing used.
+    checkpointing used, where the backward of each forward comes before the next one that has gradients.
 
         with replay_routing(model, routes):
             trainer.train()
@@ -108,7 +127,8 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
 
     Raises:
         DataError: ids of another shape, out of range, or twice for one token. ModelError: a family whose router does
-        not choose by top-k (phimoe), found in the first forward.
+        not choose by top-k (phimoe), found in the first forward; under gradient checkpointing two forwards of other
+        experts before their backward.
     """
     layers = models.moe_layers(model)
     replay = _Replay(layers, models.num_experts_per_tok(model), models.expert_groups(model), models.skips_tokens(model))
@@ -126,8 +146,12 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
                 raise DataError(
                     f"expert_ids are of {list(fixed.shape[1:3])} rows and positions, and the forward has {shape}."
                 )
+        replay.keep()
 
     with ExitStack() as stack:
+        stack.callback(replay.end)
+        if isinstance(expert_ids, Routes):
+            stack.callback(_tell_none, expert_ids, expert_ids.found, expert_ids.missing)
         stack.callback(_decoder(model).register_forward_pre_hook(begin, with_kwargs=True).remove)
         for number, layer in enumerate(layers):
             scope, experts = _scope(model, layer), model.get_submodule(layer.experts)
@@ -195,8 +219,9 @@ class Recorded:
 class _Replay:
     """What the hooks of `replay_routing` share.
 
-    `given` is the current forward's, [L, B, S, K] on the CPU, and stays until the next: gradient checkpointing runs the
-    layers again, in a thread of its own on a GPU, so that the mode must be entered by each layer.
+    `given` is the current forward's, [L, B, S, K] on the CPU. Gradient checkpointing runs the layers again in the
+    backward, in a thread of its own on a GPU, so that the mode must be entered by each layer; they then get `kept`, of
+    the last forward with gradients. Nothing tells a layer which forward is run again, so it can be but that one.
     """
 
     def __init__(
@@ -206,10 +231,36 @@ class _Replay:
         self.given: Tensor | None = None
         self.modes: list[list[_Choice]] = [[] for _ in layers]
         self.is_checked = [False] * len(layers)
+        self.kept: Tensor | None = None
+        self.is_fresh, self.are_several = True, False
+        """no forward with gradients yet; several of other experts since the last backward"""
+        self.reruns = [0] * len(layers)
+
+    def keep(self) -> None:
+        """At the begin of a forward."""
+        if not torch.is_grad_enabled():
+            return
+        is_first = any(self.reruns) or self.is_fresh
+        self.are_several = not is_first and (self.are_several or self.given is not self.kept)
+        self.is_fresh = False
+        self.kept, self.reruns = self.given, [0] * len(self.layers)
+
+    def end(self) -> None:
+        """An interrupt (KeyboardInterrupt) runs no hook: no mode must stay."""
+        for modes in self.modes:
+            while modes:
+                modes.pop().__exit__(None, None, None)
 
     def checked(self, expert_ids: Tensor, name: str) -> Tensor:
+        if not isinstance(expert_ids, Tensor):
+            raise DataError(f"{name} are {type(expert_ids).__name__}: they must be a tensor of integers, or Routes.")
         wanted = f"[{len(self.layers)} layers, rows, positions, {self.top_k} experts]"
-        if expert_ids.ndim != 4 or expert_ids.shape[0] != len(self.layers) or expert_ids.shape[3] != self.top_k:
+        if (
+            not expert_ids.numel()
+            or expert_ids.ndim != 4
+            or expert_ids.shape[0] != len(self.layers)
+            or expert_ids.shape[3] != self.top_k
+        ):
             raise DataError(f"{name} are {list(expert_ids.shape)}: they must be {wanted}.")
         if expert_ids.is_floating_point() or expert_ids.dtype == torch.bool:
             raise DataError(f"{name} are {expert_ids.dtype}: they must be integers.")
@@ -228,10 +279,21 @@ class _Replay:
         # All K of a token are known or none: a part of them would leave the router to choose one of them again.
         return torch.where((ids < 0).any(dim=-1, keepdim=True), _UNKNOWN, ids)
 
+    def kept_of(self, number: int) -> Tensor | None:
+        """For a layer that is run again."""
+        self.reruns[number] += 1
+        if self.are_several and self.reruns[number] > 1:
+            raise ModelError(
+                "gradient checkpointing runs two forwards before their backward again, and their experts differ: call "
+                "backward after each, or leave gradient checkpointing out."
+            )
+        return self.kept
+
     def enter(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.given is not None:
-                mode = _Choice(self.given[number].flatten(0, 1), self.layers[number].num_experts, self.num_groups)
+            given = self.kept_of(number) if _is_backward() else self.given
+            if given is not None:
+                mode = _Choice(given[number].flatten(0, 1), self.layers[number].num_experts, self.num_groups)
                 mode.__enter__()
                 self.modes[number].append(mode)
 
@@ -248,10 +310,13 @@ class _Replay:
         """Once a layer, as it waits for the device."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.given is None or self.is_checked[number]:
+            if not self.modes[number] or self.is_checked[number]:
                 return
+            choices = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Choice)]
+            if choices and choices[-1] is not self.modes[number][-1]:
+                return  # another replay, inside this one, chooses
             index_TK = (*args, *kwargs.values())[1].detach().cpu()
-            wanted_TK = self.given[number].flatten(0, 1).view(index_TK.shape)
+            wanted_TK = self.modes[number][-1].given_TK.view(index_TK.shape)
             if self.skips_tokens:  # no expert is handed on as the first
                 wanted_TK = wanted_TK.masked_fill(wanted_TK == self.layers[number].num_experts, 0)
             if not ((index_TK == wanted_TK) | (wanted_TK < 0)).all():
@@ -260,7 +325,7 @@ class _Replay:
                     f"the experts of layer {layer.layer} are not those that were given: {layer.router} does not choose "
                     "by torch.topk, so that this family's routing cannot be replayed."
                 )
-            self.is_checked[number] = True
+            self.is_checked[number] = bool((wanted_TK >= 0).any())
 
         return hook
 
@@ -307,7 +372,28 @@ def _routes_of(
         return None  # generation
     if tokens.is_floating_point():
         raise DataError("the model was given embeddings: routes are found by token ids.")
-    return routes.of(tokens, kwargs.get("attention_mask"), layers, top_k)
+    positions = kwargs.get("position_ids")
+    if positions is not None and (positions.ndim != 2 or positions.shape[1] != tokens.shape[1]):
+        positions = None  # of images, as several axes
+    positions = None if positions is None else positions.expand(tokens.shape)
+    return routes.of(tokens, kwargs.get("attention_mask"), layers, top_k, positions)
+
+
+def _texts(is_token: np.ndarray[Any, Any], positions: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
+    """The places of each text in a row: one, but where positions begin again."""
+    places = np.flatnonzero(is_token)
+    if positions is None:
+        return [places]
+    return np.split(places, np.flatnonzero(np.diff(positions[places]) <= 0) + 1)
+
+
+def _tell_none(routes: Routes, found: int, missing: int) -> None:
+    """At the end of a replay."""
+    if routes.found == found and routes.missing > missing:
+        _log.warning(
+            "none of %s texts has routes, so the router chose all experts: add each text with the tokens that the "
+            "model is given, prompt and completion.", f"{routes.missing - missing:,}",
+        )  # fmt: skip
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -323,6 +409,11 @@ def _decoder(model: nn.Module) -> nn.Module:
     whole: Any = model
     inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     return getattr(inner, inner.base_model_prefix, inner)
+
+
+def _is_backward() -> bool:
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
 
 
 def _scope(model: nn.Module, layer: models.MoELayer) -> nn.Module:

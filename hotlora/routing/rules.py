@@ -55,7 +55,7 @@ def greedy(scores: Tensor, params: Params) -> list[list[int]]:
     """
     gains = []
     for layer, row in enumerate(_exact(scores)):
-        total = sum(row)
+        total = sum(row) or 1  # without assignments there is nothing to gain
         gains += [(-score / total, layer, expert) for expert, score in enumerate(row)]
     chosen: list[list[int]] = [[] for _ in range(len(scores))]
     for _, layer, expert in sorted(gains)[: params["budget"]]:

@@ -118,6 +118,8 @@ def _arrays(stored: list[arrays.Stored], file: Path, known: Known) -> Found:
     by_name = {array.name: array for array in stored}
     if not by_name:
         raise FileError(f"{file} holds no array")
+    if {"counts", "mass"} <= set(by_name) <= {"counts", "mass", "saliency"}:
+        raise FileError(f"{file} is a profile already: give it to --profile")
     numbers = {name: array for name, array in by_name.items() if name != MASK}
     is_float = {array.dtype.kind == "f" or array.is_bfloat16 for array in numbers.values()}
     if len(is_float) != 1:

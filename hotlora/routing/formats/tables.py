@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
-from .found import MOST_EXPERTS, Found, Known, check_counts, check_layers, tokens_of
+from .found import MOST_EXPERTS, Found, Known, check_counts, check_layers, spans, tokens_of
 
 _COUNTS = ("counts", "count", "cnt", "expert_frequency")
 _MASS = ("mass", "gate", "gate_sum")
@@ -53,8 +53,12 @@ def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Fou
         raise DataError(f"{file} has {' and '.join(given)}: keep one of them")
     ((name, value),) = given.items()
     counts = _whole(table(value, name, file), name, file)
-    layers = _layers(data, len(counts), file, known)
+    keyed = {key: tuple(_sorted_layers(table, key, file)) for key, table in data.items() if _maps_layers(key, table)}
+    layers = _layers(data, len(counts), file, known, keyed.get(name))
     check_layers(layers, file, known)
+    for key, theirs in keyed.items():
+        if theirs != layers and theirs != keyed.get(name):
+            raise DataError(f"{file}: {key} have layers {spans(theirs)}, {name} {spans(layers)}: they must be the same")
     num_experts = _number(data, _EXPERTS, file, MOST_EXPERTS) or known.num_experts
     if num_experts not in (None, counts.shape[1]):
         raise DataError(f"{file}: {name} have {counts.shape[1]} experts a layer, and the model has {num_experts}")
@@ -62,7 +66,7 @@ def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Fou
     for key, value in data.items():
         if key in (*_READ, name):
             continue
-        if not isinstance(value, list) or not value or not isinstance(value[0], list):
+        if key not in keyed and not (isinstance(value, list) and value and isinstance(value[0], list)):
             ignored.append(key)
             continue
         found = table(value, key, file)
@@ -228,9 +232,16 @@ def _sizes(data: Mapping[str, Any], counts: Tensor, layers: Sequence[int], file:
     return num_tokens or found, top_k
 
 
-def _layers(data: Mapping[str, Any], number: int, file: Path, known: Known) -> tuple[int, ...]:
-    """Decoder indices: the file's, or the model's, or from 0."""
+def _layers(
+    data: Mapping[str, Any], number: int, file: Path, known: Known, keys: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """Decoder indices: the file's, or the model's, or from 0. keys: those of counts that are mapped by layer; from 0
+    without a gap they may be MoE layers in their order."""
     given = data.get("layers")
+    if keys is not None and keys != tuple(range(number)):
+        if given not in (None, list(keys)):
+            raise DataError(f"{file}: counts have layers {spans(keys)}, and layers are {str(given)[:80]}: keep one")
+        return keys
     if given is None:
         return known.layers if known.layers is not None and len(known.layers) == number else tuple(range(number))
     is_right = isinstance(given, list) and all(type(layer) is int and 0 <= layer < 10**9 for layer in given)
@@ -257,6 +268,12 @@ def _sorted_layers(value: Any, name: str, file: Path) -> dict[int, Any]:
     if not isinstance(value, dict) or not value or not all(map(_is_layer, value)):
         raise DataError(f'{file}: {name} must map decoder indices, such as "3", to an expert\'s numbers')
     return {layer: value[str(layer)] for layer in sorted(map(int, value))}
+
+
+def _maps_layers(key: str, value: Any) -> bool:
+    """Whether a table [L][E] is an object from decoder index to a list."""
+    is_map = key not in _READ and isinstance(value, dict) and bool(value)
+    return is_map and all(_is_layer(layer) and isinstance(row, list) for layer, row in value.items())
 
 
 def _is_layer(key: Any) -> bool:
