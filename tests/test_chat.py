@@ -209,7 +209,7 @@ def test_tools_and_options_reach_every_rendering(tmp_path: Path, caplog: pytest.
 
 def test_what_nothing_reads_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     rows = [
-        {"messages": [USER, {**THOUGHT, "weight": 1}], "tools": TOOLS, "source": "x", "chat_template_kwargs": {"a": 1}},
+        {"messages": [USER, {**THOUGHT, "rating": 1}], "tools": TOOLS, "source": "x", "chat_template_kwargs": {"a": 1}},
         {"prompt": "a", "completion": "b", "id": 7},
         {"prompt": "a", "completion": "b", "id": 8},
         {"messages": [USER, call(content="Wait."), TOOL, ANSWER]},
@@ -221,7 +221,7 @@ def test_what_nothing_reads_is_named_once(tmp_path: Path, caplog: pytest.LogCapt
         "/rows.jsonl line 1: the chat template does not read 'tools' (told once)",
         "/rows.jsonl line 1: the chat template does not read 'a' of 'chat_template_kwargs' (told once)",
         "/rows.jsonl line 1: the chat template does not read 'reasoning_content' of 'messages' (told once)",
-        "/rows.jsonl line 1: the chat template does not read 'weight' of 'messages' (told once)",
+        "/rows.jsonl line 1: the chat template does not read 'rating' of 'messages' (told once)",
     ]
     caplog.clear()
     read(tmp_path, rows[3], tokenizer=tokenizer_of("llama3"))

@@ -43,7 +43,7 @@ def test_every_recipe_without_trainings_can_be_built(name: str, model: str | Non
 @pytest.mark.parametrize("name", [*trainings(), "auto_k", "quantized"])
 def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
     if name not in RECIPES:
-        assert jobs_of(find_recipe(name), tmp_path) and set(names()) == {*RECIPES, "auto_k", "quantized"}
+        assert jobs_of(find_recipe(name), tmp_path) and set(names()) == {*RECIPES, "auto_k", "quantized", "reprofile"}
         return
     setting = Setting(model)
     recipe, sweep = RECIPES[name](setting), find_recipe(name, setting)

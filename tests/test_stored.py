@@ -10,6 +10,7 @@ import tempfile
 import time
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from datasets.utils.logging import disable_progress_bar
@@ -25,11 +26,12 @@ from hotlora.tasks.tokens import batches, tokenize
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path, monkeypatch):
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+def temporary(monkeypatch):
+    """A short path, as workers put sockets there."""
+    with tempfile.TemporaryDirectory(prefix="s-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+        gc.collect()
 
 
 def examples_of(number: int) -> list[Example]:

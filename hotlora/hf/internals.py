@@ -37,6 +37,7 @@ NAMES = {
     "and not as servers read them",
     "transformers.integrations:INTEGRATION_TO_CALLBACK": "--report-to is not checked before training",
     "transformers.integrations:get_available_reporting_integrations": "--report-to is not checked before training",
+    "datasets.table:MemoryMappedTable": "tasks.stored: rows of data are not read from their file",
     "transformers.training_args:OptimizerNames": "--optim is not checked before training",
     "transformers.masking_utils:find_packed_sequence_indices": _META,
     "transformers.utils:cached_file": "cost.preflight does not find the config of a model on the Hub",
@@ -88,6 +89,8 @@ NAMES = {
     "torch.distributed.distributed_c10d:_get_default_store": "base.processes: each process tells its own error",
     "torch.optim.adamw:adamw": "train.row_steps: re-profiling cannot step new experts",
     "torch._subclasses.fake_tensor:FakeTensorMode": _META,
+    "torch:_C._current_graph_task_id": "routing.replay does not see that a layer is computed again in backward",
+    "torch.overrides:_get_current_function_mode_stack": "routing.replay: of two replays, the outer one chooses",
     "torch.utils._python_dispatch:TorchDispatchMode": "bench does not count operations",
 }  # fmt: skip
 """`module:name`, or `module#name` of what a module gives to objects: what of hotlora breaks without it."""

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..base.errors import DataError, ModelError
 from ..hf import models
@@ -421,4 +420,4 @@ def _scope(model: nn.Module, layer: models.MoELayer) -> nn.Module:
     (gemma4): its hooks do not run when gradient checkpointing runs the layer again."""
     parts = [path.replace(".", "/") for path in (layer.experts, layer.router)]
     scope = model.get_submodule(os.path.commonpath(parts).replace("/", "."))
-    return model.get_submodule(layer.router) if isinstance(scope, GradientCheckpointingLayer) else scope
+    return model.get_submodule(layer.router) if hasattr(scope, "gradient_checkpointing") else scope
