@@ -125,9 +125,9 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
             Distinct experts in each K, in any order. -1: the router chooses.
 
     Raises:
-        DataError: ids of another shape, out of range, or twice for one token. ModelError: a family whose router does
-        not choose by top-k (phimoe), found in the first forward; under gradient checkpointing two forwards of other
-        experts before their backward.
+        DataError: ids of another shape, out of range, or twice for one token.
+        ModelError: a family whose router does not choose by top-k (phimoe), found in the first forward; under gradient
+            checkpointing two forwards of other experts before their backward.
     """
     layers = models.moe_layers(model)
     replay = _Replay(layers, models.num_experts_per_tok(model), models.expert_groups(model), models.skips_tokens(model))
