@@ -75,6 +75,21 @@ def test_losses_are_written_and_training_is_not_touched(model_folder, data, tmp_
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_tasks_score_is_taken_too(tmp_path, capfd):
+    """And training is not touched by it."""
+    options = {**SHORT, "max_steps": 4, "limit": 64, "test_limit": 6}
+    record = run_training("nano", "nano-math", tmp_path / "run", progress=True, **options)
+    rows = metrics(tmp_path / "run")
+    found = {row["step"]: row["eval_exact_match"] for row in rows if "eval_exact_match" in row}
+    assert sorted(found) == [2, 4] and found[4] == record["evaluation"]["nano-math"]["accuracy"]
+    assert "exact match" in capfd.readouterr().err
+    run_training("nano", "nano-math", tmp_path / "plain", **{**options, "eval_steps": None})
+    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    run_training("nano", "nano-math", tmp_path / "loss", evaluate=False, **options)
+    assert not any("eval_exact_match" in row for row in metrics(tmp_path / "loss"))
+
+
 def test_the_best_weights_are_kept(model_folder, data, tmp_path):
     options = {**SHORT, "max_steps": 30, "learning_rate": 2e-2, "load_best": True}
     record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options)

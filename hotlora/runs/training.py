@@ -179,6 +179,7 @@ class _Run:
             model, self.tokenizer, self.dataset, options, self.output,
             identity={**self.identity, "plan_hash": self.plan.hash if self.plan else None},
             held_out_loss=self._held_out_loss(model) if options.eval_steps is not None else None,
+            held_out_score=self._held_out_score(model) if options.eval_steps is not None else None,
             callbacks=[] if moving is None else [moving], progress=self.progress,
         )  # fmt: skip
         if moving is not None:
@@ -211,6 +212,18 @@ class _Run:
         held, size = self.held, self.options.eval_batch_size
         assert held is not None
         return lambda: response_loss(model, self.tokenizer, held, share_out=True, batch_size=size)
+
+    def _held_out_score(self, model: Any) -> Callable[[], dict[str, float]] | None:
+        """Of a task that has a scorer."""
+        task, size = self.task, self.options.eval_batch_size
+        if task is None or task.kind == "text" or not self.options.evaluate:
+            return None
+
+        def score() -> dict[str, float]:
+            found = _evaluate(model, self.tokenizer, task, self.test, batch_size=size)
+            return {found.metric: found.accuracy}
+
+        return score
 
     def _load(self, plan: ExpertPlan | None) -> Any:
         keep = plan.experts if plan and self.options.keep_hot else None

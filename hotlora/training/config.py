@@ -62,8 +62,8 @@ class TrainConfig(Options):
     )
     save_total_limit: int = option("Checkpoints that stay, the newest.", 2, panel=_TRAINING, resume="free")
     eval_steps: int | None = option(
-        "Optimizer steps between held-out losses, which need --test-data, --test-split or a task's own.", None,
-        panel=_TRAINING,
+        "Optimizer steps between held-out losses (and a task's scores), of --test-data, --test-split or a task's own.",
+        None, panel=_TRAINING,
     )  # fmt: skip
     load_best: bool = option(
         "End with the weights of the lowest held-out loss, in place of the last ones.", False, panel=_TRAINING,

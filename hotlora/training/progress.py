@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ class Recorder(TrainerCallback):
             **{name: logs.get(name) for name in ("loss", "learning_rate", "grad_norm")},
         }
         row |= {"tokens": int(state.num_input_tokens_seen), "epoch": state.epoch}
-        if "eval_loss" in logs:
-            row["eval_loss"] = logs["eval_loss"]
+        row |= {name: value for name, value in logs.items() if name.startswith("eval_")}
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
         with append_to(self.path) as file:
             file.write(json.dumps(row) + "\n")
@@ -51,6 +51,13 @@ def shown() -> TrainerCallback:
     return ProgressBar() if Console(stderr=True).is_terminal else ProgressLines()
 
 
+def _held_out(logs: Mapping[str, Any]) -> str:
+    """`held-out 0.1234, exact match 45.0%`"""
+    scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+    told = [f"held-out {scores.pop('loss'):.4f}"]
+    return ", ".join([*told, *(f"{metric.replace('_', ' ')} {score:.1%}" for metric, score in scores.items())])
+
+
 class ProgressLines(TrainerCallback):
     """Steps, losses and time left as a line, at every tenth of the way, and after a minute without one."""
 
@@ -62,7 +69,7 @@ class ProgressLines(TrainerCallback):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            self.held_out = f", held-out {logs['eval_loss']:.4f}"
+            self.held_out = f", {_held_out(logs)}"
         step, total, now = state.global_step, state.max_steps, time.perf_counter()
         if step * 10 // total == self.told_step * 10 // total and now - self.told_at < _QUIET:
             return
@@ -93,7 +100,7 @@ class ProgressBar(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.update(self.task, completed=state.global_step, loss=f"{logs['loss']:.4f}")
             if "eval_loss" in logs:
-                self.bar.update(self.task, held_out=f"held-out {logs['eval_loss']:.4f}")
+                self.bar.update(self.task, held_out=_held_out(logs))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -86,6 +86,7 @@ def train(
     *,
     identity: dict[str, Any] | None = None,
     held_out_loss: Callable[[], float] | None = None,
+    held_out_score: Callable[[], Mapping[str, float]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = False,
 ) -> TrainResult:
@@ -103,6 +104,7 @@ def train(
         identity: what else must be equal for a checkpoint to belong to this run (data's hash, plan's hash,
         …).
         held_out_loss: what `config.eval_steps` takes, in nats a response token.
+        held_out_score: what it takes besides: metric -> score.
         progress: whether to show a progress bar.
 
     Raises:
@@ -120,6 +122,7 @@ def train(
             Path(output_dir),
             identity=identity,
             held_out_loss=held_out_loss,
+            held_out_score=held_out_score,
             callbacks=callbacks,
             progress=progress,
         )
@@ -134,6 +137,7 @@ def _train(
     *,
     identity: dict[str, Any] | None,
     held_out_loss: Callable[[], float] | None,
+    held_out_score: Callable[[], Mapping[str, float]] | None,
     callbacks: Sequence[TrainerCallback],
     progress: bool,
 ) -> TrainResult:
@@ -171,7 +175,7 @@ def _train(
     if held_out_loss is not None and config.eval_steps is not None:
         validation = Validation(
             held_out_loss, every=config.eval_steps, folder=output, rows=rows, keep_best=config.load_best,
-            patience=config.early_stopping_patience,
+            patience=config.early_stopping_patience, score=held_out_score,
         )  # fmt: skip
         callbacks = [*callbacks, validation]
     ours: list[TrainerCallback] = [recorder, stopping, *([shown()] if progress else [])]
@@ -356,7 +360,8 @@ class _Trainer(SFTTrainer):
         if wrong:
             self._end(f"{wrong}, in the batch of")
         if self.validation is not None and "loss" in logs and self.state.global_step in self.validation.found:
-            logs = {**logs, "eval_loss": self.validation.found[self.state.global_step]}
+            step = self.state.global_step
+            logs = {**logs, "eval_loss": self.validation.found[step], **self.validation.scores.get(step, {})}
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

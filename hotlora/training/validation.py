@@ -1,4 +1,5 @@
-"""The held-out loss during training: in the metrics, for the best adapter, and to stop where it gets no better."""
+"""The held-out loss and score during training: in the metrics; the loss for the best adapter, too, and to stop where it
+gets no better."""
 
 import math
 import re
@@ -21,9 +22,10 @@ _NAME = re.compile(r"best-(\d+)\.safetensors")
 
 
 class Validation(TrainerCallback):
-    """Takes `loss()` after every `every` optimizer steps.
+    """Takes `loss()`, and `score()` where there is one, after every `every` optimizer steps.
 
     Args:
+        score: metric -> score, such as {"exact_match": 0.5}; it decides nothing.
         rows: of the metrics of a run that is resumed, up to its checkpoint.
         folder: gets best-STEP.safetensors, the trained weights after the best step, if `keep_best`.
         patience: evaluations in a row without a lower loss, after which training ends; None: it goes on.
@@ -38,10 +40,14 @@ class Validation(TrainerCallback):
         rows: Sequence[Mapping[str, Any]] = (),
         patience: int | None = None,
         keep_best: bool = False,
+        score: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
+        self.score = score
         self.loss, self.every, self.folder, self.patience, self.keep_best = loss, every, folder, patience, keep_best
         self.found = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
         """step -> held-out loss, nats a response token"""
+        self.scores: dict[int, dict[str, float]] = {}
+        """step -> `eval_METRIC` -> score"""
 
     @property
     def best_step(self) -> int | None:
@@ -64,6 +70,8 @@ class Validation(TrainerCallback):
         if step % self.every and step < state.max_steps:
             return
         self.found[step] = self.loss()
+        if self.score is not None:
+            self.scores[step] = {f"eval_{metric}": value for metric, value in self.score().items()}
         if self.keep_best and self.best_step == step and is_main():
             with atomic_path(self._file(step)) as temporary:
                 save_file({name: p.detach().contiguous() for name, p in _trained(model).items()}, temporary)
