@@ -26,7 +26,7 @@ test-newest: $(INSTALLED)
 	$(BIN)/python scripts/newest.py
 
 durations: $(INSTALLED)
-	$(BIN)/python -m pytest $(SUITE) --record-durations tests/durations.json
+	$(BIN)/python -m pytest $(SUITE) --record-durations=tests/durations.json
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --slow
