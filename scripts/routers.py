@@ -24,8 +24,8 @@ from hotlora.report.figures import save_figure
 from hotlora.report.study_report import DPI, pictures
 from hotlora.routing.drift import drift
 from hotlora.routing.plan import select_experts
-from hotlora.routing.profile import RoutingProfile
-from hotlora.routing.study import experts_for, hot_mask, hot_overlap, stability, study
+from hotlora.routing.profile import RoutingProfile, hot_mask, hot_overlap
+from hotlora.routing.study import experts_for, stability, study
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "routers"
 SHARED = {"olmoe": 0, "qwen": 4, "glm_5_2": 1}

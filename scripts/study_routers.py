@@ -8,8 +8,8 @@ from hotlora.base.files import read_json
 from hotlora.report import study_models
 from hotlora.report.study_report import table
 from hotlora.report.text import NONE
-from hotlora.routing.profile import RoutingProfile
-from hotlora.routing.study import Study, hot_mask, load_study
+from hotlora.routing.profile import RoutingProfile, hot_mask
+from hotlora.routing.study import Study, load_study
 from results import study_table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,8 @@ from published import ABSENT, DATA
 
 from hotlora.base.files import read_json
 from hotlora.routing.drift import drift
-from hotlora.routing.study import hot_mask, hot_overlap, study
+from hotlora.routing.profile import hot_mask, hot_overlap
+from hotlora.routing.study import study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "routers"

@@ -11,10 +11,9 @@ from tiny import tiny_model
 
 from hotlora.base.errors import DataError
 from hotlora.routing.plan import select_experts, selected
-from hotlora.routing.profile import RoutingProfile, jaccard
+from hotlora.routing.profile import RoutingProfile, hot_mask, jaccard
 from hotlora.routing.profiler import profile_examples, profile_routing
 from hotlora.routing.selection import Selection
-from hotlora.routing.study import hot_mask
 from hotlora.routing.until import RESAMPLES, Stability, _thinned, asked, looks, profile_until, settled, stability
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 6, 32, 4

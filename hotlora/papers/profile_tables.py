@@ -11,8 +11,8 @@ from ..report.published import MODELS, OLMOE_SPIDER
 from ..report.study_claims import PAPERS
 from ..report.text import NONE, shown
 from ..routing.plan import select_experts
-from ..routing.profile import RoutingProfile, experts_kept
-from ..routing.study import FRACTION, Study, hot_mask, overlap
+from ..routing.profile import RoutingProfile, experts_kept, hot_mask
+from ..routing.study import FRACTION, Study, overlap
 from . import profile_figures as figures
 from .result import Number, Shown
 

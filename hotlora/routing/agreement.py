@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from .plan import DEFAULT_FRACTION
-from .profile import RoutingProfile, experts_kept
-from .rules import hot
+from .profile import RoutingProfile, experts_kept, hot_mask, hot_overlap
 
 AGREE = 0.85
 """Jaccard from which two signals are said to choose the same. Count and mass of OLMoE and Qwen1.5-MoE are at 0.88 to
@@ -48,10 +44,10 @@ def agreements(profile: RoutingProfile, fraction: float = DEFAULT_FRACTION) -> l
     kept = experts_kept(profile.num_experts, fraction, None)
     totals = {"mass": profile.mass} if profile.has_mass else {}
     totals |= {} if profile.saliency is None else {"saliency": profile.saliency}
-    by_count, found = _hot(profile.counts, kept), []
+    by_count, found = hot_mask(profile.counts, kept), []
     for signal, total in totals.items():
-        by_signal = _hot(profile.signal(signal), kept)
-        jaccard = (by_count & by_signal).sum(dim=1).double() / (by_count | by_signal).sum(dim=1)
+        by_signal = hot_mask(profile.signal(signal), kept)
+        jaccard = hot_overlap(by_count, by_signal)
         shares = [((total * mask).sum(dim=1) / total.sum(dim=1)).nanmean().item() for mask in (by_count, by_signal)]
         found.append(Agreement(signal, jaccard.mean().item(), *shares))
     return found
@@ -60,9 +56,3 @@ def agreements(profile: RoutingProfile, fraction: float = DEFAULT_FRACTION) -> l
 def disagreements(profile: RoutingProfile) -> list[Agreement]:
     """Those below `AGREE`."""
     return [agreement for agreement in agreements(profile) if agreement.jaccard < AGREE]
-
-
-def _hot(scores: Tensor, kept: int) -> Tensor:
-    """Boolean [L, E]"""
-    chosen = torch.tensor(hot(scores, {"experts_per_layer": kept}))
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, chosen, True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import DataError
-from .study import hot_mask, hot_overlap
+from .profile import hot_mask, hot_overlap
 
 DRAWS = 200
 

@@ -236,6 +236,17 @@ def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: in
     return max(1, round(fraction * num_experts))
 
 
+def hot_mask(scores: Tensor, kept: int) -> Tensor:
+    """Boolean [..., L, E]: the `kept` highest scores of each layer; ties go to the lower index, as in `plan.hot`."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def hot_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """float64 [L]: |a and b| / |a or b| of two boolean [L, E]."""
+    return (a & b).sum(dim=-1).double() / (a | b).sum(dim=-1).clamp(min=1)
+
+
 def jaccard(a: Any, b: Any) -> float:
     """Mean over layers of |a ∩ b| / |a ∪ b| of two plans' experts (MoE-Sieve s3.2); 1 = the same experts.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base.errors import DataError, FileError, PlanError
 from ..base.files import read_json
-from .profile import RoutingProfile, experts_kept
+from .profile import RoutingProfile, experts_kept, hot_mask, hot_overlap
 
 FORMAT = "hotlora.study"
 VERSION = 1
@@ -110,17 +110,6 @@ def overlap(
         fraction = FRACTION
     kept = experts_kept(a.num_experts, fraction, experts_per_layer)
     return hot_overlap(hot_mask(a.counts, kept), hot_mask(b.counts, kept))
-
-
-def hot_mask(scores: Tensor, kept: int) -> Tensor:
-    """Boolean [..., L, E]: the `kept` highest scores of each layer; ties go to the lower index, as in `plan.hot`."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order, True)
-
-
-def hot_overlap(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [L]: |a and b| / |a or b| of two boolean [L, E]."""
-    return (a & b).sum(dim=-1).double() / (a | b).sum(dim=-1).clamp(min=1)
 
 
 def experts_for(profile: RoutingProfile, covered: float = COVERED) -> Tensor:
