@@ -27,7 +27,7 @@ def data(
     """Show rows as the model will see them, what of them is trained, and how long they are. Loads no model."""
     from ..hf.models import load_tokenizer, vocab_size
     from ..tasks.data import load_examples
-    from ..tasks.tokens import tokenize, told
+    from ..tasks.tokens import token_lengths, tokenize, told
 
     if rows < 0:
         raise DataError(f"--rows {rows} is out of range: give 0 or more.")
@@ -36,7 +36,7 @@ def data(
     read: dict[str, Any] = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(source, split, limit=options.limit, seed=options.seed, **read)
     dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(options.model))
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    lengths = token_lengths(dataset)
     if as_json:
         trained = [sum(mask) for mask in dataset["completion_mask"]]
         out.print_json(data={

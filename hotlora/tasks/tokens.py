@@ -142,16 +142,22 @@ def _token_tables(
         yield pa.table(rows, schema=_SCHEMA)
 
 
+def token_lengths(dataset: Dataset) -> list[int]:
+    """The number of tokens of each row, without a list of its ids being made."""
+    ids = dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    return pc.list_value_length(ids).to_pylist()
+
+
 def told(examples: Sequence[Example], dataset: Dataset, train_on: str) -> str:
     """A line on what is trained: rows, their formats, tokens, the share that carries loss, what is cut or left out."""
-    lengths = pc.list_value_length(dataset.data["input_ids"])
-    num_tokens, num_trained = pc.sum(lengths).as_py(), pc.sum(pc.list_flatten(dataset.data["completion_mask"])).as_py()
+    lengths = token_lengths(dataset)
+    num_tokens, num_trained = sum(lengths), pc.sum(pc.list_flatten(dataset.data["completion_mask"])).as_py()
     formats = Counter(example.format for example in examples)
     read = [what if len(formats) == 1 else f"{number:,} {what}" for what, number in formats.most_common() if what]
     text = f"{len(examples):,} row{'s' * (len(examples) != 1)}" + (f" ({'; '.join(read)})" if read else "")
     text += (
         f", {num_tokens:,} tokens, {num_trained / num_tokens:.0%} of them carry loss ({TRAINED[train_on]}); the "
-        f"longest has {pc.max(lengths).as_py():,}"
+        f"longest has {max(lengths):,}"
     )
     cut, left_out = pc.sum(dataset.data["cut"]).as_py(), len(examples) - len(dataset)
     text += f"; {cut:,} cut" if cut else ""
@@ -259,7 +265,7 @@ def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[
     """
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    lengths = token_lengths(dataset)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # a stable sort: the same order every time
     for start in range(0, len(order), batch_size):
         rows = dataset[order[start : start + batch_size]]
