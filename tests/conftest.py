@@ -1,5 +1,6 @@
 """Slow and GPU tests are listed as skipped unless asked for. What tests take can be recorded. A command, called."""
 
+import io
 import json
 import os
 import sys
@@ -62,8 +63,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
     from hotlora.cli import main as cli
 
-    def run_here(*words: object) -> tuple[int, str, str]:
+    def run_here(*words: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["hotlora", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         monkeypatch.setenv("COLUMNS", "200")
         with pytest.raises(SystemExit) as ended:
             cli.main()

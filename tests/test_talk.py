@@ -1,6 +1,5 @@
 """What a run left, used: loaded, answering, chatting, described by its card."""
 
-import io
 import json
 import re
 import subprocess
@@ -16,7 +15,6 @@ from transformers.utils.logging import disable_progress_bar
 import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.base.records import read_record, write_record
-from hotlora.cli import main as cli
 from hotlora.evaluate.generate import Sampling, answer_batches
 from hotlora.evaluate.talk import answer, prompt_ids
 from hotlora.report.card import PICTURE, card_text, write_card
@@ -43,22 +41,6 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.write_text((json.dumps({"messages": talk}) + "\n") * 16)
     run_method("nano", str(rows), folder / "run", **{**SHORT, "max_steps": 2})
     return folder / "run"
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run_here(*words: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hotlora", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run_here
 
 
 def logits(model, tokenizer):
