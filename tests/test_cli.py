@@ -70,20 +70,24 @@ def test_model_and_data_are_enough(model_folder: Path, rows: Path, tmp_path: Pat
 
 
 def test_the_stages_one_by_one(call, model_folder: Path, rows: Path, tmp_path: Path):
-    profile, plan = tmp_path / "profile.safetensors", tmp_path / "plan.json"
+    folder = tmp_path / f"[bold] {'longer than a line ' * 6}"  # told whole, in one line
+    folder.mkdir()
+    profile, plan = folder / "profile.safetensors", folder / "plan.json"
     code, out, _ = call("profile", "--model", model_folder, "--data", rows, "-o", profile)
-    assert code == 0 and str(profile) in out
+    assert code == 0 and f"profile: {profile}\n" in out
     assert RoutingProfile.load(profile).source["examples"] == 40
     code, out, _ = call("plan", profile, "--rule", "cold", "--experts-per-layer", 2, "-o", plan)
-    assert code == 0 and "cold: 4 of 16 experts in 2 layers" in out
+    assert code == 0 and out.startswith("cold: 4 of 16 experts in 2 layers") and out.endswith(f"plan: {plan}\n")
     assert all(len(ids) == 2 for ids in ExpertPlan.load(plan).experts.values())
-    words = ("--model", model_folder, "--data", rows, "--max-steps", 2, "--plan", plan, "-o", tmp_path / "run")
+    words = ("--model", model_folder, "--data", rows, "--max-steps", 2, "--plan", plan, "-o", folder / "run")
     code, out, _ = call("train", *words)
-    assert code == 0 and "cold 25%" in out
-    code, out, _ = call("merge", "--model", model_folder, tmp_path / "run" / "adapter", "-o", tmp_path / "merged")
-    assert code == 0 and (tmp_path / "merged" / "model.safetensors").is_file() and "bits" not in out
-    code, out, _ = call("report", tmp_path / "run")
-    assert code == 0 and (tmp_path / "run" / "report.html").is_file()
+    assert code == 0 and "cold 25%" in out and f"adapter: {folder / 'run' / 'adapter'}\n" in out
+    code, out, _ = call("merge", "--model", model_folder, folder / "run" / "adapter", "-o", folder / "merged")
+    assert code == 0 and (folder / "merged" / "model.safetensors").is_file() and "bits" not in out
+    assert f"merged model: {folder / 'merged'}\n" in out
+    code, out, _ = call("report", folder / "run")
+    assert code == 0 and f"page: {folder / 'run' / 'report.html'}\n" in out
+    assert (folder / "run" / "report.html").is_file()
 
 
 def test_merge_and_export_tell_that_the_base_was_quantized(call, model_folder: Path, rows: Path, tmp_path: Path):

@@ -52,7 +52,7 @@ def compare(
     if as_json:
         print(json.dumps(as_dict(comparison), ensure_ascii=False))
     else:
-        out.print(comparison_table.terminal_tables(comparison), highlight=False)
+        out.print(comparison_table.terminal_tables(comparison))
 
 
 def _two_runs(runs: list[Path], has_options: bool, as_json: bool) -> None:
@@ -68,4 +68,4 @@ def _two_runs(runs: list[Path], has_options: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_dict(paired), ensure_ascii=False))
     else:
-        out.print(paired_table(paired), highlight=False)
+        out.print(paired_table(paired))

@@ -48,11 +48,11 @@ def data(
         place = examples[row["index"]].place or f"row {row['index'] + 1}"
         cut = f", cut at {max_length:,}" if row["cut"] else ""
         out.rule(Text(f"{Path(place).name}: {len(row['input_ids']):,} tokens{cut}"), style="dim", align="left")
-        out.print(_shown(row["input_ids"], row["completion_mask"], tokenizer), soft_wrap=True)
+        out.print(_shown(row["input_ids"], row["completion_mask"], tokenizer))
     if rows:
         out.rule(style="dim")
     out.print(_histogram(lengths), end="")
-    out.print(f"{source}: {told(examples, dataset, options.train_on)}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"{source}: {told(examples, dataset, options.train_on)}")
 
 
 def _shown(ids: list[int], mask: list[int], tokenizer: Any) -> Text:

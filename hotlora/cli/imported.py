@@ -44,9 +44,9 @@ def import_(
         profile, told, written = imported(files, output, *sizes)
         if model is None:
             told += "; not bound to a model: give --model to have layers and experts checked"
-    out.print(told, highlight=False, markup=False, soft_wrap=True)
+    out.print(told)
     for path in written:
-        out.print(f"scores, for --rule scores --scores: {path}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"scores, for --rule scores --scores: {path}")
     if output.suffix != ".json":
         out.print(f"mean layer CV {profile.mean_layer_cv():.2f}, global CV {profile.global_cv():.2f}")
-        out.print(f"profile: {output}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"profile: {output}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from .. import __version__
 from ..base.errors import HotLoraError, Stopped
@@ -22,7 +21,7 @@ from .compare import compare
 from .data import data
 from .imported import import_
 from .measure import bench, params
-from .options import AsJson, err, number_list, options_of, out
+from .options import AsJson, err, error_line, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
 from .talk import chat, generate
@@ -104,7 +103,7 @@ def plan(
     chosen.save(output)
     if "signal" in chosen.params and "signal" not in given:
         for told in disagreements(routing):
-            err.print(f"{told}.", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"{told}.")
     out.print(f"{chosen.summary}; plan: {output}")
 
 
@@ -219,7 +218,7 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
         print_evaluation(record, output)
         if bits := record.get("config", {}).get("quantize"):
             kept = "; those of the adapter are not" if record["config"].get("keep_hot") else ""
-            out.print(f"experts were stored in {bits} bits{kept} (--quantize)", highlight=False)
+            out.print(f"experts were stored in {bits} bits{kept} (--quantize)")
 
 
 app.command()(push)
@@ -242,7 +241,7 @@ def merge(
     model, adapter = _noted(adapter, model)
     export_saved(model, adapter, output, format="merged", dtype=dtype, **given)
     _describe(output, "merged", model, [adapter])
-    out.print(f"merged model: {output}", soft_wrap=True)
+    out.print(f"merged model: {output}")
     _tell_of_quantization(adapter)
 
 
@@ -281,9 +280,9 @@ def export(
         merge_attention=merge_attention, dtype=dtype, **given,
     )  # fmt: skip
     _describe(output, format, model, [adapter])
-    out.print(f"{format}: {output}", soft_wrap=True)
+    out.print(f"{format}: {output}")
     if merge_router or merge_attention:
-        out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}", soft_wrap=True)
+        out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}")
     _tell_of_quantization(adapter)
 
 
@@ -321,7 +320,6 @@ def _tell_of_quantization(adapter: Path) -> None:
         out.print(
             f"It was trained on a base with all experts{kept} in {found['bits']} bits, and is written for the base as "
             "it is: answers may differ a little, so evaluate it there.",
-            soft_wrap=True,
         )
 
 
@@ -348,7 +346,7 @@ def combine(
     parts = [adapter for _, adapter in found]
     combine_saved(found[0][0], parts, output, weights=numbers, how=how, **given)
     _describe(output, "combined", found[0][0], parts)
-    out.print(f"adapter: {output}", soft_wrap=True)
+    out.print(f"adapter: {output}")
 
 
 @app.command()
@@ -373,13 +371,13 @@ def report(
     page = write_report(runs, output or runs)
     out.print(conditions_table(records))
     for folder, why in skipped.items():
-        out.print(f"left out: {lines(f'{folder}: {why}')}", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"page: {page}", soft_wrap=True)
+        out.print(f"left out: {lines(f'{folder}: {why}')}")
+    out.print(f"page: {page}")
     if has_recipes(records.values()):
         from ..papers.page import write_tables  # it brings the trainer along, which a plain report does without
 
         for tables in write_tables(runs, output or runs):
-            out.print(f"tables: {tables}", soft_wrap=True)
+            out.print(f"tables: {tables}")
 
 
 app.command()(compare)
@@ -396,16 +394,16 @@ def main() -> None:
         with on_stop(stop):
             app()
     except Stopped as stopped:
-        err.print(escape(lines(stopped.message)), highlight=False, soft_wrap=True)
+        err.print(lines(stopped.message))
         sys.exit(stopped.code)
     except HotLoraError as error:
         if _is_told_here(error):
-            err.print(f"[bold red]error:[/] {escape(lines(str(error)))}", highlight=False, soft_wrap=True)
+            err.print(error_line(lines(str(error))))
         sys.exit(1)
     except OSError as error:  # a path that cannot be one, a disk that is full
         if _is_told_here(error):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            err.print(f"[bold red]error:[/] {escape(lines(what))}; check the path", highlight=False, soft_wrap=True)
+            err.print(error_line(f"{lines(what)}; check the path"))
         sys.exit(1)
     except Exception as error:
         if not _is_told_here(error):  # it waited for another process, whose error has been told
@@ -414,7 +412,7 @@ def main() -> None:
             raise
         from ..base.processes import LOST
 
-        err.print(f"[bold red]error:[/] {LOST}", highlight=False, soft_wrap=True)
+        err.print(error_line(LOST))
         sys.exit(1)
     except SystemExit as ended:  # how a command that went well ends
         if not ended.code:

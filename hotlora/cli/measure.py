@@ -110,7 +110,7 @@ def params(
     if flops := counts.get("adapter_flops"):
         told = f"{flops['per_token'] / 1e6:,.1f} MFLOP a token forward for the adapter"
         share = "" if flops["coverage"] == 1 else f", where its experts take {flops['coverage']:.1%} of the routing"
-        out.print(f"{told}{share}", highlight=False, soft_wrap=True)
+        out.print(f"{told}{share}")
     if estimate:
         from ..report.tables import human_bytes, human_flops
 
@@ -128,9 +128,7 @@ def params(
         out.print(f"{human_flops(found['flops']['step'])} a step; adapted experts take {found['coverage']:.0%}")
         if "time" in found:
             time = found["time"]
-            out.print(
-                f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s", highlight=False
-            )
+            out.print(f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s")
 
 
 def _adapter_flops(
@@ -208,7 +206,7 @@ def bench(
     )
 
     def tell(text: str) -> None:
-        err.print(text, highlight=False, markup=False)
+        err.print(text)
 
     if grow is None:
         result = run_bench(config, tell=tell)
@@ -228,4 +226,4 @@ def bench(
     for run in result.get("runs", [result]):
         out.print(summary_table(run))
     if output is not None:
-        out.print(f"result: {output}", soft_wrap=True)
+        out.print(f"result: {output}")

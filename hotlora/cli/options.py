@@ -11,13 +11,30 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from ..base.errors import HotLoraError
 from ..base.options import Options, converted, read_yaml
 from ..runs.options import RunOptions
 
-out = Console()
-err = Console(stderr=True)
+
+class _Console(Console):
+    """Prints words as they are: a path keeps its brackets and is not broken at the end of a line; tables are fitted."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if all(isinstance(shown, str | Text) for shown in objects):
+            options = {"soft_wrap": True, "markup": False, "highlight": False} | options
+        super().print(*objects, **options)
+
+
+out = _Console()
+err = _Console(stderr=True)
+
+
+def error_line(message: str, what: str = "error:") -> Text:
+    """What went wrong, behind a red word."""
+    return Text.assemble((what, "bold red"), f" {message}")
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

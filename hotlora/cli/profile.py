@@ -96,7 +96,7 @@ def _compare(sources: list[str], model: str | None, output: Path, given: dict[st
     check_writable(output / "study.md")
 
     def tell(text: str) -> None:
-        err.print(text, highlight=False, markup=False)
+        err.print(text)
 
     reading: dict[str, Any] = {
         name: given.pop(name) for name in ("train_on", "columns", "apply_chat_template") if name in given
@@ -115,4 +115,4 @@ def _compare(sources: list[str], model: str | None, output: Path, given: dict[st
             f"{row['cold_share']:.0%}", f"{row['coverage']:.0%}", stable,
         )  # fmt: skip
     out.print(table)
-    out.print(f"page: {page}", soft_wrap=True)
+    out.print(f"page: {page}")

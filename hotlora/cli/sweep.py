@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ..base.escape import lines
-from .options import err, named, out
+from .options import err, error_line, named, out
 
 if TYPE_CHECKING:
     from ..papers import Direct
@@ -75,13 +75,9 @@ def _trainings(
     jobs = run_sweep(study, output, processes=processes, console=out)
     failed = [job for job in jobs if job.status == "failed"]
     for job in failed:
-        err.print(
-            f"[bold red]{escape(title(job))} failed:[/] {escape(lines(job.error or ''))}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        err.print(f"  {job.folder / LOG}", highlight=False, soft_wrap=True)
-    out.print(f"one page of all runs: hotlora report {output}", highlight=False, soft_wrap=True)
+        err.print(error_line(lines(job.error or ""), f"{title(job)} failed:"))
+        err.print(f"  {job.folder / LOG}")
+    out.print(f"one page of all runs: hotlora report {output}")
     if failed:
         raise typer.Exit(1)
 
@@ -98,7 +94,7 @@ def _direct(recipe: "Direct", output: Path | None, tflops: float | None, dry_run
             table.add_row(escape(what), escape(str(where)), state)
         out.print(table)
         return
-    recipe.run(output, lambda text: err.print(text, highlight=False, markup=False))
+    recipe.run(output, err.print)
     result = recipe.result(output)
     assert result is not None, "what has just been made can be shown"
     folder = output / "tables"
@@ -110,14 +106,14 @@ def _direct(recipe: "Direct", output: Path | None, tflops: float | None, dry_run
         table.add_row(*map(escape, row))
     out.print(table)
     for note in result.notes:
-        out.print(f"- {note}", highlight=False, markup=False)
-    out.print(f"files: {folder}/{result.name}*", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"- {note}")
+    out.print(f"files: {folder}/{result.name}*")
 
 
 def _tell(needs: list[str]) -> None:
     err.print("needs:", style="bold")
     for line in needs:
-        err.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"  {line}")
 
 
 def _plain(value: str) -> object:

@@ -73,7 +73,7 @@ def generate(
     if raw is None:
         raw = not found.is_chat if found.is_chat is not None else tokenizer.chat_template is None
         if found.is_chat is None and not raw:
-            err.print("the prompt is put into the model's chat template (--raw: as it is)", highlight=False)
+            err.print("the prompt is put into the model's chat template (--raw: as it is)")
     if raw and system is not None:
         raise HotLoraError("A system message needs the chat template: leave --system out, or give --chat.")
     asked: Any = prompt if raw else [*_system(system), {"role": "user", "content": prompt}]
@@ -102,11 +102,11 @@ def chat(
     prompt_ids(
         tokenizer, [*_system(system), {"role": "user", "content": "?"}]
     )  # no template is told before a word is typed
-    err.print(f"{run} answers; /clear starts anew, /exit ends.", highlight=False)
+    err.print(f"{run} answers; /clear starts anew, /exit ends.")
     messages = _system(system)
     while True:
         if sys.stdin.isatty():
-            out.print("[bold]you:[/] ", end="")
+            out.print("you: ", style="bold", end="")
         line = sys.stdin.readline()
         if not line or line.strip() == "/exit":
             return

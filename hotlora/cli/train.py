@@ -71,7 +71,7 @@ def push(
     if (run / "run.json").is_file():
         write_card(run)
     address = push_folder(run, name, private=private)
-    out.print(f"pushed: {address}{' (private)' if private else ''}", highlight=False, soft_wrap=True)
+    out.print(f"pushed: {address}{' (private)' if private else ''}")
 
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
@@ -79,23 +79,21 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
         out.print(
             f"{task}: {result['metric']} {result['accuracy']:.1%} "
             f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
-            highlight=False,
         )
         if "loss" in result:
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["loss_ci"])
             out.print(
                 f"  loss {result['loss']:.4f} (95% {low} to {high}), perplexity {result['perplexity']:.3g}, "
                 f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} response tokens",
-                highlight=False, soft_wrap=True,
             )  # fmt: skip
         if "rouge_l" in result:
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["rouge_l_ci"])
-            out.print(f"  ROUGE-L {result['rouge_l']:.4f} (95% {low} to {high})", highlight=False)
+            out.print(f"  ROUGE-L {result['rouge_l']:.4f} (95% {low} to {high})")
         passes = [f"{name} {value:.1%}" for name, value in result.items() if name.startswith("pass@")]
         if passes:
-            out.print(f"  {', '.join(passes)}", highlight=False)
+            out.print(f"  {', '.join(passes)}")
         if output is not None:
-            out.print(f"  every example: {output / result['results']}", highlight=False, soft_wrap=True)
+            out.print(f"  every example: {output / result['results']}")
 
 
 def print_run(record: dict[str, Any], output: Path) -> None:
@@ -106,21 +104,18 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         out.print(
             f"warm-up: {overlap['jaccard']:.0%} of the {overlap['experts_per_layer']} hottest experts of a layer are "
             "the base model's (Jaccard)",
-            highlight=False,
         )
     out.print(
         f"{record['name']}: {parameters['trainable']:,} parameters trained ({parameters['percent']:.2f}%), "
         f"{training['steps']} steps, loss {training['loss_first']:.4f} → {training['loss_last']:.4f}, "
         f"{training['tokens_per_second']:,.0f} tokens/s",
-        highlight=False,
-        soft_wrap=True,
     )
     if record.get("config", {}).get("load_best") and training.get("best_step"):
         loss = training["best_eval_loss"]
-        out.print(f"kept: the weights after step {training['best_step']}, held-out loss {loss:.4f}", highlight=False)
+        out.print(f"kept: the weights after step {training['best_step']}, held-out loss {loss:.4f}")
     if "test_loss" in training:
         before = f"{training['test_loss_before']:.4f} → " if "test_loss_before" in training else ""
-        out.print(f"held-out response loss {before}{training['test_loss']:.4f}", highlight=False)
+        out.print(f"held-out response loss {before}{training['test_loss']:.4f}")
     print_evaluation(record, output)
     for name, what in (
         ("adapter", "adapter"),
@@ -130,5 +125,5 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         ("run.json", "record"),
     ):
         if (output / name).exists():
-            out.print(f"{what}: {output / name}", highlight=False, soft_wrap=True)
-    out.print(f"pictures: hotlora report {output}", highlight=False, soft_wrap=True)
+            out.print(f"{what}: {output / name}")
+    out.print(f"pictures: hotlora report {output}")

@@ -65,7 +65,7 @@ def run_demo(
     folder = output / task
     disable_progress_bar()  # nano loads in no time
     steps = len(PARTS) * len(CONDITIONS) + 1
-    console.print(f"[bold]1/{steps} base[/]: nano as it is, on {test_examples} questions of {task}")
+    console.print(f"[bold]1/{steps} base[/]: nano as it is, on {test_examples} questions of {task}", markup=True)
     run_evaluation(EvalOptions(model="nano", limit=test_examples), task, folder / "base", progress=True)
     profile, number = None, 1
     for part, (_, is_whole, _) in PARTS.items():
@@ -73,7 +73,9 @@ def run_demo(
             number += 1
             budget = None if rule == "all" else FRACTION
             told = "every expert" if budget is None else f"the {rule} {budget:.0%} of each layer's experts"
-            console.print(f"[bold]{number}/{steps} {rule}[/]: LoRA on {'attention, router, ' * is_whole}{told}")
+            console.print(
+                f"[bold]{number}/{steps} {rule}[/]: LoRA on {'attention, router, ' * is_whole}{told}", markup=True
+            )
             options = RunOptions(
                 model="nano", data=task, **asdict(replace(config, train_attention=is_whole, train_router=is_whole)),
                 rule=rule, fraction=budget, profile=profile, profile_fraction=1.0, limit=train_examples,
@@ -83,8 +85,8 @@ def run_demo(
             profile = profile or folder / part / rule / "profile.safetensors"
     page = write_report(folder, folder)
     for part, (adapted, _, lesson) in PARTS.items():
-        console.print(f"\n[bold]LoRA on {adapted}[/]\n{lesson if task == 'nano-math' else ''}")
+        console.print(f"\n[bold]LoRA on {adapted}[/]\n{lesson if task == 'nano-math' else ''}", markup=True)
         base = {folder / "base": find_records(folder)[folder / "base"]}
         console.print(conditions_table(base | find_records(folder / part)))
-    console.print(f"The page, with pictures of the router: [bold]{page.resolve()}[/]", soft_wrap=True)
+    console.print(f"The page, with pictures of the router: [bold]{page.resolve()}[/]", markup=True, soft_wrap=True)
     return page
