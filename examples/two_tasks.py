@@ -7,7 +7,7 @@ import torch
 
 import hotlora
 from hotlora.data import batches, load_examples, tokenize
-from hotlora.evaluate.score import evaluate_task
+from hotlora.evaluation.score import evaluate_task
 from hotlora.tasks import get_task
 
 MODEL, TASKS, OUTPUT = "nano", {"math": "nano-math", "sql": "nano-sql"}, "runs/examples/two-tasks"

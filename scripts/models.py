@@ -84,7 +84,7 @@ def check_train(family: str, folder: Path) -> list[str]:
     """As `hotlora train` does it; the loss is the one that it takes on held-out data."""
     import torch
 
-    from hotlora.evaluate.score import response_loss
+    from hotlora.evaluation.score import response_loss
 
     model = _to_train(family)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -103,7 +103,7 @@ def check_train(family: str, folder: Path) -> list[str]:
 def check_packing(family: str, folder: Path) -> list[str]:
     """Refused, or each example's loss in a packed row is what it is alone."""
     from hotlora.base.errors import ModelError
-    from hotlora.evaluate.score import response_loss
+    from hotlora.evaluation.score import response_loss
 
     model = _to_train(family)
     expected = response_loss(model, *_data())
@@ -122,7 +122,7 @@ def check_packing(family: str, folder: Path) -> list[str]:
 def check_aux(family: str, folder: Path) -> list[str]:
     """Refused, or the loss has the auxiliary one added."""
     from hotlora.base.errors import HotLoraError
-    from hotlora.evaluate.score import response_loss
+    from hotlora.evaluation.score import response_loss
 
     model = _to_train(family)
     expected = response_loss(model, *_data())
@@ -136,7 +136,7 @@ def check_aux(family: str, folder: Path) -> list[str]:
 
 def check_answers(family: str, folder: Path) -> list[str]:
     """Each prompt's answer in a batch is its answer alone."""
-    from hotlora.evaluate.generate import answer_batches
+    from hotlora.evaluation.generate import answer_batches
     from hotlora.tasks import Example
 
     tokenizer, _ = _data()

@@ -27,7 +27,7 @@ from moe_sieve_figures import figures
 from moe_sieve_page import count, page
 
 from hotlora.base.files import write_json, write_text
-from hotlora.evaluate.stats import mean_sd, paired_test
+from hotlora.evaluation.stats import mean_sd, paired_test
 from hotlora.report.figures import save_figure
 from hotlora.routing.study import experts_for
 

@@ -7,7 +7,7 @@ from typing import Any
 from moe_sieve_data import Scores
 from moe_sieve_trainings import paired
 
-from hotlora.evaluate.stats import holm, mean_sd, sd_ratio
+from hotlora.evaluation.stats import holm, mean_sd, sd_ratio
 
 ALL, MARGIN, ALPHA = "full_lora", 2, 0.05  # points: MoE-Sieve's own margin
 QUARTER = {"olmoe": "hotk16", "qwen": "hotk15"}

@@ -6,7 +6,7 @@ import numpy as np
 from moe_sieve_cell import OLMOE
 from moe_sieve_data import Data
 
-from hotlora.evaluate.stats import mean_interval
+from hotlora.evaluation.stats import mean_interval
 from hotlora.papers.profile_figures import coverage, ratios
 from hotlora.report.figures import COLD, HOT, INK, LEGEND, MUTED, Figure, coverages, new_figure, style
 from hotlora.report.published import MODELS

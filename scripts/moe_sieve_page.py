@@ -97,7 +97,7 @@ routing counts of every data set. Here each number that the paper prints is comp
 {status.count("absent")} are not in the data (another model, counts of single examples, times). The data are those of
 commit {record["commit"][:7]}, of {" and ".join(record["models"])}. A cell that was equal and no longer is, or
 that is neither equal nor explained, ends the script with an error. The trainings, and the passes that counted, are the
-author's; `hotlora/routing/profile.py`, `routing/study.py`, `routing/rules.py` and `evaluate/stats.py`
+author's; `hotlora/routing/profile.py`, `routing/study.py`, `routing/rules.py` and `evaluation/stats.py`
 made the rest.
 
 **What does not come out as it is printed**

@@ -9,7 +9,7 @@ from moe_sieve_counts import greedy
 from moe_sieve_data import KEYS, Data
 
 from hotlora.adapter.count import parameters_from_config
-from hotlora.evaluate.stats import PairedTest, paired_test
+from hotlora.evaluation.stats import PairedTest, paired_test
 from hotlora.report import published
 from hotlora.report.published import MODELS
 from hotlora.routing.study import FRACTION

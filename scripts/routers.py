@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hotlora.base.files import write_json
-from hotlora.evaluate.stats import paired_test
+from hotlora.evaluation.stats import paired_test
 from hotlora.report.figures import save_figure
 from hotlora.report.study_report import DPI, pictures
 from hotlora.routing.drift import drift

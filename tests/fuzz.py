@@ -41,7 +41,7 @@ from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records, new_record, read_record, read_results, write_record
 from hotlora.base.tensor_files import save_tensors
-from hotlora.evaluate.generations import read_generations
+from hotlora.evaluation.generations import read_generations
 from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.report.comparison import as_dict, compare_runs
 from hotlora.report.tables import conditions_table, read_sections, table_rows

@@ -4,8 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from hotlora.base.records import Record
-from hotlora.evaluate.generate import GREEDY, Sampling
-from hotlora.evaluate.score import Evaluation
+from hotlora.evaluation.generate import GREEDY, Sampling
+from hotlora.evaluation.score import Evaluation
 from hotlora.runs import evaluation, stages, training
 from hotlora.runs.methods import resolve
 from hotlora.runs.options import EvalOptions, RunOptions

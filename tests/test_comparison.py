@@ -21,7 +21,7 @@ from hotlora.base import escape
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.records import new_record, write_record
 from hotlora.cli.compare import compare
-from hotlora.evaluate.stats import McNemar, paired_difference
+from hotlora.evaluation.stats import McNemar, paired_difference
 from hotlora.report.comparison import as_dict, compare_runs
 from hotlora.report.comparison_table import csv_text, latex, markdown, paired_table, terminal_tables
 from hotlora.report.paired import as_dict as paired_dict

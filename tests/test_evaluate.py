@@ -7,8 +7,8 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.generate import answer_batches
-from hotlora.evaluate.score import evaluate_task, response_loss
+from hotlora.evaluation.generate import answer_batches
+from hotlora.evaluation.score import evaluate_task, response_loss
 from hotlora.tasks import Example, Task, get_task
 from hotlora.tasks.tokens import tokenize
 

@@ -24,8 +24,8 @@ from hotlora import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli import main as cli
-from hotlora.evaluate.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
-from hotlora.evaluate.score import evaluate_task
+from hotlora.evaluation.generate import GREEDY, Sampling, _by_tokens, _Draw, answer_batches, end_ids
+from hotlora.evaluation.score import evaluate_task
 from hotlora.tasks import Example, Task, get_task
 from hotlora.training.config import TrainConfig
 
@@ -276,12 +276,12 @@ def test_results_of_others_are_not_gone_on_with(model, tmp_path: Path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import hotlora.evaluate.score
-from hotlora.evaluate.generate import Sampling
+import hotlora.evaluation.score
+from hotlora.evaluation.generate import Sampling
 from hotlora.runs.evaluation import run_evaluation
 from hotlora.runs.options import EvalOptions
 
-judge, left = hotlora.evaluate.score.judge, [int(sys.argv[3])]
+judge, left = hotlora.evaluation.score.judge, [int(sys.argv[3])]
 
 def dying(*args, **options):
     if not left[0]:
@@ -289,7 +289,7 @@ def dying(*args, **options):
     left[0] -= 1
     return judge(*args, **options)
 
-hotlora.evaluate.score.judge = dying
+hotlora.evaluation.score.judge = dying
 run_evaluation(EvalOptions(model=sys.argv[1], limit=9, batch_size=2), "nano-math", sys.argv[2],
                sampling=Sampling(samples=2, temperature=1.0))
 """

@@ -10,8 +10,8 @@ import pytest
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli import main as cli
-from hotlora.evaluate.generations import read_generations, score_generations
-from hotlora.evaluate.stats import pass_at_k, proportion_interval
+from hotlora.evaluation.generations import read_generations, score_generations
+from hotlora.evaluation.stats import pass_at_k, proportion_interval
 from hotlora.runs.evaluation import run_generations
 from hotlora.tasks import Example, Task, get_task, gsm8k
 from hotlora.tasks.rows import Row

@@ -15,8 +15,8 @@ from hotlora import HotLoraConfig
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli import main as cli
-from hotlora.evaluate.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
-from hotlora.evaluate.score import example_id
+from hotlora.evaluation.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
+from hotlora.evaluation.score import example_id
 from hotlora.tasks import get_task, gsm8k, hellaswag
 from hotlora.tasks.rows import Row
 
@@ -114,8 +114,8 @@ def test_the_one_known_difference_in_gsm8k(folder: Path):
 
 @harness
 def test_an_adapted_model_in_memory(folder: Path):
-    from hotlora.evaluate.generate import answer_batches
-    from hotlora.evaluate.score import evaluate_task
+    from hotlora.evaluation.generate import answer_batches
+    from hotlora.evaluation.score import evaluate_task
 
     tokenizer = byte_tokenizer()
     base = tiny_model("olmoe", vocab_size=259, max_position_embeddings=1024)
@@ -150,7 +150,7 @@ def test_an_adapted_model_in_memory(folder: Path):
 
 @harness
 def test_choices_past_the_models_window_are_cut_as_lm_eval_cuts_them(folder: Path):
-    from hotlora.evaluate.score import evaluate_task
+    from hotlora.evaluation.score import evaluate_task
 
     tokenizer, model = byte_tokenizer(), tiny_model("olmoe", vocab_size=259, max_position_embeddings=32)
     _, (theirs,) = evaluate_by_lm_eval(model, tokenizer, [f"hellaswag:{folder}/hellaswag"], num_fewshot=0)

@@ -16,9 +16,9 @@ import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.records import find_records, read_record
 from hotlora.cli.main import app
-from hotlora.evaluate.rouge import rouge_l
-from hotlora.evaluate.score import response_scores
-from hotlora.evaluate.stats import mean_interval, ratio_interval
+from hotlora.evaluation.rouge import rouge_l
+from hotlora.evaluation.score import response_scores
+from hotlora.evaluation.stats import mean_interval, ratio_interval
 from hotlora.report.tables import read_sections, section_tables
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples

@@ -36,7 +36,7 @@ from hotlora.adapter.quantize import (
 from hotlora.adapter.quantized import bitsandbytes_functional
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli.main import app
-from hotlora.evaluate.score import response_loss
+from hotlora.evaluation.score import response_loss
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu

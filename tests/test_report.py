@@ -478,7 +478,7 @@ def test_a_report_imports_little():
     """Each of these takes as long as the page's own work; neither is needed to draw one."""
     code = (
         "import sys, hotlora.report.page\n"
-        "from hotlora.evaluate.stats import paired_difference, proportion_interval\n"
+        "from hotlora.evaluation.stats import paired_difference, proportion_interval\n"
         "proportion_interval(3, 10), paired_difference([1, 0, 1], [0, 0, 1])\n"
         "print(*{'scipy', 'pandas', 'datasets', 'transformers', 'peft', 'trl'} & set(sys.modules))"
     )

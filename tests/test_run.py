@@ -18,7 +18,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError, PlanError
 from hotlora.base.records import new_record, read_record, write_record
-from hotlora.evaluate.score import response_loss
+from hotlora.evaluation.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.export import combine_saved, export_saved

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.stats import (
+from hotlora.evaluation.stats import (
     MeanSd,
     holm,
     mcnemar,

@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.base.records import read_record, write_record
-from hotlora.evaluate.generate import Sampling, answer_batches
-from hotlora.evaluate.talk import answer, prompt_ids
+from hotlora.evaluation.generate import Sampling, answer_batches
+from hotlora.evaluation.talk import answer, prompt_ids
 from hotlora.report.card import PICTURE, card_text, write_card
 from hotlora.runs.load import find
 from hotlora.tasks import Example

@@ -18,7 +18,7 @@ from zoo import families, zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
-from hotlora.evaluate.score import response_loss
+from hotlora.evaluation.score import response_loss
 from hotlora.tasks import Example
 from hotlora.tasks.tokens import IGNORE, batches, tokenize
 from hotlora.training import checkpoints

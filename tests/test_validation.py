@@ -16,7 +16,7 @@ from tiny_tokenizer import byte_tokenizer
 import hotlora
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import read_record
-from hotlora.evaluate.score import response_loss
+from hotlora.evaluation.score import response_loss
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs import training
 from hotlora.tasks import Example

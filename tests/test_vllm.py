@@ -11,8 +11,8 @@ import torch
 from runs import run_evaluation, run_training
 
 from hotlora import load_adapter, load_model, load_tokenizer
-from hotlora.evaluate.generate import Sampling
-from hotlora.evaluate.vllm_engine import load_engine, vllm_answers
+from hotlora.evaluation.generate import Sampling
+from hotlora.evaluation.vllm_engine import load_engine, vllm_answers
 from hotlora.hf.models import NANO, model_source
 from hotlora.runs.export import export_saved
 from hotlora.tasks import get_task

@@ -177,7 +177,7 @@ def evaluate(
 
     humaneval runs Python that the model wrote, as far apart from all else as the system allows: docs/evaluation.md.
     """
-    from ..evaluate.generate import Sampling
+    from ..evaluation.generate import Sampling
     from ..runs.evaluation import run_evaluation, run_generations, run_harness
 
     if generations is None and "adapter" in given:

@@ -47,8 +47,8 @@ def generate(
     **given: Any,
 ) -> None:
     """Answer one prompt; the text appears as it is written."""
-    from ..evaluate.generate import Sampling
-    from ..evaluate.talk import answer, check_answering
+    from ..evaluation.generate import Sampling
+    from ..evaluation.talk import answer, check_answering
     from ..runs.load import find, load
 
     if adapter is None and model is None:
@@ -92,8 +92,8 @@ def chat(
     **given: Any,
 ) -> None:
     """Talk to a model: it sees the whole conversation. /clear starts anew, /exit or Ctrl-D ends."""
-    from ..evaluate.generate import Sampling
-    from ..evaluate.talk import answer, check_answering, prompt_ids
+    from ..evaluation.generate import Sampling
+    from ..evaluation.talk import answer, check_answering, prompt_ids
     from ..runs.load import load
 
     sampling = Sampling(1, temperature, top_p, seed)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.records import Record, read_record
-from ..evaluate.stats import MeanSd, PairedTest, mean_sd, paired_test
+from ..evaluation.stats import MeanSd, PairedTest, mean_sd, paired_test
 from ..routing.plan import ExpertPlan
 from .recipe import Column, Recipe, Row, scored_name
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluate.stats import sd_ratio
+from ..evaluation.stats import sd_ratio
 from .cells import Cell, against, read_cells, task_name
 from .recipe import Recipe
 from .result import Heading, Result, Shown

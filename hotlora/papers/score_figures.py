@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ..evaluate.stats import mean_interval
+from ..evaluation.stats import mean_interval
 from ..report.figures import DASHED, HOT, INK, MUTED, Figure, style
 from .cells import Cell, Cells
 from .recipe import Column, Recipe

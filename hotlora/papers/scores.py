@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..evaluate.stats import Interval, mean_interval, sd_ratio
+from ..evaluation.stats import Interval, mean_interval, sd_ratio
 from ..report.comparison_table import ends
 from ..report.published import EQUIVALENCE, GREEDY, PAIRS, SEED_SD
 from ..report.text import NONE, p_word, shown

@@ -13,7 +13,7 @@ from typing import Any
 from ..base.errors import DataError
 from ..base.escape import one_line
 from ..base.records import Record, find_records
-from ..evaluate.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
+from ..evaluation.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
 from .comparison_table import html_tables
 from .sections import part
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..base import escape as escapes
 from ..base.escape import one_line
-from ..evaluate.stats import Interval
+from ..evaluation.stats import Interval
 from .text import (
     NONE,
     csv_table,

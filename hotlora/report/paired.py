@@ -17,7 +17,7 @@ from ..base.errors import DataError, FileError
 from ..base.escape import one_line
 from ..base.files import read_json_lines
 from ..base.records import Record, read_record, read_results
-from ..evaluate.stats import Interval, McNemar, mcnemar, paired_difference, ratio_interval
+from ..evaluation.stats import Interval, McNemar, mcnemar, paired_difference, ratio_interval
 from .comparison_table import html_paired
 
 ALPHA = 0.05

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..base.errors import FileError
 from ..base.escape import one_line
 from ..base.records import Record, read_results
-from ..evaluate.stats import Difference, paired_difference, proportion_interval
+from ..evaluation.stats import Difference, paired_difference, proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .sections import (

@@ -13,11 +13,11 @@ from ..base.errors import DataError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet
 from ..base.records import Record, new_record
-from ..evaluate.generate import GREEDY, Answer, Sampling, context_length
-from ..evaluate.generations import read_generations, score_generations
-from ..evaluate.harness import evaluate_by_lm_eval, lm_eval_version
-from ..evaluate.rouge import rouge_l, rouge_scorer
-from ..evaluate.score import (
+from ..evaluation.generate import GREEDY, Answer, Sampling, context_length
+from ..evaluation.generations import read_generations, score_generations
+from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version
+from ..evaluation.rouge import rouge_l, rouge_scorer
+from ..evaluation.score import (
     Evaluation,
     RowLoss,
     evaluate_answers,
@@ -26,7 +26,7 @@ from ..evaluate.score import (
     response_scores,
     write_losses,
 )
-from ..evaluate.vllm_engine import check_vllm, load_engine, vllm_answers
+from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, trained_parts

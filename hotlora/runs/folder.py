@@ -18,7 +18,7 @@ from ..base.processes import all_objects, first_failure, is_main, sharding, wait
 from ..base.processes import described as described_error
 from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
-from ..evaluate.score import Evaluation
+from ..evaluation.score import Evaluation
 from ..hf.models import load_config, load_model
 from ..training import checkpoints
 from ..training.config import TrainConfig

@@ -10,7 +10,7 @@ from typing import Any
 from ..adapter.quantize import experts_in
 from ..base.errors import FileError
 from ..base.records import Record, new_record, read_record, write_record
-from ..evaluate.generate import Sampling
+from ..evaluation.generate import Sampling
 from ..hf.models import load_model, load_tokenizer, vocab_size
 from ..routing.profile import RoutingProfile
 from ..tasks.chat import template_source

@@ -37,7 +37,7 @@ from ..base.processes import (
 )
 from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record, write_record
-from ..evaluate.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
+from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
 from ..hf.models import fingerprint, load_tokenizer, vocab_size
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile

@@ -5,7 +5,7 @@ import pytest
 from published import ABSENT, DATA
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.generate import cut
+from hotlora.evaluation.generate import cut
 from hotlora.tasks import gsm8k
 from hotlora.tasks.data import load_examples
 from hotlora.tasks.gsm8k import LORI, TASK, final_answer, lori_number, lori_score, score

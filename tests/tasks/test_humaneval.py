@@ -13,7 +13,7 @@ from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.score import evaluate_task
+from hotlora.evaluation.score import evaluate_task
 from hotlora.tasks import humaneval
 from hotlora.tasks.data import load_examples
 from hotlora.tasks.data import test_source as source_of_tests

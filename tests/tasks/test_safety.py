@@ -7,8 +7,8 @@ import pytest
 from published import ABSENT, DATA
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.generate import Answer
-from hotlora.evaluate.score import evaluate_answers
+from hotlora.evaluation.generate import Answer
+from hotlora.evaluation.score import evaluate_answers
 from hotlora.tasks import get_task
 from hotlora.tasks.codealpaca import lori_example
 from hotlora.tasks.data import load_examples

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from published import ABSENT, DATA
 
 from hotlora.base.errors import DataError
-from hotlora.evaluate.generate import cut
+from hotlora.evaluation.generate import cut
 from hotlora.tasks import spider
 from hotlora.tasks.spider import TASK, database_schema, databases, normalise, same_answer, score, table_schemas
 from hotlora.tasks.sql_sandbox import SqlSandbox
