@@ -24,7 +24,7 @@ _PUBLIC = {
     "ModelError": "base.errors",
     "PlanError": "base.errors",
     "RoutingProfile": "routing.profile",
-    "Routes": "routing.replay",
+    "Routes": "routing.routes",
     "Run": "runs.load",
     "base_quantization": "adapter.load",
     "compare_examples": "report.paired",
@@ -40,7 +40,7 @@ _PUBLIC = {
     "profile": "api",
     "profile_routing": "routing.profiler",
     "quantize_experts": "adapter.quantize",
-    "record_routing": "routing.replay",
+    "record_routing": "routing.routes",
     "replay_routing": "routing.replay",
     "run_sweep": "runs.sweep",
     "select_experts": "routing.plan",
@@ -81,9 +81,9 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .routing.profile import RoutingProfile as RoutingProfile
     from .routing.profile import jaccard as jaccard
     from .routing.profiler import profile_routing as profile_routing
-    from .routing.replay import Routes as Routes
-    from .routing.replay import record_routing as record_routing
     from .routing.replay import replay_routing as replay_routing
+    from .routing.routes import Routes as Routes
+    from .routing.routes import record_routing as record_routing
     from .runs.load import Run as Run
     from .runs.load import load as load
     from .runs.load import load_adapter as load_adapter

@@ -12,7 +12,8 @@ import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import DataError, ModelError
 from hotlora.hf.models import expert_groups, moe_layers
-from hotlora.routing.replay import Routes, record_routing, replay_routing
+from hotlora.routing.replay import replay_routing
+from hotlora.routing.routes import Routes, record_routing
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 
 NOT_TOP_K = ("phimoe",)

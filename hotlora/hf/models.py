@@ -19,7 +19,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from accelerate.utils import has_offloaded_params
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -161,6 +161,11 @@ def skips_tokens(model: nn.Module) -> bool:
     In other families a weight of 0 is that of a choice, of a softmax that has underflowed.
     """
     return _config(model).model_type in _SKIP_TOKENS
+
+
+def is_no_expert(index: Tensor, weight: Tensor) -> Tensor:
+    """Of a family that `skips_tokens`: which choices, of indices and weights of one shape, are of no expert."""
+    return (index == 0) & (weight == 0)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -74,7 +74,7 @@ class Counter:
         assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
         weight_TK = weight_TK.reshape(index_TK.shape)
         here_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
-        skipped_TK = (index_TK == 0) & (weight_TK == 0) if self.skips_tokens else torch.zeros_like(here_TK)
+        skipped_TK = models.is_no_expert(index_TK, weight_TK) if self.skips_tokens else torch.zeros_like(here_TK)
         counted_TK = here_TK & ~skipped_TK
         self.skipped = self.skipped + (here_TK & ~counted_TK).sum()
         units_TK = self._units(weight_TK, "mass", counted_TK)
