@@ -230,6 +230,19 @@ def test_layers_and_tokens_without_experts_are_left_out(tmp_path: Path):
         import_profile(tmp_path / "a.npy", num_experts=8)
 
 
+def test_dense_layers_of_a_router_that_chooses_one_expert_are_left_out(tmp_path: Path):
+    """Llama 4: every other layer is dense, and its zeros are as good as expert 0."""
+    array = distinct(50, 4, 1, 8).astype(np.int32)
+    array[:, ::2] = 0
+    array[7] = -1
+    np.save(tmp_path / "a.npy", array)
+    found, told, _ = imported(tmp_path / "a.npy", None, None, 8, None)
+    assert found.layers == (1, 3) and found.num_tokens == 49 and "layers without experts (0, 2 of the array)" in told
+    assert torch.equal(found.counts, slowly(np.delete(array, 7, axis=0)[:, 1::2], 8))
+    np.save(tmp_path / "a.npy", np.zeros((50, 2, 1), np.int32))  # one expert has it all, in every layer
+    assert import_profile(tmp_path / "a.npy", num_experts=8).counts[:, 0].tolist() == [50, 50]
+
+
 def test_a_models_dense_layers_may_be_in_the_array_or_not(tmp_path: Path):
     config = zoo_config("deepseek_v2")
     config.num_hidden_layers, config.first_k_dense_replace, config.mlp_layer_types = 4, 1, None

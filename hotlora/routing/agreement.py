@@ -29,7 +29,7 @@ class Agreement:
         if self.by_count > self.by_signal and self.signal == "saliency":
             meaning = "saliency, a mean, ranks experts high that few tokens are sent to"
         elif self.by_count >= NEAR * self.by_signal:
-            meaning = "what differs is mostly near the edge of the budget"
+            meaning = "what differs is mostly near the edge of the budget, so that either will do"
         else:
             meaning = f"a plan by --signal {self.signal} adapts experts that weigh more there"
         return (

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..base.options import Options, option
 
 UNTIL = 0.95
-"""Jaccard of a profile's chosen experts with those of endless such data, at which it is enough."""
+"""Jaccard of a profile's chosen experts with those that any more such data would choose, at which it is enough."""
 _PANEL = "Which experts"
 
 

@@ -34,7 +34,8 @@ _MOST_ROWS = 1024
 
 @dataclass(frozen=True)
 class Stability:
-    """How far the experts chosen from some examples are those of endless such data: Jaccard, mean over layers."""
+    """How far the experts chosen from some examples are those that any more such data would choose: Jaccard, mean over
+    layers."""
 
     mean: float
     low: float
@@ -98,8 +99,8 @@ def profile_until(
     """`profiler.profile_routing` on as many examples as settle which experts are chosen, or on all.
 
     They are drawn in an order of `seed`'s. After 64, and then after each quarter more, a bootstrap over those that
-    were read estimates how far the chosen experts agree with those of endless such data; when the estimate reaches
-    `until`, that is enough.
+    were read estimates how far the chosen experts agree with those that any more such data would choose; when the
+    estimate reaches `until`, that is enough.
 
     Args:
         batches_of: the batches of some examples, given their places, as `profile_routing` takes them.
@@ -216,6 +217,6 @@ def told_stability(profile: RoutingProfile) -> str | None:
     what = ", ".join(words.get(name, f"{name} {{}}").format(value) for name, value in chosen.items())
     told += (
         f": the experts that they choose ({what}) agree to {found['mean']:.2f} (Jaccard; {found['low']:.2f} or more, "
-        "19 times in 20) with those of endless such data"
+        "19 times in 20) with those that any more such data would choose"
     )
     return told if is_settled(profile) else f"{told}, short of profile_until = {source['until']['jaccard']:g}"

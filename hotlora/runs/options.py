@@ -104,7 +104,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     profile: str | Path | None = option("Use this profile; none is made.", None, panel=_EXPERTS, resume=None)
     profile_until: float | None = option(
         "Profile on examples drawn at random until the chosen experts agree to this share (Jaccard, by a bootstrap "
-        f"over examples) with those of endless such data; 1: on all (default {UNTIL}; with --profile-fraction 1).",
+        f"over examples) with those that any more such data would choose; 1: on all (default {UNTIL}; with "
+        "--profile-fraction 1).",
         None, panel=_EXPERTS,
     )  # fmt: skip
     profile_fraction: float | None = option(
@@ -233,7 +234,7 @@ class ProfileOptions(LoadOptions, DataOptions):
 
     profile_until: float = option(
         "Read examples, drawn at random, until the hot 25% agree to this share (Jaccard, by a bootstrap over examples) "
-        "with those of endless such data; 1: read all.", UNTIL,
+        "with those that any more such data would choose; 1: read all.", UNTIL,
     )  # fmt: skip
     saliency: bool = option(
         "Also gather saliency (gate weight x output norm: REAP's), for plans by --signal saliency; takes longer.", False

@@ -33,6 +33,11 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
         yield from (block for block in blocks if block.num_tokens)
 
     total = tally(parts(), num_layers, top_k, num_experts, file)
+    if top_k == 1 and known.layers is None:  # zeros of a dense layer are expert 0 to `tally`
+        is_dense = (total.counts[:, 1:].sum(axis=1) == 0) & (total.counts[:, 0] > 0)
+        if not is_dense.all():
+            total.empty[is_dense] += total.counts[is_dense, 0]
+            total.counts[is_dense] = 0
     places, indices = _places(num_layers, layers, total.empty, total.num_tokens, file, known)
     counts, empty = total.counts[places], total.empty[places]
     if empty.min() != empty.max():
