@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
+from scipy.ndimage import median_filter
 from torch import Tensor
 
 from ..routing.profile import RoutingProfile
@@ -62,13 +63,17 @@ def coverage_curves(profiles: Mapping[str, RoutingProfile], experts_per_layer: i
 
 
 def by_layer(result: Study) -> Figure:
-    """CV and coverage of the hot quarter in every layer, a line a data set; OLMoE on Spider beside (table 7)."""
+    """CV and coverage of the hot quarter in every layer, a line a data set; OLMoE on Spider beside (table 7).
+
+    Of many layers the median of each with its neighbours: the lines of ten data sets would hide each other.
+    """
     rows = result["datasets"]
     names = sorted(rows, key=lambda name: -rows[name]["layer_cv"])
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     depth = depths(len(result["model"]["layers"]))
-    dot, width = ("o", 1.8) if len(depth) <= 32 else (None, 1.0)  # of more layers lines alone can be told apart
+    near, (dot, width) = (1, ("o", 1.8)) if len(depth) <= 32 else (7, (None, 1.4))
+    of = "" if near == 1 else f", median of {near} layers"
     for axes, metric, label, scale in (
         (left, "cv", "CV of a layer's counts", 1),
         (right, "coverage", "covered by the hot 25%, %", 100),
@@ -78,8 +83,9 @@ def by_layer(result: Study) -> Figure:
         axes.plot(depths(16), published, color=INK, linewidth=1.4, linestyle=dots, label=label_of_paper)
         for (name, color), line in zip(colors(names).items(), _dashes(names), strict=True):
             values = np.array(rows[name]["by_layer"][metric], dtype=float) * scale
+            values = median_filter(values, near, mode="nearest")
             axes.plot(depth, values, color=color, linewidth=width, linestyle=line, marker=dot, markersize=3, label=name)
-        style_depth(axes, "layer", label)
+        style_depth(axes, "layer", f"{label}{of}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", **LEGEND)
     return figure
