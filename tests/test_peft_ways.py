@@ -161,6 +161,56 @@ def test_combined_by_linear_is_pefts_linear_for_every_matrix():
     torch.testing.assert_close(ours.get_delta_weight("both"), theirs.get_delta_weight("both"))
 
 
+def combined_by_peft(sources, weights, how):
+    """A, B of one Linear that PEFT alone has combined. sources: adapter -> its A and B."""
+    A, B = next(iter(sources.values()))
+    plain = nn.Sequential(nn.Linear(A.shape[1], B.shape[0], bias=False))
+    for name, (A, B) in sources.items():
+        config = LoraConfig(r=4, lora_alpha={"x": 64, "y": 8}[name], target_modules=["0"])
+        if isinstance(plain, PeftModel):
+            plain.add_adapter(name, config)
+        else:
+            plain = get_peft_model(plain, config, name)
+        linear = plain.base_model.model[0]
+        linear.lora_A[name].weight.data, linear.lora_B[name].weight.data = A.detach().clone(), B.detach().clone()
+    plain.add_weighted_adapter(list(sources), [weights[name] for name in sources], "both", how, density=0.3)
+    return linear.lora_A["both"].weight, linear.lora_B["both"].weight
+
+
+@pytest.mark.parametrize("how", ["ties", "magnitude_prune"])
+def test_combined_by_pruned_sums_is_pefts_own_for_every_matrix_of_an_expert(how):
+    model, weights = two_adapters(), {"x": 0.7, "y": -0.4}
+    model.add_weighted_adapter(["x", "y"], list(weights.values()), "both", how, density=0.3)
+    layer = model.get_base_model().model.layers[0].mlp.experts
+    each = {name: layer.factor_pairs(name) for name in weights}
+    for key, ours in layer.factor_pairs("both").items():
+        zeros = [torch.zeros_like(factor) for factor in ours]  # of one adapter alone PEFT makes "linear"
+        sources = {name: pairs.get(key, zeros) for name, pairs in each.items()}
+        torch.testing.assert_close(ours, combined_by_peft(sources, weights, how))
+    assert len(layer.factor_pairs("both")) == 3 * 3
+
+
+@pytest.mark.parametrize("how", ["dare_linear", "dare_ties"])
+def test_dare_keeps_a_share_and_scales_it(how):
+    model = two_adapters()
+    model.add_weighted_adapter(["x", "y"], [0.25, 1.0], "both", how, density=0.3)
+    layer = model.get_base_model().model.layers[0].mlp.experts
+    (A, _), (source, _) = (layer.factor_pairs(name)[1, "down"] for name in ("both", "x"))  # expert 1 is of x alone
+    kept = A != 0
+    assert 0.1 < kept.float().mean() < 0.5
+    torch.testing.assert_close(A[kept], 2 * source[kept] / 0.3)  # the root of 0.25 * 64 / 4
+
+
+def test_dare_draws_by_torchs_seed():
+    made = []
+    for seed in (3, 3, 4):
+        model = two_adapters()
+        torch.manual_seed(seed)
+        model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "both", "dare_linear")
+        made.append(model.get_base_model().model.layers[0].mlp.experts.lora_B_down["both"].clone())
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
 def test_two_active_adapters_add_up_and_the_combined_one_can_be_saved(tmp_path):
     model = two_adapters()
     model.base_model.set_adapter(["x", "y"])
@@ -179,6 +229,9 @@ def test_two_active_adapters_add_up_and_the_combined_one_can_be_saved(tmp_path):
         (["x", "none"], {}, r"made by a HotLoraConfig: \['x', 'y'\]"),
         (["x", "y"], {"adapter_name": "x"}, "already has an adapter 'x'"),
         (["x", "y"], {"combination_type": "svd"}, "'svd' is not supported"),
+        (["x", "y"], {"combination_type": "ties"}, r"'ties' needs adapters of one rank"),
+        (["x", "y"], {"combination_type": "ties", "density": 1.0}, "density=1.0 must be above 0 and below 1"),
+        (["x", "y"], {"density": 0.2}, "density=0.2 is of ties, dare_linear"),
         (["x", "y"], {"combination_type": "linear"}, r"one rank, and these have \[4, 2\]"),
     ],
 )

@@ -3,31 +3,60 @@
 import math
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from torch import Tensor
 
+from ..base.errors import HotLoraError
 from .mergeable import MergeableLayer
 
+_PRUNED = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
+"""PEFT's sums of factors of which a share (the density) is kept"""
+DENSITY = 0.5
 
-def combine(module: LoraLayer, weights: dict[str, float], adapter_name: str, how: str) -> None:
+
+def check_how(how: str, density: float | None) -> None:
+    """HotLoraError: no such combination_type, or a density that it has no use for or that is out of range."""
+    known = ("cat", "linear", *_PRUNED)
+    if how not in known:
+        raise HotLoraError(f"combination_type={how!r} is not supported on experts: give {', '.join(known)}.")
+    if density is not None and how not in _PRUNED:
+        raise HotLoraError(f"density={density} is of {', '.join(_PRUNED)}, and combination_type is {how!r}.")
+    if density is not None and not 0 < density < 1:
+        raise HotLoraError(f"density={density} must be above 0 and below 1: the share of each factor that is kept.")
+
+
+def combine(
+    module: LoraLayer, weights: dict[str, float], adapter_name: str, how: str, density: float | None = None
+) -> None:
     """Fills the new adapter's factors in one layer from those of the others that are there."""
     sources = {name: factor_pairs(module, name) for name in weights if name in module.r}
     for key, (A, B) in factor_pairs(module, adapter_name).items():
         A.detach().zero_()
         B.detach().zero_()
+        found = {name: pairs[key] for name, pairs in sources.items() if key in pairs}
+        scales = [weights[name] * module.scaling[name] for name in found]
         start = 0
-        for name, pairs in sources.items():
-            if key not in pairs:
-                continue
-            (A_source, B_source), weight = pairs[key], weights[name] * module.scaling[name]
-            if how == "cat":
+        if how == "cat":
+            for (A_source, B_source), scale in zip(found.values(), scales, strict=True):
                 end = start + A_source.shape[-2]
                 A.detach()[..., start:end, :] = A_source.detach()
-                B.detach()[..., start:end] = B_source.detach() * weight
+                B.detach()[..., start:end] = B_source.detach() * scale
                 start = end
-            else:  # as PEFT has it: each factor takes the root of the weight, and one of them its sign
-                A.detach().add_(A_source.detach(), alpha=math.copysign(abs(weight) ** 0.5, weight))
-                B.detach().add_(B_source.detach(), alpha=abs(weight) ** 0.5)
+        elif found:  # as PEFT has it: each factor takes the root of the weight, and A its sign
+            signed = [math.copysign(abs(scale) ** 0.5, scale) for scale in scales]
+            A.detach().copy_(_summed([pair[0] for pair in found.values()], signed, how, density))
+            B.detach().copy_(_summed([pair[1] for pair in found.values()], [*map(abs, signed)], how, density))
+
+
+def _summed(factors: list[Tensor], weights: list[float], how: str, density: float | None) -> Tensor:
+    factors = [factor.detach() for factor in factors]
+    of_each = torch.tensor(weights, device=factors[0].device)
+    if how == "linear":
+        return task_arithmetic(factors, of_each)
+    found: Tensor = _PRUNED[how](factors, of_each, DENSITY if density is None else density)
+    return found
 
 
 def factor_pairs(module: Any, adapter: str) -> dict[Any, tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from ..base.unchanged import unchanged_on_error
 from ..hf import peft_hooks
 from ..layer.function import IMPLEMENTATION, use_routed_layer
 from ..routing.plan import ExpertPlan
-from .combine import combine, factor_pairs
+from .combine import check_how, combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
@@ -157,17 +157,21 @@ class HotLoraModel(LoraModel):
         weights: list[float],
         adapter_name: str,
         combination_type: str | None = None,
+        density: float | None = None,
         **kwargs: Any,
     ) -> None:
         """PEFT's, for adapters of several tasks whose plans differ: the new plan is the union of theirs.
 
         combination_type: "cat" (the default) adds the updates exactly, with the sum of the ranks; "linear" adds the
-        factors, at one rank that all must share. An expert that one of them leaves out gets the others' part.
+        factors, at one rank that all must share; "ties", "dare_linear", "dare_ties" and "magnitude_prune" are PEFT's
+        sums of factors of which the share `density` (0.5) is kept, DARE's drawn by torch's seed. An expert that one of
+        them leaves out gets the others' part.
         """
         configs = [self.peft_config.get(name) for name in adapters]
         hot = [config for config in configs if isinstance(config, HotLoraConfig)]
         if not hot:
             options: dict[str, Any] = {} if combination_type is None else {"combination_type": combination_type}
+            options |= {} if density is None else {"density": density}
             super().add_weighted_adapter(adapters, weights, adapter_name, **options, **kwargs)
             return
         if len(hot) < len(adapters) or len(weights) != len(adapters):
@@ -179,26 +183,26 @@ class HotLoraModel(LoraModel):
         if adapter_name in self.peft_config:
             raise HotLoraError(f"the model already has an adapter {adapter_name!r}: give another adapter_name.")
         how = combination_type or "cat"
+        check_how(how, density)
         config = _combined_config(hot, how)
         with unchanged_on_error(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             for module in self.model.modules():
                 if isinstance(module, LoraLayer) and adapter_name in module.r:
-                    combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how)
+                    combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how, density)
                     for factor in (f for pair in factor_pairs(module, adapter_name).values() for f in pair):
                         factor.requires_grad_(False)
 
 
-def check_combined(configs: list[HotLoraConfig], how: str) -> None:
+def check_combined(configs: list[HotLoraConfig], how: str, density: float | None = None) -> None:
     """HotLoraError where `add_weighted_adapter` would refuse adapters with these configs."""
+    check_how(how, density)
     _combined_config(configs, how)
 
 
 def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     """Of rank and alpha equal, so that the scaling is 1: weights and scalings go into the factors."""
-    if how not in ("cat", "linear"):
-        raise HotLoraError(f"combination_type={how!r} is not supported on experts: give 'cat' or 'linear'.")
     if any(config.use_dora or config.train_full_experts for config in configs):
         raise HotLoraError(
             "adapters with use_dora or train_full_experts are no sums of low-rank updates, so they cannot be combined: "
@@ -214,8 +218,8 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     plans = [ExpertPlan.from_dict(config.plan) for config in configs]
     found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
     ranks = [max(its) for its in found]
-    if how == "linear" and (len(set(ranks)) > 1 or any(len(its) > 1 for its in found)):
-        raise HotLoraError(f"'linear' needs adapters of one rank, and these have {ranks}: use 'cat'.")
+    if how != "cat" and (len(set(ranks)) > 1 or any(len(its) > 1 for its in found)):
+        raise HotLoraError(f"{how!r} needs adapters of one rank, and these have {ranks}: use 'cat'.")
     layers = sorted({layer for plan in plans for layer in plan.experts})
     union = dataclasses.replace(
         plans[0],

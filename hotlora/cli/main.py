@@ -334,18 +334,28 @@ def combine(
     model: _Base = None,
     weights: Annotated[str | None, typer.Option(help="One for each adapter, with commas between (default 1).")] = None,
     how: Annotated[
-        str, typer.Option(help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors.")
+        str,
+        typer.Option(
+            help="cat: the exact sum, at the sum of the ranks; linear: sums of the factors; ties, dare_linear, "
+            "dare_ties, magnitude_prune: PEFT's sums of pruned factors."
+        ),
     ] = "cat",
+    density: Annotated[
+        float | None, typer.Option(help="Share of each factor that ties and its like keep (default 0.5).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of DARE's draws.")] = 0,
     **given: Any,
 ) -> None:
     """Make one adapter out of several tasks'. Its experts are all of theirs."""
-    from ..runs.export import combine_saved
+    from ..runs.export import combine_saved, shared_experts
 
     numbers = None if weights is None else number_list("weights", weights, float)
     found = [_noted(adapter, model) for adapter in adapters]
     parts = [adapter for _, adapter in found]
-    combine_saved(found[0][0], parts, output, weights=numbers, how=how, **given)
+    combine_saved(found[0][0], parts, output, weights=numbers, how=how, density=density, seed=seed, **given)
     _describe(output, "combined", found[0][0], parts)
+    for told in shared_experts(parts):
+        out.print(told)
     out.print(f"adapter: {output}")
 
 

@@ -1,8 +1,11 @@
 """Saved adapters in other forms: another format, a merged checkpoint, one adapter of several."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..adapter.formats.export import check_attention, check_config, check_export, export_adapter
 from ..adapter.load import load_adapter, saved_config
@@ -11,6 +14,7 @@ from ..base.errors import HotLoraError
 from ..base.files import atomic_folder, check_writable
 from ..base.quiet import quiet
 from ..hf.models import checkpoint_dtype, load_tokenizer, structure
+from ..routing.plan import ExpertPlan
 from .checks import check_adapters
 from .folder import load_base, underneath
 
@@ -69,6 +73,8 @@ def combine_saved(
     on_top_of: Sequence[str | Path] = (),
     weights: Sequence[float] | None = None,
     how: str = "cat",
+    density: float | None = None,
+    seed: int = 0,
     device: str = "auto",
 ) -> Path:
     """One adapter out of several tasks', by `add_weighted_adapter`: what LoRI calls merging (its section 4.3).
@@ -76,7 +82,8 @@ def combine_saved(
     Args:
         on_top_of: as `export_saved` takes it; all adapters must have been trained on top of the same ones.
         weights: of each adapter; None: 1.0 each.
-        how: "cat" adds the updates exactly, with the sum of the ranks; "linear" adds the factors.
+        how, density: a combination_type of `add_weighted_adapter`, and what share of each factor it keeps.
+        seed: of DARE's draws.
 
     Raises:
         HotLoraError: fewer than two adapters, other than one weight each, or adapters that cannot be combined.
@@ -89,16 +96,33 @@ def combine_saved(
             f"{len(adapters)} adapters and {len(weights)} weights: give two adapters or more, a weight each."
         )
     names = [f"task{i}" for i in range(len(adapters))]
-    check_combined([saved_config(folder) for folder in adapters], how)  # before a model is loaded
+    check_combined([saved_config(folder) for folder in adapters], how, density)  # before a model is loaded
     check_adapters(model, adapters, device=device)
     check_writable(output)
     combined: Any = load_base(model, on_top_of, adapter=adapters[0], device=device)
     for name, folder in zip(names, adapters, strict=True):
         combined = load_adapter(combined, folder, name)
-    combined.add_weighted_adapter(names, weights, "default", combination_type=how)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        combined.add_weighted_adapter(names, weights, "default", combination_type=how, density=density)
     with atomic_folder(output) as beside, quiet():
         combined.peft_config["default"].base_model_name_or_path = model
         combined.save_pretrained(beside, selected_adapters=["default"], save_embedding_layers=False)
         load_tokenizer(model).save_pretrained(beside)
         (beside / "README.md").unlink(missing_ok=True)  # PEFT's blank form, with a path of this machine
     return output
+
+
+def shared_experts(adapters: Sequence[str | Path]) -> list[str]:
+    """A line for each two saved adapters: how many experts each has, how many both, and their Jaccard."""
+    lines = []
+    for (a, one), (b, other) in combinations([(folder, _experts(folder)) for folder in adapters], 2):
+        both, either = len(one & other), len(one | other)
+        overlap = f", Jaccard {both / either:.2f}" if either else ""
+        lines.append(f"{a} has {len(one):,} experts, {b} {len(other):,}, and {both:,} are of both{overlap}")
+    return lines
+
+
+def _experts(adapter: str | Path) -> set[tuple[int, int]]:
+    plan = ExpertPlan.from_dict(saved_config(adapter).plan)
+    return {(layer, expert) for layer, ids in plan.experts.items() for expert in ids}
