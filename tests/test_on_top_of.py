@@ -19,7 +19,7 @@ from hotlora.adapter.mask import draw_mask
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model
-from hotlora.runs.export import combine_saved, export_saved
+from hotlora.runs.export import combine_saved, export_saved, shared_experts
 from hotlora.runs.folder import load_base
 from hotlora.tasks.tokens import batches, tokenize
 
@@ -121,6 +121,18 @@ def test_one_that_is_gone_or_changed_is_named(saved, tmp_path, monkeypatch):
     adapter_on(load_model(model), tmp_path / "first", 5)
     with pytest.raises(FileError, match="other weights"):
         run_evaluation(model, "nano-choice", adapter="second", limit=2)
+
+
+def test_the_experts_that_tasks_share_are_told(saved, tmp_path):
+    model, first, _, _ = saved
+    base = load_model(model)
+    peft.get_peft_model(base, HotLoraConfig(plan=tiny_plan(base, {0: [1, 3], 1: [2]}), r=2)).save_pretrained(tmp_path)
+    mine = {(layer, e) for layer, ids in saved_config(first).plan["experts"].items() for e in ids}
+    both = len(mine & {("0", 1), ("0", 3), ("1", 2)})
+    assert both, "the case must say something"
+    (told,) = shared_experts([first, tmp_path])
+    assert f"{first} has {len(mine)} experts, {tmp_path} 3, and {both} are of both" in told
+    assert told.endswith(f"Jaccard {both / (len(mine) + 3 - both):.2f}")
 
 
 def test_adapters_on_different_ground_are_not_combined(saved, tmp_path):
