@@ -1,4 +1,4 @@
-"""`hotlora.train`, `profile` and `export_adapter`: what the commands do, from Python. Imports nothing heavy."""
+"""`hotlora.train`, `profile`, `evaluate`, `export_adapter`: what the commands do, from Python. Imports nothing heavy."""
 
 import inspect
 import logging
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from .base.errors import HotLoraError, ModelError, Stopped
 from .base.options import Options, suggest
-from .runs.keywords import ProfileKeywords, TrainKeywords
+from .runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from .runs.methods import resolve
-from .runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
+from .runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -206,6 +206,81 @@ def profile(
         if output is not None and is_main():
             result.save(output)
     return result
+
+
+@_options_of(EvalOptions, *EVALUATE_LEAVES)
+def evaluate(
+    run: "Run | str | os.PathLike[str]",
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rouge: bool = False,
+    engine: str = "transformers",
+    progress: bool = True,
+    **options: Unpack[EvaluateKeywords],
+) -> dict[str, Any]:
+    """Scores a run, an adapter or a model on a task's test split or on rows of your own, as `hotlora evaluate` does.
+
+    found = hotlora.evaluate("runs/mine", "held-out.jsonl")
+    found["loss"], found["loss_ci"], found["accuracy"]
+
+    With `output`, an evaluation that was stopped goes on when it is called again; once done, it gives what is there.
+
+    Args:
+        run: a run's folder or a `Run`, an adapter's folder, or a model: a folder, a name on the Hub, or nano.
+        data: as `train` takes it; rows in memory are kept in `output`, where there is one.
+        output: gets run.json and every example's result; None: nothing is kept.
+        model: the base, where it is not at the place that the adapter notes.
+        samples, temperature, top_p, seed: how answers are drawn; several samples give pass@k.
+        rouge: of own rows also ROUGE-L.
+        engine: transformers or vllm.
+        progress: bars on stderr.
+        options: `hotlora evaluate --help` has each; the defaults are the command line's.
+
+    Returns:
+        what the record holds of it: `task`, `metric`, `accuracy`, `correct`, `n`, `ci_low` and `ci_high` (Wilson's 95%
+        interval) and `seconds`; of own rows also `loss` (nats a token), `perplexity`, `token_accuracy` and, if asked
+        for, `rouge_l`, each with its 95% interval (`loss_ci`, …), and `tokens`. With `output` the paths `results` and
+        `losses`: JSON lines, one an example.
+
+    Raises:
+        HotLoraError: an option that does not exist (the nearest is named) or does not go with another; `output` holds
+            other work; what is wrong with run and data.
+    """
+    from .runs.load import Run
+
+    run = run.folder if isinstance(run, Run) else run
+    if not isinstance(run, str | os.PathLike):
+        raise ModelError(
+            f"run is a {type(run).__name__}: give a run, or the name or folder of a model or an adapter."
+        )
+    _check_output(output)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HotLoraError("hotlora.evaluate runs in one process: call it without torchrun or accelerate.")
+
+    from .base.quiet import without_bars
+    from .evaluation.generate import Sampling
+    from .runs.evaluation import run_evaluation
+    from .runs.load import find
+    from .tasks.rows import save_rows
+
+    found, named = find(run, model), _named(data)
+    chosen = EvalOptions(model=found.model, adapter=found.adapter, **options)
+    with nullcontext() if progress else without_bars(), TemporaryDirectory() as temporary:
+        folder = Path(temporary if output is None else output)
+        source = named if named is not _ROWS else str(save_rows(data, folder / "data.jsonl"))
+        record, _ = run_evaluation(
+            chosen, source, output, sampling=Sampling(samples, temperature, top_p, seed), engine=engine, rouge=rouge,
+            progress=progress,
+        )  # fmt: skip
+    ((task, result),) = record["evaluation"].items()
+    kept = {name: str(folder / result[name]) for name in ("results", "losses") if name in result}
+    return {"task": task, **result, **kept}
 
 
 def _check_model(model: Any, otherwise: str) -> None:

@@ -32,7 +32,7 @@ from hotlora.base.records import find_records
 from hotlora.bench.report import speed_tables
 from hotlora.report.sections import read_sections
 from hotlora.report.tables import section_tables
-from hotlora.runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
+from hotlora.runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
 from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ defaults. A name that does not exist is an error that names the nearest one. `nu
 Every command with options of a model takes `--config`: `evaluate`, `profile`, `plan`, `params`, `merge`, `export`,
 `combine` with their own.
 """
-KEYWORDS_HEAD = '''"""The options of `hotlora.train` and `hotlora.profile` as keywords, for type checkers and editors.
+KEYWORDS_HEAD = '''"""The options of `hotlora.train`, `profile` and `evaluate` as keywords, which type checkers read.
 
 Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
 """
@@ -120,6 +120,7 @@ def keywords_module() -> str:
     for name, function, options, leave in (
         ("TrainKeywords", "train", RunOptions, ("model", "data", "test_data")),
         ("ProfileKeywords", "profile", ProfileOptions, ("model", *PROFILE_LEAVES)),
+        ("EvaluateKeywords", "evaluate", EvalOptions, ("model", *EVALUATE_LEAVES)),
     ):
         lines += [f"\n\nclass {name}(TypedDict, total=False):", f'    """Of `hotlora.{function}`."""\n']
         chosen = [f for f in dataclasses.fields(options) if f.metadata["cli"] and f.name not in leave]

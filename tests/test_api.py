@@ -23,8 +23,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 import hotlora
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.records import read_record
-from hotlora.runs.keywords import ProfileKeywords, TrainKeywords
-from hotlora.runs.options import ProfileOptions, RunOptions
+from hotlora.runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
+from hotlora.runs.options import EvalOptions, ProfileOptions, RunOptions
 
 ROOT = Path(hotlora.__file__).parents[1]
 SHORT: dict[str, Any] = {
@@ -221,17 +221,21 @@ def test_profile(rows: Path, tmp_path: Path):
     [
         (TrainKeywords, RunOptions, "train", {"test_data", "method", "preset", "placement", "preflight", "progress"}),
         (ProfileKeywords, ProfileOptions, "profile", {"progress"}),
+        (EvaluateKeywords, EvalOptions, "evaluate", {
+            "model", "samples", "temperature", "top_p", "seed", "engine", "rouge", "progress",
+        }),
     ],
 )
 def test_every_option_is_a_keyword_with_its_type_and_default(keywords: Any, options: Any, function: str, own: set[str]):
     known = {f.name: f for f in fields(options) if f.metadata["cli"] and f.name not in ("model", "data", "test_data")}
-    if options is ProfileOptions:
-        known = {name: field for name, field in known.items() if name not in ("on_top_of", "keep_hot")}
+    left = {"profile": ("on_top_of", "keep_hot"), "evaluate": ("adapter", "expert_parallel")}.get(function, ())
+    known = {name: field for name, field in known.items() if name not in left}
     assert get_type_hints(keywords) == {name: f.type for name, f in known.items()}, "run python scripts/docs.py"
     assert not keywords.__required_keys__
     parameters = inspect.signature(getattr(hotlora, function)).parameters
-    assert list(parameters)[:3] == ["model", "data", "output"]
-    assert parameters.keys() - {"model", "data", "output"} == known.keys() | own
+    first = ["run" if function == "evaluate" else "model", "data", "output"]
+    assert list(parameters)[:3] == first
+    assert parameters.keys() - set(first) == known.keys() | own
     assert {name: parameters[name].default for name in known} == {name: f.default for name, f in known.items()}
 
 

@@ -5,7 +5,9 @@ import math
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from runs import run_evaluation, run_training
@@ -13,7 +15,7 @@ from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
 import hotlora
-from hotlora.base.errors import DataError, FileError, HotLoraError
+from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError
 from hotlora.base.records import find_records, read_record
 from hotlora.cli.main import app
 from hotlora.evaluation.rouge import rouge_l
@@ -113,6 +115,65 @@ def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run
     assert tuned == other
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "tuned"), str(tmp_path / "base")])
     assert done.exit_code == 0 and "my-rows" in done.output
+
+
+@pytest.mark.parametrize("what", ["run", "a Run", "adapter", "model"])
+def test_python_gives_what_the_command_gives(rows: str, run: Path, tmp_path: Path, what: str):
+    words = ["--model", "nano"] if what == "model" else ["--adapter", str(run)]
+    done = CliRunner().invoke(app, ["evaluate", "--data", rows, *words, "-o", str(tmp_path / "shell"), "--json"])
+    assert done.exit_code == 0, done.output
+    (expected,) = json.loads(done.stdout.splitlines()[-1]).values()
+    given = {"run": run, "a Run": hotlora.Run(run), "adapter": str(run / "adapter"), "model": "nano"}[what]
+    found = hotlora.evaluate(given, rows, tmp_path / "python", progress=False)
+    assert found.pop("task") == "my-rows" and found.pop("seconds") > 0
+    for name in ("results", "losses"):
+        kept = Path(found.pop(name))
+        assert kept.parent == tmp_path / "python"
+        assert kept.read_bytes() == (tmp_path / "shell" / expected.pop(name)).read_bytes()
+    assert found == {name: value for name, value in expected.items() if name != "seconds"}
+    assert found["loss_ci"][0] < found["loss"] < found["loss_ci"][1] and 0 <= found["token_accuracy"] < 1
+    again = hotlora.evaluate(given, rows, tmp_path / "shell", progress=False)
+    assert again["loss"] == found["loss"], "the same evaluation, so it is done"
+
+
+def test_rows_in_memory_are_evaluated_in_every_form(
+    rows: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    listed = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    expected = hotlora.evaluate(run, rows, progress=False, batch_size=8)
+    assert "results" not in expected and "losses" not in expected
+    capfd.readouterr()
+    stream = datasets.Dataset.from_list(listed).to_iterable_dataset()
+    for data in (listed, datasets.Dataset.from_list(listed), stream, pandas.DataFrame(listed)):
+        found = hotlora.evaluate(run, data, progress=False, batch_size=8)
+        assert found.pop("task") == "data"
+        assert found | {"task": "my-rows", "seconds": expected["seconds"]} == expected
+    assert capfd.readouterr() == ("", ""), "progress=False is silent"
+    kept = hotlora.evaluate(run, listed, tmp_path / "out", progress=False)
+    assert Path(kept["results"]) == tmp_path / "out" / "results-data.jsonl"
+    with pytest.raises(DataError, match="holds other rows"):
+        hotlora.evaluate(run, listed[1:], tmp_path / "out", progress=False)
+
+
+def test_python_evaluates_tasks_and_draws(run: Path):
+    found = hotlora.evaluate(run, "nano-math", limit=4, samples=2, temperature=1.0, seed=3, progress=False)
+    assert (found["task"], found["metric"], found["n"]) == ("nano-math", "exact_match", 4) and "pass@1" in found
+
+
+def test_wrong_evaluations_are_one_error(rows: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(HotLoraError, match=r"hotlora.evaluate has no option batchsize \(did you mean batch_size"):
+        hotlora.evaluate(run, rows, batchsize=8)
+    with pytest.raises(ModelError, match="is a OlmoeForCausalLM: give a run, "):
+        hotlora.evaluate(hotlora.load_model("nano"), rows)
+    with pytest.raises(FileError, match="does not exist"):
+        hotlora.evaluate(tmp_path / "none", rows)
+    with pytest.raises(HotLoraError, match="output is 3"):
+        hotlora.evaluate(run, rows, 3)
+    with pytest.raises(HotLoraError, match="engine 'vlm' does not exist"):
+        hotlora.evaluate(run, rows, engine="vlm", progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HotLoraError, match="runs in one process"):
+        hotlora.evaluate(run, rows)
 
 
 def test_rouge_l_of_own_rows(rows: str, run: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The options of `hotlora.train` and `hotlora.profile` as keywords, for type checkers and editors.
+"""The options of `hotlora.train`, `profile` and `evaluate` as keywords, which type checkers read.
 
 Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
 """
@@ -106,3 +106,20 @@ class ProfileKeywords(TypedDict, total=False):
     batch_size: int
     max_length: int
     seed: int
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    """Of `hotlora.evaluate`."""
+
+    train_on: str
+    columns: str | None
+    apply_chat_template: bool | None
+    on_top_of: Sequence[str | Path]
+    dtype: str
+    device: str
+    attn_implementation: str | None
+    quantize: int | None
+    keep_hot: bool
+    merge: bool
+    limit: int | None
+    batch_size: int
