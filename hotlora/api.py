@@ -1,4 +1,4 @@
-"""`hotlora.train`, `profile`, `evaluate`, `export_adapter`: what the commands do, from Python. Imports nothing heavy."""
+"""`hotlora.train`, `profile`, `evaluate`, `export_adapter`: what the commands do. Imports nothing heavy."""
 
 import inspect
 import logging
@@ -256,9 +256,7 @@ def evaluate(
 
     run = run.folder if isinstance(run, Run) else run
     if not isinstance(run, str | os.PathLike):
-        raise ModelError(
-            f"run is a {type(run).__name__}: give a run, or the name or folder of a model or an adapter."
-        )
+        raise ModelError(f"run is a {type(run).__name__}: give a run, or the name or folder of a model or an adapter.")
     _check_output(output)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise HotLoraError("hotlora.evaluate runs in one process: call it without torchrun or accelerate.")
@@ -269,14 +267,14 @@ def evaluate(
     from .runs.load import find
     from .tasks.rows import save_rows
 
-    found, named = find(run, model), _named(data)
+    found, named = find(os.fspath(run), model), _named(data)
     chosen = EvalOptions(model=found.model, adapter=found.adapter, **options)
     with nullcontext() if progress else without_bars(), TemporaryDirectory() as temporary:
         folder = Path(temporary if output is None else output)
         source = named if named is not _ROWS else str(save_rows(data, folder / "data.jsonl"))
         record, _ = run_evaluation(
-            chosen, source, output, sampling=Sampling(samples, temperature, top_p, seed), engine=engine, rouge=rouge,
-            progress=progress,
+            chosen, source, None if output is None else folder,
+            sampling=Sampling(samples, temperature, top_p, seed), engine=engine, rouge=rouge, progress=progress,
         )  # fmt: skip
     ((task, result),) = record["evaluation"].items()
     kept = {name: str(folder / result[name]) for name in ("results", "losses") if name in result}

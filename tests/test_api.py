@@ -221,9 +221,21 @@ def test_profile(rows: Path, tmp_path: Path):
     [
         (TrainKeywords, RunOptions, "train", {"test_data", "method", "preset", "placement", "preflight", "progress"}),
         (ProfileKeywords, ProfileOptions, "profile", {"progress"}),
-        (EvaluateKeywords, EvalOptions, "evaluate", {
-            "model", "samples", "temperature", "top_p", "seed", "engine", "rouge", "progress",
-        }),
+        (
+            EvaluateKeywords,
+            EvalOptions,
+            "evaluate",
+            {
+                "model",
+                "samples",
+                "temperature",
+                "top_p",
+                "seed",
+                "engine",
+                "rouge",
+                "progress",
+            },
+        ),
     ],
 )
 def test_every_option_is_a_keyword_with_its_type_and_default(keywords: Any, options: Any, function: str, own: set[str]):
