@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields, replace
 from functools import cache, wraps
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from .base.errors import HotLoraError, ModelError, Stopped
-from .base.options import Options, suggest
+from .base.options import ALIASES, Options, by_own_names, suggest
 from .runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from .runs.methods import resolve
 from .runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
@@ -31,9 +31,13 @@ _ROWS = "rows in memory"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
+def _options_of(options: type[Options], *leave: str, aliases: Mapping[str, str] | None = None) -> Callable[[_F], _F]:
     """For a function whose keywords are the options: it has them in its signature, which `help` and notebooks read,
-    and any other is an error that names the nearest. (Type checkers read `runs.keywords`.)"""
+    and any other is an error that names the nearest. (Type checkers read `runs.keywords`.)
+
+        aliases: other names -> those.
+    """
+    others = aliases or {}
 
     def decorate(function: _F) -> _F:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -48,9 +52,11 @@ def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
 
         @wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
-            if unknown := sorted(given.keys() - known):
-                raise HotLoraError(f"hotlora.{function.__name__} has no option {suggest(unknown, known)}.")
-            return function(*args, **given)
+            if unknown := sorted(given.keys() - known - others.keys()):
+                told = suggest(unknown, {*known, *others})
+                raise HotLoraError(f"hotlora.{function.__name__} has no option {told}.")
+            by_own_names(dict(zip(known, args, strict=False)) | given, others)  # also where one is given by its place
+            return function(*args, **by_own_names(given, others))
 
         checked.__signature__ = signature  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
@@ -58,7 +64,7 @@ def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
     return decorate
 
 
-@_options_of(RunOptions)
+@_options_of(RunOptions, aliases=ALIASES)
 def train(
     model: str | os.PathLike[str],
     data: Any,
@@ -88,7 +94,7 @@ def train(
         method, preset, placement: names from `runs.methods`.
         preflight: first find out whether it fits into memory; an error where it cannot.
         progress: bars, and what is going to happen, on stderr.
-        options: docs/options.md has each; the defaults are the command line's.
+        options: docs/options.md has each; the defaults are the command line's. transformers' names are taken, too.
 
     Raises:
         HotLoraError: an option that does not exist (the nearest is named), that is of another type or out of range;

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import hotlora
 from hotlora.base.errors import FileError, HotLoraError, ModelError
+from hotlora.base.options import ALIASES
 from hotlora.base.records import read_record
 from hotlora.runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from hotlora.runs.options import EvalOptions, ProfileOptions, RunOptions
@@ -145,14 +146,32 @@ def test_ctrl_c_leaves_the_session_alive_and_the_run_to_go_on_with(rows: Path, t
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("learning_rat", "learning_rate"), ("lr", "learning_rate"), ("num_train_epochs", "epochs"),
-        ("per_device_train_batch_size", "batch_size"), ("output_dir", "output"), ("metod", "method"),
+        ("learning_rat", "learning_rate"), ("lr", "learning_rate"), ("num_train_epoch", "num_train_epochs"),
+        ("per_device_train_batch", "per_device_train_batch_size"), ("eval_dataset", "test_data"), ("metod", "method"),
     ],
 )  # fmt: skip
 def test_an_unknown_option_is_one_error_that_names_the_nearest(given: str, meant: str, tmp_path: Path):
     with pytest.raises(HotLoraError, match=rf"train.* has no option {given} \(did you mean {meant}\?\)"):
         hotlora.train("nano", "nano-math", tmp_path / "run", **{given: 1})  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+def test_transformers_names_are_keywords(rows: Path, tmp_path: Path):
+    theirs: dict[str, Any] = {name: value for name, value in SHORT.items() if name != "batch_size"}
+    run = hotlora.train(
+        "nano", rows, output_dir=tmp_path / "run", per_device_train_batch_size=4, lr_scheduler_type="linear",
+        progress=False, **theirs,
+    )  # fmt: skip
+    assert run.folder == tmp_path / "run"
+    assert (run.record["config"]["batch_size"], run.record["config"]["lr_scheduler"]) == (4, "linear")
+    with pytest.raises(HotLoraError, match="per_device_train_batch_size and batch_size are one option"):
+        hotlora.train("nano", rows, tmp_path / "run", per_device_train_batch_size=4, progress=False, **SHORT)
+    with pytest.raises(HotLoraError, match="output_dir and output are one option"):
+        hotlora.train("nano", rows, tmp_path / "run", output_dir=tmp_path / "run")
+    with pytest.raises(
+        HotLoraError, match=r"profile.* has no option per_device_train_batch_size \(did you mean batch_s"
+    ):
+        hotlora.profile("nano", rows, per_device_train_batch_size=4)  # type: ignore[call-arg]
 
 
 def test_an_option_of_the_other_function(tmp_path: Path):
@@ -242,7 +261,10 @@ def test_every_option_is_a_keyword_with_its_type_and_default(keywords: Any, opti
     known = {f.name: f for f in fields(options) if f.metadata["cli"] and f.name not in ("model", "data", "test_data")}
     left = {"profile": ("on_top_of", "keep_hot"), "evaluate": ("adapter", "expert_parallel")}.get(function, ())
     known = {name: field for name, field in known.items() if name not in left}
-    assert get_type_hints(keywords) == {name: f.type for name, f in known.items()}, "run python scripts/docs.py"
+    typed = {name: f.type for name, f in known.items()}
+    if function == "train":
+        typed |= {theirs: typed.get(ours, str | os.PathLike[str] | None) for theirs, ours in ALIASES.items()}
+    assert get_type_hints(keywords) == typed, "run python scripts/docs.py"
     assert not keywords.__required_keys__
     parameters = inspect.signature(getattr(hotlora, function)).parameters
     first = ["run" if function == "evaluate" else "model", "data", "output"]

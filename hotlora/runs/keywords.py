@@ -3,6 +3,7 @@
 Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -87,6 +88,16 @@ class TrainKeywords(TypedDict, total=False):
     granularity: str
     dense_learning_rate: float | None
     fresh_a: bool
+
+    # transformers' names of these
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    lr_scheduler_type: str
+    load_best_model_at_end: bool
+    activation_checkpointing: bool
+    max_seq_length: int
+    output_dir: str | os.PathLike[str] | None
 
 
 class ProfileKeywords(TypedDict, total=False):
