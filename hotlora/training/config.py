@@ -99,7 +99,8 @@ class TrainConfig(Options):
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )
     report_to: str = option(
-        "Where the metrics also go: wandb, trackio, … by their own settings; tensorboard: the run's logs/.", "none",
+        "Where the metrics also go: tensorboard (the run's logs/), wandb, trackio, … (by their own settings); several, "
+        "with commas between; or all that are installed.", "none",
         panel=_TRAINING, resume="free",
     )  # fmt: skip
 
