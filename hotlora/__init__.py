@@ -30,6 +30,7 @@ _PUBLIC = {
     "compare_examples": "report.paired",
     "compare_runs": "report.comparison",
     "count_parameters": "adapter.count",
+    "evaluate": "api",
     "import_profile": "routing.imported",
     "import_scores": "routing.imported",
     "jaccard": "routing.profile",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .adapter.load import base_quantization as base_quantization
     from .adapter.quantize import ExpertsQuantization as ExpertsQuantization
     from .adapter.quantize import quantize_experts as quantize_experts
+    from .api import evaluate as evaluate
     from .api import export_adapter as export_adapter
     from .api import profile as profile
     from .api import train as train

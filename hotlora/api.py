@@ -1,4 +1,4 @@
-"""`hotlora.train`, `profile` and `export_adapter`: what the commands do, from Python. Imports nothing heavy."""
+"""`hotlora.train`, `profile`, `evaluate`, `export_adapter`: what the commands do. Imports nothing heavy."""
 
 import inspect
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields, replace
 from functools import cache, wraps
@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from .base.errors import HotLoraError, ModelError, Stopped
-from .base.options import Options, suggest
-from .runs.keywords import ProfileKeywords, TrainKeywords
+from .base.options import ALIASES, Options, by_own_names, suggest
+from .runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from .runs.methods import resolve
-from .runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
+from .runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,9 +31,13 @@ _ROWS = "rows in memory"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
+def _options_of(options: type[Options], *leave: str, aliases: Mapping[str, str] | None = None) -> Callable[[_F], _F]:
     """For a function whose keywords are the options: it has them in its signature, which `help` and notebooks read,
-    and any other is an error that names the nearest. (Type checkers read `runs.keywords`.)"""
+    and any other is an error that names the nearest. (Type checkers read `runs.keywords`.)
+
+        aliases: other names -> those.
+    """
+    others = aliases or {}
 
     def decorate(function: _F) -> _F:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -48,9 +52,11 @@ def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
 
         @wraps(function)
         def checked(*args: Any, **given: Any) -> Any:
-            if unknown := sorted(given.keys() - known):
-                raise HotLoraError(f"hotlora.{function.__name__} has no option {suggest(unknown, known)}.")
-            return function(*args, **given)
+            if unknown := sorted(given.keys() - known - others.keys()):
+                told = suggest(unknown, {*known, *others})
+                raise HotLoraError(f"hotlora.{function.__name__} has no option {told}.")
+            by_own_names(dict(zip(known, args, strict=False)) | given, others)  # also where one is given by its place
+            return function(*args, **by_own_names(given, others))
 
         checked.__signature__ = signature  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
@@ -58,7 +64,7 @@ def _options_of(options: type[Options], *leave: str) -> Callable[[_F], _F]:
     return decorate
 
 
-@_options_of(RunOptions)
+@_options_of(RunOptions, aliases=ALIASES)
 def train(
     model: str | os.PathLike[str],
     data: Any,
@@ -88,7 +94,7 @@ def train(
         method, preset, placement: names from `runs.methods`.
         preflight: first find out whether it fits into memory; an error where it cannot.
         progress: bars, and what is going to happen, on stderr.
-        options: docs/options.md has each; the defaults are the command line's.
+        options: docs/options.md has each; the defaults are the command line's. transformers' names are taken, too.
 
     Raises:
         HotLoraError: an option that does not exist (the nearest is named), that is of another type or out of range;
@@ -206,6 +212,79 @@ def profile(
         if output is not None and is_main():
             result.save(output)
     return result
+
+
+@_options_of(EvalOptions, *EVALUATE_LEAVES)
+def evaluate(
+    run: "Run | str | os.PathLike[str]",
+    data: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rouge: bool = False,
+    engine: str = "transformers",
+    progress: bool = True,
+    **options: Unpack[EvaluateKeywords],
+) -> dict[str, Any]:
+    """Scores a run, an adapter or a model on a task's test split or on rows of your own, as `hotlora evaluate` does.
+
+    found = hotlora.evaluate("runs/mine", "held-out.jsonl")
+    found["loss"], found["loss_ci"], found["accuracy"]
+
+    With `output`, an evaluation that was stopped goes on when it is called again; once done, it gives what is there.
+
+    Args:
+        run: a run's folder or a `Run`, an adapter's folder, or a model: a folder, a name on the Hub, or nano.
+        data: as `train` takes it; rows in memory are kept in `output`, where there is one.
+        output: gets run.json and every example's result; None: nothing is kept.
+        model: the base, where it is not at the place that the adapter notes.
+        samples, temperature, top_p, seed: how answers are drawn; several samples give pass@k.
+        rouge: of own rows also ROUGE-L.
+        engine: transformers or vllm.
+        progress: bars on stderr.
+        options: `hotlora evaluate --help` has each; the defaults are the command line's.
+
+    Returns:
+        what the record holds of it: `task`, `metric`, `accuracy`, `correct`, `n`, `ci_low` and `ci_high` (Wilson's 95%
+        interval) and `seconds`; of own rows also `loss` (nats a token), `perplexity`, `token_accuracy` and, if asked
+        for, `rouge_l`, each with its 95% interval (`loss_ci`, …), and `tokens`. With `output` the paths `results` and
+        `losses`: JSON lines, one an example.
+
+    Raises:
+        HotLoraError: an option that does not exist (the nearest is named) or does not go with another; `output` holds
+            other work; what is wrong with run and data.
+    """
+    from .runs.load import Run
+
+    run = run.folder if isinstance(run, Run) else run
+    if not isinstance(run, str | os.PathLike):
+        raise ModelError(f"run is a {type(run).__name__}: give a run, or the name or folder of a model or an adapter.")
+    _check_output(output)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HotLoraError("hotlora.evaluate runs in one process: call it without torchrun or accelerate.")
+
+    from .base.quiet import without_bars
+    from .evaluation.generate import Sampling
+    from .runs.evaluation import run_evaluation
+    from .runs.load import find
+    from .tasks.rows import save_rows
+
+    found, named = find(os.fspath(run), model), _named(data)
+    chosen = EvalOptions(model=found.model, adapter=found.adapter, **options)
+    with nullcontext() if progress else without_bars(), TemporaryDirectory() as temporary:
+        folder = Path(temporary if output is None else output)
+        source = named if named is not _ROWS else str(save_rows(data, folder / "data.jsonl"))
+        record, _ = run_evaluation(
+            chosen, source, None if output is None else folder,
+            sampling=Sampling(samples, temperature, top_p, seed), engine=engine, rouge=rouge, progress=progress,
+        )  # fmt: skip
+    ((task, result),) = record["evaluation"].items()
+    kept = {name: str(folder / result[name]) for name in ("results", "losses") if name in result}
+    return {"task": task, **result, **kept}
 
 
 def _check_model(model: Any, otherwise: str) -> None:

@@ -28,11 +28,12 @@ from reliability import page as reliability_page
 from study import PAGE as STUDY_PAGE
 from study import page as study_page
 
+from hotlora.base.options import ALIASES
 from hotlora.base.records import find_records
 from hotlora.bench.report import speed_tables
 from hotlora.report.sections import read_sections
 from hotlora.report.tables import section_tables
-from hotlora.runs.options import PROFILE_LEAVES, ProfileOptions, RunOptions
+from hotlora.runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
 from results import auto_table, quantized_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,12 +75,15 @@ What the command line says comes before the file, the file before a method's or 
 defaults. A name that does not exist is an error that names the nearest one. `null` leaves an option to its default.
 Every command with options of a model takes `--config`: `evaluate`, `profile`, `plan`, `params`, `merge`, `export`,
 `combine` with their own.
+
+Some are also known by the names that transformers and TRL have for them, in all of these places but `run.json`:
 """
-KEYWORDS_HEAD = '''"""The options of `hotlora.train` and `hotlora.profile` as keywords, for type checkers and editors.
+KEYWORDS_HEAD = '''"""The options of `hotlora.train`, `profile` and `evaluate` as keywords, which type checkers read.
 
 Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict'''
@@ -99,10 +103,16 @@ def cli_page() -> str:
 
 def options_page() -> str:
     """The options of `hotlora train`, from the dataclasses that hold them."""
-    lines = [OPTIONS_HEAD]
+    lines = [OPTIONS_HEAD, "| theirs | here |", "|---|---|"]
+    lines += [f"| `{theirs}` | `{ours}` |" for theirs, ours in ALIASES.items()]
+    lines += [
+        "",
+        "The other names of a training's options are theirs as they are. Both names at once are an error.",
+        "",
+    ]
     chosen = [field for field in dataclasses.fields(RunOptions) if field.metadata["cli"]]
     chosen.sort(key=lambda field: field.default is not dataclasses.MISSING)  # the required first
-    for panel in ("", "Which experts", "Method", "Adapter", "Training", "LoRI"):
+    for panel in ("", "Data", "Which experts", "Method", "Adapter", "Training", "LoRI"):
         lines += [f"## {panel or 'Model, data, run'}", "", "| name | default | |", "|---|---|---|"]
         for field in chosen:
             if (field.metadata["panel"] or "") == panel:
@@ -120,10 +130,18 @@ def keywords_module() -> str:
     for name, function, options, leave in (
         ("TrainKeywords", "train", RunOptions, ("model", "data", "test_data")),
         ("ProfileKeywords", "profile", ProfileOptions, ("model", *PROFILE_LEAVES)),
+        ("EvaluateKeywords", "evaluate", EvalOptions, ("model", *EVALUATE_LEAVES)),
     ):
         lines += [f"\n\nclass {name}(TypedDict, total=False):", f'    """Of `hotlora.{function}`."""\n']
         chosen = [f for f in dataclasses.fields(options) if f.metadata["cli"] and f.name not in leave]
         lines += [f"    {field.name}: {_written(field.type)}" for field in chosen]
+        if options is RunOptions:
+            types = {field.name: _written(field.type) for field in chosen} | {"output": "str | os.PathLike[str] | None"}
+            lines += [
+                "",
+                "    # transformers' names of these",
+                *(f"    {a}: {types[name]}" for a, name in ALIASES.items()),
+            ]
     return "\n".join(lines) + "\n"
 
 

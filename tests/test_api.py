@@ -22,9 +22,10 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import hotlora
 from hotlora.base.errors import FileError, HotLoraError, ModelError
+from hotlora.base.options import ALIASES
 from hotlora.base.records import read_record
-from hotlora.runs.keywords import ProfileKeywords, TrainKeywords
-from hotlora.runs.options import ProfileOptions, RunOptions
+from hotlora.runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
+from hotlora.runs.options import EvalOptions, ProfileOptions, RunOptions
 
 ROOT = Path(hotlora.__file__).parents[1]
 SHORT: dict[str, Any] = {
@@ -145,14 +146,32 @@ def test_ctrl_c_leaves_the_session_alive_and_the_run_to_go_on_with(rows: Path, t
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("learning_rat", "learning_rate"), ("lr", "learning_rate"), ("num_train_epochs", "epochs"),
-        ("per_device_train_batch_size", "batch_size"), ("output_dir", "output"), ("metod", "method"),
+        ("learning_rat", "learning_rate"), ("lr", "learning_rate"), ("num_train_epoch", "num_train_epochs"),
+        ("per_device_train_batch", "per_device_train_batch_size"), ("eval_dataset", "test_data"), ("metod", "method"),
     ],
 )  # fmt: skip
 def test_an_unknown_option_is_one_error_that_names_the_nearest(given: str, meant: str, tmp_path: Path):
     with pytest.raises(HotLoraError, match=rf"train.* has no option {given} \(did you mean {meant}\?\)"):
         hotlora.train("nano", "nano-math", tmp_path / "run", **{given: 1})  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
+
+
+def test_transformers_names_are_keywords(rows: Path, tmp_path: Path):
+    theirs: dict[str, Any] = {name: value for name, value in SHORT.items() if name != "batch_size"}
+    run = hotlora.train(
+        "nano", rows, output_dir=tmp_path / "run", per_device_train_batch_size=4, lr_scheduler_type="linear",
+        progress=False, **theirs,
+    )  # fmt: skip
+    assert run.folder == tmp_path / "run"
+    assert (run.record["config"]["batch_size"], run.record["config"]["lr_scheduler"]) == (4, "linear")
+    with pytest.raises(HotLoraError, match="per_device_train_batch_size and batch_size are one option"):
+        hotlora.train("nano", rows, tmp_path / "run", per_device_train_batch_size=4, progress=False, **SHORT)
+    with pytest.raises(HotLoraError, match="output_dir and output are one option"):
+        hotlora.train("nano", rows, tmp_path / "run", output_dir=tmp_path / "run")
+    with pytest.raises(
+        HotLoraError, match=r"profile.* has no option per_device_train_batch_size \(did you mean batch_s"
+    ):
+        hotlora.profile("nano", rows, per_device_train_batch_size=4)  # type: ignore[call-arg]
 
 
 def test_an_option_of_the_other_function(tmp_path: Path):
@@ -221,17 +240,36 @@ def test_profile(rows: Path, tmp_path: Path):
     [
         (TrainKeywords, RunOptions, "train", {"test_data", "method", "preset", "placement", "preflight", "progress"}),
         (ProfileKeywords, ProfileOptions, "profile", {"progress"}),
+        (
+            EvaluateKeywords,
+            EvalOptions,
+            "evaluate",
+            {
+                "model",
+                "samples",
+                "temperature",
+                "top_p",
+                "seed",
+                "engine",
+                "rouge",
+                "progress",
+            },
+        ),
     ],
 )
 def test_every_option_is_a_keyword_with_its_type_and_default(keywords: Any, options: Any, function: str, own: set[str]):
     known = {f.name: f for f in fields(options) if f.metadata["cli"] and f.name not in ("model", "data", "test_data")}
-    if options is ProfileOptions:
-        known = {name: field for name, field in known.items() if name not in ("on_top_of", "keep_hot")}
-    assert get_type_hints(keywords) == {name: f.type for name, f in known.items()}, "run python scripts/docs.py"
+    left = {"profile": ("on_top_of", "keep_hot"), "evaluate": ("adapter", "expert_parallel")}.get(function, ())
+    known = {name: field for name, field in known.items() if name not in left}
+    typed = {name: f.type for name, f in known.items()}
+    if function == "train":
+        typed |= {theirs: typed.get(ours, str | os.PathLike[str] | None) for theirs, ours in ALIASES.items()}
+    assert get_type_hints(keywords) == typed, "run python scripts/docs.py"
     assert not keywords.__required_keys__
     parameters = inspect.signature(getattr(hotlora, function)).parameters
-    assert list(parameters)[:3] == ["model", "data", "output"]
-    assert parameters.keys() - {"model", "data", "output"} == known.keys() | own
+    first = ["run" if function == "evaluate" else "model", "data", "output"]
+    assert list(parameters)[:3] == first
+    assert parameters.keys() - set(first) == known.keys() | own
     assert {name: parameters[name].default for name in known} == {name: f.default for name, f in known.items()}
 
 

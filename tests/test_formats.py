@@ -1,10 +1,12 @@
 """Formats and files of people's own data, read as users of TRL and LLaMA-Factory expect."""
 
 import csv
+import functools
 import json
 import logging
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas
@@ -19,6 +21,7 @@ from hotlora.base.errors import DataError
 from hotlora.tasks import Example
 from hotlora.tasks.data import data_hash, load_examples, trained_parts
 from hotlora.tasks.rows import folder_rows, hub_rows, save_rows
+from hotlora.tasks.stored import StoredExamples
 from hotlora.tasks.tokens import tokenize, told
 
 ASKED, SAID = "What is 2 + 3?", "It is 5."
@@ -306,10 +309,49 @@ def test_a_hub_id_with_a_split_and_a_part(tmp_path: Path, monkeypatch: pytest.Mo
     assert prompts("owner/name:test") == ["test 0", "test 1"]
     assert prompts("owner/name[:2]") == ["train 0", "train 1"]
     assert prompts("owner/name:train[3:]") == prompts("owner/name:default:train[3:]") == ["train 3", "train 4"]
-    assert hub_rows("owner/name:test", "train")[1].place == "owner/name test row 2"
+    assert [row.place for row in hub_rows("owner/name:test[1:2]", "train")] == ["owner/name test[1:2] row 1"]
+    assert [row.place for row in hub_rows("owner/name:test", "train")][1] == "owner/name test row 2"
+    rows = hub_rows("owner/name", "train")
+    assert next(rows).values["prompt"] == "train 0" and len(list(rows)) == 4
     for wrong in ("owner/name:a:b:c", "owner/name[:2", "owner/name:validation", "owner/name:no:train"):
         with pytest.raises(DataError, match=r"no Hub id|cannot be loaded from the Hub"):
-            hub_rows(wrong, "train")
+            next(hub_rows(wrong, "train"))
+
+
+def test_a_part_of_a_hub_data_set_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second file of the split is broken, so that reading it is an error."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache" / "owner___name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    rows = "".join(json.dumps({"prompt": f"train {i}", "completion": "x"}) + "\n" for i in range(5))
+    (folder / "train-00000-of-00002.jsonl").write_text(rows)
+    (folder / "train-00001-of-00002.jsonl").write_text("{broken\n")
+    examples = load_examples("owner/name:train[1:4]")
+    assert [example.prompt for example in examples] == ["train 1", "train 2", "train 3"]
+    assert isinstance(examples, StoredExamples), "in a mapped file, as a local file's"
+    assert examples[0].place == "owner/name train[1:4] row 1"
+    assert not list((tmp_path / "cache").rglob("*.arrow")), "nothing was prepared"
+    assert len(load_examples("owner/name[:2]")) == 2
+    with pytest.raises(DataError, match="cannot be loaded from the Hub"):
+        load_examples("owner/name:train")
+    with pytest.raises(
+        DataError, match=r"train\[4:6\].* cannot be read to its end, after row 1 .*: the Hub or its data"
+    ):
+        load_examples("owner/name:train[4:6]")
+    (folder / "train-00001-of-00002.jsonl").unlink()
+    with pytest.raises(DataError, match=r"owner/name train\[7:9\] holds no rows"):
+        load_examples("owner/name:train[7:9]")
+    assert len(load_examples("owner/name:train[3:]")) == 2, "up to the end: all is prepared"
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    monkeypatch.setattr(datasets, "load_dataset", functools.partial(_never_streaming, datasets.load_dataset))
+    assert len(load_examples("owner/name:train[3:5]")) == 2, "what is prepared is not asked for again"
+
+
+def _never_streaming(load_dataset: Any, *args: Any, **options: Any) -> Any:
+    assert not options.get("streaming")
+    return load_dataset(*args, **options)
 
 
 def test_what_is_trained_in_one_line(tmp_path: Path):

@@ -1,6 +1,5 @@
 """What a run says, and in which order: errors before anything long, one each; lines in place of bars in a pipe."""
 
-import inspect
 import json
 import os
 import re
@@ -13,14 +12,12 @@ import huggingface_hub
 import pytest
 from runs import run_training
 from tiny_files import save_tiny_model, write_sums
-from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
 from hotlora.cli.main import app
 from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.tasks.data import load_examples
-from hotlora.training.named import logs_in
 from hotlora.training.progress import ProgressLines
 
 
@@ -114,16 +111,3 @@ def test_attention_that_cannot_be_is_told_with_what_is_allowed(here: Path, tmp_p
             run_training(str(here / "model"), str(here / "rows.jsonl"), tmp_path, attn_implementation=name)
         with pytest.raises(HotLoraError, match=f"attn_implementation = '{name}' cannot"):
             load_model("nano", attn_implementation=name)
-
-
-def test_where_the_logs_go_is_said(tmp_path: Path, monkeypatch, capfd):
-    """TensorBoard's own default is runs/ of the working directory, where hotlora's runs are."""
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    assert 'getenv("TENSORBOARD_LOGGING_DIR"' in inspect.getsource(TensorBoardCallback)
-    with logs_in(tmp_path / "logs", "tensorboard"):
-        assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "logs")
-    assert f"tensorboard: logs in {tmp_path / 'logs'}" in capfd.readouterr().err
-    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
-    with logs_in(tmp_path / "logs", "tensorboard"):
-        assert os.environ["TENSORBOARD_LOGGING_DIR"] == "mine"

@@ -2,17 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, HotLoraError
-from hotlora.base.options import converted, read_yaml
+from hotlora.base.options import ALIASES, converted, read_yaml
 from hotlora.cli.options import options_of
 from hotlora.routing.selection import Selection
+from hotlora.runs.keywords import TrainKeywords
 from hotlora.runs.methods import METHODS, PRESETS, resolve
 from hotlora.runs.options import EvalOptions, LoadOptions, ProfileOptions, RunOptions
+from hotlora.runs.sweep import Condition, Sweep
 from hotlora.training.config import TrainConfig
 
 CLASSES = (TrainConfig, Selection, LoadOptions, RunOptions, EvalOptions, ProfileOptions)
@@ -90,6 +93,7 @@ def test_a_yaml_file(tmp_path: Path):
         ("? []\n: 1", "is not valid YAML"),
         (f"max_steps: {'9' * 5000}", "is not valid YAML"),
         ("[" * 3000, "is not valid YAML"),
+        ("max_stepss: 1", r"max_stepss \(did you mean max_steps\?\)"),
         ("lr: 1", r"lr \(did you mean learning_rate\?\)"),
         ("rule: hot\nrule: all", "rule is given twice"),
         ("max_steps: 2.5", r"run.yaml: max_steps = 2.5 has the wrong type: it must be a whole number or none"),
@@ -116,7 +120,7 @@ def given():
     app, seen = typer.Typer(), {}
 
     @app.command()
-    @options_of(RunOptions)
+    @options_of(RunOptions, aliases=ALIASES)
     def command(method: str | None = None, output: Path | None = None, **options) -> None:
         seen.clear()
         seen.update(options, method=method, output=output)
@@ -154,6 +158,52 @@ def test_the_command_line_comes_before_the_file(given, tmp_path: Path):
     method = over.pop("method")
     over.pop("output")
     assert resolve(method, **over).experts_per_layer == 4
+
+
+THEIRS = {
+    "num_train_epochs": ("epochs", 2), "per_device_train_batch_size": ("batch_size", 4),
+    "per_device_eval_batch_size": ("eval_batch_size", 8), "lr_scheduler_type": ("lr_scheduler", "linear"),
+    "load_best_model_at_end": ("load_best", True), "max_seq_length": ("max_length", 64),
+    "activation_checkpointing": ("gradient_checkpointing", True), "output_dir": ("output", "runs/x"),
+}  # fmt: skip
+
+
+def test_all_that_is_tested_is_all_there_is():
+    assert {theirs: ours for theirs, (ours, _) in THEIRS.items()} == ALIASES
+
+
+@pytest.mark.parametrize("theirs", THEIRS)
+def test_transformers_names_mean_ours(given, theirs: str, tmp_path: Path):
+    ours, value = THEIRS[theirs]
+    flag = f"--{theirs.replace('_', '-')}"
+    words = [flag] if value is True else [flag, value]
+    needed = {"model": "nano", "data": "d", "method": None, "output": None}
+    expected = needed | {ours: Path(value) if ours == "output" else value}
+    assert given("--model", "nano", "--data", "d", *words) == expected
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: nano\ndata: d\n{theirs}: {value}\n")
+    assert given("--config", file) == expected
+    own = f"--{ours.replace('_', '-')}"
+    other = {int: 32, str: "cosine", bool: False}[type(value)] if ours != "output" else Path("runs/y")
+    over = given("--config", file, *([f"--no-{ours.replace('_', '-')}"] if other is False else [own, other]))
+    assert over == needed | {ours: other}, "the command line comes before the file"
+    twice = rf"{theirs} and {ours} are one option: give one of them"
+    with pytest.raises(HotLoraError, match=twice):
+        given("--model", "nano", "--data", "d", *words, *([own] if value is True else [own, value]))
+    file.write_text(f"{theirs}: {value}\n{ours}: {value}\n")
+    with pytest.raises(HotLoraError, match=rf"run.yaml: {twice}"):
+        given("--config", file, "--model", "nano", "--data", "d")
+    if ours != "output":  # each run of a sweep has its own
+        swept = Sweep("s", "nano", "d", [Condition("a", {theirs: value})], options={ours: other, "eval_steps": 5})
+        assert getattr(swept.resolved(swept.conditions[0]), ours) == value, "a condition's own come first"
+        with pytest.raises(HotLoraError, match=twice):
+            Sweep("s", "nano", "d", [Condition("a", {theirs: value, ours: value})])
+        assert get_type_hints(TrainKeywords)[theirs] == get_type_hints(TrainKeywords)[ours]
+
+
+def test_a_theirs_from_the_command_line_comes_before_ours_from_the_file(given, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("model: nano\ndata: d\nepochs: 5\n")
+    assert given("--config", tmp_path / "run.yaml", "--num-train-epochs", "2")["epochs"] == 2
 
 
 def test_only_what_is_given_is_handed_on(given):

@@ -5,18 +5,21 @@ import math
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pandas
 import pytest
+import scipy.stats
 import torch
 from runs import run_evaluation, run_training
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
 
 import hotlora
-from hotlora.base.errors import DataError, FileError, HotLoraError
-from hotlora.base.records import find_records, read_record
+from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError
+from hotlora.base.records import find_records, new_record, read_record, write_record
 from hotlora.cli.main import app
-from hotlora.evaluation.rouge import rouge_l
+from hotlora.evaluation.rouge import rouge_each, rouge_l
 from hotlora.evaluation.score import response_scores
 from hotlora.evaluation.stats import mean_interval, ratio_interval
 from hotlora.report.tables import read_sections, section_tables
@@ -115,16 +118,77 @@ def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run
     assert done.exit_code == 0 and "my-rows" in done.output
 
 
+@pytest.mark.parametrize("what", ["run", "a Run", "adapter", "model"])
+def test_python_gives_what_the_command_gives(rows: str, run: Path, tmp_path: Path, what: str):
+    words = ["--model", "nano"] if what == "model" else ["--adapter", str(run)]
+    done = CliRunner().invoke(app, ["evaluate", "--data", rows, *words, "-o", str(tmp_path / "shell"), "--json"])
+    assert done.exit_code == 0, done.output
+    (expected,) = json.loads(done.stdout.splitlines()[-1]).values()
+    given = {"run": run, "a Run": hotlora.Run(run), "adapter": str(run / "adapter"), "model": "nano"}[what]
+    found = hotlora.evaluate(given, rows, tmp_path / "python", progress=False)
+    assert found.pop("task") == "my-rows" and found.pop("seconds") > 0
+    for name in ("results", "losses"):
+        kept = Path(found.pop(name))
+        assert kept.parent == tmp_path / "python"
+        assert kept.read_bytes() == (tmp_path / "shell" / expected.pop(name)).read_bytes()
+    assert found == {name: value for name, value in expected.items() if name != "seconds"}
+    assert found["loss_ci"][0] < found["loss"] < found["loss_ci"][1] and 0 <= found["token_accuracy"] < 1
+    again = hotlora.evaluate(given, rows, tmp_path / "shell", progress=False)
+    assert again["loss"] == found["loss"], "the same evaluation, so it is done"
+
+
+def test_rows_in_memory_are_evaluated_in_every_form(
+    rows: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    listed = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    expected = hotlora.evaluate(run, rows, progress=False, batch_size=8)
+    assert "results" not in expected and "losses" not in expected
+    capfd.readouterr()
+    stream = datasets.Dataset.from_list(listed).to_iterable_dataset()
+    for data in (listed, datasets.Dataset.from_list(listed), stream, pandas.DataFrame(listed)):
+        found = hotlora.evaluate(run, data, progress=False, batch_size=8)
+        assert found.pop("task") == "data"
+        assert found | {"task": "my-rows", "seconds": expected["seconds"]} == expected
+    assert capfd.readouterr() == ("", ""), "progress=False is silent"
+    kept = hotlora.evaluate(run, listed, tmp_path / "out", progress=False)
+    assert Path(kept["results"]) == tmp_path / "out" / "results-data.jsonl"
+    with pytest.raises(DataError, match="holds other rows"):
+        hotlora.evaluate(run, listed[1:], tmp_path / "out", progress=False)
+
+
+def test_python_evaluates_tasks_and_draws(run: Path):
+    found = hotlora.evaluate(run, "nano-math", limit=4, samples=2, temperature=1.0, seed=3, progress=False)
+    assert (found["task"], found["metric"], found["n"]) == ("nano-math", "exact_match", 4) and "pass@1" in found
+
+
+def test_wrong_evaluations_are_one_error(rows: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(HotLoraError, match=r"hotlora.evaluate has no option batchsize \(did you mean batch_size"):
+        hotlora.evaluate(run, rows, batchsize=8)
+    with pytest.raises(ModelError, match="is a OlmoeForCausalLM: give a run, "):
+        hotlora.evaluate(hotlora.load_model("nano"), rows)
+    with pytest.raises(FileError, match="does not exist"):
+        hotlora.evaluate(tmp_path / "none", rows)
+    with pytest.raises(HotLoraError, match="output is 3"):
+        hotlora.evaluate(run, rows, 3)
+    with pytest.raises(HotLoraError, match="engine 'vlm' does not exist"):
+        hotlora.evaluate(run, rows, engine="vlm", progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HotLoraError, match="runs in one process"):
+        hotlora.evaluate(run, rows)
+
+
 def test_rouge_l_of_own_rows(rows: str, run: Path, tmp_path: Path):
     """As rouge-score has it for words of ASCII; other letters count, too, which it drops."""
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     texts = [("the cat sat", "the cat"), ("a-b, C!", "c a b"), ("", "x")]
     expected = [scorer.score(target, text)["rougeL"].fmeasure for target, text in texts]
-    found = rouge_l([text for _, text in texts], [target for target, _ in texts])
+    each = rouge_each([text for _, text in texts], [target for target, _ in texts])
+    assert each == pytest.approx(expected)
+    found = rouge_l(each)
     assert found["rouge_l"] == pytest.approx(sum(expected) / 3) and 0 < expected[0] < 1
     same = ["你好", "καλημέρα", "café"]
-    assert rouge_l(same, same) == {"rouge_l": 1.0, "rouge_l_ci": [1.0, 1.0]}
-    assert rouge_l(["a"], ["a"])["rouge_l_ci"] == [None, None]
+    assert rouge_l(rouge_each(same, same)) == {"rouge_l": 1.0, "rouge_l_ci": [1.0, 1.0]}
+    assert rouge_l([1.0])["rouge_l_ci"] == [None, None]
 
     words = ["evaluate", "--data", rows, "--adapter", str(run), "--rouge", "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(app, words)
@@ -133,6 +197,57 @@ def test_rouge_l_of_own_rows(rows: str, run: Path, tmp_path: Path):
     assert f"ROUGE-L {result['rouge_l']:.4f} (95% " in done.output and result["accuracy"] <= result["rouge_l"] <= 1
     columns = section_tables(read_sections(find_records(tmp_path))[0])[0].columns
     assert "ROUGE-L" in columns.values()
+    base = ["evaluate", "--data", rows, "--model", "nano", "--rouge", "-o", str(tmp_path / "base")]
+    assert CliRunner().invoke(app, base).exit_code == 0
+    paired = hotlora.compare_examples(tmp_path / "out", tmp_path / "base")
+    by_name = {task.task: task for task in paired.tasks}
+    assert by_name["my-rows, ROUGE-L"].a == pytest.approx(result["rouge_l"])
+    assert result["rouge_l_ci"] == pytest.approx(list(mean_interval(_rouge_of(tmp_path / "out"))))
+
+
+def _rouge_of(folder: Path) -> list[float]:
+    return [json.loads(line)["rouge_l"] for line in (folder / "results-my-rows.jsonl").read_text().splitlines()]
+
+
+def test_rouge_l_is_paired_row_by_row(tmp_path: Path):
+    """On the rows that both have; the interval is scipy's of the paired t test."""
+    rng = np.random.default_rng(0)
+    values = {name: rng.uniform(0, 1, 30) for name in ("a", "b")}
+    values["b"] = (values["a"] + values["b"]) / 2
+    for name, rouge in values.items():
+        some = list(enumerate(rouge))[: 30 if name == "a" else 25]
+        lines = [{"index": i, "id": f"row{i}", "prediction": "x", "correct": False, "rouge_l": f} for i, f in some]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results-mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        about = {"model": {"name": "m", "fingerprint": "f"}, "data": {"name": "mine", "hash": "h"}}
+        record = new_record(name=name, condition=name, **about)
+        summary = {
+            "metric": "exact_match",
+            "accuracy": 0.0,
+            "n": len(some),
+            "correct": 0,
+            "ci_low": 0.0,
+            "ci_high": 0.1,
+        }
+        kept = {"results": "results-mine.jsonl", "rouge_l": float(np.mean([f for _, f in some]))}
+        record |= {"status": "done", "evaluation": {"mine": summary | kept}}
+        write_record(tmp_path / name, record)
+    _, rouge = hotlora.compare_examples(tmp_path / "a", tmp_path / "b").tasks
+    ours, theirs = values["a"][:25], values["b"][:25]
+    test = scipy.stats.ttest_rel(ours, theirs)
+    assert (rouge.task, rouge.n, rouge.unit, rouge.mcnemar) == ("mine, ROUGE-L", 25, "0 to 1", None)
+    assert [rouge.a, rouge.b] == pytest.approx([ours.mean(), theirs.mean()])
+    assert rouge.difference == pytest.approx((ours - theirs).mean())
+    assert rouge.interval == pytest.approx(list(test.confidence_interval(0.95)))
+    assert (rouge.verdict == "differs") is bool(test.pvalue < 0.05)
+    table = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert table.exit_code == 0 and "exact match, %; ROUGE-L, 0 to 1" in table.output
+    file = tmp_path / "b" / "results-mine.jsonl"
+    without = [{k: v for k, v in json.loads(line).items() if k != "rouge_l"} for line in file.open()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in without))
+    one = hotlora.compare_examples(tmp_path / "a", tmp_path / "b")
+    assert [task.task for task in one.tasks] == ["mine"]
+    assert one.left_out == (f"mine, ROUGE-L: {tmp_path / 'b'} kept none of each example (hotlora evaluate --rouge).",)
 
 
 def test_rouge_l_that_cannot_be_is_told_first(rows: str, monkeypatch: pytest.MonkeyPatch):

@@ -75,7 +75,7 @@ def test_both_notebooks_are_there():
 def test_the_page_runs(folder: Path, capsys: pytest.CaptureFixture[str]):
     page = (ROOT / "docs" / "python.md").read_text("utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks, start=1):
         execute(block, names, f"docs/python.md, block {number}")

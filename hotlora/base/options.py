@@ -16,14 +16,24 @@ import yaml
 
 from .errors import FileError, HotLoraError
 
-_SHORT = {
-    "lr": "learning_rate", "alpha": "lora_alpha", "rank": "r", "dropout": "lora_dropout", "steps": "max_steps",
-    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_scheduler",
-    "per_device_eval_batch_size": "eval_batch_size", "load_best_model_at_end": "load_best",
-    "activation_checkpointing": "gradient_checkpointing", "max_seq_length": "max_length", "train_dataset": "data",
-    "output_dir": "output", "eval_dataset": "test_data",
+ALIASES = {
+    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size", "lr_scheduler_type": "lr_scheduler",
+    "load_best_model_at_end": "load_best", "activation_checkpointing": "gradient_checkpointing",
+    "max_seq_length": "max_length", "output_dir": "output",
 }  # fmt: skip
-"""Other names that users know, transformers' and TRL's among them."""
+"""transformers' and TRL's names of a training's options that are called otherwise here: each is taken, too, on the
+command line, in a YAML file, in Python and in a sweep."""
+_SHORT = ALIASES | {
+    "lr": "learning_rate",
+    "alpha": "lora_alpha",
+    "rank": "r",
+    "dropout": "lora_dropout",
+    "steps": "max_steps",
+    "train_dataset": "data",
+    "eval_dataset": "test_data",
+}
+"""Names that an error answers with ours."""
 _LISTS = (Sequence, list)
 _WORDS = {
     int: "a whole number",
@@ -108,6 +118,18 @@ def _number(text: str, allowed: tuple[Any, ...]) -> float | int | None:
     return None
 
 
+def by_own_names(given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """`given` with the names that `aliases` maps others to. HotLoraError: an option under both."""
+    for theirs, ours in aliases.items():
+        if theirs in given and ours in given:
+            raise twice(theirs, ours)
+    return {aliases.get(name, name): value for name, value in given.items()}
+
+
+def twice(theirs: str, ours: str) -> HotLoraError:
+    return HotLoraError(f"{theirs} and {ours} are one option: give one of them.")
+
+
 def suggest(unknown: Iterable[str], known: Iterable[str]) -> str:
     """For an error about names that do not exist: each with the nearest that does; all, where none is near."""
     known = sorted(known)
@@ -120,10 +142,12 @@ def suggest(unknown: Iterable[str], known: Iterable[str]) -> str:
     return ", ".join(told) + ("" if is_near else f"; there are {', '.join(known)}")
 
 
-def read_yaml(file: str | os.PathLike[str], known: Mapping[str, Any]) -> dict[str, Any]:
+def read_yaml(
+    file: str | os.PathLike[str], known: Mapping[str, Any], aliases: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Options from a YAML file, NAME: VALUE. What is null is left to its default.
 
-    known: name -> type.
+    known: name -> type. aliases: other names -> those.
 
     FileError: there is no such file. HotLoraError: it is no YAML of that kind, has a name that does not exist (the
     nearest is named) or twice, or a value of another type; each says the file.
@@ -140,9 +164,11 @@ def read_yaml(file: str | os.PathLike[str], known: Mapping[str, Any]) -> dict[st
         return {}
     if not isinstance(found, dict):
         raise HotLoraError(f"{path} holds no options: write NAME: VALUE, one a line, as in learning_rate: 4e-4.")
-    if unknown := [str(name) for name in found if name not in known]:
-        raise HotLoraError(f"{path} has options that do not exist: {suggest(unknown, known)}.")
+    aliases = aliases or {}
+    if unknown := [str(name) for name in found if name not in known and name not in aliases]:
+        raise HotLoraError(f"{path} has options that do not exist: {suggest(unknown, {*known, *aliases})}.")
     try:
+        found = by_own_names(found, aliases)
         return {name: converted(name, value, known[name]) for name, value in found.items() if value is not None}
     except HotLoraError as error:
         raise HotLoraError(f"{path}: {error}") from error
@@ -153,6 +179,6 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise yaml.YAMLError(f"{min(twice)} is given twice")
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{min(repeated)} is given twice")
         return super().construct_mapping(node, deep)

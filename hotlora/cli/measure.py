@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from ..base.errors import HotLoraError
+from ..base.options import ALIASES
 from ..runs.methods import METHODS, PLACEMENTS, counted_options
 from ..runs.options import RunOptions
 from .options import AsJson, err, number_list, of, options_of, out
@@ -19,7 +20,7 @@ _NOT_LORA = {"full", "use_dora", "train_full_experts"}
 _ESTIMATED = ("batch_size", "max_length", "quantize", "keep_hot", "gradient_checkpointing")
 
 
-@options_of(RunOptions, only=(*_COUNTED, *_ESTIMATED))
+@options_of(RunOptions, only=(*_COUNTED, *_ESTIMATED), aliases=ALIASES)
 def params(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's config.json, its folder, or nano.")],
     fraction: of(  # type: ignore[valid-type]

@@ -1,7 +1,7 @@
 """A command's options, made from the dataclasses that hold them, and from a YAML file; and the commands' consoles."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from ..base.errors import HotLoraError
-from ..base.options import Options, converted, read_yaml
+from ..base.options import Options, converted, read_yaml, twice
 from ..runs.options import RunOptions
 
 
@@ -41,7 +41,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _GIVEN = ("COMMANDLINE", "DEFAULT_MAP")
 
 
-def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Sequence[str] = ()) -> Callable[[Any], Any]:
+def options_of(
+    options: type[Options], *, only: Sequence[str] = (), leave: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> Callable[[Any], Any]:  # fmt: skip
     """A command with an option for each field of `options`, and with --config FILE.yaml for all of its options.
 
     The command gets those of the fields that were given, on the command line or in the file, as keywords, and its own
@@ -49,20 +52,23 @@ def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Seque
 
     Args:
         only, leave: these fields alone; all but these.
+        aliases: other names -> those of options that the command has; of the rest nothing is made.
     """
     chosen = [f for f in fields(options) if f.metadata["cli"] and f.name not in leave and (not only or f.name in only)]
     types = {field.name: field.type for field in chosen}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [_parameter(field) for field in chosen]
+        known = {p.name: _plain(p.annotation) for p in own} | types
+        others = {theirs: ours for theirs, ours in (aliases or {}).items() if ours in known}
+        made = [_parameter(field, [theirs for theirs in others if others[theirs] == field.name]) for field in chosen]
         required = [p for p in made if p.default is p.empty]  # these are shown first
         parameters = [*required, *own, *(p for p in made if p.default is not p.empty)]
-        known = {p.name: _plain(p.annotation) for p in own} | types
+        parameters += [_hidden(theirs, known[ours]) for theirs, ours in others.items()]
 
         def read(context: typer.Context, file: Path | None) -> Path | None:
             if file is not None:
-                context.default_map = read_yaml(file, known)
+                context.default_map = read_yaml(file, known, others)
             return file
 
         config = Annotated[
@@ -75,9 +81,16 @@ def options_of(options: type[Options], *, only: Sequence[str] = (), leave: Seque
 
         @wraps(command)
         def run(context: typer.Context, config: Path | None = None, **values: Any) -> None:
+            given = {name for name in known if _source(context, name) in _GIVEN}
+            for theirs, ours in others.items():
+                value = values.pop(theirs)
+                if _source(context, theirs) == _GIVEN[0]:
+                    if _source(context, ours) == _GIVEN[0]:
+                        raise twice(theirs, ours)
+                    values[ours] = value
+                    given.add(ours)
             for name, kind in types.items():
-                source = context.get_parameter_source(name)
-                if source is not None and source.name in _GIVEN:
+                if name in given:
                     if values[name] is None and get_origin(kind) is Sequence:
                         values[name] = ()  # an empty list in a file, which Typer makes None
                     values[name] = converted(name, values[name], kind)
@@ -103,16 +116,35 @@ def of(name: str, options: type[Options] = RunOptions, **changes: Any) -> Any:
     return _annotation(field, **changes)
 
 
-def _parameter(field: Field[Any]) -> inspect.Parameter:
+def _source(context: typer.Context, name: str) -> str | None:
+    """Where an option's value is from, by click's name."""
+    source = context.get_parameter_source(name)
+    return source and source.name
+
+
+def _hidden(theirs: str, kind: Any) -> inspect.Parameter:
+    """An option under another name, which is told where its own one is."""
+    told = typer.Option(_flag(theirs), hidden=True)
+    optional: Any = _typer_type(kind) | None
+    annotation: Any = Annotated[optional, told]
+    return inspect.Parameter(theirs, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parameter(field: Field[Any], also: Sequence[str] = ()) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(field.type) is Sequence:
         default = None
-    annotation = _annotation(field)
+    told = " ".join([field.metadata["help"], *(f"Also {_flag(theirs)}." for theirs in also)])
+    annotation = _annotation(field, told)
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _annotation(field: Field[Any], help: str | None = None, panel: str | None = None) -> Any:
-    flag = "--" + field.name.replace("_", "-")
+    flag = _flag(field.name)
     flags = field.metadata["flags"] or ((f"{flag}/--no-{flag[2:]}",) if field.type is bool else (flag,))
     told = typer.Option(
         *flags, help=escape(help or field.metadata["help"]), rich_help_panel=panel or field.metadata["panel"]

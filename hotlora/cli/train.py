@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from .. import api
+from ..base.options import ALIASES
 from ..runs.methods import METHODS, PLACEMENTS
 from ..runs.options import RunOptions
 from .options import options_of, out
 
 
-@options_of(RunOptions)
+@options_of(RunOptions, aliases=ALIASES)
 def train(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run's folder (default runs/MODEL-DATA-METHOD-SEED).")

@@ -28,10 +28,14 @@ def rouge_scorer() -> Any:
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
-def rouge_l(answers: Sequence[str], responses: Sequence[str]) -> dict[str, Any]:
-    """`rouge_l`, the mean over examples of ROUGE-L's F (0 to 1) of an answer against its row's response, and
-    `rouge_l_ci`, its 95% interval over examples, of nulls for a single one. HotLoraError: as `rouge_scorer`."""
+def rouge_each(answers: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """ROUGE-L's F (0 to 1) of each answer against its row's response. HotLoraError: as `rouge_scorer`."""
     scorer = rouge_scorer()
-    found = [scorer.score(target, text)["rougeL"].fmeasure for target, text in zip(responses, answers, strict=True)]
+    return [scorer.score(target, text)["rougeL"].fmeasure for target, text in zip(responses, answers, strict=True)]
+
+
+def rouge_l(found: Sequence[float]) -> dict[str, Any]:
+    """`rouge_l`, the mean over examples, and `rouge_l_ci`, its 95% interval over examples, of nulls for a single
+    one."""
     ends = [min(max(end, 0.0), 1.0) for end in mean_interval(found)] if len(found) > 1 else [None, None]
     return {"rouge_l": sum(found) / len(found), "rouge_l_ci": ends}

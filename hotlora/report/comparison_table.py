@@ -82,8 +82,8 @@ def html_paired(runs: PairedRuns) -> str:
 
 
 def _metrics(runs: PairedRuns) -> str:
-    units = {unit: [task.metric for task in runs.tasks if task.unit == unit] for unit in ("%", "nats a token")}
-    return "; ".join(f"{', '.join(dict.fromkeys(names))}, {unit}" for unit, names in units.items() if names)
+    units = {task.unit: [other.metric for other in runs.tasks if other.unit == task.unit] for task in runs.tasks}
+    return "; ".join(f"{', '.join(dict.fromkeys(names))}, {unit}" for unit, names in units.items())
 
 
 def _paired_cells(task: PairedTask) -> list[str]:

@@ -17,13 +17,14 @@ from ..base.errors import DataError, FileError
 from ..base.escape import one_line
 from ..base.files import read_json_lines
 from ..base.records import Record, read_record, read_results
-from ..evaluation.stats import Interval, McNemar, mcnemar, paired_difference, ratio_interval
+from ..evaluation.stats import Interval, McNemar, mcnemar, mean_interval, paired_difference, ratio_interval
 from .comparison_table import html_paired
 
 ALPHA = 0.05
 
 # An example: its id, and which of the examples with that id it is (some benchmarks ask the same twice).
 _Key = tuple[str, int]
+_Rows = dict[_Key, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,15 @@ class PairedRuns:
     left_out: tuple[str, ...]
 
     def __repr__(self) -> str:
-        told = (f"{one_line(task.task)} {task.difference:+.2f} points, {task.verdict}" for task in self.tasks)
+        told = (f"{one_line(task.task)} {_difference(task)}, {task.verdict}" for task in self.tasks)
         return f"PairedRuns({one_line(self.a)} − {one_line(self.b)}: {'; '.join(told)})"
 
     def _repr_html_(self) -> str:
         return html_paired(self)
+
+
+def _difference(task: PairedTask) -> str:
+    return f"{task.difference:+.2f} points" if task.unit == "%" else f"{task.difference:+.3f}"
 
 
 def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> PairedRuns:
@@ -103,7 +108,17 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
     left_out = [
         f"{task}: only {folder} was scored on it." for folder, own in each for task in own if task not in common
     ]
-    tasks = [_paired(task, folders, [own[task] for own in scored]) for task in common]
+    tasks: list[PairedTask] = []
+    for task in common:
+        results = [own[task] for own in scored]
+        rows = [_rows(folder, task, result) for folder, result in zip(folders, results, strict=True)]
+        tasks.append(_paired(task, folders, results, rows))
+        has_rouge = [all("rouge_l" in row for row in own.values()) for own in rows]
+        if all(has_rouge):
+            tasks.append(_paired_rouge(task, folders, rows))
+        elif any("rouge_l" in result for result in results):
+            lacking = folders[has_rouge.index(False)]
+            left_out.append(f"{task}, ROUGE-L: {lacking} kept none of each example (hotlora evaluate --rouge).")
     return PairedRuns(str(folders[0]), str(folders[1]), (*tasks, *losses), tuple(left_out))
 
 
@@ -125,20 +140,15 @@ def _record(folder: Path) -> Record:
     return record
 
 
-def _paired(task: str, folders: list[Path], results: list[dict[str, Any]]) -> PairedTask:
-    a, b = (_correct(folder, task, result) for folder, result in zip(folders, results, strict=True))
-    keys = [key for key in a if key in b]
-    if not keys:
-        raise DataError(
-            f"{task}: {folders[0]} and {folders[1]} have no example in common: evaluate both on the same data."
-        )
-    ours, theirs = [100 * a[key] for key in keys], [100 * b[key] for key in keys]
+def _paired(task: str, folders: list[Path], results: list[dict[str, Any]], rows: list[_Rows]) -> PairedTask:
+    keys = _common(task, folders, rows)
+    ours, theirs = ([100 * float(own[key]["correct"]) for key in keys] for own in rows)
     difference, low, high = paired_difference(ours, theirs)
     one_answer = all(score in (0, 100) for score in (*ours, *theirs))
     metrics = [result["metric"].replace("_", " ") for result in results]
     notes = [
         f"{task}: {len(own) - len(keys)} of {len(own)} examples of {folder} are not among the other's: left out."
-        for folder, own in zip(folders, (a, b), strict=True)
+        for folder, own in zip(folders, rows, strict=True)
         if len(own) > len(keys)
     ]
     if metrics[0] != metrics[1]:
@@ -148,8 +158,28 @@ def _paired(task: str, folders: list[Path], results: list[dict[str, Any]]) -> Pa
     return PairedTask(
         task, " and ".join(dict.fromkeys(metrics)), len(keys), sum(ours) / len(keys), sum(theirs) / len(keys),
         difference, None if math.isnan(low) else Interval(low, high),
-        mcnemar([int(a[key]) for key in keys], [int(b[key]) for key in keys]) if one_answer else None, tuple(notes),
+        mcnemar([score == 100 for score in ours], [score == 100 for score in theirs]) if one_answer else None,
+        tuple(notes),
     )  # fmt: skip
+
+
+def _paired_rouge(task: str, folders: list[Path], rows: list[_Rows]) -> PairedTask:
+    """ROUGE-L's F of the examples that both have, with Student's t interval of the differences' mean."""
+    keys = _common(task, folders, rows)
+    ours, theirs = ([own[key]["rouge_l"] for key in keys] for own in rows)
+    low, high = mean_interval([one - other for one, other in zip(ours, theirs, strict=True)])
+    a, b = (sum(values) / len(keys) for values in (ours, theirs))
+    interval = None if math.isnan(low) else Interval(low, high)
+    return PairedTask(f"{task}, ROUGE-L", "ROUGE-L", len(keys), a, b, a - b, interval, None, unit="0 to 1")
+
+
+def _common(task: str, folders: list[Path], rows: list[_Rows]) -> list[_Key]:
+    keys = [key for key in rows[0] if key in rows[1]]
+    if not keys:
+        raise DataError(
+            f"{task}: {folders[0]} and {folders[1]} have no example in common: evaluate both on the same data."
+        )
+    return keys
 
 
 def _paired_losses(folders: Sequence[Path], records: Sequence[Record]) -> list[PairedTask]:
@@ -195,8 +225,8 @@ def _losses_file(record: Record) -> str | None:
     return next((section["losses"] for section in sections if isinstance(section.get("losses"), str)), None)
 
 
-def _correct(folder: Path, task: str, result: dict[str, Any]) -> dict[_Key, float]:
-    """By example, whether the run has it right, or the share of its answers that are."""
+def _rows(folder: Path, task: str, result: dict[str, Any]) -> _Rows:
+    """By example, its result."""
     if "results" not in result:
         raise FileError(f"{folder} kept no example's result on {task}: evaluate again with an output folder.")
     path = folder / result["results"]
@@ -204,8 +234,8 @@ def _correct(folder: Path, task: str, result: dict[str, Any]) -> dict[_Key, floa
     if len(rows) != result["n"]:
         raise FileError(f"{path} holds {len(rows)} of {result['n']} examples: it is not whole; evaluate again.")
     seen: Counter[str] = Counter()
-    correct = {}
+    found = {}
     for row in rows:
-        correct[row["id"], seen[row["id"]]] = float(row["correct"])
+        found[row["id"], seen[row["id"]]] = row
         seen[row["id"]] += 1
-    return correct
+    return found

@@ -17,8 +17,9 @@ from ..hf.hub import check_push
 from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
-from ..training.named import check_optim, check_report_to, schedule_options
+from ..training.named import check_optim, schedule_options
 from ..training.reprofile import LEFT
+from ..training.trackers import check_report_to
 from .options import RunOptions
 
 

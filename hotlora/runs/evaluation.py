@@ -16,7 +16,7 @@ from ..base.records import Record, new_record
 from ..evaluation.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluation.generations import read_generations, score_generations
 from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version
-from ..evaluation.rouge import rouge_l, rouge_scorer
+from ..evaluation.rouge import rouge_each, rouge_l, rouge_scorer
 from ..evaluation.score import (
     Evaluation,
     RowLoss,
@@ -117,10 +117,13 @@ def run_evaluation(
                 model, tokenizer, task, test,
                 batch_size=options.batch_size, sampling=sampling, results=results, progress=progress,
             )  # fmt: skip
-        record["evaluation"] = save_evaluation(evaluation, folder)
         if rouge:
             answers = [result["prediction"] for result in evaluation.results]
-            found |= rouge_l(answers, [example.completion for example in test])
+            each_rouge = rouge_each(answers, [example.completion for example in test])
+            for result, value in zip(evaluation.results, each_rouge, strict=True):
+                result["rouge_l"] = value  # to pair runs by
+            found |= rouge_l(each_rouge)
+        record["evaluation"] = save_evaluation(evaluation, folder)
         record["evaluation"][task.name] |= found
     return record, evaluation
 

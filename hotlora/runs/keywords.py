@@ -1,8 +1,9 @@
-"""The options of `hotlora.train` and `hotlora.profile` as keywords, for type checkers and editors.
+"""The options of `hotlora.train`, `profile` and `evaluate` as keywords, which type checkers read.
 
 Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, which have the defaults.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -88,6 +89,16 @@ class TrainKeywords(TypedDict, total=False):
     dense_learning_rate: float | None
     fresh_a: bool
 
+    # transformers' names of these
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    lr_scheduler_type: str
+    load_best_model_at_end: bool
+    activation_checkpointing: bool
+    max_seq_length: int
+    output_dir: str | os.PathLike[str] | None
+
 
 class ProfileKeywords(TypedDict, total=False):
     """Of `hotlora.profile`."""
@@ -106,3 +117,20 @@ class ProfileKeywords(TypedDict, total=False):
     batch_size: int
     max_length: int
     seed: int
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    """Of `hotlora.evaluate`."""
+
+    train_on: str
+    columns: str | None
+    apply_chat_template: bool | None
+    on_top_of: Sequence[str | Path]
+    dtype: str
+    device: str
+    attn_implementation: str | None
+    quantize: int | None
+    keep_hot: bool
+    merge: bool
+    limit: int | None
+    batch_size: int

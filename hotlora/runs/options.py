@@ -254,3 +254,5 @@ class ProfileOptions(LoadOptions, DataOptions):
 
 PROFILE_LEAVES = ("on_top_of", "keep_hot")
 """What of `LoadOptions` says nothing of a profile."""
+EVALUATE_LEAVES = ("adapter", "expert_parallel")
+"""What of `EvalOptions` `hotlora.evaluate` has in its first argument, or not at all."""

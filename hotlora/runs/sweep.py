@@ -21,7 +21,7 @@ from rich.live import Live
 from ..base.errors import DataError, FileError, HotLoraError
 from ..base.escape import lines
 from ..base.lock import locked
-from ..base.options import suggest
+from ..base.options import ALIASES, by_own_names, suggest
 from ..tasks.data import task_of, test_source
 from ..training.config import TrainConfig
 from .methods import resolve
@@ -113,7 +113,8 @@ class Sweep:
         """All that is given for a condition, the model and the data among it."""
         changed = {name: value for name, value in dataclasses.asdict(self.config).items() if value != _FIELDS[name]}
         changed.pop("seed", None)
-        return {"model": self.model, "data": self.data, **changed, **self.options, **condition.options}
+        shared, own = (by_own_names(given, ALIASES) for given in (self.options, condition.options))
+        return {"model": self.model, "data": self.data, **changed, **shared, **own}
 
     def resolved(self, condition: Condition, **more: Any) -> RunOptions:
         """A condition's options as a run takes them; those of how answers are drawn are `run_evaluation`'s."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ _SPLITS = {
 }  # fmt: skip
 """The names of splits in those of files, as the Hub has them."""
 _HUB_ID = re.compile(r"([^:\[\]]+)(?::([^:\[\]]+))?(?::([^:\[\]]+))?(\[[^\[\]]*\])?")
+_HUB_PART = re.compile(r"\[(\d*):(\d+)\]")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _log = logging.getLogger(__name__)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
@@ -217,14 +219,16 @@ def _why(error: Exception) -> str:
     return str(error)
 
 
-def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
-    """The rows of a data set on the Hugging Face Hub, or in its local cache.
+def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:
+    """The rows of a data set on the Hugging Face Hub, or in its local cache, one after the other.
+
+    Of a part `[a:b]` of a split that is not in the cache no more is read than that; a whole split, and any other part,
+    is first prepared in the cache by `datasets`.
 
     name: `owner/name`, with a configuration, a split, or both behind it, and a part of the split in brackets:
         `owner/name:config:split[:1000]`. What stands there comes before `split` and `config`.
     """
     import datasets
-    from datasets import load_dataset
 
     from ..hf.connection import unreachable
 
@@ -246,17 +250,44 @@ def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
     error: Exception | None = None
     for config, split in ways:
         try:
-            rows = load_dataset(name, config, split=split + part)
-        except _HUB_ERRORS as failed:
+            rows = _hub_split(name, config, split, part)
+        except (*_HUB_ERRORS, datasets.exceptions.DatasetsError) as failed:
             error = error or failed
             continue
-        place = f"{name} {split}{part}"
-        return [Row(f"{place} row {number}", without_filling(row)) for number, row in enumerate(rows, start=1)]
+        yield from _placed(rows, f"{name} {split}{part}")
+        return
     tried = " or ".join(f"split {split + part!r}" + (f" of {config!r}" if config else "") for config, split in ways)
     raise DataError(
         f"The data set {name!r} ({tried}) cannot be loaded from the Hub: {error}. Check its name and the network, or "
         "give a local file."
     ) from error
+
+
+def _hub_split(name: str, config: str | None, split: str, part: str) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    found = _HUB_PART.fullmatch(part)
+    if found is not None:
+        prepared = Path(datasets.load_dataset_builder(name, config).cache_dir)
+        if not (prepared / "dataset_info.json").is_file():
+            start, stop = int(found[1] or 0), int(found[2])
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+            return islice(rows.skip(start), max(stop - start, 0))  # `take` would look for one row more
+    return datasets.load_dataset(name, config, split=split + part)
+
+
+def _placed(rows: Iterable[dict[str, Any]], where: str) -> Iterator[Row]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield Row(f"{where} row {number}", without_filling(row))
+    except Exception as error:  # of the network, of `datasets`, of Arrow
+        raise DataError(
+            f"{where} cannot be read to its end, after row {number} ({type(error).__name__}: {error}): the Hub or its "
+            "data set fails; try again, or give a local file."
+        ) from error
+    if not number:
+        raise DataError(f"{where} holds no rows; give a part with at least one.")
 
 
 def without_filling(row: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +319,7 @@ def load_rows(
         split: the split's name on the hub.
     """
     if source is None or source == hub:
-        return hub_rows(hub, split, config)
+        return list(hub_rows(hub, split, config))
     path = Path(source).expanduser()
     if path.is_dir():
         return read_rows(split_file(path, files))
@@ -296,7 +327,7 @@ def load_rows(
         if not path.is_file():
             raise DataError(f"{task}: {source} does not exist; give a file, a folder holding {files[0]}, or a hub id.")
         return read_rows(path)
-    return hub_rows(source, split, config)
+    return list(hub_rows(source, split, config))
 
 
 def published(

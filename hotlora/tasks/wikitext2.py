@@ -43,7 +43,7 @@ def read(split: str, source: str | None, limit: int | None, seed: int) -> list[E
     """17,556 train and 2,185 test paragraphs: the hub, a text file, or a folder with the published files."""
     path = None if source is None or source == HUB_ID else Path(source).expanduser()
     if path is None:
-        rows = hub_rows(HUB_ID, split, "wikitext-2-raw-v1")
+        rows = list(hub_rows(HUB_ID, split, "wikitext-2-raw-v1"))
     else:
         rows = read_lines(split_file(path, _FILES[split]) if path.is_dir() else path)
     examples = paragraphs(rows)

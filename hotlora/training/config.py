@@ -22,24 +22,18 @@ class TrainConfig(Options):
     speaks.
     """
 
-    epochs: float = option(
-        "Passes over the training data, where --max-steps is not given.", 3, panel=_TRAINING,
-        flags=("--epochs", "--num-train-epochs"),
-    )  # fmt: skip
+    epochs: float = option("Passes over the training data, where --max-steps is not given.", 3, panel=_TRAINING)
     max_steps: int | None = option("Optimizer steps, in place of --epochs.", None, panel=_TRAINING)
     extend: bool = option(
         "Train the run in --output on, to the --epochs or --max-steps given now.", False, panel=_TRAINING, resume=None,
         flags=("--extend",),
     )  # fmt: skip
-    batch_size: int = option(
-        "Sequences of a batch, on each device.", 16, panel=_TRAINING,
-        flags=("--batch-size", "--per-device-train-batch-size"),
-    )  # fmt: skip
+    batch_size: int = option("Sequences of a batch, on each device.", 16, panel=_TRAINING)
     gradient_accumulation_steps: int = option("Batches added up for one optimizer step.", 1, panel=_TRAINING)
     learning_rate: float = option("Peak rate of AdamW.", 4e-4, panel=_TRAINING)
     lr_scheduler: str = option(
         "constant, constant_with_warmup, linear or cosine (these two fall to 0), or another of transformers'.",
-        "constant_with_warmup", panel=_TRAINING, flags=("--lr-scheduler", "--lr-scheduler-type"),
+        "constant_with_warmup", panel=_TRAINING,
     )  # fmt: skip
     lr_scheduler_kwargs: str | None = option(
         "More of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' with cosine_with_min_lr.", None, panel=_TRAINING
@@ -66,9 +60,8 @@ class TrainConfig(Options):
         None, panel=_TRAINING,
     )  # fmt: skip
     load_best: bool = option(
-        "End with the weights of the lowest held-out loss, in place of the last ones.", False, panel=_TRAINING,
-        flags=("--load-best/--no-load-best", "--load-best-model-at-end"),
-    )  # fmt: skip
+        "End with the weights of the lowest held-out loss, in place of the last ones.", False, panel=_TRAINING
+    )
     early_stopping_patience: int | None = option(
         "End after so many held-out losses in a row that are no lower than the best.", None, panel=_TRAINING
     )
@@ -106,7 +99,8 @@ class TrainConfig(Options):
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )
     report_to: str = option(
-        "Where the metrics also go: wandb, trackio, … by their own settings; tensorboard: the run's logs/.", "none",
+        "Where the metrics also go: tensorboard (the run's logs/), wandb, trackio, … (by their own settings); several, "
+        "with commas between; or all that are installed.", "none",
         panel=_TRAINING, resume="free",
     )  # fmt: skip
 

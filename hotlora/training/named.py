@@ -1,12 +1,7 @@
-"""What transformers knows by name: optimizers, schedules, trackers; checked before a model is loaded."""
+"""What transformers knows by name: optimizers and schedules; checked before a model is loaded."""
 
 import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +10,9 @@ from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from ..base.errors import HotLoraError
-from ..base.processes import is_main
 from ..base.quiet import quiet
 from ..hf.internals import internal
 from .config import TrainConfig
-
-_LOGS = "TENSORBOARD_LOGGING_DIR"
 
 
 def check_optim(name: str) -> None:
@@ -62,33 +54,3 @@ def schedule_options(config: TrainConfig) -> dict[str, Any]:
             f"make ({reason})."
         ) from error
     return options
-
-
-def check_report_to(name: str) -> None:
-    """HotLoraError: no such tracker, or its package is not installed."""
-    if name == "none":
-        return
-    known = sorted(internal("transformers.integrations:INTEGRATION_TO_CALLBACK"))
-    if name not in ("all", *known):
-        raise HotLoraError(f"report_to = {name!r} does not exist: it must be none, all, or one of {', '.join(known)}.")
-    available = internal("transformers.integrations:get_available_reporting_integrations")
-    if name in known and name not in (*available(), "flyte"):
-        raise HotLoraError(
-            f"report_to = {name!r} needs a package that is not installed: install {name}, or leave it out."
-        )
-
-
-@contextmanager
-def logs_in(folder: Path, report_to: str) -> Iterator[None]:
-    """While a trainer is made: TensorBoard's logs go to `folder`, and not to runs/ of the working directory, unless its
-    variable of the environment says otherwise."""
-    if report_to not in ("tensorboard", "all") or _LOGS in os.environ:
-        yield
-        return
-    os.environ[_LOGS] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[_LOGS]
-    if is_main() and folder.parent.is_dir():
-        print(f"tensorboard: logs in {folder}", file=sys.stderr)

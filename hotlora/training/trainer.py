@@ -36,8 +36,9 @@ from .as_loaded import LoadedConfigs
 from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
-from .named import check_report_to, logs_in, schedule_options
+from .named import schedule_options
 from .progress import Recorder, shown
+from .trackers import tracked, trackers
 from .validation import Validation
 
 _log = logging.getLogger(__name__)
@@ -240,7 +241,8 @@ def _run(
             for callback in callbacks:
                 callback.on_train_begin(trainer.args, trainer.state, trainer.control)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with tracked(trainer, folder.parent, start):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def make_trainer(
@@ -294,15 +296,13 @@ def make_trainer(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
-        report_to=config.report_to,
-        run_name=folder.parent.name or None,
+        report_to=trackers(config.report_to) or "none",
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
-    check_report_to(config.report_to)
-    with quiet(), logs_in(folder.parent / "logs", config.report_to):
+    with quiet():
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
             args=arguments,
