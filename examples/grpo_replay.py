@@ -14,12 +14,11 @@ from hotlora.data import load_examples
 from hotlora.tasks.gsm8k import final_answer
 
 MODEL, ADAPTER, OUTPUT = "nano", "runs/examples/sft/adapter", "runs/examples/grpo_replay"
-STEPS = int(os.environ.get("STEPS", 40))
 
 model = hotlora.load_adapter(hotlora.load_model(MODEL), ADAPTER, is_trainable=True)
 engine = hotlora.load_adapter(hotlora.load_model(MODEL), ADAPTER)
 tokenizer = hotlora.load_tokenizer(MODEL)
-rows = [{"prompt": e.prompt, "answer": final_answer(e.completion)} for e in load_examples("nano-math")]
+data = [{"prompt": e.prompt, "answer": final_answer(e.completion)} for e in load_examples("nano-math")]
 routes = hotlora.Routes()
 
 
@@ -38,27 +37,23 @@ def rollout(prompts, trainer):
         made = engine.generate(**inputs, **options, max_new_tokens=40)
     logprobs = engine.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
     experts, width = recorded.expert_ids(), inputs["input_ids"].shape[1]  # [layers, rows, positions, k]
-    found = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+    texts = []
     for row, mask in enumerate(inputs["attention_mask"]):
         ids, start = made.sequences[row].tolist(), width - int(mask.sum())
         end = ids.index(tokenizer.eos_token_id, width) + 1 if tokenizer.eos_token_id in ids[width:] else len(ids)
         routes.add(ids[start:end], experts[:, row, start : end - 1].transpose(0, 1))
-        found["prompt_ids"].append(ids[start:width])
-        found["completion_ids"].append(ids[width:end])
-        found["logprobs"].append(logprobs[row, : end - width].tolist())
-    return found
+        texts.append((ids[start:width], ids[width:end], logprobs[row, : end - width].tolist()))
+    return dict(zip(("prompt_ids", "completion_ids", "logprobs"), map(list, zip(*texts, strict=True)), strict=True))
 
 
 arguments = GRPOConfig(
-    output_dir=f"{OUTPUT}/checkpoints", max_steps=STEPS, learning_rate=5e-4, per_device_train_batch_size=64,
-    num_generations=8, max_completion_length=40, gradient_checkpointing=False, router_aux_loss_coef=0.0,
-    bf16=torch.cuda.is_available(), report_to="none",
+    output_dir=f"{OUTPUT}/checkpoints", max_steps=int(os.environ.get("STEPS", 40)), learning_rate=5e-4,
+    per_device_train_batch_size=64, num_generations=8, max_completion_length=40, gradient_checkpointing=False,
+    router_aux_loss_coef=0.0, bf16=torch.cuda.is_available(), report_to="none",
 )  # fmt: skip
-trainer = GRPOTrainer(
-    model, exact_match, arguments, Dataset.from_list(rows), processing_class=tokenizer, rollout_func=rollout
-)
+data = Dataset.from_list(data)
+trainer = GRPOTrainer(model, exact_match, arguments, data, processing_class=tokenizer, rollout_func=rollout)
 with hotlora.replay_routing(model, routes):
     trainer.train()
 trainer.save_model(f"{OUTPUT}/adapter")
-print(f"{routes.found:,} rows went to the engine's experts, {routes.missing:,} to the router's own")
-print(f"{STEPS} steps; the adapter lies in {OUTPUT}/adapter")
+print(f"{routes.found:,} rows went to the engine's experts, {routes.missing:,} to others; see {OUTPUT}/adapter")
