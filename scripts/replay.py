@@ -36,7 +36,7 @@ RESULT, PAGE = ROOT / "results" / "nano" / "replay.json", ROOT / "docs" / "train
 PICTURE, MARK = ROOT / "docs" / "assets" / "replay.png", "<!-- replay -->"
 ARMS = {"replayed": (True, True), "the trainer's own": (True, False), "engine routes alike": (False, False)}
 """name -> whether the engine's routes are disturbed, and whether they are replayed"""
-SEEDS, STEPS, ROWS, GROUP, LENGTH = 8, 30, 64, 8, 40
+SEEDS, STEPS, ROWS, GROUP, LENGTH = 8, 30, 32, 8, 40
 LAST = 10  # steps whose reward is compared
 SFT = {"max_steps": 150, "seed": 0, "r": 8, "fraction": 0.25, "evaluate": False, "preflight": False}
 
