@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ..base.files import atomic_path
 from ..routing.plan import ExpertPlan
-from ..routing.profile import RoutingProfile
+from ..routing.profile import TOP, RoutingProfile
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the kept experts are always HOT.
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e4e7eb"
@@ -33,9 +33,6 @@ DASHED = (0, (4, 3))
 LEGEND: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": 9.5}
 # A loss's range, from the highest to the lowest, that one straight axis cannot show.
 _WIDE = 10.0
-# Loads above this many times the average share one colour, and bars end here: one outlier must not flatten
-# all the others.
-TOP = 4.0
 
 
 class Figure(PlainFigure):
