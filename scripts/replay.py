@@ -139,7 +139,7 @@ def train(seed: int, arm: str, steps: int, noise: float, start: str) -> dict[str
             return made | {"old_per_token_logps": made["sampling_per_token_logps"]}
 
     arguments = GRPOConfig(
-        output_dir=f"{start}/../../grpo", max_steps=steps, learning_rate=5e-4, per_device_train_batch_size=ROWS,
+        output_dir=f"{start}/../../grpo", max_steps=steps, learning_rate=2e-4, per_device_train_batch_size=ROWS,
         num_generations=GROUP, max_completion_length=LENGTH, gradient_checkpointing=False, router_aux_loss_coef=0.0,
         bf16=False, report_to="none", save_strategy="no", seed=seed, disable_tqdm=True, logging_steps=steps,
     )  # fmt: skip
