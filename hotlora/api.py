@@ -251,7 +251,8 @@ def evaluate(
     Returns:
         what the record holds of it: `task`, `metric`, `accuracy`, `correct`, `n`, `ci_low` and `ci_high` (Wilson's 95%
         interval) and `seconds`; of own rows also `loss` (nats a token), `perplexity`, `token_accuracy` and, if asked
-        for, `rouge_l`, each with its 95% interval (`loss_ci`, …), and `tokens`. With `output` the paths `results` and
+        for, `rouge_l`, each with its 95% interval (`loss_ci`, …), and `tokens`; of rows of text the metric is token
+        accuracy. With `output` the paths `results` and
         `losses`: JSON lines, one an example.
 
     Raises:

@@ -77,15 +77,20 @@ def push(
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
     for task, result in (record.get("evaluation") or {}).items():
-        out.print(
-            f"{task}: {result['metric']} {result['accuracy']:.1%} "
-            f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
-        )
+        is_text = result["metric"] == "token_accuracy"
+        if is_text:
+            out.print(f"{task}: {result['n']:,} texts")
+        else:
+            out.print(
+                f"{task}: {result['metric']} {result['accuracy']:.1%} "
+                f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
+            )
         if "loss" in result:
+            which = "" if is_text else "response "
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["loss_ci"])
             out.print(
                 f"  loss {result['loss']:.4f} (95% {low} to {high}), perplexity {result['perplexity']:.3g}, "
-                f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} response tokens",
+                f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} {which}tokens",
             )  # fmt: skip
         if "rouge_l" in result:
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["rouge_l_ci"])
@@ -94,7 +99,7 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
         if passes:
             out.print(f"  {', '.join(passes)}")
         if output is not None:
-            out.print(f"  every example: {output / result['results']}")
+            out.print(f"  every example: {output / result.get('results', result.get('losses'))}")
 
 
 def print_run(record: dict[str, Any], output: Path) -> None:
