@@ -201,7 +201,7 @@ def profile(
         tokenizer = load_tokenizer(chosen.model)
         source = named if named is not _ROWS else str(save_rows(data, Path(temporary) / "data.jsonl"))
         read = {"tokenizer": tokenizer, **chosen.reading()}
-        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, **read)
+        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, tell_unread=False, **read)
         dataset = tokenize(examples, tokenizer, chosen.max_length, vocab_size=vocab_size(chosen.model))
         base = load_base(chosen.model, **chosen.loading())
         result = profile_data(

@@ -397,3 +397,40 @@ def test_runs_on_own_rows_are_compared_row_by_row(tmp_path: Path):
     assert loss["difference"] == pytest.approx(differences.sum() / tokens.sum()) and loss["verdict"] == "differs"
     table = CliRunner().invoke(app, ["compare", str(tmp_path / "slow"), str(tmp_path / "fast")])
     assert table.exit_code == 0 and "loss, nats a token" in table.output
+
+
+def test_columns_that_nothing_reads_are_told_by_data_and_train_alone(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = tmp_path / "rows.jsonl"
+    line = {"prompt": "say a:", "completion": " a", "id": 7}
+    rows.write_text("".join(json.dumps(line | {"prompt": f"say {i}:"}) + "\n" for i in range(8)))
+    common, short = ["--data", str(rows)], ["-m", "nano", "--max-steps", "1", "--r", "4", "--test-split", "0.3"]
+    for words, tells in (
+        (["data", str(rows), "-m", "nano"], True),
+        (["train", *common, *short, "-o", str(tmp_path / "run"), "--no-preflight"], True),
+        (["profile", *common, "-m", "nano", "-o", str(tmp_path / "profile")], False),
+        (["evaluate", *common, "--adapter", str(run)], False),
+    ):
+        caplog.clear()
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert caplog.text.count("nothing reads id") == tells, words
+
+
+def test_a_held_out_loss_that_is_no_number_is_told(tmp_path: Path):
+    """JSON has none, so the record has null: the command's last words, the card and the report take it."""
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(json.dumps({"prompt": f"say {i}:", "completion": " a"}) + "\n" for i in range(8)))
+    words = f"train -m nano -d {rows} -o {folder} --max-steps 1 --r 4 --test-split 0.3 --no-preflight".split()
+    assert CliRunner().invoke(app, words).exit_code == 0
+    record = read_record(folder)
+    record["training"]["test_loss"] = math.nan
+    write_record(folder, record)
+    assert read_record(folder)["training"]["test_loss"] is None
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.output
+    assert "→ not a finite number (null in run.json)" in again.output
+    assert "not a finite number (null in run.json), " in (folder / "adapter" / "README.md").read_text()
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    assert "Run(" in repr(hotlora.Run(folder))

@@ -7,6 +7,7 @@ import typer
 
 from .. import api
 from ..base.options import ALIASES
+from ..report.text import loss_word, shown
 from ..runs.methods import METHODS, PLACEMENTS
 from ..runs.options import RunOptions
 from .options import options_of, out
@@ -89,7 +90,8 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
             which = "" if is_text else "response "
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["loss_ci"])
             out.print(
-                f"  loss {result['loss']:.4f} (95% {low} to {high}), perplexity {result['perplexity']:.3g}, "
+                f"  loss {loss_word(result['loss'])} (95% {low} to {high}), perplexity "
+                f"{shown(result['perplexity'], '.3g')}, "
                 f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} {which}tokens",
             )  # fmt: skip
         if "rouge_l" in result:
@@ -120,8 +122,8 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         loss = training["best_eval_loss"]
         out.print(f"kept: the weights after step {training['best_step']}, held-out loss {loss:.4f}")
     if "test_loss" in training:
-        before = f"{training['test_loss_before']:.4f} → " if "test_loss_before" in training else ""
-        out.print(f"held-out response loss {before}{training['test_loss']:.4f}")
+        before = f"{loss_word(training['test_loss_before'])} → " if "test_loss_before" in training else ""
+        out.print(f"held-out response loss {before}{loss_word(training['test_loss'])}")
     print_evaluation(record, output)
     for name, what in (
         ("adapter", "adapter"),

@@ -81,7 +81,8 @@ def run_evaluation(
         rouge_scorer()  # before anything takes long
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
-    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
+    reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
+    test = load_examples(data, "test", limit=options.limit, **reading)
     is_own = task is None
     task = own_task(data, test, tokenizer) if task is None else task
     is_text = task.kind == "text"
@@ -172,10 +173,11 @@ def run_held_out(
     check_sizes(max_length=max_length)
     scored = _Scored(options)
     tokenizer = load_tokenizer(options.model)
+    reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
     if split is None:
-        test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
+        test = load_examples(data, "test", limit=options.limit, **reading)
     else:
-        examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, **options.reading())
+        examples = load_examples(data, "train", limit=limit, **reading)
         test = drawn(held_out(examples, split)[1], options.limit)
     identity = {
         "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,
