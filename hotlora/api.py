@@ -201,7 +201,7 @@ def profile(
         tokenizer = load_tokenizer(chosen.model)
         source = named if named is not _ROWS else str(save_rows(data, Path(temporary) / "data.jsonl"))
         read = {"tokenizer": tokenizer, **chosen.reading()}
-        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, **read)
+        examples = load_examples(source, "train", limit=chosen.limit, seed=chosen.seed, tell_unread=False, **read)
         dataset = tokenize(examples, tokenizer, chosen.max_length, vocab_size=vocab_size(chosen.model))
         base = load_base(chosen.model, **chosen.loading())
         result = profile_data(
@@ -251,7 +251,8 @@ def evaluate(
     Returns:
         what the record holds of it: `task`, `metric`, `accuracy`, `correct`, `n`, `ci_low` and `ci_high` (Wilson's 95%
         interval) and `seconds`; of own rows also `loss` (nats a token), `perplexity`, `token_accuracy` and, if asked
-        for, `rouge_l`, each with its 95% interval (`loss_ci`, …), and `tokens`. With `output` the paths `results` and
+        for, `rouge_l`, each with its 95% interval (`loss_ci`, …), and `tokens`; of rows of text the metric is token
+        accuracy. With `output` the paths `results` and
         `losses`: JSON lines, one an example.
 
     Raises:

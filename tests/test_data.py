@@ -85,6 +85,18 @@ def test_every_row_format(tmp_path: Path):
         (f'{{"prompt": "a", "completion": {"1" * 5000}}}', r"line 1 is not valid JSON \(a number of more than 4,300"),
         (f'[{{"a": 1}},\n{{"a": {"1" * 5000}}}]', r"line 2 is not valid JSON \(a number of more than 4,300 digits"),
         ("{}", r"line 1: has no fields"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "c", "completion": "b"}',
+            r"rows\.jsonl line 2: the key 'prompt' is given twice in one object: give it once",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}',
+            r"line 1: the key 'content' is given twice",
+        ),
+        (
+            '[{"prompt": "]", "completion": "{"},\n {"prompt": "a", "completion": "b", "completion": "c"}]',
+            r"rows\.jsonl row 2: the key 'completion' is given twice",
+        ),
     ],
 )
 def test_broken_files_say_where(tmp_path: Path, text: str, message: str):

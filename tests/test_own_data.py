@@ -20,7 +20,7 @@ from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError
 from hotlora.base.records import find_records, new_record, read_record, write_record
 from hotlora.cli.main import app
 from hotlora.evaluation.rouge import rouge_each, rouge_l
-from hotlora.evaluation.score import response_scores
+from hotlora.evaluation.score import RowLoss, response_scores
 from hotlora.evaluation.stats import mean_interval, ratio_interval
 from hotlora.report.tables import read_sections, section_tables
 from hotlora.tasks import Example
@@ -47,7 +47,8 @@ def run(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_scores_equal_a_forward_by_hand(rows: str):
     model, tokenizer = hotlora.load("nano")
     data = tokenize(load_examples(rows), tokenizer, 512)
-    found = response_scores(model, tokenizer, data, batch_size=5)
+    each: list[RowLoss] = []
+    found = response_scores(model, tokenizer, data, batch_size=5, rows=each)
     losses, right, counts = [], [], []
     for row in data:
         ids, mask = torch.tensor([row["input_ids"]]), torch.tensor(row["completion_mask"])[1:].bool()
@@ -57,6 +58,8 @@ def test_scores_equal_a_forward_by_hand(rows: str):
         losses.append(float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum")))
         right.append(int((logits.argmax(-1) == labels).sum()))
         counts.append(len(labels))
+    assert [(row.tokens, row.right) for row in each] == list(zip(counts, right, strict=True)), "each at its place"
+    assert [row.loss for row in each] == pytest.approx(losses, rel=1e-4)
     assert found["tokens"] == sum(counts)
     assert found["loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / sum(counts)), rel=1e-4)
@@ -272,8 +275,51 @@ def test_a_row_without_an_answer_is_named():
     tokenizer = byte_tokenizer()
     with pytest.raises(DataError, match="row 2 has no completion"):
         own_task("x.jsonl", [Example("a", "b"), Example("a", " ")], tokenizer)
-    with pytest.raises(DataError, match="row 1 has no prompt"):
-        own_task("x.jsonl", [Example("", "b")], tokenizer)
+    with pytest.raises(DataError, match="row 2 has no prompt"):
+        own_task("x.jsonl", [Example("a", "b"), Example("", "b")], tokenizer)
+
+
+def test_texts_have_a_loss_over_all_of_their_tokens(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They have no answer that could be right: loss, perplexity and token accuracy, in every command."""
+    texts = ["say a: a", "say b: bb", "say a: aaa", "Ann has 4 apples and buys 3."]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, words in (("tuned", ["--adapter", str(run)]), ("base", ["--model", "nano"])):
+        done = CliRunner().invoke(app, ["evaluate", "--data", str(file), *words, "-o", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        assert "texts: 4 texts" in done.output and "perplexity" in done.output and ", 31 tokens" in done.output
+        assert "every example: " in done.output and "losses.jsonl" in done.output
+    found = hotlora.evaluate(run, file, tmp_path / "tuned", progress=False)
+    model, tokenizer = hotlora.load(run)
+    losses, right, counts = [], [], []
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].double()
+        losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")))
+        right.append(int((logits.argmax(-1) == ids[0, 1:]).sum()))
+        counts.append(ids.shape[1] - 1)
+    assert (found["metric"], found["n"], found["tokens"]) == ("token_accuracy", 4, sum(counts))
+    assert found["loss"] == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+    assert found["loss_ci"] == pytest.approx(ratio_interval(losses, counts), rel=1e-4)
+    assert found["accuracy"] == found["token_accuracy"] == sum(right) / sum(counts)
+    assert [found["ci_low"], found["ci_high"]] == found["token_accuracy_ci"] and "results" not in found
+    kept = [json.loads(line) for line in Path(found["losses"]).read_text().splitlines()]
+    assert [row["tokens"] for row in sorted(kept, key=lambda row: row["index"])] == counts
+    paired = hotlora.compare_examples(tmp_path / "tuned", tmp_path / "base")
+    assert [task.task for task in paired.tasks] == ["texts, loss", "texts, token accuracy"]
+    page = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert page.exit_code == 0 and f"{100 * found['accuracy']:.1f}" in page.output
+    one = hotlora.evaluate(run, [{"text": texts[3]}], progress=False)
+    assert one["loss_ci"] == one["token_accuracy_ci"] == [None, None] and one["ci_low"] is None
+    monkeypatch.setattr("hotlora.runs.evaluation.rouge_scorer", lambda: None)  # whether it is installed or not
+    for options, told in (
+        ({"rouge": True}, "ROUGE-L is of answers, and data has texts alone: leave --rouge out"),
+        ({"samples": 2, "temperature": 1.0}, "data has texts alone, to which nothing is answered: leave --engine and"),
+        ({"engine": "vllm"}, "data has texts alone|vllm"),
+    ):
+        with pytest.raises(HotLoraError, match=told):
+            hotlora.evaluate(run, [{"text": text} for text in texts], progress=False, **options)
 
 
 TURNS = [
@@ -351,3 +397,40 @@ def test_runs_on_own_rows_are_compared_row_by_row(tmp_path: Path):
     assert loss["difference"] == pytest.approx(differences.sum() / tokens.sum()) and loss["verdict"] == "differs"
     table = CliRunner().invoke(app, ["compare", str(tmp_path / "slow"), str(tmp_path / "fast")])
     assert table.exit_code == 0 and "loss, nats a token" in table.output
+
+
+def test_columns_that_nothing_reads_are_told_by_data_and_train_alone(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = tmp_path / "rows.jsonl"
+    line = {"prompt": "say a:", "completion": " a", "id": 7}
+    rows.write_text("".join(json.dumps(line | {"prompt": f"say {i}:"}) + "\n" for i in range(8)))
+    common, short = ["--data", str(rows)], ["-m", "nano", "--max-steps", "1", "--r", "4", "--test-split", "0.3"]
+    for words, tells in (
+        (["data", str(rows), "-m", "nano"], True),
+        (["train", *common, *short, "-o", str(tmp_path / "run"), "--no-preflight"], True),
+        (["profile", *common, "-m", "nano", "-o", str(tmp_path / "profile")], False),
+        (["evaluate", *common, "--adapter", str(run)], False),
+    ):
+        caplog.clear()
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert caplog.text.count("nothing reads id") == tells, words
+
+
+def test_a_held_out_loss_that_is_no_number_is_told(tmp_path: Path):
+    """JSON has none, so the record has null: the command's last words, the card and the report take it."""
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(json.dumps({"prompt": f"say {i}:", "completion": " a"}) + "\n" for i in range(8)))
+    words = f"train -m nano -d {rows} -o {folder} --max-steps 1 --r 4 --test-split 0.3 --no-preflight".split()
+    assert CliRunner().invoke(app, words).exit_code == 0
+    record = read_record(folder)
+    record["training"]["test_loss"] = math.nan
+    write_record(folder, record)
+    assert read_record(folder)["training"]["test_loss"] is None
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.output
+    assert "→ not a finite number (null in run.json)" in again.output
+    assert "not a finite number (null in run.json), " in (folder / "adapter" / "README.md").read_text()
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    assert "Run(" in repr(hotlora.Run(folder))

@@ -174,7 +174,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        obj = whole_text(json.loads(text, object_pairs_hook=_unique), text)
+        obj = whole_text(json.loads(text, object_pairs_hook=unique_keys), text)
     except FileNotFoundError:
         raise FileError(f"{path} does not exist: check the path, or run the step that writes it") from None
     except OSError as error:
@@ -243,12 +243,16 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         raise FileError(f"{path} cannot be read ({error.strerror}): check the path") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An edit by hand that repeats a key would silently lose the first one."""
+class RepeatedKeyError(ValueError):
+    """An object in JSON has a key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as `object_pairs_hook`: of a key that is repeated Python would keep the last value."""
     obj = dict(pairs)
     if len(obj) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        raise RepeatedKeyError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
     return obj
 
 

@@ -7,6 +7,7 @@ import typer
 
 from .. import api
 from ..base.options import ALIASES
+from ..report.text import loss_word, shown
 from ..runs.methods import METHODS, PLACEMENTS
 from ..runs.options import RunOptions
 from .options import options_of, out
@@ -77,15 +78,21 @@ def push(
 
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
     for task, result in (record.get("evaluation") or {}).items():
-        out.print(
-            f"{task}: {result['metric']} {result['accuracy']:.1%} "
-            f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
-        )
+        is_text = result["metric"] == "token_accuracy"
+        if is_text:
+            out.print(f"{task}: {result['n']:,} texts")
+        else:
+            out.print(
+                f"{task}: {result['metric']} {result['accuracy']:.1%} "
+                f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
+            )
         if "loss" in result:
+            which = "" if is_text else "response "
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["loss_ci"])
             out.print(
-                f"  loss {result['loss']:.4f} (95% {low} to {high}), perplexity {result['perplexity']:.3g}, "
-                f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} response tokens",
+                f"  loss {loss_word(result['loss'])} (95% {low} to {high}), perplexity "
+                f"{shown(result['perplexity'], '.3g')}, "
+                f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} {which}tokens",
             )  # fmt: skip
         if "rouge_l" in result:
             low, high = (f"{end:.4f}" if end is not None else "?" for end in result["rouge_l_ci"])
@@ -94,7 +101,7 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
         if passes:
             out.print(f"  {', '.join(passes)}")
         if output is not None:
-            out.print(f"  every example: {output / result['results']}")
+            out.print(f"  every example: {output / result.get('results', result.get('losses'))}")
 
 
 def print_run(record: dict[str, Any], output: Path) -> None:
@@ -115,8 +122,8 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         loss = training["best_eval_loss"]
         out.print(f"kept: the weights after step {training['best_step']}, held-out loss {loss:.4f}")
     if "test_loss" in training:
-        before = f"{training['test_loss_before']:.4f} → " if "test_loss_before" in training else ""
-        out.print(f"held-out response loss {before}{training['test_loss']:.4f}")
+        before = f"{loss_word(training['test_loss_before'])} → " if "test_loss_before" in training else ""
+        out.print(f"held-out response loss {before}{loss_word(training['test_loss'])}")
     print_evaluation(record, output)
     for name, what in (
         ("adapter", "adapter"),

@@ -22,7 +22,7 @@ from ..base.processes import all_objects, device_of, num_processes, rank, shared
 from ..base.records import read_results
 from ..hf.forward import inference, logits_at
 from ..tasks import Example, Task
-from ..tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, pad
+from ..tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, longest_first, pad
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, track
 from .stats import pass_at_k, proportion_interval, ratio_interval
 
@@ -334,7 +334,7 @@ def response_loss(
 ) -> float:
     """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once.
 
-    rows: gets what each row came to, in their order.
+    rows: gets what each row of `dataset` came to, in its order.
 
     share_out: for several processes, all of which call this with the same data: each takes its share, and gets the
     mean of all.
@@ -356,7 +356,9 @@ def response_loss(
     if not num_tokens:
         raise DataError("The data has no response tokens, so it has no loss; check its completions.")
     if rows is not None:
-        rows.extend(row for *_, each in found for row in each)
+        read = [row for *_, each in found for row in each]
+        by_place = dict(zip(longest_first(dataset), read, strict=True))
+        rows.extend(by_place[place] for place in range(len(read)))
     return total / num_tokens
 
 

@@ -17,6 +17,7 @@ from ..base.records import Record, read_record
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .figures import heat_map
+from .text import loss_word
 
 PICTURE = "experts.png"
 _ADAPTER = (
@@ -205,8 +206,8 @@ def _results(record: Record) -> str:
         score = f"{100 * found['accuracy']:.1f}% [{low:.1f} to {high:.1f}]"
         rows.append((f"{markdown(task)}, {found['metric']} on {found['n']:,} examples", score))
     if "test_loss" in training:
-        before = f", {training['test_loss_before']:.4f} before" if "test_loss_before" in training else ""
-        rows.append(("held-out response loss, nats a token", f"{training['test_loss']:.4f}{before}"))
+        before = f", {loss_word(training['test_loss_before'])} before" if "test_loss_before" in training else ""
+        rows.append(("held-out response loss, nats a token", f"{loss_word(training['test_loss'])}{before}"))
     if not rows:
         return "It was not evaluated."
     note = "\n\nThe brackets are 95% intervals over test examples." if record.get("evaluation") else ""

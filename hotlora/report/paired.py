@@ -111,6 +111,8 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
     tasks: list[PairedTask] = []
     for task in common:
         results = [own[task] for own in scored]
+        if all(result["metric"] == "token_accuracy" for result in results):
+            continue  # of texts: `losses` has them
         rows = [_rows(folder, task, result) for folder, result in zip(folders, results, strict=True)]
         tasks.append(_paired(task, folders, results, rows))
         has_rouge = [all("rouge_l" in row for row in own.values()) for own in rows]

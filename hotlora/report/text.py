@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..base import escape
@@ -14,6 +15,12 @@ NONE = "–"
 def shown(value: float | None, form: str) -> str:
     """A number in a format such as ".2f"."""
     return NONE if value is None else format(value, form)
+
+
+def loss_word(loss: float | None) -> str:
+    """A loss as runs tell it; a record has null for one that was no finite number."""
+    is_number = loss is not None and math.isfinite(loss)
+    return f"{loss:.4f}" if is_number else "not a finite number (null in run.json)"
 
 
 def p_word(p: float | None) -> str:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ def run_evaluation(
     progress: bool = False,
 ) -> tuple[Record, Evaluation | None]:
     """Scores a model, or a model with a saved adapter, on a task's test split, or on people's own rows: those by exact
-    match of the greedy answer, and by loss, perplexity and token accuracy.
+    match of the greedy answer, and by loss, perplexity and token accuracy; rows of text alone by these three.
 
     An evaluation that was stopped goes on: each example's result is in `output` as soon as it is there.
 
@@ -65,7 +66,7 @@ def run_evaluation(
         rouge: of own rows ROUGE-L, too.
 
     Returns:
-        the record, and the evaluation; None in its place where `output` held the same one, done.
+        the record, and the evaluation; None in its place where `output` held the same one, done, and of texts.
 
     Raises:
         DataError: a row has no answer, so nothing says what a right one is.
@@ -80,9 +81,13 @@ def run_evaluation(
         rouge_scorer()  # before anything takes long
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
-    test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
+    reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
+    test = load_examples(data, "test", limit=options.limit, **reading)
     is_own = task is None
     task = own_task(data, test, tokenizer) if task is None else task
+    is_text = task.kind == "text"
+    if is_text:
+        _check_texts(task, rouge, sampling, engine)
     identity = {
         "model": options.model, "data": data, "test_hash": data_hash(test), **scored.identity(),
         "eval_batch_size": options.batch_size,
@@ -102,6 +107,7 @@ def run_evaluation(
         return done, None
     record = scored.record(identity, {"name": data, "hash": identity["test_hash"], "train": 0, "test": len(test)})
     with recorded(record, folder):
+        started = time.perf_counter()
         if engine == "vllm":
             evaluation = _by_vllm(options, tokenizer, task, test, sampling, results, progress)
         else:
@@ -113,6 +119,10 @@ def run_evaluation(
                     model, tokenizer, rows, batch_size=options.batch_size, progress=progress, rows=each
                 )
                 found |= {"losses": write_losses(folder, test, rows, each)} if folder is not None else {}
+            if is_text:
+                seconds = round(time.perf_counter() - started, 3)
+                record["evaluation"] = {task.name: _of_texts(found, len(test), seconds) | found}
+                return record, None
             evaluation = evaluate_task(
                 model, tokenizer, task, test,
                 batch_size=options.batch_size, sampling=sampling, results=results, progress=progress,
@@ -126,6 +136,25 @@ def run_evaluation(
         record["evaluation"] = save_evaluation(evaluation, folder)
         record["evaluation"][task.name] |= found
     return record, evaluation
+
+
+def _check_texts(task: Task, rouge: bool, sampling: Sampling, engine: str) -> None:
+    if rouge:
+        raise HotLoraError(f"ROUGE-L is of answers, and {task.name} has texts alone: leave --rouge out.")
+    if sampling != GREEDY or engine != "transformers":
+        raise HotLoraError(
+            f"{task.name} has texts alone, to which nothing is answered: leave --engine and the options of sampling "
+            "out."
+        )
+
+
+def _of_texts(found: Mapping[str, Any], n: int, seconds: float) -> dict[str, Any]:
+    """An evaluation's numbers of texts, which are scored by their tokens."""
+    share, (low, high) = found["token_accuracy"], found["token_accuracy_ci"]
+    return {
+        "metric": "token_accuracy", "accuracy": share, "n": n, "correct": share * n, "ci_low": low, "ci_high": high,
+        "seconds": seconds,
+    }  # fmt: skip
 
 
 def run_held_out(
@@ -144,10 +173,11 @@ def run_held_out(
     check_sizes(max_length=max_length)
     scored = _Scored(options)
     tokenizer = load_tokenizer(options.model)
+    reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
     if split is None:
-        test = load_examples(data, "test", limit=options.limit, tokenizer=tokenizer, **options.reading())
+        test = load_examples(data, "test", limit=options.limit, **reading)
     else:
-        examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, **options.reading())
+        examples = load_examples(data, "train", limit=limit, **reading)
         test = drawn(held_out(examples, split)[1], options.limit)
     identity = {
         "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,

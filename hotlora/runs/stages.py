@@ -105,7 +105,7 @@ def _warm_up(
     model, data = options.model, options.data
     tokenizer = load_tokenizer(model)
     read = {"tokenizer": tokenizer, **options.reading()}
-    examples = load_examples(data, "train", limit=options.limit, **read)
+    examples = load_examples(data, "train", limit=options.limit, tell=False, **read)  # the training tells
     number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
     warming = replace(
@@ -117,7 +117,7 @@ def _warm_up(
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip
     run_training(warming, output, progress=progress, begin=begin)
-    some = load_examples(data, "train", limit=number, now=data_time(output), **read)
+    some = load_examples(data, "train", limit=number, now=data_time(output), tell=False, **read)
     some = some if options.test_split is None else held_out(some, options.test_split)[0]
     if not file.is_file():
         warmed = profile_data(

@@ -68,7 +68,7 @@ def run_study(
         # All data is read before the model runs: a wrong name or row is told at once.
         for source in made:
             rows[source] = load_examples(
-                source, "train", limit=limit, seed=seed, tokenizer=tokenizer, **(reading or {})
+                source, "train", limit=limit, seed=seed, tokenizer=tokenizer, tell_unread=False, **(reading or {})
             )
             datasets[source] = tokenize(rows[source], tokenizer, max_length, vocab_size=vocab_size(model))
         base = load_model(

@@ -79,7 +79,7 @@ def make_profile(
     watching = Watching(profile_until, saliency=saliency)
     tokenizer = load_tokenizer(model)
     examples = profile_sample(
-        load_examples(data, "train", limit=limit, tokenizer=tokenizer, **reading), profile_fraction
+        load_examples(data, "train", limit=limit, tokenizer=tokenizer, tell_unread=False, **reading), profile_fraction
     )
     wanted = {"data_hash": data_hash(examples), **template_source(tokenizer, examples)}
     try:

@@ -44,6 +44,7 @@ def load_examples(
     columns: str | None = None,
     apply_chat_template: bool | None = None,
     tell: bool = True,
+    tell_unread: bool = True,
 ) -> Sequence[Example]:
     """The examples of a split of a task, of local files, or of a data set on the Hub.
 
@@ -64,7 +65,7 @@ def load_examples(
         columns: the rows' own names of the formats' fields, `prompt=question,completion=answer`.
         apply_chat_template: whether the chat template writes the rows. None: where they are conversations, or Alpaca's,
             and the tokenizer has one; texts of prompt and completion stay as they are.
-        tell: log what of the rows nothing reads, and what else is worth to know.
+        tell, tell_unread: log what is worth to know of the rows; what of them nothing reads, too.
 
     Returns:
         A task's as a list; people's own rows in a temporary file, however many: each is read when it is asked for.
@@ -93,7 +94,7 @@ def load_examples(
         )  # fmt: skip
         examples = StoredExamples.write(_trained(reader.example(row), train_on) for row in _rows(source, split))
         if tell:
-            reader.tell(source)
+            reader.tell(source, tell_unread)
     return drawn(examples, limit, seed)
 
 
@@ -226,9 +227,9 @@ class _Reader:
                 return Example("", found.completion, text=found.completion, spans=whole, place=row.place)
         return Example(found.prompt, found.completion, place=row.place)
 
-    def tell(self, source: str) -> None:
+    def tell(self, source: str, unread: bool) -> None:
         """One line for each thing that a user should know."""
-        if self.unread:
+        if self.unread and unread:
             _log.warning("%s: nothing reads %s", source, ", ".join(sorted(self.unread)))
         for note, place in self.notes.items():
             _log.warning("%s: %s (told once)", place, note)

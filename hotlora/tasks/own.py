@@ -13,7 +13,11 @@ _ROOM = 16  # tokens that an answer may be longer than the longest completion
 
 
 def own_task(data: str, examples: Sequence[Example], tokenizer: Any) -> Task:
-    """The task that these rows are. DataError: a row without a prompt or completion, which cannot be answered."""
+    """The task that these rows are; of texts alone one of kind "text". DataError: a row without a prompt or completion,
+    which cannot be answered."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(data.rstrip("/")).stem).strip("-.") or "rows"
+    if not any(example.prompt.strip() for example in examples):
+        return Task(name, "text", "token_accuracy", lambda *_: list(examples), splits=("test",))
     longest = 0
     for number, example in enumerate(examples, 1):
         if not example.prompt.strip() or not example.completion.strip():
@@ -28,5 +32,4 @@ def own_task(data: str, examples: Sequence[Example], tokenizer: Any) -> Task:
         ids = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
         return text.strip() == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(data.rstrip("/")).stem).strip("-.") or "rows"
     return Task(name, "generate", "exact_match", lambda *_: list(examples), is_same, longest + _ROOM, splits=("test",))

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -11,12 +12,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..base.errors import DataError
-from ..base.files import JSON_ERRORS, atomic_path, half_character, sha256_file, visible_files
+from ..base.files import (
+    JSON_ERRORS,
+    RepeatedKeyError,
+    atomic_path,
+    half_character,
+    sha256_file,
+    unique_keys,
+    visible_files,
+)
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 _SPLITS = {
@@ -30,6 +38,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _log = logging.getLogger(__name__)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, or a whole one
 _LONG = re.compile(r"\d{4301}")
+_decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
 _HUB_ERRORS = (OSError, ValueError, KeyError)  # no network, no such data set or split, no such configuration
 
 
@@ -188,7 +197,9 @@ def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                row = Row(f"{path} line {number}", json.loads(line.rstrip("\r\n")))
+                row = Row(f"{path} line {number}", _decoder.decode(line.rstrip("\r\n")))
+            except RepeatedKeyError as error:
+                raise DataError(f"{path} line {number}: {error} in one object: give it once.") from error
             except JSON_ERRORS as error:
                 raise DataError(
                     f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
@@ -200,7 +211,9 @@ def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
 
 def _parse_list(path: Path, text: str) -> Iterator[Row]:
     try:
-        values = json.loads(text)
+        values = _decoder.decode(text)
+    except RepeatedKeyError as error:
+        raise DataError(f"{path} row {_first_refused(text)}: {error} in one object: give it once.") from error
     except JSON_ERRORS as error:
         long = _LONG.search(text)
         at = error.lineno if isinstance(error, json.JSONDecodeError) else long and text.count("\n", 0, long.start()) + 1
@@ -209,6 +222,20 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
     if _SURROGATE.search(text):
         check_characters(rows)
     yield from rows
+
+
+def _first_refused(text: str) -> int:
+    """The number of the first row, in the text of a list, that has a key twice."""
+    place = text.index("[") + 1
+    number = 1
+    while True:
+        while text[place] in " \t\r\n,":
+            place += 1
+        try:
+            _, place = _decoder.raw_decode(text, place)
+        except RepeatedKeyError:
+            return number
+        number += 1
 
 
 def _why(error: Exception) -> str:
@@ -272,7 +299,7 @@ def _hub_split(name: str, config: str | None, split: str, part: str) -> Iterable
         if not (prepared / "dataset_info.json").is_file():
             start, stop = int(found[1] or 0), int(found[2])
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
-            return islice(rows.skip(start), max(stop - start, 0))  # `take` would look for one row more
+            return itertools.islice(rows.skip(start), max(stop - start, 0))  # `take` would look for one row more
     return datasets.load_dataset(name, config, split=split + part)
 
 

@@ -256,6 +256,12 @@ def _ends(
     return ends
 
 
+def longest_first(dataset: Dataset) -> list[int]:
+    """The places of its rows, in the order in which `batches` has them."""
+    lengths = token_lengths(dataset)
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])  # a stable sort: the same order every time
+
+
 def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of similar length, padded on the right, the longest first.
 
@@ -265,8 +271,7 @@ def batches(dataset: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[
     """
     if batch_size < 1:
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
-    lengths = token_lengths(dataset)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # a stable sort: the same order every time
+    order = longest_first(dataset)
     for start in range(0, len(order), batch_size):
         rows = dataset[order[start : start + batch_size]]
         ids = [torch.tensor(row) for row in rows["input_ids"]]
