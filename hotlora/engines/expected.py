@@ -4,7 +4,7 @@ Shape suffixes: P texts, S tokens of a text, C tokens asked for, R rows of a bat
 top-k, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ ASKED = 12
 """C: the text's own next token, and those that the adapted model finds likeliest."""
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**28
+SCALES = (0.5, 2.0)
+"""Of the whole adapter. With none of it and all of it they show what any scale would do."""
 _ALL, _NONE = -2, -3
 """In the place of an expert that is left out."""
 
@@ -38,6 +40,8 @@ class Effects:
     groups: dict[int | str, Tensor]
     """The same of all updates of a kind, "experts", "attention", "router" or "shared experts", and of the experts of a
     layer, by its number: float64 [P, S - 1, C]."""
+    scaled: dict[float, Tensor]
+    """The same of the whole adapter at so many times its scale."""
 
 
 def tokens_asked(model: nn.Module, texts_PS: Tensor) -> Tensor:
@@ -63,9 +67,10 @@ def _logits(model: nn.Module, texts_PS: Tensor) -> Tensor:
 
 
 def effects(
-    model: nn.Module, texts_PS: Tensor, tokens_PSC: Tensor, whole_PSC: Tensor, uses: Tensor, parts: Sequence[Part]
-) -> Effects:
-    """Of each of `parts`, of each layer's experts, and of what else is adapted, by kind.
+    model: nn.Module, texts_PS: Tensor, tokens_PSC: Tensor, whole_PSC: Tensor, uses: Tensor, parts: Sequence[Part],
+    kinds: Mapping[str, Sequence[Any]],
+) -> Effects:  # fmt: skip
+    """Of each of `parts`, of each layer's experts, and of each of `kinds`, as `kinds_of` has them.
 
     Each expert is left out in a row of its own for each text that reaches it, many rows in one forward.
 
@@ -89,10 +94,14 @@ def effects(
                 groups[layer][text] = without - whole_PSC[text]
             else:
                 experts[layer, expert][text] = without - whole_PSC[text]
-    for kind, modules in kinds_of(model).items():
-        with without_update(modules):
+    for kind, modules in kinds.items():
+        with at_scale(modules, 0):
             groups[kind] = log_probs(model, texts_PS, tokens_PSC) - whole_PSC
-    return Effects(experts, groups)
+    scaled: dict[float, Tensor] = {}
+    for factor in SCALES:
+        with at_scale([module for modules in kinds.values() for module in modules], factor):
+            scaled[factor] = log_probs(model, texts_PS, tokens_PSC) - whole_PSC
+    return Effects(experts, groups, scaled)
 
 
 @contextmanager
@@ -151,12 +160,12 @@ def kinds_of(model: nn.Module) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def without_update(layers: Sequence[Any]) -> Iterator[None]:
-    """Inside, the adapters of these layers add nothing."""
+def at_scale(layers: Sequence[Any], factor: float) -> Iterator[None]:
+    """Inside, the adapters of these layers add so many times what they do."""
     kept = [dict(layer.scaling) for layer in layers]
     try:
-        for layer in layers:
-            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update({name: factor * value for name, value in scaling.items()})
         yield
     finally:
         for layer, scaling in zip(layers, kept, strict=True):

@@ -3,8 +3,9 @@
 Shape suffixes: P texts, S tokens of a text, L MoE layers, K router's top-k.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ Part = tuple[int, int]
 
 
 def random_texts(model: Any, name_or_path: str, seed: int = 0) -> Tensor:
-    """int64 `[DRAWN, S]`: tokens that the tokenizer has for text, each as likely; without it, of the whole vocabulary."""
+    """int64 `[DRAWN, S]`: drawn from the tokenizer's tokens for text; without one, from the whole vocabulary."""
     ids = _ordinary_tokens(model.config, name_or_path)
     draws = torch.randint(len(ids), (DRAWN, LENGTH), generator=torch.Generator().manual_seed(seed))
     return ids[draws]
@@ -73,6 +74,8 @@ def _kept(seen: list[Tensor], shape: torch.Size) -> Any:
 
 def uses_of(routes: dict[int, Tensor], parts: Collection[Part]) -> Tensor:
     """int64 `[P, len(parts)]`: positions that each text sends to each expert. The last one predicts nothing here."""
+    if not parts:
+        return torch.zeros(len(next(iter(routes.values()))), 0, dtype=torch.int64)
     return torch.stack([(routes[layer][:, :-1] == expert).any(-1).sum(1) for layer, expert in parts], dim=1)
 
 
@@ -95,9 +98,9 @@ def chosen(uses: Tensor, least: int = 2) -> list[int]:
     return sorted(picked)
 
 
-def given_texts(rows: Sequence[Sequence[int]]) -> Tensor:
-    """int64 `[P, S]`: the first S tokens of each of the rows that have as many. HotLoraError: none has."""
-    long_enough = [list(row[:LENGTH]) for row in rows if len(row) >= LENGTH][:DRAWN]
-    if not long_enough:
-        raise HotLoraError(f"no row of the data has {LENGTH} tokens: give longer ones, or leave --data out.")
-    return torch.tensor(long_enough)
+def given_texts(rows: Iterable[Sequence[int]]) -> Tensor:
+    """int64 `[P, S]`, P at most DRAWN: the rows' tokens one after another. HotLoraError: fewer than S."""
+    ids = list(islice((token for row in rows for token in row), DRAWN * LENGTH))
+    if len(ids) < LENGTH:
+        raise HotLoraError(f"the data has {len(ids)} tokens: give {LENGTH} or more, or leave --data out.")
+    return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
