@@ -37,17 +37,19 @@ def random_texts(model: Any, name_or_path: str, seed: int = 0) -> Tensor:
 
 
 def _ordinary_tokens(config: Any, name_or_path: str) -> Tensor:
-    text, special = config.get_text_config(), set()
+    text = config.get_text_config()
     try:
         tokenizer = load_tokenizer(name_or_path)
-        size = min(len(tokenizer), text.vocab_size)
-        special |= set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    except ModelError:  # tokens of images and the like are named in the config
-        size = text.vocab_size
-        for values in (config.to_dict(), text.to_dict()):
-            named = (value for name, value in values.items() if name.endswith(("token_id", "token_index")))
-            special |= {i for value in named for i in (value if isinstance(value, list) else [value])}
-    return torch.tensor([i for i in range(size) if i not in special])
+        special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        ids = [i for i in range(min(len(tokenizer), text.vocab_size)) if i not in special]
+    except ModelError:
+        ids = []
+    if not ids:  # none there, or an empty one, as transformers makes of a folder without; configs name special tokens
+        named = [item for part in (config, text) for item in part.to_dict().items()]
+        named = [value for name, value in named if name.endswith(("token_id", "token_index"))]
+        special = {i for value in named for i in (value if isinstance(value, list) else [value])}
+        ids = [i for i in range(text.vocab_size) if i not in special]
+    return torch.tensor(ids)
 
 
 def routes_of(model: nn.Module, texts_PS: Tensor) -> dict[int, Tensor]:
