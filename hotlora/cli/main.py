@@ -26,6 +26,7 @@ from .profile import profile
 from .sweep import sweep
 from .talk import chat, generate
 from .train import print_evaluation, push, train
+from .verify import verify
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -284,6 +285,9 @@ def export(
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}")
     _tell_of_quantization(adapter)
+
+
+app.command()(verify)
 
 
 def _noted(path: Path, model: str | None) -> tuple[str, Path]:

@@ -1,8 +1,9 @@
 """What the engines' runner files share.
 
 `ENGINE_runner.py` runs as a script in the engine's own environment, which may have other versions of everything
-(Python 3.10 or newer). It imports the engine, this file and the standard library, never hotlora. It loads base and export as the engine's users
-do, and says what log-probabilities the engine gives to some tokens after each position of some texts:
+(Python 3.10 or newer). It imports the engine, this file and the standard library, never hotlora. It loads base and
+export as the engine's users do, and says what log-probabilities the engine gives to some tokens after each position of
+some texts:
 
     python ENGINE_runner.py                       # {"versions": {"vllm": "0.33.0"}, "missing": []} on stdout
     python ENGINE_runner.py request.json answer.json
