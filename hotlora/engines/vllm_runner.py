@@ -71,6 +71,17 @@ def stand_in() -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
+    from vllm.model_executor.layers.activation import SwigluOAIAndMul
+
+    activation = triton_moe.TritonExperts.activation
+
+    def activated(self: Any, kind: Any, output: Any, rows: Any, **more: Any) -> None:
+        if kind.name == "SWIGLUOAI":  # gpt_oss's, of which only kernels of a GPU are there
+            output.copy_(SwigluOAIAndMul.forward_native(SimpleNamespace(alpha=1.702, limit=7.0), rows))
+        else:
+            activation(self, kind, output, rows, **more)
+
+    triton_moe.TritonExperts.activation = activated
     triton_moe.tl = SimpleNamespace(float32=None, bfloat16=None, float16=None)  # the names of Triton's dtypes
     triton_moe._prepare_expert_assignment = lambda topk_ids, *_, **__: (topk_ids, topk_ids, topk_ids)
     triton_moe.invoke_fused_moe_triton_kernel = experts_product
