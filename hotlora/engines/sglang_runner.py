@@ -55,7 +55,7 @@ def score(engine: Any, request: Request, adapter: str | None = None) -> LogProbs
         asked = sorted({token for some in tokens for token in some})
         output = engine.generate(
             input_ids=[text], sampling_params={"max_new_tokens": 1, "temperature": 0}, return_logprob=[True],
-            logprob_start_len=[0], token_ids_logprob=[asked], lora_path=[adapter],
+            logprob_start_len=[0], token_ids_logprob=[asked], lora_path=[adapter] if adapter else None,
         )[0]  # fmt: skip
         rows = output["meta_info"]["input_token_ids_logprobs"][1:]
         tables = [{token: value for value, token, *_ in row} for row in rows]
