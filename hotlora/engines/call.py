@@ -31,6 +31,8 @@ class Engine:
 ENGINES = {
     "transformers": Engine("transformers_runner.py", ("merged",), "pip install transformers"),
     "peft": Engine("peft_runner.py", ("peft",), "pip install peft"),
+    "llama.cpp": Engine("llama_cpp_runner.py", ("gguf",), "pip install llama-cpp-python"),
+    "mlx": Engine("mlx_runner.py", ("mlx", "merged"), "pip install mlx-lm"),
 }
 
 
