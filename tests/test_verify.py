@@ -1,6 +1,7 @@
 """`hotlora verify`: what an engine applies of an exported adapter. The engines are plain transformers and plain PEFT, in
 processes of their own; the broken exports are broken on disk."""
 
+import importlib
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.formats.export import export_adapter
 from hotlora.base.errors import FileError, HotLoraError, PlanError
+from hotlora.engines import call as call_module
 from hotlora.engines.call import check_engine
 from hotlora.engines.expected import Effects, at_scale, effects, kinds_of, left_out, log_probs, tokens_asked
 from hotlora.engines.texts import chosen, given_texts, random_texts, routes_of, uses_of
@@ -48,6 +50,19 @@ def folder(tmp_path_factory) -> Path:
     for format in ("peft", "merged"):
         export_adapter(model, where / format, format=format)
     return where
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runner files run in this process, which spares ten seconds of imports each."""
+    monkeypatch.syspath_prepend(Path(call_module.__file__).parent)
+
+    def ask(name, request, python=None):
+        runner = importlib.import_module(call_module.engine_named(name).runner.removesuffix(".py"))
+        answer = runner.probe(request)
+        return torch.tensor(answer.base).double(), torch.tensor(answer.adapted).double(), answer
+
+    monkeypatch.setattr("hotlora.engines.verify.ask", ask)
 
 
 def verified(folder, export=None, **options):
@@ -106,6 +121,7 @@ def zero_expert(tensors, layer, expert):
     B_down[..., expert] = 0
 
 
+@pytest.mark.usefixtures("here")
 def test_one_expert_without_its_factors_is_named(folder, tmp_path):
     found = verified(folder, broken(folder, tmp_path, lambda tensors: zero_expert(tensors, 1, 3)))
     assert found.verdict.applied == "partly" and not found.is_applied
@@ -113,6 +129,7 @@ def test_one_expert_without_its_factors_is_named(folder, tmp_path):
     assert found.verdict.unexplained < 1e-4 < found.verdict.difference
 
 
+@pytest.mark.usefixtures("here")
 def test_a_layer_without_its_factors_is_named(folder, tmp_path):
     def change(tensors):
         for expert in EXPERTS:
@@ -124,6 +141,7 @@ def test_a_layer_without_its_factors_is_named(folder, tmp_path):
     assert all(statuses(found)[0, expert] == "missing" for expert in EXPERTS)
 
 
+@pytest.mark.usefixtures("here")
 def test_gate_and_up_in_each_others_place_are_not_passed(folder, tmp_path):
     def change(tensors):
         for layer in (0, 1):
@@ -136,6 +154,7 @@ def test_gate_and_up_in_each_others_place_are_not_passed(folder, tmp_path):
     assert statuses(found)["attention"] == "applied"
 
 
+@pytest.mark.usefixtures("here")
 def test_half_the_scale_is_told_as_such(folder, tmp_path):
     out = tmp_path / "half"
     shutil.copytree(folder / "peft", out)
@@ -148,6 +167,7 @@ def test_half_the_scale_is_told_as_such(folder, tmp_path):
     assert set(statuses(found).values()) == {"in part"}
 
 
+@pytest.mark.usefixtures("here")
 def test_an_engine_that_ignores_the_adapter_is_told(folder):
     """The base itself in the merged checkpoint's place."""
     found = verified(folder, folder / "base", engine="transformers")
@@ -156,6 +176,7 @@ def test_an_engine_that_ignores_the_adapter_is_told(folder):
     assert found.verdict.difference == pytest.approx(found.verdict.effect, rel=1e-3)
 
 
+@pytest.mark.usefixtures("here")
 def test_another_base_says_nothing_of_the_adapter(folder, tmp_path):
     other = tiny_model("olmoe", seed=5)
     other.save_pretrained(tmp_path / "other")
@@ -163,6 +184,7 @@ def test_another_base_says_nothing_of_the_adapter(folder, tmp_path):
     assert found.verdict.applied == "base differs" and not found.is_applied
 
 
+@pytest.mark.usefixtures("here")
 def test_the_command_shows_a_table_and_fails_where_a_part_is_missing(folder, tmp_path, call):
     export = broken(folder, tmp_path, lambda tensors: zero_expert(tensors, 1, 3))
     words = ["verify", export, "--adapter", folder / "adapter", "--engine", "peft", "--device", "cpu"]
@@ -233,9 +255,14 @@ def test_an_adapter_or_an_export_for_another_base(folder, monkeypatch, tmp_path)
 
 
 def test_an_engine_that_fails_is_told_with_its_last_words(folder, tmp_path):
-    out = broken(folder, tmp_path, lambda tensors: tensors.popitem())
-    with pytest.raises(HotLoraError, match=r"the engine peft could not load or run .*missing adapter keys"):
-        verified(folder, out)
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+[ $# = 1 ] && exec {sys.executable} "$@"
+echo "a line before" >&2; echo "KeyError: 'experts'" >&2; exit 3
+""")
+    python.chmod(0o755)
+    with pytest.raises(HotLoraError, match=r"the engine peft could not load or run .*: KeyError: 'experts'$"):
+        verified(folder, python=python)
 
 
 # In our own model

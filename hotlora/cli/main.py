@@ -251,7 +251,7 @@ def merge(
 def export(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft or merged.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft, gguf, mlx or merged.")],
     model: _Base = None,
     merge_router: Annotated[
         bool,
@@ -263,15 +263,19 @@ def export(
     ] = False,
     merge_attention: Annotated[
         bool,
-        typer.Option("--merge-attention", help="vllm: MLA's kv_b_proj goes into that base model, too."),
+        typer.Option(
+            "--merge-attention", help="vllm, gguf, mlx: what the engine does not apply of MLA goes there, too."
+        ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
     **given: Any,
 ) -> None:
-    """Write an adapter in the format of a server, or of plain PEFT.
+    """Write an adapter in the format of an engine, or of plain PEFT.
 
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
-    vllm applies no update to MLA's kv_b_proj: --merge-attention.
+    vllm and mlx apply no update to MLA's kv_b_proj, llama.cpp (gguf) to most of MLA: --merge-attention.
+
+    `hotlora verify` loads the export in the engine, and finds out whether it is applied.
     """
     from ..runs.export import export_saved
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..adapter.formats.gguf import GGUF_FILE, check_file
+from ..adapter.formats.mlx import MLX_WEIGHTS_FILE
 from ..adapter.load import CONFIG_FILE, WEIGHTS_FILE
 from ..base.errors import FileError
 from ..base.files import read_json
@@ -20,7 +22,8 @@ class Exported:
     """An export on disk."""
 
     kind: str
-    """merged (a whole checkpoint), peft (a plain PEFT adapter), per-expert (a pair of matrices for each expert)"""
+    """merged (a whole checkpoint), peft (a plain PEFT adapter), per-expert (a pair of matrices for each expert), gguf
+    or mlx"""
     path: Path
     """What the engine loads as the adapter, or the checkpoint."""
     base: Path | None
@@ -40,8 +43,13 @@ def read_export(folder: str | Path) -> Exported:
             if not part.is_dir():
                 raise FileError(f"{path} is half an export: {part.name}/ is missing; export again.")
         _check_weights(base, "model.safetensors")
-        return Exported(_kind_of(adapter), adapter, base)
-    return Exported(_kind_of(path), path, None)
+        return _exported(adapter, base)
+    return _exported(path, None)
+
+
+def _exported(folder: Path, base: Path | None) -> Exported:
+    kind = _kind_of(folder)
+    return Exported(kind, folder / GGUF_FILE if kind == "gguf" else folder, base)
 
 
 def _kind_of(folder: Path) -> str:
@@ -49,12 +57,20 @@ def _kind_of(folder: Path) -> str:
         config = read_json(folder / CONFIG_FILE)
         if config.get("plan"):
             raise FileError(f"{folder} is a hotlora adapter, and no export: export it first (hotlora export).")
+        if config.get("lora_parameters"):
+            _check_weights(folder, MLX_WEIGHTS_FILE)
+            return "mlx"
         _check_weights(folder, WEIGHTS_FILE)
         return "peft" if config.get("target_parameters") else "per-expert"
+    if (folder / GGUF_FILE).is_file():
+        check_file(folder / GGUF_FILE)
+        return "gguf"
     if (folder / "config.json").is_file():
         _check_weights(folder, "model.safetensors")
         return "merged"
-    raise FileError(f"{folder} is no export: it has neither {CONFIG_FILE} nor config.json; export again.")
+    raise FileError(
+        f"{folder} is no export: it has neither {CONFIG_FILE} nor {GGUF_FILE} nor config.json; export again."
+    )
 
 
 def _check_weights(folder: Path, name: str) -> None:
@@ -81,13 +97,15 @@ def check_belongs(exported: Exported, base: nn.Module, name: str) -> None:
 
     base: may be on the meta device.
     """
-    if exported.kind == "merged":
+    if exported.kind in ("merged", "gguf"):  # llama.cpp itself compares names and shapes
         return
     widths = {size for parameter in base.parameters() for size in parameter.shape}
     num_layers = base.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
-    for key, shape in _shapes(exported.path / WEIGHTS_FILE).items():
+    file = exported.path / (MLX_WEIGHTS_FILE if exported.kind == "mlx" else WEIGHTS_FILE)
+    for key, shape in _shapes(file).items():
         found = _LAYER.search(key)
-        if (found and int(found[1]) >= num_layers) or (".lora_A." in key and shape[-1] not in widths):
+        width = shape[0] if key.endswith(".lora_a") and len(shape) == 2 else shape[-1]
+        if (found and int(found[1]) >= num_layers) or (".lora_a" in key.lower() and width not in widths):
             raise FileError(
                 f"{exported.path} is for another base than {name}: {key} is {shape}, and that has {num_layers} layers "
                 f"and no weight of such a width. Give the base that it was exported for (--model)."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.formats.export import holds_router
 from ..adapter.load import load_adapter, planned_experts
 from ..base.errors import HotLoraError
 from ..base.quiet import quiet
@@ -109,6 +110,11 @@ def verify_export(
             f"{found.adapter} was trained on top of {' and '.join(map(str, below))}: merge that first (hotlora merge), "
             "and give the merged model as --model."
         )
+    if engine == "llama.cpp" and (engine_base is None or not Path(engine_base).is_file()):
+        raise HotLoraError(
+            f"engine_base is {engine_base}: give llama.cpp's base (--engine-base), the .gguf file that its "
+            f"convert_hf_to_gguf.py makes of {exported.base or found.model}."
+        )
     versions = check_engine(engine, interpreter)
 
     ours = _in_our_model(found.model, found.adapter, exported, data, dtype, device, seed)
@@ -149,10 +155,11 @@ def _in_our_model(
     started = time.perf_counter()
     parts = [(layer, expert) for layer, ids in planned_experts(adapter).items() for expert in ids]
     kinds = kinds_of(net)
-    if exported.kind == "per-expert":  # it holds no router: one that is not in the export's base is left out
+    format = "vllm" if exported.kind == "per-expert" else exported.kind
+    if not holds_router(format, net.config.get_text_config().model_type):
+        # It is in the export's own base, and so on both sides; or else it was left out.
         for router in kinds.pop("router", ()) if exported.base is None else ():
             router.scaling.update(dict.fromkeys(router.scaling, 0.0))
-    if exported.base is not None:
         kinds.pop("router", None)
     texts, uses = _texts(net, model, parts, data, seed)
     tokens = tokens_asked(net, texts)

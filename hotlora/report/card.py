@@ -22,10 +22,10 @@ PICTURE = "experts.png"
 _ADAPTER = (
     "rule", "fraction", "experts_per_layer", "r", "lora_alpha", "lora_dropout", "train_attention", "train_router",
 )  # fmt: skip
-_SERVERS = {"vllm": "vLLM", "sglang": "SGLang"}
+_SERVERS = {"vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp", "mlx": "mlx-lm"}
 _MADE = {
     "vllm": "adapter for vLLM", "sglang": "adapter for SGLang", "peft": "adapter for PEFT", "merged": "merged",
-    "combined": "combined adapter",
+    "combined": "combined adapter", "gguf": "adapter for llama.cpp", "mlx": "adapter for MLX",
 }  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a reader of the card would look for; the record has all options.
@@ -90,7 +90,7 @@ def write_export_card(
 ) -> None:
     """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone.
 
-    format: vllm, sglang, peft, merged, or combined.
+    format: vllm, sglang, peft, gguf, mlx, merged, or combined.
     """
     folder = Path(folder)
     runs = [Path(adapter).parent for adapter in adapters]
@@ -130,6 +130,15 @@ def _export_usage(format: str, base: str, folder: Path) -> str:
         return "It is a plain checkpoint of transformers, which any engine loads."
     if format == "combined":
         return _usage(base, "adapter")
+    if format == "gguf":
+        return f"""    python convert_hf_to_gguf.py {base} --outfile base.gguf      # of llama.cpp's repository
+    llama-server -m base.gguf --lora PATH/TO/THIS/FOLDER/adapter.gguf
+
+for llama.cpp, which does not say so where it leaves an update out: `hotlora verify --engine llama.cpp` looks."""
+    if format == "mlx":
+        return f"""    mlx_lm.generate --model {base} --adapter-path PATH/TO/THIS/FOLDER --prompt "…"
+
+for mlx-lm."""
     config = read_json(folder / "adapter_config.json")
     if format == "peft":
         return f"""```python
