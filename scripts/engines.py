@@ -1,4 +1,4 @@
-"""Give exports of several MoE families to an engine that really runs, and write what came out to docs/export.md's table.
+"""Give exports of several MoE families to an engine that really runs, and write what came out to docs/export.md.
 
 python scripts/engines.py vllm                # makes .venv-vllm, runs, writes results/engines/vllm.json and the table
 python scripts/engines.py vllm --only olmoe   # some families: printed, nothing written
