@@ -72,7 +72,8 @@ def read_sglang(folder, base):
             if hasattr(experts, "gate_up_proj"):
                 _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"], slot["up_proj"])
             else:
-                _add_to_expert(experts, expert, family, slot["up_proj"], slot["down_proj"])
+                # without a gate, the first matrix has the gate's name (`normalize_gate_up_proj`)
+                _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"])
     for name, (A, B) in modules.items():
         _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
     return model

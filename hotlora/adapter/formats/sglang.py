@@ -25,8 +25,12 @@ def sglang_format(base: Any, parts: AdapterFactors) -> tuple[dict[str, Tensor], 
 
 
 def _names(base: Any, experts: ExpertFactors) -> tuple[str, dict[str, str]]:
-    """SGLang goes by the layer's index, the expert's, and gate, up and down."""
-    return checkpoint_experts(base, experts)[0], expert_names(experts)
+    """SGLang goes by the layer's index, the expert's, and gate, up and down. Without a gate, up is called so (0.5.23:
+    `normalize_gate_up_proj`; under its own name it ends the server)."""
+    names = expert_names(experts)
+    if "gate" not in names:
+        names["up"] = "gate_proj"
+    return checkpoint_experts(base, experts)[0], names
 
 
 def _with_one_A(parts: AdapterFactors) -> AdapterFactors:
