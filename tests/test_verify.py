@@ -1,5 +1,5 @@
-"""`hotlora verify`: what an engine applies of an exported adapter. The engines are plain transformers and plain PEFT, in
-processes of their own; the broken exports are broken on disk."""
+"""`hotlora verify`: what an engine applies of an exported adapter. The engines are plain transformers and plain PEFT;
+the broken exports are broken on disk."""
 
 import importlib
 import json
