@@ -35,6 +35,9 @@ def verify(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Take texts from a task or rows (default: random tokens).")
     ] = None,
+    num_texts: Annotated[
+        int, typer.Option("--texts", help="At least so many; more tell more experts apart where the engine rounds.")
+    ] = 2,
     seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
     as_json: AsJson = False,
     **given: Any,
@@ -47,8 +50,8 @@ def verify(
     from ..engines.verify import verify_export
 
     found = verify_export(
-        export, adapter, engine=engine, python=python, model=model, engine_base=engine_base, data=data, seed=seed,
-        **given,
+        export, adapter, engine=engine, python=python, model=model, engine_base=engine_base, data=data,
+        num_texts=num_texts, seed=seed,        **given,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict()))

@@ -42,7 +42,11 @@ def probe(request: Request) -> Answer:
     if request.device == "cpu":
         common |= {"lora_backend": "torch_native"}
     engine = sglang.Engine(
-        model_path=request.base, enable_lora=True, lora_paths={"export": request.export}, max_loras_per_batch=2, **common
+        model_path=request.base,
+        enable_lora=True,
+        lora_paths={"export": request.export},
+        max_loras_per_batch=2,
+        **common,
     )
     base, adapted = score(engine, request), score(engine, request, "export")
     engine.shutdown()

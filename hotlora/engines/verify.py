@@ -67,6 +67,7 @@ def verify_export(
     model: str | None = None,
     engine_base: str | Path | None = None,
     data: str | None = None,
+    num_texts: int = 2,
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -85,6 +86,7 @@ def verify_export(
         model: the base, where it is not at the place that the adapter notes.
         engine_base: the base in the engine's own format, where that is another (llama.cpp: a .gguf file).
         data: a task or rows, as `--data` takes them, whose texts are used; None: random tokens.
+        num_texts: that are scored at least; more tell more experts apart where the engine rounds, and take longer.
         dtype, device: as `load_model` takes them; the engine is asked for the same.
         seed: of random tokens.
 
@@ -103,6 +105,8 @@ def verify_export(
             f"the engine {engine} loads exports of the kind {' or '.join(takes)}, and {export} is of the kind "
             f"{exported.kind}: export in another format, or choose another engine."
         )
+    if not 1 <= num_texts <= DRAWN:
+        raise HotLoraError(f"num_texts is {num_texts}: give 1 to {DRAWN}.")
     check_adapters(found.model, [found.adapter], dtype=dtype, device=device)
     check_belongs(exported, structure(found.model), found.model)
     if below := underneath(found.model, (), found.adapter):
@@ -117,7 +121,7 @@ def verify_export(
         )
     versions = check_engine(engine, interpreter)
 
-    ours = _in_our_model(found.model, found.adapter, exported, data, dtype, device, seed)
+    ours = _in_our_model(found.model, found.adapter, exported, data, num_texts, dtype, device, seed)
     request = Request(
         base=str(engine_base or exported.base or model_source(found.model)),
         export=str(exported.path),
@@ -148,7 +152,7 @@ class _Ours:
 
 
 def _in_our_model(
-    model: str, adapter: Path, exported: Exported, data: str | None, dtype: str, device: str, seed: int
+    model: str, adapter: Path, exported: Exported, data: str | None, num_texts: int, dtype: str, device: str, seed: int
 ) -> _Ours:
     with quiet():
         net: Any = load_adapter(load_model(model, dtype=dtype, device=device), adapter)
@@ -161,7 +165,7 @@ def _in_our_model(
         for router in kinds.pop("router", ()) if exported.base is None else ():
             router.scaling.update(dict.fromkeys(router.scaling, 0.0))
         kinds.pop("router", None)
-    texts, uses = _texts(net, model, parts, data, seed)
+    texts, uses = _texts(net, model, parts, data, num_texts, seed)
     tokens = tokens_asked(net, texts)
     whole = log_probs(net, texts, tokens)
     changes = effects(net, texts, tokens, whole, uses, parts, kinds)
@@ -183,7 +187,9 @@ def _in_our_model(
     return _Ours(texts, tokens, base, whole, changes, own_dtype, seconds)
 
 
-def _texts(net: Any, model: str, parts: Sequence[Part], data: str | None, seed: int) -> tuple[Tensor, Tensor]:
+def _texts(
+    net: Any, model: str, parts: Sequence[Part], data: str | None, num_texts: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Some texts `[P, S]`, and how often each sends a token to each part `[P, len(parts)]`."""
     texts, uses = [], []
     for pool in range(1 if data else _POOLS):
@@ -192,7 +198,7 @@ def _texts(net: Any, model: str, parts: Sequence[Part], data: str | None, seed: 
         uses.append(uses_of(routes_of(net, drawn), parts))
         if (torch.cat(uses).sum(0) > 0).all():
             break
-    picked = chosen(torch.cat(uses))
+    picked = chosen(torch.cat(uses), num_texts)
     return torch.cat(texts)[picked], torch.cat(uses)[picked]
 
 

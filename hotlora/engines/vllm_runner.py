@@ -53,7 +53,11 @@ def score(engine: Any, request: Request, adapter: Any = None) -> LogProbs:
     tokens only, and cannot be had with an adapter on some families (Mixtral, 0.32)."""
     from vllm import SamplingParams
 
-    places = [(text[: i + 1], some) for text, tokens in zip(request.texts, request.tokens, strict=True) for i, some in enumerate(tokens)]
+    places = [
+        (text[: i + 1], some)
+        for text, tokens in zip(request.texts, request.tokens, strict=True)
+        for i, some in enumerate(tokens)
+    ]
     prompts = [{"prompt_token_ids": beginning} for beginning, _ in places]
     asked = [
         SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=some, detokenize=False) for _, some in places
