@@ -87,7 +87,9 @@ def verify_export(
         engine_base: the base in the engine's own format, where that is another (llama.cpp: a .gguf file).
         data: a task or rows, as `--data` takes them, whose texts are used; None: random tokens.
         num_texts: that are scored at least; more tell more experts apart where the engine rounds, and take longer.
-        dtype, device: as `load_model` takes them; the engine is asked for the same.
+        dtype: what the engine is to compute in, where it lets one choose: float32, bfloat16 or float16; auto: float32 on
+            the CPU, else the checkpoint's own. Our own model computes in the same on a GPU, and on the CPU in float32.
+        device: of both, as `load_model` takes it.
         seed: of random tokens.
 
     Raises:
@@ -126,7 +128,7 @@ def verify_export(
         base=str(engine_base or exported.base or model_source(found.model)),
         export=str(exported.path),
         is_merged=exported.kind == "merged",
-        dtype=ours.dtype,
+        dtype=ours.dtype if dtype == "auto" else dtype,
         device=checked_device(device).type,
         texts=ours.texts.tolist(),
         tokens=ours.tokens.tolist(),
@@ -154,6 +156,8 @@ class _Ours:
 def _in_our_model(
     model: str, adapter: Path, exported: Exported, data: str | None, num_texts: int, dtype: str, device: str, seed: int
 ) -> _Ours:
+    if checked_device(device).type == "cpu":
+        dtype = "float32"
     with quiet():
         net: Any = load_adapter(load_model(model, dtype=dtype, device=device), adapter)
     started = time.perf_counter()
