@@ -376,7 +376,7 @@ def test_what_vllm_does_not_apply_is_not_given_to_it(tmp_path):
 def test_choices_that_make_no_sense(tmp_path):
     model = adapted()
     for options, message in [
-        ({"format": "gguf"}, "'gguf' does not exist: choose one of vllm"),
+        ({"format": "onnx"}, "'onnx' does not exist: choose one of vllm"),
         ({"format": "vllm", "merge_router": True, "drop_router": True}, "exclude each other"),
         ({"format": "peft", "merge_router": True}, "holds the router"),
         ({"format": "merged", "drop_router": True}, "holds the router"),

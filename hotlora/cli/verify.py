@@ -18,7 +18,7 @@ _NAMED = 6
 """layers that are named in a row"""
 
 
-@options_of(LoadOptions, only=("dtype", "device"))
+@options_of(LoadOptions, only=("device",))
 def verify(
     export: Annotated[Path, typer.Argument(help="What hotlora export wrote.", show_default=False)],
     adapter: Annotated[Path, typer.Option("--adapter", "-a", help="What it was exported from: a run, or an adapter.")],
@@ -35,7 +35,17 @@ def verify(
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Take texts from a task or rows (default: random tokens).")
     ] = None,
+    num_texts: Annotated[
+        int, typer.Option("--texts", help="At least so many; more tell more experts apart where the engine rounds.")
+    ] = 2,
     seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What the engine computes in: float32, bfloat16 or float16; auto: float32 on the CPU, else the "
+            "checkpoint's own."
+        ),
+    ] = "auto",
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
@@ -47,8 +57,8 @@ def verify(
     from ..engines.verify import verify_export
 
     found = verify_export(
-        export, adapter, engine=engine, python=python, model=model, engine_base=engine_base, data=data, seed=seed,
-        **given,
+        export, adapter, engine=engine, python=python, model=model, engine_base=engine_base, data=data,
+        num_texts=num_texts, dtype=dtype, seed=seed, **given,
     )  # fmt: skip
     if as_json:
         print(json.dumps(found.to_dict()))

@@ -26,12 +26,8 @@ def probe(request: Request) -> Answer:
     else:
         model = load_adapters(model, request.export)
         model.eval()
-    return Answer(
-        base,
-        score(model, request),
-        dtype=request.dtype,
-        device="cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu",
-    )
+    device = "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"
+    return Answer(base, score(model, request), dtype=request.dtype, device=device)
 
 
 def score(model: Any, request: Request) -> LogProbs:

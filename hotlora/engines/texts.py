@@ -21,9 +21,9 @@ LENGTH = 32
 DRAWN = 64
 """texts to choose from"""
 MOST = 16
-"""texts that are chosen at most"""
-_WANTED = 4
-"""positions of each expert; more are not looked for"""
+"""texts that are chosen at most, unless more are asked for"""
+_WANTED = 2
+"""positions of each expert, where there are as many: one may be a near-tie of the router"""
 
 Part = tuple[int, int]
 """A decoder layer and one of its experts."""
@@ -81,15 +81,15 @@ def uses_of(routes: dict[int, Tensor], parts: Collection[Part]) -> Tensor:
     return torch.stack([(routes[layer][:, :-1] == expert).any(-1).sum(1) for layer, expert in parts], dim=1)
 
 
-def chosen(uses: Tensor, least: int = 2) -> list[int]:
+def chosen(uses: Tensor, least: int) -> list[int]:
     """A few texts that together reach every expert that any text reaches, some times each.
 
-    uses: int64 `[P, N]`, as of `uses_of`.
+    uses: int64 `[P, N]`, as of `uses_of`. least: texts, where there are as many.
     """
     picked: list[int] = []
     reached = torch.zeros_like(uses[0])
     wanted = uses.sum(0).clamp(max=_WANTED)
-    while len(picked) < min(MOST, len(uses)):
+    while len(picked) < min(max(MOST, least), len(uses)):
         gains = ((reached + uses).clamp(max=_WANTED).minimum(wanted) - reached.minimum(wanted)).sum(1)
         gains[picked] = -1
         best = int(gains.argmax())

@@ -69,6 +69,7 @@ def verify_export(
     model: str | None = None,
     engine_base: str | Path | None = None,
     data: str | None = None,
+    num_texts: int = 2,
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -87,7 +88,10 @@ def verify_export(
         model: the base, where it is not at the place that the adapter notes.
         engine_base: the base in the engine's own format, where that is another (llama.cpp: a .gguf file).
         data: a task or rows, as `--data` takes them, whose texts are used; None: random tokens.
-        dtype, device: as `load_model` takes them; the engine is asked for the same.
+        num_texts: that are scored at least; more tell more experts apart where the engine rounds, and take longer.
+        dtype: what the engine is to compute in, where it lets one choose: float32, bfloat16 or float16; auto: float32 on
+            the CPU, else the checkpoint's own. Our own model computes in the same on a GPU, and on the CPU in float32.
+        device: of both, as `load_model` takes it.
         seed: of random tokens.
 
     Raises:
@@ -105,6 +109,8 @@ def verify_export(
             f"the engine {engine} loads exports of the kind {' or '.join(takes)}, and {export} is of the kind "
             f"{exported.kind}: export in another format, or choose another engine."
         )
+    if not 1 <= num_texts <= DRAWN:
+        raise HotLoraError(f"num_texts is {num_texts}: give 1 to {DRAWN}.")
     check_adapters(found.model, [found.adapter], dtype=dtype, device=device)
     check_belongs(exported, structure(found.model), found.model)
     if below := underneath(found.model, (), found.adapter):
@@ -119,12 +125,12 @@ def verify_export(
         )
     versions = check_engine(engine, interpreter)
 
-    ours = _in_our_model(found.model, found.adapter, exported, data, dtype, device, seed)
+    ours = _in_our_model(found.model, found.adapter, exported, data, num_texts, dtype, device, seed)
     request = Request(
         base=str(engine_base or exported.base or model_source(found.model)),
         export=str(exported.path),
         is_merged=exported.kind == "merged",
-        dtype=ours.dtype,
+        dtype=ours.dtype if dtype == "auto" else dtype,
         device=checked_device(device).type,
         texts=ours.texts.tolist(),
         tokens=ours.tokens.tolist(),
@@ -152,8 +158,10 @@ class _Ours:
 
 
 def _in_our_model(
-    model: str, adapter: Path, exported: Exported, data: str | None, dtype: str, device: str, seed: int
+    model: str, adapter: Path, exported: Exported, data: str | None, num_texts: int, dtype: str, device: str, seed: int
 ) -> _Ours:
+    if checked_device(device).type == "cpu":
+        dtype = "float32"
     with quiet():
         net: Any = load_adapter(load_model(model, dtype=dtype, device=device), adapter)
     started = time.perf_counter()
@@ -165,7 +173,7 @@ def _in_our_model(
         for router in kinds.pop("router", ()) if exported.base is None else ():
             router.scaling.update(dict.fromkeys(router.scaling, 0.0))
         kinds.pop("router", None)
-    texts, uses = _texts(net, model, parts, data, seed)
+    texts, uses = _texts(net, model, parts, data, num_texts, seed)
     tokens = tokens_asked(net, texts)
     whole = log_probs(net, texts, tokens)
     changes = effects(net, texts, tokens, whole, uses, parts, kinds)
@@ -187,7 +195,9 @@ def _in_our_model(
     return _Ours(texts, tokens, base, whole, changes, own_dtype, seconds)
 
 
-def _texts(net: Any, model: str, parts: Sequence[Part], data: str | None, seed: int) -> tuple[Tensor, Tensor]:
+def _texts(
+    net: Any, model: str, parts: Sequence[Part], data: str | None, num_texts: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Some texts `[P, S]`, and how often each sends a token to each part `[P, len(parts)]`."""
     texts, uses = [], []
     for pool in range(1 if data else _POOLS):
@@ -196,7 +206,7 @@ def _texts(net: Any, model: str, parts: Sequence[Part], data: str | None, seed: 
         uses.append(uses_of(routes_of(net, drawn), parts))
         if (torch.cat(uses).sum(0) > 0).all():
             break
-    picked = chosen(torch.cat(uses))
+    picked = chosen(torch.cat(uses), num_texts)
     return torch.cat(texts)[picked], torch.cat(uses)[picked]
 
 
