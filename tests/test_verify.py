@@ -314,7 +314,7 @@ def test_an_expert_left_out_of_a_row_is_as_if_it_had_no_factors(family):
 def test_few_texts_are_chosen_and_reach_all_experts():
     model = adapted()
     texts = random_texts(model, "nowhere")
-    assert texts.shape == (64, 32) and texts.min() > 2 and texts.max() < 128
+    assert texts.shape == (128, 32) and texts.min() > 2 and texts.max() < 128
     uses = uses_of(routes_of(model, texts), PARTS)
     picked = chosen(uses, 2)
     assert 2 <= len(picked) <= 4 and (uses[picked].sum(0) > 0).all()
@@ -403,3 +403,27 @@ def test_kinds_and_their_scale():
 
 def test_the_engines_versions_are_told_without_importing_it():
     assert check_engine("peft")["peft"]
+
+
+@pytest.mark.slow
+def test_our_own_part_takes_less_than_five_forwards_of_a_text_for_each_expert(tmp_path, monkeypatch):
+    """In tokens, for OLMoE's 16 layers of 64 experts, a quarter of them adapted."""
+    base = tiny_model("olmoe", num_hidden_layers=16, num_experts=64, num_experts_per_tok=8, vocab_size=512)
+    base.save_pretrained(tmp_path / "base")
+    plan = tiny_plan(base, {layer: list(range(0, 64, 4)) for layer in range(16)})
+    model = get_peft_model(base, HotLoraConfig(plan=plan, r=4, lora_alpha=8))
+    fill(model, 1)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    export_adapter(model, tmp_path / "peft", format="peft")
+    tokens = []
+    forward = type(base).forward
+
+    def counted(self, *args, **kwargs):
+        tokens.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(base), "forward", counted)
+    found = verified(tmp_path)
+    assert found.is_applied and sum(part.status == "applied" for part in found.verdict.parts) >= 256
+    assert sum(tokens) < 5 * 256 * 32

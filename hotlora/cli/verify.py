@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -102,15 +102,15 @@ def _table(found: "Verification") -> Table:
 
 
 def _error(part: "PartVerdict") -> str:
-    return "" if part.error is None else f" ± {max(part.error, 0.005):.2f}"
+    return f" ± {part.error:.2f}" if part.error is not None and part.error >= 0.005 else ""
 
 
 def _places(parts: "list[PartVerdict]") -> str:
     """Which experts, by layer."""
     layers: dict[int, list[str]] = {}
     for part in parts:
-        layer, expert = part.part  # type: ignore[misc]
-        layers.setdefault(int(layer), []).append(f"{expert}{_share(part)}")
+        layer, expert = cast("tuple[int, int]", part.part)
+        layers.setdefault(layer, []).append(f"{expert}{_share(part)}")
     told = [f"layer {layer}: {', '.join(experts)}" for layer, experts in list(layers.items())[:_NAMED]]
     more = f"; and in {len(layers) - _NAMED} layers more (--json has all)" if len(layers) > _NAMED else ""
     return f": {'; '.join(told)}{more}"

@@ -153,7 +153,7 @@ def _dense(effects: Effects, effect: Tensor, valid: Tensor) -> tuple[list[Name],
             found[part] = torch.zeros_like(effect)
             for text, change in texts.items():
                 found[part][text] = change
-    found.update(effects.groups)
+    found |= dict[Name, Tensor](effects.groups.items())
     found[_EVERYTHING] = -effect
     return list(found), torch.where(valid, torch.stack(list(found.values())), 0.0)
 

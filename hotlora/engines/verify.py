@@ -26,7 +26,7 @@ from .runner import Request
 from .texts import DRAWN, LENGTH, Part, chosen, given_texts, random_texts, routes_of, uses_of
 from .verdict import Verdict, judge
 
-_POOLS = 4
+_POOLS = 2
 """pools of random texts that are looked through for experts that are rarely used"""
 
 
