@@ -29,8 +29,10 @@ _ROUNDING = 4
 """The engine's change may differ from ours by so many times what its base differs by,"""
 _LEAST = 1e-4
 """or by this many nats."""
+_EXACT_BASE = 3e-5
+"""A base that differs by more (root mean square) is not computed in float32 throughout, whatever the engine says."""
 _USUAL = 2
-"""In half precision positions count less that are off by more than so many times the median."""
+"""Where an engine rounds more than float32, positions count less that are off by more than so many times the median."""
 _FOUND = 64
 """parts that are looked for at most"""
 
@@ -93,7 +95,7 @@ def judge(
     def rms(values: Tensor) -> float:
         return float(values.square().sum() / count) ** 0.5
 
-    is_exact = dtype == "float32"
+    is_exact = dtype == "float32" and rms(off_base) <= _EXACT_BASE
     names, changes_NPSC = _dense(effects, effect, valid)
     changes = changes_NPSC.flatten(1)
     gone = _explained(changes, rest, is_exact)
@@ -164,12 +166,12 @@ def _at_positions(values: Tensor) -> Tensor:
 
 
 def _typical(values_PSC: Tensor, is_exact: bool) -> float:
-    """The root mean square; in half precision the median position's, for some are off by an expert."""
+    """The root mean square; where an engine rounds more the median position's, for some are off by an expert."""
     return float(values_PSC.square().mean().sqrt() if is_exact else _at_positions(values_PSC).median())
 
 
 def _weights(left_PSC: Tensor, is_exact: bool) -> Tensor:
-    """`[P, S - 1, 1]`: in half precision positions count less where more is left than at most others."""
+    """`[P, S - 1, 1]`: where an engine rounds more, positions count less in which more is left than in most."""
     at_positions = _at_positions(left_PSC)
     if is_exact:
         return torch.ones_like(at_positions)[..., None]
