@@ -24,6 +24,7 @@ _PUBLIC = {
     "ModelError": "base.errors",
     "PlanError": "base.errors",
     "RoutingProfile": "routing.profile",
+    "Verification": "engines.verify",
     "Routes": "routing.replay",
     "Run": "runs.load",
     "base_quantization": "adapter.load",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .base.errors import HotLoraError as HotLoraError
     from .base.errors import ModelError as ModelError
     from .base.errors import PlanError as PlanError
+    from .engines.verify import Verification as Verification
     from .engines.verify import verify_export as verify_export
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -89,10 +89,13 @@ def _table(found: "Verification") -> Table:
         f"changes them by {verdict.effect:.1e} (root mean square) in our model; the engine's change differs from that "
         f"by {verdict.difference:.1e}{rest}",
     )
-    experts = [part for part in verdict.parts if not isinstance(part.part, str)]
-    for status in dict.fromkeys(part.status for part in sorted(experts, key=lambda part: part.status)):
-        its = [part for part in experts if part.status == status]
-        table.add_row(f"experts {status}", f"{len(its)} of {len(experts)}{_places(its, status)}")
+    experts = [part for part in verdict.parts if isinstance(part.part, tuple)]
+    layers = [part for part in verdict.parts if isinstance(part.part, int)]
+    for what, found_of, named in (("experts", experts, _places), ("layers", layers, _layers)):
+        for status in dict.fromkeys(part.status for part in sorted(found_of, key=lambda part: part.status)):
+            its = [part for part in found_of if part.status == status]
+            where = "" if status == "applied" else named(its)
+            table.add_row(f"{what} {status}", f"{len(its)} of {len(found_of)}{where}")
     for part in verdict.parts:
         if isinstance(part.part, str):
             told = "" if part.share is None else f" (share {part.share:.2f}{_error(part)})"
@@ -101,21 +104,26 @@ def _table(found: "Verification") -> Table:
 
 
 def _error(part: "PartVerdict") -> str:
-    return "" if part.error is None else f" ± {max(part.error, 0.005):.2f}"
+    return f" ± {part.error:.2f}" if part.error is not None and part.error >= 0.005 else ""
 
 
-def _places(parts: "list[PartVerdict]", status: str) -> str:
-    """Which, by layer; not of those that are applied."""
-    if status == "applied":
-        return ""
+def _places(parts: "list[PartVerdict]") -> str:
+    """Which experts, by layer."""
     layers: dict[int, list[str]] = {}
     for part in parts:
-        layer, expert = part.part
-        share = f" ({part.share:.2f})" if status == "in part" and part.share is not None else ""
-        layers.setdefault(int(layer), []).append(f"{expert}{share}")
+        layer, expert = cast("tuple[int, int]", part.part)
+        layers.setdefault(layer, []).append(f"{expert}{_share(part)}")
     told = [f"layer {layer}: {', '.join(experts)}" for layer, experts in list(layers.items())[:_NAMED]]
     more = f"; and in {len(layers) - _NAMED} layers more (--json has all)" if len(layers) > _NAMED else ""
     return f": {'; '.join(told)}{more}"
+
+
+def _layers(parts: "list[PartVerdict]") -> str:
+    return ": " + ", ".join(f"{part.part}{_share(part)}" for part in parts)
+
+
+def _share(part: "PartVerdict") -> str:
+    return f" ({part.share:.2f})" if part.status == "in part" and part.share is not None else ""
 
 
 def _last_word(verdict: "Verdict") -> str:
@@ -127,4 +135,8 @@ def _last_word(verdict: "Verdict") -> str:
         return f"applied: {verdict.applied}, as if the whole adapter had {verdict.scale:.2f} times its scale"
     if verdict.applied == "partly":
         return f"applied: partly, {verdict.share:.0%} of the whole effect"
-    return f"applied: {verdict.applied}"
+    untold = sum(
+        part.status in ("cannot be told", "not reached") for part in verdict.parts if isinstance(part.part, tuple)
+    )
+    more = f", as a whole; of {untold} experts alone it cannot be told (docs/verify.md)" if untold else ""
+    return f"applied: {verdict.applied}{more}"

@@ -5,7 +5,7 @@ top-k, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from ..adapter.raw_weights import HotLoraRouter
 from ..base.processes import device_of
 from ..hf.forward import inference, logits_at
 from ..hf.models import attention_modules, moe_layers
+from ..routing.replay import replay_routing
 from .texts import Part
 
 ASKED = 12
 """C: the text's own next token, and those that the adapted model finds likeliest."""
 _TOKENS_AT_ONCE = 4096
 _LOGITS_AT_ONCE = 2**28
-SCALES = (0.5, 2.0)
+SCALES = (0.25, 0.5, 2.0)
 """Of the whole adapter. With none of it and all of it they show what any scale would do."""
 _ALL, _NONE = -2, -3
 """In the place of an expert that is left out."""
@@ -68,14 +69,21 @@ def _logits(model: nn.Module, texts_PS: Tensor) -> Tensor:
 
 def effects(
     model: nn.Module, texts_PS: Tensor, tokens_PSC: Tensor, whole_PSC: Tensor, uses: Tensor, parts: Sequence[Part],
-    kinds: Mapping[str, Sequence[Any]],
+    kinds: Mapping[str, Sequence[Any]], routes: Tensor | None = None,
 ) -> Effects:  # fmt: skip
     """Of each of `parts`, of each layer's experts, and of each of `kinds`, as `kinds_of` has them.
 
     Each expert is left out in a row of its own for each text that reaches it, many rows in one forward.
 
-    whole_PSC: `log_probs` with the whole adapter. uses: `[P, len(parts)]`, as of `texts.uses_of`.
+    whole_PSC: `log_probs` with the whole adapter. uses: `[P, len(parts)]`, as of `texts.uses_of`. routes: the experts
+    of the whole adapter's forward, int64 `[L, P, S, K]`, which are kept to; None: each forward's own.
     """
+
+    def found_for(texts: list[int]) -> Tensor:
+        with nullcontext() if routes is None else replay_routing(model, routes[:, texts]):
+            return log_probs(model, texts_PS[texts], tokens_PSC[texts])
+
+    all_texts = list(range(len(texts_PS)))
     layers = sorted({layer for layer, _ in parts})
     rows: list[tuple[int, int | None, int]] = [(*parts[n], text) for n, text in uses.T.nonzero().tolist()]
     rows += [(layer, None, text) for layer in layers for text in range(len(texts_PS))]
@@ -88,7 +96,7 @@ def effects(
         some = rows[start : start + at_once]
         texts = [text for _, _, text in some]
         with left_out(model, [(layer, expert) for layer, expert, _ in some], length):
-            found = log_probs(model, texts_PS[texts], tokens_PSC[texts])
+            found = found_for(texts)
         for (layer, expert, text), without in zip(some, found, strict=True):
             if expert is None:
                 groups[layer][text] = without - whole_PSC[text]
@@ -96,7 +104,7 @@ def effects(
                 experts[layer, expert][text] = without - whole_PSC[text]
     for kind, modules in kinds.items():
         with at_scale(modules, 0):
-            groups[kind] = log_probs(model, texts_PS, tokens_PSC) - whole_PSC
+            groups[kind] = found_for(all_texts) - whole_PSC
     scaled: dict[float, Tensor] = {}
     for factor in SCALES:
         with at_scale([module for modules in kinds.values() for module in modules], factor):

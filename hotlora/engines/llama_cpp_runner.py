@@ -15,6 +15,8 @@ def probe(request: Request) -> Answer:
     options: dict[str, Any] = {
         "model_path": request.base, "n_ctx": length, "n_batch": length, "n_ubatch": length, "logits_all": True,
         "n_gpu_layers": 0 if request.device == "cpu" else -1, "verbose": False,
+        # Keys and values are cached in float16 if one does not say so, which rounds more than all else.
+        "type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32,
     }  # fmt: skip
     model = llama_cpp.Llama(**options)
     base = score(model, request)

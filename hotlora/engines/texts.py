@@ -18,13 +18,10 @@ from ..hf.models import load_tokenizer, moe_layers
 
 LENGTH = 32
 """S: short, so that a text has few experts, and the engine's rounding little room to add up."""
-DRAWN = 64
+DRAWN = 128
 """texts to choose from"""
 MOST = 16
 """texts that are chosen at most, unless more are asked for"""
-_WANTED = 2
-"""positions of each expert, where there are as many: one may be a near-tie of the router"""
-
 Part = tuple[int, int]
 """A decoder layer and one of its experts."""
 
@@ -82,21 +79,20 @@ def uses_of(routes: dict[int, Tensor], parts: Collection[Part]) -> Tensor:
 
 
 def chosen(uses: Tensor, least: int) -> list[int]:
-    """A few texts that together reach every expert that any text reaches, some times each.
+    """A few texts that together reach every expert that any text reaches.
 
     uses: int64 `[P, N]`, as of `uses_of`. least: texts, where there are as many.
     """
     picked: list[int] = []
-    reached = torch.zeros_like(uses[0])
-    wanted = uses.sum(0).clamp(max=_WANTED)
+    reached = torch.zeros_like(uses[0], dtype=torch.bool)
     while len(picked) < min(max(MOST, least), len(uses)):
-        gains = ((reached + uses).clamp(max=_WANTED).minimum(wanted) - reached.minimum(wanted)).sum(1)
+        gains = ((uses > 0) & ~reached).sum(1)
         gains[picked] = -1
         best = int(gains.argmax())
         if gains[best] <= 0 and len(picked) >= least:
             break
         picked.append(best)
-        reached = reached + uses[best]
+        reached |= uses[best] > 0
     return sorted(picked)
 
 

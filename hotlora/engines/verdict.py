@@ -29,6 +29,10 @@ _ROUNDING = 4
 """The engine's change may differ from ours by so many times what its base differs by,"""
 _LEAST = 1e-4
 """or by this many nats."""
+_EXACT_BASE = 3e-5
+"""A base that differs by more (root mean square) is not computed in float32 throughout, whatever the engine says."""
+_USUAL = 2
+"""Where an engine rounds more than float32, positions count less that are off by more than so many times the median."""
 _FOUND = 64
 """parts that are looked for at most"""
 
@@ -41,9 +45,9 @@ Name = Part | int | str
 
 @dataclass(frozen=True)
 class PartVerdict:
-    """One expert, or all updates of a kind."""
+    """One expert, all experts of a layer, or all updates of a kind."""
 
-    part: Part | str
+    part: Name
     status: str
     """applied, in part, missing, cannot be told, not reached"""
     share: float | None = None
@@ -59,7 +63,7 @@ class Verdict:
     applied: str
     """yes, partly, no, cannot be told; or base differs, where nothing can be said of the adapter"""
     parts: list[PartVerdict]
-    """The experts, then the other kinds."""
+    """The experts, then the layers' experts together, then the other kinds."""
     share: float
     """Of the adapter's whole effect that the engine shows."""
     scale: float | None
@@ -91,29 +95,31 @@ def judge(
     def rms(values: Tensor) -> float:
         return float(values.square().sum() / count) ** 0.5
 
+    is_exact = dtype == "float32" and rms(off_base) <= _EXACT_BASE
     names, changes_NPSC = _dense(effects, effect, valid)
-    changes, weak = changes_NPSC.flatten(1), _without_strongest(changes_NPSC)
-    gone = _explained(changes, weak, rest.flatten(), effect.shape[-1])
-    left = rest.flatten() - gone @ changes
-    more = torch.where(gone == 0, changes @ left / _size(changes), 0.0)
-    errors = _errors(max(rms(left), 1e-9), changes, weak, effect.shape[-1])
+    changes = changes_NPSC.flatten(1)
+    gone = _explained(changes, rest, is_exact)
+    left = rest - (gone @ changes).view_as(rest)
+    more, errors = _alone(changes, left, is_exact)
+    more = torch.where(gone == 0, more, 0.0)
     share_of = {name: (float(gone[n]), float(more[n]), float(errors[n])) for n, name in enumerate(names)}
 
-    def verdict(name: Part | str, *above: Name) -> PartVerdict:
+    def verdict(name: Name, *above: Name) -> PartVerdict:
         if name not in share_of:
             return PartVerdict(name, UNREACHED)
         own, more, error = share_of[name]
         with_it = sum(share_of[group][0] for group in above if group in share_of)
         if with_it > 1 - _OFF:
             return PartVerdict(name, MISSING, 1 - with_it - own, min(share_of[g][2] for g in above if g in share_of))
-        return _verdict(name, 1 - with_it - own - more, error)
+        return _verdict(name, 1 - with_it - own - more, error, is_found=own != 0)
 
     parts = [verdict(part, part[0], "experts", _EVERYTHING) for part in effects.experts]
+    parts += [verdict(layer, "experts", _EVERYTHING) for layer in effects.groups if isinstance(layer, int)]
     parts += [verdict(kind, _EVERYTHING) for kind in effects.groups if isinstance(kind, str) and kind != "experts"]
     base_mean = float(off_base.abs().sum() / count)
     size = max(float(effect.square().sum()), 1e-30)
     share = float(((effect + rest) * effect).sum()) / size
-    is_rounding = rms(left) <= max(_ROUNDING * rms(off_base), _LEAST)
+    is_rounding = _typical(left, is_exact) <= max(_ROUNDING * _typical(off_base, is_exact), _LEAST)
     scale = None
     if not is_rounding:
         curve = {
@@ -122,7 +128,7 @@ def judge(
             **{g: torch.where(valid, its, 0.0) for g, its in effects.scaled.items()},
         }
         best, off_curve = _nearest_scale(rest, curve)
-        if rms(off_curve) < rms(left) / 2:
+        if rms(off_curve) < rms(left):
             scale, left = best, off_curve
             parts = [
                 p if p.status == UNREACHED else PartVerdict(p.part, MISSING if best < _OFF else PARTLY, best)
@@ -149,50 +155,68 @@ def _dense(effects: Effects, effect: Tensor, valid: Tensor) -> tuple[list[Name],
             found[part] = torch.zeros_like(effect)
             for text, change in texts.items():
                 found[part][text] = change
-    found.update(effects.groups)
+    found |= dict[Name, Tensor](effects.groups.items())
     found[_EVERYTHING] = -effect
     return list(found), torch.where(valid, torch.stack(list(found.values())), 0.0)
 
 
-def _without_strongest(changes_NPSC: Tensor) -> Tensor:
-    """`[N]`: the squared size of each change without the position where it is largest."""
-    at_positions = changes_NPSC.square().sum(-1).flatten(1)
-    return at_positions.sum(1) - at_positions.max(1).values
+def _at_positions(values: Tensor) -> Tensor:
+    """Root mean squares over a position's tokens: `[..., C]` to `[...]`."""
+    return values.square().mean(-1).sqrt()
 
 
-def _size(changes: Tensor) -> Tensor:
-    return changes.square().sum(1).clamp(min=1e-30)
+def _typical(values_PSC: Tensor, is_exact: bool) -> float:
+    """The root mean square; where an engine rounds more the median position's, for some are off by an expert."""
+    return float(values_PSC.square().mean().sqrt() if is_exact else _at_positions(values_PSC).median())
 
 
-def _errors(noise: float | Tensor, changes: Tensor, weak: Tensor, together: int) -> Tensor:
-    """`[N]`: standard errors of the shares. noise: root mean square. together: numbers of a position, which what an
-    engine rounds there may change alike."""
-    exact = noise * (together / _size(changes)).sqrt()
-    return torch.where(exact <= _EXACT, exact, noise * (together / weak.clamp(min=1e-30)).sqrt())
+def _weights(left_PSC: Tensor, is_exact: bool) -> Tensor:
+    """`[P, S - 1, 1]`: where an engine rounds more, positions count less in which more is left than in most."""
+    at_positions = _at_positions(left_PSC)
+    if is_exact:
+        return torch.ones_like(at_positions)[..., None]
+    return (_USUAL * at_positions.median() / at_positions.clamp(min=1e-30)).clamp(max=1)[..., None]
 
 
-def _explained(changes: Tensor, weak: Tensor, rest: Tensor, together: int) -> Tensor:
+def _alone(changes: Tensor, left_PSC: Tensor, is_exact: bool) -> tuple[Tensor, Tensor]:
+    """How much of each part is gone, if it alone made what is left, and its standard error: `[N]` each.
+
+    changes: `[N, M]`
+    """
+    weights = _weights(left_PSC, is_exact)
+    left = left_PSC * weights
+    weighted_NTC = changes.view(-1, *left.shape).mul(weights).flatten(1, 2)
+    at_positions = weighted_NTC.square().sum(-1)
+    size = at_positions.sum(1).clamp(min=1e-30)
+    gone = (weighted_NTC.flatten(1) @ left.flatten()) / size
+    noise = ((left.square().sum() - gone.square() * size).clamp(min=0) / left.numel()).sqrt().clamp(min=1e-9)
+    # What an engine rounds at a position may change all of its tokens together.
+    together = left.shape[-1]
+    errors = noise * (together / size).sqrt()
+    weak = (size - at_positions.max(1).values).clamp(min=1e-30)
+    return gone, torch.where(errors <= _EXACT, errors, noise * (together / weak).sqrt())
+
+
+def _explained(changes: Tensor, rest_PSC: Tensor, is_exact: bool) -> Tensor:
     """How much of each part is gone `[N]`: orthogonal matching pursuit. 0 of all but the few that are needed.
 
-    changes: `[N, M]`. rest: `[M]`. weak, together: as in `_errors`.
+    changes: `[N, M]`
     """
     gone = torch.zeros(len(changes), dtype=changes.dtype)
-    sizes = _size(changes)
-    count = max(int((changes != 0).any(0).sum()), 1)
     picked: list[int] = []
-    left = rest
+    left = rest_PSC
     while len(picked) < _FOUND:
-        alone = changes @ left / sizes
-        noise = ((left.square().sum() - alone.square() * sizes).clamp(min=0) / count).sqrt().clamp(min=1e-9)
-        is_off = alone.abs() > (_ERRORS * _errors(noise, changes, weak, together)).clamp(min=_OFF)
-        gains = torch.where(is_off, alone.square() * sizes, 0.0)
+        alone, errors = _alone(changes, left, is_exact)
+        weights = _weights(left, is_exact).expand_as(left).flatten()
+        is_off = alone.abs() > (_ERRORS * errors).clamp(min=_OFF)
+        gains = torch.where(is_off, alone.square() * (changes * weights).square().sum(1), 0.0)
         gains[picked] = 0.0
         if not gains.any():
             break
         picked.append(int(gains.argmax()))
-        some = changes[picked]
-        gone[picked] = torch.linalg.lstsq(some.T, rest).solution
-        left = rest - gone @ changes
+        some = changes[picked] * weights
+        gone[picked] = torch.linalg.lstsq(some.T, rest_PSC.flatten() * weights).solution
+        left = rest_PSC - (gone @ changes).view_as(rest_PSC)
     return gone
 
 
@@ -215,9 +239,10 @@ def _nearest_scale(rest: Tensor, curve: dict[float, Tensor]) -> tuple[float, Ten
     return best, nearest
 
 
-def _verdict(part: Part | str, share: float, error: float) -> PartVerdict:
+def _verdict(part: Name, share: float, error: float, is_found: bool) -> PartVerdict:
+    """is_found: it is one of those that explain the difference."""
     off = abs(1 - share)
-    if error > _SURE:
+    if error > _SURE and not is_found:
         status = UNTOLD
     elif off <= max(_OFF, _ERRORS * error):
         status = APPLIED
