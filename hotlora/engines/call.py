@@ -17,7 +17,6 @@ from ..base.errors import HotLoraError
 from ..base.files import write_json
 from .runner import Answer, LogProbs, Request
 
-
 _ERROR = re.compile(r"(?:^|: )[\w.]*(?:Error|Exception)(?:: |$)")
 
 
