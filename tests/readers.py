@@ -63,17 +63,28 @@ def read_sglang(folder, base):
     for layer, experts in _experts_by_layer(model).items():
         F, D = _expert_shape(experts, family)
         for expert in range(len(experts.down_proj)):
+            names = [n for n in modules if re.search(rf"layers\.{layer}\..*experts\.{expert}\.\w+$", n)]
+            pairs = {name.rpartition(".")[2]: [m.double() for m in modules.pop(name)] for name in names}
             slot = {"gate_proj": torch.zeros(F, D), "up_proj": torch.zeros(F, D), "down_proj": torch.zeros(D, F)}
-            for name in [n for n in modules if re.search(rf"layers\.{layer}\..*experts\.{expert}\.\w+$", n)]:
-                A, B = modules.pop(name)
-                slot[name.rpartition(".")[2]] = B.double() @ A.double() * scaling
+            slot |= {name: B @ A * scaling for name, (A, B) in pairs.items()}
+            if family in INTERLEAVED and pairs:
+                slot["gate_proj"], slot["up_proj"] = _sglang_in_turn(*pairs["gate_proj"], *pairs["up_proj"], scaling)
             if hasattr(experts, "gate_up_proj"):
                 _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"], slot["up_proj"])
             else:
-                _add_to_expert(experts, expert, family, slot["up_proj"], slot["down_proj"])
+                # without a gate, the first matrix has the gate's name (`normalize_gate_up_proj`)
+                _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"])
     for name, (A, B) in modules.items():
         _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
     return model
+
+
+def _sglang_in_turn(A_gate, B_gate, A_up, B_up, scaling):
+    """gpt_oss in 0.5.23: the rows of B in turn (`FusedMoEWithLoRA._slice_moe_b_2d`), of which the first half is then
+    multiplied by gate's A and the second by up's (`_add_lora_gate_up_delta`)."""
+    B = torch.stack([B_gate, B_up], 1).flatten(0, 1) * scaling
+    delta = torch.cat([B[: len(B_gate)] @ A_gate, B[len(B_gate) :] @ A_up])
+    return delta[::2], delta[1::2]
 
 
 # Where mlx-lm has a layer's experts (mlx_lm/models/*.py), and llama.cpp's names of the parts of a layer

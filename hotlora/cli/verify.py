@@ -76,6 +76,8 @@ def _table(found: "Verification") -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_row("engine", f"{versions}; {found.dtype} on {found.device}")
+    if found.note:
+        table.add_row("", found.note)
     table.add_row(
         "base",
         f"log-probabilities differ by {verdict.base_mean:.1e} nats on average, {verdict.base_max:.1e} at most "

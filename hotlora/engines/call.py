@@ -1,6 +1,7 @@
 """Runner files, called in the engines' own environments."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 from ..base.errors import HotLoraError
 from ..base.files import write_json
 from .runner import Answer, LogProbs, Request
+
+_ERROR = re.compile(r"(?:^|: )[\w.]*(?:Error|Exception)(?:: |$)")
 
 
 @dataclass(frozen=True)
@@ -115,4 +118,5 @@ def _run(command: list[str], what: str) -> "subprocess.CompletedProcess[str]":
 
 def _last_line(done: "subprocess.CompletedProcess[str]") -> str:
     lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    lines = [line for line in lines if _ERROR.search(line)] or lines  # engines say more after an error
     return (lines[-1] if lines else f"it ended with code {done.returncode} and said nothing")[:500]

@@ -54,6 +54,8 @@ class Answer:
     dtype: str
     """What the engine computed in: float32, bfloat16, float16, or the name of a quantization."""
     device: str
+    note: str = ""
+    """What of the engine was not its own."""
 
 
 def serve(packages: Sequence[str], probe: Callable[[Request], Answer]) -> None:

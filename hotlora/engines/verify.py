@@ -40,6 +40,8 @@ class Verification:
     dtype: str
     """What the engine computed in."""
     device: str
+    note: str
+    """What of the engine was not its own; mostly nothing."""
     num_texts: int
     verdict: Verdict
     own_seconds: float
@@ -137,7 +139,9 @@ def verify_export(
     of_base, of_export, answer = ask(engine, request, interpreter)
     seconds = time.perf_counter() - started
     verdict = judge(ours.base, ours.whole, of_base, of_export, ours.effects, dtype=answer.dtype)
-    return Verification(engine, versions, answer.dtype, answer.device, len(ours.texts), verdict, ours.seconds, seconds)
+    return Verification(
+        engine, versions, answer.dtype, answer.device, answer.note, len(ours.texts), verdict, ours.seconds, seconds
+    )
 
 
 @dataclass(frozen=True)
