@@ -64,6 +64,13 @@ def test_mlxs_files(tmp_path):
     assert tensors["model.layers.1.mlp.gate.lora_a"].shape == (32, 4)
 
 
+def test_a_merged_checkpoint_has_the_names_that_mlx_lm_reads(tmp_path):
+    export_adapter(adapted("qwen3_moe"), tmp_path / "out", format="merged")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] and config["num_experts"] == 8
+    assert_same(logits(base_of(tmp_path / "out", "qwen3_moe")), logits(adapted("qwen3_moe")))
+
+
 @needs_gguf
 def test_ggufs_file(tmp_path):
     import gguf
