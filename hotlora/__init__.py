@@ -24,7 +24,12 @@ _PUBLIC = {
     "ModelError": "base.errors",
     "PlanError": "base.errors",
     "RoutingProfile": "routing.profile",
+<<<<<<< HEAD
     "Routes": "routing.routes",
+=======
+    "Verification": "engines.verify",
+    "Routes": "routing.replay",
+>>>>>>> h-serve
     "Run": "runs.load",
     "base_quantization": "adapter.load",
     "compare_examples": "report.paired",
@@ -46,6 +51,7 @@ _PUBLIC = {
     "run_sweep": "runs.sweep",
     "select_experts": "routing.plan",
     "train": "api",
+    "verify_export": "engines.verify",
     "write_report": "report.page",
 }
 
@@ -71,6 +77,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .base.errors import HotLoraError as HotLoraError
     from .base.errors import ModelError as ModelError
     from .base.errors import PlanError as PlanError
+    from .engines.verify import Verification as Verification
+    from .engines.verify import verify_export as verify_export
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
     from .report.comparison import compare_runs as compare_runs

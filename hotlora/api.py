@@ -327,22 +327,24 @@ def export_adapter(
     merge_attention: bool = False,
     tokenizer: Any = None,
 ) -> Path:
-    """Writes a HotLoRA adapter in the format of a server or a library. `model` is left as it was.
+    """Writes a HotLoRA adapter in the format of an engine or a library. `model` is left as it was.
     A model card beside it says what loads it, and how.
 
     vllm: one pair of matrices for each expert and projection, zeros for the cold experts. sglang: the same,
     hot experts only. peft: a plain PEFT adapter (`target_parameters`), which `peft.PeftModel.from_pretrained`
-    loads. merged: a whole checkpoint of the model with the adapter folded in.
+    loads. gguf: one file for llama.cpp, of some families (needs the extra gguf). mlx: for mlx-lm, of some
+    families. merged: a whole checkpoint of the model with the adapter folded in.
 
-    The servers' formats hold no router. An adapter that trains it needs either of
+    vLLM's and SGLang's formats hold no router. An adapter that trains it needs either of
 
     - merge_router: `output/adapter` holds the rest, and `output/base` the base model with the routers'
       updates folded in. Serve the two together.
     - drop_router: the routers' updates are left out, so answers differ from the trained model's.
 
-    vLLM applies no adapter to MLA's `kv_b_proj` (DeepSeek, Kimi, GLM-5, …). An adapter that trains it needs
+    vLLM and MLX apply no adapter to MLA's `kv_b_proj` (DeepSeek, Kimi, GLM-5, …), llama.cpp to none of MLA's
+    projections but the last. An adapter that trains these needs
 
-    - merge_attention: its updates are folded into `output/base`, too.
+    - merge_attention: their updates are folded into `output/base`, too.
 
     Args:
         model: a `PeftModel` with a HotLoRA adapter.

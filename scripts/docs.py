@@ -18,6 +18,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 import moe_sieve
+from engines import MARK as ENGINES_MARK
+from engines import tables as engine_tables
 from gpu import gpu_tables
 from gpu import readme_table as gpu_readme_table
 from marks import filled, table
@@ -285,6 +287,7 @@ def main() -> None:
     text = filled(text, README_GPU_MARK, gpu_readme_table())
     papers, imports = ROOT / "docs" / "papers.md", ROOT / "docs" / "import.md"
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
+    export = ROOT / "docs" / "export.md"
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
     of_method = filled(of_method, UNTIL_MARK, until_tables())
@@ -301,6 +304,7 @@ def main() -> None:
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
         RELIABILITY_PAGE: reliability_page(),
+        export: filled(export.read_text(encoding="utf-8"), ENGINES_MARK, engine_tables()),
         imports: filled(imports.read_text(encoding="utf-8"), IMPORT_MARK, import_table()),
         speed: filled(of_speed, PROFILING_MARK, profiling_table()),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),

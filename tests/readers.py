@@ -63,16 +63,93 @@ def read_sglang(folder, base):
     for layer, experts in _experts_by_layer(model).items():
         F, D = _expert_shape(experts, family)
         for expert in range(len(experts.down_proj)):
+            names = [n for n in modules if re.search(rf"layers\.{layer}\..*experts\.{expert}\.\w+$", n)]
+            pairs = {name.rpartition(".")[2]: [m.double() for m in modules.pop(name)] for name in names}
             slot = {"gate_proj": torch.zeros(F, D), "up_proj": torch.zeros(F, D), "down_proj": torch.zeros(D, F)}
-            for name in [n for n in modules if re.search(rf"layers\.{layer}\..*experts\.{expert}\.\w+$", n)]:
-                A, B = modules.pop(name)
-                slot[name.rpartition(".")[2]] = B.double() @ A.double() * scaling
+            slot |= {name: B @ A * scaling for name, (A, B) in pairs.items()}
+            if family in INTERLEAVED and pairs:
+                slot["gate_proj"], slot["up_proj"] = _sglang_in_turn(*pairs["gate_proj"], *pairs["up_proj"], scaling)
             if hasattr(experts, "gate_up_proj"):
                 _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"], slot["up_proj"])
             else:
-                _add_to_expert(experts, expert, family, slot["up_proj"], slot["down_proj"])
+                # without a gate, the first matrix has the gate's name (`normalize_gate_up_proj`)
+                _add_to_expert(experts, expert, family, slot["gate_proj"], slot["down_proj"])
     for name, (A, B) in modules.items():
         _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
+    return model
+
+
+def _sglang_in_turn(A_gate, B_gate, A_up, B_up, scaling):
+    """gpt_oss in 0.5.23: the rows of B in turn (`FusedMoEWithLoRA._slice_moe_b_2d`), of which the first half is then
+    multiplied by gate's A and the second by up's (`_add_lora_gate_up_delta`)."""
+    B = torch.stack([B_gate, B_up], 1).flatten(0, 1) * scaling
+    delta = torch.cat([B[: len(B_gate)] @ A_gate, B[len(B_gate) :] @ A_up])
+    return delta[::2], delta[1::2]
+
+
+# Where mlx-lm has a layer's experts (mlx_lm/models/*.py), and llama.cpp's names of the parts of a layer
+# (src/llama-arch.cpp), by the model's own.
+MLX_EXPERTS = {"gpt_oss": "mlp.experts", "mixtral": "block_sparse_moe.switch_mlp"}
+MLX_EXPERTS["granitemoe"] = MLX_EXPERTS["mixtral"]
+LLAMA_CPP = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate_inp": "mlp.gate", "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj", "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}  # fmt: skip
+
+
+def read_mlx(folder, base):
+    """mlx-lm: `linear_to_lora_layers`, then what `fuse` of LoRALinear and LoRASwitchLinear would add."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())["lora_parameters"]
+    tensors = load_file(Path(folder) / "adapters.safetensors")
+    model, family = copy.deepcopy(base), base.config.model_type
+    layers = _experts_by_layer(model)
+    assert {key.rpartition(".")[0] for key in tensors} == set(config["keys"])
+    pairs = {key: (tensors[f"{key}.lora_a"].double(), tensors[f"{key}.lora_b"].double()) for key in config["keys"]}
+    for index, experts in layers.items():
+        at = f"model.layers.{index}.{MLX_EXPERTS.get(family, 'mlp.switch_mlp')}."
+        if at + "gate_proj" in pairs:
+            deltas = {}
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                A, B = pairs.pop(at + name)  # [E, R, in], [E, out, R]
+                assert A.shape[:2] == (len(experts.down_proj), config["rank"])
+                deltas[name] = config["scale"] * (B @ A)
+            for expert in range(len(experts.down_proj)):
+                _add_to_expert(experts, expert, family, *(deltas[name][expert] for name in (
+                    "gate_proj", "down_proj", "up_proj")))  # fmt: skip
+    for name, (A, B) in pairs.items():  # [in, R], [R, out]
+        _add_to_weight(model, name, config["scale"] * (B.T @ A.T))
+    return model
+
+
+def read_gguf(folder, base):
+    """llama.cpp: `build_lora_mm` and `build_lora_mm_id`, on weights as its conversion lays them out."""
+    import gguf
+
+    reader = gguf.GGUFReader(Path(folder) / "adapter.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    tensors = {tensor.name: torch.tensor(tensor.data).double() for tensor in reader.tensors}
+    model, family, config = copy.deepcopy(base), base.config.model_type, base.config
+    deltas = {}
+    for name in {name.rpartition(".")[0] for name in tensors}:
+        A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        deltas[name.removesuffix(".weight")] = alpha / B.shape[-1] * (B @ A)
+    for index, experts in _experts_by_layer(model).items():
+        for expert in range(len(experts.down_proj)):
+            names = [f"blk.{index}.ffn_{name}_exps" for name in ("gate", "down", "up")]
+            if names[0] in deltas:
+                _add_to_expert(experts, expert, family, *(deltas[name][expert] for name in names))
+    for name, delta in deltas.items():
+        _, index, part = name.split(".")
+        if part.endswith("_exps"):
+            continue
+        if family in ("mixtral", "granitemoe") and part in ("attn_q", "attn_k"):
+            heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+            delta = delta.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        path = f"model.layers.{index}.{LLAMA_CPP[part]}"
+        if family == "deepseek_v3":
+            path = path.replace("shared_expert.", "shared_experts.")
+        _add_to_weight(model, path, delta)
     return model
 
 
@@ -172,6 +249,18 @@ def _add_to_linear(model, name, delta):
     module = model.get_submodule(name)
     assert isinstance(module, torch.nn.Linear), name
     module.weight.data += delta.to(module.weight.dtype)
+
+
+def _add_to_weight(model, name, delta):
+    """To a Linear, or to the router of the layer, whatever that is called."""
+    router = re.fullmatch(r"(model\.layers\.\d+)\.(mlp|block_sparse_moe)\.(gate|router|router\.layer)", name)
+    if router:
+        layer = model.get_submodule(router[1])
+        routers = re.compile(r"\w+\.(gate|router)(\.\w+)?\.weight")
+        (weight,) = (parameter for name, parameter in layer.named_parameters() if routers.fullmatch(name))
+        weight.data += delta.to(weight.dtype)
+    else:
+        _add_to_linear(model, name, delta)
 
 
 def write_adapter(folder, config, tensors):

@@ -12,8 +12,8 @@ import hotlora
 
 ROOT = Path(hotlora.__file__).parent
 FOLDERS = (
-    "base", "nano", "hf", "routing", "layer", "adapter", "tasks", "training", "evaluation", "runs", "report", "cost",
-    "bench", "papers", "api", "data", "plots", "cli",
+    "base", "nano", "hf", "routing", "layer", "adapter", "tasks", "training", "evaluation", "runs", "engines",
+    "report", "cost", "bench", "papers", "api", "data", "plots", "cli",
 )  # fmt: skip
 """In the order of dependence, as CONTRIBUTING.md has it; `MODULES_ALONE` are no folders."""
 MODULES_ALONE = {"api", "data", "plots"}

@@ -26,6 +26,7 @@ from .profile import profile
 from .sweep import sweep
 from .talk import chat, generate
 from .train import print_evaluation, push, train
+from .verify import verify
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -250,7 +251,7 @@ def merge(
 def export(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft or merged.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft, gguf, mlx or merged.")],
     model: _Base = None,
     merge_router: Annotated[
         bool,
@@ -262,15 +263,19 @@ def export(
     ] = False,
     merge_attention: Annotated[
         bool,
-        typer.Option("--merge-attention", help="vllm: MLA's kv_b_proj goes into that base model, too."),
+        typer.Option(
+            "--merge-attention", help="vllm, gguf, mlx: what the engine does not apply of MLA goes there, too."
+        ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto: the base checkpoint's own.")] = "auto",
     **given: Any,
 ) -> None:
-    """Write an adapter in the format of a server, or of plain PEFT.
+    """Write an adapter in the format of an engine, or of plain PEFT.
 
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
-    vllm applies no update to MLA's kv_b_proj: --merge-attention.
+    vllm and mlx apply no update to MLA's kv_b_proj, llama.cpp (gguf) to most of MLA: --merge-attention.
+
+    `hotlora verify` loads the export in the engine, and finds out whether it is applied.
     """
     from ..runs.export import export_saved
 
@@ -284,6 +289,9 @@ def export(
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}")
     _tell_of_quantization(adapter)
+
+
+app.command()(verify)
 
 
 def _noted(path: Path, model: str | None) -> tuple[str, Path]:

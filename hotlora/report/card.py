@@ -23,10 +23,10 @@ PICTURE = "experts.png"
 _ADAPTER = (
     "rule", "fraction", "experts_per_layer", "r", "lora_alpha", "lora_dropout", "train_attention", "train_router",
 )  # fmt: skip
-_SERVERS = {"vllm": "vLLM", "sglang": "SGLang"}
+_SERVERS = {"vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp", "mlx": "mlx-lm"}
 _MADE = {
     "vllm": "adapter for vLLM", "sglang": "adapter for SGLang", "peft": "adapter for PEFT", "merged": "merged",
-    "combined": "combined adapter",
+    "combined": "combined adapter", "gguf": "adapter for llama.cpp", "mlx": "adapter for MLX",
 }  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a reader of the card would look for; the record has all options.
@@ -91,7 +91,7 @@ def write_export_card(
 ) -> None:
     """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone.
 
-    format: vllm, sglang, peft, merged, or combined.
+    format: vllm, sglang, peft, gguf, mlx, merged, or combined.
     """
     folder = Path(folder)
     runs = [Path(adapter).parent for adapter in adapters]
@@ -131,6 +131,15 @@ def _export_usage(format: str, base: str, folder: Path) -> str:
         return "It is a plain checkpoint of transformers, which any engine loads."
     if format == "combined":
         return _usage(base, "adapter")
+    if format == "gguf":
+        return f"""    python convert_hf_to_gguf.py {base} --outfile base.gguf      # of llama.cpp's repository
+    llama-server -m base.gguf --lora PATH/TO/THIS/FOLDER/adapter.gguf
+
+for llama.cpp, which does not say so where it leaves an update out: `hotlora verify --engine llama.cpp` looks."""
+    if format == "mlx":
+        return f"""    mlx_lm.generate --model {base} --adapter-path PATH/TO/THIS/FOLDER --prompt "…"
+
+for mlx-lm."""
     config = read_json(folder / "adapter_config.json")
     if format == "peft":
         return f"""```python
@@ -139,16 +148,18 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # onto {base}; hotlora is not needed
 ```"""
     if format == "vllm":
-        flags = f"--enable-lora --max-lora-rank {config['r']} --lora-modules mine=PATH/TO/THIS/FOLDER"
+        from ..adapter.formats.vllm import room_for
+
+        flags = f"--enable-lora --max-lora-rank {room_for(config['r'])} --lora-modules mine=PATH/TO/THIS/FOLDER"
         return f"""    vllm serve {base} {flags}
 
 for vLLM, which reads one pair of matrices for each expert. Where it holds a family's experts fused (gpt_oss,
-Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. Compare a few answers before you rely on it."""
-    modules = " ".join(config["target_modules"])
-    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {config["r"]} \\
-        --lora-target-modules {modules} --lora-paths mine=PATH/TO/THIS/FOLDER
+Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. `hotlora verify --engine vllm` says whether it applies
+every update."""
+    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch 2 \\
+        --lora-paths mine=PATH/TO/THIS/FOLDER
 
-for SGLang. Compare a few answers before you rely on it."""
+for SGLang. `hotlora verify --engine sglang` says whether it applies every update."""
 
 
 def _head(model: str, kind: str, **results: Any) -> str:

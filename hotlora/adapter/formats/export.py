@@ -1,6 +1,7 @@
-"""An adapter in the formats of others: vLLM, SGLang, plain PEFT, a merged checkpoint. What each can hold is checked
-here, before anything is written; a module for each format makes it."""
+"""An adapter in the formats of others: vLLM, SGLang, plain PEFT, llama.cpp, MLX, a merged checkpoint. What each can
+hold is checked here, before anything is written; a module for each format makes it."""
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
 from ..on_top_of import described, merged_for_now, merged_into
 from ..raw_weights import HotLoraRouter
+from . import gguf, mlx
 from .merged import save_checkpoint
 from .peft import peft_format
 from .sglang import sglang_format
@@ -26,9 +28,13 @@ from .vllm import NOT_APPLIED, vllm_format
 
 _log = logging.getLogger(__name__)
 
-_ADAPTERS: dict[str, Any] = {"vllm": vllm_format, "sglang": sglang_format, "peft": peft_format}
+_ADAPTERS: dict[str, Any] = {
+    "vllm": vllm_format, "sglang": sglang_format, "peft": peft_format, "gguf": gguf.gguf_format, "mlx": mlx.mlx_format
+}  # fmt: skip
 FORMATS = (*_ADAPTERS, "merged")
-_NOT_APPLIED = {"vllm": NOT_APPLIED}
+_SAVE: dict[str, Any] = {"gguf": gguf.save_gguf, "mlx": mlx.save_mlx}
+_CHECK_FAMILY = {"gguf": gguf.check_family, "mlx": mlx.check_family}
+_NOT_APPLIED = {"vllm": NOT_APPLIED, "mlx": mlx.NOT_APPLIED}
 
 
 def export_adapter(
@@ -51,9 +57,11 @@ def export_adapter(
     modules: Any = model.get_base_model().named_modules()
     layers = {path: m for path, m in modules if isinstance(m, LoraLayer) and adapter_name in m.scaling}
     routers = [path for path, layer in layers.items() if isinstance(layer, HotLoraRouter)]
-    _check_router_choice(format, bool(routers), merge_router, drop_router)
+    model_type = _model_type(model.get_base_model())
+    _CHECK_FAMILY.get(format, _any)(model_type)
+    _check_router_choice(format, model_type, bool(routers), merge_router, drop_router)
     attention = not_applied(layers, format)
-    _check_attention_choice(format, bool(attention), merge_attention)
+    _check_attention_choice(format, attention, merge_attention)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise HotLoraError(f"{merged[0]} has an adapter merged in: call unmerge_adapter() first.")
     if format == "merged":
@@ -66,7 +74,9 @@ def export_adapter(
         _log.warning("the export is for the base with %s merged in: use it on a checkpoint of that", described(ground))
     held = {path: layer for path, layer in layers.items() if path not in attention}
     parts = collect(model, adapter_name, held, format)
-    if format != "peft" and not parts.experts and not parts.linears:
+    if not holds_router(format, model_type):
+        parts = dataclasses.replace(parts, routers=[])
+    if not holds_router(format, model_type) and not parts.experts and not parts.linears:
         raise HotLoraError(
             f"the adapter trains nothing else that format {format!r} holds, so nothing is left to export: use format "
             "'merged'."
@@ -74,16 +84,21 @@ def export_adapter(
     base = model.get_base_model()
     with without_adapters(base):
         tensors, targets = _ADAPTERS[format](base, parts)
-    plain = {
-        "task_type": config.task_type,
-        "inference_mode": True,
-        "base_model_name_or_path": None if into_base or ground else base_name(model, adapter_name),
-        **targets,
-    }
+    save = _SAVE.get(format, _save_adapter)
+    plain = (
+        targets
+        if format in _SAVE
+        else {
+            "task_type": config.task_type,
+            "inference_mode": True,
+            "base_model_name_or_path": None if into_base or ground else base_name(model, adapter_name),
+            **targets,
+        }
+    )
     with atomic_folder(output) as folder:
         if into_base:
             save_checkpoint(model, adapter_name, into_base, folder / "base", tokenizer)
-        _save_adapter(plain, tensors, folder / "adapter" if into_base else folder)
+        save(plain, tensors, folder / "adapter" if into_base else folder)
     return output
 
 
@@ -94,6 +109,8 @@ def check_export(format: str, output: str | Path) -> Path:
         raise HotLoraError(f"format {format!r} does not exist: choose one of {', '.join(FORMATS)}.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileError(f"{output} is there already and not empty: give a new folder for the export.")
+    if format == "gguf":
+        gguf.check_installed()
     return output
 
 
@@ -104,21 +121,36 @@ def base_name(model: PeftModel, adapter_name: str = "default") -> str | None:
     return NANO if name == str(NANO_PATH) else name
 
 
-def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop_router: bool) -> None:
-    """HotLoraError for what `export_adapter` refuses by an adapter's config alone."""
+def check_config(
+    config: HotLoraConfig, base: nn.Module, format: str, *, merge_router: bool, drop_router: bool, merge_attention: bool
+) -> None:
+    """HotLoraError for what `export_adapter` refuses by an adapter's config and the base's modules alone, which may be
+    on the meta device."""
     _check_plain(config, format)
-    _check_router_choice(format, config.train_router, merge_router, drop_router)
-
-
-def check_attention(config: HotLoraConfig, base: nn.Module, format: str, *, merge_attention: bool) -> None:
-    """HotLoraError for what it refuses by the base's modules besides; they may be on the meta device."""
+    _CHECK_FAMILY.get(format, _any)(_model_type(base))
+    _check_router_choice(format, _model_type(base), config.train_router, merge_router, drop_router)
     trained = attention_modules(base) if config.train_attention else []
-    _check_attention_choice(format, bool(not_applied(trained, format)), merge_attention)
+    _check_attention_choice(format, not_applied(trained, format), merge_attention)
 
 
 def not_applied(paths: Iterable[str], format: str) -> list[str]:
-    """Those of some modules whose updates a server would read and not apply."""
+    """Those of some modules whose updates an engine would read and not apply."""
+    if format == "gguf":
+        return gguf.not_applied(list(paths))
     return [path for path in paths if path.rpartition(".")[2] in _NOT_APPLIED.get(format, ())]
+
+
+def holds_router(format: str, model_type: str) -> bool:
+    """Whether a format has a place for a family's routers' updates."""
+    return format in ("peft", "gguf", "merged") or (format == "mlx" and mlx.holds_router(model_type))
+
+
+def _model_type(base: Any) -> str:
+    return str(base.config.get_text_config().model_type)
+
+
+def _any(model_type: str) -> None:
+    """Most formats hold every family."""
 
 
 def _config(model: PeftModel, adapter_name: str) -> HotLoraConfig:
@@ -132,15 +164,15 @@ def _config(model: PeftModel, adapter_name: str) -> HotLoraConfig:
     return config
 
 
-def _check_router_choice(format: str, has_router: bool, merge_router: bool, drop_router: bool) -> None:
+def _check_router_choice(format: str, model_type: str, has_router: bool, merge_router: bool, drop_router: bool) -> None:
     if merge_router and drop_router:
         raise HotLoraError("merge_router and drop_router exclude each other: give one.")
     chosen = "merge_router" if merge_router else "drop_router" if drop_router else None
-    if chosen and format in ("peft", "merged"):
+    if chosen and holds_router(format, model_type):
         raise HotLoraError(f"format {format!r} holds the router: leave {chosen} out.")
     if chosen and not has_router:
         raise HotLoraError(f"the adapter does not train the router: leave {chosen} out.")
-    if has_router and not chosen and format in ("vllm", "sglang"):
+    if has_router and not chosen and not holds_router(format, model_type):
         raise HotLoraError(
             f"format {format!r} cannot hold the adapter's router updates. Give merge_router=True (--merge-router), "
             "which writes the base model with the routers' updates beside the adapter, or drop_router=True "
@@ -148,14 +180,15 @@ def _check_router_choice(format: str, has_router: bool, merge_router: bool, drop
         )
 
 
-def _check_attention_choice(format: str, has_such: bool, merge_attention: bool) -> None:
-    if has_such and not merge_attention:
+def _check_attention_choice(format: str, attention: list[str], merge_attention: bool) -> None:
+    if attention and not merge_attention:
+        names = sorted({path.rpartition(".")[2] for path in attention})
         raise HotLoraError(
-            f"format {format!r} cannot hold the adapter's updates of attention's {_NOT_APPLIED[format][0]}: the server "
+            f"format {format!r} cannot hold the adapter's updates of attention's {' and '.join(names)}: the engine "
             "would read them and apply them nowhere. Give merge_attention=True (--merge-attention), which writes the "
             "base model with these updates beside the adapter, or train without attention (--no-attention)."
         )
-    if merge_attention and not has_such:
+    if merge_attention and not attention:
         raise HotLoraError(f"format {format!r} holds all of this adapter's attention: leave merge_attention out.")
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import Tensor
 
+from ...base.files import read_json, write_json
 from ...base.quiet import quiet
 from ..mergeable import MergeableLayer
 from .shared import without_adapters
@@ -19,8 +20,19 @@ def save_checkpoint(model: PeftModel, adapter: str, paths: list[str], folder: Pa
     layers = [base.get_submodule(path) for path in paths]
     with _merged(layers, adapter), without_adapters(base), quiet():
         base.save_pretrained(folder)
+    _add_old_names(base.config, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _add_old_names(config: Any, file: Path) -> None:
+    """What transformers 5 has under other names, as published checkpoints and engines have it: mlx-lm reads no
+    `rope_parameters`, and takes a default, or fails."""
+    saved = read_json(file)
+    old = {old: saved[new] for old, new in config.attribute_map.items() if new in saved}
+    rope = saved.get("rope_parameters") or {}
+    old |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    write_json(file, {**old, **saved})
 
 
 @contextmanager

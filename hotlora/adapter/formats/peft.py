@@ -3,7 +3,6 @@
 Shape suffixes: E experts, N adapted experts, R rank.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ...base.errors import HotLoraError
 from ...hf.experts_view import ExpertsView
-from .shared import PREFIX, AdapterFactors, ExpertFactors, checkpoint_path, pair
+from .shared import PREFIX, AdapterFactors, ExpertFactors, all_experts, checkpoint_path, pair
 
 # Linears under these names PEFT takes for parts of the routed experts, in many families (peft#3711).
 _REWRITTEN_BY_PEFT = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -35,7 +34,7 @@ def _targets(parts: AdapterFactors) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for experts in parts.experts:
         names = ExpertsView(experts.module).weight_names
         for depth, name in enumerate(names):
-            A_E, B_E = _all_experts(*_fused(experts, name), experts.ids, experts.num_experts)
+            A_E, B_E = all_experts(*_fused(experts, name), experts.ids, experts.num_experts)
             # PEFT wraps a module once for each of its parameters, the first one innermost.
             path = experts.path + ".base_layer" * (len(names) - 1 - depth)
             # Its ParamWrapper has all experts in one: A `[E * R, in]`, expert slowest; B `[out, R * E]`, fastest.
@@ -104,10 +103,3 @@ def _fused(experts: ExpertFactors, name: str) -> tuple[Tensor, Tensor]:
     B_gate = nn.functional.pad(B_gate, (0, A_up.shape[1]))
     B = torch.cat([B_gate, nn.functional.pad(B_up, (A_gate.shape[1], 0))], 1)
     return A, ExpertsView(experts.module).join(B.transpose(1, 2)).transpose(1, 2)
-
-
-def _all_experts(A: Tensor, B: Tensor, ids: Sequence[int], num_experts: int) -> tuple[Tensor, Tensor]:
-    """A `[E, R, in]` and B `[E, out, R]`: zeros for the cold experts."""
-    A_E, B_E = (factor.new_zeros(num_experts, *factor.shape[1:]) for factor in (A, B))
-    A_E[list(ids)], B_E[list(ids)] = A, B
-    return A_E, B_E

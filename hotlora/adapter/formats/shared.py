@@ -148,6 +148,13 @@ def server_format(
     return tensors, {"r": parts.r, "lora_alpha": parts.lora_alpha, "target_modules": sorted(modules)}
 
 
+def all_experts(A: Tensor, B: Tensor, ids: Sequence[int], num_experts: int) -> tuple[Tensor, Tensor]:
+    """A `[E, R, in]` and B `[E, out, R]`: zeros for the cold experts."""
+    A_E, B_E = (factor.new_zeros(num_experts, *factor.shape[1:]) for factor in (A, B))
+    A_E[list(ids)], B_E[list(ids)] = A, B
+    return A_E, B_E
+
+
 def expert_names(experts: ExpertFactors) -> dict[str, str]:
     """gate, up and down, as most name them."""
     return {projection: f"{projection}_proj" for projection in experts.factors}

@@ -1,0 +1,1 @@
+"""Whether an engine really applies an exported adapter: the engines' runner files, and `verify`."""
