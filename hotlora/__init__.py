@@ -24,12 +24,8 @@ _PUBLIC = {
     "ModelError": "base.errors",
     "PlanError": "base.errors",
     "RoutingProfile": "routing.profile",
-<<<<<<< HEAD
     "Routes": "routing.routes",
-=======
     "Verification": "engines.verify",
-    "Routes": "routing.replay",
->>>>>>> h-serve
     "Run": "runs.load",
     "base_quantization": "adapter.load",
     "compare_examples": "report.paired",
