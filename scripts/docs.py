@@ -51,6 +51,7 @@ README_GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu/h200.json --
 GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
+OWN_DATA_MARK = "<!-- made by scripts/docs.py from benchmarks/own_data -->"
 UNTIL_MARK = "<!-- made by scripts/docs.py from results/profile_until.json -->"
 OPTIONS_HEAD = """# Options of a run
 
@@ -228,6 +229,23 @@ def import_table() -> str:
     return table(heads, rows)
 
 
+def own_data_table() -> str:
+    """Reading and tokenizing beside TRL, from the results of benchmarks/own_data.py."""
+    heads = ["rows", "runs each", "", "seconds", "of a processor", "peak memory, MB"]
+    lines = []
+    for file in sorted((ROOT / "benchmarks" / "own_data").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        first = [f"{result['rows']:,}", str(len(result["runs"]["hotlora"]))]
+        for way, name in (("hotlora", "hotlora"), ("trl", "SFTTrainer's preparation")):
+            found = result["medians"][way]
+            numbers = [f"{found['seconds']:.0f}", f"{found['cpu_seconds']:.1f}", f"{found['peak_bytes'] / 1e6:.0f}"]
+            lines.append([*first, name, *numbers])
+        ratios = result["hotlora against trl"]
+        shares = [f"{ratios[key]:.2f}" for key in ("seconds", "cpu_seconds", "peak_bytes")]
+        lines.append([*first, "hotlora over SFTTrainer's", *shares])
+    return table(heads, lines)
+
+
 def until_tables() -> str:
     """What `--profile-until` promises and spares, from the record of benchmarks/profile_until.py."""
     record = json.loads((ROOT / "results" / "profile_until.json").read_text(encoding="utf-8"))
@@ -285,7 +303,7 @@ def main() -> None:
     readme, nano = ROOT / "README.md", ROOT / "docs" / "nano.md"
     text = filled(readme.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.readme_table())
     text = filled(text, README_GPU_MARK, gpu_readme_table())
-    papers, imports = ROOT / "docs" / "papers.md", ROOT / "docs" / "import.md"
+    papers, imports, data = (ROOT / "docs" / f"{name}.md" for name in ("papers", "import", "data"))
     speed, method = ROOT / "docs" / "speed.md", ROOT / "docs" / "method.md"
     export = ROOT / "docs" / "export.md"
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
@@ -306,6 +324,7 @@ def main() -> None:
         RELIABILITY_PAGE: reliability_page(),
         export: filled(export.read_text(encoding="utf-8"), ENGINES_MARK, engine_tables()),
         imports: filled(imports.read_text(encoding="utf-8"), IMPORT_MARK, import_table()),
+        data: filled(data.read_text(encoding="utf-8"), OWN_DATA_MARK, own_data_table()),
         speed: filled(of_speed, PROFILING_MARK, profiling_table()),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }

@@ -19,7 +19,9 @@ LIBRARIES = ("transformers", "trl", "peft", "torch", "accelerate", "datasets", "
 # Modules that their library's documentation imports from, besides the libraries themselves.
 DOCUMENTED = {
     "accelerate.utils", "safetensors.torch", "torch.distributed", "torch.distributed.tensor", "torch.nn.functional",
-    "torch.overrides", "transformers.distributed", "transformers.quantizers", "transformers.utils.logging",
+    "torch.overrides", "torch.utils.tensorboard", "transformers.distributed",
+    "transformers.integrations:TensorBoardCallback", "transformers.integrations:WandbCallback",
+    "transformers.quantizers", "transformers.utils.logging",
     "transformers.utils.quantization_config", "peft.tuners.lora:LoraLayer", "peft.tuners.lora:LoraModel",
     "peft.utils:CONFIG_NAME", "peft.utils:SAFETENSORS_WEIGHTS_NAME", "peft.utils:get_peft_model_state_dict",
     "peft.utils:set_peft_model_state_dict",
