@@ -18,10 +18,10 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 import moe_sieve
-from gpu import gpu_tables
-from gpu import readme_table as gpu_readme_table
 from engines import MARK as ENGINES_MARK
 from engines import tables as engine_tables
+from gpu import gpu_tables
+from gpu import readme_table as gpu_readme_table
 from marks import filled, table
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
