@@ -173,6 +173,11 @@ def _make(family: str, folder: Path) -> tuple[Path, Path]:
         if not parameter.isfinite().all() or parameter.abs().max() < 1e-3:  # some start at zero or empty
             parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder / "base")
+    file = folder / "base" / "config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))  # with the older names that published checkpoints have
+    saved |= {old: saved[new] for old, new in model.config.attribute_map.items() if new in saved}
+    saved["rope_theta"] = (saved.get("rope_parameters") or {}).get("rope_theta")
+    file.write_text(json.dumps({name: value for name, value in saved.items() if value is not None}), encoding="utf-8")
     net: Any = load_model(str(folder / "base"), device="cpu", dtype="float32")
     layers = moe_layers(net)
     plan = {
