@@ -316,6 +316,8 @@ def _cell(found: dict[str, Any] | None) -> str:
         return ""
     if "failed" in found:
         return "converted"
+    if found["applied"] == "base differs":
+        return f"base differs, {found['base_max']:.0e}"
     told = "" if found["applied"] == "yes" else f" {found['applied']},"
     return f"run:{told} {found['base_max']:.0e}, {found['difference']:.0e}"
 

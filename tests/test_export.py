@@ -23,6 +23,7 @@ from zoo import zoo_model as build
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.formats.import_peft import import_adapter
+from hotlora.adapter.formats.vllm import room_for
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers
 
@@ -403,6 +404,14 @@ def test_a_model_without_a_hotlora_adapter(tmp_path):
     with pytest.raises(HotLoraError, match="unmerge_adapter"):
         export_adapter(merged, tmp_path / "out", format="vllm")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_vllm_has_no_room_for(tmp_path):
+    model = adapted(r=513, train_router=False)
+    with pytest.raises(HotLoraError, match="512 at most, and this one has 513"):
+        export_adapter(model, tmp_path / "out", format="vllm")
+    export_adapter(model, tmp_path / "out", format="sglang")
+    assert [room_for(rank) for rank in (1, 8, 12, 32, 257)] == [8, 8, 16, 32, 320]
 
 
 @pytest.mark.parametrize("format", ["vllm", "sglang", "peft"])

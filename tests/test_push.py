@@ -198,8 +198,8 @@ def test_what_is_exported_has_a_card_that_says_who_loads_it(run: Path, tmp_path:
     card = ModelCard.load(cards[0])
     assert card.data.library_name == ("transformers" if format == "merged" else "peft") and "hotlora" in card.data.tags
     use = {
-        "vllm": "vllm serve ../base --enable-lora --max-lora-rank 2 ",
-        "sglang": "sglang.launch_server --model-path ../base --enable-lora --max-lora-rank 2 ",
+        "vllm": "vllm serve ../base --enable-lora --max-lora-rank 8 ",
+        "sglang": "sglang.launch_server --model-path ../base --enable-lora --max-loras-per-batch 2 ",
         "peft": "PeftModel.from_pretrained", "merged": "a plain checkpoint of", "combined": "hotlora.load(",
     }  # fmt: skip
     assert use[format] in card.text

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapter.formats.vllm import room_for
 from ..adapter.load import CONFIG_FILE
 from ..base.errors import HotLoraError
 from ..base.files import read_json
@@ -16,7 +17,6 @@ from ..tasks import Example
 from ..tasks.tokens import encode_prompt
 from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
 
-_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of those that vLLM can make room for
 _AT_ONCE = 512  # answers given to the engine together: so many are lost at most where it is stopped
 
 
@@ -45,9 +45,7 @@ def load_engine(model: str, adapter: str | Path | None = None, *, dtype: str = "
     if adapter is None:
         return LLM(model=model, dtype=dtype), None
     rank = read_json(Path(adapter) / CONFIG_FILE)["r"]
-    if rank > _RANKS[-1]:
-        raise HotLoraError(f"vLLM takes adapters of rank {_RANKS[-1]} at most, and this one has {rank}: give --merge.")
-    room = next(size for size in _RANKS if size >= rank)
+    room = room_for(rank)
     # The last option: a pair of matrices for each expert is read as such where the family's experts are fused, too.
     engine = LLM(
         model=model, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=room, enable_mixed_moe_lora_format=True

@@ -147,16 +147,18 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # onto {base}; hotlora is not needed
 ```"""
     if format == "vllm":
-        flags = f"--enable-lora --max-lora-rank {config['r']} --lora-modules mine=PATH/TO/THIS/FOLDER"
+        from ..adapter.formats.vllm import room_for
+
+        flags = f"--enable-lora --max-lora-rank {room_for(config['r'])} --lora-modules mine=PATH/TO/THIS/FOLDER"
         return f"""    vllm serve {base} {flags}
 
 for vLLM, which reads one pair of matrices for each expert. Where it holds a family's experts fused (gpt_oss,
-Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. Compare a few answers before you rely on it."""
-    modules = " ".join(config["target_modules"])
-    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {config["r"]} \\
-        --lora-target-modules {modules} --lora-paths mine=PATH/TO/THIS/FOLDER
+Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. `hotlora verify --engine vllm` says whether it applies
+every update."""
+    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch 2 \\
+        --lora-paths mine=PATH/TO/THIS/FOLDER
 
-for SGLang. Compare a few answers before you rely on it."""
+for SGLang. `hotlora verify --engine sglang` says whether it applies every update."""
 
 
 def _head(model: str, kind: str, **results: Any) -> str:

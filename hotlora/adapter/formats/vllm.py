@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...base.errors import HotLoraError
 from .shared import AdapterFactors, ExpertFactors, checkpoint_experts, expert_names, server_format
 
 # MLA's up-projection of keys and values. vLLM takes its weight apart when it loads a model, and holds it by a reference
@@ -12,8 +13,25 @@ from .shared import AdapterFactors, ExpertFactors, checkpoint_experts, expert_na
 NOT_APPLIED = ("kv_b_proj",)
 
 
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def room_for(rank: int) -> int:
+    """The least `--max-lora-rank` that vLLM has and an adapter of this rank fits in (0.32, 0.33: `MaxLoRARanks`).
+
+    HotLoraError: there is none.
+    """
+    if rank > _RANKS[-1]:
+        raise HotLoraError(f"vLLM takes adapters of rank {_RANKS[-1]} at most, and this one has {rank}: merge it.")
+    return next(size for size in _RANKS if size >= rank)
+
+
 def vllm_format(base: Any, parts: AdapterFactors) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config. base: the plain model, whose adapters are out of the way."""
+    """Tensors and config. base: the plain model, whose adapters are out of the way.
+
+    HotLoraError: a rank that vLLM does not take.
+    """
+    room_for(parts.r)
     return server_format(base, parts, _names, has_cold=True)
 
 
