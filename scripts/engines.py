@@ -121,7 +121,7 @@ def python_of(name: str) -> Path:
     if (folder / "complete").is_file():
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
     if environment.source:
         (package,) = environment.packages
         fetched = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", package]
