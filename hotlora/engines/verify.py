@@ -89,8 +89,8 @@ def verify_export(
         engine_base: the base in the engine's own format, where that is another (llama.cpp: a .gguf file).
         data: a task or rows, as `--data` takes them, whose texts are used; None: random tokens.
         num_texts: that are scored at least; more tell more experts apart where the engine rounds, and take longer.
-        dtype: what the engine is to compute in, where it lets one choose: float32, bfloat16 or float16; auto: float32 on
-            the CPU, else the checkpoint's own. Our own model computes in the same on a GPU, and on the CPU in float32.
+        dtype: what the engine is to compute in, where it lets one choose: float32, bfloat16 or float16; auto: float32
+            on the CPU, else the checkpoint's own. Our own model computes in the same on a GPU, in float32 on the CPU.
         device: of both, as `load_model` takes it.
         seed: of random tokens.
 

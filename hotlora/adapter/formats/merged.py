@@ -29,7 +29,8 @@ def _add_old_names(config: Any, file: Path) -> None:
     """What transformers 5 has under other names, as published checkpoints and engines have it: mlx-lm reads no
     `rope_parameters`, and takes a default, or fails."""
     saved = read_json(file)
-    old = {old: saved[new] for old, new in config.attribute_map.items() if new in saved}
+    count = config.attribute_map.get("num_experts")
+    old = {"num_experts": saved[count]} if count in saved else {}
     rope = saved.get("rope_parameters") or {}
     old |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     write_json(file, {**old, **saved})
