@@ -73,6 +73,7 @@ FIRST: dict[str, str] = {
     "merge": "--model {model} {adapter} -o out", "combine": "--model {model} {adapter} {adapter} -o out",
     "demo": "--task x", "bench": "--rounds 0", "sweep": "{file} --dry-run", "report": "{runs} -o out",
     "compare": "{runs}", "data": "{rows} --model {model}", "push": "{adapter} owner/name",
+    "verify": "{model} --adapter {adapter} --engine mlx",
     "generate": "x --adapter {adapter} --max-new-tokens 2", "chat": "{adapter} --max-new-tokens 2",
 }  # fmt: skip
 _LEFT = re.compile(r"\.[0-9a-f]{12}-.+")

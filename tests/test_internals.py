@@ -33,6 +33,8 @@ SINCE = {
 }
 # What other packages of the bench are asked for is checked when it runs: it refuses what does not compute LoRA.
 ELSEWHERE = {"hotlora.bench.unsloth", "hotlora.bench.axolotl"}
+# Run in an engine's own environment, and are held to what that engine says of itself (hotlora verify).
+ELSEWHERE |= {name for name in MODULES if name.startswith("hotlora.engines.") and name.endswith("_runner")}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items() if name not in ELSEWHERE}
 LISTED = {part for name in NAMES for part in re.split(r"[:#.]", name)}
 

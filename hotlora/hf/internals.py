@@ -16,6 +16,7 @@ _LAYER = "PEFT builds, moves or lists the layers of `adapter` in another way"
 _TUNER = "PEFT no longer asks HotLoraModel here, so that plans are not bound, or merges not checked"
 _RESUME = "training.trainer does not resume a killed run, or tells a broken checkpoint by a stack trace"
 _QUANTIZED = "adapter.quantize: experts are not quantized while a model loads"
+_SUMS = "adapter.combine: adapters are not combined but by cat"
 _META = "cost.estimate and `hotlora train` cannot tell the memory of a training before it starts"
 
 NAMES = {
@@ -37,6 +38,11 @@ NAMES = {
     "and not as servers read them",
     "transformers.integrations:INTEGRATION_TO_CALLBACK": "--report-to is not checked before training",
     "transformers.integrations:get_available_reporting_integrations": "--report-to is not checked before training",
+    "peft.utils.merge_utils:task_arithmetic": _SUMS,
+    "peft.utils.merge_utils:ties": _SUMS,
+    "peft.utils.merge_utils:dare_linear": _SUMS,
+    "peft.utils.merge_utils:dare_ties": _SUMS,
+    "peft.utils.merge_utils:magnitude_prune": _SUMS,
     "datasets.table:MemoryMappedTable": "tasks.stored: rows of data are not read from their file",
     "transformers.training_args:OptimizerNames": "--optim is not checked before training",
     "transformers.masking_utils:find_packed_sequence_indices": _META,

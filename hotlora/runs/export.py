@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.formats.export import check_config, check_export, export_adapter
+from ..adapter.formats.export import check_base, check_config, check_export, export_adapter
 from ..adapter.load import load_adapter, saved_config
 from ..adapter.model import check_combined
 from ..base.errors import HotLoraError
@@ -45,7 +45,8 @@ def export_saved(
     """
     check_export(format, output)  # before a model is loaded, which may take long
     config = saved_config(adapter)
-    check_config(
+    check_config(config, format, merge_router=merge_router, drop_router=drop_router)
+    check_base(
         config, structure(model), format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention,
     )  # fmt: skip

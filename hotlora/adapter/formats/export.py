@@ -121,12 +121,17 @@ def base_name(model: PeftModel, adapter_name: str = "default") -> str | None:
     return NANO if name == str(NANO_PATH) else name
 
 
-def check_config(
+def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop_router: bool) -> None:
+    """HotLoraError for what `export_adapter` refuses by an adapter's config alone, whatever the base."""
+    _check_plain(config, format)
+    if format != "mlx":  # there the family decides
+        _check_router_choice(format, "", config.train_router, merge_router, drop_router)
+
+
+def check_base(
     config: HotLoraConfig, base: nn.Module, format: str, *, merge_router: bool, drop_router: bool, merge_attention: bool
 ) -> None:
-    """HotLoraError for what `export_adapter` refuses by an adapter's config and the base's modules alone, which may be
-    on the meta device."""
-    _check_plain(config, format)
+    """HotLoraError for what it refuses by the base's modules, too, which may be on the meta device."""
     _CHECK_FAMILY.get(format, _any)(_model_type(base))
     _check_router_choice(format, _model_type(base), config.train_router, merge_router, drop_router)
     trained = attention_modules(base) if config.train_attention else []

@@ -100,13 +100,13 @@ def gguf_format(base: Any, parts: AdapterFactors) -> tuple[dict[str, Tensor], di
             tensors |= {f"{name}.lora_a": A_E, f"{name}.lora_b": B_E}
     for linear in (*parts.linears, *parts.routers):
         path = checkpoint_path(base, linear.path)
-        name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
-        if name is None:
+        found: str | None = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
+        if found is None:
             raise HotLoraError(
                 f"format 'gguf': llama.cpp has no {path} in a {config.model_type} model. Use format 'merged'."
             )
         B = _as_converted(linear.B, path, config)
-        tensors |= {f"{name}.lora_a": linear.A.contiguous(), f"{name}.lora_b": B.contiguous()}
+        tensors |= {f"{found}.lora_a": linear.A.contiguous(), f"{found}.lora_b": B.contiguous()}
     return tensors, {"arch": _ARCHITECTURES[config.model_type], "lora_alpha": parts.lora_alpha}
 
 
