@@ -278,11 +278,19 @@ def evaluate(
     chosen = EvalOptions(model=found.model, adapter=found.adapter, **options)
     with nullcontext() if progress else without_bars(), TemporaryDirectory() as temporary:
         folder = Path(temporary if output is None else output)
+        is_folder, is_kept = folder.exists(), (folder / "data.jsonl").exists()
         source = named if named is not _ROWS else str(save_rows(data, folder / "data.jsonl"))
-        record, _ = run_evaluation(
-            chosen, source, None if output is None else folder,
-            sampling=Sampling(samples, temperature, top_p, seed), engine=engine, rouge=rouge, progress=progress,
-        )  # fmt: skip
+        try:
+            record, _ = run_evaluation(
+                chosen, source, None if output is None else folder,
+                sampling=Sampling(samples, temperature, top_p, seed), engine=engine, rouge=rouge, progress=progress,
+            )  # fmt: skip
+        except HotLoraError:
+            if named is _ROWS and not is_kept:  # refused: leave nothing that the call with other options would meet
+                (folder / "data.jsonl").unlink()
+                if not is_folder and not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
     ((task, result),) = record["evaluation"].items()
     kept = {name: str(folder / result[name]) for name in ("results", "losses") if name in result}
     return {"task": task, **result, **kept}

@@ -140,6 +140,15 @@ def test_python_gives_what_the_command_gives(rows: str, run: Path, tmp_path: Pat
     assert again["loss"] == found["loss"], "the same evaluation, so it is done"
 
 
+def test_a_refused_evaluation_leaves_no_rows_behind(rows: str, run: Path, tmp_path: Path):
+    listed = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    before = sorted(run.iterdir())
+    for output in (tmp_path / "new", run):
+        with pytest.raises(HotLoraError):
+            hotlora.evaluate(run, listed, output, engine="none", progress=False)
+    assert not (tmp_path / "new").exists() and sorted(run.iterdir()) == before
+
+
 def test_rows_in_memory_are_evaluated_in_every_form(
     rows: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

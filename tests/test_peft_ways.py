@@ -201,6 +201,14 @@ def test_dare_keeps_a_share_and_scales_it(how):
     torch.testing.assert_close(A[kept], 2 * source[kept] / 0.3)  # the root of 0.25 * 64 / 4
 
 
+def test_a_density_that_keeps_nothing_is_refused():
+    model = two_adapters()
+    before = logits(model)
+    with pytest.raises(HotLoraError, match=r"density=0.0001 keeps none of the 128 values of a factor"):
+        model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "both", "magnitude_prune", density=1e-4)
+    assert list(model.peft_config) == ["x", "y"] and torch.equal(logits(model), before)
+
+
 def test_dare_draws_by_torchs_seed():
     made = []
     for seed in (3, 3, 4):
@@ -232,6 +240,8 @@ def test_two_active_adapters_add_up_and_the_combined_one_can_be_saved(tmp_path):
         (["x", "y"], {"combination_type": "ties"}, r"'ties' needs adapters of one rank"),
         (["x", "y"], {"combination_type": "ties", "density": 1.0}, "density=1.0 must be above 0 and below 1"),
         (["x", "y"], {"density": 0.2}, "density=0.2 is of ties, dare_linear"),
+        (["x", "y"], {"combination_type": "ties", "density": "x"}, "density=x must be above 0"),
+        (["x", "y"], {"weights": [float("nan"), 1.0]}, "must be finite numbers, and nan is none"),
         (["x", "y"], {"combination_type": "linear"}, r"one rank, and these have \[4, 2\]"),
     ],
 )
@@ -239,7 +249,7 @@ def test_adapters_that_cannot_be_combined(adapters, options, message):
     model = two_adapters(r=2)
     before = logits(model)
     with pytest.raises(HotLoraError, match=message):
-        model.add_weighted_adapter(adapters, [0.5, 0.5], **{"adapter_name": "both", **options})
+        model.add_weighted_adapter(adapters, **{"weights": [0.5, 0.5], "adapter_name": "both", **options})
     assert list(model.peft_config) == ["x", "y"] and torch.equal(logits(model), before)
 
 

@@ -382,6 +382,40 @@ def test_an_effect_below_the_noise_is_not_passed():
     assert not any(part.status == "applied" for part in verdict.parts)
 
 
+def of_part(its, layer, expert):
+    return torch.stack([its.experts[layer, expert][text] for text in range(4)])
+
+
+def test_what_no_part_explains_is_not_passed_of_a_weak_adapter_either():
+    """As after a few steps: what is wrong is a tenth of the effect, and far above the rounding."""
+    base, whole, its, noise, more = simulated(1e-7)
+    whole = base + (whole - base) / 1000
+    wrong = torch.randn(base.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 3e-5
+    verdict = judge(base, whole, base + noise, whole + wrong + more, its, dtype="float32")
+    assert verdict.applied == "partly" and verdict.unexplained > 2e-5
+    assert judge(base, whole, base + noise, whole + more, its, dtype="float32").applied == "yes"
+
+
+def test_a_scale_that_explains_little_blames_no_part():
+    base, whole, its, noise, more = simulated(1e-6)
+    effect = whole - base
+    its = Effects(its.experts, its.groups, {0.5: -effect / 2, 2.0: effect})
+    wrong = torch.randn(base.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) * 0.1
+    verdict = judge(base, whole, base + noise, whole + wrong + 0.1 * effect + more, its, dtype="float32")
+    assert verdict.applied == "partly" and verdict.scale is None
+    assert not any(part.status in ("missing", "in part") for part in verdict.parts)
+    half = judge(base, whole, base + noise, whole - 0.4 * effect + more, its, dtype="float32")
+    assert half.applied == "partly" and half.share == pytest.approx(0.6, abs=0.01)
+
+
+def test_the_only_expert_of_a_layer_that_is_applied_is_named():
+    base, whole, its, noise, more = simulated(1e-6)
+    verdict = judge(base, whole, base + noise, whole + its.groups[0] - of_part(its, 0, 7) + more, its, dtype="float32")
+    found = {part.part: part for part in verdict.parts}
+    assert found[0, 7].status == "applied" and found[0, 7].share == pytest.approx(1, abs=0.05)
+    assert {found[0, e].status for e in range(1, 20) if e != 7} == {"missing"}
+
+
 def test_numbers_that_an_engine_does_not_give_are_left_out():
     base, whole, its, noise, more = simulated(1e-5)
     noise[:, :, 3:] = float("nan")

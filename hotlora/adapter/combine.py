@@ -1,6 +1,7 @@
 """One adapter's factors out of several others', layer by layer: PEFT's `add_weighted_adapter` for plans that differ."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,14 @@ def check_how(how: str, density: float | None) -> None:
         raise HotLoraError(f"combination_type={how!r} is not supported on experts: give {', '.join(known)}.")
     if density is not None and how not in _PRUNED:
         raise HotLoraError(f"density={density} is of {', '.join(_PRUNED)}, and combination_type is {how!r}.")
-    if density is not None and not 0 < density < 1:
+    if density is not None and not (isinstance(density, int | float) and 0 < density < 1):
         raise HotLoraError(f"density={density} must be above 0 and below 1: the share of each factor that is kept.")
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """HotLoraError: one is no finite number."""
+    if bad := [weight for weight in weights if not (isinstance(weight, int | float) and math.isfinite(weight))]:
+        raise HotLoraError(f"weights={list(weights)} must be finite numbers, and {bad[0]!r} is none.")
 
 
 def combine(
@@ -55,7 +62,12 @@ def _summed(factors: list[Tensor], weights: list[float], how: str, density: floa
     of_each = torch.tensor(weights, device=factors[0].device)
     if how == "linear":
         return task_arithmetic(factors, of_each)
-    found: Tensor = _PRUNED[how](factors, of_each, DENSITY if density is None else density)
+    share = DENSITY if density is None else density
+    if not int(share * factors[0].numel()):
+        raise HotLoraError(
+            f"density={share:g} keeps none of the {factors[0].numel():,} values of a factor: give a larger one."
+        )
+    found: Tensor = _PRUNED[how](factors, of_each, share)
     return found
 
 

@@ -16,7 +16,7 @@ from ..base.unchanged import unchanged_on_error
 from ..hf import peft_hooks
 from ..layer.function import IMPLEMENTATION, use_routed_layer
 from ..routing.plan import ExpertPlan
-from .combine import check_how, combine, factor_pairs
+from .combine import check_how, check_weights, combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
@@ -184,6 +184,7 @@ class HotLoraModel(LoraModel):
             raise HotLoraError(f"the model already has an adapter {adapter_name!r}: give another adapter_name.")
         how = combination_type or "cat"
         check_how(how, density)
+        check_weights(weights)
         config = _combined_config(hot, how)
         with unchanged_on_error(self):
             self.peft_config[adapter_name] = config

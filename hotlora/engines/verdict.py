@@ -28,7 +28,10 @@ _BASE_AGREES_QUANTIZED = 0.5
 _ROUNDING = 4
 """The engine's change may differ from ours by so many times what its base differs by,"""
 _LEAST = 1e-4
-"""or by this many nats."""
+"""or by this many nats where an engine rounds more than float32;"""
+_LEAST_EXACT, _OF_EFFECT = 5e-6, 2e-5
+"""in float32 by so many, and this share of what the adapter changes: merged weights round by themselves, and the base
+may not differ at all."""
 _EXACT_BASE = 3e-5
 """A base that differs by more (root mean square) is not computed in float32 throughout, whatever the engine says."""
 _USUAL = 2
@@ -110,7 +113,10 @@ def judge(
         own, more, error = share_of[name]
         with_it = sum(share_of[group][0] for group in above if group in share_of)
         if with_it > 1 - _OFF:
-            return PartVerdict(name, MISSING, 1 - with_it - own, min(share_of[g][2] for g in above if g in share_of))
+            error = min(share_of[g][2] for g in above if g in share_of)
+            if not own:
+                return PartVerdict(name, MISSING, 1 - with_it, error)
+            return _verdict(name, 1 - with_it - own, error, is_found=True)
         return _verdict(name, 1 - with_it - own - more, error, is_found=own != 0)
 
     parts = [verdict(part, part[0], "experts", _EVERYTHING) for part in effects.experts]
@@ -119,7 +125,8 @@ def judge(
     base_mean = float(off_base.abs().sum() / count)
     size = max(float(effect.square().sum()), 1e-30)
     share = float(((effect + rest) * effect).sum()) / size
-    is_rounding = _typical(left, is_exact) <= max(_ROUNDING * _typical(off_base, is_exact), _LEAST)
+    least = _LEAST_EXACT + _OF_EFFECT * rms(effect) if is_exact else _LEAST
+    is_rounding = _typical(left, is_exact) <= max(_ROUNDING * _typical(off_base, is_exact), least)
     scale = None
     if not is_rounding:
         curve = {
@@ -128,7 +135,7 @@ def judge(
             **{g: torch.where(valid, its, 0.0) for g, its in effects.scaled.items()},
         }
         best, off_curve = _nearest_scale(rest, curve)
-        if rms(off_curve) < rms(left):
+        if rms(off_curve) < rms(left) / 2:
             scale, left = best, off_curve
             parts = [
                 p if p.status == UNREACHED else PartVerdict(p.part, MISSING if best < _OFF else PARTLY, best)

@@ -109,8 +109,10 @@ def verify_export(
             f"the engine {engine} loads exports of the kind {' or '.join(takes)}, and {export} is of the kind "
             f"{exported.kind}: export in another format, or choose another engine."
         )
-    if not 1 <= num_texts <= DRAWN:
+    if type(num_texts) is not int or not 1 <= num_texts <= DRAWN:
         raise HotLoraError(f"num_texts is {num_texts}: give 1 to {DRAWN}.")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise HotLoraError(f"dtype is {dtype!r}: give auto, float32, bfloat16 or float16.")
     check_adapters(found.model, [found.adapter], dtype=dtype, device=device)
     check_belongs(exported, structure(found.model), found.model)
     if below := underneath(found.model, (), found.adapter):

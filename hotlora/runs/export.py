@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..adapter.combine import check_weights
 from ..adapter.formats.export import check_base, check_config, check_export, export_adapter
 from ..adapter.load import load_adapter, saved_config
 from ..adapter.model import check_combined
@@ -98,6 +99,7 @@ def combine_saved(
         raise HotLoraError(
             f"{len(adapters)} adapters and {len(weights)} weights: give two adapters or more, a weight each."
         )
+    check_weights(weights)
     names = [f"task{i}" for i in range(len(adapters))]
     check_combined([saved_config(folder) for folder in adapters], how, density)  # before a model is loaded
     check_adapters(model, adapters, device=device)
