@@ -28,7 +28,7 @@ import hotlora
 from hotlora.base.files import write_json
 from hotlora.data import load_examples
 from hotlora.evaluation.stats import mean_interval, paired_test
-from hotlora.report.figures import COLD, HOT, MUTED, new_figure, save_figure, style
+from hotlora.report.figures import HOT, INK, LEGEND, MUTED, new_figure, save_figure, style
 from hotlora.tasks.gsm8k import final_answer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +231,7 @@ def draw(result: dict[str, Any]) -> None:
     figure, _ = new_figure(3.2)
     figure.clear()
     axes = figure.subplots(1, 2)
-    colours = dict(zip(ARMS, (HOT, COLD, MUTED), strict=True))
+    colours = dict(zip(ARMS, (HOT, INK, MUTED), strict=True))
     for arm, of in result["runs"].items():
         kind = "_replayed" if ARMS[arm][1] else ""
         for panel, name in zip(axes, ("reward", f"kl{kind}"), strict=True):
@@ -241,8 +241,11 @@ def draw(result: dict[str, Any]) -> None:
         style(panel)
         panel.set_title(title, loc="left")
         panel.set_xlabel("step (mean of 5)")
+    axes[0].set_ylim(0)
     axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
+    axes[1].minorticks_off()
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axes[0].legend(**LEGEND, loc="lower left")
     save_figure(figure, PICTURE, dpi=150)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from published import ABSENT, DATA
 from safetensors.torch import save_file
 from tiny import tiny_batch
@@ -272,7 +273,9 @@ def test_a_router_is_tried_before_its_logits_are_believed(tmp_path: Path, family
     model.config.save_pretrained(tmp_path)
     profile = profile_routing(model, [batch])
     with torch.no_grad():
-        logits = model(**batch, output_router_logits=True).router_logits
+        logits = getattr(model(**batch, output_router_logits=True), "router_logits", None)
+    if logits is None:  # as of 5.17 for deepseek_v2 and gemma4_text
+        pytest.skip(f"transformers {transformers.__version__} returns no router_logits of {family}")
     tensors = {f"layer{i}": part.flatten(0, -2).contiguous() for i, part in enumerate(logits)}
     save_file({**tensors, "attention_mask": batch["attention_mask"]}, tmp_path / "l.safetensors")
     if family in ("afmoe", "ernie4_5_moe"):
