@@ -444,6 +444,23 @@ def test_kinds_and_their_scale():
     assert set(its.groups) == {*layers, *kinds} and set(its.scaled) == {0.25, 0.5, 2.0}
 
 
+def test_left_out_is_the_base_with_dora_too():
+    """Whose magnitudes act where the low-rank update is 0."""
+    model = adapted(use_dora=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1.5)
+    texts = random_texts(model, "nowhere")[:2, :9]
+    tokens = tokens_asked(model, texts)
+    whole = log_probs(model, texts, tokens)
+    with at_scale([module for modules in kinds_of(model).values() for module in modules], 0):
+        left = log_probs(model, texts, tokens)
+    with model.disable_adapter():
+        assert torch.allclose(left, log_probs(model, texts, tokens), atol=1e-5)
+    assert torch.equal(log_probs(model, texts, tokens), whole) and not torch.allclose(left, whole, atol=1e-3)
+
+
 def test_the_engines_versions_are_told_without_importing_it():
     assert check_engine("peft")["peft"]
 

@@ -169,12 +169,19 @@ def kinds_of(model: nn.Module) -> dict[str, list[Any]]:
 
 @contextmanager
 def at_scale(layers: Sequence[Any], factor: float) -> Iterator[None]:
-    """Inside, the adapters of these layers add so many times what they do."""
+    """Inside, the adapters of these layers add so many times what they do; at 0 they are off, with DoRA's magnitudes."""
     kept = [dict(layer.scaling) for layer in layers]
+    trained = [[part for part in layer.parameters() if part.requires_grad] for layer in layers]
     try:
         for layer, scaling in zip(layers, kept, strict=True):
             layer.scaling.update({name: factor * value for name, value in scaling.items()})
+            if not factor:
+                layer.enable_adapters(False)
         yield
     finally:
-        for layer, scaling in zip(layers, kept, strict=True):
+        for layer, scaling, parts in zip(layers, kept, trained, strict=True):
+            if not factor:
+                layer.enable_adapters(True)
             layer.scaling.update(scaling)
+            for part in parts:
+                part.requires_grad_(True)
