@@ -169,7 +169,7 @@ def kinds_of(model: nn.Module) -> dict[str, list[Any]]:
 
 @contextmanager
 def at_scale(layers: Sequence[Any], factor: float) -> Iterator[None]:
-    """Inside, the adapters of these layers add so many times what they do; at 0 they are off, with DoRA's magnitudes."""
+    """Inside, the adapters of these layers add so many times what they do; at 0 they are off, DoRA too."""
     kept = [dict(layer.scaling) for layer in layers]
     trained = [[part for part in layer.parameters() if part.requires_grad] for layer in layers]
     try:
