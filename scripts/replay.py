@@ -12,7 +12,6 @@ are seen beside, in a forward without gradients.
 import argparse
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -28,7 +27,7 @@ import hotlora
 from hotlora.base.files import write_json
 from hotlora.data import load_examples
 from hotlora.evaluation.stats import mean_interval, paired_test
-from hotlora.report.figures import HOT, INK, LEGEND, MUTED, new_figure, save_figure, style
+from hotlora.report.figures import HOT, INK, LEGEND, MUTED, WIDTH, Figure, save_figure, style
 from hotlora.tasks.gsm8k import final_answer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,21 +220,21 @@ def _mean(runs: list[dict[str, Any]], name: str) -> float:
     return fmean(value for run in runs for value in run[name])
 
 
-def _series(runs: list[dict[str, Any]], name: str) -> Iterator[float]:
+def _series(runs: list[dict[str, Any]], name: str) -> Any:
+    """Mean of the runs, then of 5 steps each."""
     values = np.array([run[name] for run in runs]).mean(axis=0)
-    return iter(np.convolve(values, np.ones(5) / 5, mode="valid"))
+    return np.convolve(values, np.ones(5) / 5, mode="valid")
 
 
 def draw(result: dict[str, Any]) -> None:
     """Reward, and KL between engine and trainer, by step."""
-    figure, _ = new_figure(3.2)
-    figure.clear()
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     colours = dict(zip(ARMS, (HOT, INK, MUTED), strict=True))
     for arm, of in result["runs"].items():
         kind = "_replayed" if ARMS[arm][1] else ""
         for panel, name in zip(axes, ("reward", f"kl{kind}"), strict=True):
-            values = list(_series(of, name))
+            values = _series(of, name)
             panel.plot(range(5, 5 + len(values)), values, color=colours[arm], label=arm)
     for panel, title in zip(axes, ("reward, mean of seeds", "KL of engine and trainer"), strict=True):
         style(panel)

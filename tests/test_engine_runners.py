@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hotlora.engines
+from hotlora.adapter.formats.vllm import room_for
 from hotlora.engines.call import _last_line
 
 T, K, E, N, R, D, F = 5, 2, 4, 2, 3, 8, 6
@@ -26,6 +27,12 @@ def runners():
         sys.path.remove(folder)
         for name in ("runner", "vllm_runner", "sglang_runner"):
             sys.modules.pop(name, None)
+
+
+def test_the_runner_makes_room_for_the_ranks_that_exports_are_checked_for(runners):
+    """It cannot import them."""
+    assert all(room_for(r) == next(size for size in runners["vllm"].RANKS if size >= r) for r in range(1, 513))
+    assert runners["vllm"].RANKS[-1] == 512
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -207,6 +208,12 @@ def test_a_density_that_keeps_nothing_is_refused():
     with pytest.raises(HotLoraError, match=r"density=0.0001 keeps none of the 128 values of a factor"):
         model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "both", "magnitude_prune", density=1e-4)
     assert list(model.peft_config) == ["x", "y"] and torch.equal(logits(model), before)
+
+
+def test_weights_may_be_numpys():
+    model = two_adapters()
+    model.add_weighted_adapter(["x", "y"], [*np.float32([1.0, 0.5])], "both", "ties", density=np.float32(0.5))
+    assert "both" in model.peft_config
 
 
 def test_dare_draws_by_torchs_seed():

@@ -453,9 +453,10 @@ def test_left_out_is_the_base_with_dora_too():
                 parameter.mul_(1.5)
     texts = random_texts(model, "nowhere")[:2, :9]
     tokens = tokens_asked(model, texts)
-    whole = log_probs(model, texts, tokens)
+    whole, trained = log_probs(model, texts, tokens), [p.requires_grad for p in model.parameters()]
     with at_scale([module for modules in kinds_of(model).values() for module in modules], 0):
         left = log_probs(model, texts, tokens)
+    assert [p.requires_grad for p in model.parameters()] == trained
     with model.disable_adapter():
         assert torch.allclose(left, log_probs(model, texts, tokens), atol=1e-5)
     assert torch.equal(log_probs(model, texts, tokens), whole) and not torch.allclose(left, whole, atol=1e-3)

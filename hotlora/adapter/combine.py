@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ def check_how(how: str, density: float | None) -> None:
         raise HotLoraError(f"combination_type={how!r} is not supported on experts: give {', '.join(known)}.")
     if density is not None and how not in _PRUNED:
         raise HotLoraError(f"density={density} is of {', '.join(_PRUNED)}, and combination_type is {how!r}.")
-    if density is not None and not (isinstance(density, int | float) and 0 < density < 1):
+    if density is not None and not (isinstance(density, Real) and 0 < density < 1):
         raise HotLoraError(f"density={density} must be above 0 and below 1: the share of each factor that is kept.")
 
 
 def check_weights(weights: Sequence[float]) -> None:
     """HotLoraError: one is no finite number."""
-    if bad := [weight for weight in weights if not (isinstance(weight, int | float) and math.isfinite(weight))]:
+    if bad := [weight for weight in weights if not (isinstance(weight, Real) and math.isfinite(weight))]:
         raise HotLoraError(f"weights={list(weights)} must be finite numbers, and {bad[0]!r} is none.")
 
 

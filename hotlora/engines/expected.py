@@ -171,7 +171,7 @@ def kinds_of(model: nn.Module) -> dict[str, list[Any]]:
 def at_scale(layers: Sequence[Any], factor: float) -> Iterator[None]:
     """Inside, the adapters of these layers add so many times what they do; at 0 they are off, DoRA too."""
     kept = [dict(layer.scaling) for layer in layers]
-    trained = [[part for part in layer.parameters() if part.requires_grad] for layer in layers]
+    trained = {part: part.requires_grad for layer in layers for part in layer.parameters()}
     try:
         for layer, scaling in zip(layers, kept, strict=True):
             layer.scaling.update({name: factor * value for name, value in scaling.items()})
@@ -179,9 +179,9 @@ def at_scale(layers: Sequence[Any], factor: float) -> Iterator[None]:
                 layer.enable_adapters(False)
         yield
     finally:
-        for layer, scaling, parts in zip(layers, kept, trained, strict=True):
+        for layer, scaling in zip(layers, kept, strict=True):
             if not factor:
                 layer.enable_adapters(True)
             layer.scaling.update(scaling)
-            for part in parts:
-                part.requires_grad_(True)
+        for part, is_trained in trained.items():  # PEFT takes adapters that are on for trained ones
+            part.requires_grad_(is_trained)

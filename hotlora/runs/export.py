@@ -9,13 +9,12 @@ import torch
 
 from ..adapter.combine import check_weights
 from ..adapter.formats.export import check_base, check_config, check_export, export_adapter
-from ..adapter.load import load_adapter, saved_config
+from ..adapter.load import load_adapter, planned_experts, saved_config
 from ..adapter.model import check_combined
 from ..base.errors import HotLoraError
 from ..base.files import atomic_folder, check_writable
 from ..base.quiet import quiet
 from ..hf.models import checkpoint_dtype, load_tokenizer, structure
-from ..routing.plan import ExpertPlan
 from .checks import check_adapters
 from .folder import load_base, underneath
 
@@ -129,5 +128,4 @@ def shared_experts(adapters: Sequence[str | Path]) -> list[str]:
 
 
 def _experts(adapter: str | Path) -> set[tuple[int, int]]:
-    plan = ExpertPlan.from_dict(saved_config(adapter).plan)
-    return {(layer, expert) for layer, ids in plan.experts.items() for expert in ids}
+    return {(layer, expert) for layer, ids in planned_experts(adapter).items() for expert in ids}

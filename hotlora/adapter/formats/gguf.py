@@ -7,6 +7,7 @@ It reads one alpha, and each pair's rank from its shape. Checked with gguf 0.19 
 Shape suffixes: E experts, R rank.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,14 @@ def check_file(file: Path) -> None:
     try:
         with open(file, "rb") as opened:
             is_gguf = opened.read(4) == b"GGUF"
-        try:
+        if is_gguf and importlib.util.find_spec("gguf"):  # without it, as on another machine, the engine will see
             import gguf
-        except ImportError:  # where the export was written on another machine, the engine will see
-            return
-        finally:
-            if not is_gguf:
-                raise FileError(f"{file} is no GGUF file: export again.")
-        gguf.GGUFReader(file)
+
+            gguf.GGUFReader(file)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{file} is cut short or no GGUF file ({error}): export again.") from error
+    if not is_gguf:
+        raise FileError(f"{file} is no GGUF file: export again.")
 
 
 def check_family(model_type: str) -> None:
@@ -78,12 +75,11 @@ def gguf_format(base: Any, parts: AdapterFactors) -> tuple[dict[str, Tensor], di
 
     base: the plain model, whose adapters are out of the way.
 
-    HotLoraError: another family, or a module that llama.cpp does not have in it.
+    HotLoraError: a module that llama.cpp does not have in the family, which `check_family` knows.
     """
     import gguf
 
     config = base.config.get_text_config()
-    check_family(config.model_type)
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == _ARCHITECTURES[config.model_type])
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     kinds = {
