@@ -22,7 +22,7 @@ from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
 from .mergeable import check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
-from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
+from .quantize import check_mergeable, is_plain, quantization_of, warn_if_experts_unquantized
 
 
 class HotLoraModel(LoraModel):
@@ -61,7 +61,7 @@ class HotLoraModel(LoraModel):
         entries = [self.entry_of(name) for name in names]
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         note_merged(model, entries)
-        if hasattr(self, "_implementation_before") and quantized_bits(model) is None:
+        if hasattr(self, "_implementation_before") and is_plain(model):
             model.set_experts_implementation(self._implementation_before)
         return model
 

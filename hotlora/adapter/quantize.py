@@ -6,8 +6,10 @@ transformers 5 keeps all experts of a layer in 3-D parameters, and 4-bit loading
 and again in backward: no dense copy outlives a product. `quantized` has what holds them.
 """
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
 from ..layer.function import use_routed_layer
+from .offload import DenseExperts, Fetcher, MappedFolder, OffloadedExperts, give_back, pinned
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 
 _METHOD = "hotlora_experts"
@@ -50,6 +53,8 @@ def quantize_experts(
     modules, kept = _experts_modules(model), _kept_ids(model, keep)
     if (there := quantized_bits(model)) is not None:
         raise ModelError(f"the experts are quantized to {there} bits already. Load the model again to change that.")
+    if not is_plain(model):
+        raise ModelError("the experts are offloaded. Load the model with ExpertsQuantization(bits, offload=True).")
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise ModelError("an adapter is merged into the model, and could not be taken out again: call unmerge_adapter.")
     for path, experts in modules.items():
@@ -70,8 +75,12 @@ def quantize_experts(
 
 def quantized_bits(model: nn.Module) -> int | None:
     """The bits in which `quantize_experts` has stored the experts of `model`; None where they are dense."""
-    holders = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
-    return holders[0].bits if holders else None
+    return next((holder.bits for module in model.modules() if (holder := _quantized(module))), None)
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether all experts are tensors, which transformers' own forwards take."""
+    return not any(isinstance(module, QuantizedExperts | OffloadedExperts) for module in model.modules())
 
 
 def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
@@ -86,7 +95,7 @@ def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
     keep = {}
     for layer in moe_layers(model):
         children = unwrap(model.get_submodule(layer.experts)).children()
-        kept = [child.kept_ids for child in children if isinstance(child, QuantizedExperts)]
+        kept = [holder.kept_ids for child in children if (holder := _quantized(child))]
         if ids := kept[0] if kept else tuple(range(layer.num_experts)):
             keep[layer.layer] = ids
     return ExpertsQuantization(bits, keep)
@@ -104,11 +113,17 @@ def expert_bytes(model: nn.Module) -> int:
 
 def quantized_parameters(model: nn.Module) -> int:
     """How many weights are held in quantized experts, where `parameters()` does not see them."""
-    return sum(module.numel() for module in model.modules() if isinstance(module, QuantizedExperts))
+    return sum(module.numel() for module in model.modules() if isinstance(module, QuantizedExperts | OffloadedExperts))
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """HotLoraError if the experts of `model` are quantized: requantizing would round a merged update away."""
+    """HotLoraError if the experts of `model` are quantized, since requantizing would round a merged update away, or
+    wait on the host for a GPU."""
+    if any(isinstance(module, OffloadedExperts) for module in model.modules()):
+        raise HotLoraError(
+            "an adapter cannot be merged into experts that are offloaded from a GPU: load the base model without "
+            "offload, or on the CPU (--device cpu), put the adapter on it with hotlora.load_adapter, and merge there."
+        )
     if (bits := quantized_bits(model)) is not None:
         raise HotLoraError(
             f"an adapter cannot be merged into experts of {bits} bits: quantizing them again would round the "
@@ -151,26 +166,41 @@ class ExpertsQuantization(QuantizationConfigMixin):
     """`from_pretrained(..., quantization_config=ExpertsQuantization(4))` quantizes experts while it loads: at no time
     more than one projection of one layer is dense, and its parts while transformers stacks them.
 
-    bits, keep: as `quantize_experts` takes them.
+    bits, keep: as `quantize_experts` takes them; None: they stay as they are, for what is only offloaded.
+    offload: keep all experts out of the device's memory: for a GPU they wait in RAM (`offload.keep_on_device` brings
+        some of them back), or in a file; a CPU reads them from a file.
+    offload_folder: where that file lies; a CPU needs it.
 
     Raises:
         HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
     """
 
-    def __init__(self, bits: int = 4, keep: Mapping[int, Sequence[int]] | None = None, **_: Any) -> None:
-        _check_bits(bits)
-        bitsandbytes_functional()
+    def __init__(
+        self, bits: int | None = 4, keep: Mapping[int, Sequence[int]] | None = None, *, offload: bool = False,
+        offload_folder: str | Path | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        if bits is not None or not offload:
+            _check_bits(bits)
+            bitsandbytes_functional()
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
-        self.bits, self.keep = bits, keep
+        self.bits, self.keep, self.offload = bits, keep, offload
+        self.folder = MappedFolder(offload_folder) if offload and offload_folder is not None else None
+        self.error: HotLoraError | None = None
+        """What went wrong while loading; transformers keeps its text alone."""
 
     def __str__(self) -> str:
         return f"experts in {self.bits} bits" + (", some of them kept as they are" if self.keep else "")
 
 
-def experts_in(bits: int | None, keep: Mapping[int, Sequence[int]] | None = None) -> ExpertsQuantization | None:
-    """What `load_model` takes for experts in `bits` bits, but for those in `keep`; None leaves all as the checkpoint
-    has them."""
-    return None if bits is None else ExpertsQuantization(bits, keep)
+def experts_in(
+    bits: int | None, keep: Mapping[int, Sequence[int]] | None = None, *, offload: bool = False,
+    offload_folder: str | Path | None = None,
+) -> ExpertsQuantization | None:  # fmt: skip
+    """What `load_model` takes for experts in `bits` bits, but for those in `keep`, or elsewhere; None leaves all as
+    the checkpoint has them."""
+    if bits is None and not offload:
+        return None
+    return ExpertsQuantization(bits, keep, offload=offload, offload_folder=offload_folder)
 
 
 @register_quantizer(_METHOD)
@@ -178,7 +208,8 @@ class _ExpertsQuantizer(HfQuantizer):
     """transformers' hooks into loading. The model that comes out is as `quantize_experts` leaves it."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        kept = _kept_ids(model, cast(ExpertsQuantization, self.quantization_config).keep)
+        config = cast(ExpertsQuantization, self.quantization_config)
+        kept = _kept_ids(model, config.keep if config.bits else None)
         self.names = {
             f"{path}.{name}": kept[path]
             for path, experts in _experts_modules(model).items()
@@ -189,16 +220,28 @@ class _ExpertsQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.names
 
+    @functools.cached_property
+    def on_load(self) -> "_QuantizeOnLoad":
+        return _QuantizeOnLoad(self.names, cast(ExpertsQuantization, self.quantization_config))
+
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeOnLoad(self.names, cast(ExpertsQuantization, self.quantization_config).bits)
+        return self.on_load
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
-        _finish(model)
+        config = cast(ExpertsQuantization, self.quantization_config)
+        if config.folder is not None:
+            config.folder.say("experts")
+        give_back()
+        if config.bits is None:
+            use_routed_layer(model)
+        else:
+            _finish(model)
 
     @property
-    def quantized_element_size(self) -> float:
-        return cast(ExpertsQuantization, self.quantization_config).bits / 8 + 4 / BLOCK
+    def quantized_element_size(self) -> float | None:
+        bits = cast(ExpertsQuantization, self.quantization_config).bits
+        return None if bits is None else bits / 8 + 4 / BLOCK
 
     def is_serializable(self) -> bool:
         return False
@@ -209,8 +252,9 @@ class _ExpertsQuantizer(HfQuantizer):
 
 
 class _QuantizeOnLoad(ConversionOps):
-    def __init__(self, names: Mapping[str, Sequence[int]], bits: int) -> None:
-        self.names, self.bits = names, bits
+    def __init__(self, names: Mapping[str, Sequence[int]], config: ExpertsQuantization) -> None:
+        self.names, self.config = names, config
+        self.fetcher: Fetcher | None = None
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -218,11 +262,35 @@ class _QuantizeOnLoad(ConversionOps):
         for name in self.names.keys() & input_dict.keys():
             value = input_dict.pop(name)
             weight = value[0] if isinstance(value, list) else value
-            holder = QuantizedExperts.from_weight(weight, self.bits, self.names[name])
             path, _, attribute = name.rpartition(".")
-            _replace(kwargs["model"].get_submodule(path), attribute, holder)
+            if self.config.error is not None:
+                raise self.config.error
+            try:
+                held = self._held(weight, self.names[name])
+            except HotLoraError as error:
+                self.config.error = error
+                raise
+            if isinstance(held, Tensor):
+                input_dict[name] = held
+                continue
+            _replace(kwargs["model"].get_submodule(path), attribute, held)
             kwargs["missing_keys"].discard(name)
         return input_dict
+
+    def _held(self, weight: Tensor, kept: Sequence[int]) -> nn.Module | Tensor:
+        """The experts as they are to be kept, and where."""
+        holder: Any = QuantizedExperts.from_weight(weight, self.config.bits, kept) if self.config.bits else weight
+        if not self.config.offload:
+            return cast(nn.Module, holder)
+        place = pinned if self.config.folder is None else self.config.folder.mapped
+        if weight.device.type != "cpu":
+            self.fetcher = self.fetcher or Fetcher(weight.device)
+            return OffloadedExperts(holder if self.config.bits else DenseExperts(weight), self.fetcher, place)
+        if isinstance(holder, Tensor):
+            return place(holder)
+        for stored in holder.stored:
+            setattr(holder, stored, place(getattr(holder, stored)))
+        return cast(nn.Module, holder)
 
 
 def _experts_modules(model: nn.Module) -> dict[str, Any]:
@@ -247,10 +315,17 @@ def _dense_weights(experts: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(experts: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from _dense_weights(experts)
-    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, QuantizedExperts))
+    held = (QuantizedExperts, OffloadedExperts)
+    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, held))
 
 
-def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
+def _quantized(module: nn.Module) -> QuantizedExperts | None:
+    """The quantized experts that `module` is, or stands for."""
+    holder = module.holder if isinstance(module, OffloadedExperts) else module
+    return holder if isinstance(holder, QuantizedExperts) else None
+
+
+def _replace(experts: nn.Module, name: str, holder: nn.Module) -> None:
     delattr(experts, name)
     setattr(experts, name, holder)
 

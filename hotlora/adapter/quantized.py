@@ -4,8 +4,10 @@ The arithmetic is bitsandbytes': NF4 (QLoRA s3) for 4 bits, 255 evenly spaced le
 weights with a float32 scale each. Shape suffixes: E experts.
 """
 
+import ctypes
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ BLOCK = 64
 _MOST_AT_ONCE = 2**30
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What can be quantized, and come out again."""
+_NAMES = dict(zip(FLOATS, ("fp32", "bf16", "fp16"), strict=True))
 
 
 class QuantizedExperts(nn.Module):
@@ -36,17 +39,19 @@ class QuantizedExperts(nn.Module):
     """`[n, ., .]`: the weights of the experts that are left as they were; n may be 0. It carries the dtype."""
     _kept_index: Tensor
     _cold_index: Tensor
+    stored = ("packed", "scale_bits")
+    """What is large, a row for each of `stored_ids`."""
 
     def __init__(
         self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, bits: int, kept: Tensor, kept_ids: Sequence[int]
     ) -> None:
         super().__init__()
         self.shape, self.bits, self.kept_ids = shape, bits, tuple(kept_ids)
-        self._cold_ids = tuple(expert for expert in range(shape[0]) if expert not in self.kept_ids)
+        self.stored_ids = tuple(expert for expert in range(shape[0]) if expert not in self.kept_ids)
         self.register_buffer("packed", packed)
         self.register_buffer("scale_bits", scale_bits)
         self.register_buffer("kept", kept)
-        for name, ids in (("_kept_index", self.kept_ids), ("_cold_index", self._cold_ids)):
+        for name, ids in (("_kept_index", self.kept_ids), ("_cold_index", self.stored_ids)):
             index = torch.tensor(ids, dtype=torch.int64, device=packed.device)
             self.register_buffer(name, index, persistent=False)
 
@@ -90,10 +95,15 @@ class QuantizedExperts(nn.Module):
 
     @torch.no_grad()
     def expert(self, number: int) -> Tensor:
-        """Dense weights of one expert, `shape[1:]` in `dtype`."""
+        """Dense weights of one expert, `shape[1:]` in `dtype`. On a CPU they stand until this thread's next call."""
         if number in self.kept_ids:
             return self.kept[self.kept_ids.index(number)]
-        place = self._cold_ids.index(number)
+        place = self.stored_ids.index(number)
+        if self.device.type == "cpu" and (decode := _decoder(self.bits, self.dtype)):
+            packed, scales = self.packed[place], self.scale_bits[place]
+            dense = _scratch(len(scales) * BLOCK, self.dtype)
+            decode(packed, scales, dense)
+            return dense[: self.shape[1:].numel()].view(self.shape[1:])
         return self._dense(slice(place, place + 1))[0]
 
     def _dense(self, places: slice) -> Tensor:
@@ -125,6 +135,44 @@ def bitsandbytes_functional() -> Any:
             "Install it: pip install hotlora[quantize]"
         ) from error
     return bnb
+
+
+_SCRATCH = threading.local()
+
+
+def _scratch(numel: int, dtype: torch.dtype) -> Tensor:
+    """The same memory at each call of a thread. One expert after the other in memory of its own is not given back as
+    it should be: glibc puts what oneDNN keeps of each new shape between them, and a step took 2 GB more at OLMoE's
+    size."""
+    if getattr(_SCRATCH, "bytes", None) is None or _SCRATCH.bytes.numel() < numel * dtype.itemsize:
+        with torch.inference_mode(False):
+            _SCRATCH.bytes = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+    dense: Tensor = _SCRATCH.bytes[: numel * dtype.itemsize].view(dtype)
+    return dense
+
+
+@functools.cache
+def _decoder(bits: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """Writes what `packed` and `scales` stand for into a tensor that is there, which bitsandbytes' own operations do
+    not do on a CPU. None: its library has none for this dtype."""
+    try:
+        from bitsandbytes.cextension import lib
+
+        name = f"cdequantize_blockwise_cpu_{'nf4_' if bits == 4 else ''}{_NAMES[dtype]}"
+        native = getattr(lib._lib, name)
+    except (ImportError, AttributeError, KeyError):
+        return None
+    block, levels = ctypes.c_longlong(BLOCK), _levels(torch.device("cpu"))
+
+    def decode(packed: Tensor, scales: Tensor, dense: Tensor) -> None:
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, scales, dense)]
+        number = ctypes.c_longlong(dense.numel())
+        if bits == 4:  # as one row: a block must not run over a row's end
+            native(*pointers, block, ctypes.c_longlong(1), number)
+        else:
+            native(ctypes.c_void_p(levels.data_ptr()), *pointers, block, number)
+
+    return decode
 
 
 @functools.cache

@@ -51,6 +51,8 @@ NAMES = {
     "by a template's {% generation %}",
     "transformers.quantizers:HfQuantizer._process_model_before_weight_loading": _QUANTIZED,
     "transformers.quantizers:HfQuantizer._process_model_after_weight_loading": _QUANTIZED,
+    "bitsandbytes.cextension:lib._lib": "adapter.quantized takes memory of its own for each expert that a CPU "
+    "multiplies",
     "transformers.initialization:no_init_weights": "bench draws every weight of a model twice",
     "transformers.modeling_utils#_is_hf_initialized": "bench draws every weight of a model twice",
     "transformers:PreTrainedModel.initialize_weights": "bench cannot make a model of random weights",

@@ -246,6 +246,8 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of every kind: a broken file is told by whatever trips over it
+        if isinstance(ours := getattr(quantization_config, "error", None), HotLoraError):
+            raise ours from error
         fix = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
         if distributed_config:
             fix += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."

@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from ..adapter.load import WEIGHTS_FILE, load_adapter, saved_config
+from ..adapter.load import WEIGHTS_FILE, load_adapter, planned_experts, saved_config
+from ..adapter.offload import keep_on_device
 from ..adapter.on_top_of import Entry, described, missing, noted
 from ..adapter.quantize import experts_in
 from ..base.errors import FileError, HotLoraError
@@ -19,7 +20,7 @@ from ..base.processes import described as described_error
 from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
 from ..evaluation.score import Evaluation
-from ..hf.models import load_config, load_model
+from ..hf.models import checked_device, load_config, load_model
 from ..training import checkpoints
 from ..training.config import TrainConfig
 from ..training.extend import check_extension, ends_elsewhere
@@ -34,6 +35,8 @@ def load_base(
     *,
     quantize: int | None = None,
     keep: Mapping[int, Sequence[int]] | None = None,
+    offload: str = "none",
+    offload_folder: str | Path | None = None,
     adapter: str | Path | None = None,
     expert_parallel: int = 1,
     **options: Any,
@@ -41,21 +44,27 @@ def load_base(
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
     on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
-    expert_parallel: as `distributed.sharding` takes it.
+    offload: all, none, or cold: the adapter's experts are on the device then. offload_folder: as `ExpertsQuantization`
+    takes it; None: on a CPU the working folder. expert_parallel: as `distributed.sharding` takes it.
     """
     on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
-    if spread and (quantize or on_top_of):
+    if spread and (quantize or on_top_of or offload != "none"):
         raise HotLoraError(
-            "weights that are spread over processes cannot be quantized or merged into: leave out --quantize and "
-            "--on-top-of, or launch without FSDP and expert parallelism."
+            "weights that are spread over processes cannot be quantized, offloaded or merged into: leave out "
+            "--quantize, --offload and --on-top-of, or launch without FSDP and expert parallelism."
         )
+    if offload != "none" and checked_device(options.get("device", "auto")).type == "cpu":
+        offload_folder = offload_folder or Path.cwd()
     if spread:
         options["distributed_config"] = spread
-    base: Any = load_model(model, quantization_config=experts_in(quantize, keep), **options)
+    stored = experts_in(quantize, keep, offload=offload != "none", offload_folder=offload_folder)
+    base: Any = load_model(model, quantization_config=stored, **options)
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()
+    if offload == "cold" and adapter is not None:
+        keep_on_device(base, planned_experts(adapter))
     return base
 
 

@@ -67,6 +67,8 @@ class TrainKeywords(TypedDict, total=False):
     attn_implementation: str | None
     quantize: int | None
     keep_hot: bool
+    offload: str
+    offload_folder: str | Path | None
     expert_parallel: int
     test_split: float | None
     limit: int | None
@@ -110,6 +112,8 @@ class ProfileKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    offload: str
+    offload_folder: str | Path | None
     expert_parallel: int
     profile_until: float
     saliency: bool
@@ -131,6 +135,8 @@ class EvaluateKeywords(TypedDict, total=False):
     attn_implementation: str | None
     quantize: int | None
     keep_hot: bool
+    offload: str
+    offload_folder: str | Path | None
     merge: bool
     limit: int | None
     batch_size: int

@@ -16,6 +16,7 @@ section 3.3)."""
 WARMUPS = ("none", "lora")
 BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
 TRAIN_ON = ("assistant", "last", "all")
+OFFLOADS = ("none", "cold", "all")
 _NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one of the two."
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
@@ -37,14 +38,32 @@ class LoadOptions(Options):
     keep_hot: bool = option(
         "With --quantize: store the cold experts so, and leave the adapted ones.", False, resume=None
     )
+    offload: str = option(
+        "Keep experts out of the device's memory: cold (those that are not adapted), all, or none. For a GPU they wait "
+        "in RAM; a CPU reads them from a file.", "none", resume=None,
+    )  # fmt: skip
+    offload_folder: str | Path | None = option(
+        "Keep them in a file there, as large as they are, and gone at the end (default: RAM for a GPU, the working "
+        "folder for a CPU).", None, resume=None,
+    )  # fmt: skip
     expert_parallel: int = option(
         "Processes that share out each layer's experts (torchrun, accelerate launch).", 1, resume="free"
     )
 
     def loading(self) -> dict[str, Any]:
         """What `folder.load_base` takes beside the model."""
-        names = ("on_top_of", "dtype", "device", "attn_implementation", "quantize", "expert_parallel")
+        names = (
+            "on_top_of", "dtype", "device", "attn_implementation", "quantize", "offload", "offload_folder",
+            "expert_parallel",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offload not in OFFLOADS:
+            raise HotLoraError(f"offload = {self.offload!r} does not exist: choose one of {', '.join(OFFLOADS)}.")
+        if self.offload_folder is not None and self.offload == "none":
+            raise HotLoraError("offload_folder goes with offloading: give offload cold or all, too.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +173,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
+        if self.full and self.offload != "none":
+            raise HotLoraError("full fine-tuning trains all weights: leave offload out.")
         if self.keep_hot and (not self.quantize or self.reprofile_every):
             raise HotLoraError(
                 "keep_hot is for quantized experts that stay chosen: give quantize, and no reprofile_every."

@@ -20,6 +20,7 @@ from ..adapter.config import HotLoraConfig
 from ..adapter.count import count_parameters
 from ..adapter.load import WEIGHTS_FILE
 from ..adapter.mask import SparseMask
+from ..adapter.offload import keep_on_device
 from ..adapter.quantize import quantized_parameters
 from ..base.errors import DataError
 from ..base.files import atomic_folder, file_in, sha256_file
@@ -284,6 +285,8 @@ class _Run:
         self.record["plan"] = {"path": "plan.json", "hash": plan.hash, "rule": plan.rule, "params": plan.params}
         self.record["name"] = _describe(self.condition, plan)
         names = {field.name for field in fields(HotLoraConfig)} & {field.name for field in fields(TrainConfig)}
+        if self.options.offload == "cold":
+            keep_on_device(base, plan.experts)
         config = HotLoraConfig(
             plan=plan, mask=self.options.mask, **{name: getattr(self.options, name) for name in names}
         )

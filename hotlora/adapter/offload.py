@@ -1,0 +1,258 @@
+"""Frozen experts outside the device's memory: in RAM where a GPU computes, or in a file that is mapped.
+
+On a CPU a mapped weight is an ordinary tensor: its pages are read as they are multiplied, stay while there is room, and
+are dropped without writing. On a GPU `OffloadedExperts` brings what is asked for onto the card, and starts on what was
+asked for next the last time, so that the transfer is over when it is needed.
+
+Shape suffixes: E experts.
+"""
+
+import copy
+import ctypes
+import errno
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import FileError
+from ..hf.models import moe_layers, unwrap
+
+_log = logging.getLogger(__name__)
+
+
+class MappedFolder:
+    """Where tensors go that are to be read from disk. Its files have no name once they are mapped: nothing is left
+    behind, however the process ends.
+
+    FileError: no such folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"offload_folder {folder} cannot be made: {error.strerror}. Give another one.") from error
+        self.num_bytes, self.seconds = 0, 0.0
+
+    def mapped(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` on the CPU, with its layout, whose values lie in a file.
+
+        FileError: the disk is full, or does not take it.
+        """
+        started = time.monotonic()
+        if tensor.numel() == 0:
+            return tensor.detach().cpu()
+        # As it lies in memory: a product's last bits go by how its weights lie.
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        tensor = tensor.detach().cpu().permute(order).contiguous()
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hotlora-experts-") as file:
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                file.flush()
+                # Shared: a private mapping counts as memory of the process.
+                there = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            free = shutil.disk_usage(self.folder).free
+            why = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written ({error.strerror})"
+            raise FileError(
+                f"offload_folder {self.folder} {why}: {self.num_bytes / 1e9:.1f} GB of experts are there, the next "
+                f"{tensor.nbytes / 1e9:.2f} GB did not fit, {free / 1e9:.1f} GB are free. Give a folder on another "
+                "disk (--offload-folder), or fewer bits (--quantize 4)."
+            ) from error
+        self.num_bytes, self.seconds = self.num_bytes + tensor.nbytes, self.seconds + time.monotonic() - started
+        return there.view(tensor.shape).permute([order.index(dim) for dim in range(tensor.ndim)])
+
+    def say(self, what: str) -> None:
+        """What was written, and how fast: a slow disk slows every step."""
+        if self.num_bytes:
+            speed = self.num_bytes / max(self.seconds, 1e-9)
+            _log.info("%s: %.2f GB in %s, which took %.1f GB/s", what, self.num_bytes / 1e9, self.folder, speed / 1e9)
+
+
+class DenseExperts(nn.Module):
+    """One 3-D parameter of frozen experts as it is, with the small interface of `quantized.QuantizedExperts`."""
+
+    weight: Tensor
+    """`[E, ., .]`"""
+    stored = ("weight",)
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.stored_ids = tuple(range(len(weight)))
+        self.register_buffer("weight", weight.detach())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def expert(self, number: int) -> Tensor:
+        return self.weight[number]
+
+    def dequantize(self) -> Tensor:
+        return self.weight
+
+
+class Fetcher:
+    """Brings tensors from the host to one device, one request ahead.
+
+    What comes next is what came next the last time after the same four requests: forward, backward and recomputation
+    each go through the layers in an order of their own. Two are on the device at a time: what is computed with, and
+    what is on its way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: deque[Any] = deque(maxlen=4)
+        self._next: dict[tuple[Any, ...], Any] = {}
+        self._here: dict[Any, tuple[list[Tensor], Any]] = {}
+        self.num_waits = 0
+        """Requests that no earlier one had foreseen."""
+
+    def get(self, holder: "OffloadedExperts") -> list[Tensor]:
+        """The holder's tensors on the device; the next holder's are on their way."""
+        if holder not in self._here:
+            self.num_waits += 1
+            self._start(holder)
+        tensors, arrived = self._here[holder]
+        if arrived is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(arrived)
+            for tensor in tensors:  # the allocator is not to give its memory away before this stream is done with it
+                tensor.record_stream(here)
+        if self._last and self._last[-1] is holder:  # again, of a CPU for each expert
+            return tensors
+        if len(self._last) == 4:
+            self._next[tuple(self._last)] = holder
+        self._last.append(holder)
+        following = self._next.get(tuple(self._last))
+        self._here = {key: there for key, there in self._here.items() if key in (holder, following)}
+        if following is not None and following not in self._here:
+            self._start(following)
+        return tensors
+
+    def _start(self, holder: "OffloadedExperts") -> None:
+        if self.stream is None:
+            self._here[holder] = ([tensor.to(self.device) for tensor in holder.on_host], None)
+            return
+        with torch.cuda.stream(self.stream):
+            tensors = [tensor.to(self.device, non_blocking=True) for tensor in holder.on_host]
+            arrived = self.stream.record_event()
+        self._here[holder] = (tensors, arrived)
+
+
+class OffloadedExperts(nn.Module):
+    """A holder of frozen experts whose weights are on the host, and on the device while they are multiplied.
+
+    It has the holder's interface: shape, dtype, `expert(e)`, `dequantize()`; `device` is where they are multiplied.
+    `.to(device)` leaves what is on the host alone.
+    """
+
+    def __init__(self, holder: Any, fetcher: Fetcher, place: Callable[[Tensor], Tensor]) -> None:
+        """holder: dense or quantized experts; `stored` names what of it is large, with a row for each of `stored_ids`.
+
+        place: makes a tensor's copy on the host.
+        """
+        super().__init__()
+        # In a tuple, so that no `.to` of the model's finds it.
+        self._holder, self._fetcher, self._place = (holder,), fetcher, place
+        self.on_host = [place(getattr(holder, name)) for name in holder.stored]
+        self._rows: list[Tensor] = []
+        """of what is stored: those on the host, and those on the device"""
+        self._on_device: list[Tensor] = []
+        for name in holder.stored:
+            setattr(holder, name, getattr(holder, name)[:0].clone())
+
+    @property
+    def holder(self) -> Any:
+        """What it stands for, without its large tensors."""
+        return self._holder[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        shape: torch.Size = self.holder.shape
+        return shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.holder.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._fetcher.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the host."""
+        return sum(tensor.nbytes for tensor in self.on_host)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def dequantize(self) -> Tensor:
+        """Dense weights of all experts on the device, `shape` in `dtype`."""
+        dense: Tensor = self._here().dequantize()
+        return dense
+
+    def expert(self, number: int) -> Tensor:
+        """Dense weights of one expert on the device."""
+        dense: Tensor = self._here().expert(number)
+        return dense
+
+    @torch.no_grad()
+    def keep_on_device(self, experts: Collection[int]) -> None:
+        """These experts' weights leave the host, and are not transferred from now on. Once only."""
+        kept = torch.tensor([expert in experts for expert in self.holder.stored_ids])
+        self._on_device = [tensor[kept].to(self.device) for tensor in self.on_host]
+        self.on_host = [self._place(tensor[~kept]) for tensor in self.on_host]
+        self._rows = [torch.nonzero(rows).flatten().to(self.device) for rows in (~kept, kept)]
+
+    def _here(self) -> Any:
+        """The holder, with its tensors on the device."""
+        tensors = self._fetcher.get(self)
+        if self._rows:
+            tensors = [self._joined(*both) for both in zip(tensors, self._on_device, strict=True)]
+        there = copy.copy(self.holder)
+        there._buffers = there._buffers | dict(zip(there.stored, tensors, strict=True))
+        return there
+
+    def _joined(self, fetched: Tensor, kept: Tensor) -> Tensor:
+        rows, rows_kept = self._rows
+        both = fetched.new_empty(len(rows) + len(rows_kept), *fetched.shape[1:])
+        return both.index_copy_(0, rows, fetched).index_copy_(0, rows_kept, kept)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, dtype={self.dtype}, {self.nbytes / 1e6:.1f} MB on the host"
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A copy in RAM that a GPU can read while it computes."""
+    tensor = tensor.detach().cpu()
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor.clone()
+
+
+def keep_on_device(model: nn.Module, experts: Mapping[int, Sequence[int]]) -> None:
+    """The weights of these experts, by decoder layer, stay on the device; the others stay offloaded. Nothing where no
+    experts wait on the host for a device."""
+    for layer in moe_layers(model):
+        for child in unwrap(model.get_submodule(layer.experts)).children():
+            if isinstance(child, OffloadedExperts):
+                child.keep_on_device(experts.get(layer.layer, ()))
+
+
+def give_back() -> None:
+    """What was freed while a model loaded goes back to the system: glibc keeps as much as the experts' size of it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

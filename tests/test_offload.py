@@ -1,0 +1,276 @@
+"""Experts outside the device's memory: bit for bit the same numbers, and the memory that they do not take."""
+
+import copy
+import json
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from apart import apart
+from runs import run_evaluation, run_training
+from tiny import fill, tiny_batch, tiny_model, tiny_plan
+from tiny_tokenizer import byte_tokenizer
+from zoo import families, zoo_model
+
+import hotlora
+from hotlora.adapter.config import HotLoraConfig
+from hotlora.adapter.offload import DenseExperts, Fetcher, MappedFolder, OffloadedExperts, keep_on_device, pinned
+from hotlora.adapter.quantize import ExpertsQuantization, quantize_experts
+from hotlora.adapter.quantized import QuantizedExperts
+from hotlora.base.errors import FileError, HotLoraError
+from hotlora.hf.models import load_model, moe_layers
+from hotlora.layer import cpu, gpu
+from hotlora.layer.function import use_routed_layer
+
+LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())
+
+
+def mapped_files() -> list[str]:
+    """The files of experts that this process has mapped."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "hotlora-experts-" in line]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int32])
+def test_a_mapped_tensor_is_equal_and_leaves_no_file(tmp_path, dtype):
+    tensor = (torch.randn(3, 5, 7) * 50).to(dtype)
+    there = MappedFolder(tmp_path / "new").mapped(tensor)
+    assert torch.equal(there, tensor) and there.dtype == dtype and there.data_ptr() != tensor.data_ptr()
+    turned = MappedFolder(tmp_path / "new").mapped(tensor.permute(2, 0, 1))
+    assert torch.equal(turned, tensor.permute(2, 0, 1)) and turned.stride() == tensor.permute(2, 0, 1).stride()
+    assert list((tmp_path / "new").iterdir()) == []
+    there[0] = 1  # as a merge does
+    assert torch.equal(there[1:], tensor[1:]) and (there[0] == 1).all()
+
+
+def test_what_no_expert_is_in_needs_no_file(tmp_path):
+    assert MappedFolder(tmp_path).mapped(torch.zeros(0, 4, 4)).shape == (0, 4, 4)
+
+
+def trained(model, num_steps: int = 2, **options) -> list[torch.Tensor]:
+    """The factors after a few steps, and the logits then."""
+    torch.manual_seed(1)
+    plan = tiny_plan(model, {layer.layer: [0, 1] for layer in moe_layers(model)})
+    adapted = peft.get_peft_model(model, HotLoraConfig(plan=plan, r=2, lora_dropout=0.1, **options)).train()
+    factors = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer, batch = torch.optim.SGD(factors, lr=0.5), tiny_batch(vocab_size=100)
+    for _ in range(num_steps):
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*(p.detach().clone() for p in factors), adapted.eval()(**batch).logits.detach()]
+
+
+def on_host(model, place=pinned) -> Fetcher:
+    """Its experts' weights as they are kept for a GPU; what they are fetched to is the CPU."""
+    fetcher = Fetcher(torch.device("cpu"))
+    for layer in moe_layers(model):
+        experts = model.get_submodule(layer.experts)
+        for name in ("gate_up_proj", "up_proj", "down_proj"):
+            if (weight := getattr(experts, name, None)) is not None:
+                delattr(experts, name)
+                holder = weight if isinstance(weight, QuantizedExperts) else DenseExperts(weight)
+                setattr(experts, name, OffloadedExperts(holder, fetcher, place))
+    use_routed_layer(model)
+    return fetcher
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_trains_bit_for_bit_as_in_memory(tmp_path, family, bits):
+    if bits:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install hotlora[quantize]")
+    zoo_model(family).save_pretrained(tmp_path / "model")
+    stored = ExpertsQuantization(bits, offload=True, offload_folder=tmp_path / "there")
+    offloaded = load_model(tmp_path / "model", device="cpu", quantization_config=stored)
+    assert mapped_files() and list((tmp_path / "there").iterdir()) == []
+    if bits:
+        plain = load_model(tmp_path / "model", device="cpu", quantization_config=ExpertsQuantization(bits))
+    else:
+        plain = load_model(tmp_path / "model", device="cpu")
+        use_routed_layer(plain)
+        for layer in moe_layers(plain):  # may be views of the checkpoint, which lies at any address
+            for weight in plain.get_submodule(layer.experts).parameters():
+                weight.data = weight.data.clone() if weight.ndim == 3 else weight.data
+    for ours, theirs in zip(trained(offloaded), trained(plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("products", [cpu, gpu])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_fetched_from_the_host_bit_for_bit(monkeypatch, family, bits, products):
+    """As for a GPU, whose products take all experts at once; cold: with two of them on the device throughout."""
+    monkeypatch.setattr("hotlora.layer.function.cpu", products)
+    plain = zoo_model(family)
+    if bits:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install hotlora[quantize]")
+        quantize_experts(plain, bits)
+    model, cold = copy.deepcopy(plain), copy.deepcopy(plain)
+    use_routed_layer(plain)
+    on_host(model)
+    on_host(cold)
+    keep_on_device(cold, {layer.layer: [0, 1] for layer in moe_layers(cold)})
+    expected = trained(plain)
+    for other in (model, cold):
+        for ours, theirs in zip(trained(other), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_comes_next_is_on_its_way_after_one_step(recompute):
+    model = tiny_model(num_hidden_layers=4)
+    fetcher = on_host(model)
+    adapted = peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=2)).train()
+    if recompute:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted.enable_input_require_grads()
+    batch = tiny_batch()
+
+    def step() -> int:
+        before = fetcher.num_waits
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        assert len(fetcher._here) <= 2
+        return fetcher.num_waits - before
+
+    assert step() >= 8  # four layers, two projections
+    step()  # from the end of a step to the start of the next
+    assert [step(), step()] == [0, 0]
+
+
+def test_experts_on_the_host_stay_there_when_the_model_moves():
+    model = tiny_model()
+    on_host(model)
+    holders = [module for module in model.modules() if isinstance(module, OffloadedExperts)]
+    addresses = [tensor.data_ptr() for holder in holders for tensor in holder.on_host]
+    total = sum(p.numel() for p in tiny_model().parameters())
+    assert hotlora.count_parameters(peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model))))["total"] > total
+    model.to(torch.bfloat16)
+    model.to("cpu")
+    assert [tensor.data_ptr() for holder in holders for tensor in holder.on_host] == addresses
+    assert "on the host" in repr(model)
+
+
+def test_merging_into_experts_on_the_host_is_refused():
+    model = tiny_model()
+    on_host(model)
+    adapted = peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model)))
+    with pytest.raises(HotLoraError, match="offloaded from a GPU: load the base model without offload"):
+        adapted.merge_and_unload()
+
+
+def test_merging_into_mapped_experts(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    stored = ExpertsQuantization(None, offload=True, offload_folder=tmp_path)
+    merged = []
+    for config in (stored, None):
+        model = load_model(tmp_path / "model", device="cpu", quantization_config=config)
+        adapted = peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=2))
+        fill(adapted, seed=3)
+        merged.append(adapted.merge_and_unload().state_dict())
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+
+
+def test_a_run_is_the_same_run(tmp_path, monkeypatch):
+    """A run that began in memory goes on offloaded, and ends with the same weights; the file lies where it is said."""
+    monkeypatch.chdir(tmp_path)
+    options = {"max_steps": 4, "batch_size": 2, "limit": 16, "test_limit": 4, "evaluate": False, "save_steps": 2}
+    whole = run_training("nano", "nano-math", tmp_path / "whole", **options)
+    other = run_training(
+        "nano", "nano-math", tmp_path / "other", offload="cold", offload_folder=tmp_path / "o", **options
+    )
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "other")]
+    assert weights[0] == weights[1]
+    assert whole["config"] == other["config"]
+    assert list((tmp_path / "o").iterdir()) == []
+    scored = {"adapter": tmp_path / "whole" / "adapter", "limit": 4}
+    here, there = (run_evaluation("nano", "nano-math", **scored, **how)[0] for how in ({}, {"offload": "all"}))
+    assert [r["evaluation"]["nano-math"] | {"seconds": 0} for r in (here, there)] == 2 * [
+        here["evaluation"]["nano-math"] | {"seconds": 0}
+    ]
+
+
+def _own_memory() -> int:
+    """Bytes of this process that no file has."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+def _peak_of_a_run(folder: str, offload: str) -> int:
+    """Bytes that a training takes at its peak beyond those before it."""
+    torch.set_num_threads(1)
+    found, is_over = [_own_memory()], threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.002):
+            found.append(_own_memory())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    where = {} if offload == "none" else {"offload_folder": folder}
+    options = {"max_steps": 2, "batch_size": 1, "max_length": 32, "r": 2, "limit": 8}
+    run_training(f"{folder}/model", f"{folder}/rows.jsonl", f"{folder}/{offload}", offload=offload, **where, **options)
+    is_over.set()
+    watching.join()
+    return max(found) - found[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is told as Linux does it")
+def test_trains_in_less_memory_than_its_experts_have(tmp_path):
+    """Bit for bit as where they are in memory."""
+    experts = save_wide_model(tmp_path / "model")
+    rows = [{"prompt": f"{n} and {n} are", "completion": str(2 * n)} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without, offloaded = (apart(_peak_of_a_run, str(tmp_path), offload) for offload in ("none", "all"))
+    assert without > experts > 2 * offloaded
+    ours, plain = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("all", "none"))
+    assert ours == plain
+
+
+def save_wide_model(folder: Path) -> int:
+    """Bytes of its experts."""
+    sizes = {"num_experts": 64, "intermediate_size": 384, "hidden_size": 384, "num_hidden_layers": 4}
+    model = tiny_model(**sizes, vocab_size=byte_tokenizer().vocab_size)
+    model.save_pretrained(folder, max_shard_size="20MB")
+    byte_tokenizer().save_pretrained(folder)
+    return sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+
+
+def _load_within_file_size(folder: str) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16,) * 2)
+    stored = ExpertsQuantization(None, offload=True, offload_folder=folder)
+    try:
+        load_model("nano", device="cpu", quantization_config=stored)
+    except HotLoraError as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+
+
+def test_a_disk_that_does_not_take_it_is_named(tmp_path):
+    said = apart(_load_within_file_size, str(tmp_path))
+    assert said.startswith(f"FileError: offload_folder {tmp_path} cannot be written") and "--offload-folder" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"offload_folder .*file/there cannot be made"):
+        MappedFolder(tmp_path / "file" / "there")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"offload": "hot"}, "offload = 'hot' does not exist: choose one of none, cold, all"),
+        ({"offload_folder": "there"}, "offload_folder goes with offloading"),
+        ({"offload": "all", "full": True}, "full fine-tuning trains all weights: leave offload out"),
+    ],
+)
+def test_options_that_do_not_go(tmp_path, options, said):
+    with pytest.raises(HotLoraError, match=said):
+        run_training("nano", "nano-math", tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
