@@ -75,12 +75,12 @@ def compare(options: argparse.Namespace) -> None:
     print(json.dumps(ratios, indent=1))
 
 
-def save_model(folder: Path, layers: int) -> None:
+def save_model(folder: Path, layers: int, **changed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(CONFIG)
-    config.num_hidden_layers = layers
+    config.update({"num_hidden_layers": layers, **changed})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
