@@ -18,6 +18,7 @@ from ..base.errors import FileError, HotLoraError, PlanError
 from ..base.files import read_json, sha256_file
 from ..base.quiet import quiet
 from ..base.unchanged import unchanged_on_error
+from ..hf.models import load_model as load_model
 from ..hf.peft_hooks import without_adapter_name
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved

@@ -20,9 +20,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
 from ..layer.function import use_routed_layer
+from .packed import NAMES, PackedExperts
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 
 _METHOD = "hotlora_experts"
+HELD = (QuantizedExperts, PackedExperts)
+"""What holds experts that are not dense: quantized here, or packed in the checkpoint."""
 
 
 def quantize_experts(
@@ -48,8 +51,8 @@ def quantize_experts(
     _check_bits(bits)
     bitsandbytes_functional()
     modules, kept = _experts_modules(model), _kept_ids(model, keep)
-    if (there := quantized_bits(model)) is not None:
-        raise ModelError(f"the experts are quantized to {there} bits already. Load the model again to change that.")
+    if (there := stored_in(model)) is not None:
+        raise ModelError(f"the experts are quantized to {there} already. Load the model again to change that.")
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise ModelError("an adapter is merged into the model, and could not be taken out again: call unmerge_adapter.")
     for path, experts in modules.items():
@@ -64,24 +67,36 @@ def quantize_experts(
     for path, experts in modules.items():
         for name in [name for name, weight in _dense_weights(experts) if len(kept[path]) < len(weight)]:
             _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
-    _finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
+    finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
     return model
 
 
 def quantized_bits(model: nn.Module) -> int | None:
-    """The bits in which `quantize_experts` has stored the experts of `model`; None where they are dense."""
-    holders = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    """The bits of the experts of `model`, by `quantize_experts` or as its checkpoint packs them; None: all are dense."""
+    holders = [module for module in model.modules() if isinstance(module, HELD)]
     return holders[0].bits if holders else None
 
 
+def packed_format(model: nn.Module) -> str | None:
+    """MXFP4 or FP8, where the experts of `model` are as its checkpoint packs them."""
+    return next((NAMES[module.bits] for module in model.modules() if isinstance(module, PackedExperts)), None)
+
+
+def stored_in(model: nn.Module) -> str | None:
+    """What the experts of `model` are stored in, in words; None: all are dense."""
+    bits = quantized_bits(model)
+    return packed_format(model) or (None if bits is None else f"{bits} bits")
+
+
 def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
-    """What would quantize the experts of a model as those of `model` are: bits, and who is kept. None if all are dense.
+    """What would quantize the experts of a model as those of `model` are: bits, and who is kept. None if all are dense,
+    or as the checkpoint has them.
 
     Raises:
         ModelError: no MoE layer.
     """
     bits = quantized_bits(model)
-    if bits is None:
+    if bits is None or packed_format(model):
         return None
     keep = {}
     for layer in moe_layers(model):
@@ -103,12 +118,18 @@ def expert_bytes(model: nn.Module) -> int:
 
 
 def quantized_parameters(model: nn.Module) -> int:
-    """How many weights are held in quantized experts, where `parameters()` does not see them."""
-    return sum(module.numel() for module in model.modules() if isinstance(module, QuantizedExperts))
+    """How many weights are held in quantized or packed experts, where `parameters()` does not see them."""
+    return sum(module.numel() for module in model.modules() if isinstance(module, HELD))
 
 
 def check_mergeable(model: nn.Module) -> None:
     """HotLoraError if the experts of `model` are quantized: requantizing would round a merged update away."""
+    if (format := packed_format(model)) is not None:
+        raise HotLoraError(
+            f"an adapter cannot be merged into experts in {format}, as the checkpoint has them: packing them again would "
+            "round the update away. Merge it into the dequantized base: load that with load_model(..., "
+            "dequantize=True) (--quantize 0), put the adapter on it with hotlora.load_adapter, and merge there."
+        )
     if (bits := quantized_bits(model)) is not None:
         raise HotLoraError(
             f"an adapter cannot be merged into experts of {bits} bits: quantizing them again would round the "
@@ -194,7 +215,7 @@ class _ExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
-        _finish(model)
+        finish(model)
 
     @property
     def quantized_element_size(self) -> float:
@@ -247,7 +268,7 @@ def _dense_weights(experts: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(experts: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from _dense_weights(experts)
-    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, QuantizedExperts))
+    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, HELD))
 
 
 def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
@@ -255,7 +276,8 @@ def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
     setattr(experts, name, holder)
 
 
-def _finish(model: PreTrainedModel) -> None:
+def finish(model: PreTrainedModel) -> None:
+    """Makes a model with held experts run on hotlora's forward, and not be saved as a whole."""
     use_routed_layer(model)
     # On the instance: PeftModel's own save_pretrained, which saves the adapter, stays as it is.
     model.__dict__["save_pretrained"] = _refuse_to_save
