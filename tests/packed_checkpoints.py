@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,6 +71,42 @@ def write_fp8(folder: Path, family: str = "qwen3_moe", block: tuple[int, int] = 
     return folder
 
 
+def write_large(folder: Path, kind: str) -> Path:
+    """Some 200 MB of a model in MXFP4, FP8 or bfloat16, all of zeros: what it takes to load, and no more."""
+    family = "gpt_oss" if kind == "mxfp4" else "qwen3_moe"
+    sizes = {"num_hidden_layers": 8, "hidden_size": 512, "head_dim": 64}
+    if family == "gpt_oss":
+        config = AutoConfig.for_model(family, **{**GPT_OSS, **sizes, "num_local_experts": 64, "intermediate_size": 512})
+    else:
+        config = tiny_config(family, **sizes, num_experts=64, moe_intermediate_size=256)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if value.ndim < 3:
+            tensors[name] = torch.zeros(value.shape, dtype=torch.bfloat16)
+        elif kind == "mxfp4":
+            experts, columns, rows = value.shape
+            tensors[f"{name}_blocks"] = torch.zeros(experts, rows, columns // 32, 16, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.zeros(experts, rows, columns // 32, dtype=torch.uint8)
+        else:
+            at, _, attribute = name.rpartition(".")
+            rows = value.shape[1] // (2 if attribute == "gate_up_proj" else 1)
+            for own in ("gate_proj", "up_proj") if attribute == "gate_up_proj" else ("down_proj",):
+                for expert in range(len(value)):
+                    full = f"{at}.{expert}.{own}.weight"
+                    zeros = torch.zeros(rows, value.shape[2], dtype=torch.uint8)
+                    tensors[full] = zeros.view(torch.float8_e4m3fn) if kind == "fp8" else zeros.bfloat16()
+                    if kind == "fp8":
+                        tensors[f"{full}_scale_inv"] = torch.zeros(rows // 128, value.shape[2] // 128)
+    folder.mkdir(exist_ok=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    quantization = {"quant_method": kind, **({"weight_block_size": [128, 128]} if kind == "fp8" else {})}
+    _write(folder, tensors, None if kind == "bf16" else quantization)
+    return folder
+
+
 def in_blocks(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn and `weight_scale_inv`: the last blocks end with the weight."""
     rows, columns = (-(-size // step) for size, step in zip(weight.shape, block, strict=True))
@@ -92,8 +128,9 @@ def by_hand(quantized: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     return dense
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any] | None) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    if quantization is not None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))

@@ -1,4 +1,4 @@
-"""Frozen experts as a checkpoint ships them: blocks of 4- or 8-bit floats that share a scale, never unpacked as a whole.
+"""Frozen experts as a checkpoint ships them: blocks of 4- or 8-bit floats that share a scale, not unpacked as a whole.
 
 MXFP4 (OCP Microscaling Formats 1.0, as gpt-oss ships it): E2M1 numbers, two to a byte, the even column in the low half;
 32 along a row share a power of two (E8M0: its exponent in a byte, with a bias of 127). Block FP8 (DeepSeek-V3's

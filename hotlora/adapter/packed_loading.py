@@ -1,6 +1,7 @@
 """Loads a checkpoint in MXFP4 or block FP8 with its experts as they are in the file (`packed.PackedExperts`).
 
-transformers' own quantizers put kernels in the experts' place, which need a GPU and train no adapter, or make all dense.
+transformers' own quantizers put kernels in the experts' place, which need a GPU and train no adapter, or make all
+dense.
 Here a quantizer of ours asks transformers' for the conversions of its format, which name what a family's checkpoint has
 and where it goes, and in each replaces the step that makes weights dense. Other layers in FP8 are made dense.
 """
@@ -18,14 +19,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..base.errors import ModelError
 from ..base.precision import say_once
 from ..hf.experts_view import is_experts
+from ..hf.internals import internal
 from ..hf.models import LOADERS
+from .linears import Linears, linear_bits
 from .packed import NAMES, PackedExperts, held_scales, whole_blocks
-from .quantize import ExpertsQuantization, finish
+from .quantize import ExpertsQuantization, QuantizeOnLoad, finish
 
 _METHOD = "hotlora_packed"
 # transformers' steps that make a format dense, and those that may follow with weights that stay packed: they take a
 # weight's scales as they take the weight. Two weights in a byte are not to be transposed.
-_DEQUANTIZE = ("Mxfp4Dequantize", "Fp8Dequantize")
+_DEQUANTIZE = (
+    "transformers.integrations.mxfp4:Mxfp4Dequantize", "transformers.integrations.finegrained_fp8:Fp8Dequantize",
+)  # fmt: skip
 _FOLLOW = {4: ("MergeModulelist", "Concatenate"), 8: ("MergeModulelist", "Concatenate", "Transpose")}
 
 
@@ -36,11 +41,14 @@ class PackedCheckpoint(QuantizationConfigMixin):
     Args:
         checkpoint: the `quantization_config` of its config.json.
         dequantize: make the experts dense, too.
+        linear: 4 or 8: store other linear layers in so many bits.
     """
 
-    def __init__(self, checkpoint: Mapping[str, Any], dequantize: bool = False, **_: Any) -> None:
+    def __init__(
+        self, checkpoint: Mapping[str, Any], dequantize: bool = False, linear: int | None = None, **_: Any
+    ) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
-        self.checkpoint, self.dequantize = dict(checkpoint), dequantize
+        self.checkpoint, self.dequantize, self.linear = dict(checkpoint), dequantize, linear
 
 
 def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[str, Any] | None:
@@ -48,6 +56,14 @@ def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[st
 
     ModelError: experts that are packed already would be quantized.
     """
+    linear = None
+    if isinstance(given, ExpertsQuantization) and given.bits is None:
+        given, linear = None, given.linear
+    if linear is not None and not hasattr(HfQuantizer, "get_new_dtype"):
+        raise ModelError(
+            "linear layers beside packed experts are quantized with transformers 5.18 and later: install that, or "
+            "leave out --quantize-linear."
+        )
     if isinstance(given, ExpertsQuantization):
         name = NAMES[4] if checkpoint["quant_method"] == "mxfp4" else NAMES[8]
         raise ModelError(
@@ -56,7 +72,7 @@ def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[st
         )
     if given is not None:
         return None
-    return {"quant_method": _METHOD, "checkpoint": checkpoint, "dequantize": dequantize}
+    return {"quant_method": _METHOD, "checkpoint": checkpoint, "dequantize": dequantize, "linear": linear}
 
 
 LOADERS.update(dict.fromkeys(("mxfp4", "fp8", "mxfp8"), _stored))
@@ -74,19 +90,31 @@ class _PackedQuantizer(HfQuantizer):
         """transformers copies a conversion, and all that it holds, for each parameter."""
         return self
 
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        linear = self.quantization_config.linear
+        self.linears = None if linear is None else Linears(linear)
+        if self.linears is not None:
+            self.linears.put_in(model, kwargs.get("device_map"))
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return self.linears is not None and self.linears.needs(model, param_name)
+
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Of the format's own quantizer. transformers 5.17 gives no model."""
         config = {**self.quantization_config.checkpoint, "dequantize": True}
         theirs = AutoHfQuantizer.from_config(config, pre_quantized=True)
         conversions: list[Any] = theirs.update_weight_conversions(weight_conversions, *model)
-        for conversion in conversions:
-            operations = getattr(conversion, "operations", [None])
-            if type(operations[0]).__name__ in _DEQUANTIZE:
-                conversion.operations = [_FromPacked(self, operations[1:])]
+        dense = tuple(internal(name) for name in _DEQUANTIZE)
+        found = [one for one in conversions if isinstance(getattr(one, "operations", [None])[0], dense)]
+        assert found, "no conversion makes the format's weights dense"
+        for conversion in found:
+            conversion.operations = [_FromPacked(self, conversion.operations[1:])]
         return conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None where what is read may be packed: the operation is told what it is to become."""
+        if self.linears is not None:  # transformers sets this for what is not packed
+            converter.quantization_operation = QuantizeOnLoad({}, linears=self.linears)
         operation = getattr(converter, "operations", [None])[0]
         if not isinstance(operation, _FromPacked):
             return super().get_new_dtype(converter, param, dtype)
@@ -104,8 +132,11 @@ class _PackedQuantizer(HfQuantizer):
         model.__dict__.pop("_weight_conversions", None)
         holders = [module for module in model.modules() if isinstance(module, PackedExperts)]
         told = []
-        if holders:
+        if self.linears is not None:
+            self.linears.finish(model)
+        if holders or linear_bits(model):
             finish(model)
+        if holders:
             told.append(f"the experts stay in {NAMES[holders[0].bits]}, as the checkpoint has them")
         if self.num_dense:
             told.append(f"{self.num_dense} other weights in its format are made dense ({str(model.dtype)[6:]})")

@@ -105,7 +105,7 @@ def estimate(
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
             raise HotLoraError(f"{name} is {value}: it must be 1 or more.")
-    if quantize not in (None, 4, 8):
+    if quantize not in (None, 0, 4, 8):
         raise HotLoraError(f"quantize is {quantize}: it must be 4 or 8 bits.")
     if coverage is not None and not 0 <= coverage <= 1:
         raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")

@@ -272,6 +272,15 @@ def packing(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
+def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any) -> None:
+    """ModelError: `load_model` would not take this `quantization_config` for a checkpoint that is packed."""
+    if (checkpoint := packing(config)) is not None:
+        try:
+            LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, False)
+        except ModelError as error:
+            raise ModelError(f"{name_or_path}: {error}") from None
+
+
 def _quantization(config: PreTrainedConfig, given: Any, dequantize: bool, is_spread: bool) -> Any:
     """What transformers is to be given; a packed checkpoint's config is changed, so that it is loaded as it is."""
     checkpoint = packing(config)
@@ -562,13 +571,19 @@ def _shared_paths(experts: str, decoder: str, inside: dict[str, nn.Module]) -> t
     return tuple(found)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is torch's own linear layer, or bitsandbytes' in its place; routers are often subclasses."""
+    kind = type(module)
+    return kind is nn.Linear or (isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes."))
+
+
 def _attention_paths(decoder: str, inside: dict[str, nn.Module]) -> tuple[str, ...]:
     mixers: dict[str, list[str]] = {}
     for path, module in inside.items():
         names = path.removeprefix(f"{decoder}.").split(".")
         if names[-1] == "linear":  # inkling2's projections hold theirs since transformers 5.24
             names.pop()
-        is_projection = type(module) is nn.Linear and _ATTENTION.fullmatch(names[-1])
+        is_projection = is_plain_linear(module) and _ATTENTION.fullmatch(names[-1])
         if is_projection and not _NOT_ATTENTION.search(path):
             mixers.setdefault(names[0], []).append(path)
     # Convolutions and state space models have an out_proj too, and no query.
