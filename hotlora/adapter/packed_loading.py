@@ -24,6 +24,7 @@ from ..hf.models import LOADERS
 from .linears import Linears, linear_bits
 from .packed import NAMES, PackedExperts, held_scales, whole_blocks
 from .quantize import ExpertsQuantization, QuantizeOnLoad, finish
+from .stacking import parts_of_experts, stacked
 
 _METHOD = "hotlora_packed"
 # transformers' steps that make a format dense, and those that may follow with weights that stay packed: they take a
@@ -198,6 +199,9 @@ class _FromPacked(ConversionOps):
 
     def _followed(self, tensors: dict[str, list[Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the conversion makes of them."""
+        parts = parts_of_experts(self.operations, tensors, kwargs["source_patterns"])
+        if parts is not None:
+            return {kwargs["target_patterns"][0]: stacked(parts)}
         for operation in self.operations:
             tensors = operation.convert(tensors, **kwargs)
         return tensors

@@ -23,6 +23,7 @@ from ..layer.function import use_routed_layer
 from .linears import Linears, check_linear_bits, linear_bits
 from .packed import NAMES, PackedExperts
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
+from .stacking import Unstacked, parts_of_experts
 
 _METHOD = "hotlora_experts"
 HELD = (QuantizedExperts, PackedExperts)
@@ -261,6 +262,14 @@ class _ExpertsQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.names or (self.linears is not None and self.linears.needs(model, param_name))
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Experts that a checkpoint has one by one come one by one. transformers 5.17 gives no model."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        for conversion in conversions:
+            if hasattr(conversion, "operations"):
+                conversion.operations = [_OneByOne(self, conversion.operations)]
+        return conversions
+
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeOnLoad(self.names, self.quantization_config.bits, self.linears)
 
@@ -280,6 +289,23 @@ class _ExpertsQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+class _OneByOne(ConversionOps):
+    """In the place of the steps of a conversion: of one that stacks experts which are to be quantized, their parts."""
+
+    def __init__(self, quantizer: _ExpertsQuantizer, operations: list[ConversionOps]) -> None:
+        self.quantizer, self.operations = quantizer, operations
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        if (name := kwargs["full_layer_name"]) in self.quantizer.names:
+            parts = parts_of_experts(self.operations, input_dict, kwargs["source_patterns"])
+            if parts is not None:
+                return {name: Unstacked(parts)}
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, **kwargs)
+        return input_dict
 
 
 class QuantizeOnLoad(ConversionOps):
