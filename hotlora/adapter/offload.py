@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import FileError
+from ..base.errors import FileError, HotLoraError
 from ..hf.models import moe_layers, unwrap
 
 _log = logging.getLogger(__name__)
@@ -72,11 +72,11 @@ class MappedFolder:
         self.num_bytes, self.seconds = self.num_bytes + tensor.nbytes, self.seconds + time.monotonic() - started
         return there.view(tensor.shape).permute([order.index(dim) for dim in range(tensor.ndim)])
 
-    def say(self, what: str) -> None:
+    def say(self) -> None:
         """What was written, and how fast: a slow disk slows every step."""
         if self.num_bytes:
-            speed = self.num_bytes / max(self.seconds, 1e-9)
-            _log.info("%s: %.2f GB in %s, which took %.1f GB/s", what, self.num_bytes / 1e9, self.folder, speed / 1e9)
+            size, speed = self.num_bytes / 1e9, self.num_bytes / 1e9 / max(self.seconds, 1e-9)
+            _log.info("experts: %.2f GB are read from a file in %s, written at %.1f GB/s", size, self.folder, speed)
 
 
 class DenseExperts(nn.Module):
@@ -96,11 +96,14 @@ class DenseExperts(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def expert(self, number: int) -> Tensor:
-        return self.weight[number]
-
     def dequantize(self) -> Tensor:
         return self.weight
+
+    def some(self, start: int, stop: int) -> Tensor:
+        return self.weight[start:stop]
+
+    def expert(self, number: int) -> Tensor:
+        return self.weight[number]
 
 
 class Fetcher:
@@ -201,15 +204,29 @@ class OffloadedExperts(nn.Module):
     def numel(self) -> int:
         return self.shape.numel()
 
+    @property
+    def is_transposed(self) -> bool:
+        return bool(getattr(self.holder, "is_transposed", False))
+
     def dequantize(self) -> Tensor:
         """Dense weights of all experts on the device, `shape` in `dtype`."""
         dense: Tensor = self._here().dequantize()
         return dense
 
+    def some(self, start: int, stop: int) -> Tensor:
+        """Of the experts from `start` to `stop`."""
+        dense: Tensor = self._here().some(start, stop)
+        return dense
+
     def expert(self, number: int) -> Tensor:
-        """Dense weights of one expert on the device."""
+        """Of one expert."""
         dense: Tensor = self._here().expert(number)
         return dense
+
+    def coded(self) -> Any:
+        """As a kernel decodes it; None of dense ones."""
+        here = self._here()
+        return here.coded() if hasattr(here, "coded") else None
 
     @torch.no_grad()
     def keep_on_device(self, experts: Collection[int]) -> None:
@@ -235,6 +252,46 @@ class OffloadedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, dtype={self.dtype}, {self.nbytes / 1e6:.1f} MB on the host"
+
+
+class Offload:
+    """Puts experts where they wait, as a model loads."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        """folder: of a mapped file; None: RAM, for a GPU. FileError: as `MappedFolder`."""
+        self.folder = None if folder is None else MappedFolder(folder)
+        self.fetchers: dict[torch.device, Fetcher] = {}
+        self.error: HotLoraError | None = None
+        """What went wrong; transformers keeps its text alone, and goes on with the next weight."""
+
+    def __deepcopy__(self, memo: Any) -> "Offload":
+        """transformers copies the configs of what it loads."""
+        return self
+
+    def __call__(self, held: Any) -> Any:
+        """`held`, a tensor or a holder of experts, as it waits."""
+        if self.error is not None:
+            raise self.error
+        try:
+            return self._placed(held)
+        except HotLoraError as error:
+            self.error = error
+            raise
+
+    def _placed(self, held: Any) -> Any:
+        place = pinned if self.folder is None else self.folder.mapped
+        if held.device.type != "cpu":
+            fetcher = self.fetchers.setdefault(held.device, Fetcher(held.device))
+            return OffloadedExperts(DenseExperts(held) if isinstance(held, Tensor) else held, fetcher, place)
+        if isinstance(held, Tensor):
+            return place(held)
+        for name in held.stored:
+            setattr(held, name, place(getattr(held, name)))
+        return held
+
+    def say(self) -> None:
+        if self.folder is not None:
+            self.folder.say()
 
 
 def pinned(tensor: Tensor) -> Tensor:

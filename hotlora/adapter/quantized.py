@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import HotLoraError
+from ..hf.coded import Coded
 
 BLOCK = 64
 """Weights with a scale of their own."""
@@ -57,15 +58,23 @@ class QuantizedExperts(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_weight(cls, weight: Tensor, bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
+    def from_weight(cls, weight: Tensor | Sequence[Tensor], bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
         """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result.
 
+        weight: also what has an expert's matrix in each of its places, made when it is asked for.
         keep: experts that are left as they are, ascending; not all of them.
         """
-        weight = weight.detach()
-        experts = [_quantize(weight[e].reshape(-1), bits) for e in range(len(weight)) if e not in keep]
-        packed, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
-        return cls(packed, scales.view(torch.int32), weight.shape, bits, weight[list(keep)], keep)
+        cold = [expert for expert in range(len(weight)) if expert not in keep]
+        packed = scales = torch.empty(0)
+        for place, expert in enumerate(cold):
+            its, absmax = _quantize(weight[expert].detach().reshape(-1), bits)
+            if place == 0:
+                packed, scales = (one.new_empty(len(cold), len(one)) for one in (its, absmax))
+            packed[place], scales[place] = its, absmax
+        shape = torch.Size((len(weight), *weight[cold[0]].shape))
+        kept = [weight[expert].detach() for expert in keep]
+        dense = torch.stack(kept) if kept else weight[cold[0]].new_empty(0, *shape[1:])
+        return cls(packed, scales.view(torch.int32), shape, bits, dense, keep)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +101,35 @@ class QuantizedExperts(nn.Module):
             return cold
         dense = cold.new_empty(self.shape)
         return dense.index_copy_(0, self._cold_index, cold).index_copy_(0, self._kept_index, self.kept)
+
+    is_transposed = False
+    """Matrices are held as the parameter has them."""
+
+    @torch.no_grad()
+    def some(self, start: int, stop: int) -> Tensor:
+        """Dense weights of the experts from `start` to `stop`, `[stop - start, ., .]` in `dtype`."""
+        cold = [place for place, expert in enumerate(self.stored_ids) if start <= expert < stop]
+        kept = [place for place, expert in enumerate(self.kept_ids) if start <= expert < stop]
+        if not kept:
+            return self._dense(slice(cold[0], cold[-1] + 1))
+        dense = self.kept.new_empty(stop - start, *self.shape[1:])
+        dense.index_copy_(0, self._kept_index[kept[0] : kept[-1] + 1] - start, self.kept[kept[0] : kept[-1] + 1])
+        if cold:
+            some = slice(cold[0], cold[-1] + 1)
+            dense.index_copy_(0, self._cold_index[some] - start, self._dense(some))
+        return dense
+
+    def coded(self) -> Coded:
+        """As a kernel decodes it."""
+        _, rows, columns = self.shape
+        places = torch.full((2, self.shape[0]), -1, dtype=torch.int32, device=self.device)
+        for place, index in zip(places, (self._cold_index, self._kept_index), strict=True):
+            place[index] = torch.arange(len(index), dtype=torch.int32, device=self.device)
+        return Coded(
+            packed=self.packed, scales=self.scale_bits, table=_table(self.bits, self.device), bits=self.bits, rows=rows,
+            columns=columns, block=(0, BLOCK), is_high_first=True, kept=self.kept, place_E=places[0],
+            place_in_kept_E=places[1],
+        )  # fmt: skip
 
     @torch.no_grad()
     def expert(self, number: int) -> Tensor:
@@ -181,6 +219,16 @@ def _levels(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         levels: Tensor = bitsandbytes_functional().create_linear_map(signed=True, total_bits=8)
         return levels.to(device)
+
+
+@functools.cache
+def _table(bits: int, device: torch.device) -> Tensor:
+    """float32: what each code of 4 or 8 bits stands for."""
+    if bits == 8:
+        return _levels(device).float()
+    with torch.inference_mode(False):
+        levels: Tensor = bitsandbytes_functional().get_4bit_type("nf4", device="cpu")
+        return levels.float().to(device)
 
 
 def _quantize(flat: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
+from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, packed_bytes, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
@@ -105,7 +105,7 @@ def estimate(
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
             raise HotLoraError(f"{name} is {value}: it must be 1 or more.")
-    if quantize not in (None, 4, 8):
+    if quantize not in (None, 0, 4, 8):
         raise HotLoraError(f"quantize is {quantize}: it must be 4 or 8 bits.")
     if coverage is not None and not 0 <= coverage <= 1:
         raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")
@@ -152,10 +152,11 @@ def estimate(
     if gradient_checkpointing:
         num_layers = cut.get_text_config().num_hidden_layers
         activations = tokens * width * num_layers + activations // num_layers
+    packed = packed_bytes(cut) if quantize is None else None
     memory = {
         "weights": int(
             (weights - sum(sizes) + dense) * compute.itemsize
-            + (sum(sizes) - dense) * (quantized_bytes(quantize) if quantize else compute.itemsize)
+            + (sum(sizes) - dense) * (quantized_bytes(quantize) if quantize else packed or compute.itemsize)
         ),
         "adapter": trained * 4 + casts,
         "gradients": trained * 4,

@@ -34,6 +34,7 @@ def load_base(
     on_top_of: Sequence[str | Path] = (),
     *,
     quantize: int | None = None,
+    quantize_linear: int | None = None,
     keep: Mapping[int, Sequence[int]] | None = None,
     offload: str = "none",
     offload_folder: str | Path | None = None,
@@ -44,22 +45,24 @@ def load_base(
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
     on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
-    offload: all, none, or cold: the adapter's experts are on the device then. offload_folder: as `ExpertsQuantization`
-    takes it; None: on a CPU the working folder. expert_parallel: as `distributed.sharding` takes it.
+    quantize, quantize_linear: as `quantize.experts_in` takes them; 0, and adapters that are merged in, make packed
+    experts of a checkpoint dense. offload: all, none, or cold: the adapter's experts are on the device then.
+    offload_folder: as `ExpertsQuantization` takes it; None: on a CPU the working folder. expert_parallel: as
+    `distributed.sharding` takes it.
     """
     on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
-    if spread and (quantize or on_top_of or offload != "none"):
+    if spread and (quantize or quantize_linear or on_top_of or offload != "none"):
         raise HotLoraError(
             "weights that are spread over processes cannot be quantized, offloaded or merged into: leave out "
-            "--quantize, --offload and --on-top-of, or launch without FSDP and expert parallelism."
+            "--quantize, --quantize-linear, --offload and --on-top-of, or launch without FSDP and expert parallelism."
         )
     if offload != "none" and checked_device(options.get("device", "auto")).type == "cpu":
         offload_folder = offload_folder or Path.cwd()
     if spread:
         options["distributed_config"] = spread
-    stored = experts_in(quantize, keep, offload=offload != "none", offload_folder=offload_folder)
-    base: Any = load_model(model, quantization_config=stored, **options)
+    stored = experts_in(quantize, keep, quantize_linear, offload=offload != "none", offload_folder=offload_folder)
+    base: Any = load_model(model, quantization_config=stored, dequantize=quantize == 0 or bool(on_top_of), **options)
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()

@@ -66,6 +66,7 @@ class TrainKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    quantize_linear: int | None
     keep_hot: bool
     offload: str
     offload_folder: str | Path | None
@@ -112,6 +113,7 @@ class ProfileKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    quantize_linear: int | None
     offload: str
     offload_folder: str | Path | None
     expert_parallel: int
@@ -134,6 +136,7 @@ class EvaluateKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    quantize_linear: int | None
     keep_hot: bool
     offload: str
     offload_folder: str | Path | None
