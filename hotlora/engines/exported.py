@@ -22,8 +22,8 @@ class Exported:
     """An export on disk."""
 
     kind: str
-    """merged (a whole checkpoint), peft (a plain PEFT adapter), per-expert (a pair of matrices for each expert), gguf
-    or mlx"""
+    """merged (a whole checkpoint), peft (a plain PEFT adapter), per-expert (a pair of matrices for each expert),
+    shared-outer (the same with factors that experts share), gguf or mlx"""
     path: Path
     """What the engine loads as the adapter, or the checkpoint."""
     base: Path | None
@@ -61,7 +61,10 @@ def _kind_of(folder: Path) -> str:
             _check_weights(folder, MLX_WEIGHTS_FILE)
             return "mlx"
         _check_weights(folder, WEIGHTS_FILE)
-        return "peft" if config.get("target_parameters") else "per-expert"
+        if config.get("target_parameters"):
+            return "peft"
+        is_shared = any(len(shape) == 3 for shape in _shapes(folder / WEIGHTS_FILE).values())
+        return "shared-outer" if is_shared else "per-expert"
     if (folder / GGUF_FILE).is_file():
         check_file(folder / GGUF_FILE)
         return "gguf"
