@@ -2,6 +2,7 @@
 
 python scripts/engines.py vllm                # makes .venv-vllm, runs, writes results/engines/vllm.json and the table
 python scripts/engines.py vllm --only olmoe   # some families anew; the others stay as they are in the record
+python scripts/engines.py sglang --formats sglang-shared  # so with formats
 python scripts/engines.py vllm --python PATH  # in an environment that is there
 python scripts/engines.py --page              # the table, from the records that are there
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -143,7 +145,7 @@ def python_of(name: str) -> Path:
     return python
 
 
-def run_family(name: str, family: str, python: Path | None, folder: Path) -> dict[str, Any]:
+def run_family(name: str, family: str, python: Path | None, folder: Path, formats: Sequence[str]) -> dict[str, Any]:
     """format -> what `verify_export` found, or why it could not be asked."""
     from hotlora import export_adapter, load_adapter, load_model, load_tokenizer
     from hotlora.base.errors import HotLoraError
@@ -151,7 +153,7 @@ def run_family(name: str, family: str, python: Path | None, folder: Path) -> dic
 
     base, plain = _make(name, family, folder)
     found: dict[str, Any] = {}
-    for format in ENGINES[name].formats:
+    for format in formats:
         adapter = _adapter(base, folder / "shared", share_a=True) if format == "sglang-shared" else plain
         model = load_adapter(load_model(str(base), device="cpu", dtype="float32"), adapter)
         try:
@@ -271,7 +273,7 @@ def _without_paths(message: str, folder: Path) -> str:
     return message.replace(str(folder), "FOLDER").replace(str(ROOT), "")
 
 
-def run(name: str, python: Path, families: list[str]) -> None:
+def run(name: str, python: Path, families: list[str], formats: Sequence[str]) -> None:
     """Runs the families one after another, and writes each to the engine's record as soon as it is there."""
     file = RECORDS / f"{name}.json"
     record: dict[str, Any] = {
@@ -285,8 +287,9 @@ def run(name: str, python: Path, families: list[str]) -> None:
     for family in families:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            found = run_family(name, family, python, Path(folder))
-        record["families"][family] = {"date": str(date.today()), "formats": found}
+            found = run_family(name, family, python, Path(folder), formats)
+        known = record["families"].get(family, {}).get("formats", {})
+        record["families"][family] = {"date": str(date.today()), "formats": known | found}
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         told = {form: its.get("applied", its.get("failed", its.get("refused"))) for form, its in found.items()}
         print(f"{family}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
@@ -343,12 +346,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", nargs="?", choices=ENGINES)
     parser.add_argument("--only", nargs="+", choices=FAMILIES)
+    parser.add_argument("--formats", nargs="+")
     parser.add_argument("--python", type=Path)
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     if args.engine:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        run(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES))
+        formats = args.formats or ENGINES[args.engine].formats
+        if unknown := set(formats) - set(ENGINES[args.engine].formats):
+            parser.error(f"{args.engine} is not given {', '.join(sorted(unknown))}")
+        run(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES), formats)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), MARK, tables()), encoding="utf-8")
 
 

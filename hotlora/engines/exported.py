@@ -44,7 +44,19 @@ def read_export(folder: str | Path) -> Exported:
                 raise FileError(f"{path} is half an export: {part.name}/ is missing; export again.")
         _check_weights(base, "model.safetensors")
         return _exported(adapter, base)
+    _check_is_whole(path)
     return _exported(path, None)
+
+
+def _check_is_whole(path: Path) -> None:
+    """FileError: the adapter of an export with a base of its own, which is beside it; such a one notes no other. (MLX's
+    notes none at all.)"""
+    config, beside = path / CONFIG_FILE, path.resolve().parent / "base" / "config.json"
+    if path.resolve().name != "adapter" or not beside.is_file() or not config.is_file():
+        return
+    saved = read_json(config)
+    if not saved.get("plan") and saved.get("base_model_name_or_path", "") is None:
+        raise FileError(f"{path} is half an export, whose base lies beside it: give {path.parent}.")
 
 
 def _exported(folder: Path, base: Path | None) -> Exported:
