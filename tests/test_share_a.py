@@ -208,7 +208,7 @@ def test_a_run_is_begun_with_it_and_goes_on_with_it_alone(call, tmp_path):
     code, out, _ = call("export", tmp_path / "run", "-o", tmp_path / "out", "-f", "sglang-shared", "--drop-router")
     assert code == 0 and "The adapter's file has" in out and "(--max-loras-per-batch), whatever it has" in out
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "which finds out by itself that experts share factors" in card and out.splitlines()[-1] in card
+    assert "--max-loras-per-batch 2 --experts-shared-outer-loras \\" in card and out.splitlines()[-1] in card
 
 
 def test_adapters_are_combined_as_ones_that_share_nothing():

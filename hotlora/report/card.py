@@ -179,15 +179,17 @@ model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # onto {ba
 for vLLM, which reads one pair of matrices for each expert. Where it holds a family's experts fused (gpt_oss,
 Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. `hotlora verify --engine vllm` says whether it applies
 every update."""
-    shared = (
-        ", which finds out by itself that experts share factors, and serves no adapters of the other kind beside"
-        if format == "sglang-shared"
-        else ""
-    )
-    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch 2 \\
+    flag, more = "", ""
+    if format == "sglang-shared":
+        flag = " --experts-shared-outer-loras"
+        more = (
+            " All adapters of one server must share factors so; one that was begun without the flag, and without such "
+            "an adapter, loads this one, and applies another update."
+        )
+    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch 2{flag} \\
         --lora-paths mine=PATH/TO/THIS/FOLDER
 
-for SGLang{shared}. `hotlora verify --engine sglang` says whether it applies every update."""
+for SGLang.{more} `hotlora verify --engine sglang` says whether it applies every update."""
 
 
 def _head(model: str, kind: str, **results: Any) -> str:
