@@ -32,6 +32,7 @@ from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
 from hotlora.base.errors import HotLoraError, PlanError
+from hotlora.engines.call import engine_named
 from hotlora.engines.exported import read_export
 
 OUTER = ("lora_A_gate_up", "lora_B_down")
@@ -296,9 +297,23 @@ def test_what_shares_nothing_has_no_shared_form(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_other_scalings_and_ranks_become_one(tmp_path):
+    model = shared(zoo_model("qwen2_moe"), train_router=False, use_rslora=True, rank_pattern={"q_proj": 8})
+    export_adapter(model, tmp_path / "out", format="sglang-shared")
+    found = logits(read_sglang_shared(tmp_path / "out", zoo_model("qwen2_moe")))
+    assert (found - logits(model)).norm() <= 1e-5 * logits(model).norm()
+
+
 def test_verify_knows_the_shared_form(tmp_path):
-    out = export_adapter(shared(train_router=False), tmp_path / "out", format="sglang-shared")
-    assert read_export(out).kind == "shared-outer"
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    model = shared(hotlora.load_model(base, device="cpu"), train_router=False)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_adapter(model, tmp_path / "out", format="sglang-shared")
+    assert read_export(out).kind == "shared-outer" in engine_named("sglang").takes
+    with pytest.raises(HotLoraError, match=r"of the kind per-expert or merged, and .* of the kind shared-outer:"):
+        verified(tmp_path, out, engine="vllm")
 
 
 def test_plain_peft_and_merged(tmp_path):
