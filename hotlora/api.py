@@ -339,9 +339,10 @@ def export_adapter(
     A model card beside it says what loads it, and how.
 
     vllm: one pair of matrices for each expert and projection, zeros for the cold experts. sglang: the same,
-    hot experts only. peft: a plain PEFT adapter (`target_parameters`), which `peft.PeftModel.from_pretrained`
-    loads. gguf: one file for llama.cpp, of some families (needs the extra gguf). mlx: for mlx-lm, of some
-    families. merged: a whole checkpoint of the model with the adapter folded in.
+    hot experts only. sglang-shared: of an adapter with `share_a`, each factor that experts share once. peft: a
+    plain PEFT adapter (`target_parameters`), which `peft.PeftModel.from_pretrained` loads. gguf: one file for
+    llama.cpp, of some families (needs the extra gguf). mlx: for mlx-lm, of some families. merged: a whole
+    checkpoint of the model with the adapter folded in.
 
     vLLM's and SGLang's formats hold no router. An adapter that trains it needs either of
 
@@ -368,6 +369,7 @@ def export_adapter(
     """
     from .adapter.formats.export import base_name
     from .adapter.formats.export import export_adapter as write
+    from .adapter.formats.room import room_of
     from .report.card import write_export_card
 
     folder = write(
@@ -377,7 +379,8 @@ def export_adapter(
     adapted: Any = model
     base = base_name(adapted, adapter_name) or "its base model"
     source = adapted.base_model.entry_of(adapter_name).get("path")
-    write_export_card(folder, format, base, [source] if source else [])
+    room = room_of(adapted.get_base_model(), format, folder, adapted.get_base_model().dtype)
+    write_export_card(folder, format, base, [source] if source else [], room)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 python scripts/engines.py vllm                # makes .venv-vllm, runs, writes results/engines/vllm.json and the table
 python scripts/engines.py vllm --only olmoe   # some families anew; the others stay as they are in the record
+python scripts/engines.py sglang --formats sglang-shared  # so with formats
 python scripts/engines.py vllm --python PATH  # in an environment that is there
 python scripts/engines.py --page              # the table, from the records that are there
 
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -74,6 +76,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PLANNED = [1, 3, 6]
+SGLANG = ("sglang", "sglang-shared")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ ENGINES = {
     ),
     "sglang": Environment(
         ("torch==2.13.0", "triton==3.7.1", "psutil"), bare=("sglang==0.5.23",), leave=_CUDA,
-        remove=("torchvision", "torchaudio", "torchcodec"), formats=("sglang", "merged"),
+        remove=("torchvision", "torchaudio", "torchcodec"), formats=("sglang", "sglang-shared", "merged"),
     ),
 }  # fmt: skip
 
@@ -142,15 +145,16 @@ def python_of(name: str) -> Path:
     return python
 
 
-def run_family(name: str, family: str, python: Path | None, folder: Path) -> dict[str, Any]:
+def run_family(name: str, family: str, python: Path | None, folder: Path, formats: Sequence[str]) -> dict[str, Any]:
     """format -> what `verify_export` found, or why it could not be asked."""
     from hotlora import export_adapter, load_adapter, load_model, load_tokenizer
     from hotlora.base.errors import HotLoraError
     from hotlora.engines.verify import verify_export
 
-    base, adapter = _make(name, family, folder)
+    base, plain = _make(name, family, folder)
     found: dict[str, Any] = {}
-    for format in ENGINES[name].formats:
+    for format in formats:
+        adapter = _adapter(base, folder / "shared", share_a=True) if format == "sglang-shared" else plain
         model = load_adapter(load_model(str(base), device="cpu", dtype="float32"), adapter)
         try:
             export = export_adapter(
@@ -176,7 +180,7 @@ def _choices(family: str, format: str) -> dict[str, Any]:
     """What the format does not hold goes into the base."""
     has_mla = "kv_lora_rank" in FAMILIES[family]
     return {
-        **({"merge_router": True} if format in ("vllm", "sglang") or (format == "mlx" and has_mla) else {}),
+        **({"merge_router": True} if format in ("vllm", *SGLANG) or (format == "mlx" and has_mla) else {}),
         **({"merge_attention": True} if format in ("vllm", "mlx", "gguf") and has_mla else {}),
     }
 
@@ -202,11 +206,9 @@ def _converted(base: Path, folder: Path) -> Path:
 def _make(name: str, family: str, folder: Path) -> tuple[Path, Path]:
     """A tiny model, with its config as published checkpoints have it, and a random adapter of it, saved."""
     import torch
-    from peft import get_peft_model
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from hotlora import HotLoraConfig, load_model, load_tokenizer
-    from hotlora.hf.models import fingerprint, moe_layers
+    from hotlora import load_tokenizer
 
     torch.manual_seed(0)
     values = {**SMALL, **FAMILIES[family], **OWN.get(name, {}).get(family, {})}
@@ -225,18 +227,29 @@ def _make(name: str, family: str, folder: Path) -> tuple[Path, Path]:
         named = {old: config[new] for old, new in model.config.attribute_map.items() if new in config}
         rope = config.get("rope_parameters") or {}
         file.write_text(json.dumps({"rope_theta": rope.get("rope_theta"), **named, **config}), encoding="utf-8")
-    net: Any = load_model(str(folder / "base"), device="cpu", dtype="float32")
+    return folder / "base", _adapter(folder / "base", folder / "adapter")
+
+
+def _adapter(base: Path, folder: Path, **options: Any) -> Path:
+    """A random adapter of a saved base, saved."""
+    import torch
+    from peft import get_peft_model
+
+    from hotlora import HotLoraConfig, load_model
+    from hotlora.hf.models import fingerprint, moe_layers
+
+    net: Any = load_model(str(base), device="cpu", dtype="float32")
     layers = moe_layers(net)
     plan = {
         "version": 1, "experts": {str(layer.layer): PLANNED for layer in layers}, "num_experts": 8, "rule": "hot",
         "params": {}, "fingerprint": fingerprint(net),
     }  # fmt: skip
-    adapted = get_peft_model(net, HotLoraConfig(plan=plan, r=4, lora_alpha=6))
+    adapted = get_peft_model(net, HotLoraConfig(plan=plan, r=4, lora_alpha=6, **options))
     for tag, parameter in adapted.named_parameters():
         if "lora_" in tag:
             parameter.data = torch.randn_like(parameter) * 0.1
-    adapted.save_pretrained(folder / "adapter")
-    return folder / "base", folder / "adapter"
+    adapted.save_pretrained(folder)
+    return folder
 
 
 def _summary(found: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +273,7 @@ def _without_paths(message: str, folder: Path) -> str:
     return message.replace(str(folder), "FOLDER").replace(str(ROOT), "")
 
 
-def run(name: str, python: Path, families: list[str]) -> None:
+def run(name: str, python: Path, families: list[str], formats: Sequence[str]) -> None:
     """Runs the families one after another, and writes each to the engine's record as soon as it is there."""
     file = RECORDS / f"{name}.json"
     record: dict[str, Any] = {
@@ -274,8 +287,9 @@ def run(name: str, python: Path, families: list[str]) -> None:
     for family in families:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            found = run_family(name, family, python, Path(folder))
-        record["families"][family] = {"date": str(date.today()), "formats": found}
+            found = run_family(name, family, python, Path(folder), formats)
+        known = record["families"].get(family, {}).get("formats", {})
+        record["families"][family] = {"date": str(date.today()), "formats": known | found}
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         told = {form: its.get("applied", its.get("failed", its.get("refused"))) for form, its in found.items()}
         print(f"{family}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
@@ -292,7 +306,7 @@ def tables() -> str:
     for family in FAMILIES:
         cells = [records[name]["families"].get(family, {}).get("formats", {}).get(form) for name, form in columns]
         rows.append([f"`{family}`", *map(_cell, cells)])
-    heads = ["family", *(f"{name}: {form}" if name != form else name for name, form in columns)]
+    heads = ["family", *(form if form.startswith(name) else f"{name}: {form}" for name, form in columns)]
     lines = [table(heads, rows, left=len(heads)), ""]
     for name in (name for name in ENGINES if name in records):
         families = records[name]["families"]
@@ -332,12 +346,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", nargs="?", choices=ENGINES)
     parser.add_argument("--only", nargs="+", choices=FAMILIES)
+    parser.add_argument("--formats", nargs="+")
     parser.add_argument("--python", type=Path)
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
     if args.engine:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        run(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES))
+        formats = args.formats or ENGINES[args.engine].formats
+        if unknown := set(formats) - set(ENGINES[args.engine].formats):
+            parser.error(f"{args.engine} is not given {', '.join(sorted(unknown))}")
+        run(args.engine, args.python or python_of(args.engine), args.only or list(FAMILIES), formats)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), MARK, tables()), encoding="utf-8")
 
 

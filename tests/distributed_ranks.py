@@ -203,6 +203,8 @@ def others_trainer(output: Path) -> None:
 
 
 FAMILIES = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "ernie4_5_moe", "nemotron_h")
+SHARED = "gpt_oss"
+"""Also with factors that experts share, which are spread over processes."""
 
 
 def families(output: Path) -> None:
@@ -213,17 +215,17 @@ def families(output: Path) -> None:
     distributed.start("cpu")
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     found = {}
-    for family in FAMILIES:
+    for family, options in [*((family, {}) for family in FAMILIES), (SHARED, {"share_a": True})]:
         folder = output.parent / family
         if distributed.is_main():
             zoo_model(family).save_pretrained(folder)
         distributed.wait_for_all()
-        exact = _logits_and_gradients(folder, torch.float32)
+        exact = _logits_and_gradients(folder, torch.float32, **options)
         for dtype in (torch.float32, torch.bfloat16):
-            whole = _logits_and_gradients(folder, dtype)
+            whole = _logits_and_gradients(folder, dtype, **options)
             for expert_parallel in (1, 2):
-                spread = _logits_and_gradients(folder, dtype, distributed.sharding(expert_parallel))
-                found[f"{family} {dtype} {expert_parallel}"] = {
+                spread = _logits_and_gradients(folder, dtype, distributed.sharding(expert_parallel), **options)
+                found[f"{family} {' '.join(options)} {dtype} {expert_parallel}"] = {
                     "whole": [_relative(whole[0], exact[0]), _relative(whole[1], exact[1])],
                     "spread": [_relative(spread[0], exact[0]), _relative(spread[1], exact[1])],
                 }
@@ -232,10 +234,10 @@ def families(output: Path) -> None:
     distributed.wait_for_all()
 
 
-def _logits_and_gradients(folder: Path, dtype: torch.dtype, spread=None):
+def _logits_and_gradients(folder: Path, dtype: torch.dtype, spread=None, **options):
     model = load_model(folder, device="cpu", dtype=dtype, distributed_config=spread)
     assert distributed.is_sharded(model) == (spread is not None)
-    model = get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=4, lora_alpha=8))
+    model = get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=4, lora_alpha=8, **options))
     fill(model, 1)
     batch = tiny_batch(2, 9, seed=3)
     output = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -77,6 +78,25 @@ def read_sglang(folder, base):
     for name, (A, B) in modules.items():
         _add_to_linear(model, _from_vllm(name, family), B.double() @ A.double() * scaling)
     return model
+
+
+def read_sglang_shared(folder, base):
+    """SGLang's shared-outer form: A of gate and up, and B of down, are `[1, …]` and every expert's
+    (`_detect_shared_outer_loras`); the others numbered, of the experts that are there. Read as if each had its own."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    shared = {name: tensors.pop(name) for name in [*tensors] if tensors[name].ndim == 3}
+    assert shared and all(len(tensor) == 1 for tensor in shared.values())
+    own = {}
+    for name, tensor in shared.items():
+        root, _, rest = name.rpartition(".experts.")  # gate_proj.lora_A.weight
+        assert rest in ("gate_proj.lora_A.weight", "up_proj.lora_A.weight", "down_proj.lora_B.weight")
+        other = rest.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("lora_?", "lora_B")
+        ids = [int(m[1]) for n in tensors if (m := re.fullmatch(rf"{re.escape(root)}\.experts\.(\d+)\.{other}", n))]
+        own |= {f"{root}.experts.{expert}.{rest}": tensor[0].clone() for expert in ids}
+    with tempfile.TemporaryDirectory() as expanded:
+        write_adapter(Path(expanded) / "as-read", config, {**tensors, **own})
+        return read_sglang(Path(expanded) / "as-read", base)
 
 
 def _sglang_in_turn(A_gate, B_gate, A_up, B_up, scaling):

@@ -76,10 +76,12 @@ def reference_block(block, hidden):
         W_gate, W_up = layer.base_layer.gate_up_proj[expert].chunk(2)
         W_down = layer.base_layer.down_proj[expert]
         if expert in slots:
-            A_gate, A_up = layer.lora_A_gate_up["default"][slots[expert]].chunk(2)
-            B_gate, B_up = layer.lora_B_gate_up["default"][slots[expert]].chunk(2)
+            names = ("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down")
+            held = [getattr(layer, name)["default"] for name in names]
+            # With share_a some are of all experts, and have one row.
+            A_gate_up, B_gate_up, A_down, B_down = (its[slots[expert] if len(its) > 1 else 0] for its in held)
+            (A_gate, A_up), (B_gate, B_up) = A_gate_up.chunk(2), B_gate_up.chunk(2)
             W_gate, W_up = W_gate + scaling * B_gate @ A_gate, W_up + scaling * B_up @ A_up
-            A_down, B_down = (getattr(layer, n)["default"][slots[expert]] for n in ("lora_A_down", "lora_B_down"))
             W_down = W_down + scaling * B_down @ A_down
         y = (F.silu(x @ W_gate.T) * (x @ W_up.T)) @ W_down.T
         output = output + y * (weights * (index == expert)).sum(-1, keepdim=True).to(y.dtype)

@@ -136,6 +136,16 @@ def test_params_has_the_adapters_flops(call):
     assert code == 1 and "coverage is of LoRA's FLOPs" in err
 
 
+def test_params_has_what_a_server_keeps_for_each_adapter(call):
+    code, out, _ = call("params", OLMOE_CONFIG, "--experts-per-layer", 8, "--json")
+    assert code == 0 and json.loads(out)["server_bytes"] == {"vllm": 620_756_992, "sglang": 620_756_992}
+    code, out, _ = call("params", OLMOE_CONFIG, "--r", 20, "--share-a")
+    told = "vllm 620.8 MB (--max-loras), sglang-shared 140.2 MB (--max-loras-per-batch)"
+    assert code == 0 and f"Served, each adapter takes in bfloat16: {told}" in out
+    code, out, _ = call("params", OLMOE_CONFIG, "--r", 600, "--json")
+    assert code == 0 and list(json.loads(out)["server_bytes"]) == ["sglang"], "vLLM has no room of such a rank"
+
+
 def test_an_estimate_is_for_the_device_that_is_named(call, model_folder: Path):
     command = ["params", model_folder, "--estimate", "--batch-size", 2, "--max-length", 32, "--json"]
     found = {}

@@ -206,7 +206,7 @@ def test_families_compute_spread_what_they_compute_whole(slow):
     folder, codes = slow
     assert codes["families:2"] == [0, 0], said(folder, "families:2")
     found = json.loads((folder / "families-2").read_text())
-    assert len(found) == 4 * 6
+    assert len(found) == 4 * 7
     for name, errors in found.items():
         for whole, spread in zip(errors["whole"], errors["spread"], strict=True):
             assert spread <= 1.5 * whole + 1e-5, (name, errors)

@@ -196,6 +196,21 @@ def test_a_scaling_of_each_expert(routed_experts, dtype, tolerance):
     assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
 
 
+def one_for_all(factors: LowRank) -> LowRank:
+    """The same with one A of gate and up, and one B of down, of all experts: they take no room N times."""
+    A_gate_up, B_down = (t[:1].detach().requires_grad_().expand_as(t) for t in (factors.A_gate_up, factors.B_down))
+    assert A_gate_up.stride(0) == B_down.stride(0) == 0
+    return replace(factors, A_gate_up=A_gate_up, B_down=B_down)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@both
+def test_factors_that_experts_share(routed_experts, dtype, tolerance):
+    experts, inputs, factors = make_experts(dtype), make_inputs(dtype), one_for_all(make_factors([1, 3, 6], 4, dtype))
+    ours = output_and_gradients(routed_experts, experts, *inputs, factors)
+    assert_same(ours, output_and_gradients(loop, experts, *inputs, factors), tolerance)
+
+
 layouts = pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: "-".join(k for k, v in layout.items() if v) or "bare"
 )

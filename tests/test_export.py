@@ -23,6 +23,7 @@ from zoo import zoo_model as build
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.formats.import_peft import import_adapter
+from hotlora.adapter.formats.room import place_bytes, room_of
 from hotlora.adapter.formats.vllm import room_for
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.hf.models import attention_modules, fingerprint, moe_layers
@@ -113,6 +114,35 @@ def merged_attention(family, format):
     """The option that an export of this family needs."""
     names = [path.rpartition(".")[2] for path in attention_modules(zoo_model(family))]
     return {"merge_attention": True} if format == "vllm" and "kv_b_proj" in names else {}
+
+
+# The room that servers keep
+
+
+def test_a_servers_place_is_for_all_experts_at_its_own_ranks():
+    """OLMoE-1B-7B: experts' 3 E R (D + F) a layer, or 3 R (D + E F), and attention's 4 R (D + D)."""
+    with torch.device("meta"):
+        base = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(num_experts=64, intermediate_size=1024))
+    D, F, E, attention = 2048, 1024, 64, 4 * 2 * 2048
+    assert place_bytes(base, "sglang", 32) == 2 * 16 * 32 * (3 * E * (D + F) + attention) == 620_756_992
+    assert place_bytes(base, "sglang-shared", 32) == 2 * 16 * 32 * (3 * (D + E * F) + attention)
+    assert place_bytes(base, "vllm", 32, itemsize=4) == 2 * 620_756_992
+
+
+def test_a_place_has_shared_experts_and_is_as_large_as_vllms_ranks(tmp_path):
+    model = adapted("qwen2_moe", train_router=False)
+    for format in ("vllm", "sglang", "peft"):
+        export_adapter(model, tmp_path / format, format=format)
+    rooms = {f: room_of(model.get_base_model(), f, tmp_path / f, torch.float32) for f in ("vllm", "sglang", "peft")}
+    assert rooms["peft"] is None
+    assert (rooms["vllm"].r, rooms["sglang"].r) == (8, 4), "vLLM has no room of rank 4"
+    assert rooms["vllm"].place_bytes == 2 * rooms["sglang"].place_bytes
+    base = zoo_model("qwen2_moe")
+    shared = {path for layer in moe_layers(base) for path in layer.shared}
+    linears = [base.get_submodule(path).weight for path in (*attention_modules(base), *shared)]
+    assert len(shared) == 3 * len(moe_layers(base))
+    experts = sum(3 * layer.num_experts * (32 + 16) for layer in moe_layers(base))
+    assert rooms["sglang"].place_bytes == 4 * 4 * (experts + sum(sum(weight.shape) for weight in linears))
 
 
 # What servers make of it

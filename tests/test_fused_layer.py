@@ -17,6 +17,7 @@ from test_experts import (
     make_experts_of,
     make_factors,
     make_inputs,
+    one_for_all,
     output_and_gradients,
     relative,
 )
@@ -66,6 +67,12 @@ def ours_and_reference(experts, inputs, factors, reference=loop):
 def test_output_and_every_gradient_equal_the_loop(layout, r):
     experts, inputs = make_experts_of(layout, torch.float32), make_inputs(torch.float32)
     factors = make_factors([1, 3, 6], r, torch.float32, parts=2 if experts.has_gate else 1)
+    assert_same(*ours_and_reference(experts, inputs, factors), 1e-5)
+
+
+def test_factors_that_experts_share():
+    experts, inputs = make_experts(torch.float32), make_inputs(torch.float32)
+    factors = one_for_all(make_factors([1, 3, 6], 8, torch.float32))
     assert_same(*ours_and_reference(experts, inputs, factors), 1e-5)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from readers import read_vllm
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_model, tiny_plan
 from zoo import zoo_model
@@ -24,6 +25,7 @@ from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.engines import call as call_module
 from hotlora.engines.call import check_engine
 from hotlora.engines.expected import Effects, at_scale, effects, kinds_of, left_out, log_probs, tokens_asked
+from hotlora.engines.runner import Answer
 from hotlora.engines.texts import chosen, given_texts, random_texts, routes_of, uses_of
 from hotlora.engines.verdict import judge
 from hotlora.hf.models import moe_layers
@@ -198,6 +200,55 @@ def test_the_command_shows_a_table_and_fails_where_a_part_is_missing(folder, tmp
 
 
 @pytest.mark.usefixtures("here")
+def test_several_missing_experts_are_one_line(folder, tmp_path, call):
+    def change(tensors):
+        for layer, expert in ((0, 1), (1, 3), (1, 6)):
+            zero_expert(tensors, layer, expert)
+
+    export = broken(folder, tmp_path, change)
+    code, out, _ = call("verify", export, "--adapter", folder / "adapter", "--engine", "peft", "--device", "cpu")
+    assert code == 1
+    (line,) = (line for line in out.splitlines() if line.startswith("experts missing"))
+    assert line.split(maxsplit=2)[2].strip() == "3 of 6: layer 0: 1; layer 1: 3, 6"
+    assert "applied: partly" in out.splitlines()[-1]
+
+
+@pytest.fixture
+def served(folder, tmp_path, monkeypatch):
+    """base/ and adapter/ of an export with the router merged, and an engine that applies adapters as vLLM does."""
+    model = hotlora.load_adapter(hotlora.load_model(folder / "base", device="cpu"), folder / "adapter")
+    out = export_adapter(model, tmp_path / "served", format="vllm", merge_router=True)
+
+    def ask(name, request, python=None):
+        base = hotlora.load_model(request.base, device="cpu", dtype="float32")
+        texts, tokens = torch.tensor(request.texts), torch.tensor(request.tokens)
+        found = [log_probs(m, texts, tokens) for m in (base, read_vllm(request.export, base))]
+        return *found, Answer([], [], "float32", "cpu")
+
+    monkeypatch.setattr("hotlora.engines.verify.ask", ask)
+    monkeypatch.setattr("hotlora.engines.verify.check_engine", lambda *_: {})
+    return out
+
+
+def test_an_export_with_a_merged_router_is_its_base_and_its_adapter(folder, served):
+    """The router's update is in both the base and the sum, so nothing is said of it by itself."""
+    found = verified(folder, served, engine="vllm")
+    assert found.is_applied and found.verdict.base_max < 1e-4
+    assert statuses(found) == dict.fromkeys([*PARTS, *(g for g in GROUPS if g != "router")], "applied")
+
+
+def test_an_adapter_without_the_base_that_belongs_to_it_is_half_an_export(folder, served, tmp_path):
+    with pytest.raises(FileError) as caught:
+        verified(folder, served / "adapter", engine="vllm")
+    assert str(caught.value) == f"{served / 'adapter'} is half an export, whose base lies beside it: give {served}."
+    # A whole one may be called so, and its base may be there.
+    tiny_model("olmoe").save_pretrained(tmp_path / "mine" / "base")
+    model = hotlora.load_adapter(hotlora.load_model(tmp_path / "mine" / "base", device="cpu"), folder / "adapter")
+    whole = export_adapter(model, tmp_path / "mine" / "adapter", format="vllm", drop_router=True)
+    assert verified(folder, whole, engine="vllm").is_applied
+
+
+@pytest.mark.usefixtures("here")
 def test_in_half_precision_the_whole_is_told_and_experts_that_cannot_be_are_counted(folder, call):
     words = ["verify", folder / "peft", "--adapter", folder / "adapter", "--engine", "peft", "--device", "cpu"]
     code, out, _ = call(*words, "--dtype", "bfloat16", "--json")
@@ -267,6 +318,17 @@ def test_an_adapter_or_an_export_for_another_base(folder, monkeypatch, tmp_path)
         out = export_adapter(model, tmp_path / name, format="peft")
         error = refused(folder, monkeypatch, export=out)
         assert isinstance(error, FileError) and "is for another base than" in str(error), name
+
+
+def test_the_command_tells_another_base_in_one_line(folder, tmp_path, call, capsys):
+    tiny_model("olmoe", num_experts=6).save_pretrained(tmp_path / "other")
+    wide = export_adapter(adapted(tiny_model("olmoe", hidden_size=40)), tmp_path / "wide", format="peft")
+    capsys.readouterr()
+    words = ["verify", folder / "peft", "--adapter", folder / "adapter", "--engine", "peft", "--device", "cpu"]
+    code, out, err = call(*words, "--model", tmp_path / "other")
+    assert code == 1 and not out and len(err.splitlines()) == 1 and "the plan was made for olmoe-" in err
+    code, out, err = call("verify", wide, *words[2:])
+    assert code == 1 and not out and len(err.splitlines()) == 1 and "is for another base than" in err
 
 
 def test_an_engine_that_fails_is_told_with_its_last_words(folder, tmp_path):

@@ -88,6 +88,9 @@ class HotLoraConfig(LoraConfig):
     that each B keeps."""
     train_full_experts: bool = False
     """Weights of their own for the planned experts in place of low-rank updates (ESFT)."""
+    share_a: bool = False
+    """One A of gate and one of up for all planned experts of a layer, and one B of down: the factors on the model's
+    width. SGLang calls it shared-outer LoRA."""
     base_quantization: dict[str, Any] | None = None
     """How the base was stored in training, as `quantize.noted_quantization` has it. It is set when an adapter to train
     is put on a model; `load.base_quantization` reads it."""
@@ -158,8 +161,20 @@ class HotLoraConfig(LoraConfig):
             raise PlanError(
                 "train_full_experts leaves no low-rank update that use_dora could act on: drop one of the two."
             )
+        if self.share_a:
+            self._check_shared()
         if self.a_seed is None and not self.train_a:
             self.a_seed = self._mask.a_seed if self._mask is not None else 0
+
+    def _check_shared(self) -> None:
+        if self.train_full_experts:
+            raise PlanError("train_full_experts leaves no low-rank update whose A could be shared: leave out share_a.")
+        for layer, ranks in (self.plan["ranks"] or {}).items():
+            if len(set(ranks)) > 1:
+                raise PlanError(
+                    f"share_a needs one rank for all experts of a layer, and the plan gives layer {layer} the ranks "
+                    f"{sorted(set(ranks))}: take the ranks out of the plan, or leave out share_a."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds; the targets in order, so that equal adapters give equal files."""

@@ -160,8 +160,9 @@ class HotLoraExperts(HotExperts):
     """Low-rank updates on the planned experts of one layer.
 
     Holds per adapter what `layer.updates.LowRank` describes, as parameters that are saved under their own names. Where
-    a plan gives ranks, the experts of each rank have tensors of their own. With `use_dora` the experts' outputs have
-    magnitudes besides: of gate and up `[N, P*F]`, and of down `[N, D]`.
+    a plan gives ranks, the experts of each rank have tensors of their own. With `share_a` A of gate and up and B of
+    down are `[1, …]`, of all experts. With `use_dora` the experts' outputs have magnitudes besides: of gate and up
+    `[N, P*F]`, and of down `[N, D]`.
     """
 
     adapter_layer_names = (
@@ -185,11 +186,12 @@ class HotLoraExperts(HotExperts):
         self.expert_ids[adapter_name], self._groups[adapter_name] = ids, groups
         for group in groups:
             n, r_n = len(group.ids), group.r
+            outer = 1 if getattr(config, "share_a", False) else n
             shapes = {
-                "lora_A_gate_up": (n, parts * r_n, width),
+                "lora_A_gate_up": (outer, parts * r_n, width),
                 "lora_B_gate_up": (n, parts * expert_width, r_n),
                 "lora_A_down": (n, r_n, expert_width),
-                "lora_B_down": (n, width, r_n),
+                "lora_B_down": (outer, width, r_n),
             }
             for name, shape in shapes.items():
                 is_zero = "_B_" in name and bool(config.init_lora_weights)
@@ -293,7 +295,9 @@ class HotLoraExperts(HotExperts):
         return held[key]
 
     def _tensors_of(self, adapter: str, group: _Group) -> list[Tensor]:
-        return [factor_values(self._held(name, adapter, group)) for name in self.adapter_layer_names[:4]]
+        """`[N, …]` each; what experts share takes no room N times, and its gradient is the sum of theirs."""
+        held = [factor_values(self._held(name, adapter, group)) for name in self.adapter_layer_names[:4]]
+        return [its if len(its) == len(group.ids) else its.expand(len(group.ids), -1, -1) for its in held]
 
     def _scaling(self, adapter: str, group: _Group) -> float:
         """lora_alpha / r, or over its root, of the group's own r."""

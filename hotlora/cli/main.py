@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from .sweep import sweep
 from .talk import chat, generate
 from .train import print_evaluation, push, train
 from .verify import verify
+
+if TYPE_CHECKING:
+    from ..adapter.formats.room import Room
 
 # PEFT imports it where it is installed, and it says that an optional kernel is missing. Here, for the processes of
 # `bench` come by here too.
@@ -253,7 +256,9 @@ def merge(
 def export(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="vllm, sglang, peft, gguf, mlx or merged.")],
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="vllm, sglang, sglang-shared, peft, gguf, mlx or merged.")
+    ],
     model: _Base = None,
     merge_router: Annotated[
         bool,
@@ -275,19 +280,24 @@ def export(
     """Write an adapter in the format of an engine, or of plain PEFT.
 
     vllm and sglang cannot hold a router's update: choose --merge-router or --drop-router, or train with --no-router.
+    sglang-shared is for what was trained with --share-a.
     vllm and mlx apply no update to MLA's kv_b_proj, llama.cpp (gguf) to most of MLA: --merge-attention.
 
     `hotlora verify` loads the export in the engine, and finds out whether it is applied.
     """
-    from ..runs.export import export_saved
+    from ..report.card import size_told
+    from ..runs.export import export_saved, served_room
 
     model, adapter = _noted(adapter, model)
     export_saved(
         model, adapter, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, dtype=dtype, **given,
     )  # fmt: skip
-    _describe(output, format, model, [adapter])
+    room = served_room(model, output, format=format, dtype=dtype)
+    _describe(output, format, model, [adapter], room)
     out.print(f"{format}: {output}")
+    if format != "merged":
+        out.print(size_told(output / "adapter" if (output / "base").is_dir() else output, room))
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}")
     _tell_of_quantization(adapter)
@@ -316,10 +326,10 @@ def _tuned(path: Path, model: str | None) -> tuple[str, Path | None]:
     return _noted(path, model)
 
 
-def _describe(output: Path, format: str, model: str, adapters: list[Path]) -> None:
+def _describe(output: Path, format: str, model: str, adapters: list[Path], room: "Room | None" = None) -> None:
     from ..report.card import write_export_card
 
-    write_export_card(output, format, model, adapters)
+    write_export_card(output, format, model, adapters, room)
 
 
 def _tell_of_quantization(adapter: Path) -> None:

@@ -15,7 +15,7 @@ from ..runs.methods import METHODS, PLACEMENTS, counted_options
 from ..runs.options import RunOptions
 from .options import AsJson, err, number_list, of, options_of, out
 
-_COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared")
+_COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared", "share_a")
 _NOT_LORA = {"full", "use_dora", "train_full_experts"}
 _ESTIMATED = ("batch_size", "max_length", "quantize", "keep_hot", "gradient_checkpointing")
 
@@ -68,6 +68,8 @@ def params(
     time at a given rate.
     """
     from ..adapter.count import parameters_from_config
+    from ..adapter.formats.room import places
+    from ..report.tables import human_bytes, human_flops
 
     options = {"fraction": fraction, **{name: given[name] for name in _COUNTED if name in given}}
     named = counted_options(method, placement)
@@ -78,6 +80,8 @@ def params(
         raise HotLoraError(f"coverage is of LoRA's FLOPs, which {method} has none of: leave it out.")
     if not named.keys() & _NOT_LORA:
         counts["adapter_flops"] = _adapter_flops(model, {**options, **named}, counts, coverage)
+        rooms = places(model, given.get("r", RunOptions.r), share_a=given.get("share_a", False))
+        counts["server_bytes"] = {format: room.place_bytes for format, room in rooms.items()}
     if estimate and named:
         raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
     if estimate:
@@ -112,9 +116,9 @@ def params(
         told = f"{flops['per_token'] / 1e6:,.1f} MFLOP a token forward for the adapter"
         share = "" if flops["coverage"] == 1 else f", where its experts take {flops['coverage']:.1%} of the routing"
         out.print(f"{told}{share}")
+        servers = [f"{name} {human_bytes(room.place_bytes)} ({room.option})" for name, room in rooms.items()]
+        out.print(f"Served, each adapter takes in {next(iter(rooms.values())).dtype}: {', '.join(servers)}")
     if estimate:
-        from ..report.tables import human_bytes, human_flops
-
         found = counts["estimate"]
         step = f"{sizes['batch_size']} × {sizes['max_length']:,} tokens"
         title = f"A step of {step} on {found['device']}, in {found['dtype']}"
@@ -135,13 +139,14 @@ def params(
 def _adapter_flops(
     model: str, options: dict[str, Any], counts: dict[str, Any], coverage: float | None
 ) -> dict[str, float]:
-    """Of LoRA as placed by these options: a frozen A or a mask saves none."""
+    """Of LoRA as placed by these options: a frozen or shared A or a mask saves none."""
     from ..adapter.count import parameters_from_config
     from ..cost.adapter import adapter_flops
 
     budget = {name: options.get(name) for name in ("experts_per_layer", "fraction")}
-    if "train_a" in options or "keep" in options:
-        plain = {name: value for name, value in options.items() if name not in ("train_a", "keep")}
+    saves_none = ("train_a", "keep", "share_a")
+    if options.keys() & set(saves_none):
+        plain = {name: value for name, value in options.items() if name not in saves_none}
         counts = dict(parameters_from_config(model, **plain))
     return adapter_flops(model, counts, coverage=coverage, **budget)
 

@@ -76,6 +76,7 @@ def estimate(
     train_attention: bool = True,
     train_router: bool = True,
     train_shared: bool = True,
+    share_a: bool = False,
     dtype: str = "auto",
     quantize: int | None = None,
     keep_hot: bool = False,
@@ -126,7 +127,7 @@ def estimate(
     experts = {layer.layer: tuple(range(n)) for layer, n in zip(found, kept, strict=True)}
     lora = HotLoraConfig(
         plan=ExpertPlan(experts, found[0].num_experts, rule="first", params={}), r=r,
-        train_attention=train_attention, train_router=train_router, train_shared=train_shared,
+        train_attention=train_attention, train_router=train_router, train_shared=train_shared, share_a=share_a,
     )  # fmt: skip
     weights = sum(p.numel() for p in meta.parameters())
     sizes = [sum(p.numel() for p in x.parameters()) for x in _experts(meta)]

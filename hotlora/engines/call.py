@@ -34,7 +34,7 @@ class Engine:
 ENGINES = {
     "transformers": Engine("transformers_runner.py", ("merged",), "pip install transformers"),
     "vllm": Engine("vllm_runner.py", ("per-expert", "merged"), "pip install vllm"),
-    "sglang": Engine("sglang_runner.py", ("per-expert", "merged"), "pip install sglang"),
+    "sglang": Engine("sglang_runner.py", ("per-expert", "shared-outer", "merged"), "pip install sglang"),
     "peft": Engine("peft_runner.py", ("peft",), "pip install peft"),
     "llama.cpp": Engine("llama_cpp_runner.py", ("gguf",), "pip install llama-cpp-python"),
     "mlx": Engine("mlx_runner.py", ("mlx", "merged"), "pip install mlx-lm"),

@@ -22,8 +22,8 @@ class Exported:
     """An export on disk."""
 
     kind: str
-    """merged (a whole checkpoint), peft (a plain PEFT adapter), per-expert (a pair of matrices for each expert), gguf
-    or mlx"""
+    """merged (a whole checkpoint), peft (a plain PEFT adapter), per-expert (a pair of matrices for each expert),
+    shared-outer (the same with factors that experts share), gguf or mlx"""
     path: Path
     """What the engine loads as the adapter, or the checkpoint."""
     base: Path | None
@@ -44,7 +44,19 @@ def read_export(folder: str | Path) -> Exported:
                 raise FileError(f"{path} is half an export: {part.name}/ is missing; export again.")
         _check_weights(base, "model.safetensors")
         return _exported(adapter, base)
+    _check_is_whole(path)
     return _exported(path, None)
+
+
+def _check_is_whole(path: Path) -> None:
+    """FileError: the adapter of an export with a base of its own, which is beside it; such a one notes no other. (MLX's
+    notes none at all.)"""
+    config, beside = path / CONFIG_FILE, path.resolve().parent / "base" / "config.json"
+    if path.resolve().name != "adapter" or not beside.is_file() or not config.is_file():
+        return
+    saved = read_json(config)
+    if not saved.get("plan") and saved.get("base_model_name_or_path", "") is None:
+        raise FileError(f"{path} is half an export, whose base lies beside it: give {path.parent}.")
 
 
 def _exported(folder: Path, base: Path | None) -> Exported:
@@ -61,7 +73,10 @@ def _kind_of(folder: Path) -> str:
             _check_weights(folder, MLX_WEIGHTS_FILE)
             return "mlx"
         _check_weights(folder, WEIGHTS_FILE)
-        return "peft" if config.get("target_parameters") else "per-expert"
+        if config.get("target_parameters"):
+            return "peft"
+        is_shared = any(len(shape) == 3 for shape in _shapes(folder / WEIGHTS_FILE).values())
+        return "shared-outer" if is_shared else "per-expert"
     if (folder / GGUF_FILE).is_file():
         check_file(folder / GGUF_FILE)
         return "gguf"

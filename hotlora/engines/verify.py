@@ -171,7 +171,7 @@ def _in_our_model(
     started = time.perf_counter()
     parts = [(layer, expert) for layer, ids in planned_experts(adapter).items() for expert in ids]
     kinds = kinds_of(net)
-    format = "vllm" if exported.kind == "per-expert" else exported.kind
+    format = "vllm" if exported.kind in ("per-expert", "shared-outer") else exported.kind
     if not holds_router(format, net.config.get_text_config().model_type):
         # It is in the export's own base, and so on both sides; or else it was left out.
         for router in kinds.pop("router", ()) if exported.base is None else ():

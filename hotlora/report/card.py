@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -17,16 +17,21 @@ from ..base.records import Record, read_record
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .figures import heat_map
+from .tables import human_bytes
 from .text import loss_word
+
+if TYPE_CHECKING:
+    from ..adapter.formats.room import Room
 
 PICTURE = "experts.png"
 _ADAPTER = (
     "rule", "fraction", "experts_per_layer", "r", "lora_alpha", "lora_dropout", "train_attention", "train_router",
 )  # fmt: skip
-_SERVERS = {"vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp", "mlx": "mlx-lm"}
+_SERVERS = {"vllm": "vLLM", "sglang": "SGLang", "sglang-shared": "SGLang", "gguf": "llama.cpp", "mlx": "mlx-lm"}
 _MADE = {
     "vllm": "adapter for vLLM", "sglang": "adapter for SGLang", "peft": "adapter for PEFT", "merged": "merged",
     "combined": "combined adapter", "gguf": "adapter for llama.cpp", "mlx": "adapter for MLX",
+    "sglang-shared": "adapter for SGLang",
 }  # fmt: skip
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a reader of the card would look for; the record has all options.
@@ -87,11 +92,15 @@ def card_text(record: Record, kind: str, has_picture: bool = False) -> str:
 
 
 def write_export_card(
-    folder: str | os.PathLike[str], format: str, model: str, adapters: Sequence[str | os.PathLike[str]]
+    folder: str | os.PathLike[str],
+    format: str,
+    model: str,
+    adapters: Sequence[str | os.PathLike[str]],
+    room: "Room | None" = None,
 ) -> None:
     """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone.
 
-    format: vllm, sglang, peft, gguf, mlx, merged, or combined.
+    format: vllm, sglang, sglang-shared, peft, gguf, mlx, merged, or combined. room: what it takes on a server.
     """
     folder = Path(folder)
     runs = [Path(adapter).parent for adapter in adapters]
@@ -103,6 +112,8 @@ def write_export_card(
     made = f"{Path(_shared(model)).name}, {_MADE[format]}"
     text = [f"---\n{_head(model, kind)}\n---", f"# {markdown(made)}", _origin(records, model, format), "## Use"]
     text.append(_export_usage(format, one_line(base), place))
+    if kind == "adapter":
+        text.append(size_told(place, room))
     if len(records) == 1:
         text += [
             "## Results",
@@ -117,6 +128,18 @@ def write_export_card(
         )
         head = f"---\n{_head(model, 'model')}\n---"
         write_text(folder / "base" / "README.md", "\n\n".join([head, f"# {markdown(made)}: its base", told]) + "\n")
+
+
+def size_told(folder: Path, room: "Room | None") -> str:
+    """How large an exported adapter is, and what a server keeps for it."""
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    told = f"The adapter's file has {human_bytes(size)}."
+    if room is None:
+        return told
+    return (
+        f"{told} A server keeps {human_bytes(room.place_bytes)} in {room.dtype} for each adapter that may run at once "
+        f"({room.option}), whatever it has: all experts, hot or cold, at rank {room.r}."
+    )
 
 
 def _origin(records: Sequence[Record], model: str, format: str) -> str:
@@ -156,10 +179,17 @@ model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # onto {ba
 for vLLM, which reads one pair of matrices for each expert. Where it holds a family's experts fused (gpt_oss,
 Qwen3-VL-MoE, Qwen3.5-MoE), add `--enable-mixed-moe-lora-format`. `hotlora verify --engine vllm` says whether it applies
 every update."""
-    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch 2 \\
+    flag, more = "", ""
+    if format == "sglang-shared":
+        flag = " --experts-shared-outer-loras"
+        more = (
+            " All adapters of one server must share factors so; one that was begun without the flag, and without such "
+            "an adapter, loads this one, and applies another update."
+        )
+    return f"""    python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch 2{flag} \\
         --lora-paths mine=PATH/TO/THIS/FOLDER
 
-for SGLang. `hotlora verify --engine sglang` says whether it applies every update."""
+for SGLang.{more} `hotlora verify --engine sglang` says whether it applies every update."""
 
 
 def _head(model: str, kind: str, **results: Any) -> str:

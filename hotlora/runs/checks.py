@@ -68,7 +68,9 @@ def check_run(options: RunOptions) -> None:
         routing = _alike(there) if options.profile is None else RoutingProfile.load(options.profile)
         check_made_on(routing, fingerprint(there), options.profile, options.model)
         chosen = select(routing, options)
-    names = ("r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "train_full_experts")
+    names = (
+        "r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "share_a", "train_full_experts",
+    )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 
 

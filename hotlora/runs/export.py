@@ -9,6 +9,7 @@ import torch
 
 from ..adapter.combine import check_weights
 from ..adapter.formats.export import check_base, check_config, check_export, export_adapter
+from ..adapter.formats.room import SERVERS, Room, room_of
 from ..adapter.load import load_adapter, planned_experts, saved_config
 from ..adapter.model import check_combined
 from ..base.errors import HotLoraError
@@ -68,6 +69,14 @@ def export_saved(
         adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, tokenizer=tokenizer,
     )  # fmt: skip
+
+
+def served_room(model: str, output: Path, *, format: str, dtype: str = "auto") -> Room | None:
+    """What an adapter that `export_saved` wrote takes on a server; None for a format of no server."""
+    if format not in SERVERS:
+        return None
+    own = checkpoint_dtype(model) if dtype == "auto" else getattr(torch, dtype)
+    return room_of(structure(model), format, output, own)
 
 
 def combine_saved(

@@ -49,6 +49,7 @@ class TrainKeywords(TypedDict, total=False):
     use_dora: bool
     train_a: bool
     a_seed: int | None
+    share_a: bool
     report_to: str
     rule: str
     fraction: float | None

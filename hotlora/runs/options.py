@@ -189,10 +189,12 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             )
         if self.plan is not None and self.reprofile_every is not None:
             raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
-        if self.reprofile_every is not None and (not self.train_a or self.use_dora or self.train_full_experts):
+        if self.reprofile_every is not None and (
+            not self.train_a or self.share_a or self.use_dora or self.train_full_experts
+        ):
             raise HotLoraError(
-                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen A and full "
-                "experts."
+                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen or shared A "
+                "and full experts."
             )
         if self.reprofile_left != "drop" and self.reprofile_every is None:
             raise HotLoraError("reprofile_left goes with re-profiling: give reprofile_every, too.")

@@ -95,6 +95,10 @@ class TrainConfig(Options):
         flags=("--train-a/--lora-fa",),
     )  # fmt: skip
     a_seed: int | None = option("Of a frozen A (default: the mask's, or 0).", None, panel=_ADAPTER)
+    share_a: bool = option(
+        "One A of gate and up, and one B of down, for all adapted experts of a layer (SGLang's shared-outer LoRA).",
+        False, panel=_ADAPTER,
+    )  # fmt: skip
     train_full_experts: bool = option(
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )

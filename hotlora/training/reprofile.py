@@ -73,9 +73,11 @@ class Reprofiling(TrainerCallback):
         if self.left not in LEFT:
             raise HotLoraError(f"left is {self.left!r}: choose one of {', '.join(LEFT)}.")
         config = self._config()
-        if not config.train_a or config.use_dora or config.train_full_experts or self._plan().ranks:
+        is_plain = config.train_a and not (config.share_a or config.use_dora or config.train_full_experts)
+        if not is_plain or self._plan().ranks:
             raise HotLoraError(
-                "re-profiling moves plain LoRA factors only: leave out DoRA, a frozen A, full experts and ranks."
+                "re-profiling moves plain LoRA factors only: leave out DoRA, a frozen or shared A, full experts and "
+                "ranks."
             )
         self.first = self._plan()
         base = self.model.get_base_model()

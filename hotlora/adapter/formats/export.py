@@ -23,14 +23,15 @@ from ..raw_weights import HotLoraRouter
 from . import gguf, mlx
 from .merged import save_checkpoint
 from .peft import peft_format
-from .sglang import sglang_format
+from .sglang import sglang_format, sglang_shared_format
 from .shared import collect, without_adapters
 from .vllm import NOT_APPLIED, vllm_format
 
 _log = logging.getLogger(__name__)
 
 _ADAPTERS: dict[str, Any] = {
-    "vllm": vllm_format, "sglang": sglang_format, "peft": peft_format, "gguf": gguf.gguf_format, "mlx": mlx.mlx_format
+    "vllm": vllm_format, "sglang": sglang_format, "sglang-shared": sglang_shared_format, "peft": peft_format,
+    "gguf": gguf.gguf_format, "mlx": mlx.mlx_format,
 }  # fmt: skip
 FORMATS = (*_ADAPTERS, "merged")
 _SAVE: dict[str, Any] = {"gguf": gguf.save_gguf, "mlx": mlx.save_mlx}
@@ -207,6 +208,11 @@ def _check_plain(config: HotLoraConfig, format: str) -> None:
     for name in ("use_dora", "train_full_experts"):
         if getattr(config, name) and format != "merged":
             raise HotLoraError(f"format {format!r} cannot hold an adapter with {name}: use format 'merged'.")
+    if format == "sglang-shared" and not config.share_a:
+        raise HotLoraError(
+            "format 'sglang-shared' holds what was trained with share_a (--share-a), and this adapter has an A and a B "
+            "for each expert: use format 'sglang'."
+        )
 
 
 def _save_adapter(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:

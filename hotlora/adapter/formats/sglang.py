@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .shared import AdapterFactors, ExpertFactors, at_rank, checkpoint_experts, expert_names, server_format
+from .shared import PREFIX, AdapterFactors, ExpertFactors, at_rank, checkpoint_experts, expert_names, server_format
 
 # SGLang lays out gate's and up's B in turn, as these families' weights are. It then multiplies the first half of the
 # rows by gate's A and the second by up's, so the two A must be the same (0.5.23: `_slice_moe_b_2d`, and
@@ -19,9 +19,26 @@ _ONE_A = ("gpt_oss",)
 
 def sglang_format(base: Any, parts: AdapterFactors) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config. base: the plain model, whose adapters are out of the way."""
-    if base.config.get_text_config().model_type in _ONE_A:
-        parts = _with_one_A(parts)
-    return server_format(base, parts, _names, has_cold=False)
+    return server_format(base, _of_family(base, parts), _names, has_cold=False)
+
+
+def sglang_shared_format(base: Any, parts: AdapterFactors) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same, of an adapter whose experts share their outer factors: each of these once, `[1, …]`, under the experts'
+    own path, by which SGLang knows the form (0.5.23: `_detect_shared_outer_loras`)."""
+    parts = _of_family(base, parts)
+    tensors, config = server_format(base, parts, _names, has_cold=False)
+    for experts in parts.experts:
+        root, names = _names(base, experts)
+        for projection, name in names.items():
+            side, factor = ("B", 1) if projection == "down" else ("A", 0)
+            for expert in experts.ids:
+                del tensors[f"{PREFIX}{root}.{expert}.{name}.lora_{side}.weight"]
+            tensors[f"{PREFIX}{root}.{name}.lora_{side}.weight"] = experts.factors[projection][factor][:1].clone()
+    return tensors, config
+
+
+def _of_family(base: Any, parts: AdapterFactors) -> AdapterFactors:
+    return _with_one_A(parts) if base.config.get_text_config().model_type in _ONE_A else parts
 
 
 def _names(base: Any, experts: ExpertFactors) -> tuple[str, dict[str, str]]:

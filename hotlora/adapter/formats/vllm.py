@@ -14,6 +14,7 @@ NOT_APPLIED = ("kv_b_proj",)
 
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+LARGEST_RANK = _RANKS[-1]
 
 
 def room_for(rank: int) -> int:
@@ -21,8 +22,8 @@ def room_for(rank: int) -> int:
 
     HotLoraError: there is none.
     """
-    if rank > _RANKS[-1]:
-        raise HotLoraError(f"vLLM takes adapters of rank {_RANKS[-1]} at most, and this one has {rank}: merge it.")
+    if rank > LARGEST_RANK:
+        raise HotLoraError(f"vLLM takes adapters of rank {LARGEST_RANK} at most, and this one has {rank}: merge it.")
     return next(size for size in _RANKS if size >= rank)
 
 
