@@ -39,7 +39,7 @@ def test_one_line_where_it_fits():
     found = check(free=10**10)
     assert found.fits and not found.remedies and found.needed == needed()
     assert (
-        str(found) == f"memory: a step of 8 × 128 tokens needs about {needed() / 1e9:.1f} GB; 10.0 GB are free on cpu"
+        str(found) == f"memory: a step of 8 × 128 tokens needs about {needed() / 1e6:.0f} MB; 10.0 GB are free on cpu"
     )
 
 

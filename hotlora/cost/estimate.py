@@ -104,10 +104,7 @@ def step_of(
             raise HotLoraError(f"{name} is {value}: it must be 1 or more.")
     if coverage is not None and not 0 <= coverage <= 1:
         raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise HotLoraError(f"device is {str(device)!r}: give cuda or cpu.") from error
+    device = device_of(device)
     cut = sized_config(config, layers)
     compute = torch_dtype(dtype, cut, device.type)
     meta = meta_model(cut)
@@ -143,6 +140,14 @@ def step_of(
         expert_row=row, rest=rest.kept, coverage=coverage, forward=forward, adapter=adapter, expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),
     )  # fmt: skip
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """HotLoraError: no such kind of device."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise HotLoraError(f"device is {str(name)!r}: give cuda or cpu.") from error
 
 
 def _weights(meta: PreTrainedModel, kept: list[int]) -> dict[str, Any]:

@@ -171,6 +171,8 @@ def device_and_free(name: str) -> tuple[torch.device, int]:
     """The device that this process loads the model onto, and the bytes that are free there."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise HotLoraError(f"device is {name}, and there is no GPU here: give another --device, or a size.")
         device = own_device() or device
         return device, torch.cuda.mem_get_info(device)[0]
     return device, free_host_memory()
