@@ -7,7 +7,7 @@ that is assumed to be what an H200 got.
 from dataclasses import dataclass
 
 from .cluster import H100, H200_SHARES, Machine
-from .memory import Step, Storage, memory, transfer_bytes
+from .memory import Step, Storage, few_bits, memory, transfer_bytes
 
 PCIE_4, PCIE_5 = 31.5e9, 63.0e9
 """Bytes/s each way of 16 lanes; `link_share` of it is counted on."""
@@ -49,10 +49,10 @@ def step_time(step: Step, storage: Storage, card: Machine) -> StepTime:
     share = next(iter(card.compute_shares.values()))
     flops = step.flops + (step.recomputed if recomputes else 0)
     compute = max(flops / (card.flops * share), passes * read / card.bandwidth)
-    if storage.quantize:  # read packed, written dense, read dense
+    if stored := few_bits(step, storage):  # read packed, written dense, read dense
         cold = sum((layer.up + layer.down) * (1 - layer.hot / layer.num_experts) for layer in step.experts)
         dense = cold if storage.keep_hot else step.expert_weights
-        compute += passes * dense * (storage.quantize / 8 + 2 * step.itemsize) / card.bandwidth
+        compute += passes * dense * (stored + 2 * step.itemsize) / card.bandwidth
     from_disk = step.on_cpu or storage.offload_folder is not None
     speed = DISK if from_disk else host_link(card) * card.link_share
     transfer = transfer_bytes(step, storage) / speed

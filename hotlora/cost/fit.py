@@ -72,7 +72,7 @@ def fit(options: RunOptions, given: Collection[str], *, host: int | None = None,
     path, way = config_file(options.model), layout(options.expert_parallel)
     setups = Setups(options, step_by(options, path, where, experts_of(options)), num_processes(), way, _fixed(given))
     room = ROOM * free
-    ram = (free_host_memory() if host is None else host) - _HOST_LEFT
+    ram = max(0.0, (free_host_memory() if host is None else host) - _HOST_LEFT)
     all_ways = setups.chosen_from()
     found = next((way for way in all_ways if way.total <= room and way.host <= ram), None)
     counted = f"{size_words(free)} on {where}, of which {ROOM:.0%} are counted on"
@@ -98,8 +98,10 @@ def _told(own: Setup, found: Setup, options: RunOptions) -> list[str]:
     ]
     before, after = (step_time(way.step, way.storage, TYPICAL).step for way in (own, found))
     if not own.step.on_cpu:
-        change = f"{after / before:.2f} of what it would without" if before else ""
-        lines.append(f"  in all an optimizer step takes about {change}, by the cost model on an {TYPICAL.name}")
+        lines.append(
+            f"  in all an optimizer step takes {after / before:.2f} times as long as with room for all, by the cost "
+            f"model of an {TYPICAL.name}"
+        )
     return lines
 
 
@@ -154,19 +156,19 @@ def _nothing_fits(setups: Setups, ways: list[Setup], room: float, ram: float, co
     within = [way for way in ways if way.host <= ram]
     least = min(within, key=lambda way: way.total) if within else min(ways, key=lambda way: way.host)
     how = f", with {least.flags}" if least.changes else ""
-    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}"
-    if least.host > ram:
-        told += f", and {size_words(least.host)} of RAM, of which {size_words(max(ram, 0))} can be had"
-    more = first_of_each_kind(setups.beyond(least), lambda way: way.total <= room and way.host <= ram, _ADVISED)
-    if more:
-        advice = "; ".join(f"{' '.join(_beyond(way, least))} ({size_words(way.total)})" for way in more)
-        return f"{told}. With one of these besides it would: {advice}."
+    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}."
+    advice = []
+    if with_ram := [way for way in ways if way.total <= room]:  # there is too little RAM for these
+        one = min(with_ram, key=lambda way: way.host)
+        advice.append(f"{size_words(one.host + _HOST_LEFT)} of RAM with {one.flags} ({size_words(one.total)})")
+    fits = first_of_each_kind(setups.beyond(least), lambda way: way.total <= room and way.host <= ram, _ADVISED)
+    advice += [f"{' '.join(_beyond(way, least))} ({size_words(way.total)})" for way in fits]
     fixed = ", ".join(f"--{name.replace('_', '-')}" for name in LEVERS if name in setups.given)
-    freed = f"leave {fixed} to --fit, or " if fixed else ""
-    return (
-        f"{told}. Change: {freed}take a device with {size_words(least.total / ROOM)}, a smaller --max-length or --r, "
-        "or a smaller model."
-    )
+    freed = f" Or leave {fixed} to --fit." if fixed else ""
+    if advice:
+        return f"{told} Each of these besides would do: {'; '.join(advice)}.{freed}"
+    larger = size_words(least.total / ROOM)
+    return f"{told} Take a device with {larger}, a smaller --max-length or --r, or a smaller model.{freed}"
 
 
 def _beyond(way: Setup, base: Setup) -> list[str]:

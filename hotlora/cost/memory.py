@@ -12,7 +12,10 @@ from ..base.errors import HotLoraError
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
-_DEQUANTIZED_AT_ONCE = 2**30  # weights: `quantized` makes more of them dense in parts, and puts those together
+# Weights: more of them are made dense in parts, which are put together. `quantized`'s, and `packed`'s.
+_DEQUANTIZED_AT_ONCE, _DECODED_AT_ONCE = 2**30, 2**26
+PACKED = {"mxfp4": 4 / 8 + 1 / 32, "fp8": 1 + 4 / 128**2, "mxfp8": 1 + 1 / 32}
+"""A checkpoint's format, by transformers' name -> bytes a weight of experts that stay in it, with its scales."""
 
 OFFLOADS = ("none", "cold", "all")
 _FLOAT32_STATE = {
@@ -57,6 +60,8 @@ class Step:
     """D, F and P of the routed experts."""
     vocabulary: int
     experts: tuple[ExpertLayer, ...]
+    packed: float | None
+    """Bytes of a routed expert's weight in a checkpoint that has them in few bits; None: it has them dense."""
     linear: tuple[int, ...]
     """Of each nn.Linear beside routers and the head."""
     other: int
@@ -113,6 +118,7 @@ class Storage:
     """How weights, the optimizer's state and activations are stored: options of a run, by their names."""
 
     quantize: int | None = None
+    """Bits of the routed experts; None: as the checkpoint has them; 0: dense."""
     keep_hot: bool = False
     quantize_linear: int | None = None
     offload: str = "none"
@@ -124,7 +130,7 @@ class Storage:
 
     def __post_init__(self) -> None:
         for name in ("quantize", "quantize_linear"):
-            if (bits := getattr(self, name)) not in (None, 4, 8):
+            if (bits := getattr(self, name)) not in (None, 0, 4, 8):
                 raise HotLoraError(f"{name} is {bits}: it must be 4 or 8 bits.")
         if self.offload not in OFFLOADS:
             raise HotLoraError(f"offload is {self.offload!r}: choose one of {', '.join(OFFLOADS)}.")
@@ -138,7 +144,8 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
     that is mapped.
     """
     here, away = expert_bytes(step, storage)
-    linear = sum(step.linear) * (_quantized(storage.quantize_linear) or step.itemsize)
+    bits = storage.quantize_linear
+    linear = sum(step.linear) * (quantized_bytes(bits) if bits else step.itemsize)
     stays, leaves = state_bytes(storage.optim, step.trained)
     if step.on_cpu:
         stays, leaves = stays + leaves, 0
@@ -202,15 +209,16 @@ def state_bytes(optim: str, trained: Iterable[tuple[int, ...]]) -> tuple[float, 
     return stays, leaves
 
 
-def _quantized(bits: int | None) -> float | None:
-    return None if bits is None else quantized_bytes(bits)
+def few_bits(step: Step, storage: Storage) -> float | None:
+    """Bytes of a routed expert's weight; None: it is dense."""
+    return quantized_bytes(storage.quantize) if storage.quantize else step.packed if storage.quantize is None else None
 
 
 def _placed(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> tuple[float, float]:
     """Bytes of so many of a layer's expert weights: on the device, and elsewhere."""
     share = layer.hot / layer.num_experts
-    stored = _quantized(storage.quantize) or step.itemsize
-    is_kept = storage.keep_hot and storage.quantize is not None
+    stored = few_bits(step, storage) or step.itemsize
+    is_kept = storage.keep_hot and bool(storage.quantize)
     hot, cold = share * weights * (step.itemsize if is_kept else stored), (1 - share) * weights * stored
     if storage.offload == "none":
         return hot + cold, 0.0
@@ -268,15 +276,17 @@ def _made_dense(step: Step, storage: Storage) -> float:
 
 
 def _of_projection(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> float:
+    stored = few_bits(step, storage)
     if step.on_cpu:  # one expert after another
-        return weights / layer.num_experts * step.itemsize if storage.quantize else 0.0
+        return weights / layer.num_experts * step.itemsize if stored else 0.0
     share = layer.hot / layer.num_experts
-    keeps = storage.keep_hot and storage.quantize is not None and share > 0
+    keeps = storage.keep_hot and bool(storage.quantize) and share > 0
     made = 0.0
-    if storage.quantize:
+    if stored:
         dense = (1 - share if keeps else 1) * weights
-        made = dense * step.itemsize * (2 if dense > _DEQUANTIZED_AT_ONCE else 1)
+        at_once = _DEQUANTIZED_AT_ONCE if storage.quantize else _DECODED_AT_ONCE
+        made = dense * step.itemsize * (2 if dense > at_once else 1)
         made = max(made, (dense + weights) * step.itemsize) if keeps else made
     if storage.offload == "cold" and not keeps and 0 < share < 1:  # those that came, and those that were there
-        made += weights * (_quantized(storage.quantize) or step.itemsize)
+        made += weights * (stored or step.itemsize)
     return made

@@ -19,7 +19,7 @@ from .memory import Step, Storage
 _BATCH = ("batch_size", "gradient_accumulation_steps")
 LEVERS = (*_BATCH, "gradient_checkpointing", "offload", "quantize")
 """Options that --fit may choose."""
-_WORTH = {None: 1.0, 8: 1.5, 4: 2.0}
+_WORTH = {None: 1.0, 0: 1.0, 8: 1.5, 4: 2.0}
 """Bits of the experts -> how much longer a way may take that leaves them as they are, and is chosen all the same."""
 _SHORTEST = 64  # tokens that an example is not to be cut to less than
 _KNOWN = {field.name for field in fields(RunOptions)}
@@ -120,7 +120,7 @@ class Setups:
         is_fixed = lever in self.given or (self._is_spread and lever in ("quantize", "offload"))
         if lever == "gradient_checkpointing" and not is_fixed:
             return (now,) if now else (False, True)
-        if lever == "quantize" and now is None and not is_fixed:
+        if lever == "quantize" and now is None and not is_fixed and self.own.step.packed is None:
             return None, 8, 4
         if lever == "offload" and now == "none" and not is_fixed:
             return ("none", "all") if self.own.step.on_cpu else ("none", "cold", "all")
