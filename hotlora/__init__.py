@@ -37,7 +37,7 @@ _PUBLIC = {
     "jaccard": "routing.profile",
     "load": "runs.load",
     "load_adapter": "runs.load",
-    "load_model": "hf.models",
+    "load_model": "adapter.load",  # the folder makes it take checkpoints in MXFP4 and FP8
     "load_tokenizer": "hf.models",
     "profile": "api",
     "profile_routing": "routing.profiler",

@@ -89,8 +89,8 @@ class HotLoraConfig(LoraConfig):
     train_full_experts: bool = False
     """Weights of their own for the planned experts in place of low-rank updates (ESFT)."""
     base_quantization: dict[str, Any] | None = None
-    """How the experts of the base were quantized in training: `bits`, and by layer the experts to `keep`. It is set
-    when an adapter to train is put on a model; `load.base_quantization` reads it."""
+    """How the base was stored in training, as `quantize.noted_quantization` has it. It is set when an adapter to train
+    is put on a model; `load.base_quantization` reads it."""
     on_top_of: list[Entry] | None = None
     """The adapters that were merged into the base before training, as `on_top_of.Entry`. It is set when an adapter to
     train is put on a model; on a base without them a saved adapter is refused. None: of a hotlora that did not note

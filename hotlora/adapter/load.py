@@ -18,12 +18,14 @@ from ..base.errors import FileError, HotLoraError, PlanError
 from ..base.files import read_json, sha256_file
 from ..base.quiet import quiet
 from ..base.unchanged import unchanged_on_error
+from ..hf.models import load_model as load_model
 from ..hf.peft_hooks import without_adapter_name
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .mergeable import check_adapter_name
 from .on_top_of import check_entries, check_ground
-from .quantize import ExpertsQuantization
+from .packed import NAMES
+from .quantize import ExpertsQuantization, experts_in
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -85,7 +87,8 @@ def _put_on(base_model: nn.Module, config: HotLoraConfig, adapter_name: str, fil
 
 
 def base_quantization(path: str | Path) -> ExpertsQuantization | None:
-    """How the base of a saved adapter was quantized in training, as `load_model` takes it; None where it was not.
+    """How the base of a saved adapter was quantized in training, as `load_model` takes it; None where it was not, or
+    had its experts as the checkpoint stores them, which `load_model` does by itself.
 
     model = load_adapter(load_model(name, quantization_config=base_quantization(path)), path)
 
@@ -95,7 +98,8 @@ def base_quantization(path: str | Path) -> ExpertsQuantization | None:
     saved = saved_config(path).base_quantization
     if saved is None:
         return None
-    return ExpertsQuantization(saved["bits"], {int(layer): tuple(ids) for layer, ids in saved["keep"].items()})
+    keep = {int(layer): tuple(ids) for layer, ids in saved.get("keep", {}).items()}
+    return experts_in(saved.get("bits"), keep, saved.get("linear"))
 
 
 def planned_experts(path: str | Path) -> dict[int, tuple[int, ...]]:
@@ -153,7 +157,7 @@ def _check_own(config: HotLoraConfig) -> None:
     if not _is_quantization(config.base_quantization):
         raise TypeError(
             f"base_quantization is {config.base_quantization!r}; it must be null, or have bits of 4 or 8, and in keep "
-            "the experts of each layer that has some."
+            "the experts of each layer that has some; or the checkpoint's format; and linear of 4 or 8."
         )
     check_entries("on_top_of", config.on_top_of)
     if config.a_seed is not None and (not isinstance(config.a_seed, int) or config.a_seed < 0):
@@ -165,12 +169,16 @@ def _check_own(config: HotLoraConfig) -> None:
 def _is_quantization(saved: Any) -> bool:
     if saved is None:
         return True
-    if not isinstance(saved, dict) or saved.keys() != {"bits", "keep"} or not isinstance(saved["keep"], dict):
+    if not isinstance(saved, dict) or not saved or saved.get("linear", 4) not in (4, 8):
         return False
-    return saved["bits"] in (4, 8) and all(
+    experts = saved.keys() - {"linear"}
+    if experts != {"bits", "keep"}:
+        return not experts or (experts == {"checkpoint"} and saved["checkpoint"] in NAMES.values())
+    keep = saved["keep"]
+    return saved["bits"] in (4, 8) and isinstance(keep, dict) and all(
         str(layer).isdecimal() and isinstance(ids, list) and all(type(expert) is int for expert in ids)
-        for layer, ids in saved["keep"].items()
-    )
+        for layer, ids in keep.items()
+    )  # fmt: skip
 
 
 def read_weights(file: Path, saved_hash: str | None = None) -> dict[str, Tensor]:

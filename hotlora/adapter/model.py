@@ -22,7 +22,7 @@ from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
 from .mergeable import check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
-from .quantize import check_mergeable, quantization_of, quantized_bits, warn_if_experts_unquantized
+from .quantize import check_mergeable, noted_quantization, quantized_bits, warn_if_experts_unquantized
 
 
 class HotLoraModel(LoraModel):
@@ -124,9 +124,7 @@ class HotLoraModel(LoraModel):
         check_ground(peft_config.on_top_of, self.model)
         warn_if_experts_unquantized(self.model)
         if not peft_config.inference_mode:  # one that is only loaded stays as it was trained
-            found = quantization_of(self.model)
-            keep = {str(layer): list(ids) for layer, ids in ((found and found.keep) or {}).items()}
-            peft_config.base_quantization = {"bits": found.bits, "keep": keep} if found else None
+            peft_config.base_quantization = noted_quantization(self.model)
             peft_config.on_top_of = merged_into(self.model)
         return peft_config
 

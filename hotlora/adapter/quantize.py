@@ -20,9 +20,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
 from ..layer.function import use_routed_layer
+from .linears import Linears, check_linear_bits, linear_bits
+from .packed import NAMES, PackedExperts
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
+from .stacking import Unstacked, parts_of_experts
 
 _METHOD = "hotlora_experts"
+HELD = (QuantizedExperts, PackedExperts)
+"""What holds experts that are not dense: quantized here, or packed in the checkpoint."""
 
 
 def quantize_experts(
@@ -48,8 +53,8 @@ def quantize_experts(
     _check_bits(bits)
     bitsandbytes_functional()
     modules, kept = _experts_modules(model), _kept_ids(model, keep)
-    if (there := quantized_bits(model)) is not None:
-        raise ModelError(f"the experts are quantized to {there} bits already. Load the model again to change that.")
+    if (there := stored_in(model)) is not None:
+        raise ModelError(f"the experts are quantized to {there} already. Load the model again to change that.")
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise ModelError("an adapter is merged into the model, and could not be taken out again: call unmerge_adapter.")
     for path, experts in modules.items():
@@ -64,32 +69,63 @@ def quantize_experts(
     for path, experts in modules.items():
         for name in [name for name, weight in _dense_weights(experts) if len(kept[path]) < len(weight)]:
             _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
-    _finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
+    finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
     return model
 
 
 def quantized_bits(model: nn.Module) -> int | None:
-    """The bits in which `quantize_experts` has stored the experts of `model`; None where they are dense."""
-    holders = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    """The bits of the experts of `model`, by `quantize_experts` or as its checkpoint has them; None: all are dense."""
+    holders = [module for module in model.modules() if isinstance(module, HELD)]
     return holders[0].bits if holders else None
 
 
+def packed_format(model: nn.Module) -> str | None:
+    """MXFP4 or FP8, where the experts of `model` are as its checkpoint packs them."""
+    return next((NAMES[module.bits] for module in model.modules() if isinstance(module, PackedExperts)), None)
+
+
+def stored_in(model: nn.Module) -> str | None:
+    """What the experts of `model` are stored in, in words; None: all are dense."""
+    bits = quantized_bits(model)
+    return packed_format(model) or (None if bits is None else f"{bits} bits")
+
+
 def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
-    """What would quantize the experts of a model as those of `model` are: bits, and who is kept. None if all are dense.
+    """What would quantize a model as `model` is: bits of its experts, and who is kept; bits of other linear layers.
+    None if there is nothing to do: all are dense, or experts are as the checkpoint has them.
 
     Raises:
         ModelError: no MoE layer.
     """
-    bits = quantized_bits(model)
+    bits = None if packed_format(model) else quantized_bits(model)
+    linear = linear_bits(model)
     if bits is None:
-        return None
+        return None if linear is None else ExpertsQuantization(None, linear=linear)
     keep = {}
     for layer in moe_layers(model):
         children = unwrap(model.get_submodule(layer.experts)).children()
         kept = [child.kept_ids for child in children if isinstance(child, QuantizedExperts)]
         if ids := kept[0] if kept else tuple(range(layer.num_experts)):
             keep[layer.layer] = ids
-    return ExpertsQuantization(bits, keep)
+    return ExpertsQuantization(bits, keep, linear)
+
+
+def noted_quantization(model: nn.Module) -> dict[str, Any] | None:
+    """What an adapter notes of how its base is stored: `checkpoint`, the format in which the checkpoint has the
+    experts; or their `bits`, and by layer those to `keep`; `linear`, the bits of other linear layers. None: all dense.
+    `load.base_quantization` reads it.
+
+    ModelError: no MoE layer.
+    """
+    noted: dict[str, Any] = {}
+    if (format := packed_format(model)) is not None:
+        noted["checkpoint"] = format
+    if (found := quantization_of(model)) is not None:
+        if found.bits is not None:
+            noted |= {"bits": found.bits, "keep": {str(layer): list(ids) for layer, ids in (found.keep or {}).items()}}
+        if found.linear is not None:
+            noted["linear"] = found.linear
+    return noted or None
 
 
 def expert_bytes(model: nn.Module) -> int:
@@ -103,16 +139,29 @@ def expert_bytes(model: nn.Module) -> int:
 
 
 def quantized_parameters(model: nn.Module) -> int:
-    """How many weights are held in quantized experts, where `parameters()` does not see them."""
-    return sum(module.numel() for module in model.modules() if isinstance(module, QuantizedExperts))
+    """How many weights are held in quantized or packed experts, where `parameters()` does not see them."""
+    return sum(module.numel() for module in model.modules() if isinstance(module, HELD))
 
 
 def check_mergeable(model: nn.Module) -> None:
-    """HotLoraError if the experts of `model` are quantized: requantizing would round a merged update away."""
+    """HotLoraError if experts or linear layers of `model` are quantized: requantizing would round a merged update
+    away."""
+    if (format := packed_format(model)) is not None:
+        raise HotLoraError(
+            f"an adapter cannot be merged into experts in {format}, as the checkpoint has them: packing them again "
+            "would round the update away. Merge it into the dequantized base: load that with load_model(..., "
+            "dequantize=True) (--quantize 0), put the adapter on it with hotlora.load_adapter, and merge there."
+        )
     if (bits := quantized_bits(model)) is not None:
         raise HotLoraError(
             f"an adapter cannot be merged into experts of {bits} bits: quantizing them again would round the "
             "update away. Load the base model without quantization, put the adapter on it with "
+            "hotlora.load_adapter, and merge there."
+        )
+    if (bits := linear_bits(model)) is not None:
+        raise HotLoraError(
+            f"an adapter cannot be merged into linear layers of {bits} bits: quantizing them again would round the "
+            "update away. Load the base model without quantization (--quantize-linear 0), put the adapter on it with "
             "hotlora.load_adapter, and merge there."
         )
 
@@ -151,54 +200,88 @@ class ExpertsQuantization(QuantizationConfigMixin):
     """`from_pretrained(..., quantization_config=ExpertsQuantization(4))` quantizes experts while it loads: at no time
     more than one projection of one layer is dense, and its parts while transformers stacks them.
 
-    bits, keep: as `quantize_experts` takes them.
+    bits, keep: as `quantize_experts` takes them; with `linear` bits may be None: experts stay as they are.
+    linear: 4 or 8: attention, shared experts and dense MLPs too, in bitsandbytes' own linear layers.
 
     Raises:
-        HotLoraError: bits is not 4 or 8, or bitsandbytes is not installed.
+        HotLoraError: bits or linear is not 4 or 8, or bitsandbytes is not installed.
     """
 
-    def __init__(self, bits: int = 4, keep: Mapping[int, Sequence[int]] | None = None, **_: Any) -> None:
-        _check_bits(bits)
+    def __init__(
+        self,
+        bits: int | None = 4,
+        keep: Mapping[int, Sequence[int]] | None = None,
+        linear: int | None = None,
+        **_: Any,
+    ) -> None:
+        if linear is None or bits is not None:
+            _check_bits(bits)
+        if linear is not None:
+            check_linear_bits(linear)
         bitsandbytes_functional()
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
-        self.bits, self.keep = bits, keep
+        self.bits, self.keep, self.linear = bits, keep, linear
 
     def __str__(self) -> str:
-        return f"experts in {self.bits} bits" + (", some of them kept as they are" if self.keep else "")
+        experts = f"experts in {self.bits} bits" + (", some of them kept as they are" if self.keep else "")
+        linears = f"linear layers in {self.linear} bits"
+        return " and ".join([experts] * (self.bits is not None) + [linears] * (self.linear is not None))
 
 
-def experts_in(bits: int | None, keep: Mapping[int, Sequence[int]] | None = None) -> ExpertsQuantization | None:
-    """What `load_model` takes for experts in `bits` bits, but for those in `keep`; None leaves all as the checkpoint
-    has them."""
-    return None if bits is None else ExpertsQuantization(bits, keep)
+def experts_in(
+    bits: int | None, keep: Mapping[int, Sequence[int]] | None = None, linear: int | None = None
+) -> ExpertsQuantization | None:
+    """What `load_model` takes for experts in `bits` bits, but for those in `keep`, and other linear layers in `linear`
+    bits; None leaves all as the checkpoint has them. 0 counts as None."""
+    return ExpertsQuantization(bits or None, keep, linear or None) if bits or linear else None
 
 
 @register_quantizer(_METHOD)
 class _ExpertsQuantizer(HfQuantizer):
     """transformers' hooks into loading. The model that comes out is as `quantize_experts` leaves it."""
 
+    quantization_config: ExpertsQuantization
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        kept = _kept_ids(model, cast(ExpertsQuantization, self.quantization_config).keep)
+        config = self.quantization_config
+        kept = _kept_ids(model, config.keep)
         self.names = {
             f"{path}.{name}": kept[path]
             for path, experts in _experts_modules(model).items()
             for name, weight in _dense_weights(experts)
-            if len(kept[path]) < len(weight)
+            if len(kept[path]) < len(weight) and config.bits is not None
         }
+        self.linears = None if config.linear is None else Linears(config.linear)
+        if self.linears is not None:
+            self.linears.put_in(model, kwargs.get("device_map"))
+
+    def __deepcopy__(self, memo: Any) -> "_ExpertsQuantizer":
+        """transformers copies a conversion, and all that it holds, for each parameter."""
+        return self
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.names
+        return param_name in self.names or (self.linears is not None and self.linears.needs(model, param_name))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Experts that a checkpoint has one by one come one by one. transformers 5.17 gives no model."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        for conversion in conversions:
+            if hasattr(conversion, "operations"):
+                conversion.operations = [_OneByOne(self, conversion.operations)]
+        return conversions
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeOnLoad(self.names, cast(ExpertsQuantization, self.quantization_config).bits)
+        return QuantizeOnLoad(self.names, self.quantization_config.bits, self.linears)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
-        _finish(model)
+        if self.linears is not None:
+            self.linears.finish(model)
+        finish(model)
 
     @property
     def quantized_element_size(self) -> float:
-        return cast(ExpertsQuantization, self.quantization_config).bits / 8 + 4 / BLOCK
+        return (self.quantization_config.bits or self.quantization_config.linear or 8) / 8 + 4 / BLOCK
 
     def is_serializable(self) -> bool:
         return False
@@ -208,20 +291,46 @@ class _ExpertsQuantizer(HfQuantizer):
         return True
 
 
-class _QuantizeOnLoad(ConversionOps):
-    def __init__(self, names: Mapping[str, Sequence[int]], bits: int) -> None:
-        self.names, self.bits = names, bits
+class _OneByOne(ConversionOps):
+    """In the place of the steps of a conversion: of one that stacks experts which are to be quantized, their parts."""
+
+    def __init__(self, quantizer: _ExpertsQuantizer, operations: list[ConversionOps]) -> None:
+        self.quantizer, self.operations = quantizer, operations
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        if (name := kwargs["full_layer_name"]) in self.quantizer.names:
+            parts = parts_of_experts(self.operations, input_dict, kwargs["source_patterns"])
+            if parts is not None:
+                return {name: Unstacked(parts)}
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, **kwargs)
+        return input_dict
+
+
+class QuantizeOnLoad(ConversionOps):
+    """What is quantized of weights as they are read; another linear layer's goes into bitsandbytes'."""
+
+    def __init__(
+        self, names: Mapping[str, Sequence[int]], bits: int | None = None, linears: Linears | None = None
+    ) -> None:
+        self.names, self.bits, self.linears = names, bits, linears
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Puts the holders where they belong, and leaves to transformers what is not to be quantized."""
-        for name in self.names.keys() & input_dict.keys():
-            value = input_dict.pop(name)
+        model = kwargs["model"]
+        for name in list(input_dict):
+            value = input_dict[name]
             weight = value[0] if isinstance(value, list) else value
-            holder = QuantizedExperts.from_weight(weight, self.bits, self.names[name])
-            path, _, attribute = name.rpartition(".")
-            _replace(kwargs["model"].get_submodule(path), attribute, holder)
-            kwargs["missing_keys"].discard(name)
+            if name in self.names:
+                del input_dict[name], value
+                holder = QuantizedExperts.from_weight(weight, cast(int, self.bits), self.names[name])
+                path, _, attribute = name.rpartition(".")
+                _replace(model.get_submodule(path), attribute, holder)
+                kwargs["missing_keys"].discard(name)
+            elif self.linears is not None and self.linears.needs(model, name):
+                input_dict[name] = self.linears.stored(model, name, weight)
         return input_dict
 
 
@@ -247,7 +356,7 @@ def _dense_weights(experts: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _weights(experts: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from _dense_weights(experts)
-    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, QuantizedExperts))
+    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, HELD))
 
 
 def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
@@ -255,7 +364,8 @@ def _replace(experts: nn.Module, name: str, holder: QuantizedExperts) -> None:
     setattr(experts, name, holder)
 
 
-def _finish(model: PreTrainedModel) -> None:
+def finish(model: PreTrainedModel) -> None:
+    """Makes a model with held experts run on hotlora's forward, and not be saved as a whole."""
     use_routed_layer(model)
     # On the instance: PeftModel's own save_pretrained, which saves the adapter, stays as it is.
     model.__dict__["save_pretrained"] = _refuse_to_save

@@ -52,15 +52,23 @@ class QuantizedExperts(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_weight(cls, weight: Tensor, bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
+    def from_weight(cls, weight: Tensor | Sequence[Tensor], bits: int, keep: Sequence[int] = ()) -> "QuantizedExperts":
         """Quantizes `weight` `[E, ., .]` on its device, one expert at a time: little more memory than the result.
 
+        weight: also what has an expert's matrix in each of its places, made when it is asked for.
         keep: experts that are left as they are, ascending; not all of them.
         """
-        weight = weight.detach()
-        experts = [_quantize(weight[e].reshape(-1), bits) for e in range(len(weight)) if e not in keep]
-        packed, scales = (torch.stack(parts) for parts in zip(*experts, strict=True))
-        return cls(packed, scales.view(torch.int32), weight.shape, bits, weight[list(keep)], keep)
+        cold = [expert for expert in range(len(weight)) if expert not in keep]
+        packed = scales = torch.empty(0)
+        for place, expert in enumerate(cold):
+            its, absmax = _quantize(weight[expert].detach().reshape(-1), bits)
+            if place == 0:
+                packed, scales = (one.new_empty(len(cold), len(one)) for one in (its, absmax))
+            packed[place], scales[place] = its, absmax
+        shape = torch.Size((len(weight), *weight[cold[0]].shape))
+        kept = [weight[expert].detach() for expert in keep]
+        dense = torch.stack(kept) if kept else weight[cold[0]].new_empty(0, *shape[1:])
+        return cls(packed, scales.view(torch.int32), shape, bits, dense, keep)
 
     @property
     def dtype(self) -> torch.dtype:

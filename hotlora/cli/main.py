@@ -220,6 +220,8 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
         if bits := record.get("config", {}).get("quantize"):
             kept = "; those of the adapter are not" if record["config"].get("keep_hot") else ""
             out.print(f"experts were stored in {bits} bits{kept} (--quantize)")
+        if bits := record.get("config", {}).get("quantize_linear"):
+            out.print(f"other linear layers were stored in {bits} bits (--quantize-linear)")
 
 
 app.command()(push)
@@ -324,11 +326,14 @@ def _tell_of_quantization(adapter: Path) -> None:
     from ..adapter.load import saved_config
 
     if found := saved_config(adapter).base_quantization:
-        kept = " but the hot ones" if found["keep"] else ""
-        out.print(
-            f"It was trained on a base with all experts{kept} in {found['bits']} bits, and is written for the base as "
-            "it is: answers may differ a little, so evaluate it there.",
-        )
+        kept = " but the hot ones" if found.get("keep") else ""
+        stored = [f"all experts{kept} in {found['bits']} bits"] if "bits" in found else []
+        stored += [f"linear layers in {found['linear']} bits"] if "linear" in found else []
+        if stored:  # packed experts are the same numbers as dense ones
+            out.print(
+                f"It was trained on a base with {' and '.join(stored)}, and is written for the base as it is: answers "
+                "may differ a little, so evaluate it there.",
+            )
 
 
 app.command()(sweep)

@@ -16,6 +16,7 @@ _LAYER = "PEFT builds, moves or lists the layers of `adapter` in another way"
 _TUNER = "PEFT no longer asks HotLoraModel here, so that plans are not bound, or merges not checked"
 _RESUME = "training.trainer does not resume a killed run, or tells a broken checkpoint by a stack trace"
 _QUANTIZED = "adapter.quantize: experts are not quantized while a model loads"
+_PACKED = "adapter.packed_loading: checkpoints in MXFP4 and FP8 are not loaded as they are stored"
 _SUMS = "adapter.combine: adapters are not combined but by cat"
 _META = "cost.estimate and `hotlora train` cannot tell the memory of a training before it starts"
 
@@ -51,6 +52,13 @@ NAMES = {
     "by a template's {% generation %}",
     "transformers.quantizers:HfQuantizer._process_model_before_weight_loading": _QUANTIZED,
     "transformers.quantizers:HfQuantizer._process_model_after_weight_loading": _QUANTIZED,
+    "transformers.quantizers:HfQuantizer.update_weight_conversions": _PACKED,
+    "transformers.integrations.mxfp4:Mxfp4Dequantize": _PACKED,
+    "transformers.integrations.finegrained_fp8:Fp8Dequantize": _PACKED,
+    "transformers.core_model_loading:MergeModulelist": _PACKED,
+    "transformers.core_model_loading:Concatenate": _PACKED,
+    "transformers:PreTrainedModel._keep_in_fp32_modules": "hf.linears quantizes what a family keeps in float32",
+    "transformers:PreTrainedModel._keep_in_fp32_modules_strict": "hf.linears quantizes what a family keeps in float32",
     "transformers.initialization:no_init_weights": "bench draws every weight of a model twice",
     "transformers.modeling_utils#_is_hf_initialized": "bench draws every weight of a model twice",
     "transformers:PreTrainedModel.initialize_weights": "bench cannot make a model of random weights",

@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _GROUPS = ("n_group", "num_expert_group")
 _SKIP_TOKENS = ("zaya",)
+LOADERS: dict[str, Callable[[dict[str, Any], Any, bool], dict[str, Any] | None]] = {}
+"""By the `quant_method` of a checkpoint: what its config is to say of its quantization, given what it says, a
+`quantization_config` and `dequantize`, for it to be loaded with its experts as they are; None: as given.
+`adapter.packed_loading` fills it."""
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -200,6 +204,7 @@ def load_model(
     quantization_config: Any = None,
     distributed_config: Any = None,
     attn_implementation: str | None = None,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model with MoE layers, in eval mode.
 
@@ -211,6 +216,8 @@ def load_model(
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
         attn_implementation: as transformers takes it; None: its choice.
+        dequantize: make the experts of a checkpoint in MXFP4 (gpt-oss) or block FP8 dense; by default they stay as they
+            are stored, and adapters train on them.
         distributed_config: transformers' DistributedConfig: how the weights, which are frozen then, are spread over
             processes, each of which reads its own part.
 
@@ -228,6 +235,7 @@ def load_model(
         if is_left_to_us:
             say_once(in_float32(own_dtype(config)))
         _built(config, attn_implementation)  # before gigabytes of weights are read
+        quantization_config = _quantization(config, quantization_config, dequantize, bool(distributed_config))
         model = auto_class(config).from_pretrained(
             source,
             config=config,
@@ -253,6 +261,39 @@ def load_model(
             f"no causal language model could be loaded from {str(name_or_path)!r}: {_first_line(error)} {fix}"
         ) from error
     return model.eval()
+
+
+def packing(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint whose experts stay as they are stored; None of any other."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if isinstance(found, dict) and found.get("quant_method") in LOADERS:
+            return found
+    return None
+
+
+def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any) -> None:
+    """ModelError: `load_model` would not take this `quantization_config` for a checkpoint that is packed."""
+    if (checkpoint := packing(config)) is not None:
+        try:
+            LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, False)
+        except ModelError as error:
+            raise ModelError(f"{name_or_path}: {error}") from None
+
+
+def _quantization(config: PreTrainedConfig, given: Any, dequantize: bool, is_spread: bool) -> Any:
+    """What transformers is to be given; a packed checkpoint's config is changed, so that it is loaded as it is."""
+    checkpoint = packing(config)
+    if checkpoint is None:
+        return given
+    if is_spread:  # transformers shards what it has made dense
+        checkpoint["dequantize"] = True
+        return given
+    stored = LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, dequantize)
+    if stored is not None:
+        checkpoint.clear()
+        checkpoint.update(stored)
+    return given
 
 
 def checked_device(device: str | torch.device) -> torch.device:
@@ -530,13 +571,19 @@ def _shared_paths(experts: str, decoder: str, inside: dict[str, nn.Module]) -> t
     return tuple(found)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is torch's own linear layer, or bitsandbytes' in its place; routers are often subclasses."""
+    kind = type(module)
+    return kind is nn.Linear or (isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes."))
+
+
 def _attention_paths(decoder: str, inside: dict[str, nn.Module]) -> tuple[str, ...]:
     mixers: dict[str, list[str]] = {}
     for path, module in inside.items():
         names = path.removeprefix(f"{decoder}.").split(".")
         if names[-1] == "linear":  # inkling2's projections hold theirs since transformers 5.24
             names.pop()
-        is_projection = type(module) is nn.Linear and _ATTENTION.fullmatch(names[-1])
+        is_projection = is_plain_linear(module) and _ATTENTION.fullmatch(names[-1])
         if is_projection and not _NOT_ATTENTION.search(path):
             mixers.setdefault(names[0], []).append(path)
     # Convolutions and state space models have an out_proj too, and no query.

@@ -14,7 +14,15 @@ from ..base.files import file_in
 from ..base.processes import sharding, uses_deepspeed
 from ..hf.forward import check_aux_loss
 from ..hf.hub import check_push
-from ..hf.models import checked_device, checked_dtype, fingerprint, moe_layers, num_experts_per_tok, structure
+from ..hf.models import (
+    check_packed,
+    checked_device,
+    checked_dtype,
+    fingerprint,
+    moe_layers,
+    num_experts_per_tok,
+    structure,
+)
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
 from ..training.named import check_optim, schedule_options
@@ -40,7 +48,7 @@ def check_run(options: RunOptions) -> None:
     schedule_options(options)
     checked_device(options.device)
     checked_dtype(options.dtype)
-    experts_in(options.quantize)
+    stored = experts_in(options.quantize, linear=options.quantize_linear)
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
     needs_all = options.full or options.reprofile_every or options.use_dora or options.train_full_experts
@@ -50,6 +58,7 @@ def check_run(options: RunOptions) -> None:
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
     there = structure(options.model, options.attn_implementation)
+    check_packed(options.model, there.config, stored)
     check_aux_loss(there.config, options.aux_loss_coef)
     if options.full:
         return

@@ -303,6 +303,7 @@ class _Scored:
         adapter = self.options.adapter
         return {
             "dtype": self.options.dtype, "quantize": self.stored.bits if self.stored else None,
+            **({"quantize_linear": self.stored.linear} if self.stored and self.stored.linear else {}),
             "adapter": str(adapter) if adapter else None,
             "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
@@ -316,8 +317,10 @@ class _Scored:
 
     def load(self, record: Record) -> Any:
         """The model with its adapter, or with the adapter folded into it; the record says what it is."""
-        options, loading = self.options, {**self.options.loading(), "on_top_of": self.on_top_of, "quantize": None}
-        loading |= {"quantize": self.stored.bits, "keep": self.stored.keep} if self.stored else {}
+        options, loading = self.options, {**self.options.loading(), "on_top_of": self.on_top_of}
+        loading |= {"quantize": 0 if options.quantize == 0 or options.merge else None, "quantize_linear": None}
+        if stored := self.stored:
+            loading |= {"quantize": stored.bits, "keep": stored.keep, "quantize_linear": stored.linear}
         net = load_base(options.model, **loading)
         num_parameters = net.num_parameters() + quantized_parameters(net)
         record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
@@ -338,7 +341,8 @@ class _Scored:
         if stored and (merge or self.on_top_of):
             raise HotLoraError(
                 f"an adapter cannot be merged into {stored}, whether asked for or as the adapter was trained on: leave "
-                "merge and on_top_of out, or give quantize 0 (--quantize 0) for the experts of the checkpoint."
+                "merge and on_top_of out, or give quantize 0 (--quantize 0) for the experts of the checkpoint"
+                + (", and quantize_linear 0 (--quantize-linear 0)." if stored.linear else ".")
             )
         if engine != "vllm":
             return
@@ -352,21 +356,24 @@ class _Scored:
         if stored:
             raise HotLoraError(
                 f"the engine vllm has no {stored}, whether asked for or as the adapter was trained on: leave the "
-                "engine out, or give quantize 0 (--quantize 0) for the experts of the checkpoint."
+                "engine out, or give quantize 0 (--quantize 0) for the experts of the checkpoint"
+                + (", and quantize_linear 0 (--quantize-linear 0)." if stored.linear else ".")
             )
         check_vllm()
 
 
 def _quantization(options: EvalOptions) -> ExpertsQuantization | None:
     """How the base's experts are to be stored; None: as the checkpoint has them."""
-    adapter, quantize = options.adapter, options.quantize
+    adapter, quantize, linear = options.adapter, options.quantize, options.quantize_linear
     if options.keep_hot and not (quantize and adapter):
         raise HotLoraError("keep_hot is for the experts of an adapter on a quantized model: give adapter and quantize.")
-    if quantize is None:
-        return base_quantization(adapter) if adapter else None
-    if quantize == 0:
-        return None
-    return experts_in(quantize, planned_experts(adapter) if adapter and options.keep_hot else None)
+    own = base_quantization(adapter) if adapter and None in (quantize, linear) else None
+    keep: Any = planned_experts(adapter) if adapter and options.keep_hot else None
+    if quantize is None and own:
+        quantize, keep = own.bits, own.keep
+    if linear is None and own:
+        linear = own.linear
+    return experts_in(quantize, keep, linear)
 
 
 def _by_vllm(

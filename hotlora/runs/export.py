@@ -61,7 +61,9 @@ def export_saved(
     check_writable(output)
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
-    adapted = load_adapter(load_base(model, on_top_of, dtype=own, device=device), adapter)
+    writes_base = format == "merged" or merge_router or merge_attention
+    base = load_base(model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None)
+    adapted = load_adapter(base, adapter)
     return export_adapter(
         adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, tokenizer=tokenizer,

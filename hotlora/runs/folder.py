@@ -33,6 +33,7 @@ def load_base(
     on_top_of: Sequence[str | Path] = (),
     *,
     quantize: int | None = None,
+    quantize_linear: int | None = None,
     keep: Mapping[int, Sequence[int]] | None = None,
     adapter: str | Path | None = None,
     expert_parallel: int = 1,
@@ -41,18 +42,20 @@ def load_base(
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
     on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
-    expert_parallel: as `distributed.sharding` takes it.
+    expert_parallel: as `distributed.sharding` takes it. quantize, quantize_linear: as `quantize.experts_in` takes them;
+    0, and adapters that are merged in, make packed experts of a checkpoint dense.
     """
     on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
-    if spread and (quantize or on_top_of):
+    if spread and (quantize or quantize_linear or on_top_of):
         raise HotLoraError(
-            "weights that are spread over processes cannot be quantized or merged into: leave out --quantize and "
-            "--on-top-of, or launch without FSDP and expert parallelism."
+            "weights that are spread over processes cannot be quantized or merged into: leave out --quantize, "
+            "--quantize-linear and --on-top-of, or launch without FSDP and expert parallelism."
         )
     if spread:
         options["distributed_config"] = spread
-    base: Any = load_model(model, quantization_config=experts_in(quantize, keep), **options)
+    stored = experts_in(quantize, keep, quantize_linear)
+    base: Any = load_model(model, quantization_config=stored, dequantize=quantize == 0 or bool(on_top_of), **options)
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()

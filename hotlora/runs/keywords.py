@@ -66,6 +66,7 @@ class TrainKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    quantize_linear: int | None
     keep_hot: bool
     expert_parallel: int
     test_split: float | None
@@ -110,6 +111,7 @@ class ProfileKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    quantize_linear: int | None
     expert_parallel: int
     profile_until: float
     saliency: bool
@@ -130,6 +132,7 @@ class EvaluateKeywords(TypedDict, total=False):
     device: str
     attn_implementation: str | None
     quantize: int | None
+    quantize_linear: int | None
     keep_hot: bool
     merge: bool
     limit: int | None

@@ -142,7 +142,9 @@ def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:
     stored = base_quantization(found.adapter)
     if stored and can_merge:
         raise HotLoraError(f"an adapter cannot be merged into {stored}: leave merge out.")
-    loading: dict[str, Any] = {"quantize": stored.bits, "keep": stored.keep} if stored else {}
+    loading: dict[str, Any] = {"quantize": 0} if can_merge else {}
+    if stored:
+        loading = {"quantize": stored.bits, "keep": stored.keep, "quantize_linear": stored.linear}
     return load_base(found.model, adapter=found.adapter, **options, **loading)
 
 

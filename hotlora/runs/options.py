@@ -34,7 +34,13 @@ class LoadOptions(Options):
     )
     device: str = option("cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU.", "auto", resume=None)
     attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
-    quantize: int | None = option("Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]).", None)
+    quantize: int | None = option(
+        "Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]); 0: make those of a checkpoint in "
+        "MXFP4 or FP8 dense.", None,
+    )  # fmt: skip
+    quantize_linear: int | None = option(
+        "Store attention, shared experts and dense MLPs in 8 or 4 bits, in bitsandbytes' own layers.", None
+    )
     keep_hot: bool = option(
         "With --quantize: store the cold experts so, and leave the adapted ones.", False, resume=None
     )
@@ -44,7 +50,9 @@ class LoadOptions(Options):
 
     def loading(self) -> dict[str, Any]:
         """What `folder.load_base` takes beside the model."""
-        names = ("on_top_of", "dtype", "device", "attn_implementation", "quantize", "expert_parallel")
+        names = (
+            "on_top_of", "dtype", "device", "attn_implementation", "quantize", "quantize_linear", "expert_parallel"
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
@@ -157,7 +165,9 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         if self.plan is not None and (budgets or self.profile is not None):
             raise PlanError("A plan names its experts already: leave out profile, fraction and every other budget.")
-        if self.full and (self.quantize or self.mask or self.reprofile_every or self.plan is not None):
+        if self.full and (
+            self.quantize or self.quantize_linear or self.mask or self.reprofile_every or self.plan is not None
+        ):
             raise HotLoraError(
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
@@ -231,6 +241,9 @@ class EvalOptions(LoadOptions, DataOptions):
     attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training).", None
+    )
+    quantize_linear: int | None = option(
+        "Store attention, shared experts and dense MLPs so; 0: do not (default: as in the adapter's training).", None
     )
     keep_hot: bool = option("With --quantize: not those of the adapter.", False)
 

@@ -33,6 +33,7 @@ def run_study(
     dtype: str = "auto",
     device: str = "auto",
     quantize: int | None = None,
+    quantize_linear: int | None = None,
     attn_implementation: str | None = None,
     reading: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -72,8 +73,8 @@ def run_study(
             )
             datasets[source] = tokenize(rows[source], tokenizer, max_length, vocab_size=vocab_size(model))
         base = load_model(
-            model, dtype=dtype, device=device, quantization_config=experts_in(quantize),
-            attn_implementation=attn_implementation,
+            model, dtype=dtype, device=device, quantization_config=experts_in(quantize, linear=quantize_linear),
+            dequantize=quantize == 0, attn_implementation=attn_implementation,
         )  # fmt: skip
         shared = shared_experts(base)
     for name, source in zip(names, sources, strict=True):

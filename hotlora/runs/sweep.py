@@ -186,7 +186,9 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
         folder = output / condition.name
         kept = {"sweep": {"name": sweep.name, "condition": condition.name}}
         if not condition.train:
-            arguments = _scoring(options, given, folder, kept, {"quantize": options.quantize})
+            arguments = _scoring(
+                options, given, folder, kept, {"quantize": options.quantize, "quantize_linear": options.quantize_linear}
+            )
             jobs.append(Job(condition.name, folder, score_base, arguments))
             continue
         if condition.scores is not None:
@@ -194,7 +196,7 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
                 at = folder / f"seed{seed}"
                 trained = next(job for job in jobs if (job.name, job.seed) == (condition.scores, seed))
                 mark = {"sweep": {**kept["sweep"], "scores": condition.scores}}
-                stored = {name: own[name] for name in ("quantize", "keep_hot") if name in own}
+                stored = {name: own[name] for name in ("quantize", "quantize_linear", "keep_hot") if name in own}
                 arguments = _scoring(options, given, at, mark, stored) | {"trained": trained.folder, "seed": seed}
                 jobs.append(Job(condition.name, at, score_adapter, arguments, trained, seed))
             continue
@@ -245,7 +247,7 @@ def _profile_job(options: RunOptions, output: Path) -> Job | None:
     if own or options.test_split is not None:  # the rows that are held out are not profiled
         return None
     settings = {name: getattr(options, name) for name in _PROFILE} | {"profile_fraction": options.share_profiled}
-    also = {"attn_implementation": options.attn_implementation, **options.reading()}
+    also = {name: getattr(options, name) for name in ("attn_implementation", "quantize_linear")} | options.reading()
     settings |= {name: value for name, value in also.items() if value not in (None, DataOptions.train_on)}
     watching = Watching.of(options)  # where it is as before there was a choice, so is the folder's name
     settings |= {"profile_until": watching.until} if watching.until < 1 else {}

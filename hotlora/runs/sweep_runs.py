@@ -67,6 +67,7 @@ def make_profile(
     quantize: int | None,
     max_length: int,
     batch_size: int,
+    quantize_linear: int | None = None,
     attn_implementation: str | None = None,
     profile_until: float = 1.0,
     saliency: bool = False,
@@ -90,8 +91,8 @@ def make_profile(
         pass  # none yet
     dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
     base = load_model(
-        model, dtype=dtype, device=device, quantization_config=experts_in(quantize),
-        attn_implementation=attn_implementation,
+        model, dtype=dtype, device=device, quantization_config=experts_in(quantize, linear=quantize_linear),
+        dequantize=quantize == 0, attn_implementation=attn_implementation,
     )  # fmt: skip
     profile_data(
         base,

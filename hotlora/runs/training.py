@@ -227,7 +227,8 @@ class _Run:
 
     def _load(self, plan: ExpertPlan | None) -> Any:
         keep = plan.experts if plan and self.options.keep_hot else None
-        return load_base(self.options.model, keep=keep, **self.options.loading())
+        loading = self.options.loading() | ({"quantize": 0} if self.options.full else {})  # all weights train
+        return load_base(self.options.model, keep=keep, **loading)
 
     def _select(self, base: Any) -> ExpertPlan:
         """A plan by the options' rule and this model's profile."""
