@@ -6,7 +6,7 @@ that is assumed to be what an H200 got.
 
 from dataclasses import dataclass
 
-from .cluster import H100, H200_SHARES, Machine
+from .cluster import H100, H200, H200_SHARES, Machine
 from .memory import Step, Storage, few_bits, memory, transfer_bytes
 
 PCIE_4, PCIE_5 = 31.5e9, 63.0e9
@@ -24,6 +24,15 @@ CARDS = (
 )
 CPU = Machine("a CPU", 0.0, 1e12, 50e9, DISK / 0.8, DISK / 0.8, {"torch": 0.5})
 """For comparing ways on the same one; assumed."""
+
+
+TYPICAL = CARDS[2]
+"""The card that ways are compared on where nothing is known of a run's own."""
+
+
+def card_named(name: str) -> Machine | None:
+    """By what CUDA calls it, as "NVIDIA GeForce RTX 4090"; None: it is not among these."""
+    return next((card for card in (*CARDS, H200) if card.name.removesuffix(" SXM") in name), None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def step_time(step: Step, storage: Storage, card: Machine) -> StepTime:
     """
     recomputes, batches = storage.gradient_checkpointing, storage.gradient_accumulation_steps
     passes, read = 3 if recomputes else 2, memory(step, storage)["weights"]
-    share = next(iter(card.compute_shares.values()))
+    share = card.compute_shares.get("torch") or card.compute_shares["triton"]  # what runs there by itself
     flops = step.flops + (step.recomputed if recomputes else 0)
     compute = max(flops / (card.flops * share), passes * read / card.bandwidth)
     if stored := few_bits(step, storage):  # read packed, written dense, read dense

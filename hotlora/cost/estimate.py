@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
+from ..adapter.quantized import BLOCK
 from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
+from ..hf.linears import plain_linears
 from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
@@ -167,12 +168,7 @@ def _weights(meta: PreTrainedModel, kept: list[int]) -> dict[str, Any]:
         ExpertLayer(layer.num_experts, hot, getattr(view.experts, view.up_name).numel(), view.experts.down_proj.numel())
         for layer, hot, view in zip(layers, kept, views, strict=True)
     ]
-    routers = {layer.router for layer in layers}
-    linear = [
-        module.weight.numel()
-        for path, module in meta.named_modules()
-        if type(module) is nn.Linear and module is not head and path not in routers
-    ]
+    linear = [module.weight.numel() for module in plain_linears(meta).values() if module.in_features % BLOCK == 0]
     blocks: dict[str, list[int]] = {}
     for name, parameter in meta.named_parameters():
         if match := _LAYER.match(name):

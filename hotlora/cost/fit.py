@@ -5,11 +5,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ..base.errors import HotLoraError
 from ..base.processes import num_processes
 from ..base.sizes import parse_size, size_words
 from ..runs.options import RunOptions
-from .cards import host_link, step_time
+from .cards import PCIE_5, TYPICAL, card_named, host_link
+from .cluster import Machine
 from .estimate import device_of
 from .memory import memory, transfer_bytes
 from .preflight import (
@@ -22,7 +25,7 @@ from .preflight import (
     step_by,
     unknown_to_estimate,
 )
-from .setups import LEVERS, TYPICAL, Setup, Setups, first_of_each_kind, flag
+from .setups import LEVERS, Setup, Setups, first_of_each_kind, flag
 
 AUTO = "auto"
 _HOST_LEFT = 4e9
@@ -70,16 +73,26 @@ def fit(options: RunOptions, given: Collection[str], *, host: int | None = None,
     if device is not None:
         where = device_of(device)
     path, way = config_file(options.model), layout(options.expert_parallel)
-    setups = Setups(options, step_by(options, path, where, experts_of(options)), num_processes(), way, _fixed(given))
+    by = step_by(options, path, where, experts_of(options))
+    setups = Setups(options, by, num_processes(), way, _fixed(given), _card(where))
     room = ROOM * free
     ram = max(0.0, (free_host_memory() if host is None else host) - _HOST_LEFT)
-    all_ways = setups.chosen_from()
-    found = next((way for way in all_ways if way.total <= room and way.host <= ram), None)
+    found = choose(setups, room, ram)
     counted = f"{size_words(free)} on {where}, of which {ROOM:.0%} are counted on"
     if found is None:
-        raise HotLoraError(_nothing_fits(setups, all_ways, room, ram, counted))
-    lines = (f"fit: {counted}: {size_words(room)}", *_told(setups.own, found, options))
+        raise HotLoraError(_nothing_fits(setups, room, ram, counted))
+    lines = (f"fit: {counted}: {size_words(room)}", *_told(setups, found))
     return Fitted(replace(options, **found.changes), found.changes, found.memory, lines)
+
+
+def choose(setups: Setups, room: float, ram: float) -> Setup | None:
+    """The cheapest way that takes at most so many bytes of the device and of RAM; None: there is none."""
+    return next((way for way in setups.chosen_from if way.total <= room and way.host <= ram), None)
+
+
+def _card(where: torch.device) -> Machine:
+    is_here = where.type == "cuda" and torch.cuda.is_available()
+    return (card_named(torch.cuda.get_device_name(where)) if is_here else None) or TYPICAL
 
 
 def _fixed(given: Collection[str]) -> set[str]:
@@ -88,26 +101,26 @@ def _fixed(given: Collection[str]) -> set[str]:
     return {*given, *missing}
 
 
-def _told(own: Setup, found: Setup, options: RunOptions) -> list[str]:
+def _told(setups: Setups, found: Setup) -> list[str]:
+    own, options = setups.own, setups.options
     batch = f"{options.batch_size} × {options.max_length:,} tokens"
     if not found.changes:
         return [f"fit: nothing to change: a step of {batch} needs about {size_words(own.total)}"]
     lines = [
         f"fit: {found.flags}: a step needs about {size_words(found.total)} in place of {size_words(own.total)}",
-        *(f"  {line}" for line in _reasons(own, found)),
+        *(f"  {line}" for line in _reasons(setups, found)),
     ]
-    before, after = (step_time(way.step, way.storage, TYPICAL).step for way in (own, found))
     if not own.step.on_cpu:
         lines.append(
-            f"  in all an optimizer step takes {after / before:.2f} times as long as with room for all, by the cost "
-            f"model of an {TYPICAL.name}"
+            f"  in all an optimizer step takes {found.seconds / own.seconds:.2f} times as long as with room for all, "
+            f"by the cost model ({setups.card.name})"
         )
     return lines
 
 
-def _reasons(own: Setup, found: Setup) -> list[str]:
+def _reasons(setups: Setups, found: Setup) -> list[str]:
     """Each option's gain and cost."""
-    said = []
+    said, own, card = [], setups.own, setups.card
     changes, step, storage = found.changes, found.step, found.storage
     if "batch_size" in changes:
         said.append(
@@ -131,13 +144,14 @@ def _reasons(own: Setup, found: Setup) -> list[str]:
     if "offload" in changes:
         moved = transfer_bytes(step, storage) * storage.gradient_accumulation_steps
         away = found.memory["host"] or found.memory["disk"]
-        speed = host_link(TYPICAL) * TYPICAL.link_share
+        speed = host_link(card) * card.link_share
+        pcie = "PCIe 5.0" if host_link(card) == PCIE_5 else "PCIe 4.0"
         where = "in RAM" if found.memory["host"] else "in a file that is mapped"
         line = f"{_flags(found, 'offload')}: {size_words(away)} of experts wait {where}"
         if not step.on_cpu:
             line += (
                 f"; {size_words(moved)} come to the card an optimizer step, {moved / speed:.2g} s at {speed / 1e9:.0f} "
-                "GB/s (PCIe 4.0 x16, assumed), while it computes"
+                f"GB/s ({pcie} x16, assumed), while it computes"
             )
         said.append(line)
     return said
@@ -151,8 +165,9 @@ def _flags(found: Setup, *names: str) -> str:
     return " ".join(flag(name, found.changes[name]) for name in names)
 
 
-def _nothing_fits(setups: Setups, ways: list[Setup], room: float, ram: float, counted: str) -> str:
+def _nothing_fits(setups: Setups, room: float, ram: float, counted: str) -> str:
     """One sentence for the least that it takes, one for what there is to change."""
+    ways = setups.chosen_from
     within = [way for way in ways if way.host <= ram]
     least = min(within, key=lambda way: way.total) if within else min(ways, key=lambda way: way.host)
     how = f", with {least.flags}" if least.changes else ""

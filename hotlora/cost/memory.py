@@ -63,7 +63,7 @@ class Step:
     packed: float | None
     """Bytes of a routed expert's weight in a checkpoint that has them in few bits; None: it has them dense."""
     linear: tuple[int, ...]
-    """Of each nn.Linear beside routers and the head."""
+    """Of each nn.Linear that `quantize_linear` stores in few bits."""
     other: int
     """All that is left."""
     head: int
@@ -265,10 +265,10 @@ def _logits(step: Step) -> float:
 def _rows(step: Step, storage: Storage) -> float:
     width, expert_width, parts = step.expert_widths
     row = 2 * width + (parts + 1) * expert_width
-    return step.tokens * step.top_k * row * step.itemsize + _made_dense(step, storage)
+    return step.tokens * step.top_k * row * step.itemsize + made_dense(step, storage)
 
 
-def _made_dense(step: Step, storage: Storage) -> float:
+def made_dense(step: Step, storage: Storage) -> float:
     """The most that is made of stored weights for one product."""
     linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0
     made = [_of_projection(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]

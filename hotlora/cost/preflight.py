@@ -106,7 +106,7 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
         if found.fits:
             return found
         room, host = ROOM * free, free_host_memory()
-        ways = chain(setups.chosen_from(), setups.beyond(own))
+        ways = chain(setups.chosen_from, setups.beyond(own))
         remedies = first_of_each_kind(ways, lambda way: way.total <= room and way.host <= host, _MOST_REMEDIES)
         return replace(found, remedies=tuple((way.flags, way.total) for way in remedies))
     except FileError:

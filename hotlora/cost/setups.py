@@ -12,8 +12,8 @@ from typing import Any
 from ..base.errors import HotLoraError
 from ..routing.plan import DEFAULT_FRACTION
 from ..runs.options import RunOptions
-from .cards import CARDS, CPU, step_time
-from .cluster import memory, work_of
+from .cards import CPU, TYPICAL, step_time
+from .cluster import Machine, memory, work_of
 from .memory import Step, Storage
 
 _BATCH = ("batch_size", "gradient_accumulation_steps")
@@ -23,8 +23,6 @@ _WORTH = {None: 1.0, 0: 1.0, 8: 1.5, 4: 2.0}
 """Bits of the experts -> how much longer a way may take that leaves them as they are, and is chosen all the same."""
 _SHORTEST = 64  # tokens that an example is not to be cut to less than
 _KNOWN = {field.name for field in fields(RunOptions)}
-TYPICAL = next(card for card in CARDS if card.name == "RTX 4090")
-"""The card that ways are compared on."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Setup:
     step: Step
     storage: Storage
     memory: Mapping[str, float]
+    seconds: float
+    """Of an optimizer step, foreseen."""
 
     @property
     def total(self) -> int:
@@ -52,8 +52,7 @@ class Setup:
     def cost(self) -> tuple[float, int, int]:
         """By which ways are put in order: foreseen seconds of an optimizer step, more where experts are rounded; then
         how many options change, and the batches."""
-        seconds = step_time(self.step, self.storage, CPU if self.step.on_cpu else TYPICAL).step
-        worth = float(f"{seconds * _WORTH[self.storage.quantize]:.3g}")  # more digits would tell equal ones apart
+        worth = float(f"{self.seconds * _WORTH[self.storage.quantize]:.3g}")  # more digits would tell equal ones apart
         return worth, len(self.changes), self.storage.gradient_accumulation_steps
 
 
@@ -68,12 +67,15 @@ class Setups:
     layout: str = "ddp"
     given: Collection[str] = ()
     """Options that are not to be changed."""
+    card: Machine = TYPICAL
+    """What seconds are foreseen for."""
 
     @cached_property
     def own(self) -> Setup:
         """The run as it is."""
         return self._setup({}, self.step_of({}))
 
+    @cached_property
     def chosen_from(self) -> list[Setup]:
         """All that changes nothing of what is learned but how frozen experts are rounded, the cheapest first."""
         values = {lever: self._values(lever) for lever in LEVERS if lever not in _BATCH and lever in _KNOWN}
@@ -145,7 +147,8 @@ class Setups:
     def _setup(self, changes: Mapping[str, Any], step: Step) -> Setup:
         named = {field.name for field in fields(Storage)} & _KNOWN
         storage = Storage(**{name: changes.get(name, getattr(self.options, name)) for name in named})
-        return Setup(changes, step, storage, memory(work_of(step, storage), self.processes, self.layout))
+        seconds = step_time(step, storage, CPU if step.on_cpu else self.card).step
+        return Setup(changes, step, storage, memory(work_of(step, storage), self.processes, self.layout), seconds)
 
 
 def first_of_each_kind(setups: Iterator[Setup], fits: Callable[[Setup], bool], most: int) -> list[Setup]:
