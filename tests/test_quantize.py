@@ -704,3 +704,28 @@ def test_quantizing_needs_no_other_import():
         "assert model(**tiny_batch()).logits.isfinite().all()\n"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("keep", [(), (0, 3, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_gpus_product_makes_a_block_of_experts_dense_at_a_time(monkeypatch, keep, transposed, sizes):
+    """Of `gpu.BLOCK_BYTES`: here two experts; one where it is larger."""
+    holder = QuantizedExperts.from_weight(random_weight(5, 24, 16), 4, keep)
+    weight, whole = FrozenWeight(holder, transposed), holder.dequantize()
+    x = random_weight(sum(sizes) + 2, 24 if transposed else 16, seed=1)
+    rows, experts = rows_of(gpu, sizes, 2)
+    made: list[int] = []
+    some = holder.some
+    monkeypatch.setattr(holder, "some", lambda a, b: made.append(b - a) or some(a, b))
+    monkeypatch.setattr(holder, "dequantize", None)
+    for bound, most in ((2 * 24 * 16 * 4, 2), (1, 1)):
+        made.clear()
+        monkeypatch.setattr(gpu, "BLOCK_BYTES", bound)
+        got = rows.product(x, weight)
+        assert max(made, default=0) <= most and (sizes != SIZES[0] or max(made) == most)
+        assert not got[sum(sizes) :].any()
+        for s, expert in enumerate(experts):
+            torch.testing.assert_close(got[s], x[s] @ (whole[expert] if transposed else whole[expert].T))
+    for a, b in ((0, 5), (1, 3), (2, 5), (0, 1)):
+        assert torch.equal(some(a, b), whole[a:b])

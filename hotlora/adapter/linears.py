@@ -4,7 +4,10 @@ Attention, shared experts and dense MLPs; `hf.linears` says which. PEFT puts its
 bitsandbytes' layers.
 """
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from ..base.errors import HotLoraError
 from ..base.precision import say_once
 from ..hf.linears import plain_linears, quantized_bits_of
 from .quantized import BLOCK
+
+_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def linear_bits(model: nn.Module) -> int | None:
@@ -64,9 +69,40 @@ class Linears:
         return made[name]
 
     def finish(self, model: PreTrainedModel) -> None:
-        """PEFT and TRL ask the model whether it has such layers."""
-        if linear_bits(model):
+        """Tells PEFT and TRL, which ask the model; and works around what bitsandbytes' layers get wrong."""
+        layers: list[Any] = [module for module in model.modules() if quantized_bits_of(module)]
+        if layers:
             setattr(model, f"is_loaded_in_{self.bits}bit", True)
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for each product
+        for layer in layers:
+            # On a CPU with bfloat16 it would store the weights in another way at its first evaluation, and from then on
+            # pass no gradient to its input, in training too (seen in 0.50.2).
+            layer.support_avx512bf16_for_cpu = False
+            if self.bits == 8:  # it takes two or three dimensions (0.50.2); MLA's kv_b_proj has four
+                layer.register_forward_pre_hook(_flattened)
+                layer.register_forward_hook(_unflattened)
+
+
+@contextmanager
+def own_dtype_kept(model: nn.Module) -> Iterator[None]:
+    """While a trainer of TRL's is made: it would make adapters on a model with such layers bfloat16, where they lose
+    what an optimizer adds (its own default for QLoRA)."""
+    found = [(module, name) for module in model.modules() for name in _FLAGS if name in module.__dict__]
+    values = [module.__dict__.pop(name) for module, name in found]
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(found, values, strict=True):
+            setattr(module, name, value)
+
+
+def _flattened(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    layer.shape_given = args[0].shape[:-1]
+    return (args[0].reshape(-1, args[0].shape[-1]), *args[1:])
+
+
+def _unflattened(layer: Any, args: Any, output: Tensor) -> Tensor:
+    return output.unflatten(0, layer.shape_given)
 
 
 def check_linear_bits(bits: Any) -> None:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..hf.coded import Coded
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 NAMES = {4: "MXFP4", 8: "FP8"}
 """What the formats are called, by bits."""
@@ -36,6 +38,8 @@ class PackedExperts(nn.Module):
     """Empty; it carries the dtype."""
     kept_ids: tuple[int, ...] = ()
     """No expert is in anything else."""
+    is_transposed: bool
+    """Whether matrices are held the other way round than the parameter has them."""
 
     def __init__(self, packed: Tensor, scales: Tensor, bits: int, dtype: torch.dtype, is_transposed: bool) -> None:
         """packed, scales: `[E, rows, .]` and `[E, R, C]`, which divides rows and columns: `whole_blocks`.
@@ -94,6 +98,20 @@ class PackedExperts(nn.Module):
             scales.to(values.dtype)[:, :, None, :, None]
         )
         return values.to(self.dtype)
+
+    def coded(self) -> Coded:
+        """As a kernel decodes it, `[O, I]` or transposed as it is held."""
+        num_experts = len(self.packed)
+        rows, columns = self.packed.shape[1], self.packed.shape[2] * 8 // self.bits
+        numbers = torch.arange(2**self.bits, dtype=torch.uint8, device=self.device)
+        return Coded(
+            packed=self.packed.flatten(1), scales=self.scales.flatten(1),
+            table=decoded(numbers, self.bits, torch.float32).view(len(numbers), -1)[:, 0].contiguous(),
+            bits=self.bits, rows=rows, columns=columns, block=(self._blocks[1], self._blocks[3]), is_high_first=False,
+            kept=torch.empty(0, rows, columns, dtype=self.dtype, device=self.device),
+            place_E=torch.arange(num_experts, dtype=torch.int32, device=self.device),
+            place_in_kept_E=torch.full((num_experts,), -1, dtype=torch.int32, device=self.device),
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {NAMES[self.bits]}, dtype={self.dtype}"

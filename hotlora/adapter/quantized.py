@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import HotLoraError
+from ..hf.coded import Coded
 
 BLOCK = 64
 """Weights with a scale of their own."""
@@ -96,6 +97,35 @@ class QuantizedExperts(nn.Module):
         dense = cold.new_empty(self.shape)
         return dense.index_copy_(0, self._cold_index, cold).index_copy_(0, self._kept_index, self.kept)
 
+    is_transposed = False
+    """Matrices are held as the parameter has them."""
+
+    @torch.no_grad()
+    def some(self, start: int, stop: int) -> Tensor:
+        """Dense weights of the experts from `start` to `stop`, `[stop - start, ., .]` in `dtype`."""
+        cold = [place for place, expert in enumerate(self._cold_ids) if start <= expert < stop]
+        kept = [place for place, expert in enumerate(self.kept_ids) if start <= expert < stop]
+        if not kept:
+            return self._dense(slice(cold[0], cold[-1] + 1))
+        dense = self.kept.new_empty(stop - start, *self.shape[1:])
+        dense.index_copy_(0, self._kept_index[kept[0] : kept[-1] + 1] - start, self.kept[kept[0] : kept[-1] + 1])
+        if cold:
+            some = slice(cold[0], cold[-1] + 1)
+            dense.index_copy_(0, self._cold_index[some] - start, self._dense(some))
+        return dense
+
+    def coded(self) -> Coded:
+        """As a kernel decodes it."""
+        _, rows, columns = self.shape
+        places = torch.full((2, self.shape[0]), -1, dtype=torch.int32, device=self.device)
+        for place, index in zip(places, (self._cold_index, self._kept_index), strict=True):
+            place[index] = torch.arange(len(index), dtype=torch.int32, device=self.device)
+        return Coded(
+            packed=self.packed, scales=self.scale_bits, table=_table(self.bits, self.device), bits=self.bits, rows=rows,
+            columns=columns, block=(0, BLOCK), is_high_first=True, kept=self.kept, place_E=places[0],
+            place_in_kept_E=places[1],
+        )  # fmt: skip
+
     @torch.no_grad()
     def expert(self, number: int) -> Tensor:
         """Dense weights of one expert, `shape[1:]` in `dtype`."""
@@ -141,6 +171,16 @@ def _levels(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         levels: Tensor = bitsandbytes_functional().create_linear_map(signed=True, total_bits=8)
         return levels.to(device)
+
+
+@functools.cache
+def _table(bits: int, device: torch.device) -> Tensor:
+    """float32: what each code of 4 or 8 bits stands for."""
+    if bits == 8:
+        return _levels(device).float()
+    with torch.inference_mode(False):
+        levels: Tensor = bitsandbytes_functional().get_4bit_type("nf4", device="cpu")
+        return levels.float().to(device)
 
 
 def _quantize(flat: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,16 @@ class FrozenWeight:
         """Of each expert, made at once: an operation each costs more than a small product."""
         return self.all().unbind()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it is not dense: quantized, or packed."""
+        return not isinstance(self.value, Tensor)
+
+    def some(self, start: int, stop: int) -> Tensor:
+        """`[stop - start, inputs, outputs]` of some experts; quantized ones are dense for as long as they are held."""
+        weight: Tensor = self.value[start:stop] if isinstance(self.value, Tensor) else self.value.some(start, stop)
+        return weight if self.is_transposed else weight.transpose(1, 2)
+
     def all(self) -> Tensor:
         """`[E, inputs, outputs]`; quantized ones are dense for as long as they are held."""
         weight: Tensor = self.value if isinstance(self.value, Tensor) else self.value.dequantize()

@@ -290,10 +290,11 @@ def _quantization(config: PreTrainedConfig, given: Any, dequantize: bool, is_spr
         checkpoint["dequantize"] = True
         return given
     stored = LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, dequantize)
-    if stored is not None:
-        checkpoint.clear()
-        checkpoint.update(stored)
-    return given
+    if stored is None:
+        return given
+    checkpoint.clear()
+    checkpoint.update(stored)
+    return None
 
 
 def checked_device(device: str | torch.device) -> torch.device:

@@ -29,6 +29,10 @@ from ..hf.experts_view import FrozenWeight
 _TORCH_HAS_A_KERNEL = (9, 10)
 
 
+BLOCK_BYTES = 2**28
+"""Of weights that are quantized or packed: at most so much is dense at once, or one expert."""
+
+
 def seeded(seed: Any) -> Any:
     """What masks are drawn from: the same each time, since a pass has one block."""
     return seed
@@ -57,7 +61,10 @@ class Rows:
 
     def product(self, x_SI: Tensor, weight: FrozenWeight) -> Tensor:
         """Each row times its expert's weights `[S, O]`; zeros in rows of no expert here."""
-        return self._here(_call(grouped_linear, self._here(x_SI), weight.all().transpose(1, 2), self.ends_E))
+        x_SI = self._here(x_SI)
+        if weight.is_held and not torch.compiler.is_compiling():
+            return self._here(_held_product(x_SI, weight, self.ends_E))
+        return self._here(_call(grouped_linear, x_SI, weight.all().transpose(1, 2), self.ends_E))
 
     def outer(self, out_EOI: Tensor, y_SO: Tensor, x_SI: Tensor) -> None:
         """Sets `out` to the sum of y x^T over each expert's rows."""
@@ -175,6 +182,31 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_SO = x_SI.new_zeros(x_SI.shape[0], weight_EOI.shape[1])
     for (a, b), weight in zip(_slices(ends_E), weight_EOI.unbind(), strict=True):
         torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
+    return y_SO
+
+
+def _held_product(x_SI: Tensor, weight: FrozenWeight, ends_E: Tensor) -> Tensor:
+    """`grouped_linear` of weights that are quantized or packed: `BLOCK_BYTES` of them are dense at once, or a tile."""
+    if use_fused(x_SI) and x_SI.dtype == weight.dtype:
+        from .kernels.coded_gemm import coded_gemm  # which needs Triton
+
+        # The parameter is [E, I, O] where `is_transposed`; and may be held the other way round.
+        return coded_gemm(x_SI, weight.value.coded(), ends_E, weight.is_transposed != weight.value.is_transposed)
+    num_experts = len(ends_E)
+    step = max(1, BLOCK_BYTES // (weight.value.shape[1:].numel() * weight.dtype.itemsize))
+    if step >= num_experts:
+        return grouped_linear(x_SI, weight.all().transpose(1, 2), ends_E)
+    y_SO = x_SI.new_zeros(x_SI.shape[0], weight.num_outputs)
+    ends = None if use_kernels(x_SI) else [0, *ends_E.tolist()]  # ours need not know which rows are an expert's
+    for a in range(0, num_experts, step):
+        b = min(a + step, num_experts)
+        if ends is None:
+            slot_E = torch.arange(-a, num_experts - a, dtype=torch.int32, device=x_SI.device)
+            slot_E = slot_E.masked_fill(slot_E >= b - a, -1).clamp(min=-1)
+            _gemm().grouped_gemm(x_SI, weight.some(a, b).transpose(1, 2), ends_E, slot_E, add_to_SO=y_SO)
+        elif ends[a] < ends[b]:
+            rows = slice(ends[a], ends[b])
+            y_SO[rows] = grouped_linear(x_SI[rows], weight.some(a, b).transpose(1, 2), ends_E[a:b] - ends[a])
     return y_SO
 
 

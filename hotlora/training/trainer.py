@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, SchedulerType, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..adapter.linears import own_dtype_kept
 from ..base.errors import DataError, FileError, HotLoraError, Stopped
 from ..base.files import read_json, write_json
 from ..base.lock import locked
@@ -302,7 +303,7 @@ def make_trainer(
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
-    with quiet():
+    with quiet(), own_dtype_kept(model):
         trainer = (_CpuTrainer if on_cpu else _Trainer)(
             model=model,
             args=arguments,

@@ -18,6 +18,7 @@ from ...hf.models import NANO, NANO_PATH, attention_modules
 from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
 from ..on_top_of import described, merged_for_now, merged_into
+from ..quantize import check_mergeable
 from ..raw_weights import HotLoraRouter
 from . import gguf, mlx
 from .merged import save_checkpoint
@@ -64,6 +65,8 @@ def export_adapter(
     _check_attention_choice(format, attention, merge_attention)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise HotLoraError(f"{merged[0]} has an adapter merged in: call unmerge_adapter() first.")
+    if format == "merged" or merge_router or merge_attention:
+        check_mergeable(model.get_base_model())
     if format == "merged":
         tuner: Any = model.base_model
         with atomic_folder(output) as folder, merged_for_now(model.get_base_model(), [tuner.entry_of(adapter_name)]):

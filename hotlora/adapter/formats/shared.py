@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...base.errors import HotLoraError
 from ...hf.experts_view import ExpertsView
 from ...hf.internals import internal
+from ...hf.linears import quantized_bits_of
 from ...hf.models import moe_layers
 from ...routing.plan import ExpertPlan
 from ..config import HotLoraConfig
@@ -89,7 +90,7 @@ def collect(model: PeftModel, adapter: str, layers: dict[str, Any], format: str)
                 f"format {format!r} cannot hold {path}: the shared experts of this family are no Linears. Use format "
                 "'merged', or train with train_shared=False."
             )
-        elif isinstance(layer, LoraLinear):
+        elif isinstance(layer, LoraLinear) or quantized_bits_of(layer.get_base_layer()):
             matrices = cast(Any, layer)
             A, B = matrices.lora_A[adapter].weight, matrices.lora_B[adapter].weight
             parts.linears.append(LinearFactors(path, *at_rank(A, B, r, fold)))
