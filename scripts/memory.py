@@ -20,7 +20,7 @@ from hotlora.cost.cards import CARDS, step_time
 from hotlora.cost.cluster import Machine
 from hotlora.cost.estimate import step_of
 from hotlora.cost.fit import choose
-from hotlora.cost.memory import Step, made_dense
+from hotlora.cost.memory import Step
 from hotlora.cost.preflight import ROOM
 from hotlora.cost.setups import Setup, Setups, flag
 from hotlora.runs.options import RunOptions
@@ -136,11 +136,10 @@ def asked_table(found: Mapping[str, Step]) -> str:
             named = [goal.model, f"{examples} × {LENGTH:,}", flags, asked]
             chosen = "does not fit" if way is None else f"{gb(way.total)} ({way.flags or 'as it is'})"
             met = "yes" if least.total <= goal.most else "no"
-            dense = made_dense(least.step, least.storage)
-            how = [f"{gb(least.total)} ({least.flags})", gb(dense), gb(least.host), *_speed(least, card), met]
+            how = [f"{gb(least.total)} ({least.flags})", gb(least.host), *_speed(least, card), met]
             rows.append([*named, f"`--fit {goal.card / 1e9:.0f}GB`: {chosen}", *how])
     heads = ["model", "tokens of a step", "besides", "asked, GB", "chosen: memory, GB", "the least: memory, GB"]
-    return table([*heads, "of it made dense, GB", "RAM, GB", "tokens/s", "bound by", "met"], rows, left=6)
+    return table([*heads, "RAM, GB", "tokens/s", "bound by", "met"], rows, left=6)
 
 
 def gb(num_bytes: float) -> str:

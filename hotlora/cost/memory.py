@@ -12,8 +12,7 @@ from ..base.errors import HotLoraError
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
-# Weights: more of them are made dense in parts, which are put together. `quantized`'s, and `packed`'s.
-_DEQUANTIZED_AT_ONCE, _DECODED_AT_ONCE = 2**30, 2**26
+_DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
 PACKED = {"mxfp4": 4 / 8 + 1 / 32, "fp8": 1 + 4 / 128**2, "mxfp8": 1 + 1 / 32}
 """A checkpoint's format, by transformers' name -> bytes a weight of experts that stay in it, with its scales."""
 
@@ -265,10 +264,10 @@ def _logits(step: Step) -> float:
 def _rows(step: Step, storage: Storage) -> float:
     width, expert_width, parts = step.expert_widths
     row = 2 * width + (parts + 1) * expert_width
-    return step.tokens * step.top_k * row * step.itemsize + made_dense(step, storage)
+    return step.tokens * step.top_k * row * step.itemsize + _made_dense(step, storage)
 
 
-def made_dense(step: Step, storage: Storage) -> float:
+def _made_dense(step: Step, storage: Storage) -> float:
     """The most that is made of stored weights for one product."""
     linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0
     made = [_of_projection(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
@@ -282,11 +281,9 @@ def _of_projection(step: Step, storage: Storage, layer: ExpertLayer, weights: in
     share = layer.hot / layer.num_experts
     keeps = storage.keep_hot and bool(storage.quantize) and share > 0
     made = 0.0
-    if stored:
-        dense = (1 - share if keeps else 1) * weights
-        at_once = _DEQUANTIZED_AT_ONCE if storage.quantize else _DECODED_AT_ONCE
-        made = dense * step.itemsize * (2 if dense > at_once else 1)
-        made = max(made, (dense + weights) * step.itemsize) if keeps else made
+    if stored:  # in parts, which are then put together
+        expert = weights / layer.num_experts * step.itemsize
+        made = 2 * min(weights * step.itemsize, max(expert, _DENSE_AT_ONCE))
     if storage.offload == "cold" and not keeps and 0 < share < 1:  # those that came, and those that were there
         made += weights * (stored or step.itemsize)
     return made
