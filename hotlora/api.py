@@ -319,12 +319,16 @@ def _fitted(options: RunOptions, given: Collection[str], folder: Path, progress:
     from .cost.setups import LEVERS
 
     def choose() -> dict[str, Any]:
-        if (folder / "run.json").is_file() and (then := read_record(folder)["config"]).get("fit") is not None:
-            return {name: then[name] for name in LEVERS if name in then and name not in given}
-        found = fit(options, given)
+        then: dict[str, Any] = {}
+        if (folder / "run.json").is_file() and (record := read_record(folder))["config"].get("fit") is not None:
+            then = {name: record["config"][name] for name in LEVERS if name in record["config"] and name not in given}
+            if record["status"] == "done" and not options.extend:
+                return then
+        # What the record does not hold changes nothing of what is learned: it is chosen for the memory of now.
+        found = fit(replace(options, **then), [*given, *then])
         for line in found.lines if progress else ():
             _tell(line)
-        return dict(found.chosen)
+        return then | dict(found.chosen)
 
     return replace(options, **all_objects(choose() if is_main() else {})[0])
 

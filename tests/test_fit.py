@@ -18,7 +18,9 @@ from hotlora.cost.estimate import estimate, step_of
 from hotlora.cost.fit import fit
 from hotlora.cost.memory import Storage, expert_bytes, memory, state_bytes, transfer_bytes
 from hotlora.cost.preflight import ROOM, preflight
+from hotlora.cost.setups import LEVERS
 from hotlora.runs.options import RunOptions
+from hotlora.runs.sweep import Condition, Sweep
 
 LARGE = 10**12
 SMALL = {"batch_size": 8, "max_length": 128, "r": 8}
@@ -269,6 +271,37 @@ def test_train_does_what_it_says_and_goes_on_so(tmp_path):
     again = train(tmp_path, "--fit", "auto")
     assert again.exit_code == 0 and "nothing was trained now" in again.stderr and "fit:" not in again.stderr
     assert read_record(tmp_path / "run")["config"] == config
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_was_chosen(tmp_path, monkeypatch):
+    """Whatever is free then."""
+    size = needed(run_options(model="nano", data="", batch_size=4, max_length=128, r=2))["total"] / ROOM
+
+    def stops(*args, **options):
+        raise HotLoraError("stopped here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hotlora.runs.training.train", stops)
+        assert train(tmp_path, "--fit", f"{size / 1e6:.2f}MB").exit_code != 0
+    then = read_record(tmp_path / "run")["config"]
+    assert then["batch_size"] < 16
+    again = train(tmp_path, "--fit", "100GB")
+    assert again.exit_code == 0, again.output
+    now = read_record(tmp_path / "run")["config"]
+    assert {name: now[name] for name in LEVERS if name in now} == {name: then[name] for name in LEVERS if name in then}
+
+
+def test_a_sweep_has_no_fit():
+    """Its runs would each choose on their own."""
+    with pytest.raises(HotLoraError, match="fit"):
+        Sweep("s", "nano", "nano-math", [Condition("hot")], options={"fit": "1GB"})
+
+
+def test_too_little_ram_is_told():
+    found = preflight(replace(PLAIN, device="cpu"), free=10**10)
+    assert found.fits and not found.host
+    short = replace(found, device="cuda:0", host=5 * 10**9, host_free=10**9)
+    assert not short.fits and "5.0 GB of RAM for offloaded experts, of which 1.0 GB are free" in str(short)
 
 
 def test_train_stops_before_anything_where_nothing_fits(tmp_path):

@@ -47,10 +47,13 @@ class Preflight:
     """(flags, bytes needed with them), where it does not fit."""
     unknown: str = ""
     """Why nothing is known."""
+    host: int = 0
+    """Of RAM, for what a GPU's run keeps there."""
+    host_free: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.needed <= ROOM * self.free
+        return self.needed <= ROOM * self.free and self.host <= self.host_free
 
     @property
     def is_hopeless(self) -> bool:
@@ -61,6 +64,11 @@ class Preflight:
         if self.unknown:
             return f"memory: whether it fits is not known ({self.unknown})"
         has = f"{size_words(self.free)} are free on {self.device}"
+        if self.host:
+            ram = (
+                f"{size_words(self.host)} of RAM for offloaded experts, of which {size_words(self.host_free)} are free"
+            )
+            has = f"{has}; and {ram}"
         if self.fits:
             return f"memory: a step of {self.batch} tokens needs about {size_words(self.needed)}; {has}"
         if self.is_hopeless:
@@ -102,10 +110,12 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
             needed=own.total,
             fixed=round(sum(own.memory[kind] for kind in _FIXED)),
             batch=f"{options.batch_size} × {options.max_length:,}",
+            host=own.host,
+            host_free=free_host_memory(),
         )
         if found.fits:
             return found
-        room, host = ROOM * free, free_host_memory()
+        room, host = ROOM * free, found.host_free
         ways = chain(setups.chosen_from, setups.beyond(own))
         remedies = first_of_each_kind(ways, lambda way: way.total <= room and way.host <= host, _MOST_REMEDIES)
         return replace(found, remedies=tuple((way.flags, way.total) for way in remedies))
