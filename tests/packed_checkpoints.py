@@ -29,7 +29,8 @@ def made(family: str, **overrides: Any) -> Any:
     """A tiny model in bfloat16."""
     sizes = {"gpt_oss": GPT_OSS, "deepseek_v3": DEEPSEEK}.get(family)
     if sizes is None:
-        sizes = {"vocab_size": 259, "max_position_embeddings": 512, "hidden_size": 64, "moe_intermediate_size": 32}
+        width = {"intermediate_size" if family == "mixtral" else "moe_intermediate_size": 32}
+        sizes = {"vocab_size": 259, "max_position_embeddings": 512, "hidden_size": 64, **width}
         return tiny_model(family, **{**sizes, **overrides}).to(torch.bfloat16)
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**sizes, **overrides})
@@ -61,7 +62,7 @@ def write_fp8(folder: Path, family: str = "qwen3_moe", block: tuple[int, int] = 
     made(family, **overrides).save_pretrained(folder)
     tensors: dict[str, Tensor] = {}
     for name, value in load_file(folder / "model.safetensors").items():
-        if not re.search(r"layers\..*_proj(_with_mqa)?\.weight$|layers\..*_(a|b)_proj\.weight$", name):
+        if not re.search(r"layers\..*(_proj(_with_mqa)?|experts\.\d+\.w\d)\.weight$", name):
             tensors[name] = value
             continue
         quantized, scales = in_blocks(value, block)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from packed_checkpoints import by_hand, made, write_fp8, write_large, write_mxfp4
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
@@ -26,14 +27,16 @@ from hotlora.adapter.quantize import ExpertsQuantization, quantize_experts
 from hotlora.base.errors import HotLoraError, ModelError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
+from hotlora.cost.estimate import estimate
 from hotlora.hf.models import fingerprint, moe_layers
 
 WRITERS = {
     "mxfp4": write_mxfp4,
     "fp8-qwen3": write_fp8,
     "fp8-deepseek": lambda folder: write_fp8(folder, "deepseek_v3"),
+    "fp8-mixtral": lambda folder: write_fp8(folder, "mixtral"),
 }
-FAMILY = {"mxfp4": "gpt_oss", "fp8-qwen3": "qwen3_moe", "fp8-deepseek": "deepseek_v3"}
+FAMILY = {"mxfp4": "gpt_oss", "fp8-qwen3": "qwen3_moe", "fp8-deepseek": "deepseek_v3", "fp8-mixtral": "mixtral"}
 checkpoints = pytest.mark.parametrize("kind", WRITERS)
 
 
@@ -185,6 +188,28 @@ def test_an_adapter_on_a_packed_base(written, kind, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     reread = load_model(tmp_path / "merged", device="cpu")
     assert not holders(reread) and torch.equal(reread(**batch).logits, merged(**batch).logits)
+
+
+def test_weights_without_their_scales_are_refused(written, tmp_path):
+    """FP8 under names that no conversion knows would be read as numbers without scales."""
+    shutil.copytree(written["fp8-qwen3"], tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(file)
+    experts = "model.layers.0.mlp.experts"
+    down = torch.stack([tensors.pop(f"{experts}.{e}.down_proj.weight").view(torch.uint8) for e in range(8)])
+    scales = torch.stack([tensors.pop(f"{experts}.{e}.down_proj.weight_scale_inv") for e in range(8)])
+    tensors |= {f"{experts}.down_proj": down.view(torch.float8_e4m3fn), f"{experts}.down_proj_scale_inv": scales}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="FP8 under a name that is not read"):
+        load_model(tmp_path / "other", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8-qwen3"])
+def test_the_estimate_counts_packed_bytes(written, kind):
+    found = estimate(written[kind], batch_size=1, max_length=16, device="cpu", dtype="float32")
+    model = load_model(written[kind], device="cpu", dtype="float32")
+    held = sum(p.nbytes for p in model.parameters()) + sum(holder.nbytes for holder in holders(model).values())
+    assert found["memory"]["weights"] == pytest.approx(held, rel=0.05)  # biases count as weights
 
 
 def test_what_packed_experts_do_not_take(written):

@@ -62,8 +62,8 @@ def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[st
         given, linear = None, given.linear
     if linear is not None and not hasattr(HfQuantizer, "get_new_dtype"):
         raise ModelError(
-            "linear layers beside packed experts are quantized with transformers 5.18 and later: install that, or "
-            "leave out --quantize-linear."
+            "linear layers beside packed experts cannot be quantized with this transformers: install a newer one, "
+            "or leave out --quantize-linear."
         )
     if isinstance(given, ExpertsQuantization):
         name = NAMES[4] if checkpoint["quant_method"] == "mxfp4" else NAMES[8]
@@ -118,6 +118,11 @@ class _PackedQuantizer(HfQuantizer):
             converter.quantization_operation = QuantizeOnLoad({}, linears=self.linears)
         operation = getattr(converter, "operations", [None])[0]
         if not isinstance(operation, _FromPacked):
+            its = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+            if its.startswith(("F8", "torch.float8")):
+                raise ModelError(
+                    "it has weights in FP8 under a name that is not read, and without scales they are wrong."
+                )
             return super().get_new_dtype(converter, param, dtype)
         operation.dtype = dtype
         return None

@@ -19,12 +19,12 @@ from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.linears import plain_linears
-from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, unwrap
+from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, packed_bytes, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from .activations import expert_row_bytes, rest_of_step
 from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
-from .memory import PACKED, ExpertLayer, Step, Storage, memory, transfer_bytes
+from .memory import ExpertLayer, Step, Storage, memory, transfer_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LAYER = re.compile(r"(.*\.layers\.\d+)\.")
@@ -136,18 +136,11 @@ def step_of(
     view = ExpertsView(unwrap(meta.get_submodule(found[0].experts)))
     return Step(
         device=device.type, dtype=str(compute).removeprefix("torch."), itemsize=compute.itemsize, tokens=tokens,
-        top_k=num_experts_per_tok(meta), packed=_packed(cut), width=text.hidden_size, vocabulary=text.vocab_size,
+        top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         expert_widths=(*view.widths, view.num_parts), trained=rest.trained,
         expert_row=row, rest=rest.kept, coverage=coverage, forward=forward, adapter=adapter, expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),
     )  # fmt: skip
-
-
-def _packed(config: PreTrainedConfig) -> float | None:
-    """Bytes of an expert's weight in the checkpoint, where it is in a format that experts stay in."""
-    stored = getattr(config, "quantization_config", None) or {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
-    return PACKED.get(str(getattr(method, "value", method)))
 
 
 def device_of(name: str | torch.device) -> torch.device:

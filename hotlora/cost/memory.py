@@ -13,8 +13,6 @@ LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no la
 _LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
 _DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
-PACKED = {"mxfp4": 4 / 8 + 1 / 32, "fp8": 1 + 4 / 128**2, "mxfp8": 1 + 1 / 32}
-"""A checkpoint's format, by transformers' name -> bytes a weight of experts that stay in it, with its scales."""
 
 OFFLOADS = ("none", "cold", "all")
 _FLOAT32_STATE = {

@@ -272,6 +272,16 @@ def packing(config: PreTrainedConfig) -> dict[str, Any] | None:
     return None
 
 
+def packed_bytes(config: PreTrainedConfig) -> float | None:
+    """Bytes of an expert's weight, with its share of the scales, as a packed checkpoint has them; None of others."""
+    if (checkpoint := packing(config)) is None:
+        return None
+    if checkpoint["quant_method"] == "mxfp4":
+        return 0.5 + 1 / 32
+    rows, columns = checkpoint.get("weight_block_size") or (128, 128)
+    return 1 + 4 / (rows * columns)
+
+
 def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any) -> None:
     """ModelError: `load_model` would not take this `quantization_config` for a checkpoint that is packed."""
     if (checkpoint := packing(config)) is not None:
@@ -498,7 +508,7 @@ def _no_experts(model: nn.Module) -> ModelError:
         f"the experts of this {config.model_type} model are not behind transformers' experts interface "
         "(use_experts_implementation), so nothing can be adapted for some of them only. Some families compute all "
         "experts in a way of their own (llama4, dbrx, jetmoe, longcat_flash, step3p7); some quantized checkpoints "
-        "(mxfp4, fp8) replace the experts' class: load those dequantized."
+        "(mxfp4, fp8) replace the experts' class: load those with hotlora.load_model."
     )
 
 
