@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import tempfile
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from trl.trainer.utils import add_fused_lm_head
 from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
-from hotlora.adapter.quantize import quantize_experts
+from hotlora.adapter.quantize import experts_in, quantize_experts
 from hotlora.base.errors import HotLoraError
 from hotlora.bench.contenders import BenchConfig, Contender
 from hotlora.bench.worker import Worker, _peak_allocated
 from hotlora.cost.activations import SavedBytes, autocast
 from hotlora.cost.estimate import coverage_at, estimate, sized_config
+from hotlora.hf.models import load_model
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 from hotlora.routing.profiler import profile_routing
@@ -227,12 +229,14 @@ LONG = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64
         (WIDE, {"quantize": 4, "keep_hot": True}),
         (WIDE, {"r": 64}),
         (WIDE, {"r": 64, "optim": "adamw_8bit"}),
+        (WIDE, {"quantize": 4, "quantize_linear": 4, "gradient_checkpointing": True}),
+        (WIDE, {"quantize_linear": 8}),
     ],
     ids=lambda value: "-".join(map(str, value.items())) if "hidden_size" not in value else "",
 )
 def test_what_saves_memory_is_within_10_percent(shape, options, write):
     """The most that tensors take in a step, by torch's CPU allocator."""
-    if "quantize" in options or "8bit" in options.get("optim", ""):
+    if options.keys() & {"quantize", "quantize_linear"} or "8bit" in options.get("optim", ""):
         pytest.importorskip("bitsandbytes")
     config = tiny_config("olmoe", **shape)
     peak, coverage = measured_peak(config, **options)
@@ -244,7 +248,7 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
 
 
 def measured_peak(
-    config, *, dtype="float32", r=8, quantize=None, keep_hot=False, gradient_checkpointing=False,
+    config, *, dtype="float32", r=8, quantize=None, keep_hot=False, quantize_linear=None, gradient_checkpointing=False,
     optim="adamw_torch_fused", gradient_accumulation_steps=1,
 ):  # fmt: skip
     """Bytes, and the share of the routing that the adapted experts got."""
@@ -252,10 +256,15 @@ def measured_peak(
     base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     ids = torch.randint(3, config.vocab_size, (1, LENGTH))
     profile = profile_routing(base, [{"input_ids": ids}])
-    add_fused_lm_head(base)
     plan = select_experts(profile, rule="hot", fraction=0.25)
-    if quantize is not None:
+    if quantize_linear is not None:  # which is done while a model loads
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            stored = experts_in(quantize, None, quantize_linear)
+            base = load_model(folder, device="cpu", dtype=dtype, quantization_config=stored)
+    elif quantize is not None:
         quantize_experts(base, quantize, plan.experts if keep_hot else None)
+    add_fused_lm_head(base)
     model = get_peft_model(base, HotLoraConfig(plan=plan, r=r)).train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(checkpoint_kwargs())
@@ -275,9 +284,18 @@ def measured_peak(
     step()
     gc.collect()
     state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
-    tensors = (*model.parameters(), *model.buffers(), *state)
+    tensors = (*model.parameters(), *model.buffers(), *state, *stored_beside(model))
     resting = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(resting.values()) + _peak_allocated(step), float(profile.coverage(fraction=0.25).mean())
+
+
+def stored_beside(model):
+    """What bitsandbytes' layers hold that is neither parameter nor buffer: scales."""
+    for module in model.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+        if (state := getattr(module, "state", None)) is not None and "bitsandbytes" in type(module).__module__:
+            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
 
 
 def optimizer_of(name):

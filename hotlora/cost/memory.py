@@ -262,17 +262,14 @@ def _logits(step: Step) -> float:
 def _rows(step: Step, storage: Storage) -> float:
     width, expert_width, parts = step.expert_widths
     row = 2 * width + (parts + 1) * expert_width
-    return step.tokens * step.top_k * row * step.itemsize + _made_dense(step, storage)
+    rows = step.tokens * step.top_k * row * step.itemsize
+    made = [_made_dense(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
+    linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0.0
+    return max(rows + max(made), linear)
 
 
-def _made_dense(step: Step, storage: Storage) -> float:
-    """The most that is made of stored weights for one product."""
-    linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0
-    made = [_of_projection(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
-    return max(linear, *made)
-
-
-def _of_projection(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> float:
+def _made_dense(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> float:
+    """What is made of a projection's stored weights for a product."""
     stored = few_bits(step, storage)
     if step.on_cpu:  # one expert after another
         return weights / layer.num_experts * step.itemsize if stored else 0.0
