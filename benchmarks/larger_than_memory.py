@@ -2,8 +2,8 @@
 
     sudo python benchmarks/larger_than_memory.py --output benchmarks/experts/cpu-limited.json
 
-Layers of OLMoE-1B-7B with random weights in bfloat16. `hotlora train --offload all` runs in a memory cgroup (Linux, root:
-page cache that it fills counts, too), `hotlora train` without one; both adapters must have the same bytes.
+Layers of OLMoE-1B-7B with random weights in bfloat16. `hotlora train --offload all` runs in a memory cgroup (Linux,
+root; page cache that it fills counts, too), `hotlora train` without one; both adapters must have the same bytes.
 """
 
 import argparse
@@ -23,7 +23,8 @@ GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 LIMIT = ("memory.limit_in_bytes", "memory.max")
 MOST = ("memory.max_usage_in_bytes", "memory.peak")
 TRAIN = (
-    "--data nano-math --limit 8 --test-limit 2 --no-evaluate --max-steps 2 --batch-size 2 --r 8 --dtype bfloat16 --device cpu --rule hot"
+    "--data nano-math --limit 8 --test-limit 2 --no-evaluate --max-steps 2 --batch-size 2 --r 8 "
+    "--dtype bfloat16 --device cpu --rule hot"
 )
 
 
@@ -49,19 +50,32 @@ def main() -> None:
             "in memory": run(folder, "plain", "", None),
             "offloaded, limited": run(folder, "limited", f"--offload all --offload-folder {folder}", limit),
         }
-        ours, plain = ((folder / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("limited", "plain"))
+        ours, plain = (
+            (folder / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("limited", "plain")
+        )
     record = {
         "started": started, "layers": options.layers, "experts_bytes": experts, "limit_bytes": limit, "train": TRAIN,
         "environment": environment(), "runs": found, "adapters_equal": ours == plain,
     }  # fmt: skip
     options.output.parent.mkdir(exist_ok=True)
     write_json(options.output, record)
-    print(json.dumps({key: record[key] for key in ("experts_bytes", "limit_bytes", "runs", "adapters_equal")}, indent=1))
+    print(
+        json.dumps({key: record[key] for key in ("experts_bytes", "limit_bytes", "runs", "adapters_equal")}, indent=1)
+    )
 
 
 def run(folder: Path, name: str, more: str, limit: int | None) -> dict[str, Any]:
     """Seconds and, of a limited run, the most that it and its page cache had."""
-    command = [sys.executable, "-m", "hotlora", "train", "--model", str(folder / "model"), *TRAIN.split(), *more.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "hotlora",
+        "train",
+        "--model",
+        str(folder / "model"),
+        *TRAIN.split(),
+        *more.split(),
+    ]
     command += ["--output", str(folder / name)]
     group = None
     if limit is not None:

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields, replace
 from functools import cache, wraps
@@ -113,6 +113,7 @@ def train(
     kept = {option: folder / f"{option}.jsonl" for option in ("data", "test_data") if given[option] is _ROWS}
     there: dict[str, Any] = {option: str(file) for option, file in kept.items()}
     chosen = replace(chosen, **there)
+    own = [option for option, value in options.items() if value is not None]
 
     from .base.processes import is_main, start, wait_for_all
     from .base.quiet import without_bars
@@ -137,6 +138,8 @@ def train(
         for option, file in kept.items() if is_main() else ():
             save_rows({"data": data, "test_data": test_data}[option], file)
         wait_for_all()
+        if chosen.fit is not None:
+            chosen = _fitted(chosen, own, folder, progress)
         run_method(chosen, folder, progress=progress, begin=begin)
         if progress and is_main() and not begin.cache_info().currsize:
             _tell(f"{folder} is done: nothing was trained now (--extend trains it on)")
@@ -306,6 +309,28 @@ def _check_model(model: Any, otherwise: str) -> None:
 def _check_output(output: Any) -> None:
     if output is not None and not (isinstance(output, str | os.PathLike) and os.fspath(output)):
         raise HotLoraError(f"output is {output!r}: give a folder to write to.")
+
+
+def _fitted(options: RunOptions, given: Collection[str], folder: Path, progress: bool) -> RunOptions:
+    """The options with what `--fit` chooses, or chose when the run in `folder` was begun."""
+    from .base.processes import all_objects, is_main
+    from .base.records import read_record
+    from .cost.fit import fit
+    from .cost.setups import LEVERS
+
+    def choose() -> dict[str, Any]:
+        then: dict[str, Any] = {}
+        if (folder / "run.json").is_file() and (record := read_record(folder))["config"].get("fit") is not None:
+            then = {name: record["config"][name] for name in LEVERS if name in record["config"] and name not in given}
+            if record["status"] == "done" and not options.extend:
+                return then
+        # What the record does not hold changes nothing of what is learned: it is chosen for the memory of now.
+        found = fit(replace(options, **then), [*given, *then])
+        for line in found.lines if progress else ():
+            _tell(line)
+        return then | dict(found.chosen)
+
+    return replace(options, **all_objects(choose() if is_main() else {})[0])
 
 
 def _check_memory(options: RunOptions, progress: bool) -> None:

@@ -103,7 +103,7 @@ def models_table(found: Works) -> str:
     for name, plans in found.items():
         one = plans["all"]
         trained = [f"{plans[plan].trainable / 1e6:,.0f}M" for plan in PLANS]
-        state = [gb(16 * plans[plan].trainable + plans[plan].casts) for plan in PLANS]
+        state = [gb(16 * plans[plan].trainable) for plan in PLANS]
         experts = f"{one.num_experts}, {one.top_k} a token"
         weights = [f"{one.weights / 2e9:.1f}B", gb(one.weights), f"{one.experts / one.weights:.0%}"]
         rows.append([name, str(one.moe_layers), experts, *weights, *trained, *state])

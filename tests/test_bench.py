@@ -22,7 +22,7 @@ from hotlora.bench.bench import BenchConfig, run_bench, run_growth
 from hotlora.bench.contenders import Contender, RandomModel, adapted, skew_routers, spreads_for, unroll_experts
 from hotlora.bench.report import growth_figure, growth_lines, markdown, read_result, speed_tables, summary_table
 from hotlora.bench.worker import Worker
-from hotlora.cost.estimate import SavedBytes
+from hotlora.cost.activations import SavedBytes
 from hotlora.cost.flops import (
     attention_adapter_flops,
     dense_update_flops,

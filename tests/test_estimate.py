@@ -1,5 +1,9 @@
 """`estimate` against what a real step keeps."""
 
+import functools
+import gc
+import tempfile
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,13 +13,17 @@ from trl.trainer.utils import add_fused_lm_head
 from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
+from hotlora.adapter.quantize import experts_in, quantize_experts
 from hotlora.base.errors import HotLoraError
 from hotlora.bench.contenders import BenchConfig, Contender
-from hotlora.bench.worker import Worker
-from hotlora.cost.estimate import SavedBytes, autocast, coverage_at, estimate, sized_config
+from hotlora.bench.worker import Worker, _peak_allocated
+from hotlora.cost.activations import SavedBytes, autocast
+from hotlora.cost.estimate import coverage_at, estimate, sized_config
+from hotlora.hf.models import load_model
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 from hotlora.routing.profiler import profile_routing
+from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 
 BATCH, LENGTH = 4, 64
 
@@ -63,10 +71,10 @@ def test_a_whole_step(family, dtype, write):
     state = (t for s in optimizer.state.values() for t in s.values() if t.ndim)
     assert memory["optimizer"] == sum(t.nbytes for t in state)
     assert found["trainable"] == sum(p.numel() for p in trained)
-    # The experts' factors, cast, are kept with the activations in reality, and with the adapter in the estimate.
-    kept = memory["adapter"] - sum(p.nbytes for p in trained) + memory["activations"]
-    assert kept == pytest.approx(saved, rel=0.15)
-    assert memory["total"] == sum(memory.values()) - memory["total"]
+    assert memory["adapter"] == sum(p.nbytes for p in trained)
+    assert memory["activations"] == pytest.approx(saved, rel=0.1)
+    beside = memory["total"] + memory["host"] + memory["disk"]
+    assert memory["total"] == sum(memory.values()) - beside
 
 
 def test_activations_follow_tokens_and_coverage(write):
@@ -114,8 +122,9 @@ def test_the_device_that_is_asked_for_is_estimated(write):
     assert on_cpu["memory"]["weights"] == 2 * on_gpu["memory"]["weights"]
     in_half = estimate(path, device="cpu", dtype="bfloat16", **options)["memory"]
     tile = 64 * 32768 * 2  # logits in bfloat16
-    assert on_gpu["memory"]["workspace"] == tile
-    assert in_half["workspace"] == tile + 64 * 128 * 4 * 7 + 128 * 32 * 4
+    # Gradients come when the tile is gone.
+    assert on_gpu["memory"]["workspace"] + on_gpu["memory"]["gradients"] == tile
+    assert in_half["workspace"] + in_half["gradients"] == tile + 64 * 128 * 4 * 7 + 128 * 32 * 4
     assert in_half["activations"] == on_gpu["memory"]["activations"]
     assert estimate(path, **options) == on_gpu
 
@@ -123,7 +132,8 @@ def test_the_device_that_is_asked_for_is_estimated(write):
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "gemma4_text", "nemotron_h", "mixtral"])
 def test_other_families(family, write):
     found = estimate(write(zoo_model(family).config), batch_size=2, max_length=16, fraction=0.25, r=4)
-    assert min(found["memory"].values()) > 0
+    beside = {"staging", "host", "disk"}
+    assert all((size == 0) == (kind in beside) for kind, size in found["memory"].items())
 
 
 def test_coverage_at():
@@ -181,7 +191,7 @@ def test_peak_on_a_gpu(fraction, write):
     ("kind", "dtype", "layers", "batch"),
     [("hot", "float32", 6, 4), ("all", "float32", 6, 4), ("hot", "bfloat16", 1, 2)],  # small: many CPUs crawl in it
 )
-def test_the_peak_of_a_step_is_within_15_percent(kind, dtype, layers, batch):
+def test_the_peak_of_a_step_is_within_10_percent(kind, dtype, layers, batch):
     """nano, sequences of 256 tokens: all that tensors take at the most, weights and loss included."""
     fraction = 0.25 if kind == "hot" else None
     shape = {"layers": layers, "r": 8, "dtype": dtype, "device": "cpu"}
@@ -194,7 +204,106 @@ def test_the_peak_of_a_step_is_within_15_percent(kind, dtype, layers, batch):
         "nano", batch_size=batch, max_length=256, fraction=fraction, coverage=coverage,
         train_router=False, train_shared=False, **shape,
     )  # fmt: skip
-    assert 0.85 <= found["memory"]["total"] / peak <= 1.15
+    assert 0.9 <= found["memory"]["total"] / peak <= 1.1
+
+
+WIDE = {
+    "hidden_size": 1024, "moe_intermediate_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+    "vocab_size": 128, "num_experts": 8, "num_experts_per_tok": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
+}  # fmt: skip
+LONG = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64, "num_hidden_layers": 8}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (LONG, {"gradient_checkpointing": True}),
+        (LONG, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
+        (LONG, {"quantize": 4}),
+        (LONG, {"quantize": 8, "gradient_checkpointing": True}),
+        (LONG, {"r": 64, "gradient_accumulation_steps": 2}),
+        (LONG, {"r": 64, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "optim": "sgd"}),
+        # Here rows are larger than the loss's logits, and gradients and weights than both.
+        (WIDE, {"gradient_checkpointing": True}),
+        (WIDE, {"quantize": 4, "gradient_checkpointing": True}),
+        (WIDE, {"quantize": 4, "keep_hot": True}),
+        (WIDE, {"r": 64}),
+        (WIDE, {"r": 64, "optim": "adamw_8bit"}),
+        (WIDE, {"quantize": 4, "quantize_linear": 4, "gradient_checkpointing": True}),
+        (WIDE, {"quantize_linear": 8}),
+    ],
+    ids=lambda value: "-".join(map(str, value.items())) if "hidden_size" not in value else "",
+)
+def test_what_saves_memory_is_within_10_percent(shape, options, write):
+    """The most that tensors take in a step, by torch's CPU allocator."""
+    if options.keys() & {"quantize", "quantize_linear"} or "8bit" in options.get("optim", ""):
+        pytest.importorskip("bitsandbytes")
+    config = tiny_config("olmoe", **shape)
+    peak, coverage = measured_peak(config, **options)
+    options = {"r": 8, "dtype": "float32", **options}
+    found = estimate(
+        write(config), batch_size=1, max_length=LENGTH, fraction=0.25, coverage=coverage, device="cpu", **options
+    )
+    assert 0.9 <= found["memory"]["total"] / peak <= 1.1
+
+
+def measured_peak(
+    config, *, dtype="float32", r=8, quantize=None, keep_hot=False, quantize_linear=None, gradient_checkpointing=False,
+    optim="adamw_torch_fused", gradient_accumulation_steps=1,
+):  # fmt: skip
+    """Bytes, and the share of the routing that the adapted experts got."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    ids = torch.randint(3, config.vocab_size, (1, LENGTH))
+    profile = profile_routing(base, [{"input_ids": ids}])
+    plan = select_experts(profile, rule="hot", fraction=0.25)
+    if quantize_linear is not None:  # which is done while a model loads
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            stored = experts_in(quantize, None, quantize_linear)
+            base = load_model(folder, device="cpu", dtype=dtype, quantization_config=stored)
+    elif quantize is not None:
+        quantize_experts(base, quantize, plan.experts if keep_hot else None)
+    add_fused_lm_head(base)
+    model = get_peft_model(base, HotLoraConfig(plan=plan, r=r)).train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(checkpoint_kwargs())
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer_of(optim)(trained, lr=1e-3)
+
+    def step():
+        for _ in range(gradient_accumulation_steps):
+            with autocast("cpu", getattr(torch, dtype)):
+                loss = model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False).loss
+            loss.backward()
+            del loss
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    gc.collect()
+    state = [t for values in optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor)]
+    tensors = (*model.parameters(), *model.buffers(), *state, *stored_beside(model))
+    resting = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(resting.values()) + _peak_allocated(step), float(profile.coverage(fraction=0.25).mean())
+
+
+def stored_beside(model):
+    """What bitsandbytes' layers hold that is neither parameter nor buffer: scales."""
+    for module in model.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+        if (state := getattr(module, "state", None)) is not None and "bitsandbytes" in type(module).__module__:
+            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+
+
+def optimizer_of(name):
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    return {"adamw_torch_fused": functools.partial(torch.optim.AdamW, fused=True), "sgd": torch.optim.SGD}[name]
 
 
 def _tensors(values):

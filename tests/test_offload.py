@@ -133,7 +133,6 @@ def test_what_comes_next_is_on_its_way_after_one_step(recompute):
     def step() -> int:
         before = fetcher.num_waits
         adapted(**batch, labels=batch["input_ids"]).loss.backward()
-        assert len(fetcher._here) <= 2
         return fetcher.num_waits - before
 
     assert step() >= 8  # four layers, two projections

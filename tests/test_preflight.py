@@ -23,7 +23,8 @@ def needed(config=SMALL, **options) -> int:
     """Of nano, by the estimate."""
     found = estimate(
         "nano", batch_size=config.batch_size, max_length=config.max_length, r=config.r, device="cpu",
-        gradient_checkpointing=config.gradient_checkpointing, **{"fraction": 0.25, **options},
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, **{"fraction": 0.25, **options},
     )  # fmt: skip
     return found["memory"]["total"]
 
@@ -38,7 +39,7 @@ def test_one_line_where_it_fits():
     found = check(free=10**10)
     assert found.fits and not found.remedies and found.needed == needed()
     assert (
-        str(found) == f"memory: a step of 8 × 128 tokens needs about {needed() / 1e9:.1f} GB; 10.0 GB are free on cpu"
+        str(found) == f"memory: a step of 8 × 128 tokens needs about {needed() / 1e6:.0f} MB; 10.0 GB are free on cpu"
     )
 
 
@@ -79,9 +80,10 @@ def test_the_largest_batch_that_fits_is_advised(batch, steps, checkpointing):
     )
     sizes = [size for size in range(1, batch) if batch * steps % size == 0]
     for size in sizes[2:4]:
-        memory = needed(module.replace(config, batch_size=size))
+        more = batch * steps // size
+        memory = needed(module.replace(config, batch_size=size, gradient_accumulation_steps=more))
         found = check(config=config, free=round(1.01 * memory / ROOM))
-        advised = f"--batch-size {size} --gradient-accumulation-steps {batch * steps // size}"
+        advised = f"--batch-size {size} --gradient-accumulation-steps {more}"
         assert dict(found.remedies)[advised] == pytest.approx(memory, rel=0.01)
 
 
@@ -147,7 +149,7 @@ def test_a_family_that_cannot_be_estimated_stops_nothing(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise AttributeError("this one is odd\nin two lines")
 
-    monkeypatch.setattr(module.scale, "work", fails)
+    monkeypatch.setattr(module, "step_of", fails)
     found = check(model=tmp_path)
     assert str(found) == "memory: whether it fits is not known (this one is odd)" and not found.is_hopeless
 
@@ -181,7 +183,7 @@ def test_the_command_says_it_before_it_trains(tmp_path):
 
 
 def test_the_command_stops_where_it_cannot_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_device", lambda name: (torch.device("cuda:0"), 10**6))
+    monkeypatch.setattr(module, "device_and_free", lambda name: (torch.device("cuda:0"), 10**6))
     result = train(tmp_path)
     assert result.exit_code != 0 and "--no-preflight" in str(result.exception or result.output)
     assert not (tmp_path / "run").exists()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..base.errors import FileError, HotLoraError
 from ..hf.models import moe_layers, unwrap
 
+_ALIGNED = 256  # bytes, as torch's allocators place tensors for kernels
 _log = logging.getLogger(__name__)
 
 
@@ -106,53 +107,80 @@ class DenseExperts(nn.Module):
         return self.weight[number]
 
 
+class _Slot:
+    """Memory of the device that holds one holder's tensors after the other's."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.holder: OffloadedExperts | None = None
+        self.tensors: list[Tensor] = []
+        self.arrived: Any = None
+        self.used: Any = None
+        """Events of a GPU: what is in it has come, and has been used."""
+
+    def fill(self, holder: "OffloadedExperts") -> None:
+        self.holder, self.tensors, start = holder, [], 0
+        for tensor in holder.on_host:
+            there = self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            self.tensors.append(there.copy_(tensor, non_blocking=True))
+            start += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+
+
 class Fetcher:
-    """Brings tensors from the host to one device, one request ahead.
+    """Brings tensors from the host to one device, one request ahead, into two slots by turns: what is computed with,
+    and what is on its way. The host never waits, and the device has no more than the slots.
 
     What comes next is what came next the last time after the same four requests: forward, backward and recomputation
-    each go through the layers in an order of their own. Two are on the device at a time: what is computed with, and
-    what is on its way.
+    each go through the layers in an order of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.num_bytes = device, 0
+        """num_bytes: of the largest holder"""
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._slots: list[_Slot] = []
         self._last: deque[Any] = deque(maxlen=4)
         self._next: dict[tuple[Any, ...], Any] = {}
-        self._here: dict[Any, tuple[list[Tensor], Any]] = {}
         self.num_waits = 0
         """Requests that no earlier one had foreseen."""
 
+    def add(self, holder: "OffloadedExperts") -> None:
+        size = sum(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in holder.on_host)
+        self.num_bytes = max(self.num_bytes, size)
+
     def get(self, holder: "OffloadedExperts") -> list[Tensor]:
-        """The holder's tensors on the device; the next holder's are on their way."""
-        if holder not in self._here:
+        """The holder's tensors on the device, until the next holder's are asked for; those are on their way."""
+        if not self._slots:
+            self._slots = [_Slot(self.num_bytes, self.device) for _ in range(2)]
+        used, other = self._slots
+        if used.holder is holder:  # again, of a CPU for each expert
+            return used.tensors
+        compute = torch.cuda.current_stream(self.device) if self.stream else None
+        if compute is not None:
+            used.used = compute.record_event()
+        if other.holder is not holder:
             self.num_waits += 1
-            self._start(holder)
-        tensors, arrived = self._here[holder]
-        if arrived is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(arrived)
-            for tensor in tensors:  # the allocator is not to give its memory away before this stream is done with it
-                tensor.record_stream(here)
-        if self._last and self._last[-1] is holder:  # again, of a CPU for each expert
-            return tensors
+            self._fill(other, holder)
+        if compute is not None:
+            compute.wait_event(other.arrived)
+        self._slots = [other, used]
         if len(self._last) == 4:
             self._next[tuple(self._last)] = holder
         self._last.append(holder)
         following = self._next.get(tuple(self._last))
-        self._here = {key: there for key, there in self._here.items() if key in (holder, following)}
-        if following is not None and following not in self._here:
-            self._start(following)
-        return tensors
+        if following is not None and following is not used.holder:
+            self._fill(used, following)
+        return other.tensors
 
-    def _start(self, holder: "OffloadedExperts") -> None:
+    def _fill(self, slot: _Slot, holder: "OffloadedExperts") -> None:
         if self.stream is None:
-            self._here[holder] = ([tensor.to(self.device) for tensor in holder.on_host], None)
-            return
+            return slot.fill(holder)
         with torch.cuda.stream(self.stream):
-            tensors = [tensor.to(self.device, non_blocking=True) for tensor in holder.on_host]
-            arrived = self.stream.record_event()
-        self._here[holder] = (tensors, arrived)
+            if slot.used is not None:
+                self.stream.wait_event(slot.used)
+            slot.fill(holder)
+            slot.arrived = self.stream.record_event()
 
 
 class OffloadedExperts(nn.Module):
@@ -174,6 +202,7 @@ class OffloadedExperts(nn.Module):
         self._rows: list[Tensor] = []
         """of what is stored: those on the host, and those on the device"""
         self._on_device: list[Tensor] = []
+        fetcher.add(self)
         for name in holder.stored:
             setattr(holder, name, getattr(holder, name)[:0].clone())
 

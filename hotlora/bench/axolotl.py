@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.errors import ModelError
-from ..cost.estimate import autocast
+from ..cost.activations import autocast
 from ..hf.models import moe_layers, unwrap
 
 _TOKENS = 16  # of the forward that shows whose code runs; a multiple of 16, as the bench's, or Triton compiles twice

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.errors import ModelError
-from ..cost.estimate import autocast
+from ..cost.activations import autocast
 from ..hf.models import moe_layers
 
 _ON_CPU = "UNSLOTH_ALLOW_CPU"  # Unsloth's own switch

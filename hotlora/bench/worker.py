@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..base.precision import is_fast_on_cpu
-from ..cost.estimate import SavedBytes, autocast, sized_config, torch_dtype
+from ..cost.activations import SavedBytes, autocast
+from ..cost.estimate import sized_config, torch_dtype
 from ..hf.internals import internal
 from ..hf.models import attention_modules, moe_layers
 from ..routing.plan import ExpertPlan

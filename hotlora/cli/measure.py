@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,14 @@ from .options import AsJson, err, number_list, of, options_of, out
 
 _COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared", "share_a")
 _NOT_LORA = {"full", "use_dora", "train_full_experts"}
-_ESTIMATED = ("batch_size", "max_length", "quantize", "keep_hot", "gradient_checkpointing")
+_OF_STEP = ("batch_size", "max_length")
+_STORED = (
+    "quantize", "keep_hot", "quantize_linear", "offload", "offload_folder", "optim", "gradient_checkpointing",
+    "gradient_accumulation_steps",
+)  # fmt: skip
 
 
-@options_of(RunOptions, only=(*_COUNTED, *_ESTIMATED), aliases=ALIASES)
+@options_of(RunOptions, only=(*_COUNTED, *_OF_STEP, *_STORED, "fit"), aliases=ALIASES)
 def params(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's config.json, its folder, or nano.")],
     fraction: of(  # type: ignore[valid-type]
@@ -59,13 +64,19 @@ def params(
             rich_help_panel="Estimate", help="What the machine gets through, in 10^12 FLOP/s: `hotlora bench` has it."
         ),
     ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Estimate", help="RAM that --fit may offload to, as 64GB (default: what is free here)."
+        ),
+    ] = None,
     as_json: AsJson = False,
     **given: Any,
 ) -> None:
     """Count what would be trained, from a model's config.json alone; no weights are read.
 
     Beside them the adapter's own FLOPs; with --estimate also the memory of a training step by kind, its FLOPs, and its
-    time at a given rate.
+    time at a given rate; with --fit what `hotlora train --fit` would choose.
     """
     from ..adapter.count import parameters_from_config
     from ..adapter.formats.room import places
@@ -82,18 +93,21 @@ def params(
         counts["adapter_flops"] = _adapter_flops(model, {**options, **named}, counts, coverage)
         rooms = places(model, given.get("r", RunOptions.r), share_a=given.get("share_a", False))
         counts["server_bytes"] = {format: room.place_bytes for format, room in rooms.items()}
-    if estimate and named:
-        raise HotLoraError("--estimate knows LoRA only: leave out --method and --placement, and give the budget.")
-    if estimate:
+    fit = given.pop("fit", None)
+    if (estimate or fit) and named:
+        told = "--estimate" if estimate else "--fit"
+        raise HotLoraError(f"{told} knows LoRA only: leave out --method and --placement, and give the budget.")
+    if host is not None and fit is None:
+        raise HotLoraError("--host is for --fit: give --fit, too.")
+    sizes = {"batch_size": RunOptions.batch_size, "max_length": RunOptions.max_length, **options, **given}
+    if fit is not None:
+        found = _fitted(model, {"fit": fit, "device": device, "dtype": dtype, **sizes}, given, host)
+        counts["fit"] = {"chosen": dict(found.chosen), "memory": dict(found.memory), "told": list(found.lines)}
+        sizes |= found.chosen
+    if estimate or fit:
         from ..cost.estimate import estimate as estimate_step
 
         rate = None if tflops is None else tflops * 1e12
-        sizes = {
-            "batch_size": RunOptions.batch_size,
-            "max_length": RunOptions.max_length,
-            "fraction": fraction,
-            **given,
-        }
         counts["estimate"] = estimate_step(
             model, coverage=coverage, dtype=dtype, device=device, flops_per_second=rate, **sizes
         )
@@ -118,22 +132,37 @@ def params(
         out.print(f"{told}{share}")
         servers = [f"{name} {human_bytes(room.place_bytes)} ({room.option})" for name, room in rooms.items()]
         out.print(f"Served, each adapter takes in {next(iter(rooms.values())).dtype}: {', '.join(servers)}")
-    if estimate:
+    for line in counts.get("fit", {}).get("told", ()):
+        out.print(line)
+    if "estimate" in counts:
         found = counts["estimate"]
         step = f"{sizes['batch_size']} × {sizes['max_length']:,} tokens"
         title = f"A step of {step} on {found['device']}, in {found['dtype']}"
         table = Table(title=title, min_width=len(title))
         table.add_column("memory")
         table.add_column("takes", justify="right")
+        words = {"staging": "on its way", "host": "in RAM beside it", "disk": "mapped from disk beside it"}
         for kind, size in found["memory"].items():
             if kind == "total":
                 table.add_section()
-            table.add_row(kind, human_bytes(size))
+            if size or kind not in words:
+                table.add_row(words.get(kind, kind), human_bytes(size))
         out.print(table)
         out.print(f"{human_flops(found['flops']['step'])} a step; adapted experts take {found['coverage']:.0%}")
         if "time" in found:
             time = found["time"]
             out.print(f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s")
+
+
+def _fitted(model: str, options: dict[str, Any], given: Collection[str], host: str | None) -> Any:
+    """What `--fit` chooses; with no budget, for all experts."""
+    from ..base.sizes import parse_size
+    from ..cost.fit import fit
+
+    budget = options.get("fraction") is not None or options.get("experts_per_layer") is not None
+    run = RunOptions(model=model, data="", rule="hot" if budget else "all", **options)
+    elsewhere = None if options["fit"] == "auto" else options["device"]
+    return fit(run, given, host=None if host is None else parse_size("host", host), device=elsewhere)
 
 
 def _adapter_flops(

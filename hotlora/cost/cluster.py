@@ -14,9 +14,8 @@ Every GPU has a batch of its own, so that the tokens of a step grow with the GPU
 """
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,13 @@ from typing import Any
 import torch
 
 from ..base.errors import HotLoraError
-from ..hf.experts_view import ExpertsView
-from ..hf.models import moe_layers, num_experts_per_tok, unwrap
-from .estimate import estimate, meta_model, sized_config, torch_dtype
-from .flops import expert_adapter_flops
+from .estimate import split, step_of
+from .memory import Step, Storage, expert_bytes
+from .memory import memory as step_memory
 
 LAYOUTS = ("ddp", "fsdp", "ep", "ep-wide", "sharded")
 NODE = 8
 """GPUs of a node."""
-_LAYER = re.compile(r"(.*\.layers\.\d+)\.")
 _ADAM_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes all but the gradient, float32
 _DRAWS = 2000
 
@@ -98,18 +95,26 @@ class Work:
     """Weights of the LM head, which stay gathered from forward to backward."""
     trainable: int
     """Parameters that train."""
-    casts: int
-    """The experts' factors in the base's dtype."""
     activations: int
     expert_row: int
     """What the experts of a layer keep, a token."""
     live_layers: int
     """MoE layers whose experts' activations are there at the peak: one under gradient checkpointing, else all."""
     workspace: int
+    """Where all gradients are there throughout."""
     passes: int
     """Times a weight is read in a step: forward, backward, and again under gradient checkpointing."""
     expert_flops: float
     other_flops: float
+    optimizer: int | None = None
+    """Bytes of its state; None: AdamW in float32."""
+    late: int = 0
+    """Of gradients, what is not there yet at one GPU's peak."""
+    staging: int = 0
+    """Offloaded experts on their way."""
+    host: int = 0
+    """In RAM beside the GPU."""
+    disk: int = 0
 
     @property
     def weights(self) -> int:
@@ -120,9 +125,7 @@ class Work:
         return self.expert_flops + self.other_flops
 
 
-def work(
-    config: str | Path, *, r: int = 32, gradient_checkpointing: bool = True, layers: int | None = None, **options: Any
-) -> Work:
+def work(config: str | Path, *, gradient_checkpointing: bool = True, **options: Any) -> Work:
     """What `estimate` says of one GPU, taken apart for `memory`, `traffic` and `seconds`.
 
     Args:
@@ -131,40 +134,31 @@ def work(
     Raises:
         As `estimate`.
     """
-    found = estimate(config, r=r, gradient_checkpointing=gradient_checkpointing, layers=layers, **options)
-    cut = sized_config(config, layers)
-    meta, compute = meta_model(cut), torch_dtype(found["dtype"], cut)
-    found_layers = moe_layers(meta)
-    modules = [unwrap(meta.get_submodule(layer.experts)) for layer in found_layers]
-    of_experts = {id(p) for module in modules for p in module.parameters()}
-    dense = sum(p.numel() for p in meta.parameters() if id(p) not in of_experts) * compute.itemsize
-    # Quantized experts are smaller than their layer's parameters say.
-    scale = (found["memory"]["weights"] - dense) / sum(p.numel() for m in modules for p in m.parameters())
-    largest: dict[str, list[float]] = {}
-    for name, parameter in meta.named_parameters():
-        if match := _LAYER.match(name):
-            sizes = largest.setdefault(match[1], [0.0, 0.0])
-            sizes[id(parameter) not in of_experts] += parameter.numel()
-    memory, flops, tokens = found["memory"], found["flops"], found["tokens"]
-    adapter = expert_adapter_flops(meta, r, {layer.layer: found["coverage"] for layer in found_layers})
-    experts = 2 * flops["forward_per_token"]["experts"] + 3 * adapter
-    total = flops["step"] / tokens
-    if gradient_checkpointing:
-        experts += flops["forward_per_token"]["experts"] + adapter
-        total += sum(flops["forward_per_token"].values()) + flops["adapter_per_token"]
-    by_layer = largest.values()
+    storage, options = split({"gradient_checkpointing": gradient_checkpointing, **options})
+    return work_of(step_of(config, **options), storage)
+
+
+def work_of(step: Step, storage: Storage) -> Work:
+    """The same of a step that is known."""
+    found, recomputes = step_memory(step, storage), storage.gradient_checkpointing
+    workspace = step_memory(step, replace(storage, gradient_accumulation_steps=2))["workspace"]
+    here, _ = expert_bytes(step, storage)
+    # Quantized experts are smaller than their layer's weights say.
+    per_expert_weight = here / step.expert_weights
+    per_token = step.forward["experts"]
+    experts = 2 * per_token + 3 * step.expert_adapter + recomputes * (per_token + step.expert_adapter)
+    flops = step.flops + recomputes * step.recomputed
     return Work(
-        tokens=tokens, num_experts=found_layers[0].num_experts, top_k=num_experts_per_tok(meta),
-        moe_layers=len(found_layers), row=ExpertsView(modules[0]).widths[0] * compute.itemsize,
-        experts=memory["weights"] - dense, dense=dense,
-        largest_layer=round(max(scale * e + compute.itemsize * d for e, d in by_layer)),
-        largest_dense=round(max(compute.itemsize * d for _, d in by_layer)),
-        head=meta.get_output_embeddings().weight.numel() * compute.itemsize,
-        trainable=found["trainable"], casts=memory["adapter"] - 4 * found["trainable"],
-        activations=memory["activations"], expert_row=found["expert_bytes_per_token_layer"],
-        live_layers=1 if gradient_checkpointing else len(found_layers), workspace=memory["workspace"],
-        passes=3 if gradient_checkpointing else 2, expert_flops=experts * tokens,
-        other_flops=(total - experts) * tokens,
+        tokens=step.tokens, num_experts=step.num_experts, top_k=step.top_k, moe_layers=len(step.experts),
+        row=step.expert_widths[0] * step.itemsize, experts=round(here), dense=found["weights"] - round(here),
+        largest_layer=round(max(per_expert_weight * e + step.itemsize * d for e, d in step.blocks)),
+        largest_dense=max(step.itemsize * d for _, d in step.blocks), head=step.head * step.itemsize,
+        trainable=step.trainable, activations=found["activations"],
+        expert_row=round(step.expert_row), live_layers=1 if recomputes else len(step.experts),
+        workspace=workspace, late=workspace - found["workspace"], passes=3 if recomputes else 2,
+        expert_flops=experts * step.tokens, other_flops=flops - experts * step.tokens, optimizer=found["optimizer"],
+        staging=found["staging"],
+        host=found["host"], disk=found["disk"],
     )  # fmt: skip
 
 
@@ -192,9 +186,9 @@ def imbalance(num_experts: int, parts: int, cv: float = 1.0) -> float:
 
 def memory(work: Work, gpus: int, layout: str, cv: float = 1.0) -> dict[str, float]:
     """Bytes on the fullest GPU, by kind, and in all. `gathered`: of other GPUs' weights, the layer that computes and
-    the one after it."""
+    the one after it. Beside the total `host` and `disk`, as `memory.memory` has them."""
     _check(gpus, layout)
-    weights, gathered, extra, casts = float(work.weights), 0.0, 0.0, float(work.casts)
+    weights, gathered, extra = float(work.weights), 0.0, 0.0
     state = work.trainable * (1 / gpus if layout == "sharded" else 1.0)
     if gpus > 1 and layout in ("fsdp", "sharded"):
         weights, gathered = work.weights / gpus, 2.0 * work.largest_layer + work.head
@@ -204,7 +198,6 @@ def memory(work: Work, gpus: int, layout: str, cv: float = 1.0) -> dict[str, flo
         weights, gathered = work.weights / gpus, 2.0 * work.largest_dense + work.head
         if same > 1:
             gathered += 2 * (work.experts / work.moe_layers) / parts
-        casts /= parts
         if parts > 1:
             # Rows that come from elsewhere are kept as they arrive and as they leave; the busiest has most of them.
             received = busiest * (work.expert_row + 2 * work.top_k * work.row) - work.expert_row
@@ -212,14 +205,15 @@ def memory(work: Work, gpus: int, layout: str, cv: float = 1.0) -> dict[str, flo
     kinds = {
         "weights": weights,
         "gathered": gathered,
-        "adapter": 4 * state + casts,
+        "staging": float(work.staging),
+        "adapter": 4 * state,
         # Torch's DDP holds what it sums in buckets of its own.
         "gradients": 4 * state * (2 if gpus > 1 and layout == "ddp" else 1),
-        "optimizer": 8 * state,
+        "optimizer": 8 * state if work.optimizer is None else work.optimizer * state / work.trainable,
         "activations": work.activations + extra,
-        "workspace": float(work.workspace),
+        "workspace": float(work.workspace - (work.late if gpus == 1 else 0)),
     }
-    return kinds | {"total": sum(kinds.values())}
+    return kinds | {"total": sum(kinds.values()), "host": float(work.host), "disk": float(work.disk)}
 
 
 def traffic(work: Work, gpus: int, layout: str) -> dict[str, float]:

@@ -77,6 +77,7 @@ class TrainKeywords(TypedDict, total=False):
     test_limit: int | None
     evaluate: bool
     eval_batch_size: int
+    fit: str | None
     push_to_hub: str | None
     hub_private_repo: bool
     profile: str | Path | None

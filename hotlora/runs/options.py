@@ -7,6 +7,7 @@ from typing import Any
 
 from ..base.errors import DataError, HotLoraError, PlanError
 from ..base.options import Options, option
+from ..base.sizes import parse_size
 from ..routing.selection import UNTIL, Selection
 from ..training.config import TrainConfig
 
@@ -46,7 +47,7 @@ class LoadOptions(Options):
     )
     offload: str = option(
         "Keep experts out of the device's memory: cold (those that are not adapted), all, or none. For a GPU they wait "
-        "in RAM; a CPU reads them from a file.", "none", resume=None,
+        "in RAM; a CPU reads them from a file.", "none", resume="free",
     )  # fmt: skip
     offload_folder: str | Path | None = option(
         "Keep them in a file there, as large as they are, and gone at the end (default: RAM for a GPU, the working "
@@ -119,6 +120,10 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     evaluate: bool = option("Score a task after training.", True)
     eval_batch_size: int = option("Examples that are scored at a time.", 64, resume=None)
     condition: str | None = option("The record's name for it (default: the rule).", None, cli=False, resume=None)
+    fit: str | None = option(
+        "Choose --quantize, --offload, --batch-size and --gradient-checkpointing so that a step fits into so much of "
+        "the device's memory: 24GB, 22GiB, or auto (what is free). What is given beside it stays.", None, resume="free",
+    )  # fmt: skip
     full: bool = option("Train all of the model's weights, in float32 unless dtype says otherwise.", False, cli=False)
 
     push_to_hub: str | None = option(
@@ -168,6 +173,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
                 raise DataError(f"{name} = {share} is out of range: it must be in (0, 1].")
         if self.test_split is not None and not 0 < self.test_split < 1:
             raise DataError(f"test_split = {self.test_split} is out of range: it must be a share between 0 and 1.")
+        if self.fit not in (None, "auto"):
+            parse_size("fit", str(self.fit))
         if self.test_split is not None and self.test_data is not None:
             raise DataError("test_data is held out already: leave test_split out.")
         if self.load_best and self.reprofile_every is not None:

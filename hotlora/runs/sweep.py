@@ -38,7 +38,7 @@ _DEFAULT = TrainConfig()
 _FIELDS = dataclasses.asdict(_DEFAULT)
 _OPTIONS = {
     *inspect.signature(resolve).parameters, *(field.name for field in dataclasses.fields(RunOptions)), *SAMPLING
-} - {"given", "seed", "push_to_hub", "hub_private_repo"}  # fmt: skip
+} - {"given", "seed", "fit", "push_to_hub", "hub_private_repo"}  # fmt: skip
 # What a profile depends on, besides the training examples.
 _PROFILE = ("model", "data", "limit", "profile_fraction", "dtype", "device", "quantize", "max_length")
 

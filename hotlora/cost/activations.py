@@ -1,0 +1,160 @@
+"""What autograd keeps for the backward pass of a training step, in bytes, before a model is loaded.
+
+It is not guessed by a formula, which would go stale with the code: the model is run without weights, with its routed
+experts left out; and one layer's experts are run for real, on a few tokens and two experts.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..adapter.config import HotLoraConfig
+from ..adapter.experts import HotLoraExperts
+from ..base.quiet import quiet
+from ..hf.experts_view import ExpertsView
+from ..hf.internals import internal
+from ..hf.models import auto_class, moe_layers, num_experts_per_tok, unwrap
+
+_PROBED = (64, 192)  # tokens
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for the backward pass of what is run inside. Each storage counts once, in whole;
+    those of the model's weights, and of `others`, do not."""
+
+    def __init__(self, model: nn.Module, *others: Tensor) -> None:
+        self.total = 0
+        tensors = (*model.parameters(), *model.buffers(), *others)
+        # Held as long as this is: where one is freed before, another could get its address and would not be counted.
+        self._seen = {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.total += storage.nbytes()
+        return tensor
+
+
+def autocast(device_type: str, dtype: torch.dtype) -> torch.autocast:
+    """As `train` has it: in half precision the adapters, which are float32, are computed in the base's dtype."""
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def expert_row_bytes(
+    model: PreTrainedModel, lora: HotLoraConfig, coverage: float, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Bytes a token that one layer's experts keep, by running two of them: one adapted, which gets `coverage` of the
+    assignments, and one not. What is kept whatever the tokens is not in it, nor are the layer's inputs."""
+    experts, top_k = unwrap(model.get_submodule(moe_layers(model)[0].experts)), num_experts_per_tok(model)
+    two = _two_experts(experts, dtype, device)
+    bound = copy.copy(lora)
+    bound._expert_ids = {"two": (0,)}
+    layer = HotLoraExperts(two, "default", bound, r=lora.r, lora_alpha=lora.lora_alpha, target_name="two").train()
+    totals = []
+    for tokens in _PROBED:
+        hidden_TD = torch.zeros(tokens, ExpertsView(experts).widths[0], dtype=dtype, device=device, requires_grad=True)
+        weights_TK = torch.full((tokens, top_k), 1 / top_k, dtype=dtype, device=device, requires_grad=True)
+        index_S = torch.ones(tokens * top_k, dtype=torch.int64, device=device)
+        index_S[: round(coverage * tokens * top_k)] = 0
+        with autocast(device.type, dtype), SavedBytes(layer, hidden_TD, weights_TK) as saved:
+            layer(hidden_TD, index_S.view(tokens, top_k), weights_TK)
+        totals.append(saved.total)
+    return (totals[1] - totals[0]) / (_PROBED[1] - _PROBED[0])
+
+
+def _two_experts(experts: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    two = copy.deepcopy(experts)  # without weights: the model is on the meta device
+    for name, p in experts.named_parameters(recurse=False):
+        weights = torch.zeros(2, *p.shape[1:], dtype=dtype, device=device)
+        setattr(two, name, nn.Parameter(weights, requires_grad=False))
+    two.num_experts = 2
+    return two
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The adapted decoder without its routed experts."""
+
+    kept: int
+    """Bytes that it keeps, and the loss."""
+    trained: tuple[tuple[int, ...], ...]
+    """Shapes of all parameters that train, those of the routed experts too."""
+
+
+def rest_of_step(
+    config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype
+) -> Rest:
+    """What all but the routed experts keep, by running the adapted decoder on tensors that have shapes only."""
+    with torch.device("meta"), quiet():
+        base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        model = get_peft_model(base, lora).train()
+    with FakeTensorMode(), quiet():
+        _on_cpu(model)
+        ids = torch.zeros(batch_size, length, dtype=torch.int64)
+        with _without_experts(model), _unpacked(), autocast("cpu", dtype), SavedBytes(model) as saved:
+            base.get_decoder()(input_ids=ids, use_cache=False)
+    last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
+    shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+    return Rest(saved.total + last, shapes)
+
+
+def _on_cpu(model: nn.Module) -> None:
+    """From the meta device to tensors that say they are on the CPU, where attention takes its fused kernels."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            new = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(new, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+class _Inputs(torch.autograd.Function):
+    """In the place of routed experts: keeps their inputs, and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(hidden_TD, top_k_weights)
+        return torch.empty_like(hidden_TD)
+
+
+@contextmanager
+def _without_experts(model: nn.Module) -> Iterator[None]:
+    modules: list[Any] = [model.get_submodule(layer.experts) for layer in moe_layers(model)]
+    for module in modules:
+        module.forward = _Inputs.apply
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """transformers asks the values of position_ids whether sequences are packed, and without values builds a mask, at
+    the size of length x length, which a real step has not."""
+    from transformers import masking_utils
+
+    asked = internal("transformers.masking_utils:find_packed_sequence_indices")
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked

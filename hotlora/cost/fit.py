@@ -1,0 +1,190 @@
+"""`--fit`: the options with which a training step fits into a given memory, at the least cost in time."""
+
+import importlib.util
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..base.errors import HotLoraError
+from ..base.processes import num_processes
+from ..base.sizes import parse_size, size_words
+from ..runs.options import RunOptions
+from .cards import PCIE_5, TYPICAL, card_named, host_link
+from .cluster import Machine
+from .estimate import device_of
+from .memory import memory, transfer_bytes
+from .preflight import (
+    ROOM,
+    config_file,
+    device_and_free,
+    experts_of,
+    free_host_memory,
+    layout,
+    step_by,
+    unknown_to_estimate,
+)
+from .setups import LEVERS, Setup, Setups, first_of_each_kind, flag
+
+AUTO = "auto"
+_HOST_LEFT = 4e9
+"""Bytes of RAM that are left to the process itself and the system."""
+_ADVISED = 4
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was chosen, and why."""
+
+    options: RunOptions
+    """The run's, with what was chosen."""
+    chosen: Mapping[str, Any]
+    """Options that were changed."""
+    memory: Mapping[str, float]
+    """Of a step then, as `cluster.memory` has it."""
+    lines: tuple[str, ...]
+    """What there is to say, a line each."""
+
+
+def fit(options: RunOptions, given: Collection[str], *, host: int | None = None, device: str | None = None) -> Fitted:
+    """The cheapest way in which a step of the run fits into `options.fit`.
+
+    Among ways that do, the one with the least foreseen time is taken, and one that rounds the frozen experts only where
+    it saves a third of the time (8 bits) or half of it (4 bits). The examples of an optimizer step stay as many.
+
+    Args:
+        options: with `fit`: a size, or "auto" for what is free on the device.
+        given: names of options that the user has set; they are left alone.
+        host: bytes of RAM; None: what is free here.
+        device: cuda or cpu, where it need not be here; None: the run's own.
+
+    Raises:
+        HotLoraError: nothing fits (what the least is, and what else there is to change); a run that the estimate does
+            not know; a size that is none.
+    """
+    assert options.fit is not None
+    if reason := unknown_to_estimate(options):
+        raise HotLoraError(f"fit goes by the estimate, which does not know {reason}: leave fit out.")
+    if options.fit == AUTO or device is None:
+        where, free = device_and_free(options.device if device is None else device)
+    if options.fit != AUTO:
+        free = parse_size("fit", options.fit)
+    if device is not None:
+        where = device_of(device)
+    path, way = config_file(options.model), layout(options.expert_parallel)
+    by = step_by(options, path, where, experts_of(options))
+    setups = Setups(options, by, num_processes(), way, _fixed(given), _card(where))
+    room = ROOM * free
+    ram = max(0.0, (free_host_memory() if host is None else host) - _HOST_LEFT)
+    found = choose(setups, room, ram)
+    counted = f"{size_words(free)} on {where}, of which {ROOM:.0%} are counted on"
+    if found is None:
+        raise HotLoraError(_nothing_fits(setups, room, ram, counted))
+    lines = (f"fit: {counted}: {size_words(room)}", *_told(setups, found))
+    return Fitted(replace(options, **found.changes), found.changes, found.memory, lines)
+
+
+def choose(setups: Setups, room: float, ram: float) -> Setup | None:
+    """The cheapest way that takes at most so many bytes of the device and of RAM; None: there is none."""
+    return next((way for way in setups.chosen_from if way.total <= room and way.host <= ram), None)
+
+
+def _card(where: torch.device) -> Machine:
+    is_here = where.type == "cuda" and torch.cuda.is_available()
+    return (card_named(torch.cuda.get_device_name(where)) if is_here else None) or TYPICAL
+
+
+def _fixed(given: Collection[str]) -> set[str]:
+    """What is not changed. Without bitsandbytes nothing can be quantized."""
+    missing = set() if importlib.util.find_spec("bitsandbytes") else {"quantize"}
+    return {*given, *missing}
+
+
+def _told(setups: Setups, found: Setup) -> list[str]:
+    own, options = setups.own, setups.options
+    batch = f"{options.batch_size} × {options.max_length:,} tokens"
+    if not found.changes:
+        return [f"fit: nothing to change: a step of {batch} needs about {size_words(own.total)}"]
+    lines = [
+        f"fit: {found.flags}: a step needs about {size_words(found.total)} in place of {size_words(own.total)}",
+        *(f"  {line}" for line in _reasons(setups, found)),
+    ]
+    if not own.step.on_cpu:
+        lines.append(
+            f"  in all an optimizer step takes {found.seconds / own.seconds:.2f} times as long as with room for all, "
+            f"by the cost model ({setups.card.name})"
+        )
+    return lines
+
+
+def _reasons(setups: Setups, found: Setup) -> list[str]:
+    """Each option's gain and cost."""
+    said, own, card = [], setups.own, setups.card
+    changes, step, storage = found.changes, found.step, found.storage
+    if "batch_size" in changes:
+        said.append(
+            f"{_flags(found, 'batch_size', 'gradient_accumulation_steps')}: {step.tokens:,} tokens at a time in place "
+            f"of {own.step.tokens:,}; as many examples an optimizer step"
+        )
+    if "gradient_checkpointing" in changes:
+        kept = _with(found, gradient_checkpointing=False)
+        said.append(
+            f"--gradient-checkpointing: activations take {size_words(found.memory['activations'])} in place of "
+            f"{size_words(kept['activations'])}; each layer is computed again, {step.recomputed / step.flops:.0%} more "
+            "FLOPs a step"
+        )
+    if "quantize" in changes:
+        dense = _with(found, quantize=None)
+        there, here = (m["weights"] + m["host"] + m["disk"] for m in (dense, found.memory))
+        said.append(
+            f"{_flags(found, 'quantize')}: the weights take {size_words(here)} in place of {size_words(there)}; frozen "
+            "experts are rounded, and made dense again for each product"
+        )
+    if "offload" in changes:
+        moved = transfer_bytes(step, storage) * storage.gradient_accumulation_steps
+        away = found.memory["host"] or found.memory["disk"]
+        speed = host_link(card) * card.link_share
+        pcie = "PCIe 5.0" if host_link(card) == PCIE_5 else "PCIe 4.0"
+        where = "in RAM" if found.memory["host"] else "in a file that is mapped"
+        line = f"{_flags(found, 'offload')}: {size_words(away)} of experts wait {where}"
+        if not step.on_cpu:
+            line += (
+                f"; {size_words(moved)} come to the card an optimizer step, {moved / speed:.2g} s at {speed / 1e9:.0f} "
+                f"GB/s ({pcie} x16, assumed), while it computes"
+            )
+        said.append(line)
+    return said
+
+
+def _with(found: Setup, **changes: Any) -> Mapping[str, float]:
+    return memory(found.step, replace(found.storage, **changes))
+
+
+def _flags(found: Setup, *names: str) -> str:
+    return " ".join(flag(name, found.changes[name]) for name in names)
+
+
+def _nothing_fits(setups: Setups, room: float, ram: float, counted: str) -> str:
+    """One sentence for the least that it takes, one for what there is to change."""
+    ways = setups.chosen_from
+    within = [way for way in ways if way.host <= ram]
+    least = min(within, key=lambda way: way.total) if within else min(ways, key=lambda way: way.host)
+    how = f", with {least.flags}" if least.changes else ""
+    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}."
+    advice = []
+    if with_ram := [way for way in ways if way.total <= room]:  # there is too little RAM for these
+        one = min(with_ram, key=lambda way: way.host)
+        advice.append(f"{size_words(one.host + _HOST_LEFT)} of RAM with {one.flags} ({size_words(one.total)})")
+    fits = first_of_each_kind(setups.beyond(least), lambda way: way.total <= room and way.host <= ram, _ADVISED)
+    advice += [f"{' '.join(_beyond(way, least))} ({size_words(way.total)})" for way in fits]
+    fixed = ", ".join(f"--{name.replace('_', '-')}" for name in LEVERS if name in setups.given)
+    freed = f" Or leave {fixed} to --fit." if fixed else ""
+    if advice:
+        return f"{told} Each of these besides would do: {'; '.join(advice)}.{freed}"
+    larger = size_words(least.total / ROOM)
+    return f"{told} Take a device with {larger}, a smaller --max-length or --r, or a smaller model.{freed}"
+
+
+def _beyond(way: Setup, base: Setup) -> list[str]:
+    return [flag(name, value) for name, value in way.changes.items() if base.changes.get(name) != value]

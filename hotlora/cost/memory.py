@@ -1,0 +1,284 @@
+"""Bytes of a training step, from the sizes of its parts and from how they are stored. Arithmetic alone.
+
+Shape suffixes as in `layer.function`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..base.errors import HotLoraError
+
+LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
+_LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
+_SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
+_DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
+
+OFFLOADS = ("none", "cold", "all")
+_FLOAT32_STATE = {
+    "adamw_torch": 2, "adamw_torch_fused": 2, "ademamix": 3, "sgd": 0, "adagrad": 1, "rmsprop": 1, "rmsprop_bnb": 1,
+    "rmsprop_bnb_32bit": 1, "lion_32bit": 1, "paged_adamw_32bit": 2, "paged_ademamix_32bit": 3, "paged_lion_32bit": 1,
+}  # fmt: skip
+_BYTE_STATE = {
+    "adamw_8bit": 2, "adamw_bnb_8bit": 2, "ademamix_8bit": 3, "lion_8bit": 1, "rmsprop_bnb_8bit": 1,
+    "paged_adamw_8bit": 2, "paged_ademamix_8bit": 3, "paged_lion_8bit": 1,
+}  # fmt: skip
+"""optimizer, by transformers' name -> numbers that it keeps for a weight: in float32, and in bitsandbytes' 8 bits."""
+_BYTE_BLOCK, _BYTE_FROM = 256, 4096  # weights with a float32 scale of their own; smaller tensors stay in float32
+_PAGED_FROM = 1e5  # weights; the state of smaller tensors stays on the card
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One layer's routed experts: how many weights each of their projections has."""
+
+    num_experts: int
+    hot: int
+    """Experts that are adapted."""
+    up: int
+    """Of the projection into them, of all experts."""
+    down: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step is made of, however it is stored. Numbers of weights, where nothing else is said."""
+
+    device: str
+    dtype: str
+    """Of the base, and of what is computed."""
+    itemsize: int
+    """Bytes of a number in it."""
+    tokens: int
+    top_k: int
+    width: int
+    """D"""
+    expert_widths: tuple[int, int, int]
+    """D, F and P of the routed experts."""
+    vocabulary: int
+    experts: tuple[ExpertLayer, ...]
+    packed: float | None
+    """Bytes of a routed expert's weight in a checkpoint that has them in few bits; None: it has them dense."""
+    linear: tuple[int, ...]
+    """Of each nn.Linear that `quantize_linear` stores in few bits."""
+    other: int
+    """All that is left."""
+    head: int
+    blocks: tuple[tuple[int, int], ...]
+    """Of each decoder layer: in routed experts, and beside them."""
+    trained: tuple[tuple[int, ...], ...]
+    """Shapes."""
+    expert_row: float
+    """Bytes that a layer's routed experts keep, a token."""
+    rest: int
+    """Bytes that all else keeps."""
+    coverage: float
+    """Share of assignments to adapted experts."""
+    forward: Mapping[str, float]
+    """FLOPs a token, as `flops.forward_flops` has them."""
+    adapter: float
+    """The same of the adapter; and of its part on routed experts."""
+    expert_adapter: float
+    flops: float
+    """Of a step without recomputation."""
+
+    @property
+    def num_experts(self) -> int:
+        """E"""
+        return self.experts[0].num_experts
+
+    @property
+    def expert_weights(self) -> int:
+        return sum(layer.up + layer.down for layer in self.experts)
+
+    @property
+    def trainable(self) -> int:
+        return sum(map(math.prod, self.trained))
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    def of_tokens(self, tokens: int) -> "Step":
+        """With batches of so many tokens, in sequences of the same length."""
+        factor = tokens / self.tokens
+        return replace(self, tokens=tokens, rest=round(self.rest * factor), flops=self.flops * factor)
+
+    @property
+    def recomputed(self) -> float:
+        """FLOPs that gradient checkpointing adds."""
+        return self.tokens * (sum(self.forward.values()) - self.forward["head"] + self.adapter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How weights, the optimizer's state and activations are stored: options of a run, by their names."""
+
+    quantize: int | None = None
+    """Bits of the routed experts; None: as the checkpoint has them; 0: dense."""
+    keep_hot: bool = False
+    quantize_linear: int | None = None
+    offload: str = "none"
+    offload_folder: object = None
+    """Where it is given, offloaded experts are on disk, also those of a GPU."""
+    optim: str = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("quantize", "quantize_linear"):
+            if (bits := getattr(self, name)) not in (None, 0, 4, 8):
+                raise HotLoraError(f"{name} is {bits}: it must be 4 or 8 bits.")
+        if self.offload not in OFFLOADS:
+            raise HotLoraError(f"offload is {self.offload!r}: choose one of {', '.join(OFFLOADS)}.")
+        state_bytes(self.optim, ())
+
+
+def memory(step: Step, storage: Storage) -> dict[str, int]:
+    """Bytes by kind, and the device's `total`: weights, staging (of offloaded experts, on their way), adapter,
+    gradients, optimizer, activations, workspace (what the peak takes beyond these: it is less where gradients come only
+    as activations go). Beside the total: `host`, what a GPU's run keeps in RAM, and `disk`, what is read from a file
+    that is mapped.
+    """
+    here, away = expert_bytes(step, storage)
+    bits = storage.quantize_linear
+    linear = sum(step.linear) * (quantized_bytes(bits) if bits else step.itemsize)
+    stays, leaves = state_bytes(storage.optim, step.trained)
+    if step.on_cpu:
+        stays, leaves = stays + leaves, 0
+    is_on_disk = step.on_cpu or storage.offload_folder is not None
+    gradients = step.trainable * 4.0
+    activations, peak = _peak(step, storage, gradients)
+    kinds = {
+        "weights": here + linear + step.other * step.itemsize,
+        "staging": 0 if step.on_cpu else _staging(step, storage),
+        "adapter": step.trainable * 4,
+        "gradients": gradients,
+        "optimizer": stays,
+        "activations": activations,
+        "workspace": max(0.0, peak - activations - gradients),
+    }
+    found = {kind: round(size) for kind, size in kinds.items()}
+    host = leaves + (0 if is_on_disk else away)
+    return found | {"total": sum(found.values()), "host": round(host), "disk": round(away if is_on_disk else 0)}
+
+
+def expert_bytes(step: Step, storage: Storage) -> tuple[float, float]:
+    """Of the routed experts' weights: on the device, and elsewhere."""
+    parts = [_placed(step, storage, layer, layer.up + layer.down) for layer in step.experts]
+    here, away = (sum(sizes) for sizes in zip(*parts, strict=True))
+    return here, away
+
+
+def transfer_bytes(step: Step, storage: Storage) -> float:
+    """Bytes of offloaded experts that come to the device in one batch's forward and backward. Under gradient
+    checkpointing a layer's are there for its second forward, and those into the experts again for its backward."""
+    _, away = expert_bytes(step, storage)
+    ups = sum(layer.up for layer in step.experts) / step.expert_weights
+    return away * (2 + (ups if storage.gradient_checkpointing else 0))
+
+
+def quantized_bytes(bits: int) -> float:
+    """Of a weight in `bits` bits, its share of the scales included."""
+    return bits / 8 + _SCALES
+
+
+def state_bytes(optim: str, trained: Iterable[tuple[int, ...]]) -> tuple[float, float]:
+    """What an optimizer keeps for parameters of these shapes: on the card, and in memory that CUDA moves to RAM when
+    the card's is needed.
+
+    HotLoraError: one that is not known here.
+    """
+    stays = leaves = 0.0
+    for shape in trained:
+        weights = math.prod(shape)
+        size = 4.0 * weights * (_FLOAT32_STATE | _BYTE_STATE).get(optim, 0)
+        scales = 0.0
+        if optim in _BYTE_STATE and weights >= _BYTE_FROM:
+            size /= 4
+            scales = 4.0 * _BYTE_STATE[optim] * math.ceil(weights / _BYTE_BLOCK)
+        if optim == "adafactor":  # a mean of each row and of each column
+            size = 4.0 * (weights / shape[-1] + weights / shape[-2] if len(shape) > 1 else weights)
+        is_paged = optim.startswith("paged_") and weights >= _PAGED_FROM
+        stays, leaves = stays + scales + (0 if is_paged else size), leaves + (size if is_paged else 0)
+    if optim not in (known := (*_FLOAT32_STATE, *_BYTE_STATE, "adafactor")):
+        raise HotLoraError(f"the estimate does not know the optimizer {optim}: it knows {', '.join(known)}.")
+    return stays, leaves
+
+
+def few_bits(step: Step, storage: Storage) -> float | None:
+    """Bytes of a routed expert's weight; None: it is dense."""
+    return quantized_bytes(storage.quantize) if storage.quantize else step.packed if storage.quantize is None else None
+
+
+def _placed(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> tuple[float, float]:
+    """Bytes of so many of a layer's expert weights: on the device, and elsewhere."""
+    share = layer.hot / layer.num_experts
+    stored = few_bits(step, storage) or step.itemsize
+    is_kept = storage.keep_hot and bool(storage.quantize)
+    hot, cold = share * weights * (step.itemsize if is_kept else stored), (1 - share) * weights * stored
+    if storage.offload == "none":
+        return hot + cold, 0.0
+    if is_kept or (storage.offload == "cold" and not step.on_cpu):
+        return hot, cold
+    return 0.0, hot + cold
+
+
+def _staging(step: Step, storage: Storage) -> float:
+    """Two projections at a time: the one that is multiplied, and the one that comes next."""
+    return max(_placed(step, storage, layer, layer.up + layer.down)[1] for layer in step.experts)
+
+
+def _peak(step: Step, storage: Storage, gradients: float) -> tuple[float, float]:
+    """What is kept from forward to backward; and what the peak takes besides, with the gradients that are there.
+
+    It is the highest of three moments: the loss, which has a tile of logits; the last layer's backward, whose rows have
+    gradients; and the first layer's, when all gradients of what trains are there and the activations are gone.
+    """
+    layers, adds_up = len(step.blocks), storage.gradient_accumulation_steps > 1
+    kept = in_loss = step.rest + step.expert_row * step.tokens * len(step.experts)
+    one = kept / layers
+    if storage.gradient_checkpointing:
+        in_loss = step.tokens * step.width * step.itemsize * layers
+        kept = in_loss + one
+    logits, rows = _logits(step), _rows(step, storage)
+    moments = (
+        in_loss + logits + gradients * adds_up,
+        kept + rows + (gradients if adds_up else gradients / layers),
+        one + rows + gradients,
+    )
+    return kept, max(moments)
+
+
+def _logits(step: Step) -> float:
+    rows, columns = min(step.tokens, LOSS_TILE[0]), min(step.vocabulary, LOSS_TILE[1])
+    size = rows * LOSS_TILE[1] * step.itemsize  # its buffer has this width whatever the vocabulary
+    if step.on_cpu:
+        size += rows * columns * 4 * _LOSS_COPIES
+        size += columns * step.width * 4 if step.itemsize < 4 else 0
+    return size
+
+
+def _rows(step: Step, storage: Storage) -> float:
+    width, expert_width, parts = step.expert_widths
+    row = 2 * width + (parts + 1) * expert_width
+    rows = step.tokens * step.top_k * row * step.itemsize
+    made = [_made_dense(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
+    linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0.0
+    return max(rows + max(made), linear)
+
+
+def _made_dense(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> float:
+    """What is made of a projection's stored weights for a product."""
+    stored = few_bits(step, storage)
+    if step.on_cpu:  # one expert after another
+        return weights / layer.num_experts * step.itemsize if stored else 0.0
+    share = layer.hot / layer.num_experts
+    keeps = storage.keep_hot and bool(storage.quantize) and share > 0
+    made = 0.0
+    if stored:  # in parts, which are then put together
+        expert = weights / layer.num_experts * step.itemsize
+        made = 2 * min(weights * step.itemsize, max(expert, _DENSE_AT_ONCE))
+    if storage.offload == "cold" and not keeps and 0 < share < 1:  # those that came, and those that were there
+        made += weights * (stored or step.itemsize)
+    return made

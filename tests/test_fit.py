@@ -1,0 +1,323 @@
+"""`--fit`: what it chooses fits, costs least, and leaves alone what was given."""
+
+import itertools
+import json
+from dataclasses import fields, replace
+
+import pytest
+from runs import run_options
+from typer.testing import CliRunner
+
+from hotlora.base.errors import HotLoraError
+from hotlora.base.records import read_record
+from hotlora.base.sizes import parse_size
+from hotlora.cli.main import app
+from hotlora.cost import fit as module
+from hotlora.cost.cards import CARDS, step_time
+from hotlora.cost.estimate import estimate, step_of
+from hotlora.cost.fit import fit
+from hotlora.cost.memory import Storage, expert_bytes, memory, state_bytes, transfer_bytes
+from hotlora.cost.preflight import ROOM, preflight
+from hotlora.cost.setups import LEVERS
+from hotlora.runs.sweep import Condition, Sweep
+
+LARGE = 10**12
+SMALL = {"batch_size": 8, "max_length": 128, "r": 8}
+
+
+def fitted(size, given=(), host=LARGE, device="cpu", **options):
+    return fit(run_options(model="nano", data="", fit=size, **{**SMALL, **options}), given, host=host, device=device)
+
+
+def needed(options, device="cpu"):
+    """By an estimate of its own."""
+    names = (
+        *(field.name for field in fields(Storage) if hasattr(options, field.name)),
+        "batch_size",
+        "max_length",
+        "r",
+    )
+    return estimate("nano", fraction=0.25, device=device, **{name: getattr(options, name) for name in names})["memory"]
+
+
+PLAIN = run_options(model="nano", data="", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("22.5 GiB", 22.5 * 2**30), ("800mb", 8 * 10**8), ("1TB", 10**12)]
+)
+def test_sizes(text, size):
+    assert parse_size("fit", text) == size
+
+
+@pytest.mark.parametrize("text", ["24", "GB", "0GB", "-3GB", "24 gigs", "", "1e9GB"])
+def test_what_is_no_size(text):
+    with pytest.raises(HotLoraError, match=r"fit is .*give a number with its unit, as 24GB or 22.5GiB"):
+        run_options(model="nano", data="", fit=text)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.45])
+def test_what_is_chosen_fits(device, share):
+    size = round(share * needed(PLAIN, device)["total"] / ROOM)
+    found = fitted(f"{size / 1e6:.3f}MB", device=device)
+    assert found.chosen
+    real = needed(found.options, device)
+    assert real["total"] <= 1.02 * ROOM * size  # activations are not quite even in the tokens
+    assert found.memory["total"] == pytest.approx(real["total"], rel=0.02)
+    examples = found.options.batch_size * found.options.gradient_accumulation_steps
+    assert examples == SMALL["batch_size"]
+    assert all(getattr(found.options, name) == value for name, value in found.chosen.items())
+
+
+def test_nothing_is_changed_where_all_fits():
+    found = fitted("10GB")
+    assert not found.chosen and found.options == run_options(model="nano", data="", fit="10GB", **SMALL)
+    assert "nothing to change: a step of 8 × 128 tokens needs about" in found.lines[1]
+
+
+def test_the_cheapest_comes_first():
+    """By the cost model; the experts are rounded only where that saves a lot."""
+    size = 0.7 * needed(PLAIN, "cuda")["total"] / ROOM
+    found = fitted(f"{size / 1e6:.3f}MB", device="cuda")
+    assert "quantize" not in found.chosen
+    step = step_of("nano", fraction=0.25, device="cuda", **SMALL)
+    chosen = _time(step, found.options)
+    for checkpointing, batch in itertools.product((False, True), (8, 4, 2, 1)):
+        other = replace(
+            PLAIN, gradient_checkpointing=checkpointing, batch_size=batch, gradient_accumulation_steps=8 // batch
+        )
+        if needed(other, "cuda")["total"] <= ROOM * size:
+            assert _time(step, other) >= 0.999 * chosen
+
+
+def _time(step, options):
+    storage = Storage(**{f.name: getattr(options, f.name) for f in fields(Storage) if hasattr(options, f.name)})
+    return step_time(step.of_tokens(options.batch_size * options.max_length), storage, CARDS[2]).step
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"batch_size": 8}, {"batch_size", "gradient_accumulation_steps"}),
+        ({"gradient_accumulation_steps": 1}, {"batch_size", "gradient_accumulation_steps"}),
+        ({"gradient_checkpointing": False}, {"gradient_checkpointing"}),
+    ],
+)
+def test_what_is_given_is_not_changed(given, left):
+    size = 0.75 * needed(PLAIN)["total"] / ROOM
+    try:
+        found = fitted(f"{size / 1e6:.3f}MB", given=tuple(given), **given)
+    except HotLoraError as error:
+        assert "leave --" in str(error) and "to --fit" in str(error)
+    else:
+        assert found.chosen and not left & found.chosen.keys()
+
+
+def test_where_nothing_fits_the_least_is_told():
+    with pytest.raises(HotLoraError) as error:
+        fitted("1MB")
+    told = str(error.value)
+    assert told.startswith("nano does not fit into 1 MB on cpu, of which 90% are counted on: the least is ")
+    least = float(told.split("the least is ")[1].split(" MB")[0]) * 1e6
+    assert "--gradient-checkpointing" in told and "Take a device with" in told
+    with pytest.raises(HotLoraError):
+        fitted(f"{0.98 * least / ROOM / 1e6:.2f}MB")
+    assert fitted(f"{1.02 * least / ROOM / 1e6:.2f}MB").memory["total"] == pytest.approx(
+        least, rel=0.02
+    )  # told in whole MB
+
+
+def test_what_is_told_beyond_it_would_do():
+    options = {"rule": "all", "r": 64, "device": "cuda", "host": 0}
+    with pytest.raises(HotLoraError) as error:
+        fitted("1MB", **options)
+    least = float(str(error.value).split("the least is ")[1].split(" MB")[0])
+    with pytest.raises(HotLoraError) as error:
+        fitted(f"{0.8 * least / ROOM:.2f}MB", **options)
+    told = str(error.value).split("Each of these besides would do: ")[1]
+    assert "--rule hot --fraction 0.25" in told and "--r 8" in told
+    assert "paged" not in told  # it would need RAM
+
+
+@pytest.mark.parametrize("options", [{"full": True}, {"use_dora": True}, {"train_full_experts": True}])
+def test_what_the_estimate_does_not_know(options):
+    with pytest.raises(HotLoraError, match="which does not know"):
+        fitted("1GB", **options)
+
+
+def test_remedies_of_preflight_are_the_same_ways():
+    """What is advised first is what --fit would choose."""
+    free = round(0.6 * needed(PLAIN)["total"] / ROOM)
+    advised = preflight(replace(PLAIN, device="cpu"), free=free).remedies
+    found = fitted(f"{free / 1e6:.3f}MB")
+    assert advised[0][0].split() == [
+        word for name, value in found.chosen.items() for word in module.flag(name, value).split()
+    ]
+
+
+# Optimizers and offloading, by arithmetic.
+
+SHAPES = ((1000, 300), (10, 8), (64, 64))
+
+
+def test_the_state_of_optimizers_is_theirs():
+    """Of torch's and bitsandbytes' own, after a step on parameters of these shapes."""
+    torch = pytest.importorskip("torch")
+    bnb = pytest.importorskip("bitsandbytes")
+    made = {
+        "adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad,
+        "rmsprop": torch.optim.RMSprop, "adamw_8bit": bnb.optim.AdamW8bit, "lion_8bit": bnb.optim.Lion8bit,
+        "lion_32bit": bnb.optim.Lion, "ademamix_8bit": bnb.optim.AdEMAMix8bit,
+    }  # fmt: skip
+    for name, kind in made.items():
+        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+        optimizer = kind(parameters, lr=1e-3)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        if "bitsandbytes" in kind.__module__:  # a step on a CPU is not in all of its versions; the state is made before
+            for group in optimizer.param_groups:
+                for parameter in parameters:
+                    optimizer.init_state(group, parameter, 0, 0)
+        else:
+            optimizer.step()
+        states = [value for state in optimizer.state.values() for key, value in state.items() if "qmap" not in key]
+        real = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.ndim)
+        assert sum(state_bytes(name, SHAPES)) == real, name
+
+
+def test_paged_state_leaves_the_card():
+    stays, leaves = state_bytes("paged_adamw_8bit", SHAPES)
+    assert leaves == 2 * 300_000
+    assert stays == sum(state_bytes("adamw_8bit", SHAPES)) - leaves
+    with pytest.raises(HotLoraError, match="does not know the optimizer nonsense: it knows"):
+        state_bytes("nonsense", ())
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return {device: step_of("nano", fraction=0.25, device=device, **SMALL) for device in ("cpu", "cuda")}
+
+
+@pytest.mark.parametrize("quantize", [None, 4])
+def test_offloaded_experts_are_elsewhere(quantize, steps):
+    step = steps["cuda"]
+    none, cold, every = (
+        memory(step, Storage(quantize=quantize, offload=offload)) for offload in ("none", "cold", "all")
+    )
+    weights, _ = expert_bytes(step, Storage(quantize=quantize))
+    layer = weights / len(step.experts)
+    assert none["host"] == none["staging"] == 0
+    assert every["host"] == round(weights) and cold["host"] == round(0.75 * weights)
+    for found in (cold, every):
+        assert found["weights"] + found["host"] == pytest.approx(none["weights"], abs=2)
+        assert found["disk"] == 0 and found["total"] < none["total"]
+    # One layer's at a time: what is multiplied, and what comes next.
+    assert every["staging"] == round(layer) and cold["staging"] == round(0.75 * layer)
+    on_disk = memory(step, Storage(quantize=quantize, offload="all", offload_folder="somewhere"))
+    assert (on_disk["host"], on_disk["disk"], on_disk["total"]) == (0, every["host"], every["total"])
+    # There for the forward, and again for the backward.
+    assert transfer_bytes(step, Storage(quantize=quantize, offload="all")) == pytest.approx(2 * weights)
+
+
+def test_a_cpu_maps_what_is_offloaded(steps):
+    step = steps["cpu"]
+    weights, _ = expert_bytes(step, Storage())
+    for offload in ("cold", "all"):
+        found = memory(step, Storage(offload=offload))
+        assert (found["disk"], found["host"], found["staging"]) == (weights, 0, 0)
+        assert found["total"] == memory(step, Storage())["total"] - weights
+
+
+def test_offloading_is_chosen_within_the_ram_that_there_is(steps):
+    """Weights are most of what a step of few tokens needs."""
+    options = {"batch_size": 1, "max_length": 16, "r": 1, "device": "cuda", "dtype": "float32"}
+    whole = estimate("nano", fraction=0.25, **options)["memory"]
+    size = f"{0.5 * whole['total'] / ROOM / 1e6:.3f}MB"
+    del options["device"]
+    chosen = fitted(size, device="cuda", given=("quantize",), **options)
+    assert chosen.chosen["offload"] in ("cold", "all")
+    assert chosen.memory["host"] > 0 and any("come to the card" in line for line in chosen.lines)
+    with pytest.raises(HotLoraError, match="of RAM with --offload"):
+        fitted(size, device="cuda", given=("quantize",), host=0, **options)
+
+
+# The commands.
+
+
+def train(tmp_path, *flags):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(4)))
+    command = ["train", "--model", "nano", "--data", str(data), "--max-steps", "1", "--r", "2", "--no-preflight"]
+    given = ["--device", "cpu", "--max-length", "128", "--output", str(tmp_path / "run"), *flags]
+    return CliRunner().invoke(app, [*command, *given])
+
+
+def test_train_does_what_it_says_and_goes_on_so(tmp_path):
+    size = needed(run_options(model="nano", data="", batch_size=4, max_length=128, r=2))["total"] / ROOM
+    result = train(tmp_path, "--fit", f"{size / 1e6:.2f}MB")
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stderr.split())
+    assert "fit: --batch-size" in told and "as many examples an optimizer step" in told
+    config = read_record(tmp_path / "run")["config"]
+    assert config["fit"] and config["batch_size"] * config["gradient_accumulation_steps"] == 16
+    assert config["batch_size"] < 16
+    # With another size it is the same run, as it was begun.
+    again = train(tmp_path, "--fit", "auto")
+    assert again.exit_code == 0 and "nothing was trained now" in again.stderr and "fit:" not in again.stderr
+    assert read_record(tmp_path / "run")["config"] == config
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_was_chosen(tmp_path, monkeypatch):
+    """Whatever is free then."""
+    size = needed(run_options(model="nano", data="", batch_size=4, max_length=128, r=2))["total"] / ROOM
+
+    def stops(*args, **options):
+        raise HotLoraError("stopped here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hotlora.runs.training.train", stops)
+        assert train(tmp_path, "--fit", f"{size / 1e6:.2f}MB").exit_code != 0
+    then = read_record(tmp_path / "run")["config"]
+    assert then["batch_size"] < 16
+    again = train(tmp_path, "--fit", "100GB")
+    assert again.exit_code == 0, again.output
+    now = read_record(tmp_path / "run")["config"]
+    assert {name: now[name] for name in LEVERS if name in now} == {name: then[name] for name in LEVERS if name in then}
+
+
+def test_a_sweep_has_no_fit():
+    """Its runs would each choose on their own."""
+    with pytest.raises(HotLoraError, match="fit"):
+        Sweep("s", "nano", "nano-math", [Condition("hot")], options={"fit": "1GB"})
+
+
+def test_too_little_ram_is_told():
+    found = preflight(replace(PLAIN, device="cpu"), free=10**10)
+    assert found.fits and not found.host
+    short = replace(found, device="cuda:0", host=5 * 10**9, host_free=10**9)
+    assert not short.fits and "5.0 GB of RAM for offloaded experts, of which 1.0 GB are free" in str(short)
+
+
+def test_train_stops_before_anything_where_nothing_fits(tmp_path):
+    result = train(tmp_path, "--fit", "1MB")
+    assert result.exit_code != 0 and "the least is" in str(result.exception or result.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_params_says_the_same(tmp_path):
+    arguments = ["params", "nano", "--fraction", "0.25", "--r", "8", "--max-length", "128", "--batch-size", "8"]
+    size = f"{0.8 * needed(PLAIN)['total'] / ROOM / 1e6:.3f}MB"
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--fit", size, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["fit"]["chosen"] == dict(fitted(size, given=("max_length", "r", "batch_size")).chosen)
+    assert found["estimate"]["memory"]["total"] == pytest.approx(found["fit"]["memory"]["total"], rel=0.02)
+
+
+def test_params_of_a_gpu_that_is_not_here(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["params", "nano", "--fit", "auto"])
+    assert result.exit_code != 0 and "there is no GPU here" in str(result.exception or result.output)

@@ -1,0 +1,73 @@
+"""docs/memory.md is what scripts/memory.py makes."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hotlora.cost.estimate import step_of
+from hotlora.cost.memory import memory
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        yield importlib.import_module("memory")
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.fixture(scope="module")
+def olmoe(tmp_path_factory):
+    """Two layers of it: as quick as nano, and as large as a card's."""
+    config = json.loads((ROOT / "benchmarks" / "configs" / "olmoe-1b-7b" / "config.json").read_text())
+    file = tmp_path_factory.mktemp("olmoe") / "config.json"
+    file.write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    return step_of(file, batch_size=16, max_length=2048, fraction=0.25, r=16)
+
+
+def test_each_way_on_the_page_fits_its_card(script, olmoe):
+    rows = [line.split(" | ") for line in script.models_table({"OLMoE": olmoe}).splitlines()[2:]]
+    assert len(rows) == len(script.CARDS)
+    speeds = []
+    for row, card in zip(rows, script.CARDS, strict=True):
+        assert float(row[7]) <= script.ROOM * card.memory / 1e9
+        size, steps = map(int, row[4].split(" × "))
+        assert size * steps == script.EXAMPLES
+        speeds.append(float(row[9].replace(",", "")))
+    assert speeds == sorted(speeds)  # larger cards are faster here
+
+
+def test_the_page_has_a_place_for_each_table(script, olmoe):
+    text = script.PAGE.read_text(encoding="utf-8")
+    found = dict.fromkeys(script.MODELS, olmoe)
+    made = script.page(text, found)
+    assert script.page(made, found) == made
+    end = importlib.import_module("marks").END
+    assert made.count(end) == text.count(end) == 2
+    for goal in script.ASKED:
+        assert f"| {goal.model} |" in text
+
+
+def test_a_packed_checkpoint_is_counted_as_it_is_stored(script, tmp_path):
+    """gpt-oss: 4 bits and a byte for 32 of them."""
+    config = json.loads((ROOT / "benchmarks" / "configs" / "gpt-oss-20b" / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, **script.AS_PUBLISHED["gpt_oss"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    step = step_of(tmp_path, batch_size=1, max_length=64, fraction=0.25, r=1)
+    dense, packed = (
+        memory(step, script.setups_of("x", step, script.CARDS[0], 1, quantize=bits).own.storage)["weights"]
+        for bits in (0, None)
+    )
+    assert dense - packed == pytest.approx(step.expert_weights * (2 - 4.25 / 8), abs=2)
+
+
+@pytest.mark.slow
+def test_the_page_is_up_to_date(script):
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.page(text, script.steps()) == text
