@@ -312,7 +312,7 @@ def test_verify_knows_the_shared_form(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     out = export_adapter(model, tmp_path / "out", format="sglang-shared")
     assert read_export(out).kind == "shared-outer" in engine_named("sglang").takes
-    with pytest.raises(HotLoraError, match=r"of the kind per-expert or merged, and .* of the kind shared-outer:"):
+    with pytest.raises(HotLoraError, match=r"--format vllm or sglang or merged, and .* was with sglang-shared:"):
         verified(tmp_path, out, engine="vllm")
 
 

@@ -29,6 +29,7 @@ from hotlora.engines.runner import Answer
 from hotlora.engines.texts import chosen, given_texts, random_texts, routes_of, uses_of
 from hotlora.engines.verdict import judge
 from hotlora.hf.models import moe_layers
+from hotlora.runs.export import export_saved
 
 EXPERTS = (1, 3, 6)
 PARTS = [(layer, expert) for layer in (0, 1) for expert in EXPERTS]
@@ -288,6 +289,21 @@ def test_an_engine_that_does_not_exist_or_is_not_installed(folder, monkeypatch, 
     assert "is no Python of 3.10 or newer: nothing known" in str(refused(folder, monkeypatch, python=python))
 
 
+@pytest.mark.parametrize("format", ["peft", "vllm"])
+def test_an_export_of_another_adapter(folder, monkeypatch, tmp_path, format):
+    """Of the same base and plan: what it says is not of the adapter that is asked for."""
+    saved, to = folder / "adapter", tmp_path / "out"
+    export_saved(str(folder / "base"), saved, to, format=format, drop_router=format == "vllm", device="cpu")
+    model = adapted(hotlora.load_model(folder / "base", device="cpu"))
+    fill(model, 2)
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr("hotlora.engines.verify.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    engine = "peft" if format == "peft" else "vllm"
+    with pytest.raises(FileError, match=f"out was exported from another adapter than {tmp_path / 'other'}"):
+        hotlora.verify_export(tmp_path / "out", tmp_path / "other", engine=engine, device="cpu")
+
+
 def test_half_an_export(folder, monkeypatch, tmp_path):
     for name, change in {
         "no weights": lambda out: (out / "adapter_model.safetensors").unlink(),
@@ -306,7 +322,7 @@ def test_half_an_export(folder, monkeypatch, tmp_path):
 
 def test_an_export_of_another_kind(folder, monkeypatch):
     told = str(refused(folder, monkeypatch, export=folder / "merged"))
-    assert "the engine peft loads exports of the kind peft" in told and "is of the kind merged" in told
+    assert "the engine peft loads what is exported with --format peft, and" in told and "was with merged:" in told
 
 
 def test_an_adapter_or_an_export_for_another_base(folder, monkeypatch, tmp_path):

@@ -8,11 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..adapter.formats.export import SOURCE_FILE
 from ..adapter.formats.gguf import GGUF_FILE, check_file
 from ..adapter.formats.mlx import MLX_WEIGHTS_FILE
 from ..adapter.load import CONFIG_FILE, WEIGHTS_FILE
 from ..base.errors import FileError
-from ..base.files import read_json
+from ..base.files import read_json, sha256_file
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -105,6 +106,16 @@ def _shapes(file: Path) -> dict[str, list[int]]:
             return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise FileError(f"{file} is cut short or no safetensors file ({error}): export again.") from error
+
+
+def check_source(folder: str | Path, adapter: Path) -> None:
+    """FileError: what `export` wrote into the folder is of other weights than this saved adapter's."""
+    noted = Path(folder).expanduser() / SOURCE_FILE
+    if noted.is_file() and read_json(noted).get("weights_sha256") != sha256_file(adapter / WEIGHTS_FILE):
+        raise FileError(
+            f"{folder} was exported from another adapter than {adapter}, or from other weights of it: give the one "
+            "that it was exported from (--adapter), or export again."
+        )
 
 
 def check_belongs(exported: Exported, base: nn.Module, name: str) -> None:

@@ -21,7 +21,7 @@ from ..tasks.data import load_examples
 from ..tasks.tokens import tokenize
 from .call import ask, check_engine, engine_named
 from .expected import Effects, effects, kinds_of, log_probs, tokens_asked
-from .exported import Exported, check_belongs, read_export
+from .exported import Exported, check_belongs, check_source, read_export
 from .runner import Request
 from .texts import DRAWN, LENGTH, Part, chosen, given_texts, random_texts, routes_of, uses_of
 from .verdict import Verdict, judge
@@ -106,8 +106,8 @@ def verify_export(
     takes = engine_named(engine).takes
     if exported.kind not in takes:
         raise HotLoraError(
-            f"the engine {engine} loads exports of the kind {' or '.join(takes)}, and {export} is of the kind "
-            f"{exported.kind}: export in another format, or choose another engine."
+            f"the engine {engine} loads what is exported with --format {_formats(takes)}, and {export} was with "
+            f"{_formats([exported.kind])}: export in another format, or choose another engine."
         )
     if type(num_texts) is not int or not 1 <= num_texts <= DRAWN:
         raise HotLoraError(f"num_texts is {num_texts}: give 1 to {DRAWN}.")
@@ -115,6 +115,7 @@ def verify_export(
         raise HotLoraError(f"dtype is {dtype!r}: give auto, float32, bfloat16 or float16.")
     check_adapters(found.model, [found.adapter], dtype=dtype, device=device)
     check_belongs(exported, structure(found.model), found.model)
+    check_source(export, found.adapter)
     if below := underneath(found.model, (), found.adapter):
         raise HotLoraError(
             f"{found.adapter} was trained on top of {' and '.join(map(str, below))}: merge that first (hotlora merge), "
@@ -122,8 +123,8 @@ def verify_export(
         )
     if engine == "llama.cpp" and (engine_base is None or not Path(engine_base).is_file()):
         raise HotLoraError(
-            f"engine_base is {engine_base}: give llama.cpp's base (--engine-base), the .gguf file that its "
-            f"convert_hf_to_gguf.py makes of {exported.base or found.model}."
+            f"llama.cpp takes a base of its own (--engine-base), and that is {engine_base}: give the .gguf file that "
+            f"its convert_hf_to_gguf.py makes of {exported.base or found.model}."
         )
     versions = check_engine(engine, interpreter)
 
@@ -144,6 +145,12 @@ def verify_export(
     return Verification(
         engine, versions, answer.dtype, answer.device, answer.note, len(ours.texts), verdict, ours.seconds, seconds
     )
+
+
+def _formats(kinds: Sequence[str]) -> str:
+    """What `hotlora export` calls them."""
+    names = {"per-expert": "vllm or sglang", "shared-outer": "sglang-shared"}
+    return " or ".join(names.get(kind, kind) for kind in kinds)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -34,6 +34,8 @@ _ADAPTERS: dict[str, Any] = {
     "gguf": gguf.gguf_format, "mlx": mlx.mlx_format,
 }  # fmt: skip
 FORMATS = (*_ADAPTERS, "merged")
+SOURCE_FILE = "exported_from.json"
+"""In an export: the SHA-256 of the weights of the saved adapter that it was made of."""
 _SAVE: dict[str, Any] = {"gguf": gguf.save_gguf, "mlx": mlx.save_mlx}
 _CHECK_FAMILY = {"gguf": gguf.check_family, "mlx": mlx.check_family}
 _NOT_APPLIED = {"vllm": NOT_APPLIED, "mlx": mlx.NOT_APPLIED}
@@ -85,7 +87,7 @@ def export_adapter(
             f"the adapter trains nothing else that format {format!r} holds, so nothing is left to export: use format "
             "'merged'."
         )
-    base = model.get_base_model()
+    base, source = model.get_base_model(), cast(Any, model.base_model).entry_of(adapter_name)
     with without_adapters(base):
         tensors, targets = _ADAPTERS[format](base, parts)
     save = _SAVE.get(format, _save_adapter)
@@ -103,6 +105,8 @@ def export_adapter(
         if into_base:
             save_checkpoint(model, adapter_name, into_base, folder / "base", tokenizer)
         save(plain, tensors, folder / "adapter" if into_base else folder)
+        if source["weights_sha256"] is not None:
+            write_json(folder / SOURCE_FILE, {"format": format, "weights_sha256": source["weights_sha256"]})
     return output
 
 
