@@ -440,8 +440,8 @@ def test_empty_answers_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixt
     for tokenizer in (tokenizer_of("qwen3"), None):
         caplog.clear()
         assert len(read(tmp_path, {"prompt": "a", "completion": "b"}, *silent, *said, tokenizer=tokenizer)) == 6
-        (told,) = [r.getMessage() for r in caplog.records if "an empty answer" in r.getMessage()]
-        assert told.startswith("3 of 6 rows have an empty answer") and told.endswith("rows.jsonl line 2")
+        (told,) = [r.getMessage() for r in caplog.records if "answers are empty" in r.getMessage()]
+        assert told.startswith("3 of 6 answers are empty") and told.endswith("rows.jsonl line 2")
 
 
 def test_a_template_may_go_by_what_stands_around_a_message(tmp_path: Path):

@@ -29,6 +29,7 @@ from ..evaluation.score import (
 )
 from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
+from ..hf.stopping import saved_stop_tokens
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, trained_parts
 from ..tasks.own import own_task
@@ -389,12 +390,14 @@ def _by_vllm(
             )  # fmt: skip
             base = str(out) if merge else str(out / "base") if router or attention else base
             lora = None if merge else out / "adapter" if router or attention else out
+        ends = saved_stop_tokens(options.adapter) if options.adapter is not None else []
         loaded, request = load_engine(base, lora, dtype=options.dtype)
 
         def answers(done: Collection[int]) -> Iterator[list[Answer]]:
             return vllm_answers(
                 loaded, request, tokenizer, test,
-                max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=sampling, done=done, progress=progress,
+                max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=sampling, ends=ends, done=done,
+                progress=progress,
             )  # fmt: skip
 
         return evaluate_answers(task, test, answers, samples=sampling.samples, results=results)
