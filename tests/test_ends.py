@@ -174,7 +174,7 @@ def test_vllm_is_told(chatml: str, rows: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_file_that_is_none(run: Path, tmp_path: Path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
-    with pytest.raises(FileError, match="eos_token_id is .*it must be a token id"):
+    with pytest.raises(FileError, match=r"eos_token_id is .*it must be a token id"):
         saved_stop_tokens(tmp_path)
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=3))
     add_stop_tokens(model, [3])

@@ -1,6 +1,6 @@
 """The options of whole runs: trainings, evaluations, profiles. Imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class DataOptions(Options):
         "What carries loss: assistant (every assistant turn; of prompt and completion the completion), last (the last "
         "answer alone) or all (prompts and answers).", "assistant", panel=_DATA, resume=None,
     )  # fmt: skip
-    columns: str | None = option(
+    columns: str | Mapping[str, str] | None = option(
         "The data's own names of fields: prompt=question,completion=answer.", None, panel=_DATA, resume=None
     )
     apply_chat_template: bool | None = option(

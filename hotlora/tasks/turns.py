@@ -65,8 +65,8 @@ class Marks:
 
 
 def trimmed(span: Span, text: str, header: str = "") -> Span | None:
-    """A marked part without what of the header that the generation prompt writes is in it, and without the blanks at its
-    end: there the model has stopped. None: nothing is left."""
+    """A marked part without what is in it of the header that the generation prompt writes, and without the blanks at
+    its end: there the model has stopped. None: nothing is left."""
     start, end = span
     inside = (header[i:] for i in range(len(header)) if text.endswith(header[:i], 0, start))
     start += next((len(rest) for rest in inside if text.startswith(rest, start)), 0)
