@@ -20,7 +20,15 @@ from hotlora.runs.sweep import Condition, Sweep
 from hotlora.training.config import TrainConfig
 
 CLASSES = (TrainConfig, Selection, LoadOptions, RunOptions, EvalOptions, ProfileOptions)
-TYPES = {"learning_rate": float, "max_steps": int | None, "packing": bool, "rule": str, "plan": str | Path | None}
+TYPES = {
+    "r": int,
+    "dtype": str,
+    "learning_rate": float,
+    "max_steps": int | None,
+    "packing": bool,
+    "rule": str,
+    "plan": str | Path | None,
+}
 
 
 @pytest.mark.parametrize("options", CLASSES)
@@ -94,7 +102,7 @@ def test_a_yaml_file(tmp_path: Path):
     [
         ("learning_rte: 1", r"run.yaml has options that do not exist: learning_rte \(did you mean learning_rate\?\)"),
         ("learning-rate: 1", r"learning-rate \(did you mean learning_rate\?\)"),
-        ("zzz: 1", "do not exist: zzz; there are learning_rate, max_steps"),
+        ("zzz: 1", "do not exist: zzz; there are dtype, learning_rate, max_steps"),
         ("plan: 2026-02-30", "is not valid YAML"),
         ("? []\n: 1", "is not valid YAML"),
         (f"max_steps: {'9' * 5000}", "is not valid YAML"),

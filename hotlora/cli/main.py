@@ -21,7 +21,7 @@ from .compare import compare
 from .data import data
 from .imported import import_
 from .measure import bench, params
-from .names import Commands, with_dashes
+from .names import Commands
 from .options import AsJson, err, error_line, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
@@ -38,7 +38,6 @@ _Base = Annotated[str | None, typer.Option("--model", "-m", help="The base (defa
 app = typer.Typer(
     name="hotlora",
     cls=Commands,
-    context_settings={"token_normalize_func": with_dashes},
     help="Fine-tune Mixture-of-Experts language models where they already work: LoRA on the experts a task really "
     "uses. Start with `hotlora demo`, or `hotlora train --model MODEL --data FILE.jsonl`.",
     no_args_is_help=True,
