@@ -16,7 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from typer.testing import CliRunner
 
 import hotlora
-from hotlora.base.errors import FileError
+from hotlora.base.errors import FileError, HotLoraError
+from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.evaluation.talk import answer
 from hotlora.evaluation.vllm_engine import vllm_answers
@@ -153,6 +154,23 @@ def test_training_says_so_once(chatml: str, rows: str, tmp_path: Path, capsys: p
         assert not (tmp_path / name / "adapter" / "generation_config.json").exists()
 
 
+def test_answers_that_are_cut_are_counted(chatml: str, rows: str, run: Path, tmp_path: Path):
+    """How long one may get is an option of its own: exactly as long as an answer with its end is enough."""
+    words = ["evaluate", "--data", rows, "--adapter", str(run), "-o"]
+    cut = CliRunner().invoke(app, [*words, str(tmp_path / "cut"), "--max-new-tokens", "1"])
+    assert "16 answers were cut at 1 tokens (--max-new-tokens)" in cut.output
+    found = read_record(tmp_path / "cut")["evaluation"]["rows"]
+    assert (found["unfinished"], found["max_new_tokens"], found["accuracy"]) == (16, 1, 0.0)
+    whole, _ = run_evaluation(chatml, rows, adapter=run / "adapter", max_new_tokens=3)
+    assert "unfinished" not in whole["evaluation"]["rows"] and whole["evaluation"]["rows"]["accuracy"] == 1.0
+    for wrong, data, told in (
+        (0, rows, "max_new_tokens = 0 is out of range"),
+        (4, "nano-choice", "nothing is answered"),
+    ):
+        with pytest.raises(HotLoraError, match=told):
+            run_evaluation(chatml, data, adapter=run / "adapter", max_new_tokens=wrong)
+
+
 def test_vllm_is_told(chatml: str, rows: str, monkeypatch: pytest.MonkeyPatch):
     """Where it is not installed: what its engine is given."""
     params: list[Any] = []
@@ -160,7 +178,7 @@ def test_vllm_is_told(chatml: str, rows: str, monkeypatch: pytest.MonkeyPatch):
     class Engine:
         def generate(self, prompts: list, given: list, **_: Any) -> list:
             params.extend(given)
-            return [SimpleNamespace(outputs=[SimpleNamespace(text="aa")]) for _ in prompts]
+            return [SimpleNamespace(outputs=[SimpleNamespace(text="aa", finish_reason="stop")]) for _ in prompts]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **given: given))
     tokenizer = hotlora.load_tokenizer(chatml)

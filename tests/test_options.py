@@ -21,14 +21,9 @@ from hotlora.training.config import TrainConfig
 
 CLASSES = (TrainConfig, Selection, LoadOptions, RunOptions, EvalOptions, ProfileOptions)
 TYPES = {
-    "r": int,
-    "dtype": str,
-    "learning_rate": float,
-    "max_steps": int | None,
-    "packing": bool,
-    "rule": str,
+    "r": int, "dtype": str, "learning_rate": float, "max_steps": int | None, "packing": bool, "rule": str,
     "plan": str | Path | None,
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", CLASSES)

@@ -69,11 +69,13 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Answer:
-    """One text: the example's index, the sample's number from 0, and what the model wrote."""
+    """One text: the example's index, the sample's number from 0, what the model wrote, and whether that was cut at the
+    longest that an answer may be."""
 
     index: int
     sample: int
     text: str
+    unfinished: bool = False
 
 
 def answer_batches(
@@ -136,8 +138,13 @@ def answer_batches(
                 logits_processor=drawing,
                 stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,
             )
-        decoded = written(tokenizer, [prompts[i] for i, _ in group], output[:, width:].tolist())
-        yield [Answer(i, sample, cut(text, stop)) for (i, sample), text in zip(group, decoded, strict=True)]
+        answers, made = output[:, width:].tolist(), []
+        decoded = written(tokenizer, [prompts[i] for i, _ in group], answers)
+        for (i, sample), text, ids in zip(group, decoded, answers, strict=True):
+            found = cut(text, stop)
+            unfinished = len(ids) >= max_new_tokens and found == text and not set(ends).intersection(ids)
+            made.append(Answer(i, sample, found, unfinished))
+        yield made
 
 
 def written(tokenizer: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[str]:

@@ -89,4 +89,7 @@ def vllm_answers(
         ]  # fmt: skip
         prompts = [{"prompt_token_ids": encode_prompt(examples[i], tokenizer)} for i, _ in some]
         outputs = engine.generate(prompts, params, lora_request=request, use_tqdm=False)
-        yield [Answer(i, s, cut(out.outputs[0].text, stop)) for (i, s), out in zip(some, outputs, strict=True)]
+        yield [
+            Answer(i, s, cut(out.outputs[0].text, stop), out.outputs[0].finish_reason == "length")
+            for (i, s), out in zip(some, outputs, strict=True)
+        ]

@@ -86,6 +86,11 @@ def run_evaluation(
     test = load_examples(data, "test", limit=options.limit, **reading)
     is_own = task is None
     task = own_task(data, test, tokenizer) if task is None else task
+    if options.max_new_tokens is not None:
+        check_sizes(max_new_tokens=options.max_new_tokens)
+        if task.kind != "generate":
+            raise HotLoraError(f"nothing is answered on {task.name}: leave max_new_tokens (--max-new-tokens) out.")
+        task = dataclasses.replace(task, max_new_tokens=options.max_new_tokens)
     is_text = task.kind == "text"
     if is_text:
         _check_texts(task, rouge, sampling, engine)
@@ -96,6 +101,7 @@ def run_evaluation(
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
     identity |= {"merge": True} if options.merge else {}
+    identity |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens is not None else {}
     parts = trained_parts(options.train_on, test) if is_own else None
     identity |= {"train_on": parts} if parts else {}
     identity |= {"keep_hot": True} if scored.keep else {}
@@ -136,6 +142,8 @@ def run_evaluation(
             found |= rouge_l(each_rouge)
         record["evaluation"] = save_evaluation(evaluation, folder)
         record["evaluation"][task.name] |= found
+        if evaluation.unfinished:
+            record["evaluation"][task.name]["max_new_tokens"] = task.max_new_tokens
     return record, evaluation
 
 

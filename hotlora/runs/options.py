@@ -242,6 +242,10 @@ class EvalOptions(LoadOptions, DataOptions):
     merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
     limit: int | None = option("Use at most so many examples, the same ones every time.", None)
     batch_size: int = option("Prompts that are answered at a time.", 64)
+    max_new_tokens: int | None = option(
+        "Tokens of an answer at most (default: the task's; of your own rows 16 more than their longest answer has).",
+        None,
+    )
     attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training).", None
