@@ -57,8 +57,8 @@ class Evaluation:
         results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
             `prediction` (the text, or the index of the choice), `correct`; for choices also `scores` (nats; for
             acc_norm over the length), and `cut`, the tokens of its prompt that did not fit into the model's window, if
-            any; for several answers, the lists `predictions` and `passed`; `unfinished`, how many of its answers were cut
-            at the task's `max_new_tokens`, if any.
+            any; for several answers, the lists `predictions` and `passed`; `unfinished`, how many of its answers were
+            cut at the task's `max_new_tokens`, if any.
         seconds: wall-clock time, of what was not done before.
         pass_at_k: by k, the mean chance that k answers hold a right one; empty where each example has one answer.
     """
