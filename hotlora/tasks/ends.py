@@ -26,13 +26,6 @@ def turn_ends(tokenizer: Any) -> list[int]:
     return sorted({plain} | ({called} if called is not None else set()))
 
 
-def end_text(tokenizer: Any) -> str:
-    """What the chat template writes behind the last answer, without blanks around it; "" if there is nothing, or no
-    template."""
-    found = _behind(tokenizer, {"role": "assistant", "content": _MARK}, False)
-    return (found or "").strip()
-
-
 def told_ends(tokenizer: Any, ends: Sequence[int]) -> str:
     """A line on how answers end, where it is not with the tokenizer's end-of-text token alone."""
     names = " or ".join(tokenizer.convert_ids_to_tokens(list(ends)))
