@@ -119,9 +119,10 @@ def train(
     from .base.quiet import without_bars
     from .hf.hub import push
     from .report.card import write_card
+    from .runs.folder import is_begun
     from .runs.load import Run
     from .runs.stages import run_method
-    from .tasks.rows import save_rows
+    from .tasks.in_memory import save_rows
     from .training.checkpoints import last_complete
 
     @cache  # a method may have several trainings
@@ -136,7 +137,7 @@ def train(
     with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
         start(chosen.device)
         for option, file in kept.items() if is_main() else ():
-            save_rows({"data": data, "test_data": test_data}[option], file)
+            save_rows({"data": data, "test_data": test_data}[option], file, replace=not is_begun(folder))
         wait_for_all()
         if chosen.fit is not None:
             chosen = _fitted(chosen, own, folder, progress)
@@ -188,7 +189,7 @@ def profile(
     from .runs.folder import load_base
     from .runs.profiling import Watching, profile_data
     from .tasks.data import load_examples
-    from .tasks.rows import save_rows
+    from .tasks.in_memory import save_rows
     from .tasks.tokens import tokenize
 
     sizes: dict[str, Any] = {"batch_size": chosen.batch_size, "max_length": chosen.max_length}
@@ -274,15 +275,18 @@ def evaluate(
     from .base.quiet import without_bars
     from .evaluation.generate import Sampling
     from .runs.evaluation import run_evaluation
+    from .runs.folder import is_begun
     from .runs.load import find
-    from .tasks.rows import save_rows
+    from .tasks.in_memory import save_rows
 
     found, named = find(os.fspath(run), model), _named(data)
     chosen = EvalOptions(model=found.model, adapter=found.adapter, **options)
     with nullcontext() if progress else without_bars(), TemporaryDirectory() as temporary:
         folder = Path(temporary if output is None else output)
         is_folder, is_kept = folder.exists(), (folder / "data.jsonl").exists()
-        source = named if named is not _ROWS else str(save_rows(data, folder / "data.jsonl"))
+        source = (
+            named if named is not _ROWS else str(save_rows(data, folder / "data.jsonl", replace=not is_begun(folder)))
+        )
         try:
             record, _ = run_evaluation(
                 chosen, source, None if output is None else folder,

@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -87,9 +87,9 @@ Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict'''
+from typing import Any, TypedDict'''
 CLI_FOR = "Every command and its options, as `hotlora COMMAND --help` prints them."
 SHOWN = ("accuracy", "difference", "held_out", "covered", "trained")
 KEPT = ("run.json", "plan.json", "profile.safetensors", "metrics.jsonl")
@@ -152,6 +152,8 @@ def _written(kind: Any) -> str:
     """A field's type as code has it."""
     if get_origin(kind) is Sequence:
         return f"Sequence[{_written(get_args(kind)[0])}]"
+    if get_origin(kind) is Mapping:
+        return f"Mapping[{', '.join(map(_written, get_args(kind)))}]"
     if get_args(kind):
         return " | ".join(map(_written, get_args(kind)))
     return "None" if kind is NoneType else kind.__name__

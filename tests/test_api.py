@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 import hotlora
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.options import ALIASES
-from hotlora.base.records import read_record
+from hotlora.base.records import read_record, write_record
+from hotlora.runs.folder import is_begun
 from hotlora.runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from hotlora.runs.options import EvalOptions, ProfileOptions, RunOptions
 
@@ -77,6 +79,17 @@ def test_rows_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
     assert hotlora.train("nano", iter(rows), test_data=rows[:4], progress=False, **SHORT).record == run.record
     with pytest.raises(HotLoraError, match="holds other rows"):
         hotlora.train("nano", rows[1:], test_data=rows[:4], progress=False, **SHORT)
+    # A start that never began holds no folder.
+    with pytest.raises(HotLoraError, match=r"data\.jsonl line 1"):
+        hotlora.train("nano", [{"ask": "a", "reply": "b"}], "runs/new", progress=False, **SHORT)
+    new = Path("runs/new")
+    assert (new / "data.jsonl").is_file() and not is_begun(new)
+    hotlora.train("nano", rows, new, progress=False, **SHORT)
+    assert is_begun(new)
+    write_record(new, {**read_record(new), "status": "failed"})
+    assert is_begun(new), "there is a checkpoint"
+    shutil.rmtree(new / "checkpoints")
+    assert not is_begun(new)
     profiled = hotlora.profile("nano", rows, progress=False)
     assert profiled.source["data"] == "rows in memory"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

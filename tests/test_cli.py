@@ -11,9 +11,43 @@ from tiny import tiny_config
 from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+import hotlora
 from hotlora import ExpertPlan, RoutingProfile
 from hotlora.base.records import read_record
+from hotlora.cli.main import app
+from hotlora.cli.names import with_dashes
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "--lora_r", "8"], "No such option: --lora-r. Did you mean --r?"),
+        (["train", "--lr=1e-4"], "Did you mean --learning-rate?"),
+        (["train", "--model-name-or-path", "nano"], "Did you mean --model?"),
+        (["train", "--assistant-only-loss"], "Did you mean --train-on assistant?"),
+        (["train", "--bf16"], "Did you mean --dtype bfloat16?"),
+        (["train", "--cutoff_len", "9"], "Did you mean --max-length?"),
+        (["train", "--logging-steps", "1"], "Leave it out: metrics.jsonl"),
+        (["evaluate", "--model_name_or_path", "nano"], "Did you mean --model?"),
+        (["train", "--use_dora"], "Did you mean --dora?"),
+    ],
+)
+def test_names_of_other_libraries_are_answered_with_ours(words: list[str], told: str):
+    done = CliRunner().invoke(app, words)
+    text = " ".join(done.output.replace("│", " ").split())
+    assert done.exit_code == 2 and told in text, text
+    assert text.count("--") < 8
+
+
+def test_underscores_are_taken_for_dashes():
+    config = Path(hotlora.__file__).parent / "nano" / "model" / "config.json"
+    done = CliRunner().invoke(app, ["params", str(config), "--experts_per_layer=2", "--r", "8"])
+    assert done.exit_code == 0, done.output
+    assert with_dashes(["a_b", "--c_d=e_f", "--", "--g_h"]) == ["a_b", "--c-d=e_f", "--", "--g_h"]
+    assert with_dashes(["--a_b\nc_d"]) == ["--a_b\nc_d"], "a text"
+    assert "No such option" in CliRunner().invoke(app, ["params", "--no_such_thing"]).output
 
 
 def run(*words: object) -> str:

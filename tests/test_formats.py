@@ -20,7 +20,8 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora.base.errors import DataError
 from hotlora.tasks import Example
 from hotlora.tasks.data import data_hash, load_examples, trained_parts
-from hotlora.tasks.rows import folder_rows, hub_rows, save_rows
+from hotlora.tasks.in_memory import save_rows
+from hotlora.tasks.rows import folder_rows, hub_rows
 from hotlora.tasks.stored import StoredExamples
 from hotlora.tasks.tokens import tokenize, told
 
@@ -247,6 +248,8 @@ def test_tables_and_parquet_hold_the_same_rows(tmp_path: Path):
     [
         ("rows.csv", b"prompt,completion\na,b,c\n", r"rows\.csv line 2: has not as many fields"),
         ("rows.csv", b"prompt,completion\na\n", r"rows\.csv line 2: has not as many fields"),
+        ("rows.csv", b'prompt,completion\n"a\n\nb",c\n\n"d\ne"\n', r"rows\.csv line 6: has not as many fields"),
+        ("rows.csv", b'prompt,completion\n"a\nb",c\nd,"e\nf\n', r"rows\.csv line 4 is no table"),
         ("rows.csv", b'prompt,completion\na,"b\n', r"rows\.csv line \d: is no table|rows\.csv line \d is no table"),
         ("rows.csv", b"prompt,completion,completion\na,b,c\n", "has the column 'completion' twice"),
         ("rows.csv", b"prompt,completion\n", "holds no rows"),
@@ -374,6 +377,8 @@ def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
     assert save_rows(iter(rows), kept) == kept and kept.stat().st_size == before
     with pytest.raises(DataError, match=r"data.jsonl holds other rows: give another output folder"):
         save_rows(rows[1:], kept)
+    other = save_rows(rows[1:], tmp_path / "other" / "data.jsonl")
+    assert save_rows(rows, other, replace=True).read_bytes() == kept.read_bytes()
     assert kept.stat().st_size == before and len(list(kept.parent.iterdir())) == 1
     dataset = Dataset.from_list([{"messages": TALK}])
     for data in (dataset, dataset.to_iterable_dataset(), dataset.to_pandas()):
@@ -406,6 +411,8 @@ def test_columns_of_parquet(tmp_path: Path):
         (5, "data is a int: give a path, a name, or rows"),
         (pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "text", "text"]), "has the column 'text' twice"),
         ({"prompt": ["a"], "completion": ["b"]}, r"a dictionary of columns: give datasets\.Dataset\.from_dict"),
+        ({"prompt": "a", "completion": "b"}, r"data is one row, a dictionary: give a list of rows, \[data\]"),
+        ({"messages": TALK}, r"data is one row, a dictionary: give a list of rows, \[data\]"),
         ({"train": [{}]}, r"has the splits train: give one of them, as data\[split\]"),
     ],
     ids=str,

@@ -119,6 +119,8 @@ def test_what_is_given_comes_first():
         ({"preset": "hellora-poetry"}, "preset 'hellora-poetry' does not exist"),
         ({"placement": "left"}, "placement 'left' does not exist: choose one of full, gate, pure"),
         ({"preset": "hellora-math", "method": "lora"}, "is for method 'hellora', and method is 'lora'"),
+        ({"lora_r": 8}, r"lora_r \(did you mean r\?\): no such option"),
+        ({"zzz": 1.0}, r"zzz \(docs/options.md has all\)"),
         ({"learning_rte": 1.0}, r"learning_rte \(did you mean learning_rate\?\): no such option"),
     ],
 )

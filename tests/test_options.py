@@ -1,8 +1,9 @@
 """Options once: the dataclasses, and what the command line, YAML files and records make of them."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import typer
@@ -19,7 +20,10 @@ from hotlora.runs.sweep import Condition, Sweep
 from hotlora.training.config import TrainConfig
 
 CLASSES = (TrainConfig, Selection, LoadOptions, RunOptions, EvalOptions, ProfileOptions)
-TYPES = {"learning_rate": float, "max_steps": int | None, "packing": bool, "rule": str, "plan": str | Path | None}
+TYPES = {
+    "r": int, "dtype": str, "learning_rate": float, "max_steps": int | None, "packing": bool, "rule": str,
+    "plan": str | Path | None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", CLASSES)
@@ -44,6 +48,9 @@ def test_what_the_command_line_has_not_a_method_sets():
     [
         (float, "4e-4", 4e-4), (float, 3, 3), (int, 4.0, 4), (int | None, None, None), (str | Path | None, "a", "a"),
         (Path, "a", Path("a")), (list[str] | None, ["a"], ("a",)), (list[Path], "a", (Path("a"),)),
+        (str | Mapping[str, str] | None, {"prompt": "ask", "completion": "a b"}, "prompt=ask,completion=a b"),
+        (str | Mapping[str, Any] | None, {"min_lr_rate": 0.1}, '{"min_lr_rate": 0.1}'),
+        (str | Mapping[str, str] | None, "prompt=ask", "prompt=ask"),
         (int | str | None, "top_k", "top_k"), (int | str | None, "8", 8), (str, Path("a/b"), "a/b"),
     ],
 )  # fmt: skip
@@ -61,6 +68,8 @@ def test_values_become_their_type(kind, value, becomes):
         ({"learning_rate": "fast"}, "learning_rate = 'fast' has the wrong type: it must be a number"),
         ({"learning_rate": None}, "learning_rate = None has the wrong type"),
         ({"on_top_of": {"a": 1}}, "on_top_of = .* has the wrong type"),
+        ({"columns": {"prompt": "a,b"}}, "columns = .* 'a,b' is no name, a text without '=' and ','"),
+        ({"columns": 3}, "columns = 3 has the wrong type: it must be text or a mapping or none"),
         ({"max_steps": float("1e400")}, "max_steps = inf has the wrong type"),
         ({"fresh_a": True}, "give keep, or method lori-s"),
         ({"keep": 0.1}, "keep is of LoRI's sparse run, whose A is frozen"),
@@ -88,12 +97,15 @@ def test_a_yaml_file(tmp_path: Path):
     [
         ("learning_rte: 1", r"run.yaml has options that do not exist: learning_rte \(did you mean learning_rate\?\)"),
         ("learning-rate: 1", r"learning-rate \(did you mean learning_rate\?\)"),
-        ("zzz: 1", "do not exist: zzz; there are learning_rate, max_steps"),
+        ("zzz: 1", "do not exist: zzz; there are dtype, learning_rate, max_steps"),
         ("plan: 2026-02-30", "is not valid YAML"),
         ("? []\n: 1", "is not valid YAML"),
         (f"max_steps: {'9' * 5000}", "is not valid YAML"),
         ("[" * 3000, "is not valid YAML"),
         ("max_stepss: 1", r"max_stepss \(did you mean max_steps\?\)"),
+        ("lora_r: 1", r"do not exist: lora_r \(did you mean r\?\)"),
+        ("bf16: 1", r"bf16 \(did you mean dtype bfloat16\?\)"),
+        ("logging_steps: 1", r"logging_steps \(leave it out: metrics.jsonl .* each step\)"),
         ("lr: 1", r"lr \(did you mean learning_rate\?\)"),
         ("rule: hot\nrule: all", "rule is given twice"),
         ("max_steps: 2.5", r"run.yaml: max_steps = 2.5 has the wrong type: it must be a whole number or none"),

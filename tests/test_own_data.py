@@ -79,6 +79,7 @@ def test_the_interval_of_a_ratio():
     drawn = totals[picked].sum(1) / counts[picked].sum(1)
     assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=0.01)
     assert all(math.isnan(end) for end in ratio_interval([1.0], [2]))
+    assert all(math.isnan(end) for end in ratio_interval([1.0, 0.0], [2, 0])), "one example that counts"
     with pytest.raises(DataError, match="0 in sum"):
         ratio_interval([1.0, 2.0], [0, 0])
 

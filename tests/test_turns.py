@@ -90,7 +90,8 @@ def test_every_turn_is_trained_as_by_trl(name: str, tmp_path: Path):
         try:
             (example,) = read(tmp_path, row, tokenizer=tokenizer_of(name))
         except DataError as error:
-            assert kind != "turns" and "refuses" in str(error)
+            told = ("refuses", "does not write the tool calls of message 2")
+            assert kind != "turns" and any(part in str(error) for part in told)
             continue
         try:
             theirs = of_trl(row, tmp_path, assistant_only=True)

@@ -20,6 +20,7 @@ from ..base.quiet import quiet
 from ..base.unchanged import unchanged_on_error
 from ..hf.models import load_model as load_model
 from ..hf.peft_hooks import without_adapter_name
+from ..hf.stopping import add_stop_tokens, saved_stop_tokens
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .mergeable import check_adapter_name
@@ -37,7 +38,8 @@ def load_adapter(
     """The base model with a saved adapter on it, as `PeftModel.save_pretrained` wrote it.
 
     A plain model is wrapped, in place as in PEFT, and the adapter is active. To a `PeftModel` the adapter is
-    added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
+    added under `adapter_name`; call `set_adapter` to use it. The model's generation config gets the tokens that end an
+    answer by the one beside the adapter. On an error the model is as it was.
 
     Raises:
         FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
@@ -51,7 +53,7 @@ def load_adapter(
     config = _config(folder / CONFIG_FILE, data)
     config.inference_mode = not is_trainable
     check_ground(config.on_top_of, base_model)
-    weights = read_weights(folder / WEIGHTS_FILE, saved_hash)
+    weights, ends = read_weights(folder / WEIGHTS_FILE, saved_hash), saved_stop_tokens(folder)
     config._source = {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
     weights = {without_adapter_name(key): tensor for key, tensor in weights.items()}
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
@@ -66,6 +68,7 @@ def load_adapter(
         set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
         if is_trainable:
             model.set_requires_grad(adapter_name)
+        add_stop_tokens(model.get_base_model(), ends)
     return model if is_trainable else model.eval()
 
 

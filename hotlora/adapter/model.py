@@ -218,7 +218,9 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
     ranks = [max(its) for its in found]
     if how != "cat" and (len(set(ranks)) > 1 or any(len(its) > 1 for its in found)):
-        raise HotLoraError(f"{how!r} needs adapters of one rank, and these have {ranks}: use 'cat'.")
+        raise HotLoraError(
+            f"{how!r} needs adapters of one rank, and these have {ranks}: train both with one --r, or use 'cat'."
+        )
     layers = sorted({layer for plan in plans for layer in plan.experts})
     union = dataclasses.replace(
         plans[0],

@@ -5,9 +5,10 @@ The command line, `--config FILE.yaml` and the docs are made from these. Imports
 
 import dataclasses
 import difflib
+import json
 import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -15,6 +16,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from .errors import FileError, HotLoraError
+from .hints import MEANT, NEEDLESS
 
 ALIASES = {
     "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size",
@@ -24,16 +26,7 @@ ALIASES = {
 }  # fmt: skip
 """transformers' and TRL's names of a training's options that are called otherwise here: each is taken, too, on the
 command line, in a YAML file, in Python and in a sweep."""
-_SHORT = ALIASES | {
-    "lr": "learning_rate",
-    "alpha": "lora_alpha",
-    "rank": "r",
-    "dropout": "lora_dropout",
-    "steps": "max_steps",
-    "train_dataset": "data",
-    "eval_dataset": "test_data",
-}
-"""Names that an error answers with ours."""
+_FEW = 20  # names that an error lists
 _LISTS = (Sequence, list)
 _WORDS = {
     int: "a whole number",
@@ -86,6 +79,8 @@ def converted(name: str, value: Any, kind: Any) -> Any:
     list. HotLoraError where it cannot be."""
     allowed = (get_args(kind) if get_origin(kind) not in _LISTS else (kind,)) or (kind,)
     for one in allowed:
+        if get_origin(one) is Mapping and isinstance(value, Mapping):
+            return _as_text(name, value, get_args(one)[1])
         if get_origin(one) in _LISTS and isinstance(value, str | os.PathLike | list | tuple):
             values = (value,) if isinstance(value, str | os.PathLike) else value
             return tuple(converted(name, each, get_args(one)[0]) for each in values)
@@ -104,8 +99,21 @@ def converted(name: str, value: Any, kind: Any) -> Any:
             return value if isinstance(value, int) else float(value)
         if int in allowed and (isinstance(value, numbers.Integral) or float(value).is_integer()):
             return int(value) if isinstance(value, numbers.Integral) else int(float(value))
-    words = " or ".join(_WORDS.get(one, "a list") for one in allowed)
+    words = " or ".join("a mapping" if get_origin(one) is Mapping else _WORDS.get(one, "a list") for one in allowed)
     raise HotLoraError(f"{name} = {value!r} has the wrong type: it must be {words}.")
+
+
+def _as_text(name: str, value: Mapping[Any, Any], kind: Any) -> str:
+    """A mapping as the command line has it: of names, a=b,c=d; of anything, JSON."""
+    if kind is not str:
+        try:
+            return json.dumps(dict(value))
+        except (TypeError, ValueError) as error:
+            raise HotLoraError(f"{name} = {value!r} holds what JSON cannot ({error}).") from error
+    words = [*value, *value.values()]
+    if wrong := next((word for word in words if not isinstance(word, str) or set(word) & {"=", ","}), None):
+        raise HotLoraError(f"{name} = {dict(value)!r}: {wrong!r} is no name, a text without '=' and ','.")
+    return ",".join(f"{theirs}={ours}" for theirs, ours in value.items())
 
 
 def _number(text: str, allowed: tuple[Any, ...]) -> float | int | None:
@@ -131,15 +139,36 @@ def twice(theirs: str, ours: str) -> HotLoraError:
 
 
 def suggest(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """For an error about names that do not exist: each with the nearest that does; all, where none is near."""
+    """For an error about names that do not exist: each with the nearest that does; all, where none is near and they are
+    few."""
     known = sorted(known)
-    told, is_near = [], True
-    for name in unknown:
-        short = _SHORT.get(name)
-        near = [short] if short in known else difflib.get_close_matches(name.replace("-", "_"), known, 1)
-        told.append(f"{name} (did you mean {near[0]}?)" if near else name)
-        is_near = is_near and bool(near)
-    return ", ".join(told) + ("" if is_near else f"; there are {', '.join(known)}")
+    hints = {name: hint(name, known) for name in unknown}
+    told = ", ".join(f"{name} ({found})" if found else name for name, found in hints.items())
+    if all(hints.values()):
+        return told
+    return f"{told}; there are {', '.join(known)}" if len(known) <= _FEW else f"{told} (docs/options.md has all)"
+
+
+def hint(name: str, known: Collection[str]) -> str | None:
+    """What one name may stand for, in words; None: nothing is near."""
+    if near := meant(name, known):
+        return f"did you mean {near}?"
+    return needless(name)
+
+
+def needless(name: str) -> str | None:
+    """Why there is no option of another library's name here."""
+    why = NEEDLESS.get(name.strip("-").replace("-", "_"))
+    return f"leave it out: {why}" if why else None
+
+
+def meant(name: str, known: Collection[str]) -> str | None:
+    """The option that another library calls so, with a value where it has one, or else the nearest name."""
+    name = name.strip("-").replace("-", "_")
+    found = ALIASES.get(name) or MEANT.get(name)
+    if found is not None and found.split()[0] in known:
+        return found
+    return None if name in NEEDLESS else next(iter(difflib.get_close_matches(name, known, 1)), None)
 
 
 def read_yaml(

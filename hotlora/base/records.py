@@ -61,6 +61,7 @@ _TOP: dict[str, Kind] = {"seconds": (int, float), "error": str}
 _RESULT: dict[str, Kind] = {
     **dict.fromkeys(("ci_low", "ci_high", "loss", "perplexity", "token_accuracy", "rouge_l"), (int, float)),
     **dict.fromkeys(("loss_ci", "perplexity_ci", "token_accuracy_ci", "rouge_l_ci"), list),
+    **dict.fromkeys(("unfinished", "max_new_tokens"), int),
     "results": str,
 }
 _EVALUATION: dict[str, Kind] = {"metric": str, "accuracy": (int, float), "n": int, "correct": (int, float)}

@@ -21,6 +21,7 @@ from .compare import compare
 from .data import data
 from .imported import import_
 from .measure import bench, params
+from .names import Commands
 from .options import AsJson, err, error_line, number_list, options_of, out
 from .profile import profile
 from .sweep import sweep
@@ -39,6 +40,7 @@ _Base = Annotated[str | None, typer.Option("--model", "-m", help="The base (defa
 
 app = typer.Typer(
     name="hotlora",
+    cls=Commands,
     help="Fine-tune Mixture-of-Experts language models where they already work: LoRA on the experts a task really "
     "uses. Start with `hotlora demo`, or `hotlora train --model MODEL --data FILE.jsonl`.",
     no_args_is_help=True,
@@ -190,8 +192,11 @@ def evaluate(
     if harness is not None or tasks is not None:
         if harness != "lm-eval" or not tasks or data or not model or generations:
             raise HotLoraError("Give --harness lm-eval with --tasks and --model (and an adapter), and no --data.")
-        if rouge or samples != 1 or temperature or top_p != 1 or engine != "transformers":
-            raise HotLoraError("lm-eval's tasks say how answers are drawn: leave engine, sampling and --rouge out.")
+        drawn = rouge or samples != 1 or temperature or top_p != 1 or engine != "transformers"
+        if drawn or "max_new_tokens" in given:
+            raise HotLoraError(
+                "lm-eval's tasks say how answers are drawn: leave engine, sampling, --max-new-tokens and --rouge out."
+            )
         names = [name.strip() for name in tasks.split(",")]
         options = EvalOptions(model=model, **given)
         record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)

@@ -100,6 +100,11 @@ def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
         passes = [f"{name} {value:.1%}" for name, value in result.items() if name.startswith("pass@")]
         if passes:
             out.print(f"  {', '.join(passes)}")
+        if "max_new_tokens" in result:
+            out.print(
+                f"  {result['unfinished']:,} answers were cut at {result['max_new_tokens']:,} tokens "
+                "(--max-new-tokens)",
+            )
         if output is not None:
             out.print(f"  every example: {output / result.get('results', result.get('losses'))}")
 

@@ -20,7 +20,9 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, Te
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
 from ..hf.forward import inference, padding_matters
+from ..hf.stopping import stop_tokens
 from ..tasks import Example
+from ..tasks.ends import turn_ends
 from ..tasks.tokens import encode_prompt, pad
 
 _log = logging.getLogger(__name__)
@@ -67,11 +69,13 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Answer:
-    """One text: the example's index, the sample's number from 0, and what the model wrote."""
+    """One text: the example's index, the sample's number from 0, what the model wrote, and whether that was cut at the
+    longest that an answer may be."""
 
     index: int
     sample: int
     text: str
+    unfinished: bool = False
 
 
 def answer_batches(
@@ -111,8 +115,9 @@ def answer_batches(
     if len(lengths) > 1 and max(map(len, groups)) > 1 and _answers_change_with_padding(model, prompts, max_new_tokens):
         _log.info("this model's answers depend on padding: prompts of one length go together, and no others")
         groups = [list(same) for group in groups for _, same in groupby(group, key=lambda row: len(prompts[row[0]]))]
+    ends = end_ids(model, tokenizer, chat=any(example.text is not None for example in examples))
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id or 0
     )
     missing = set(range(len(examples))).difference(done)
     for group in track(groups, "generating", progress):
@@ -133,8 +138,13 @@ def answer_batches(
                 logits_processor=drawing,
                 stopping_criteria=[_StopTexts(tokenizer, stop, width)] if stop else None,
             )
-        decoded = written(tokenizer, [prompts[i] for i, _ in group], output[:, width:].tolist())
-        yield [Answer(i, sample, cut(text, stop)) for (i, sample), text in zip(group, decoded, strict=True)]
+        answers, made = output[:, width:].tolist(), []
+        decoded = written(tokenizer, [prompts[i] for i, _ in group], answers)
+        for (i, sample), text, ids in zip(group, decoded, answers, strict=True):
+            found = cut(text, stop)
+            unfinished = len(ids) >= max_new_tokens and found == text and not set(ends).intersection(ids)
+            made.append(Answer(i, sample, found, unfinished))
+        yield made
 
 
 def written(tokenizer: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[str]:
@@ -166,11 +176,11 @@ def context_length(model: Any, tokenizer: Any) -> int | None:
     return int(length) if length < int(1e30) else None
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end-of-text token and those of the generation config: a chat model has several."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({i for i in (tokenizer.eos_token_id, *own) if i is not None})
+def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
+    """The tokenizer's end-of-text token and those of the generation config; to prompts that the chat template wrote
+    (`chat`) also what ends an answer by it."""
+    ends = (tokenizer.eos_token_id, *stop_tokens(model), *(turn_ends(tokenizer) if chat else ()))
+    return sorted({i for i in ends if i is not None})
 
 
 @contextmanager

@@ -57,7 +57,8 @@ class Evaluation:
         results: one dict an example, in order: `index`, `id` (a hash of the prompt, to pair runs by),
             `prediction` (the text, or the index of the choice), `correct`; for choices also `scores` (nats; for
             acc_norm over the length), and `cut`, the tokens of its prompt that did not fit into the model's window, if
-            any; for several answers, the lists `predictions` and `passed`.
+            any; for several answers, the lists `predictions` and `passed`; `unfinished`, how many of its answers were
+            cut at the task's `max_new_tokens`, if any.
         seconds: wall-clock time, of what was not done before.
         pass_at_k: by k, the mean chance that k answers hold a right one; empty where each example has one answer.
     """
@@ -78,11 +79,17 @@ class Evaluation:
         """Examples whose prompt was cut, for it did not fit into the model's window."""
         return sum("cut" in result for result in self.results)
 
+    @property
+    def unfinished(self) -> int:
+        """Answers that were cut at the longest that they may be."""
+        return sum(result.get("unfinished", 0) for result in self.results)
+
     def summary(self) -> dict[str, Any]:
         """The numbers, without the examples, as a run record holds them."""
         names = ("metric", "accuracy", "n", "correct", "ci_low", "ci_high", "seconds")
         passes = {f"pass@{k}": value for k, value in self.pass_at_k.items()}
-        return {name: getattr(self, name) for name in names} | passes | ({"cut": self.cut} if self.cut else {})
+        told = {name: number for name in ("cut", "unfinished") if (number := getattr(self, name))}
+        return {name: getattr(self, name) for name in names} | passes | told
 
     def write_results(self, path: str | os.PathLike[str]) -> None:
         """One JSON line an example; the file is whole or absent."""
@@ -165,14 +172,19 @@ def evaluate_answers(
     """
 
     def judged(done: Collection[int]) -> Iterator[list[Result]]:
-        waiting: dict[int, dict[int, str]] = {}
+        waiting: dict[int, dict[int, Answer]] = {}
         for batch in answers(done):
             for answer in batch:
-                waiting.setdefault(answer.index, {})[answer.sample] = answer.text
+                waiting.setdefault(answer.index, {})[answer.sample] = answer
             whole = sorted(i for i, texts in waiting.items() if len(texts) == samples)
             found = {i: waiting.pop(i) for i in whole}
-            texts = {i: [by_sample[sample] for sample in range(samples)] for i, by_sample in found.items()}
-            yield results_of(task, examples, {i: t for i, t in texts.items() if i not in done}, several=samples > 1)
+            texts = {i: [by_sample[sample].text for sample in range(samples)] for i, by_sample in found.items()}
+            fresh = {i: t for i, t in texts.items() if i not in done}
+            results = results_of(task, examples, fresh, several=samples > 1)
+            for result in results:
+                if cut := sum(answer.unfinished for answer in found[result["index"]].values()):
+                    result["unfinished"] = cut
+            yield results
 
     return _evaluate(task, examples, judged, results)
 

@@ -126,7 +126,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def ratio_interval(totals: Sequence[float], counts: Sequence[float]) -> Interval:
     """95% interval of sum(totals) / sum(counts) over examples that are drawn whole, as of a loss a token.
 
-    By linearization, with Student's t (Cochran, Sampling Techniques, section 6.4). One example: (nan, nan).
+    By linearization, with Student's t (Cochran, Sampling Techniques, section 6.4). One example with a count:
+    (nan, nan).
     DataError: no examples, other numbers of totals and counts, or counts that are 0 in sum.
     """
     if len(totals) != len(counts):
@@ -135,7 +136,7 @@ def ratio_interval(totals: Sequence[float], counts: Sequence[float]) -> Interval
     if x.sum() <= 0:
         raise DataError("the counts are 0 in sum, so there is no ratio")
     n, ratio = y.size, float(y.sum() / x.sum())
-    if n == 1:
+    if (x > 0).sum() == 1:  # the others have nothing to count
         return Interval(math.nan, math.nan)
     error = math.sqrt(float(((y - ratio * x) ** 2).sum()) * n / (n - 1)) / float(x.sum())
     half = _t_quantile(0.975, n - 1) * error

@@ -50,7 +50,7 @@ def answer(
     sampling: Sampling = GREEDY,
     stream: bool = False,
 ) -> str:
-    """What the model writes after `prompt`, as `prompt_ids` takes it, up to its end-of-text token.
+    """What the model writes after `prompt`, as `prompt_ids` takes it, up to its end.
 
     Args:
         sampling: how tokens are drawn.
@@ -61,10 +61,10 @@ def answer(
     drawing: dict[str, Any] = {}
     if sampling.temperature > 0:
         drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    ends = end_ids(model, tokenizer, chat=not isinstance(prompt, str))
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id or 0,
-        **drawing,
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id or 0, **drawing
+    )
     torch.manual_seed(sampling.seed)
     given = torch.tensor([ids], device=device_of(model))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None

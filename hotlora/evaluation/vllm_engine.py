@@ -14,6 +14,7 @@ from ..adapter.load import CONFIG_FILE
 from ..base.errors import HotLoraError
 from ..base.files import read_json
 from ..tasks import Example
+from ..tasks.ends import turn_ends
 from ..tasks.tokens import encode_prompt
 from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
 
@@ -62,23 +63,33 @@ def vllm_answers(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     sampling: Sampling = GREEDY,
+    ends: Collection[int] = (),
     done: Collection[int] = (),
     progress: bool = False,
 ) -> Iterator[list[Answer]]:
-    """Answers as they come, as of `generate.answer_batches`; the engine makes its own batches."""
+    """Answers as they come, as of `generate.answer_batches`; the engine makes its own batches.
+
+    ends: tokens that end an answer, besides those that the engine takes from the base's files.
+    """
     from vllm import SamplingParams
 
     check_batches(examples, 1)
+    if any(example.text is not None for example in examples):
+        ends = {*ends, *turn_ends(tokenizer)}
     rows = [(i, sample) for i in range(len(examples)) if i not in done for sample in range(sampling.samples)]
     for start in track(range(0, len(rows), _AT_ONCE), "generating", progress):
         some = rows[start : start + _AT_ONCE]
         params = [
             SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=max_new_tokens,
-                stop=list(stop) or None, seed=sampling.seed_of(examples[i], sample) if sampling.temperature else None,
+                stop=list(stop) or None, stop_token_ids=sorted(ends) or None,
+                seed=sampling.seed_of(examples[i], sample) if sampling.temperature else None,
             )
             for i, sample in some
         ]  # fmt: skip
         prompts = [{"prompt_token_ids": encode_prompt(examples[i], tokenizer)} for i, _ in some]
         outputs = engine.generate(prompts, params, lora_request=request, use_tqdm=False)
-        yield [Answer(i, s, cut(out.outputs[0].text, stop)) for (i, s), out in zip(some, outputs, strict=True)]
+        yield [
+            Answer(i, s, cut(out.outputs[0].text, stop), out.outputs[0].finish_reason == "length")
+            for (i, s), out in zip(some, outputs, strict=True)
+        ]

@@ -29,6 +29,7 @@ from ..evaluation.score import (
 )
 from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
+from ..hf.stopping import saved_stop_tokens
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, trained_parts
 from ..tasks.own import own_task
@@ -85,6 +86,11 @@ def run_evaluation(
     test = load_examples(data, "test", limit=options.limit, **reading)
     is_own = task is None
     task = own_task(data, test, tokenizer) if task is None else task
+    if options.max_new_tokens is not None:
+        check_sizes(max_new_tokens=options.max_new_tokens)
+        if task.kind != "generate":
+            raise HotLoraError(f"nothing is answered on {task.name}: leave max_new_tokens (--max-new-tokens) out.")
+        task = dataclasses.replace(task, max_new_tokens=options.max_new_tokens)
     is_text = task.kind == "text"
     if is_text:
         _check_texts(task, rouge, sampling, engine)
@@ -95,6 +101,7 @@ def run_evaluation(
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
     identity |= {"merge": True} if options.merge else {}
+    identity |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens is not None else {}
     parts = trained_parts(options.train_on, test) if is_own else None
     identity |= {"train_on": parts} if parts else {}
     identity |= {"keep_hot": True} if scored.keep else {}
@@ -135,6 +142,8 @@ def run_evaluation(
             found |= rouge_l(each_rouge)
         record["evaluation"] = save_evaluation(evaluation, folder)
         record["evaluation"][task.name] |= found
+        if evaluation.unfinished:
+            record["evaluation"][task.name]["max_new_tokens"] = task.max_new_tokens
     return record, evaluation
 
 
@@ -396,12 +405,14 @@ def _by_vllm(
             )  # fmt: skip
             base = str(out) if merge else str(out / "base") if router or attention else base
             lora = None if merge else out / "adapter" if router or attention else out
+        ends = saved_stop_tokens(options.adapter) if options.adapter is not None else []
         loaded, request = load_engine(base, lora, dtype=options.dtype)
 
         def answers(done: Collection[int]) -> Iterator[list[Answer]]:
             return vllm_answers(
                 loaded, request, tokenizer, test,
-                max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=sampling, done=done, progress=progress,
+                max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=sampling, ends=ends, done=done,
+                progress=progress,
             )  # fmt: skip
 
         return evaluate_answers(task, test, answers, samples=sampling.samples, results=results)

@@ -10,12 +10,13 @@ import torch
 from ..adapter.combine import check_weights
 from ..adapter.formats.export import check_base, check_config, check_export, export_adapter
 from ..adapter.formats.room import SERVERS, Room, room_of
-from ..adapter.load import load_adapter, planned_experts, saved_config
+from ..adapter.load import CONFIG_FILE, load_adapter, planned_experts, saved_config
 from ..adapter.model import check_combined
 from ..base.errors import HotLoraError
 from ..base.files import atomic_folder, check_writable
 from ..base.quiet import quiet
 from ..hf.models import checkpoint_dtype, load_tokenizer, structure
+from ..hf.stopping import save_stop_tokens, saved_stop_tokens
 from .checks import check_adapters
 from .folder import load_base, underneath
 
@@ -65,10 +66,14 @@ def export_saved(
     writes_base = format == "merged" or merge_router or merge_attention
     base = load_base(model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None)
     adapted = load_adapter(base, adapter)
-    return export_adapter(
+    folder = export_adapter(
         adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, tokenizer=tokenizer,
     )  # fmt: skip
+    beside = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if (beside / CONFIG_FILE).is_file():  # a whole checkpoint has them already
+        save_stop_tokens(adapted.get_base_model(), saved_stop_tokens(adapter), beside)
+    return folder
 
 
 def served_room(model: str, output: Path, *, format: str, dtype: str = "auto") -> Room | None:
@@ -124,6 +129,8 @@ def combine_saved(
         combined.peft_config["default"].base_model_name_or_path = model
         combined.save_pretrained(beside, selected_adapters=["default"], save_embedding_layers=False)
         load_tokenizer(model).save_pretrained(beside)
+        ends = [i for folder in adapters for i in saved_stop_tokens(folder)]
+        save_stop_tokens(combined.get_base_model(), ends, beside)
         (beside / "README.md").unlink(missing_ok=True)  # PEFT's blank form, with a path of this machine
     return output
 

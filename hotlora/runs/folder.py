@@ -151,6 +151,17 @@ def finished(
     return record if done else None
 
 
+def is_begun(output: Path) -> bool:
+    """Whether `output` holds work that other rows would be lost to: a record, of the run or of one of its stages, but
+    of one that failed before anything was kept."""
+
+    def keeps(folder: Path) -> bool:
+        kept = checkpoints.last_complete(folder / "checkpoints") or any(folder.glob("results-*.jsonl"))
+        return bool(kept) or read_record(folder)["status"] != "failed"
+
+    return any(keeps(file.parent) for file in (*output.glob("run.json"), *output.glob("*/run.json")))
+
+
 @contextmanager
 def recorded(record: Record, output: Path | None) -> Iterator[None]:
     """Writes the record when the run starts, and when it ends, well or not. Meanwhile no other run may be there.

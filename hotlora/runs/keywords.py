@@ -4,9 +4,9 @@ Made by scripts/docs.py from `options.RunOptions` and `options.ProfileOptions`, 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class TrainKeywords(TypedDict, total=False):
@@ -19,7 +19,7 @@ class TrainKeywords(TypedDict, total=False):
     gradient_accumulation_steps: int
     learning_rate: float
     lr_scheduler: str
-    lr_scheduler_kwargs: str | None
+    lr_scheduler_kwargs: str | Mapping[str, Any] | None
     warmup_ratio: float
     warmup_steps: int | None
     weight_decay: float
@@ -60,7 +60,7 @@ class TrainKeywords(TypedDict, total=False):
     scores: str | Path | None
     signal: str
     train_on: str
-    columns: str | None
+    columns: str | Mapping[str, str] | None
     apply_chat_template: bool | None
     on_top_of: Sequence[str | Path]
     dtype: str
@@ -109,7 +109,7 @@ class ProfileKeywords(TypedDict, total=False):
     """Of `hotlora.profile`."""
 
     train_on: str
-    columns: str | None
+    columns: str | Mapping[str, str] | None
     apply_chat_template: bool | None
     dtype: str
     device: str
@@ -131,7 +131,7 @@ class EvaluateKeywords(TypedDict, total=False):
     """Of `hotlora.evaluate`."""
 
     train_on: str
-    columns: str | None
+    columns: str | Mapping[str, str] | None
     apply_chat_template: bool | None
     on_top_of: Sequence[str | Path]
     dtype: str
@@ -145,3 +145,4 @@ class EvaluateKeywords(TypedDict, total=False):
     merge: bool
     limit: int | None
     batch_size: int
+    max_new_tokens: int | None

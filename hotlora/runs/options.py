@@ -1,6 +1,6 @@
 """The options of whole runs: trainings, evaluations, profiles. Imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class DataOptions(Options):
         "What carries loss: assistant (every assistant turn; of prompt and completion the completion), last (the last "
         "answer alone) or all (prompts and answers).", "assistant", panel=_DATA, resume=None,
     )  # fmt: skip
-    columns: str | None = option(
+    columns: str | Mapping[str, str] | None = option(
         "The data's own names of fields: prompt=question,completion=answer.", None, panel=_DATA, resume=None
     )
     apply_chat_template: bool | None = option(
@@ -259,6 +259,10 @@ class EvalOptions(LoadOptions, DataOptions):
     merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
     limit: int | None = option("Use at most so many examples, the same ones every time.", None)
     batch_size: int = option("Prompts that are answered at a time.", 64)
+    max_new_tokens: int | None = option(
+        "Tokens of an answer at most (default: the task's; of your own rows 16 more than their longest answer has).",
+        None,
+    )
     attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training).", None

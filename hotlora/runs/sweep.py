@@ -96,7 +96,8 @@ class Sweep:
         trained: set[str] = set()
         for condition in self.conditions:
             options = self.options_of(condition)
-            _check_options(options, f"{self.name}: {condition.name}")
+            written = {ALIASES[name]: name for name in (*self.options, *condition.options) if name in ALIASES}
+            _check_options({written.get(n, n): value for n, value in options.items()}, f"{self.name}: {condition.name}")
             if condition.scores is not None and condition.scores not in trained:
                 raise HotLoraError(
                     f"{self.name}: {condition.name} scores the adapters of {condition.scores!r}, which is no condition "
@@ -212,7 +213,7 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
 
 
 def _check_options(options: Mapping[str, Any], where: str) -> None:
-    if unknown := sorted(set(options) - _OPTIONS):
+    if unknown := sorted(name for name in options if ALIASES.get(name, name) not in _OPTIONS):
         raise HotLoraError(f"{where} has the options {suggest(unknown, _OPTIONS)}, which do not exist.")
     try:
         json.dumps(options, default=os.fspath)

@@ -40,11 +40,13 @@ from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record, write_record
 from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
 from ..hf.models import fingerprint, load_tokenizer, vocab_size
+from ..hf.stopping import add_stop_tokens, save_stop_tokens
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of, test_source, trained_parts
+from ..tasks.ends import told_ends, turn_ends
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize, told
 from ..training.config import TrainConfig
@@ -93,6 +95,8 @@ def run_training(
     begin()
     if progress:
         print(f"data: {told(run.examples, run.dataset, options.train_on)}", file=sys.stderr)
+        if run.ends:
+            print(f"data: {told_ends(run.tokenizer, run.ends)}", file=sys.stderr)
     with recorded(run.record, output):
         run.train()
     return run.record
@@ -145,6 +149,8 @@ class _Run:
             },
         )  # fmt: skip
         self.record["data"] |= {"read_at": now.isoformat()} if template else {}
+        # Of the last answers of conversations; the tokenizer's own is in every model's config already.
+        self.ends = [i for i in (turn_ends(self.tokenizer) if template else ()) if i != self.tokenizer.eos_token_id]
 
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
@@ -194,7 +200,7 @@ class _Run:
         if options.full:
             _save_model(model, self.tokenizer, self.output / "model")
         else:
-            size = _save_adapter(model, self.tokenizer, self.output / "adapter", options.model)
+            size = _save_adapter(model, self.tokenizer, self.output / "adapter", options.model, self.ends)
             record["parameters"]["adapter_bytes"] = size
         if is_main():
             write_record(self.output, record)
@@ -229,7 +235,9 @@ class _Run:
     def _load(self, plan: ExpertPlan | None) -> Any:
         keep = plan.experts if plan and self.options.keep_hot else None
         loading = self.options.loading() | ({"quantize": 0} if self.options.full else {})  # all weights train
-        return load_base(self.options.model, keep=keep, **loading)
+        base = load_base(self.options.model, keep=keep, **loading)
+        add_stop_tokens(base, self.ends)
+        return base
 
     def _select(self, base: Any) -> ExpertPlan:
         """A plan by the options' rule and this model's profile."""
@@ -347,8 +355,9 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(beside)
 
 
-def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str) -> int:
-    """Saves the adapter, and its tokenizer beside it; returns the size of its weights in bytes."""
+def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str, ends: Sequence[int]) -> int:
+    """Saves the adapter, and its tokenizer beside it, and the generation config with the tokens that end an answer,
+    where the tokenizer does not tell; returns the size of its weights in bytes."""
     # As the user calls it: the embedded model's folder is another one on every machine.
     model.peft_config["default"].base_model_name_or_path = model_name
     with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
@@ -358,6 +367,7 @@ def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str) -> 
                 # No embedding is trained, and PEFT would ask the hub for the base's vocabulary.
                 model.save_pretrained(beside, save_embedding_layers=False, state_dict=ours)
                 tokenizer.save_pretrained(beside)
+                save_stop_tokens(model.get_base_model(), ends, beside)
                 (beside / "README.md").unlink(missing_ok=True)  # PEFT's blank form; `report.card` writes one
     wait_for_all()
     return (folder / WEIGHTS_FILE).stat().st_size

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from .messages import (
     last_line,
     marked,
     reasoning,
+    renamed,
     said,
     short,
     texts,
@@ -39,6 +41,7 @@ from .turns import Marks, Span, header_of, parting, trimmed, turn_span
 _PLAIN = ("role", "content", "tool_call_id")  # an id says nothing that could be written
 _DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")
 _SHORT = 8  # characters: what is shorter is in many a text by chance
+_MARK = "730518842100"  # digits alone, which no template changes
 _CONTENT = (
     " Give content in the form that the template reads: a text, or for some templates a list of "
     '{"type": "text", "text": …}.'
@@ -61,6 +64,7 @@ class ChatTemplate:
         self._patterns: dict[tuple[str, ...], Pattern | None] = {}
         self._headers: dict[tuple[str, str], str] = {}
         self._tokens = tuple(tokenizer.get_added_vocab())
+        self._closings: dict[str, str] = {}
         self._written: dict[tuple[object, ...], bool] = {}  # a message's form -> whether the template writes it
 
     def example(self, talk: Conversation) -> Example:
@@ -108,14 +112,25 @@ class ChatTemplate:
         start = self._start(talk, text, prompt)
         self._check(talk, text, start)
         self._note(talk, text, start)
-        # What stands after the end-of-turn token is the template's: the model has stopped by then.
-        end = len(text.rstrip())
-        end = end if end > start and text[:end].endswith(self._tokens) else len(text)
+        # What stands after the end of the turn is the template's: the model has stopped by then.
+        end, written = len(text), text.rstrip()
+        ended = max((token for token in self._tokens if token and written.endswith(token)), key=len, default="")
+        closing = ended or self._closing(talk)
+        if closing.strip() and len(written) > start and written.endswith(closing):
+            end = len(written)
         spans: tuple[Span, ...] = ((start, end),)
         if self.train_on == "all":
             spans = ((0, len(text)),)
+            for number in trained_turns(talk):
+                self._check_calls(talk, number, text)
         elif self.train_on == "assistant":
-            spans = (*self._earlier(talk, text, start, end), *spans)
+            spans = (*self._earlier(talk, text, start, closing if text[:end].endswith(closing) else ""), *spans)
+        if closing.strip() and not ended:
+            self.notes.setdefault(
+                f"the chat template ends an answer with {closing!r}, which is no token of this tokenizer: it is "
+                "trained as a text, and generation does not stop there; add it to the tokenizer as a special token",
+                talk.place,
+            )
         return Example(prompt, text[start:end], text=text, spans=spans, place=talk.place, source_hash=as_read.hash)
 
     def render(self, talk: Conversation, number: int | None = None, *, generation_prompt: bool = False) -> str:
@@ -225,14 +240,28 @@ class ChatTemplate:
         turns = sum(message["role"] == "assistant" for message in talk.messages)
         return marks[-1][0] if marks and len(marks) == turns else None
 
-    def _earlier(self, talk: Conversation, text: str, start: int, end: int) -> list[Span]:
-        """Where the assistant's turns before the last one stand."""
+    def _closing(self, talk: Conversation) -> str:
+        """What the template writes behind the last answer, where no token ends it: a text, or blanks alone."""
+        template = self._template(talk)
+        if template not in self._closings:
+            answer = {"role": "assistant", "content": _MARK}
+            try:
+                text = self.render(replace(talk, messages=[{"role": "user", "content": "1"}, answer]))
+            except DataError:
+                text = ""
+            behind = text.rpartition(_MARK)[2] if _MARK in text else ""
+            self._closings[template] = behind.strip() or behind
+        return self._closings[template]
+
+    def _earlier(self, talk: Conversation, text: str, start: int, closing: str) -> list[Span]:
+        """Where the assistant's turns before the last one stand.
+
+        closing: what ends the last answer; "" if nothing does.
+        """
         numbers = [i for i, m in enumerate(talk.messages[:-1]) if m["role"] == "assistant"]
         trained = trained_turns(talk)
         if not trained:
             return []
-        ended = [token for token in self._tokens if token and text[start:end].endswith(token)]
-        end_token = max(ended, key=len, default="")
         marks = [span for span in self._marked(talk, text) or () if span[1] <= start]
         if len(marks) > len(numbers) and trained == numbers:  # a template may mark a turn in parts
             return [span for mark in marks if (span := trimmed(mark, text))]
@@ -241,9 +270,16 @@ class ChatTemplate:
             found = {i: trimmed(mark, text, self._header(talk, i)) for i, mark in zip(numbers, marks, strict=True)}
         spans: list[Span] = []
         for i in trained:
-            span = found[i] if i in found else turn_span(self.render, talk, i, text, end_token, self._tokens)
+            span = found[i] if i in found else turn_span(self.render, talk, i, text, closing, self._tokens)
+            if span is not None and not closing.strip() and text.startswith(closing, span[1]):
+                span = (span[0], span[1] + len(closing))  # blanks, where nothing else ends an answer
+            written = text[slice(*span)] if span is not None else ""
+            self._check_calls(talk, i, written)
+            said_here = said(talk.messages[i])
+            if said_here and not any(last_line(part) in written for part in said_here):
+                self._note_silent(talk, i)
             lines = [line for line in map(last_line, texts(talk.messages[i])) if line and line in text]
-            lost = span is None or any(line not in text[slice(*span)] for line in lines)
+            lost = span is None or any(line not in written for line in lines)
             if lost and not self._writes_here(talk, i):
                 continue  # which _note tells
             if span is None or lost or (spans and span[0] < spans[-1][1]):
@@ -254,6 +290,33 @@ class ChatTemplate:
                 )
             spans.append(span)
         return spans
+
+    def _check_calls(self, talk: Conversation, number: int, written: str) -> None:
+        """A turn whose calls of tools the template does not write would be learned as an empty answer."""
+        message = talk.messages[number]
+        names = [str(function(call).get("name")) for call in message.get("tool_calls") or ()]
+        if all(name in written and len(name) >= _SHORT for name in names):
+            return
+        calls = [renamed(call, _MARK) for call in message["tool_calls"]]
+        changed = [*talk.messages[:number], {**message, "tool_calls": calls}, *talk.messages[number + 1 :]]
+        try:
+            is_written = _MARK in self.render(replace(talk, messages=changed))
+        except DataError:  # a tool's answer may have to name the call before it
+            is_written = all(name in written for name in names)
+        if not is_written:
+            raise DataError(
+                f"{talk.place}: the chat template does not write the tool calls of message {number + 1}, so there is "
+                'nothing to learn from it. Leave the row out, mark the message ("weight": 0), train on the last answer '
+                "alone (--train-on last), or use a chat template that writes them."
+            )
+
+    def _note_silent(self, talk: Conversation, number: int) -> None:
+        if reasoning(talk.messages[number]) and not any(part.strip() for part in texts(talk.messages[number])):
+            self.notes.setdefault(
+                "the chat template does not write the reasoning of an earlier answer that has nothing else, so an "
+                "empty answer is learned from it",
+                talk.place,
+            )
 
     def _header(self, talk: Conversation, number: int) -> str:
         """`header_of` its prompt, which is the same behind messages of one role."""

@@ -14,7 +14,7 @@ from ..base.files import read_json
 from . import TASKS, Example, Task, codealpaca, gsm8k
 from .chat import ChatTemplate, Notes
 from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
-from .messages import as_plain_text, is_empty, read_conversation
+from .messages import as_plain_text, is_empty, read_conversation, trained_turns
 from .rows import SUFFIXES, Row, folder_rows, hub_rows, iter_rows, need_text
 from .split import drawn
 from .stored import StoredExamples
@@ -171,7 +171,7 @@ class _Reader:
     now: datetime
     notes: Notes = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
-    num_rows: int = 0
+    num_answers: int = 0
     empty: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,10 +209,13 @@ class _Reader:
                 example = as_plain_text(talk, sized=self.tokenizer is None, every_turn=self.train_on == "assistant")
                 how, read = "as plain text", tuple(name for name in read if name not in CHAT_FIELDS)
             is_blank = is_empty(talk.messages[-1])
+            earlier = trained_turns(talk) if self.train_on != "last" else []
+            self.num_answers += len(earlier)
+            self.empty += [f"{row.place}, message {i + 1}" for i in earlier if is_empty(talk.messages[i])]
         if is_blank:
             self.empty.append(row.place)
         self.unread |= row.values.keys() - set(read)
-        self.num_rows += 1
+        self.num_answers += 1
         return replace(example, format=f"{found.format}, {how}")
 
     def _as_text(self, row: Row, found: Found) -> Example:
@@ -235,8 +238,8 @@ class _Reader:
             _log.warning("%s: %s (told once)", place, note)
         if self.empty:
             _log.warning(
-                "%d of %d rows have an empty answer, from which a model learns to say nothing; the first: %s",
-                len(self.empty), self.num_rows, self.empty[0],
+                "%d of %d answers are empty, from which a model learns to say nothing; the first: %s",
+                len(self.empty), self.num_answers, self.empty[0],
             )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import hashlib
 import itertools
 import json
 import logging
@@ -10,8 +9,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import date, time
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +16,7 @@ from ..base.errors import DataError
 from ..base.files import (
     JSON_ERRORS,
     RepeatedKeyError,
-    atomic_path,
     half_character,
-    sha256_file,
     unique_keys,
     visible_files,
 )
@@ -161,7 +156,7 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if twice := _given_twice(file.schema_arrow.names):
+        if twice := given_twice(file.schema_arrow.names):
             raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
         for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
@@ -173,22 +168,27 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
 
 def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
+    done = 0
     reader = csv.DictReader(file, delimiter=_TABLES[path.suffix], strict=True)
     try:
-        if twice := _given_twice(reader.fieldnames or ()):
+        if twice := given_twice(reader.fieldnames or ()):
             raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
+        done = reader.line_num
         for row in reader:
-            if None in row or None in row.values():
+            fields = [*row.pop(None, []), *row.values()]  # more than names; None: fewer
+            start = reader.line_num - sum(field.count("\n") for field in fields if field is not None)
+            done = reader.line_num
+            if len(fields) > len(row) or None in fields:
                 raise DataError(
-                    f"{path} line {reader.line_num}: has not as many fields as the first line has names: quote a text "
+                    f"{path} line {start}: has not as many fields as the first line has names: quote a text "
                     "that holds the separator, quotes or line ends."
                 )
-            yield Row(f"{path} line {reader.line_num}", dict(row))
+            yield Row(f"{path} line {start}", dict(row))
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num} is no table's ({error}): quote texts as CSV does.") from error
+        raise DataError(f"{path} line {done + 1} is no table's ({error}): quote texts as CSV does.") from error
 
 
-def _given_twice(names: Sequence[str]) -> str | None:
+def given_twice(names: Sequence[str]) -> str | None:
     """A name that is there more than once: of two columns, readers give the last one."""
     return next((name for name, number in Counter(names).items() if name and number > 1), None)
 
@@ -399,60 +399,3 @@ def need_text(row: Row, *fields: str) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise DataError(f"{row.place}: {field!r} must be text, this is {json.dumps(value, default=str)[:60]}.")
     return values
-
-
-def save_rows(data: Any, path: Path) -> Path:
-    """Writes rows that are in memory as JSON lines, so that a run can be resumed from its folder alone.
-
-    Args:
-        data: a list of dictionaries, or any iterable of them such as a `datasets.Dataset` or `IterableDataset`; or a
-            DataFrame of pandas or polars, or an Arrow table.
-
-    Returns:
-        `path`, which may hold the same rows already.
-
-    Raises:
-        DataError: a row that is no dictionary, or holds what JSON cannot; no rows; other rows in `path`.
-    """
-    if listed := next((name for name in ("to_dicts", "to_pylist") if hasattr(data, name)), None):
-        data = getattr(data, listed)()  # of polars, of Arrow
-    elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # of pandas
-        if twice := _given_twice(list(data.columns)):
-            raise DataError(f"data has the column {twice!r} twice: give each its own name.")
-        data = (
-            {k: v for k, v in row.items() if not (isinstance(v, float) and v != v)} for row in data.to_dict("records")
-        )
-    if isinstance(data, Mapping) and all(
-        isinstance(v, list) and not any(isinstance(item, Mapping) for item in v) for v in data.values()
-    ):
-        raise DataError("data is a dictionary of columns: give datasets.Dataset.from_dict(data).")
-    if not isinstance(data, Iterable):
-        raise DataError(f"data is a {type(data).__name__}: give a path, a name, or rows as dictionaries.")
-    if isinstance(data, Mapping):
-        raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
-    digest, number = hashlib.sha256(), 0
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for number, row in enumerate(data, start=1):
-            if not isinstance(row, Mapping):
-                raise DataError(f"row {number} of the data is a {type(row).__name__}: give dictionaries.")
-            try:
-                line = json.dumps(without_filling(dict(row)), default=_plain).encode() + b"\n"
-            except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(f"row {number} of the data holds what JSON cannot: {error}: leave it out.") from error
-            digest.update(line)
-            file.write(line)
-        if not number:
-            raise DataError("data holds no rows: give at least one.")
-        file.flush()
-        if path.is_file() and sha256_file(path) != digest.hexdigest():
-            raise DataError(f"{path} holds other rows: give another output folder, or delete it.")
-    return path
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has for numpy's arrays and numbers; times and decimals as text."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, date | time | Decimal):
-        return str(value)
-    raise TypeError(f"a {type(value).__name__}, {str(value)[:40]!r}")

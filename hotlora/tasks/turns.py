@@ -65,11 +65,11 @@ class Marks:
 
 
 def trimmed(span: Span, text: str, header: str = "") -> Span | None:
-    """A marked part without the header that the generation prompt writes, and without the blanks at its end: there the
-    model has stopped. None: nothing is left."""
+    """A marked part without what is in it of the header that the generation prompt writes, and without the blanks at
+    its end: there the model has stopped. None: nothing is left."""
     start, end = span
-    if header and text.startswith(header, start):
-        start += len(header)
+    inside = (header[i:] for i in range(len(header)) if text.endswith(header[:i], 0, start))
+    start += next((len(rest) for rest in inside if text.startswith(rest, start)), 0)
     end = start + len(text[start:end].rstrip())
     return (start, end) if start < end else None
 

@@ -1,7 +1,9 @@
 """The options of one fine-tuning. Imports nothing heavy: the command line shows these defaults."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..base.errors import HotLoraError
 from ..base.options import Options, option
@@ -35,7 +37,7 @@ class TrainConfig(Options):
         "constant, constant_with_warmup, linear or cosine (these two fall to 0), or another of transformers'.",
         "constant_with_warmup", panel=_TRAINING,
     )  # fmt: skip
-    lr_scheduler_kwargs: str | None = option(
+    lr_scheduler_kwargs: str | Mapping[str, Any] | None = option(
         "More of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' with cosine_with_min_lr.", None, panel=_TRAINING
     )
     warmup_ratio: float = option(

@@ -36,7 +36,7 @@ def schedule_options(config: TrainConfig) -> dict[str, Any]:
     """`lr_scheduler_kwargs` as transformers takes them. HotLoraError: no JSON object, or not the schedule's."""
     text = config.lr_scheduler_kwargs
     try:
-        options = json.loads(text or "{}")
+        options = json.loads(str(text or "{}"))
     except ValueError:
         options = None
     if not isinstance(options, dict):

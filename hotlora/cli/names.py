@@ -1,0 +1,42 @@
+"""Names of options as people may write them: with underscores, or as other libraries call them."""
+
+import re
+from typing import Any
+
+from typer.core import TyperGroup
+
+from ..base.options import meant, needless
+
+_OPTION = re.compile(r"\A--[A-Za-z][\w-]*(?==|\Z)")
+
+
+def with_dashes(words: list[str]) -> list[str]:
+    """--lora_alpha as --lora-alpha; behind a bare -- no word is an option."""
+    end = words.index("--") if "--" in words else len(words)
+    return [_OPTION.sub(lambda found: found[0].replace("_", "-"), word, count=1) for word in words[:end]] + words[end:]
+
+
+class Commands(TyperGroup):
+    """Options are taken with underscores, too; one that does not exist is told with what it is called here."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_dashes(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Typer's newer releases have a click of their own, so the class is another one.
+            if type(error).__name__ == "NoSuchOption" and (told := _told(error)):
+                error.message, error.possibilities = f"{str(error.message).rstrip('.')}. {told}", None  # type: ignore[attr-defined]
+            raise
+
+
+def _told(error: Any) -> str | None:
+    options = error.ctx.command.params if error.ctx else ()
+    flags = {o.name: o.opts[0] for o in options if o.name and o.opts and o.opts[0].startswith("--")}
+    if near := meant(error.option_name, flags):
+        name, *value = near.split()
+        return f"Did you mean {' '.join([flags[name], *value])}?"
+    why = needless(error.option_name)
+    return f"{why[0].upper()}{why[1:]}." if why else None
