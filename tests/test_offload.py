@@ -19,6 +19,7 @@ from zoo import families, zoo_model
 import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.offload import DenseExperts, Fetcher, MappedFolder, OffloadedExperts, keep_on_device, pinned
+from hotlora.adapter.packed import PackedExperts
 from hotlora.adapter.quantize import ExpertsQuantization, quantize_experts
 from hotlora.adapter.quantized import QuantizedExperts
 from hotlora.base.errors import FileError, HotLoraError
@@ -273,3 +274,26 @@ def test_options_that_do_not_go(tmp_path, options, said):
     with pytest.raises(HotLoraError, match=said):
         run_training("nano", "nano-math", tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_experts_on_the_host(bits, is_transposed):
+    """As MXFP4 and FP8 have them, with two experts on the device: all that a product asks for is equal."""
+    draw = torch.Generator().manual_seed(bits)
+    packed = torch.randint(0, 120, (6, 8, 64 * bits // 8), dtype=torch.uint8, generator=draw)
+    scales = torch.randint(120, 130, (6, 8, 2), dtype=torch.uint8, generator=draw)
+
+    def holder() -> PackedExperts:
+        return PackedExperts(packed.clone(), scales.clone(), bits, torch.float32, is_transposed)
+
+    plain, fetcher = holder(), Fetcher(torch.device("cpu"))
+    there, other = (OffloadedExperts(holder(), fetcher, pinned) for _ in range(2))
+    there.keep_on_device([1, 4])
+    assert (there.shape, there.dtype, there.is_transposed) == (plain.shape, plain.dtype, is_transposed)
+    assert len(there.on_host[0]) == 4 and len(other.on_host[0]) == 6
+    for _ in range(2):
+        assert torch.equal(there.dequantize(), plain.dequantize()) and torch.equal(there.some(2, 5), plain.some(2, 5))
+        assert torch.equal(other.expert(4), plain.expert(4))
+    ours, theirs = there.coded(), plain.coded()
+    assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.scales, theirs.scales)
