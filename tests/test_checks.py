@@ -73,7 +73,7 @@ TRAIN = "train --model {folder}/model --data {folder}/rows.jsonl -o {out} --no-p
         ("--report-to nothing", "report_to = 'nothing' does not exist"),
         ("--device cuda:99", "device 'cuda:99' does not exist"),
         ("--dtype int8", "dtype 'int8' does not exist"),
-        ("--dtype float64", "dtype 'float64' does not exist: give auto, float32, bfloat16 or float16"),
+        ("--dtype float8_e4m3fn", "'float8_e4m3fn' does not exist: give auto, float32, bfloat16, float16 or float64"),
         ("--quantize 3", "bits=3 must be 4 or 8"),
         ("--learning-rate inf", "learning_rate = inf is out of range"),
         ("--epochs inf", "epochs = inf is out of range"),

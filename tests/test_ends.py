@@ -31,7 +31,7 @@ ENDS = {
     "qwen3": ["<|im_end|>"], "qwen2_5": ["<|im_end|>"], "llama3": ["<|eot_id|>"], "llama3_1": ["<|eot_id|>"],
     "gemma3": ["<end_of_turn>"], "gptoss": ["<|call|>", "<|return|>"], "gemma4": ["<turn|>", "<|tool_response>"],
     "cohere2": ["<|END_OF_TURN_TOKEN|>"], "deepseekv3": ["<｜end▁of▁sentence｜>"], "smolvlm": ["<end_of_utterance>"],
-    "phi3": ["<eos>"], "glm4moe": [],
+    "phi3": ["<eos>", "<|end|>"], "glm4moe": [],
 }  # fmt: skip
 PROMPT = [{"role": "user", "content": "say a"}]
 
@@ -97,6 +97,26 @@ def run(chatml: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def ids_of(model: str) -> list[int]:
     tokenizer = hotlora.load_tokenizer(model)
     return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_what_may_stand_in_an_answer_ends_none():
+    """An added token that is no special one, and the end of the conversation beside that of a turn."""
+    tokenizer = hotlora.load_tokenizer("nano")
+    tokenizer.add_tokens(["\n\n", "."])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    for_each = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    prompt = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    names = {
+        for_each + "\n\n" + prompt: [],
+        for_each + "." + prompt: [],
+        for_each + "<|im_end|>\n" + prompt: ["<|im_end|>"],
+        for_each + "<|im_end|>\n" + prompt.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"): [
+            "<|endoftext|>", "<|im_end|>",
+        ],
+    }  # fmt: skip
+    for template, expected in names.items():
+        tokenizer.chat_template = template
+        assert tokenizer.convert_ids_to_tokens(turn_ends(tokenizer)) == expected, template
 
 
 def test_answers_stop_there_wherever_they_are_generated(chatml: str, rows: str, run: Path):

@@ -252,7 +252,9 @@ def _load_within_file_size(folder: str) -> str:
 
 def test_a_disk_that_does_not_take_it_is_named(tmp_path):
     said = apart(_load_within_file_size, str(tmp_path))
-    assert said.startswith(f"FileError: offload_folder {tmp_path} cannot be written") and "--offload-folder" in said
+    assert (
+        said.startswith(f"FileError: offload_folder {tmp_path} is full (File too large)") and "--offload-folder" in said
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -267,6 +269,10 @@ def test_a_folder_that_is_none(tmp_path):
     [
         ({"offload": "hot"}, "offload = 'hot' does not exist: choose one of none, cold, all"),
         ({"offload_folder": "there"}, "offload_folder goes with offloading"),
+        (
+            {"on_top_of": ["there"], "quantize": 4},
+            "cannot be merged into quantized weights: merge it first",
+        ),
         ({"offload": "all", "full": True}, "full fine-tuning trains all weights: leave offload out"),
     ],
 )

@@ -234,7 +234,7 @@ def test_what_a_record_holds():
     held = set(RunOptions(model="nano", data="nano-math").recorded())
     assert held - {field.name for field in dataclasses.fields(TrainConfig)} == {
         "model", "data", "test_data", "test_split", "attn_implementation", "evaluate", "full", "dtype", "quantize",
-        "quantize_linear",
+        "quantize_linear", "offload", "fit",
         "expert_parallel", "profile_until", "profile_fraction", "plan_seed", "reprofile_every", "reprofile_left",
         *(field.name for field in dataclasses.fields(Selection)),
     }  # fmt: skip

@@ -63,12 +63,16 @@ class MappedFolder:
                 # Shared: a private mapping counts as memory of the process.
                 there = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
-            free = shutil.disk_usage(self.folder).free
-            why = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written ({error.strerror})"
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise FileError(
+                    f"offload_folder {self.folder} cannot be written ({error.strerror}): give a folder on a disk of "
+                    "this machine (--offload-folder)."
+                ) from error
+            free, there_are = shutil.disk_usage(self.folder).free / 1e9, self.num_bytes / 1e9
             raise FileError(
-                f"offload_folder {self.folder} {why}: {self.num_bytes / 1e9:.1f} GB of experts are there, the next "
-                f"{tensor.nbytes / 1e9:.2f} GB did not fit, {free / 1e9:.1f} GB are free. Give a folder on another "
-                "disk (--offload-folder), or fewer bits (--quantize 4)."
+                f"offload_folder {self.folder} is full ({error.strerror}): {there_are:.1f} GB of experts are there, "
+                f"the next {tensor.nbytes / 1e9:.2f} GB did not fit, {free:.1f} GB are free. Give a folder on another disk "
+                "(--offload-folder), or fewer bits (--quantize 4)."
             ) from error
         self.num_bytes, self.seconds = self.num_bytes + tensor.nbytes, self.seconds + time.monotonic() - started
         return there.view(tensor.shape).permute([order.index(dim) for dim in range(tensor.ndim)])

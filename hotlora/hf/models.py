@@ -323,10 +323,10 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def checked_dtype(dtype: str | torch.dtype) -> None:
-    """ModelError: none that a model is trained or run in. (`load_model` itself takes float64 besides.)"""
+    """ModelError: none that a model is trained or run in."""
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-    if name not in ("auto", "float32", "bfloat16", "float16"):
-        raise ModelError(f"dtype {str(dtype)!r} does not exist: give auto, float32, bfloat16 or float16.")
+    if name not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ModelError(f"dtype {str(dtype)!r} does not exist: give auto, float32, bfloat16, float16 or float64.")
 
 
 def structure(name_or_path: str | Path, attn_implementation: str | None = None) -> PreTrainedModel:

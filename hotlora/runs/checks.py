@@ -48,7 +48,10 @@ def check_run(options: RunOptions) -> None:
     schedule_options(options)
     checked_device(options.device)
     checked_dtype(options.dtype)
-    stored = experts_in(options.quantize, linear=options.quantize_linear)
+    stored = experts_in(
+        options.quantize, linear=options.quantize_linear, offload=options.offload != "none",
+        offload_folder=options.offload_folder,
+    )  # fmt: skip
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
     needs_all = options.full or options.reprofile_every or options.use_dora or options.train_full_experts

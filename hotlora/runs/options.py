@@ -188,6 +188,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
+        if self.on_top_of and (self.quantize or self.quantize_linear):
+            raise HotLoraError(
+                "an earlier adapter cannot be merged into quantized weights: merge it first (hotlora merge), and give "
+                "the merged model as model (--model); or leave out one of on_top_of and quantize."
+            )
         if self.full and self.offload != "none":
             raise HotLoraError("full fine-tuning trains all weights: leave offload out.")
         if self.keep_hot and (not self.quantize or self.reprofile_every):

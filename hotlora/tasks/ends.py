@@ -1,5 +1,6 @@
 """With which tokens a chat template ends an assistant's turn: those that a model learns to end its answers with."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -9,6 +10,7 @@ from .chat import ChatTemplate
 from .messages import Conversation
 
 _MARK = "730518842100"  # digits alone, which no template changes
+_IN_BRACKETS = re.compile(r"<[^<>\s]{2,}>|\[[^\[\]\s]{2,}\]")
 _USER = {"role": "user", "content": "1"}
 _NOW = datetime(2026, 1, 1)
 
@@ -19,11 +21,14 @@ def turn_ends(tokenizer: Any) -> list[int]:
     text of several."""
     if not getattr(tokenizer, "chat_template", None):
         return []
-    plain = _end(tokenizer, [{"role": "assistant", "content": _MARK}])
-    if plain is None:
+    plain = _ends(tokenizer, [{"role": "assistant", "content": _MARK}])
+    if not plain:
         return []
-    called = _end(tokenizer, _calls({"city": "1"}), tools=True) or _end(tokenizer, _calls('{"city": "1"}'), tools=True)
-    return sorted({plain} | ({called} if called is not None else set()))
+    if _ends_an_earlier_turn(tokenizer, plain[0]):
+        plain = plain[:1]  # else it ends the conversation, and the one before it a turn
+    called = _ends(tokenizer, _calls({"city": "1"}), tools=True)
+    called = called or _ends(tokenizer, _calls('{"city": "1"}'), tools=True)
+    return sorted({*plain, *called[:1]})
 
 
 def told_ends(tokenizer: Any, ends: Sequence[int]) -> str:
@@ -42,22 +47,41 @@ def _calls(arguments: object) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": "", "tool_calls": calls} for calls in ([call, other], [call])]
 
 
-def _end(tokenizer: Any, answers: Sequence[dict[str, Any]], *, tools: bool = False) -> int | None:
-    """The token that ends the first of the answers that the template writes; None: there is none. A token that also
-    stands before the end, as between two calls, ends no answer."""
+def _ends(tokenizer: Any, answers: Sequence[dict[str, Any]], *, tools: bool = False) -> list[int]:
+    """The token that ends the first of the answers that the template writes, and the one before it, and so on. None of
+    them stands anywhere else, as between two calls."""
     for answer in answers:
         behind = _behind(tokenizer, answer, tools)
         if behind is None:
             continue
-        tokens = (token for token in tokenizer.get_added_vocab() if token and behind.endswith(token))
-        token = max((*tokens, _eos(tokenizer, behind)), key=len)
-        return tokenizer.convert_tokens_to_ids(token) if token and behind.count(token) == 1 else None
-    return None
+        found = []
+        while (token := _at_the_end(tokenizer, behind)) and behind.count(token) == 1:
+            found.append(tokenizer.convert_tokens_to_ids(token))
+            behind = behind.removesuffix(token).rstrip()
+        return found
+    return []
 
 
-def _eos(tokenizer: Any, text: str) -> str:
-    """Not every tokenizer in Python lists it among the added ones."""
-    return tokenizer.eos_token if tokenizer.eos_token and text.endswith(tokenizer.eos_token) else ""
+def _ends_an_earlier_turn(tokenizer: Any, end: int) -> bool:
+    """Whether this token stands between an answer and the question after it, too; so it is taken to be where the
+    template does not write two turns."""
+    answer, question = {"role": "assistant", "content": _MARK}, {"role": "user", "content": f"{_MARK}2"}
+    turns = [_USER, answer, question, {"role": "assistant", "content": "1"}]
+    try:
+        example = ChatTemplate(tokenizer, _NOW, {}, "last").example(Conversation("", turns, None, {}))
+    except DataError:
+        return True
+    _, _, behind = str(example.text).partition(_MARK)
+    return tokenizer.convert_ids_to_tokens(end) in behind.partition(f"{_MARK}2")[0]
+
+
+def _at_the_end(tokenizer: Any, text: str) -> str:
+    """The special token with which a text ends, or one in brackets; "" if there is none. Other added tokens, such as
+    line breaks, may stand in an answer. Not every tokenizer in Python lists its eos_token among the added ones."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = [str(token) for token in added if token.special or _IN_BRACKETS.fullmatch(str(token))]
+    ends = (name for name in (*names, tokenizer.eos_token or "") if name and text.endswith(name))
+    return max(ends, key=len, default="")
 
 
 def _behind(tokenizer: Any, answer: dict[str, Any], tools: bool) -> str | None:

@@ -13,6 +13,7 @@ from .config import TrainConfig
 # Changing these changes nothing of what is learned, so a run may go on under others.
 FREE_OPTIONS = (
     *(field.name for field in fields(TrainConfig) if field.metadata["resume"] == "free"), "expert_parallel", "fit",
+    "offload",
 )  # fmt: skip
 _FLAGS = {
     field.name: field.metadata["flags"][0].split("/")[0] for field in fields(TrainConfig) if field.metadata["flags"]
