@@ -52,6 +52,7 @@ GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
 OWN_DATA_MARK = "<!-- made by scripts/docs.py from benchmarks/own_data -->"
+EXPERTS_MARK = "<!-- made by scripts/docs.py from benchmarks/experts -->"
 UNTIL_MARK = "<!-- made by scripts/docs.py from results/profile_until.json -->"
 OPTIONS_HEAD = """# Options of a run
 
@@ -248,6 +249,34 @@ def own_data_table() -> str:
     return table(heads, lines)
 
 
+def stored_experts_table() -> str:
+    """Experts in few bits or in a file beside bfloat16, from benchmarks/experts_elsewhere.py and larger_than_memory.py."""
+    folder = ROOT / "benchmarks" / "experts"
+    result = json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
+    heads = ["experts", "step, s", "of bfloat16's", "most memory while loading, GB", "of bfloat16's", "in a step, GB"]
+    lines = []
+    for way, its in result["medians"].items():
+        ratio = result["against bfloat16"][way]
+        step = [f"{its['seconds']:.2f}", f"{ratio['seconds']:.2f}"]
+        loading = [f"{its['loading_bytes'] / 1e9:.2f}", f"{ratio['loading_bytes']:.2f}"]
+        peak = [f"{its['step_bytes'] / 1e9:.2f}", f"{ratio['step_bytes']:.2f}"]
+        lines.append([way, *step, *loading, *peak])
+    made = table([*heads, "of bfloat16's"], lines)
+    runs = len(result["runs"]["bfloat16"])
+    limited = json.loads((folder / "cpu-limited.json").read_text(encoding="utf-8"))
+    times = {name: run["seconds"] for name, run in limited["runs"].items()}
+    equal = "the same bytes" if limited["adapters_equal"] else "OTHER BYTES"
+    return made + (
+        f"\n\n*{result['layers']} of OLMoE-1B-7B's layers with random weights, {result['tokens']:,} tokens a step, "
+        f"{result['environment']['device']}; medians of {runs} processes each. Memory is what no file has, beyond what the "
+        "process had after its imports. With `--offload` the experts are in none of it.*\n\n"
+        f"{limited['layers']} such layers, {limited['experts_bytes'] / 1e9:.1f} GB of experts, trained in a process that "
+        f"may use {limited['limit_bytes'] / 1e9:.1f} GB, page cache included (a memory cgroup): "
+        f"{times['offloaded, limited']:.0f} s with loading, {times['in memory']:.0f} s with all the memory, and an adapter "
+        f"of {equal} (`sudo python benchmarks/larger_than_memory.py --output benchmarks/experts/cpu-limited.json`)."
+    )
+
+
 def until_tables() -> str:
     """What `--profile-until` promises and spares, from the record of benchmarks/profile_until.py."""
     record = json.loads((ROOT / "results" / "profile_until.json").read_text(encoding="utf-8"))
@@ -311,6 +340,7 @@ def main() -> None:
     studies, of_method = ROOT / "results" / "nano", method.read_text(encoding="utf-8")
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
     of_method = filled(of_method, UNTIL_MARK, until_tables())
+    of_method = filled(of_method, EXPERTS_MARK, stored_experts_table())
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
     wanted = {
