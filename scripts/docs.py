@@ -250,7 +250,7 @@ def own_data_table() -> str:
 
 
 def stored_experts_table() -> str:
-    """Experts in few bits or in a file beside bfloat16, from benchmarks/experts_elsewhere.py and larger_than_memory.py."""
+    """Experts in few bits or in a file beside bfloat16, from experts_elsewhere.py and larger_than_memory.py."""
     folder = ROOT / "benchmarks" / "experts"
     result = json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
     heads = ["experts", "step, s", "of bfloat16's", "most memory while loading, GB", "of bfloat16's", "in a step, GB"]
@@ -268,12 +268,12 @@ def stored_experts_table() -> str:
     equal = "the same bytes" if limited["adapters_equal"] else "OTHER BYTES"
     return made + (
         f"\n\n*{result['layers']} of OLMoE-1B-7B's layers with random weights, {result['tokens']:,} tokens a step, "
-        f"{result['environment']['device']}; medians of {runs} processes each. Memory is what no file has, beyond what the "
-        "process had after its imports. With `--offload` the experts are in none of it.*\n\n"
-        f"{limited['layers']} such layers, {limited['experts_bytes'] / 1e9:.1f} GB of experts, trained in a process that "
-        f"may use {limited['limit_bytes'] / 1e9:.1f} GB, page cache included (a memory cgroup): "
-        f"{times['offloaded, limited']:.0f} s with loading, {times['in memory']:.0f} s with all the memory, and an adapter "
-        f"of {equal} (`sudo python benchmarks/larger_than_memory.py --output benchmarks/experts/cpu-limited.json`)."
+        f"{result['environment']['device']}; medians of {runs} processes each. Memory is what no file has, beyond what "
+        "the process had after its imports. With `--offload` the experts are in none of it.*\n\n"
+        f"{limited['layers']} such layers, {limited['experts_bytes'] / 1e9:.1f} GB of experts, trained in a process "
+        f"that may use {limited['limit_bytes'] / 1e9:.1f} GB, page cache included (a memory cgroup): "
+        f"{times['offloaded, limited']:.0f} s with loading, {times['in memory']:.0f} s with all the memory, and an "
+        f"adapter of {equal} (`sudo python benchmarks/larger_than_memory.py --output benchmarks/experts/cpu-limited.json`)."
     )
 
 
