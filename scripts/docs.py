@@ -273,7 +273,8 @@ def stored_experts_table() -> str:
         f"{limited['layers']} such layers, {limited['experts_bytes'] / 1e9:.1f} GB of experts, trained in a process "
         f"that may use {limited['limit_bytes'] / 1e9:.1f} GB, page cache included (a memory cgroup): "
         f"{times['offloaded, limited']:.0f} s with loading, {times['in memory']:.0f} s with all the memory, and an "
-        f"adapter of {equal} (`sudo python benchmarks/larger_than_memory.py --output benchmarks/experts/cpu-limited.json`)."
+        f"adapter of {equal} (`sudo python benchmarks/larger_than_memory.py --output "
+        "benchmarks/experts/cpu-limited.json`)."
     )
 
 
