@@ -212,8 +212,8 @@ def test_offloaded_experts_are_elsewhere(quantize, steps):
     for found in (cold, every):
         assert found["weights"] + found["host"] == pytest.approx(none["weights"], abs=2)
         assert found["disk"] == 0 and found["total"] < none["total"]
-    # One layer's at a time: what is multiplied, and what comes next.
-    assert every["staging"] == round(layer) and cold["staging"] == round(0.75 * layer)
+    # Two slots for a layer's gate and up, two of its three matrices: what is multiplied, and what comes next.
+    assert every["staging"] == round(4 / 3 * layer) and cold["staging"] == round(0.75 * 4 / 3 * layer)
     on_disk = memory(step, Storage(quantize=quantize, offload="all", offload_folder="somewhere"))
     assert (on_disk["host"], on_disk["disk"], on_disk["total"]) == (0, every["host"], every["total"])
     # There for the forward, and again for the backward.

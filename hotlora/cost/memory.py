@@ -225,8 +225,8 @@ def _placed(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> t
 
 
 def _staging(step: Step, storage: Storage) -> float:
-    """Two projections at a time: the one that is multiplied, and the one that comes next."""
-    return max(_placed(step, storage, layer, layer.up + layer.down)[1] for layer in step.experts)
+    """Two slots for the largest projection: of what is multiplied, and of what comes next."""
+    return 2 * max(_placed(step, storage, layer, max(layer.up, layer.down))[1] for layer in step.experts)
 
 
 def _peak(step: Step, storage: Storage, gradients: float) -> tuple[float, float]:
