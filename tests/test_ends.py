@@ -151,13 +151,21 @@ def test_without_the_file_a_conversation_still_stops(chatml: str, rows: str, run
 
 def test_what_is_saved_says_so(chatml: str, rows: str, run: Path, tmp_path: Path):
     both = ids_of(chatml)
-    for format in ("merged", "vllm"):
-        export_saved(chatml, run / "adapter", tmp_path / format, format=format, drop_router=format == "vllm")
-        assert GenerationConfig.from_pretrained(tmp_path / format).eos_token_id == both
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert whole.generation_config.eos_token_id == both and whole.generation_config.temperature == 0.6
+    export_saved(chatml, run / "adapter", tmp_path / "vllm", format="vllm", drop_router=True)
+    assert GenerationConfig.from_pretrained(tmp_path / "vllm").eos_token_id == both
     combine_saved(chatml, [run / "adapter"] * 2, tmp_path / "combined")
     assert saved_stop_tokens(tmp_path / "combined") == both
+
+
+def test_whole_models_that_are_saved_say_so(chatml: str, rows: str, run: Path, tmp_path: Path):
+    both = ids_of(chatml)
+    try:
+        AutoModelForCausalLM.from_pretrained(chatml).save_pretrained(tmp_path / "as it is")
+    except ValueError as error:
+        pytest.skip(f"this transformers does not save such a model at all ({str(error).splitlines()[0]})")
+    export_saved(chatml, run / "adapter", tmp_path / "merged", format="merged")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert whole.generation_config.eos_token_id == both and whole.generation_config.temperature == 0.6
     run_training(chatml, rows, tmp_path / "full", max_steps=1, batch_size=8, full=True)
     assert GenerationConfig.from_pretrained(tmp_path / "full" / "model").eos_token_id == both
 

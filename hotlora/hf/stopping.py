@@ -49,7 +49,7 @@ def saved_stop_tokens(folder: str | Path) -> list[int]:
 def save_stop_tokens(model: Any, ids: Collection[int], folder: Path) -> None:
     """The model's generation config beside a saved adapter, where it has one of these tokens."""
     if set(ids).intersection(stop_tokens(model)):
-        model.generation_config.save_pretrained(folder)
+        model.generation_config.to_json_file(folder / FILE)  # save_pretrained of transformers 5.17 refuses such ones
 
 
 def _listed(ids: Any) -> list[int]:
