@@ -26,6 +26,7 @@ from hotlora.base.errors import FileError, HotLoraError
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.layer.function import use_routed_layer
+from hotlora.training.identity import check_same, same_run
 
 LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())
 
@@ -303,3 +304,12 @@ def test_packed_experts_on_the_host(bits, is_transposed):
         assert torch.equal(other.expert(4), plain.expert(4))
     ours, theirs = there.coded(), plain.coded()
     assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.scales, theirs.scales)
+
+
+def test_a_run_goes_on_with_another_offload_and_from_before_there_was_one(tmp_path):
+    before = {"r": 8, "batch_size": 4, "gradient_accumulation_steps": 1}
+    for now in ({"offload": "none"}, {"offload": "all"}, {"offload": "none", "fit": "24GB"}):
+        check_same(same_run(before), same_run(before | now), tmp_path)
+        check_same(same_run(before | {"offload": "cold"}), same_run(before | now), tmp_path)
+    with pytest.raises(HotLoraError, match="--r 16 against 8"):
+        check_same(same_run(before), same_run(before | {"r": 16}), tmp_path)
