@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from apart import apart
+from loading_memory import own_bytes, watched
 from runs import run_evaluation, run_training
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
@@ -195,29 +196,19 @@ def test_a_run_is_the_same_run(tmp_path, monkeypatch):
     ]
 
 
-def _own_memory() -> int:
-    """Bytes of this process that no file has."""
-    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
-
-
 def _peak_of_a_run(folder: str, offload: str) -> int:
     """Bytes that a training takes at its peak beyond those before it."""
     torch.set_num_threads(1)
-    found, is_over = [_own_memory()], threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(0.002):
-            found.append(_own_memory())
-
-    watching = threading.Thread(target=watch)
+    before, is_over = own_bytes(), threading.Event()
+    most = [before]
+    watching = threading.Thread(target=watched, args=(is_over, most))
     watching.start()
     where = {} if offload == "none" else {"offload_folder": folder}
     options = {"max_steps": 2, "batch_size": 1, "max_length": 32, "r": 2, "limit": 8}
     run_training(f"{folder}/model", f"{folder}/rows.jsonl", f"{folder}/{offload}", offload=offload, **where, **options)
     is_over.set()
     watching.join()
-    return max(found) - found[0]
+    return most[0] - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is told as Linux does it")

@@ -90,6 +90,7 @@ class DenseExperts(nn.Module):
     weight: Tensor
     """`[E, ., .]`"""
     stored = ("weight",)
+    is_dense = True
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -104,11 +105,13 @@ class DenseExperts(nn.Module):
     def dequantize(self) -> Tensor:
         return self.weight
 
-    def some(self, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop]
-
     def expert(self, number: int) -> Tensor:
         return self.weight[number]
+
+
+def _aligned(tensor: Tensor) -> int:
+    """Its bytes in a slot."""
+    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED
 
 
 class _Slot:
@@ -128,7 +131,7 @@ class _Slot:
         for tensor in holder.on_host:
             there = self.bytes[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             self.tensors.append(there.copy_(tensor, non_blocking=True))
-            start += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+            start += _aligned(tensor)
 
 
 class Fetcher:
@@ -150,8 +153,7 @@ class Fetcher:
         """Requests that no earlier one had foreseen."""
 
     def add(self, holder: "OffloadedExperts") -> None:
-        size = sum(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in holder.on_host)
-        self.num_bytes = max(self.num_bytes, size)
+        self.num_bytes = max(self.num_bytes, sum(map(_aligned, holder.on_host)))
 
     def get(self, holder: "OffloadedExperts") -> list[Tensor]:
         """The holder's tensors on the device, until the next holder's are asked for; those are on their way."""
@@ -238,6 +240,10 @@ class OffloadedExperts(nn.Module):
         return self.shape.numel()
 
     @property
+    def is_dense(self) -> bool:
+        return bool(self.holder.is_dense)
+
+    @property
     def is_transposed(self) -> bool:
         return bool(getattr(self.holder, "is_transposed", False))
 
@@ -257,9 +263,8 @@ class OffloadedExperts(nn.Module):
         return dense
 
     def coded(self) -> Any:
-        """As a kernel decodes it; None of dense ones."""
-        here = self._here()
-        return here.coded() if hasattr(here, "coded") else None
+        """As a kernel decodes it."""
+        return self._here().coded()
 
     @torch.no_grad()
     def keep_on_device(self, experts: Collection[int]) -> None:

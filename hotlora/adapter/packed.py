@@ -38,6 +38,7 @@ class PackedExperts(nn.Module):
     """Empty; it carries the dtype."""
     stored = ("packed", "scales")
     """What is large, a row for each of `stored_ids`."""
+    is_dense = False
     kept_ids: tuple[int, ...] = ()
     """No expert is in anything else."""
     is_transposed: bool

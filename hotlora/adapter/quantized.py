@@ -42,6 +42,7 @@ class QuantizedExperts(nn.Module):
     _cold_index: Tensor
     stored = ("packed", "scale_bits")
     """What is large, a row for each of `stored_ids`."""
+    is_dense = False
 
     def __init__(
         self, packed: Tensor, scale_bits: Tensor, shape: torch.Size, bits: int, kept: Tensor, kept_ids: Sequence[int]

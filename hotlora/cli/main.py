@@ -290,6 +290,7 @@ def export(
 
     `hotlora verify` loads the export in the engine, and finds out whether it is applied.
     """
+    from ..adapter.formats.export import adapter_in
     from ..report.card import size_told
     from ..runs.export import export_saved, served_room
 
@@ -302,7 +303,7 @@ def export(
     _describe(output, format, model, [adapter], room)
     out.print(f"{format}: {output}")
     if format != "merged":
-        out.print(size_told(output / "adapter" if (output / "base").is_dir() else output, room))
+        out.print(size_told(adapter_in(output), room))
     if merge_router or merge_attention:
         out.print(f"serve {output / 'base'} with the adapter {output / 'adapter'}")
     _tell_of_quantization(adapter)

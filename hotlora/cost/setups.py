@@ -92,7 +92,7 @@ class Setups:
         others: list[dict[str, Any]] = []
         if self.options.optim.startswith("adamw_torch"):
             others.append({"optim": "paged_adamw_8bit"})
-        if getattr(self.options, "quantize_linear", 0) is None and not self._is_spread:
+        if self.options.quantize_linear is None and not self._is_spread:
             others.append({"quantize_linear": 4})
         if self.options.max_length >= 2 * _SHORTEST:
             others.append({"max_length": self.options.max_length // 2})

@@ -29,7 +29,8 @@ class FrozenWeight:
     """One projection's weights of all experts, dense or quantized."""
 
     value: Any
-    """A Tensor; or what has its `shape`, `dtype`, `expert(e)` and `dequantize()`."""
+    """A Tensor; or what has its `shape`, `dtype`, `expert(e)` and `dequantize()`, and where it is not `is_dense`,
+    `some(start, stop)` and `coded()`."""
     is_transposed: bool
     """`[E, inputs, outputs]` rather than `[E, outputs, inputs]`."""
 
@@ -61,8 +62,8 @@ class FrozenWeight:
 
     @property
     def is_held(self) -> bool:
-        """Whether it is not dense: quantized, or packed."""
-        return not isinstance(self.value, Tensor)
+        """Whether it is not dense where it is multiplied: quantized, or packed."""
+        return not (isinstance(self.value, Tensor) or self.value.is_dense)
 
     def some(self, start: int, stop: int) -> Tensor:
         """`[stop - start, inputs, outputs]` of some experts; quantized ones are dense for as long as they are held."""

@@ -187,11 +187,11 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 def _held_product(x_SI: Tensor, weight: FrozenWeight, ends_E: Tensor) -> Tensor:
     """`grouped_linear` of weights that are quantized or packed: `BLOCK_BYTES` of them are dense at once, or a tile."""
-    if use_fused(x_SI) and x_SI.dtype == weight.dtype and (coded := weight.value.coded()) is not None:
+    if use_fused(x_SI) and x_SI.dtype == weight.dtype:
         from .kernels.coded_gemm import coded_gemm  # which needs Triton
 
         # The parameter is [E, I, O] where `is_transposed`; and may be held the other way round.
-        return coded_gemm(x_SI, coded, ends_E, weight.is_transposed != weight.value.is_transposed)
+        return coded_gemm(x_SI, weight.value.coded(), ends_E, weight.is_transposed != weight.value.is_transposed)
     num_experts = len(ends_E)
     step = max(1, BLOCK_BYTES // (weight.value.shape[1:].numel() * weight.dtype.itemsize))
     if step >= num_experts:

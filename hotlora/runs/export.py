@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..adapter.combine import check_weights
-from ..adapter.formats.export import check_base, check_config, check_export, export_adapter
+from ..adapter.formats.export import adapter_in, check_base, check_config, check_export, export_adapter
 from ..adapter.formats.room import SERVERS, Room, room_of
 from ..adapter.load import CONFIG_FILE, load_adapter, planned_experts, saved_config
 from ..adapter.model import check_combined
@@ -70,7 +70,7 @@ def export_saved(
         adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
         merge_attention=merge_attention, tokenizer=tokenizer,
     )  # fmt: skip
-    beside = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    beside = adapter_in(folder)
     if (beside / CONFIG_FILE).is_file():  # a whole checkpoint has them already
         save_stop_tokens(adapted.get_base_model(), saved_stop_tokens(adapter), beside)
     return folder

@@ -110,6 +110,11 @@ def export_adapter(
     return output
 
 
+def adapter_in(output: Path) -> Path:
+    """The adapter's folder in an export, which may have a base beside it."""
+    return output / "adapter" if (output / "base").is_dir() else output
+
+
 def check_export(format: str, output: str | Path) -> Path:
     """`output`, if it is free and `format` exists; else an error as of `export_adapter`."""
     output = Path(output)

@@ -10,6 +10,7 @@ from ...base.files import read_json
 from ...hf.experts_view import ExpertsView
 from ...hf.models import attention_modules, model_from_config, moe_layers, own_dtype, unwrap
 from ..load import CONFIG_FILE
+from .export import adapter_in
 from .vllm import LARGEST_RANK, room_for
 
 SERVERS = {"vllm": "--max-loras", "sglang": "--max-loras-per-batch", "sglang-shared": "--max-loras-per-batch"}
@@ -33,7 +34,7 @@ def room_of(base: nn.Module, format: str, output: Path, dtype: torch.dtype) -> R
     """Of what was exported to `output`; None for a format of no server. dtype: that the server runs the base in."""
     if format not in SERVERS:
         return None
-    r = read_json((output / "adapter" if (output / "base").is_dir() else output) / CONFIG_FILE)["r"]
+    r = read_json(adapter_in(output) / CONFIG_FILE)["r"]
     r = room_for(r) if format == "vllm" else r
     return Room(SERVERS[format], r, place_bytes(base, format, r, dtype.itemsize), str(dtype).removeprefix("torch."))
 
