@@ -39,6 +39,7 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
         "adapter.formats.export",
         "adapter.formats.import_peft",
         "adapter.quantize",
+        "training.rank_growth",
         "training.reprofile",
         "training.gradient_checkpointing",
         "training.trainer",

@@ -236,6 +236,7 @@ def test_what_a_record_holds():
         "model", "data", "test_data", "test_split", "attn_implementation", "evaluate", "full", "dtype", "quantize",
         "quantize_linear", "offload", "fit",
         "expert_parallel", "profile_until", "profile_fraction", "plan_seed", "reprofile_every", "reprofile_left",
+        "grow_every",
         *(field.name for field in dataclasses.fields(Selection)),
     }  # fmt: skip
 

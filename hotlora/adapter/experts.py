@@ -30,6 +30,7 @@ class HotExperts(MergeableLayer):
         self.expert_ids: dict[str, tuple[int, ...]] = {}
         self._groups: dict[str, list[_Group]] = {}
         self._on_device: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+        self._rank_masks: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def lora_A(self) -> nn.ParameterDict:  # type: ignore[override]
@@ -184,6 +185,7 @@ class HotLoraExperts(HotExperts):
             chosen = tuple(e for e, its in zip(ids, ranks, strict=True) if its == rank)
             groups.append(_Group(chosen, rank, None if len(set(ranks)) == 1 and rank == r else f"rank_{rank}"))
         self.expert_ids[adapter_name], self._groups[adapter_name] = ids, groups
+        self._rank_masks.pop(adapter_name, None)
         for group in groups:
             n, r_n = len(group.ids), group.r
             outer = 1 if getattr(config, "share_a", False) else n
@@ -210,6 +212,11 @@ class HotLoraExperts(HotExperts):
         tensors = [[*self._tensors_of(adapter, group), *self._dora_scales(adapter, group)] for group in groups]
         device = tensors[0][0].device
         scaling: float | Tensor = self._scaling(adapter, groups[0])
+        if adapter in self._rank_masks:
+            gate_up, down = self._rank_masks[adapter]
+            B = tensors[0][1]
+            tensors[0][1] = (B.unflatten(1, (gate_up.shape[1], -1)) * gate_up).flatten(1, 2)
+            tensors[0][3] = tensors[0][3] * down
         if len(groups) > 1:
             scaling = self._sent(tuple(self.scaling_of(adapter, expert) for expert in ids), device)
             by_group = [expert for group in groups for expert in group.ids]
@@ -242,6 +249,14 @@ class HotLoraExperts(HotExperts):
         (group,) = self._groups[adapter]
         assert len(ids) == len(group.ids)
         self.expert_ids[adapter], self._groups[adapter] = ids, [replace(group, ids=ids)]
+
+    def keep_ranks(self, adapter: str, up_NR: Tensor, down_NR: Tensor) -> None:
+        """Only these ranks (bool) of the projections into the experts and out of them train from now on, and none of
+        the gate. The others must be zero in B: they stay so. For factors of one rank."""
+        assert len(self._groups[adapter]) == 1
+        gate_up = up_NR.new_zeros(len(up_NR), self.view.num_parts, 1, up_NR.shape[1])
+        gate_up[:, -1, 0] = up_NR
+        self._rank_masks[adapter] = gate_up, down_NR[:, None]
 
     def scaling_of(self, adapter: str, expert: int) -> float:
         """lora_alpha / r, or over its root, of one expert."""

@@ -40,7 +40,9 @@ def check_run(options: RunOptions) -> None:
     HotLoraError: an option out of range, or that does not go with another. ModelError: no such model, or without MoE
     layers. PlanError: a rule, budget, plan or profile that does not fit the model.
     """
-    check_sizes(eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every)
+    check_sizes(
+        eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every, grow_every=options.grow_every
+    )
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     check_report_to(options.report_to)
@@ -54,11 +56,13 @@ def check_run(options: RunOptions) -> None:
     )  # fmt: skip
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
-    needs_all = options.full or options.reprofile_every or options.use_dora or options.train_full_experts
+    needs_all = (
+        options.full or options.reprofile_every or options.grow_every or options.use_dora or options.train_full_experts
+    )
     if needs_all and (sharding(options.expert_parallel) or uses_deepspeed()):
         raise HotLoraError(
-            "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
-            "or launch without FSDP, DeepSpeed and expert parallelism."
+            "full fine-tuning, full experts, DoRA, re-profiling and growing ranks need all weights in each process: "
+            "leave them out, or launch without FSDP, DeepSpeed and expert parallelism."
         )
     there = structure(options.model, options.attn_implementation)
     check_packed(options.model, there.config, stored)

@@ -87,6 +87,7 @@ class TrainKeywords(TypedDict, total=False):
     plan_seed: int | None
     reprofile_every: int | None
     reprofile_left: str
+    grow_every: int | None
     warmup: str
     mask: str | Path | None
     keep: float | None

@@ -1,7 +1,7 @@
 """The papers' methods and hyperparameters by name, as options of a run. Imports nothing heavy.
 
 HELLoRA's table 1 and section 4, MoE-Sieve's sections 4 and 5.1 and its released code, LoRI (arXiv 2504.07448, its
-appendix), ESFT (arXiv 2407.01906).
+appendix), ESFT (arXiv 2407.01906), DR-LoRA (arXiv 2601.04823, version 3, its table 6).
 Any option given beside a name comes before what the name stands for.
 """
 
@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hellori-d": {**_HELLORA, **_FROZEN_A},
     "hellori-s": {**_HELLORA, **_SPARSE},
     "sieve": {"rule": "hot", "fraction": 0.25, "lora_dropout": 0.05},
+    "dr-lora": {"rule": "all", "grow_every": 200, "train_attention": False, "train_shared": False},
     "esft": {"rule": "cumulative", "train_full_experts": True, **_EXPERTS_ONLY},
 }
 """method -> options of `stages.run_method`"""
@@ -63,6 +64,10 @@ def _presets() -> dict[str, dict[str, Any]]:
         presets[f"lori-s-{domain}"] = {
             "method": "lori-s", "epochs": epochs, "learning_rate": 5e-4, "dense_learning_rate": 5e-5, **_AS_LORI,
         }  # fmt: skip
+    presets["dr-lora"] = {
+        "method": "dr-lora", "r": 64, "lora_alpha": 128, "epochs": 1, "learning_rate": 2e-5, "lr_scheduler": "linear",
+        "batch_size": 16, "max_length": 4096,
+    }  # fmt: skip
     presets["sieve"] = {"method": "sieve", **MOE_SIEVE}
     for name, signal in (("token", "count"), ("gate", "mass")):
         presets[f"esft-{name}"] = {
@@ -123,6 +128,11 @@ def counted_options(method: str | None, placement: str | None) -> dict[str, Any]
     options |= _named("placement", PLACEMENTS, placement) if placement else {}
     rule = options.pop("rule", None)
     options.pop("lora_dropout", None)
+    if "grow_every" in options:
+        raise HotLoraError(
+            f"method {method!r} trains two of an expert's three projections, at ranks that training decides: count "
+            "lora with --placement gate; it trains two thirds of those of the experts."
+        )
     if rule == "cumulative":
         raise HotLoraError(
             f"method {method!r} trains as many experts as the data's routing says: count another method."

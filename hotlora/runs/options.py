@@ -151,6 +151,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         "What becomes of what experts that are not chosen again had learned: drop or merge.", "drop", panel=_EXPERTS
     )
 
+    grow_every: int | None = option(
+        "dr-lora: ranks of experts' projections grow every so many steps, from r/2, to r on average and 2r at most.",
+        None, panel=_METHOD,
+    )  # fmt: skip
+
     warmup: str = option(
         "lora: profile after a short LoRA on all experts (HELLoRA s4.1); or none.", "none", panel=_METHOD, resume=None
     )
@@ -208,6 +213,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
                 "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen or shared A "
                 "and full experts."
             )
+        if self.grow_every is not None:
+            self._check_growth()
         if self.reprofile_left != "drop" and self.reprofile_every is None:
             raise HotLoraError("reprofile_left goes with re-profiling: give reprofile_every, too.")
         if self.keep is None and (self.dense_learning_rate is not None or self.fresh_a or self.granularity != "model"):
@@ -226,6 +233,18 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError("a warm-up profiles the examples that it trained on: leave out profile_until.")
         if self.expert_parallel > 1 and self.signal == "saliency" and self.profiles:
             raise HotLoraError(_NO_SALIENCY)
+
+    def _check_growth(self) -> None:
+        wrong = {
+            "a frozen or shared A": not self.train_a or self.share_a, "DoRA": self.use_dora,
+            "full experts": self.train_full_experts, "full fine-tuning": self.full,
+            "re-profiling": self.reprofile_every is not None, "load_best": self.load_best, "extend": self.extend,
+            "rsLoRA": self.use_rslora,
+        }  # fmt: skip
+        if found := [name for name, is_on in wrong.items() if is_on]:
+            raise HotLoraError(
+                f"grow_every grows the ranks of plain LoRA over a training whose length is known: leave out {found[0]}."
+            )
 
     @property
     def profiles(self) -> bool:

@@ -50,6 +50,7 @@ from ..tasks.ends import told_ends, turn_ends
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize, told
 from ..training.config import TrainConfig
+from ..training.rank_growth import RankGrowth, allocated
 from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
 from .checks import check_made_on, check_run, select
@@ -167,6 +168,7 @@ class _Run:
         num_parameters = base.num_parameters() + quantized_parameters(base)
         record["model"] |= {"fingerprint": fingerprint(base), "num_parameters": num_parameters}
         moving: Reprofiling | None = None
+        growing: RankGrowth | None = None
         if options.full:
             model = base.requires_grad_(True)
             record["parameters"] = {"trainable": num_parameters, "total": num_parameters, "percent": 100.0}
@@ -178,6 +180,8 @@ class _Run:
                     base = self._load(self.plan)
             model = self._adapt(base, self.plan)
             moving = self._reprofiling(model) if options.reprofile_every is not None else None
+            if options.grow_every is not None:
+                growing = RankGrowth(model, options.r, options.grow_every, self.output / "ranks.jsonl")
         if is_main():
             write_record(self.output, record)
         scoring: dict[str, Any] = {"batch_size": options.eval_batch_size, "progress": self.progress}
@@ -187,12 +191,15 @@ class _Run:
             identity={**self.identity, "plan_hash": self.plan.hash if self.plan else None},
             held_out_loss=self._held_out_loss(model) if options.eval_steps is not None else None,
             held_out_score=self._held_out_score(model) if options.eval_steps is not None else None,
-            callbacks=[] if moving is None else [moving], progress=self.progress,
+            callbacks=[callback for callback in (moving, growing) if callback is not None], progress=self.progress,
         )  # fmt: skip
         if moving is not None:
             moving.finish()
             record["parameters"] |= count_parameters(model)
             record["reprofile"] = moving.drift()
+        if growing is not None:
+            record["parameters"] |= growing.finish()
+            record["ranks"] = growing.events()
         record["training"] = {
             **asdict(result), "metrics": "metrics.jsonl",
             "cut": sum(self.dataset["cut"]), "left_out": len(self.examples) - len(self.dataset),
@@ -296,9 +303,10 @@ class _Run:
         names = {field.name for field in fields(HotLoraConfig)} & {field.name for field in fields(TrainConfig)}
         if self.options.offload == "cold":
             keep_on_device(base, plan.experts)
-        config = HotLoraConfig(
-            plan=plan, mask=self.options.mask, **{name: getattr(self.options, name) for name in names}
-        )
+        given = {name: getattr(self.options, name) for name in names}
+        if self.options.grow_every is not None:
+            given |= allocated(self.options.r, self.options.lora_alpha)
+        config = HotLoraConfig(plan=plan, mask=self.options.mask, **given)
         set_seed(self.options.seed)
         with quiet():
             model: Any = get_peft_model(base, config)

@@ -28,6 +28,7 @@ from ..base.processes import is_main, wait_for_all
 from ..hf.models import moe_layers
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile, jaccard
+from .replanned import put_under_plan
 from .row_steps import move_rows, step_rows, take_rows
 
 LEFT = ("drop", "merge")
@@ -186,26 +187,7 @@ class Reprofiling(TrainerCallback):
                 weight.data[expert] = frozen
         experts = {i: tuple(sorted(e for layer, e in held if layer == i)) for i in plan.experts}
         ranks = {i: tuple(config.r * len(held[i, e]) for e in ids) for i, ids in experts.items()}
-        whole = dataclasses.replace(plan, experts=experts, ranks=ranks)
-        others = {
-            name: p.detach().clone()
-            for name, p in self.model.named_parameters()
-            if "lora_" in name and not any(f".{n}." in name for n in _NAMES)
-        }
-        base = self.model.get_base_model()
-        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-        fields |= {"plan": whole, "target_modules": None, "target_parameters": None}
-        self.model.delete_adapter("default")
-        self.model.add_adapter("default", HotLoraConfig(**fields))
-        self.model.set_adapter("default")
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in others.items():
-                parameters[name].copy_(value)
-            for found in moe_layers(base):
-                adapted = base.get_submodule(found.experts)
-                if isinstance(adapted, HotLoraExperts):
-                    _fill(adapted, {e: held[found.layer, e] for e in adapted.expert_ids["default"]})
+        put_under_plan(self.model, dataclasses.replace(plan, experts=experts, ranks=ranks), held)
 
     def _merge(self, left: _Left) -> None:
         """Adds what the expert learned to its frozen weights, and remembers both."""
@@ -237,19 +219,3 @@ class Reprofiling(TrainerCallback):
 
     def _plan(self) -> ExpertPlan:
         return ExpertPlan.from_dict(self._config().plan)
-
-
-def _fill(module: HotLoraExperts, held: dict[int, list[list[Tensor]]]) -> None:
-    """Each expert's factors one after another, at the rank of all of them together."""
-    for (expert, part), (A, B) in module.factor_pairs("default", folded=False).items():
-        start = 0
-        # The scaling of a rank of its own is another: B makes up for it.
-        scale = module.scaling["default"] / module.scaling_of("default", expert)
-        for A_up, B_up, A_down, B_down in held[expert]:
-            parts = A_up.shape[0] // A_down.shape[0]
-            n = parts - 1 if part == "up" else 0
-            A_mine, B_mine = (A_down, B_down) if part == "down" else (A_up.chunk(parts)[n], B_up.chunk(parts)[n])
-            end = start + A_mine.shape[0]
-            A[start:end].copy_(A_mine)
-            B[:, start:end].copy_(B_mine * scale)
-            start = end
