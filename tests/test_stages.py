@@ -62,7 +62,8 @@ def logits(model):
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fft", "lori-s", "hellori-s")])
+# dr-lora's saved tensors are not those that it trained: test_rank_growth.
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("fft", "lori-s", "hellori-s", "dr-lora")])
 def test_each_method_trains_saves_loads_and_merges(method, model_folder, data, tmp_path):
     record = run_method(model_folder, data, tmp_path / "run", method=method, **SHORT)
     assert record["status"] == "done" and record["condition"] == method
