@@ -2,6 +2,7 @@ import pytest
 
 from hotlora.base.errors import HotLoraError
 from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, names
+from hotlora.papers.studies import STUDIES
 from hotlora.papers.recipe import across_name, condition_name, scored_name
 from hotlora.runs.sweep import Sweep, sweep_jobs
 from hotlora.runs.worker_pool import Job
@@ -40,10 +41,10 @@ def test_every_recipe_without_trainings_can_be_built(name: str, model: str | Non
 
 
 @pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
-@pytest.mark.parametrize("name", [*trainings(), "auto_k", "quantized"])
+@pytest.mark.parametrize("name", [*trainings(), *STUDIES])
 def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
     if name not in RECIPES:
-        assert jobs_of(find_recipe(name), tmp_path) and set(names()) == {*RECIPES, "auto_k", "quantized", "reprofile"}
+        assert jobs_of(find_recipe(name), tmp_path) and set(names()) == {*RECIPES, *STUDIES}
         return
     setting = Setting(model)
     recipe, sweep = RECIPES[name](setting), find_recipe(name, setting)
