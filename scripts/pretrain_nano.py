@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from hotlora.nano import choice, sql
@@ -36,6 +36,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 console = Console()
+
+
+def olmoe(width: int, shape: dict) -> OlmoeConfig:
+    return OlmoeConfig(**shape, intermediate_size=width, norm_topk_prob=False)
+
+
+def qwen(width: int, shape: dict) -> Qwen2MoeConfig:
+    """Routing weights that are normalised over the chosen experts, and a shared expert of the width of two."""
+    return Qwen2MoeConfig(
+        **shape, moe_intermediate_size=width, shared_expert_intermediate_size=2 * width, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False,
+    )  # fmt: skip
+
+
+FORMS = {"olmoe": olmoe, "qwen": qwen}
 
 
 def train_tokenizer(stream: Iterator[tuple[str, str]], vocab_size: int, characters: int) -> PreTrainedTokenizerFast:
@@ -149,6 +164,7 @@ def held_out_loss(model, tokenizer, streams: dict[str, list[str]]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("hotlora/nano/model"))
+    parser.add_argument("--form", choices=FORMS, default="olmoe", help="whose architecture")
     parser.add_argument("--text", type=Path, help="a folder of .txt, .jsonl or .jsonl.gz files")
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -170,25 +186,15 @@ def main() -> None:
     tokenizer = train_tokenizer(documents(args.seed + 1, texts), args.vocab_size, characters=8_000_000)
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
-    config = OlmoeConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=6,
-        num_attention_heads=args.hidden_size // 32,
-        num_key_value_heads=args.hidden_size // 32,
-        max_position_embeddings=512,
-        num_experts=32,
-        num_experts_per_tok=4,
-        norm_topk_prob=False,
-        output_router_logits=False,
-        router_aux_loss_coef=args.aux,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-    )
-    model = OlmoeForCausalLM(config).to(device)
+    shape = {
+        "vocab_size": args.vocab_size, "hidden_size": args.hidden_size, "num_hidden_layers": 6,
+        "num_attention_heads": args.hidden_size // 32, "num_key_value_heads": args.hidden_size // 32,
+        "max_position_embeddings": 512, "num_experts": 32, "num_experts_per_tok": 4, "output_router_logits": False,
+        "router_aux_loss_coef": args.aux, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = FORMS[args.form](args.intermediate_size, shape)
+    model = AutoModelForCausalLM.from_config(config).to(device)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
