@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from test_run import CONFIG
 from test_stages import data, logits, model_folder  # noqa: F401
 from tiny import FAMILIES, fill, tiny_batch, tiny_model, tiny_plan
+from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.base.errors import HotLoraError
-from hotlora.hf.models import load_model
+from hotlora.hf.models import load_model, moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.methods import resolve
 from hotlora.training.rank_growth import BETA, GAMMA, Growth, RankGrowth, allocated, importance
@@ -207,3 +208,31 @@ def test_the_method_is_the_papers():
 def test_what_does_not_go_with_it_is_refused(options, told):
     with pytest.raises(HotLoraError, match=told):
         resolve("dr-lora", model="nano", data="nano-math", **options)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4", "nemotron_h", "deepseek_v3"])
+def test_every_layout_counts_tokens_and_ends_as_it_was_trained(family, tmp_path):
+    """Transposed and biased, without a gate, with shared experts; gemma4's decoder is not handed the padding's mask."""
+    base = zoo_model(family)
+    layers = moe_layers(base)
+    number = layers[0].num_experts
+    plan = ExpertPlan({layer.layer: tuple(range(number)) for layer in layers}, number, "all", {})
+    config = HotLoraConfig(plan=plan, train_attention=False, train_shared=False, **allocated(4, 8))
+    model = get_peft_model(base, config).train()
+    moving = RankGrowth(model, 4, 1, tmp_path / "ranks.jsonl")
+    moving.warmup = 1
+    for layer in moving.layers.values():
+        layer.growth = Growth(r=4, units=2 * number, warmup=1, steps=6, every=1)
+    batch = tiny_batch(vocab_size=60)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(6):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert {int(layer.tokens) for layer in moving.layers.values()} == {16}  # of 18
+        moving.on_pre_optimizer_step(None, type("State", (), {"global_step": step})(), None)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model.eval()(**batch).logits
+    counts = moving.finish()
+    torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    widths = sum(next(iter(moving.layers.values())).experts.view.widths)
+    assert counts["experts"] == len(layers) * 2 * number * 4 * widths

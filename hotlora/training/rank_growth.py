@@ -166,7 +166,7 @@ class RankGrowth(TrainerCallback):
     """the current batch's tokens, `[T]`, where some are padding"""
 
     def __post_init__(self) -> None:
-        base: Any = self.model.get_base_model()
+        base = self.model.get_base_model()
         for found in moe_layers(base):
             if not isinstance(experts := base.get_submodule(found.experts), HotLoraExperts):
                 continue
@@ -179,8 +179,7 @@ class RankGrowth(TrainerCallback):
             self.layers[found.layer] = layer
             self._hooks.append(experts.register_forward_pre_hook(self._counting(layer), with_kwargs=True))
             self._set_mask(layer)
-        # PEFT calls the base's forward by itself, without its hooks.
-        self._hooks.append(base.get_decoder().register_forward_pre_hook(self._see_padding, with_kwargs=True))
+        self._hooks.append(self.model.register_forward_pre_hook(self._see_padding, with_kwargs=True))
         self._router = [
             parameter
             for module in self.model.modules()
