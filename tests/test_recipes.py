@@ -2,8 +2,8 @@ import pytest
 
 from hotlora.base.errors import HotLoraError
 from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, names
-from hotlora.papers.studies import STUDIES
 from hotlora.papers.recipe import across_name, condition_name, scored_name
+from hotlora.papers.studies import STUDIES
 from hotlora.runs.sweep import Sweep, sweep_jobs
 from hotlora.runs.worker_pool import Job
 

@@ -23,6 +23,7 @@ from .loaded import Digests, digests, is_as_loaded
 from .mask import SparseMask
 from .mergeable import MergeableLayer
 from .on_top_of import NO_FILE, Entry
+from .parallel import KINDS, ParallelAdapters
 from .raw_weights import HotLoraRouter, HotLoraWeights
 
 WEIGHTS_HASH = "weights_sha256"
@@ -91,6 +92,12 @@ class HotLoraConfig(LoraConfig):
     share_a: bool = False
     """One A of gate and one of up for all planned experts of a layer, and one B of down: the factors on the model's
     width. SGLang calls it shared-outer LoRA."""
+    perft: str | None = None
+    """E, R or D: PERFT's adapters beside the experts in place of updates of their projections (`parallel`)."""
+    perft_adapters: int = 1
+    """Of R and D: how many a layer has."""
+    perft_top_k: int = 1
+    """Of R: how many of them its router chooses for a token."""
     base_quantization: dict[str, Any] | None = None
     """How the base was stored in training, as `quantize.noted_quantization` has it. It is set when an adapter to train
     is put on a model; `load.base_quantization` reads it."""
@@ -130,6 +137,8 @@ class HotLoraConfig(LoraConfig):
         self._ranks: dict[str, tuple[int, ...]] = {}
         self._raw_weights: dict[str, tuple[str, ...]] = {}
         self._routers: set[str] = set()
+        self._norm_topk = False
+        """whether the model's routers make the chosen experts' weights sum to 1"""
         # SHA-256 of the frozen A that the model has, and of the one that the adapter was saved with.
         self._a_hash: str | None = None
         self._saved_a_hash: str | None = None
@@ -163,6 +172,8 @@ class HotLoraConfig(LoraConfig):
             )
         if self.share_a:
             self._check_shared()
+        if self.perft is not None:
+            self._check_perft()
         if self.a_seed is None and not self.train_a:
             self.a_seed = self._mask.a_seed if self._mask is not None else 0
 
@@ -175,6 +186,26 @@ class HotLoraConfig(LoraConfig):
                     f"share_a needs one rank for all experts of a layer, and the plan gives layer {layer} the ranks "
                     f"{sorted(set(ranks))}: take the ranks out of the plan, or leave out share_a."
                 )
+
+    def _check_perft(self) -> None:
+        if self.perft not in KINDS:
+            raise PlanError(f"perft={self.perft!r} does not exist: choose one of {', '.join(KINDS)}.")
+        if not self.train_a or self.share_a or self.use_dora or self.train_full_experts or self.plan["ranks"]:
+            raise PlanError(
+                "perft has adapters of one rank beside the experts: leave out DoRA, a frozen or shared A, full experts "
+                "and ranks."
+            )
+        if self.perft == "E" and (self.perft_adapters, self.perft_top_k) != (1, 1):
+            raise PlanError(
+                "perft='E' has one adapter for each planned expert: leave out perft_adapters and perft_top_k."
+            )
+        if self.perft == "D" and self.perft_top_k != 1:
+            raise PlanError("perft='D' has no router: leave out perft_top_k.")
+        if not 1 <= self.perft_top_k <= self.perft_adapters and self.perft != "E":
+            raise PlanError(
+                f"perft_top_k={self.perft_top_k} and perft_adapters={self.perft_adapters}: both must be 1 or more, and "
+                "a router cannot choose more than there are."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` holds; the targets in order, so that equal adapters give equal files."""
@@ -255,6 +286,7 @@ class HotLoraConfig(LoraConfig):
                 "nothing would be trained: the plan has no expert, and attention, routers and shared experts "
                 "are off. Plan at least one expert, or switch one of them on."
             )
+        self._norm_topk = getattr(unwrap(model).config.get_text_config(), "norm_topk_prob", True)
         raw = {path: weights for path in shared if (weights := _raw_weights(unwrap(model.get_submodule(path))))}
         self._expert_ids, self._ranks, self._routers = expert_ids, ranks, set(routers)
         self._raw_weights = {**routers, **raw}
@@ -270,6 +302,8 @@ class HotLoraConfig(LoraConfig):
     def _layer_class(self, path: str) -> "type[MergeableLayer] | None":
         """Ours for what `bind` has found at `path`; None where PEFT's own Linear does."""
         if path in self._expert_ids:
+            if self.perft is not None:
+                return ParallelAdapters
             return HotFullExperts if self.train_full_experts else HotLoraExperts
         if path in self._routers:
             return HotLoraRouter

@@ -22,6 +22,7 @@ from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor
 from .mergeable import check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
+from .parallel import UNMERGED
 from .quantize import check_mergeable, is_plain, noted_quantization, warn_if_experts_unquantized
 
 
@@ -139,6 +140,8 @@ class HotLoraModel(LoraModel):
     def _check_merge_allowed(self) -> None:
         """PEFT asks before it merges anything, so nothing is half merged."""
         super()._check_merge_allowed()
+        if any(getattr(config, "perft", None) for config in self.peft_config.values()):
+            raise HotLoraError(UNMERGED)
         if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
             check_mergeable(self.model)
 
@@ -202,10 +205,10 @@ def check_combined(configs: list[HotLoraConfig], how: str, density: float | None
 
 def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     """Of rank and alpha equal, so that the scaling is 1: weights and scalings go into the factors."""
-    if any(config.use_dora or config.train_full_experts for config in configs):
+    if any(config.use_dora or config.train_full_experts or config.perft for config in configs):
         raise HotLoraError(
-            "adapters with use_dora or train_full_experts are no sums of low-rank updates, so they cannot be combined: "
-            "merge_and_unload() them one after another."
+            "adapters with use_dora, train_full_experts or perft are no sums of low-rank updates, so they cannot be "
+            "combined: merge_and_unload() them one after another, but for perft, which cannot be merged."
         )
     grounds = [config.on_top_of or [] for config in configs]
     if any(missing(a, b) for a in grounds for b in grounds):

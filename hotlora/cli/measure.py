@@ -17,7 +17,7 @@ from ..runs.options import RunOptions
 from .options import AsJson, err, number_list, of, options_of, out
 
 _COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared", "share_a")
-_NOT_LORA = {"full", "use_dora", "train_full_experts"}
+_NOT_LORA = {"full", "use_dora", "train_full_experts", "perft"}
 _OF_STEP = ("batch_size", "max_length")
 _STORED = (
     "quantize", "keep_hot", "quantize_linear", "offload", "offload_folder", "optim", "gradient_checkpointing",

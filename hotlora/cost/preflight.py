@@ -127,7 +127,9 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
 
 def unknown_to_estimate(options: RunOptions) -> str | None:
     """What of a run the estimate does not know."""
-    kinds = {"full": "full fine-tuning", "train_full_experts": "full experts", "use_dora": "DoRA"}
+    kinds = {"full": "full fine-tuning", "train_full_experts": "full experts", "use_dora": "DoRA",
+        "grow_every": "growing ranks", "perft": "PERFT",
+    }  # fmt: skip
     return next((words for name, words in kinds.items() if getattr(options, name)), None)
 
 

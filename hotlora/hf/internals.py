@@ -25,6 +25,7 @@ NAMES = {
     "experts are computed in another way",
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register": "no adapter on experts: the routed layer is not "
     "among transformers' implementations of experts",
+    "transformers.integrations.moe:_grouped_linear": "PERFT's adapters are not computed",
     "transformers.integrations.moe#_apply_gate": _EXPERTS,
     "transformers.integrations.moe#has_gate": _EXPERTS,
     "transformers.integrations.moe#has_bias": _EXPERTS,

@@ -57,12 +57,17 @@ def check_run(options: RunOptions) -> None:
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
     needs_all = (
-        options.full or options.reprofile_every or options.grow_every or options.use_dora or options.train_full_experts
+        options.full
+        or options.reprofile_every
+        or options.grow_every
+        or options.use_dora
+        or options.train_full_experts
+        or options.perft
     )
     if needs_all and (sharding(options.expert_parallel) or uses_deepspeed()):
         raise HotLoraError(
-            "full fine-tuning, full experts, DoRA, re-profiling and growing ranks need all weights in each process: "
-            "leave them out, or launch without FSDP, DeepSpeed and expert parallelism."
+            "full fine-tuning, full experts, DoRA, PERFT, re-profiling and growing ranks need all weights in each "
+            "process: leave them out, or launch without FSDP, DeepSpeed and expert parallelism."
         )
     there = structure(options.model, options.attn_implementation)
     check_packed(options.model, there.config, stored)
@@ -77,6 +82,7 @@ def check_run(options: RunOptions) -> None:
         chosen = select(routing, options)
     names = (
         "r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "share_a", "train_full_experts",
+        "perft", "perft_adapters", "perft_top_k",
     )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 

@@ -50,6 +50,9 @@ class TrainKeywords(TypedDict, total=False):
     train_a: bool
     a_seed: int | None
     share_a: bool
+    perft: str | None
+    perft_adapters: int
+    perft_top_k: int
     report_to: str
     rule: str
     fraction: float | None

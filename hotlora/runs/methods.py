@@ -1,7 +1,8 @@
 """The papers' methods and hyperparameters by name, as options of a run. Imports nothing heavy.
 
 HELLoRA's table 1 and section 4, MoE-Sieve's sections 4 and 5.1 and its released code, LoRI (arXiv 2504.07448, its
-appendix), ESFT (arXiv 2407.01906), DR-LoRA (arXiv 2601.04823, version 3, its table 6).
+appendix), ESFT (arXiv 2407.01906), DR-LoRA (arXiv 2601.04823, version 3, its table 6), PERFT
+(arXiv 2411.08212, 2508.02587; of its scripts' grids one of each kind).
 Any option given beside a name comes before what the name stands for.
 """
 
@@ -30,6 +31,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "hellori-s": {**_HELLORA, **_SPARSE},
     "sieve": {"rule": "hot", "fraction": 0.25, "lora_dropout": 0.05},
     "dr-lora": {"rule": "all", "grow_every": 200, "train_attention": False, "train_shared": False},
+    "perft-e": {"rule": "all", "perft": "E", **_EXPERTS_ONLY},
+    "perft-r": {"rule": "all", "perft": "R", "perft_adapters": 4, **_EXPERTS_ONLY},
+    "perft-d": {"rule": "all", "perft": "D", "perft_adapters": 2, **_EXPERTS_ONLY},
+    "perft-s": {"rule": "all", "perft": "D", **_EXPERTS_ONLY},
     "esft": {"rule": "cumulative", "train_full_experts": True, **_EXPERTS_ONLY},
 }
 """method -> options of `stages.run_method`"""

@@ -207,11 +207,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         if self.plan is not None and self.reprofile_every is not None:
             raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
         if self.reprofile_every is not None and (
-            not self.train_a or self.share_a or self.use_dora or self.train_full_experts
+            not self.train_a or self.share_a or self.use_dora or self.train_full_experts or self.perft
         ):
             raise HotLoraError(
-                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen or shared A "
-                "and full experts."
+                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, PERFT, a frozen or "
+                "shared A and full experts."
             )
         if self.grow_every is not None:
             self._check_growth()
@@ -237,7 +237,7 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     def _check_growth(self) -> None:
         wrong = {
             "a frozen or shared A": not self.train_a or self.share_a, "DoRA": self.use_dora,
-            "full experts": self.train_full_experts, "full fine-tuning": self.full,
+            "full experts": self.train_full_experts, "PERFT": self.perft is not None, "full fine-tuning": self.full,
             "re-profiling": self.reprofile_every is not None, "load_best": self.load_best, "extend": self.extend,
             "rsLoRA": self.use_rslora,
         }  # fmt: skip

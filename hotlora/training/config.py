@@ -101,6 +101,12 @@ class TrainConfig(Options):
         "One A of gate and up, and one B of down, for all adapted experts of a layer (SGLang's shared-outer LoRA).",
         False, panel=_ADAPTER,
     )  # fmt: skip
+    perft: str | None = option(
+        "PERFT's adapters beside the experts: E (one for each), R (with a router of their own) or D (for every token).",
+        None, panel=_ADAPTER,
+    )  # fmt: skip
+    perft_adapters: int = option("Of --perft R and D: how many a layer has.", 1, panel=_ADAPTER)
+    perft_top_k: int = option("Of --perft R: how many of them a token gets.", 1, panel=_ADAPTER)
     train_full_experts: bool = option(
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )

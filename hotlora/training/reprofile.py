@@ -74,7 +74,9 @@ class Reprofiling(TrainerCallback):
         if self.left not in LEFT:
             raise HotLoraError(f"left is {self.left!r}: choose one of {', '.join(LEFT)}.")
         config = self._config()
-        is_plain = config.train_a and not (config.share_a or config.use_dora or config.train_full_experts)
+        is_plain = config.train_a and not (
+            config.share_a or config.use_dora or config.train_full_experts or config.perft
+        )
         if not is_plain or self._plan().ranks:
             raise HotLoraError(
                 "re-profiling moves plain LoRA factors only: leave out DoRA, a frozen or shared A, full experts and "

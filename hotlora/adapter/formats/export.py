@@ -18,6 +18,7 @@ from ...hf.models import NANO, NANO_PATH, attention_modules
 from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
 from ..on_top_of import described, merged_for_now, merged_into
+from ..parallel import UNMERGED
 from ..quantize import check_mergeable
 from ..raw_weights import HotLoraRouter
 from . import gguf, mlx
@@ -214,6 +215,8 @@ def _check_plain(config: HotLoraConfig, format: str) -> None:
     for name in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, name, None):
             raise HotLoraError(f"an adapter with {name} cannot be exported: use merge_and_unload().")
+    if config.perft is not None:
+        raise HotLoraError(UNMERGED)
     for name in ("use_dora", "train_full_experts"):
         if getattr(config, name) and format != "merged":
             raise HotLoraError(f"format {format!r} cannot hold an adapter with {name}: use format 'merged'.")
