@@ -21,7 +21,7 @@ NAMES = (
     "malicious instructions", "ShareGPT.jsonl", "Alpaca.jsonl", "prompt of messages.jsonl", "turns.jsonl", "text.jsonl",
     "rows.csv", "rows.tsv", "rows.parquet", "generations", "config.json for params", "a model's config.json",
     "a model's weights", "a model's tokenizer", "adapter_config.json", "an adapter's weights", "PEFT's config",
-    "PEFT's weights", "run.json",
+    "PEFT's weights", "run.json", "run.json for a leaderboard", "board.json",
     "results", "a checkpoint's mark", "metrics.jsonl", "counts", "counts of examples", "saliency", "ESFT's summary",
     "ESFT's scores", "routed experts.npy", "routed experts.npz", "routed experts in a packed npz",
     "routed experts.jsonl", "routed experts.safetensors", "router logits",

@@ -28,6 +28,7 @@ from hotlora.report.leaderboard_page import terminal_tables, write_leaderboard
 from hotlora.report.leaderboard_protocol import NAMES, SEEDS, faults, protocol_of
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.options import RunOptions
+from hotlora.tasks.data import data_hash, load_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "nano"
@@ -581,15 +582,18 @@ def test_every_record_of_ours_is_whole_and_few_are_no_training():
 
 
 def test_our_first_board_by_scipy():
-    """results/nano/papers-longer, each pair computed again from the records."""
-    records = [record for record in find_records(RESULTS / "papers-longer").values() if record.get("training")]
-    for table in leaderboard(RESULTS / "papers-longer").tables:
-        scores: dict[str, dict[int, float]] = {}
-        for record in records:
-            if table.task in record["evaluation"]:
-                name = record["sweep"]["condition"].split("/")[-1]
-                scores.setdefault(name, {})[record["seed"]] = 100 * record["evaluation"][table.task]["accuracy"]
-        assert set(scores) == {row.method for row in table.rows}
+    """results/nano/papers-longer, each pair computed again from the records' files."""
+    board = leaderboard(RESULTS / "papers-longer")
+    assert [table.task for table in board.tables] == ["nano-choice", "nano-math", "nano-sql"]
+    for table in board.tables:
+        scores = {
+            row.method: {
+                seed: 100 * json.loads((folder / "run.json").read_text())["evaluation"][table.task]["accuracy"]
+                for seed, folder in row.folders.items()
+            }
+            for row in table.rows
+        }
+        assert len(scores) >= 10 and len(table.pairs) >= 45
         tested = [pair for pair in table.pairs if pair.test.p is not None]
         ps = []
         for pair in tested:
@@ -597,6 +601,22 @@ def test_our_first_board_by_scipy():
             ps.append(scipy_stats.ttest_rel(*([scores[m][s] for s in seeds] for m in (pair.a, pair.b))).pvalue)
         assert [pair.test.p for pair in tested] == pytest.approx(ps)
         assert [pair.p_holm for pair in tested] == pytest.approx(holm(ps))
+
+
+def test_the_pages_command_makes_runs_of_the_boards_protocol():
+    """docs/leaderboard.md tells how to enter a method on nano-math."""
+    page = (ROOT / "docs" / "leaderboard.md").read_text()
+    (command,) = re.findall(r"^    hotlora train (.*?)--output", page, re.M | re.S)
+    words = command.replace("\\", "").split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    protocol = read_board(RESULTS / "papers-longer").protocols[given["--data"]]
+    tokenizer = hotlora.load_tokenizer(given["--model"])
+    for split, limit, name in (("train", "--limit", "data_hash"), ("test", "--test-limit", "test_hash")):
+        some = load_examples(given["--data"], split, limit=int(given[limit]), tokenizer=tokenizer)
+        assert data_hash(some) == protocol[name], split
+    told = {"steps": "--max-steps", "examples_per_step": "--batch-size", "max_length": "--max-length"}
+    assert {name: int(given[flag]) for name, flag in told.items()} == {name: protocol[name] for name in told}
+    assert int(given["--seed"]) in protocol["ranked_with"]
 
 
 def test_protocols_of_runs_that_hotlora_makes_now(tmp_path: Path):
