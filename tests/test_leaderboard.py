@@ -339,6 +339,12 @@ def test_files_that_are_gone_exchanged_or_broken_are_refused(runs: Path, tmp_pat
     edit(folder, lambda r: r["evaluation"]["gsm8k"].update(results=results.name))
     with pytest.raises(DataError, match=r"results-gsm8k\.jsonl holds 1000 examples and not the score of run\.json"):
         add_runs(board, [folder])
+    whole = results.read_text()
+    results.write_text(whole[:-20] + "\n")
+    with pytest.raises(DataError, match=r"(?s)1 of 1 runs .*results-gsm8k\.jsonl, line 1000"):
+        add_runs(board, [folder])
+    shutil.copytree(folder, runs / "new" / "seed0")
+    assert "results-gsm8k.jsonl, line 1000" in leaderboard(runs).left_out[runs / "new" / "seed0"]
     rows[599]["correct"] = True
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ExpertPlan({0: (2, 3)}, 4, "hot", {}, fingerprint="olmoe-0").save(folder / "plan.json")

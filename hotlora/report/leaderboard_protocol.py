@@ -228,7 +228,10 @@ def _changed_scores(folder: Path, record: Record) -> list[str]:
             found.append(f"{task}: the interval is not that of {correct:g} of {n}")
         file = folder / Path(result.get("results") or "").name
         if file.is_file():
-            rows = read_results(file)
+            try:
+                rows = read_results(file)
+            except FileError as error:
+                return [*found, str(error)]
             if len(rows) != n or not _near(sum(row["correct"] for row in rows), correct):
                 found.append(f"{task}: {file.name} holds {len(rows)} examples and not the score of run.json")
     return found
