@@ -49,6 +49,7 @@ def changed(**values: object):
     return change
 
 
+CONFIG = {"r": 8, "seed": 0, "data_hash": "0", "batch_size": 2, "gradient_accumulation_steps": 1}
 # What was found: each was a traceback, or left the base model changed.
 FOUND = (
     ("rows.json", lambda data: b"[" * 100_000),
@@ -74,6 +75,9 @@ FOUND = (
     ("run.json", changed(config={"test_hash": []})),
     ("run.json", changed(parameters={"trainable": 1, "total": 2, "adapter_bytes": {}})),
     ("run.json", changed(seconds=10**400)),
+    ("run.json for a leaderboard", changed(config={**CONFIG, "processes": None})),
+    ("run.json for a leaderboard", changed(config={**CONFIG, "batch_size": 2.5})),
+    ("board.json", changed(protocols={"gsm8k olmoe-0": []})),
     ("results", changed(correct={})),
     ("results", changed(correct=[True])),
     ("metrics.jsonl", changed(step="1")),

@@ -230,7 +230,14 @@ def test_equal_differences_are_no_win_and_are_told(runs: Path):
 
 # What makes a run another protocol's: a change of its record, and a word of the error.
 OTHERS: dict[str, tuple[Any, str]] = {
-    "fingerprint": (lambda r: r["model"].update(fingerprint="qwen2_moe-1"), "model qwen2_moe-1, and olmoe-0"),
+    "task": (
+        lambda r: r.update(evaluation={"spider": r["evaluation"]["gsm8k"]}),
+        "scored on spider by the model olmoe-0, and the board has gsm8k by olmoe-0: begin another board",
+    ),
+    "fingerprint": (
+        lambda r: r["model"].update(fingerprint="qwen2_moe-1"),
+        "scored on gsm8k by the model qwen2_moe-1, and the board has gsm8k by olmoe-0: begin another board",
+    ),
     "num_parameters": (lambda r: r["model"].update(num_parameters=9001), "9,001, and 9,000"),
     "test_hash": (lambda r: r["config"].update(test_hash="c" * 64), "test data cccccccc, and bbbbbbbb"),
     "test_examples": (None, "test examples 200, and 1,000 is asked (--test-limit)"),
@@ -307,10 +314,6 @@ CHANGED: dict[str, tuple[Any, str]] = {
         lambda r: (r["parameters"].update(trainable=0, percent=0.0), r["config"].update(adapter="x")),
         "it scores a saved adapter",
     ),
-    "task": (
-        lambda r: r.update(evaluation={"spider": r["evaluation"]["gsm8k"]}),
-        "it is scored on spider, and the board has gsm8k: begin another board",
-    ),
 }
 
 
@@ -376,7 +379,7 @@ def test_a_method_has_one_set_of_options_and_a_seed_one_run(runs: Path, tmp_path
     ):
         add_runs(board, [other])
     (entry,) = add_runs(board, [other], name="hot-r8").new
-    assert (entry.method, entry.folder) == ("hot-r8", board / "gsm8k" / "hot-r8" / "seed0")
+    assert (entry.method, entry.folder) == ("hot-r8", board / "olmoe-0" / "gsm8k" / "hot-r8" / "seed0")
     assert rows_of(leaderboard(board))["hot-r8"].note == "not ranked: it lacks the seeds 1, 2, 3, 4, 5"
     again = write_run(tmp_path / "again", "hot", 0, 0.7)
     with pytest.raises(
@@ -400,9 +403,10 @@ def test_added_twice_is_there_once_and_the_same_bytes(runs: Path, tmp_path: Path
     assert (len(first.new), first.known) == (12, ())
     before = files(board)
     assert set(before) == {
-        INDEX, *(f"gsm8k/{m}/seed{s}/{n}" for m in ("hot", "all") for s in range(6) for n in ("run.json", "plan.json"))
+        INDEX,
+        *(f"olmoe-0/gsm8k/{m}/seed{s}/{n}.json" for m in ("hot", "all") for s in range(6) for n in ("run", "plan")),
     }  # fmt: skip
-    assert (board / "gsm8k/hot/seed0/run.json").read_bytes() == (runs / "hot/seed0/run.json").read_bytes()
+    assert (board / "olmoe-0/gsm8k/hot/seed0/run.json").read_bytes() == (runs / "hot/seed0/run.json").read_bytes()
     for again in ([runs / "hot"], [board], [runs / "all" / "seed3", runs / "all"]):
         added = add_runs(board, again, name="another" if again == [board] else None)
         assert added.new == () and len(added.known) in (6, 12)
@@ -416,15 +420,15 @@ def test_added_twice_is_there_once_and_the_same_bytes(runs: Path, tmp_path: Path
 def test_what_an_add_left_that_was_killed_is_not_on_the_board(runs: Path, tmp_path: Path):
     board = tmp_path / "board"
     add_runs(board, [runs / "hot"])
-    shutil.copytree(runs / "all" / "seed0", board / "gsm8k" / "all" / "seed0")
-    left = {board / "gsm8k" / "all" / "seed0": "it was not added: give it to --add"}
+    shutil.copytree(runs / "all" / "seed0", board / "olmoe-0" / "gsm8k" / "all" / "seed0")
+    left = {board / "olmoe-0" / "gsm8k" / "all" / "seed0": "it was not added: give it to --add"}
     assert read_board(board).left_out == left and list(rows_of(leaderboard(board))) == ["hot"]
     assert len(add_runs(board, [runs / "all"]).new) == 6 and read_board(board).left_out == {}
-    (board / "gsm8k" / "near" / "seed1").mkdir(parents=True)
-    (board / "gsm8k" / "near" / "seed1" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"gsm8k/near/seed1 holds something else: move that, or delete it"):
+    (board / "olmoe-0" / "gsm8k" / "near" / "seed1").mkdir(parents=True)
+    (board / "olmoe-0" / "gsm8k" / "near" / "seed1" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"olmoe-0/gsm8k/near/seed1 holds something else: move that, or delete it"):
         add_runs(board, [runs / "near"])
-    assert (board / "gsm8k" / "near" / "seed1" / "notes.txt").read_text() == "mine"
+    assert (board / "olmoe-0" / "gsm8k" / "near" / "seed1" / "notes.txt").read_text() == "mine"
 
 
 def test_a_failed_write_leaves_the_board_as_it_was(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -444,7 +448,7 @@ def test_a_failed_write_leaves_the_board_as_it_was(runs: Path, tmp_path: Path, m
 def test_a_record_that_was_changed_on_the_board_does_not_count(runs: Path, tmp_path: Path):
     board = tmp_path / "board"
     add_runs(board, [runs])
-    place = board / "gsm8k" / "far" / "seed0"
+    place = board / "olmoe-0" / "gsm8k" / "far" / "seed0"
     good = (place / "run.json").read_bytes()
 
     def improve(record: dict[str, Any]) -> None:  # everywhere at once
@@ -457,6 +461,8 @@ def test_a_record_that_was_changed_on_the_board_does_not_count(runs: Path, tmp_p
     assert rows_of(found)["far"].note == "not ranked: it lacks the seed 0"
     (place / "run.json").write_text("{")
     assert "not whole JSON" in leaderboard(board).left_out[place]
+    add_runs(board, [write_run(tmp_path / "new", "new", 0, 0.5)])
+    assert "not whole JSON" in leaderboard(board).left_out[place], "it is still told of after others were added"
     shutil.rmtree(place)
     assert leaderboard(board).left_out == {place: "it is gone: restore a copy, or add it again"}
     assert len(add_runs(board, [runs / "far"]).new) == 1 and (place / "run.json").read_bytes() == good
@@ -466,11 +472,11 @@ def test_a_record_that_was_changed_on_the_board_does_not_count(runs: Path, tmp_p
 def test_the_protocol_stays_what_it_was_founded_with(runs: Path, tmp_path: Path):
     board = tmp_path / "board"
     add_runs(board, [runs / "hot"])
-    protocol = json.loads((board / INDEX).read_text())["tasks"]["gsm8k"]
+    protocol = json.loads((board / INDEX).read_text())["protocols"]["gsm8k olmoe-0"]
     assert set(protocol) == {*NAMES, *SEEDS} and protocol["seeds"] == list(range(6))
     for method in ("a", "b", "c", "d"):  # most now have one seed, and other steps are most in a plain folder
         add_runs(board, [write_run(tmp_path / "few", method, 0, 0.5)])
-    assert json.loads((board / INDEX).read_text())["tasks"]["gsm8k"] == protocol
+    assert json.loads((board / INDEX).read_text())["protocols"]["gsm8k olmoe-0"] == protocol
     assert [row.method for row in leaderboard(board).tables[0].rows if row.overall.rank] == ["hot"]
 
 
@@ -497,10 +503,43 @@ def test_a_board_of_two_protocols(runs: Path, tmp_path: Path):
 def test_a_folder_of_runs_becomes_a_board_where_it_is(runs: Path, tmp_path: Path):
     write_run(runs, "base", None, 0.1, n=200)
     added = add_runs(runs, [write_run(tmp_path / "new", "new", 0, 0.6)])
-    assert added.new[0].folder == runs / "gsm8k" / "new" / "seed0"
+    assert added.new[0].folder == runs / "olmoe-0" / "gsm8k" / "new" / "seed0"
     board = leaderboard(runs)
     assert set(rows_of(board)) == {*SCORES, "new"}
     assert board.left_out == {runs / "base": "it was not added: give it to --add"}
+
+
+def test_models_are_ranked_apart(runs: Path, tmp_path: Path):
+    plan = ExpertPlan({0: (0, 1)}, 4, "hot", {}, fingerprint="qwen2_moe-1")
+    for method, scores in SCORES.items():
+        for seed, score in enumerate(scores):
+            folder = write_run(tmp_path / "other", f"other/{method}", seed, 1 - score / 1000)
+
+            def move(record: dict[str, Any]) -> None:
+                record["model"].update(name="path/other", fingerprint="qwen2_moe-1")
+                record["plan"].update(hash=plan.hash)
+
+            edit(folder, move)
+            plan.save(folder / "plan.json")
+    board = tmp_path / "board"
+    add_runs(board, [runs, tmp_path / "other"])
+    first, second = leaderboard(board).tables
+    assert (first.model, second.model, first.task, second.task) == ("m", "path/other", "gsm8k", "gsm8k")
+    assert (first.rows[0].method, second.rows[0].method) == ("hot", "low")
+    page = write_leaderboard(leaderboard(board), tmp_path / "page").read_text()
+    assert "## gsm8k, m\n" in page and "## gsm8k, path/other\n" in page
+    assert (board / "qwen2_moe-1" / "gsm8k" / "low" / "seed0" / "run.json").is_file()
+
+
+def test_no_run_lies_inside_another(runs: Path, tmp_path: Path):
+    """It would be taken for a stage of that one, and be counted no more."""
+    board = tmp_path / "board"
+    add_runs(board, [runs / "hot"])
+    inside = write_run(tmp_path / "new", "x", 1, 0.5)
+    with pytest.raises(DataError, match="hot/seed0/seed1 holds something else"):
+        add_runs(board, [inside], name="hot/seed0")
+    add_runs(board, [inside], name="hot/variant")
+    assert len(leaderboard(board).tables[0].rows) == 2 and leaderboard(board).left_out == {}
 
 
 def test_broken_indices_are_one_error(runs: Path, tmp_path: Path):
@@ -509,9 +548,10 @@ def test_broken_indices_are_one_error(runs: Path, tmp_path: Path):
     whole = json.loads((board / INDEX).read_text())
     run = {"method": "../x", "sha256": "0"}
     for change in (
-        {"version": 2}, {"tasks": []}, {"runs": None}, {"tasks": {"gsm8k": {}}}, {"runs": {"gsm8k/hot/seed0": run}},
-        {"tasks": {"gsm8k": whole["tasks"]["gsm8k"] | {"seeds": ["a"]}}},
-        {"tasks": {"gsm8k": whole["tasks"]["gsm8k"] | {"ranked_with": [9]}}},
+        {"version": 2}, {"protocols": []}, {"runs": None}, {"protocols": {"gsm8k": {}}},
+        {"runs": {"gsm8k/hot/seed0": run}},
+        {"protocols": {"gsm8k olmoe-0": whole["protocols"]["gsm8k olmoe-0"] | {"seeds": ["a"]}}},
+        {"protocols": {"gsm8k olmoe-0": whole["protocols"]["gsm8k olmoe-0"] | {"ranked_with": [9]}}},
     ):  # fmt: skip
         (board / INDEX).write_text(json.dumps(whole | change))
         with pytest.raises(FileError, match="restore a copy"):
@@ -615,7 +655,9 @@ def test_the_pages_command_makes_runs_of_the_boards_protocol():
     (command,) = re.findall(r"^    hotlora train (.*?)--output", page, re.M | re.S)
     words = command.replace("\\", "").split()
     given = dict(zip(words[::2], words[1::2], strict=True))
-    protocol = read_board(RESULTS / "papers-longer").protocols[given["--data"]]
+    protocol = next(
+        found for found in read_board(RESULTS / "papers-longer").protocols.values() if found["task"] == given["--data"]
+    )
     tokenizer = hotlora.load_tokenizer(given["--model"])
     for split, limit, name in (("train", "--limit", "data_hash"), ("test", "--test-limit", "test_hash")):
         some = load_examples(given["--data"], split, limit=int(given[limit]), tokenizer=tokenizer)

@@ -82,7 +82,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Table:
-    """A task: its protocol, its methods by budget and rank, and all pairs of those that are ranked."""
+    """A task on a model: the protocol, its methods by budget and rank, and all pairs of those that are ranked."""
 
     task: str
     model: str
@@ -117,14 +117,14 @@ def leaderboard(folder: str | os.PathLike[str]) -> Leaderboard:
         FileError: no such folder, or a broken `board.json`. DataError: no training in it is done and has a score.
     """
     board = read_board(folder)
-    tables = tuple(_table(board, task, protocol) for task, protocol in board.protocols.items())
+    tables = tuple(_table(board, key, protocol) for key, protocol in board.protocols.items())
     return Leaderboard(board.folder, tables, board.left_out)
 
 
-def _table(board: Board, task: str, protocol: Mapping[str, Any]) -> Table:
+def _table(board: Board, key: str, protocol: Mapping[str, Any]) -> Table:
     methods: dict[str, list[Entry]] = {}
     for entry in board.entries:
-        if entry.task == task:
+        if entry.key == key:
             methods.setdefault(entry.method, []).append(entry)
     rows = [_row(method, entries, protocol) for method, entries in methods.items()]
     rows = _budgets(rows)
@@ -138,7 +138,8 @@ def _table(board: Board, task: str, protocol: Mapping[str, Any]) -> Table:
     sign = 1 if is_loss(protocol) else -1
     rows.sort(key=lambda row: (row.budget or 0, row.in_budget.rank or len(rows), sign * row.mean, row.method))
     names = dict.fromkeys(entry.record["model"]["name"] for entries in methods.values() for entry in entries)
-    return Table(task, ", ".join(names), protocol, tuple(rows), tuple(pairs), tuple(_notes(rows, pairs, methods)))
+    notes = tuple(_notes(rows, pairs))
+    return Table(str(protocol["task"]), ", ".join(names), protocol, tuple(rows), tuple(pairs), notes)
 
 
 def _row(method: str, entries: Sequence[Entry], protocol: Mapping[str, Any]) -> Row:
@@ -219,7 +220,7 @@ def _ranks(rows: Sequence[Row], pairs: Iterable[Pair], *, within: bool) -> dict[
     }
 
 
-def _notes(rows: Sequence[Row], pairs: Sequence[Pair], methods: Mapping[str, Sequence[Entry]]) -> list[str]:
+def _notes(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
     notes = [f"{row.method}: {row.note}." for row in rows if row.note]
     notes += [
         f"{pair.a} and {pair.b}: {pair.test.reason}."

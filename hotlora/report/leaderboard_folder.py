@@ -1,4 +1,4 @@
-"""A leaderboard's folder: runs in TASK/METHOD/seedN, and `board.json`, which lists them and what they must share.
+"""A leaderboard's folder: runs in MODEL/TASK/METHOD/seedN, and `board.json`, which lists them and what they must share.
 
 A folder of any other runs is read as one, too: its protocol is then that of most of them.
 """
@@ -15,6 +15,7 @@ from ..base.files import atomic_folder, read_json, sha256_file, write_json
 from ..base.lock import locked
 from ..base.records import Record, find_records
 from .leaderboard_protocol import (
+    board_key,
     check_protocol,
     faults,
     is_trained,
@@ -35,11 +36,11 @@ _KEPT = ("run.json", "plan.json")
 
 @dataclass(frozen=True)
 class Entry:
-    """A run on the board. seed: None of a model as it is, which has none."""
+    """A run on the board. key: of its protocol; seed: None of a model as it is, which has none."""
 
     folder: Path
     record: Record
-    task: str
+    key: str
     method: str
 
     @property
@@ -52,16 +53,16 @@ class Board:
     """The runs on a leaderboard.
 
     Attributes:
-        protocols: of each task.
+        protocols: of each model and task (`board_key`).
         left_out: what of the folder is not on it, and why.
-        is_kept: whether `board.json` is there; else the protocol is read off the runs each time.
+        listed: the runs that `board.json` has; None without one, where the protocol is read off the runs each time.
     """
 
     folder: Path
     protocols: Mapping[str, Mapping[str, Any]]
     entries: tuple[Entry, ...]
     left_out: Mapping[Path, str]
-    is_kept: bool
+    listed: Mapping[str, Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ def read_board(folder: str | os.PathLike[str]) -> Board:
     if not (folder / INDEX).is_file():
         return _read_off(folder, records, broken)
     protocols, runs = _read_index(folder / INDEX)
-    entries, left_out = [], dict(broken)
+    entries, left_out, gone = [], dict(broken), dict(runs)
+    for run in broken:
+        gone.pop(run.relative_to(folder).as_posix(), None)
     for run, record in records.items():
-        told = runs.pop(run.relative_to(folder).as_posix(), None)
+        told = gone.pop(run.relative_to(folder).as_posix(), None)
         if told is None:
             left_out[run] = "it was not added: give it to --add"
-        elif sha256_file(run / "run.json") != told["sha256"] or task_of(record) not in protocols:
+        elif sha256_file(run / "run.json") != told["sha256"] or board_key(record) not in protocols:
             left_out[run] = "run.json was changed since it was added: restore a copy, or delete it and add it again"
         else:
-            entries.append(Entry(run, record, str(task_of(record)), told["method"]))
-    gone = {
-        folder / name: "it is gone: restore a copy, or add it again" for name in runs if folder / name not in broken
-    }
-    return Board(folder, protocols, tuple(entries), left_out | gone, True)
+            entries.append(Entry(run, record, str(board_key(record)), told["method"]))
+    left_out |= {folder / name: "it is gone: restore a copy, or add it again" for name in gone}
+    return Board(folder, protocols, tuple(entries), left_out, runs)
 
 
 def add_runs(
@@ -116,17 +117,18 @@ def add_runs(
     _checked(folder, sources, name)  # before there is a folder
     with locked(folder):
         board, new, known = _checked(folder, sources, name)
-        runs = {entry.folder.relative_to(folder).as_posix(): _told(entry) for entry in board.entries}
+        there = {entry.folder.relative_to(folder).as_posix(): _told(entry) for entry in board.entries}
+        runs = {**there, **(board.listed or {})}
         placed: list[Entry] = []
         try:
             for entry in new:
                 at = folder / _place(entry)
                 with atomic_folder(at) as beside:
                     _copy(entry.folder, beside)
-                placed.append(Entry(at, entry.record, entry.task, entry.method))
+                placed.append(Entry(at, entry.record, entry.key, entry.method))
                 runs[_place(entry)] = _told(placed[-1])
-            if new or not board.is_kept:
-                write_json(folder / INDEX, {"version": VERSION, "tasks": board.protocols, "runs": runs})
+            if new or board.listed is None:
+                write_json(folder / INDEX, {"version": VERSION, "protocols": board.protocols, "runs": runs})
         except BaseException:  # what the index does not list is not on the board
             for entry in placed:
                 shutil.rmtree(entry.folder, ignore_errors=True)
@@ -146,7 +148,7 @@ def _checked(
         raise DataError(f"{', '.join(map(str, sources))}: no run.json there or below: give folders that hold runs.")
     if board is None:
         done = {run: record for run, record in found.items() if not faults(run, record)}
-        board = Board(folder, _protocols(done) if done else {}, (), {}, False)
+        board = Board(folder, _protocols(done) if done else {}, (), {})
     known_hashes = {sha256_file(entry.folder / "run.json") for entry in board.entries}
     entries, known = list(board.entries), []
     wrong: dict[tuple[str, ...], list[tuple[Path, int]]] = {}
@@ -155,9 +157,11 @@ def _checked(
             known.append(run)
             continue
         method = name or method_of(record)
-        entry = Entry(run, record, str(task_of(record)), method)
+        entry = Entry(run, record, str(board_key(record)), method)
         told = _refusal(run, record, method, board.protocols, entries)
-        if not told and _is_taken(folder / _place(entry), run):
+        places = [other.folder for other in board.entries]
+        places += [folder / _place(other) for other in entries[len(board.entries) :]]
+        if not told and _is_taken(folder / _place(entry), run, places):
             told = [f"{folder / _place(entry)} holds something else: move that, or delete it"]
         if told:
             wrong.setdefault((method, *told), []).append((run, record["seed"]))
@@ -187,10 +191,12 @@ def _refusal(
     """Why a run cannot stand beside `entries`; empty where it can."""
     if told := faults(run, record):
         return told
-    task = str(task_of(record))
-    if task not in protocols:
-        return [f"it is scored on {task}, and the board has {', '.join(protocols) or 'no task'}: begin another board"]
-    asked = protocols[task]
+    key = str(board_key(record))
+    if key not in protocols:
+        there = " and ".join(f"{known['task']} by {known['fingerprint']}" for known in protocols.values())
+        mine = f"{task_of(record)} by the model {record['model']['fingerprint']}"
+        return [f"it is scored on {mine}, and the board has {there or 'nothing'}: begin another board"]
+    asked = protocols[key]
     told = protocol_differences(protocol_of(record), asked)
     told += [fault] if (fault := method_fault(method)) else []
     seed = record["seed"] if is_trained(record) else None
@@ -199,7 +205,7 @@ def _refusal(
     if told:
         return told
     for other in entries:
-        if (other.task, other.method) != (task, method):
+        if (other.key, other.method) != (key, method):
             continue
         if other.seed is None or seed is None:
             return [f"{method} is there already, as {other.folder}: give another name by --name"]
@@ -222,31 +228,30 @@ def _read_off(folder: Path, records: Mapping[Path, Record], broken: Mapping[Path
         if told := faulty.get(run) or _refusal(run, record, method, protocols, entries):
             left_out[run] = "; ".join(told)
         else:
-            entries.append(Entry(run, record, str(task_of(record)), method))
-    return Board(folder, protocols, tuple(entries), left_out, False)
+            entries.append(Entry(run, record, str(board_key(record)), method))
+    return Board(folder, protocols, tuple(entries), left_out)
 
 
 def _protocols(records: Mapping[Path, Record]) -> dict[str, dict[str, Any]]:
-    """Of each task that there are trainings of, in order."""
-    of_task: dict[str, list[Record]] = {}
-    for record in records.values():
-        of_task.setdefault(str(task_of(record)), []).append(record)
-    trained = {task: some for task, some in of_task.items() if any(map(is_trained, some))}
-    if not trained:
+    """Of each model and task that there are trainings of, in order."""
+    found: dict[str, list[Record]] = {}
+    for record in filter(is_trained, records.values()):
+        found.setdefault(str(board_key(record)), []).append(record)
+    if not found:
         shared_protocol([])  # tells what is missing
-    return {task: shared_protocol(trained[task]) for task in sorted(trained)}
+    return {key: shared_protocol(found[key]) for key in sorted(found)}
 
 
 def _read_index(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
     index = read_json(file)
-    tasks, runs = index.get("tasks"), index.get("runs")
-    if index.get("version") != VERSION or not isinstance(tasks, dict) or not isinstance(runs, dict):
+    protocols, runs = index.get("protocols"), index.get("runs")
+    if index.get("version") != VERSION or not isinstance(protocols, dict) or not isinstance(runs, dict):
         raise FileError(f"{file} is not a leaderboard's index of version {VERSION}: restore a copy of it")
     for name, told in runs.items():
         texts = [told.get(key) for key in ("method", "sha256")] if isinstance(told, dict) else [None]
         if not all(isinstance(text, str) for text in texts) or method_fault(str(texts[0])):
             raise FileError(f"{file}: {name!r} is {told!r}, and not a run's method and hash: restore a copy of it")
-    return {task: check_protocol(protocol, f"{file}: {task!r}") for task, protocol in tasks.items()}, runs
+    return {key: check_protocol(protocol, f"{file}: {key!r}") for key, protocol in protocols.items()}, runs
 
 
 def _has_runs(folder: Path) -> bool:
@@ -254,13 +259,16 @@ def _has_runs(folder: Path) -> bool:
 
 
 def _place(entry: Entry) -> str:
-    task = "".join(sign if sign.isalnum() or sign in "_+-." else "-" for sign in entry.task).lstrip(".") or "-"
-    parts = [task, entry.method, *([] if entry.seed is None else [f"seed{entry.seed}"])]
-    return "/".join(parts)
+    names = (entry.record["model"]["fingerprint"], str(task_of(entry.record)))
+    above = ["".join(sign if sign.isalnum() or sign in "_+-." else "-" for sign in name) for name in names]
+    above = [name.lstrip(".") or "-" for name in above]
+    return "/".join([*above, entry.method, *([] if entry.seed is None else [f"seed{entry.seed}"])])
 
 
-def _is_taken(place: Path, run: Path) -> bool:
-    """Whether something is there, but what an `add_runs` of this run left that was killed."""
+def _is_taken(place: Path, run: Path, places: Sequence[Path]) -> bool:
+    """Whether something is there, but what an `add_runs` of this run left that was killed; or a run above or below."""
+    if any(place == other or place in other.parents or other in place.parents for other in places):
+        return True
     there = place / "run.json"
     return place.exists() and not (there.is_file() and sha256_file(there) == sha256_file(run / "run.json"))
 

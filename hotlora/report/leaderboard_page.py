@@ -63,7 +63,7 @@ def markdown_tables(board: Leaderboard, page: Path, level: int = 2) -> str:
     letters = _letters(board)
     lines: list[str] = []
     for table in board.tables:
-        lines += [f"{'#' * level} {markdown(table.task)}", "", _shared(table), ""]
+        lines += [f"{'#' * level} {markdown(_title(table, board))}", "", _shared(table), ""]
         heads = ["budget", "method", "trained", "rank", "won – lost", _unit(table), "in budget", "seeds", *_COSTS]
         lines += [f"| {' | '.join(heads)} |", "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|"]
         for row, cells in _rows(table, letters):
@@ -132,8 +132,11 @@ def picture(board: Leaderboard) -> Figure:
     """A panel a task, a line a method from the least budget to the largest: seeds as small dots, the mean and its 95%
     interval; coloured: what won and did not lose."""
     tables = [table for table in board.tables if any(row.budget for row in table.rows)]
-    trained = {row.method: row.trained for table in tables for row in table.rows if row.budget}
-    methods = sorted(trained, key=lambda method: (trained[method], method))
+    sizes: dict[str, set[float]] = {}
+    for row in (row for table in tables for row in table.rows if row.budget):
+        sizes.setdefault(row.method, set()).add(row.trained)
+    methods = sorted(sizes, key=lambda method: (min(sizes[method]), method))
+    names = [f"{m}, {' to '.join(map(human_count, sorted({min(sizes[m]), max(sizes[m])})))}" for m in methods]
     figure = Figure(figsize=(9.0, 1.1 + 0.3 * len(methods)), layout="constrained")
     panels = figure.subplots(1, max(1, len(tables)), squeeze=False, sharey=True)[0]
     for axes, table in zip(panels, tables, strict=False):
@@ -146,9 +149,9 @@ def picture(board: Leaderboard) -> Figure:
                 if row.interval is not None:
                     axes.plot(row.interval, [place, place], color=color, linewidth=1.4)
                 axes.plot(row.mean, place, "o", color=color, markersize=5)
-        axes.set_title(table.task, fontsize=10.5, color=INK)
+        axes.set_title(_title(table, board), fontsize=10.5, color=INK)
         axes.set_xlabel(LOSS if is_loss(table.protocol) else "points", fontsize=9.5, color=INK)
-    panels[0].set_yticks(range(len(methods)), [f"{method}, {human_count(trained[method])}" for method in methods])
+    panels[0].set_yticks(range(len(methods)), names)
     panels[0].set_ylim(len(methods) - 0.4, -0.6)
     return figure
 
@@ -185,6 +188,11 @@ def _rank(standing: Standing) -> str:
     return NONE if standing.rank is None else str(standing.rank)
 
 
+def _title(table: Table, board: Leaderboard) -> str:
+    several = len({other.protocol["fingerprint"] for other in board.tables}) > 1
+    return f"{table.task}, {table.model}" if several else table.task
+
+
 def _measure(table: Table) -> str:
     return LOSS if is_loss(table.protocol) else "score, %"
 
@@ -202,10 +210,11 @@ def _told(table: Table) -> str:
 def _shared(table: Table) -> str:
     """What all runs of a task share, in a paragraph."""
     protocol = table.protocol
-    named = {
-        name: what for name, (what, _) in NAMES.items() if name != "metric" and protocol[name] not in (None, False)
-    }
-    told = [f"{what} {shown(protocol[name])}" for name, what in named.items()]
+    told = [
+        f"{what} {shown(protocol[name])}"
+        for name, (what, _) in NAMES.items()
+        if name not in ("task", "metric") and protocol[name] not in (None, False)
+    ]
     seeds = f"seeds {shown(protocol['seeds'])} (to be ranked: {shown(protocol['ranked_with'])})"
     return markdown(f"{table.model}, {_told(table)}. Shared by all runs: {'; '.join([*told, seeds])}.")
 

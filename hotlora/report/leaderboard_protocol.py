@@ -1,7 +1,7 @@
 """What runs must share to stand on one leaderboard, and what of a record is its method's own choice.
 
-The protocol of a task is read off records: the model, the training data and how long it is trained on, the test data
-and how it is scored. Everything else that a record holds (learning rate, rank, rule, …) is the method.
+The protocol of a model on a task is read off records: the training data and how long it is trained on, the test
+data and how it is scored. Everything else that a record holds (learning rate, rank, rule, …) is the method.
 """
 
 import json
@@ -28,6 +28,7 @@ Protocol = Mapping[str, Any]
 
 # name -> what it is, and what gives it. A model as it is has the first ones alone.
 _TESTED = {
+    "task": ("task", "--data"),
     "fingerprint": ("model", "--model"),
     "num_parameters": ("model's parameters", "--model"),
     "test_hash": ("test data", "--test-data, --test-limit"),
@@ -105,6 +106,12 @@ def task_of(record: Record) -> str | None:
     return Path(part(record, "config").get("test_data") or record["data"]["name"]).name or None
 
 
+def board_key(record: Record) -> str | None:
+    """What is ranked together: a task on a model. None where the run was not scored on one task."""
+    task = task_of(record)
+    return task and f"{task} {record['model']['fingerprint']}"
+
+
 def score(record: Record) -> float:
     """Points, 100 times the accuracy, or the held-out loss."""
     for result in part(record, "evaluation").values():
@@ -117,6 +124,7 @@ def protocol_of(record: Record) -> dict[str, Any]:
     config, training = DEFAULTS | dict(part(record, "config")), part(record, "training")
     result: Mapping[str, Any] = next(iter(part(record, "evaluation").values()), {})
     found = {
+        "task": task_of(record),
         "fingerprint": record["model"]["fingerprint"], "num_parameters": record["model"].get("num_parameters"),
         "test_hash": config.get("test_hash"), "test_examples": result.get("n", record["data"].get("test")),
         "metric": result.get("metric", LOSS), "sampling": config.get("sampling"),
@@ -145,7 +153,7 @@ def own_options(record: Record) -> dict[str, Any]:
 
 
 def shared_protocol(records: Sequence[Record]) -> dict[str, Any]:
-    """The protocol of one task's runs: that of most of its trainings.
+    """The protocol of the runs of one model on one task: that of most of its trainings.
 
     Seeds: a run may have any that is there. Those that more than half of the methods have are needed to be ranked.
 
