@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # name -> the module that holds it. Imported when first asked for, so that `hotlora --help` does not load torch.
 _PUBLIC = {
+    "add_runs": "report.leaderboard_folder",
     "ExpertsQuantization": "adapter.quantize",
     "export_adapter": "api",
     "import_adapter": "adapter.formats.import_peft",
@@ -35,6 +36,7 @@ _PUBLIC = {
     "import_profile": "routing.imported",
     "import_scores": "routing.imported",
     "jaccard": "routing.profile",
+    "leaderboard": "report.leaderboard",
     "load": "runs.load",
     "load_adapter": "runs.load",
     "load_model": "adapter.load",  # the folder makes it take checkpoints in MXFP4 and FP8
@@ -78,6 +80,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for type checkers and editors
     from .hf.models import load_model as load_model
     from .hf.models import load_tokenizer as load_tokenizer
     from .report.comparison import compare_runs as compare_runs
+    from .report.leaderboard import leaderboard as leaderboard
+    from .report.leaderboard_folder import add_runs as add_runs
     from .report.page import write_report as write_report
     from .report.paired import compare_examples as compare_examples
     from .routing.imported import import_profile as import_profile

@@ -33,6 +33,10 @@ from study import page as study_page
 from hotlora.base.options import ALIASES
 from hotlora.base.records import find_records
 from hotlora.bench.report import speed_tables
+from hotlora.report import leaderboard_page
+from hotlora.report.figures import save_figure
+from hotlora.report.leaderboard import leaderboard
+from hotlora.report.leaderboard_page import READING, markdown_tables
 from hotlora.report.sections import read_sections
 from hotlora.report.tables import section_tables
 from hotlora.runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
@@ -54,6 +58,10 @@ IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
 OWN_DATA_MARK = "<!-- made by scripts/docs.py from benchmarks/own_data -->"
 EXPERTS_MARK = "<!-- made by scripts/docs.py from benchmarks/experts -->"
 UNTIL_MARK = "<!-- made by scripts/docs.py from results/profile_until.json -->"
+BOARD = ROOT / "results" / "nano" / "papers-longer"
+BOARD_PICTURE = ROOT / "docs" / "assets" / "leaderboard.png"
+BOARD_MARK = "<!-- made by scripts/docs.py from results/nano/papers-longer -->"
+READING_MARK = "<!-- made by scripts/docs.py: how to read a leaderboard -->"
 OPTIONS_HEAD = """# Options of a run
 
 Every option of a training: its name, its default and what it does.
@@ -311,6 +319,13 @@ def until_tables() -> str:
     return "\n".join(lines)
 
 
+def leaderboard_tables() -> str:
+    """The board of nano's tasks, with its picture."""
+    shown = "![Scores by method, from the least budget to the largest.](assets/leaderboard.png)"
+    told = "*Seeds as small dots, means and 95% intervals; coloured: what won and did not lose.*"
+    return f"{shown}\n\n{told}\n\n{markdown_tables(leaderboard(BOARD), ROOT / 'docs', level=3)}"
+
+
 def take_over(runs: Path, into: Path) -> None:
     """Copy a demo's records, plans, profiles, metrics and heat map, not its weights."""
     for folder in find_records(runs):
@@ -344,6 +359,8 @@ def main() -> None:
     of_method = filled(of_method, EXPERTS_MARK, stored_experts_table())
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
+    board = ROOT / "docs" / "leaderboard.md"
+    of_board = filled(board.read_text(encoding="utf-8"), READING_MARK, READING)
     wanted = {
         ROOT / "docs" / "cli.md": cli_page(),
         ROOT / "docs" / "options.md": options_page(),
@@ -359,12 +376,14 @@ def main() -> None:
         imports: filled(imports.read_text(encoding="utf-8"), IMPORT_MARK, import_table()),
         data: filled(data.read_text(encoding="utf-8"), OWN_DATA_MARK, own_data_table()),
         speed: filled(of_speed, PROFILING_MARK, profiling_table()),
+        board: filled(of_board, BOARD_MARK, leaderboard_tables()),
         nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check and stale:
         sys.exit(f"not up to date: {', '.join(str(p.relative_to(ROOT)) for p in stale)}; run `make docs`")
     if not args.check:
+        save_figure(leaderboard_page.picture(leaderboard(BOARD)), BOARD_PICTURE, 110)
         for path in stale:
             path.write_text(wanted[path], encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")

@@ -38,12 +38,17 @@ from hotlora import (
 from hotlora.adapter.count import parameters_from_config
 from hotlora.adapter.formats.import_peft import import_adapter
 from hotlora.adapter.mask import SparseMask
-from hotlora.base.errors import HotLoraError
+from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import find_records, new_record, read_record, read_results, write_record
 from hotlora.base.tensor_files import save_tensors
 from hotlora.evaluation.generations import read_generations
+from hotlora.evaluation.stats import proportion_interval
 from hotlora.hf.models import load_model, load_tokenizer
 from hotlora.report.comparison import as_dict, compare_runs
+from hotlora.report.leaderboard import leaderboard
+from hotlora.report.leaderboard_folder import add_runs
+from hotlora.report.leaderboard_page import as_dict as board_dict
+from hotlora.report.leaderboard_page import markdown_tables
 from hotlora.report.tables import conditions_table, read_sections, table_rows
 from hotlora.routing.profiler import profile_routing
 from hotlora.tasks import TASKS, get_task
@@ -450,8 +455,9 @@ def _model_files(folder: Path) -> list[Target]:
 
 def write_runs(runs: Path) -> None:
     """Records, results and metrics of a sweep: two conditions with two seeds."""
+    low, high = proportion_interval(1, 2)
     result = {
-        "metric": "exact_match", "accuracy": 0.5, "n": 2, "correct": 1, "ci_low": 0.1, "ci_high": 0.9,
+        "metric": "exact_match", "accuracy": 0.5, "n": 2, "correct": 1, "ci_low": low, "ci_high": high,
         "results": "results-gsm8k.jsonl",
     }  # fmt: skip
     rows = [{"index": i, "id": str(i), "prediction": "5", "correct": bool(i)} for i in range(2)]
@@ -463,9 +469,13 @@ def write_runs(runs: Path) -> None:
             run = runs / name / f"seed{seed}"
             record = new_record(
                 name=name, condition=name, seed=seed, model={"name": "nano", "fingerprint": "olmoe-0"},
-                data={"name": "gsm8k", "hash": "0"}, config={"r": 8}, evaluation={"gsm8k": result},
+                data={"name": "gsm8k", "hash": "0"}, config={"r": 8, "seed": seed, "data_hash": "0"},
+                evaluation={"gsm8k": result},
                 parameters={"trainable": 10, "total": 100, "percent": 10.0, "adapter_bytes": 40},
-                training={"metrics": "metrics.jsonl", "tokens_per_second": 9.0, "test_loss": 1.0, "loss_last": 1.0},
+                training={
+                    "metrics": "metrics.jsonl", "tokens_per_second": 9.0, "test_loss": 1.0, "loss_last": 1.0,
+                    "steps": 2,
+                },
                 sweep={"name": "s", "condition": name},
             )  # fmt: skip
             write_record(run, {**record, "status": "done", "seconds": 1.0})
@@ -491,6 +501,16 @@ def _run_files(folder: Path) -> list[Target]:
         read_runs()  # a page leaves results out that are broken
         read_results(run / "results-gsm8k.jsonl")
 
+    board = folder / "board"
+    add_runs(board, [runs])
+
+    def read_board(at: Path = board) -> None:
+        found = leaderboard(at)
+        markdown_tables(found, at)
+        json.dumps(board_dict(found))
+        if found.left_out:  # such a run is named, and the others stand
+            raise DataError("; ".join(f"{folder}: {why}" for folder, why in found.left_out.items()))
+
     checkpoint = folder / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(bytes(range(200)))
@@ -500,6 +520,8 @@ def _run_files(folder: Path) -> list[Target]:
     metrics.write_bytes((run / "metrics.jsonl").read_bytes())
     return [
         Target("run.json", run / "run.json", read_runs, "json"),
+        Target("run.json for a leaderboard", run / "run.json", lambda: read_board(runs), "json"),
+        Target("board.json", board / "board.json", read_board, "json"),
         Target("results", run / "results-gsm8k.jsonl", read_all_results, "lines"),
         Target(
             "a checkpoint's mark", checkpoint / "complete.json",

@@ -72,7 +72,8 @@ FIRST: dict[str, str] = {
     "import": "{counts} -o out/p.safetensors",
     "merge": "--model {model} {adapter} -o out", "combine": "--model {model} {adapter} {adapter} -o out",
     "demo": "--task x", "bench": "--rounds 0", "sweep": "{file} --dry-run", "report": "{runs} -o out",
-    "compare": "{runs}", "data": "{rows} --model {model}", "push": "{adapter} owner/name",
+    "compare": "{runs}", "leaderboard": "out --add {runs}",
+    "data": "{rows} --model {model}", "push": "{adapter} owner/name",
     "verify": "{model} --adapter {adapter} --engine mlx",
     "generate": "x --adapter {adapter} --max-new-tokens 2", "chat": "{adapter} --max-new-tokens 2",
 }  # fmt: skip

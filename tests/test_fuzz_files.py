@@ -21,7 +21,7 @@ NAMES = (
     "malicious instructions", "ShareGPT.jsonl", "Alpaca.jsonl", "prompt of messages.jsonl", "turns.jsonl", "text.jsonl",
     "rows.csv", "rows.tsv", "rows.parquet", "generations", "config.json for params", "a model's config.json",
     "a model's weights", "a model's tokenizer", "adapter_config.json", "an adapter's weights", "PEFT's config",
-    "PEFT's weights", "run.json",
+    "PEFT's weights", "run.json", "run.json for a leaderboard", "board.json",
     "results", "a checkpoint's mark", "metrics.jsonl", "counts", "counts of examples", "saliency", "ESFT's summary",
     "ESFT's scores", "routed experts.npy", "routed experts.npz", "routed experts in a packed npz",
     "routed experts.jsonl", "routed experts.safetensors", "router logits",
@@ -49,6 +49,7 @@ def changed(**values: object):
     return change
 
 
+CONFIG = {"r": 8, "seed": 0, "data_hash": "0", "batch_size": 2, "gradient_accumulation_steps": 1}
 # What was found: each was a traceback, or left the base model changed.
 FOUND = (
     ("rows.json", lambda data: b"[" * 100_000),
@@ -74,6 +75,9 @@ FOUND = (
     ("run.json", changed(config={"test_hash": []})),
     ("run.json", changed(parameters={"trainable": 1, "total": 2, "adapter_bytes": {}})),
     ("run.json", changed(seconds=10**400)),
+    ("run.json for a leaderboard", changed(config={**CONFIG, "processes": None})),
+    ("run.json for a leaderboard", changed(config={**CONFIG, "batch_size": 2.5})),
+    ("board.json", changed(protocols={"gsm8k olmoe-0": []})),
     ("results", changed(correct={})),
     ("results", changed(correct=[True])),
     ("metrics.jsonl", changed(step="1")),

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from .errors import FileError
 
+FOLDER_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
+"""A name that may be a folder's, or one inside another, and leads nowhere else."""
 _NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+,\s*)*-?[\d.eE+-]+)\n\s*\]")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch put what the system says into errors of their own.

@@ -20,6 +20,7 @@ from ..runs.options import EvalOptions, LoadOptions, RunOptions
 from .compare import compare
 from .data import data
 from .imported import import_
+from .leaderboard import leaderboard
 from .measure import bench, params
 from .names import Commands
 from .options import AsJson, err, error_line, number_list, options_of, out
@@ -420,6 +421,7 @@ def report(
 
 
 app.command()(compare)
+app.command()(leaderboard)
 app.command()(params)
 app.command()(bench)
 

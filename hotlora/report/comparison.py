@@ -186,7 +186,7 @@ def compare_runs(
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """Plain values for JSON: seeds and bounds as text, None where there is no number."""
-    return _plain(comparison)
+    return plain(comparison)
 
 
 def _table(
@@ -339,14 +339,17 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and keys of any kind as JSON has them."""
+    if isinstance(value, Path):
+        return value.as_posix()
     if isinstance(value, Interval):
         return list(value)
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {_name(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+        return {_name(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _name(key: Any) -> str:

@@ -20,6 +20,7 @@ from rich.live import Live
 
 from ..base.errors import DataError, FileError, HotLoraError
 from ..base.escape import lines
+from ..base.files import FOLDER_NAME
 from ..base.lock import locked
 from ..base.options import ALIASES, by_own_names, suggest
 from ..tasks.data import task_of, test_source
@@ -33,7 +34,6 @@ from .worker_pool import Job, default_processes, run_jobs
 
 PROFILES = "profiles"
 
-_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
 _DEFAULT = TrainConfig()
 _FIELDS = dataclasses.asdict(_DEFAULT)
 _OPTIONS = {
@@ -81,7 +81,7 @@ class Sweep:
     def __post_init__(self) -> None:
         names = [condition.name for condition in self.conditions]
         for name in (self.name, *names):
-            if not _NAME.fullmatch(name) or name.split("/")[0] == PROFILES:
+            if not FOLDER_NAME.fullmatch(name) or name.split("/")[0] == PROFILES:
                 raise HotLoraError(
                     f"{name!r} cannot name a sweep or condition: use letters, digits and _ . + -, with / for a folder "
                     f"inside another, and not {PROFILES!r}."

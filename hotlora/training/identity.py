@@ -98,6 +98,6 @@ def same_run(options: Mapping[str, Any], free: tuple[str, ...] = FREE_OPTIONS) -
     """The options that must be equal for a run to go on: without `free` ones; and of the batches only how many examples
     a step has, however many processes have them, at once or one after another."""
     kept = {name: value for name, value in options.items() if name not in free}
-    if all(isinstance(kept.get(name), int) for name in _BATCH[:2]):
+    if all(isinstance(kept.get(name), int) for name in _BATCH[:2]) and isinstance(kept.get("processes", 1), int):
         kept["examples_per_step"] = math.prod(kept.pop(name, 1) for name in _BATCH)
     return kept
