@@ -19,6 +19,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.base.errors import HotLoraError
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.routing.plan import ExpertPlan
+from hotlora.runs.checks import check_run
 from hotlora.runs.methods import resolve
 from hotlora.training.rank_growth import BETA, GAMMA, Growth, RankGrowth, allocated, importance
 
@@ -202,7 +203,8 @@ def test_the_method_is_the_papers():
     [
         ({"use_dora": True}, "leave out DoRA"), ({"train_a": False}, "frozen or shared A"),
         ({"share_a": True}, "frozen or shared A"), ({"reprofile_every": 2}, "leave out re-profiling"),
-        ({"use_rslora": True}, "leave out rsLoRA"), ({"eval_steps": 2, "load_best": True}, "leave out load_best"),
+        ({"use_rslora": True}, "leave out rsLoRA"), ({"lr_scheduler": "constant"}, "give constant_with_warmup"),
+        ({"perft": "E"}, "leave out PERFT"), ({"eval_steps": 2, "load_best": True}, "leave out load_best"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_it_is_refused(options, told):
@@ -236,3 +238,11 @@ def test_every_layout_counts_tokens_and_ends_as_it_was_trained(family, tmp_path)
     torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
     widths = sum(next(iter(moving.layers.values())).experts.view.widths)
     assert counts["experts"] == len(layers) * 2 * number * 4 * widths
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"max_steps": 150}, "Give at most 72"), ({"max_steps": 150, "r": 5}, "must be even")]
+)
+def test_what_cannot_grow_is_told_before_a_model_is_loaded(options, told):
+    with pytest.raises(HotLoraError, match=told):
+        check_run(resolve("dr-lora", model="nano", data="nano-math", **options))

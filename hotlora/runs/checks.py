@@ -1,5 +1,6 @@
 """What is wrong with a run's options, told before a model is loaded, which may take long: by its config alone."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..hf.models import (
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
 from ..training.named import check_optim, schedule_options
+from ..training.rank_growth import Growth
 from ..training.reprofile import LEFT
 from ..training.trackers import check_report_to
 from .options import RunOptions
@@ -69,6 +71,10 @@ def check_run(options: RunOptions) -> None:
             "full fine-tuning, full experts, DoRA, PERFT, re-profiling and growing ranks need all weights in each "
             "process: leave them out, or launch without FSDP, DeepSpeed and expert parallelism."
         )
+    if options.grow_every is not None and options.max_steps is not None:  # else the data says how many
+        length = options.warmup_length
+        warmup = length if length >= 1 else math.ceil(length * options.max_steps)
+        Growth(options.r, 1, int(warmup), options.max_steps, options.grow_every)
     there = structure(options.model, options.attn_implementation)
     check_packed(options.model, there.config, stored)
     check_aux_loss(there.config, options.aux_loss_coef)

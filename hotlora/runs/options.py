@@ -245,6 +245,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 f"grow_every grows the ranks of plain LoRA over a training whose length is known: leave out {found[0]}."
             )
+        if self.lr_scheduler == "constant":
+            raise HotLoraError(
+                "ranks grow by what a warm-up has shown, and the schedule constant has none: with grow_every give "
+                "constant_with_warmup, or another."
+            )
 
     @property
     def profiles(self) -> bool:
