@@ -73,6 +73,7 @@ def check_run(options: RunOptions) -> None:
         chosen = select(routing, options)
     names = (
         "r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "share_a", "train_full_experts",
+        "normalize_moe_lora",
     )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 

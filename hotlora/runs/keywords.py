@@ -50,6 +50,7 @@ class TrainKeywords(TypedDict, total=False):
     train_a: bool
     a_seed: int | None
     share_a: bool
+    normalize_moe_lora: bool
     report_to: str
     rule: str
     fraction: float | None

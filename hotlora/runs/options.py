@@ -188,6 +188,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
+        if self.full and self.normalize_moe_lora:
+            raise HotLoraError("full fine-tuning has no adapter, and so no rank: leave normalize_moe_lora out.")
         if self.on_top_of and (self.quantize or self.quantize_linear):
             raise HotLoraError(
                 "an earlier adapter cannot be merged into quantized weights: merge it first (hotlora merge), and give "
@@ -202,11 +204,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         if self.plan is not None and self.reprofile_every is not None:
             raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
         if self.reprofile_every is not None and (
-            not self.train_a or self.share_a or self.use_dora or self.train_full_experts
+            not self.train_a or self.share_a or self.use_dora or self.train_full_experts or self.normalize_moe_lora
         ):
             raise HotLoraError(
-                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen or shared A "
-                "and full experts."
+                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, a frozen or shared A, "
+                "full experts and normalize_moe_lora."
             )
         if self.reprofile_left != "drop" and self.reprofile_every is None:
             raise HotLoraError("reprofile_left goes with re-profiling: give reprofile_every, too.")

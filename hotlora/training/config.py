@@ -101,6 +101,10 @@ class TrainConfig(Options):
         "One A of gate and up, and one B of down, for all adapted experts of a layer (SGLang's shared-outer LoRA).",
         False, panel=_ADAPTER,
     )  # fmt: skip
+    normalize_moe_lora: bool = option(
+        "Rank r / K for each adapted expert, K the router's experts of a token; lora_alpha stays.", False,
+        panel=_ADAPTER,
+    )  # fmt: skip
     train_full_experts: bool = option(
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )
