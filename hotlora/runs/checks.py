@@ -23,6 +23,7 @@ from ..hf.models import (
     num_experts_per_tok,
     structure,
 )
+from ..hf.routers import check_softmax_routers
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
 from ..training.named import check_optim, schedule_options
@@ -54,15 +55,19 @@ def check_run(options: RunOptions) -> None:
     )  # fmt: skip
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
-    needs_all = options.full or options.reprofile_every or options.use_dora or options.train_full_experts
+    needs_all = (
+        options.full or options.reprofile_every or options.use_dora or options.train_full_experts or options.dense_mixer
+    )
     if needs_all and (sharding(options.expert_parallel) or uses_deepspeed()):
         raise HotLoraError(
-            "full fine-tuning, full experts, DoRA and re-profiling need all weights in each process: leave them out, "
-            "or launch without FSDP, DeepSpeed and expert parallelism."
+            "full fine-tuning, full experts, DoRA, DenseMixer and re-profiling need all weights in each process: leave "
+            "them out, or launch without FSDP, DeepSpeed and expert parallelism."
         )
     there = structure(options.model, options.attn_implementation)
     check_packed(options.model, there.config, stored)
     check_aux_loss(there.config, options.aux_loss_coef)
+    if options.dense_mixer:
+        check_softmax_routers(there, "dense_mixer")
     if options.full:
         return
     if options.plan is not None:

@@ -39,6 +39,7 @@ class TrainKeywords(TypedDict, total=False):
     seed: int
     gradient_checkpointing: bool
     aux_loss_coef: float
+    dense_mixer: bool
     r: int
     lora_alpha: int
     lora_dropout: float

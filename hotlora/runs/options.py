@@ -190,6 +190,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             )
         if self.full and self.normalize_moe_lora:
             raise HotLoraError("full fine-tuning has no adapter, and so no rank: leave normalize_moe_lora out.")
+        if self.dense_mixer and not (self.train_router or self.full):
+            raise HotLoraError("dense_mixer is a gradient for routers: leave it out, or train the router.")
         if self.on_top_of and (self.quantize or self.quantize_linear):
             raise HotLoraError(
                 "an earlier adapter cannot be merged into quantized weights: merge it first (hotlora merge), and give "
