@@ -5,19 +5,21 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from test_adapter import PLANNED
 from test_factors import adapted, experts_of
 from tiny import FAMILIES, fill, tiny_batch, tiny_model, tiny_plan
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import families, zoo_model
+from zoo import families, zoo_config, zoo_model
 
 import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import HotLoraError, ModelError
 from hotlora.hf.models import moe_layers, unwrap
 from hotlora.hf.routers import check_softmax_routers
+from hotlora.runs.checks import check_run
 from hotlora.runs.options import RunOptions
 from hotlora.training.dense_mixer import dense_mixer
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
@@ -174,7 +176,9 @@ def test_families_are_told_apart_by_what_their_routers_do():
     found = set()
     for family in families():
         try:
-            check_softmax_routers(zoo_model(family).to("meta"), "dense_mixer")
+            with torch.device("meta"):
+                model = getattr(transformers, families()[family])._from_config(zoo_config(family))
+            check_softmax_routers(model, "dense_mixer")
             found.add(family)
         except ModelError as error:
             assert "leave dense_mixer out" in str(error)
@@ -182,8 +186,8 @@ def test_families_are_told_apart_by_what_their_routers_do():
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "granitemoeshared", "jamba", "qwen3_next", "aria_text"])
-def test_other_layouts_by_finite_differences(family):
-    """d/dε of Σ over the rest of π_i(ε) <g, E_i> / sg(s): the rest's part of the scores' gradient, in float64."""
+def test_other_layouts_get_what_is_written_out(family):
+    """Of the last scores: what the rest adds is softmax's gradient of Σ over the rest of π_i <dL/dy, E_i> / s."""
     model = zoo_model(family, dtype=torch.float64)
     plan = {"version": 1, "num_experts": 8, "experts": {str(layer.layer): [1, 3] for layer in moe_layers(model)}}
     model = get_peft_model(model, HotLoraConfig(plan=plan, r=4))
@@ -191,34 +195,23 @@ def test_other_layouts_by_finite_differences(family):
     model.train()
     layer = moe_layers(model)[-1]
     router, experts = model.get_submodule(layer.router), model.get_submodule(layer.experts)
-    calls = []
-    router.register_forward_hook(lambda module, args, output: calls.append(output))
-    experts.register_forward_pre_hook(lambda module, args: calls.append(args))
+    caught = {}
+    router.register_forward_hook(lambda module, args, output: caught.update(logits=output[0]))
+    experts.register_forward_hook(lambda module, args, y: caught.update(args=args, y=y) if y.requires_grad else None)
     gradients = []
     for mixed in (False, True):
         with InDouble(), dense_mixer(model) if mixed else nullcontext():
-            calls.clear()
             output = model(input_ids=IDS).logits
             g = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(3))
-            (logits, *_), (hidden, index, weights) = calls[:2]
-            part = torch.autograd.grad((output * g).sum(), logits, retain_graph=True)[0]
-            gradients.append(part)
-    with torch.no_grad():
-        # The gradient of the experts' output, by the weights' one: <dL/dy, E_i(x)> needs it for the rest.
-        softmax = logits.detach().softmax(-1)
+            of_scores, dy = torch.autograd.grad((output * g).sum(), [caught["logits"], caught["y"]])
+            gradients.append(of_scores)
+    (hidden, index, weights), softmax = caught["args"], caught["logits"].detach().softmax(-1)
+    with torch.no_grad(), InDouble():
+        one = hidden.new_ones(len(hidden), 1)
+        outputs = [experts.eval()(hidden, torch.full_like(index[:, :1], expert), one) for expert in range(8)]
         mask = torch.zeros_like(softmax).scatter(1, index, 1.0)
         scale = weights.sum(1, keepdim=True) / (softmax * mask).sum(1, keepdim=True)
-    y = []
-    handle = experts.register_forward_hook(lambda module, args, output: y.append(output))
-    with InDouble():
-        output = model(input_ids=IDS).logits
-        dy = torch.autograd.grad((output * g).sum(), y[0])[0]
-    handle.remove()
-    with torch.no_grad():
-        model.eval()
-        one = hidden.new_ones(len(hidden), 1)
-        u = torch.stack([(experts(hidden, torch.full((len(hidden), 1), e), one) * dy).sum(-1) for e in range(8)], dim=1)
-        rest = (u * scale * (1 - mask)).double()
+        rest = torch.stack([(y * dy).sum(-1) for y in outputs], dim=1) * scale * (1 - mask)
         expected = softmax * (rest - (rest * softmax).sum(1, keepdim=True))
     assert expected.norm() > 1e-3 * gradients[0].norm()
     assert (gradients[1] - gradients[0] - expected).norm() <= 1e-8 * expected.norm()
@@ -334,6 +327,23 @@ def test_other_routers_and_frozen_ones_are_refused():
             RunOptions(model="nano", data="nano-math", dense_mixer=True, **frozen)
 
 
+def test_experts_on_other_processes_are_refused(monkeypatch):
+    model = training(tiny_model())
+    unwrap(experts_of(model)[1])._is_expert_parallel = True
+    with pytest.raises(HotLoraError, match="needs all experts in each process"), dense_mixer(model):
+        pass
+    monkeypatch.setattr("hotlora.runs.checks.uses_deepspeed", lambda: True)
+    with pytest.raises(HotLoraError, match="DenseMixer and re-profiling need all weights in each process"):
+        check_run(RunOptions(model="nano", data="nano-math", dense_mixer=True, device="cpu"))
+
+
+def test_the_hooks_are_gone_afterwards_and_where_training_fails():
+    model = training(tiny_model())
+    with pytest.raises(KeyError), dense_mixer(model):
+        raise KeyError
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_groups_of_experts_are_refused_where_they_limit_the_choice():
     config = {"n_group": 4, "topk_group": 1, "topk_method": "group_limited_greedy"}
     model = zoo_model("deepseek_v2")
@@ -347,7 +357,7 @@ def test_groups_of_experts_are_refused_where_they_limit_the_choice():
 
 # In a run
 
-WORDS = ("--limit", 16, "--test-limit", 4, "--no-evaluate", "--device", "cpu", "--max-length", 64, "--r", 4)
+WORDS = ("--limit", 8, "--test-limit", 2, "--no-evaluate", "--device", "cpu", "--max-length", 64, "--r", 4)
 
 
 def test_a_run_is_begun_with_it_and_goes_on_with_it_alone(call, tmp_path):
@@ -368,8 +378,8 @@ def test_a_family_without_is_told_before_its_weights_are_read(call, tmp_path):
 
 
 def test_a_run_differs_from_one_without_and_resumes_exactly(tmp_path):
-    common = {"model": "nano", "data": "nano-math", "limit": 16, "test_limit": 4, "evaluate": False, "r": 4,
-              "device": "cpu", "max_length": 64, "lr_scheduler": "constant", "batch_size": 4,
+    common = {"model": "nano", "data": "nano-math", "limit": 8, "test_limit": 2, "evaluate": False, "r": 4,
+              "device": "cpu", "max_length": 64, "lr_scheduler": "constant", "batch_size": 2,
               "lora_dropout": 0.1}  # fmt: skip
     for name, mixed in (("once", True), ("without", False)):
         hotlora.train(**common, output=tmp_path / name, max_steps=3, dense_mixer=mixed)
