@@ -19,6 +19,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import HotLoraError, ModelError
 from hotlora.hf.models import moe_layers, unwrap
 from hotlora.hf.routers import check_softmax_routers
+from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.checks import check_run
 from hotlora.runs.options import RunOptions
 from hotlora.training.dense_mixer import dense_mixer
@@ -378,17 +379,17 @@ def test_a_family_without_is_told_before_its_weights_are_read(call, tmp_path):
 
 
 def test_a_run_differs_from_one_without_and_resumes_exactly(tmp_path):
+    base = hotlora.load_model("nano", device="cpu")
+    ExpertPlan({layer.layer: (0, 1) for layer in moe_layers(base)}, 32, "first", {}).save(tmp_path / "plan.json")
     common = {"model": "nano", "data": "nano-math", "limit": 8, "test_limit": 2, "evaluate": False, "r": 4,
-              "device": "cpu", "max_length": 64, "lr_scheduler": "constant", "batch_size": 2,
-              "lora_dropout": 0.1}  # fmt: skip
-    for name, mixed in (("once", True), ("without", False)):
-        hotlora.train(**common, output=tmp_path / name, max_steps=3, dense_mixer=mixed)
-    hotlora.train(**common, output=tmp_path / "twice", max_steps=2, dense_mixer=True)
-    hotlora.train(**common, output=tmp_path / "twice", max_steps=3, dense_mixer=True, extend=True)
-    once, twice, without = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
-        for name in ("once", "twice", "without")
-    )
-    assert once == twice != without
-    steps = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[0] for name in ("once", "without")]
-    assert json.loads(steps[0])["loss"] == json.loads(steps[1])["loss"]  # the first step's forward is the same
+              "device": "cpu", "max_length": 64, "lr_scheduler": "constant", "batch_size": 2, "lora_dropout": 0.1,
+              "plan": tmp_path / "plan.json"}  # fmt: skip
+    hotlora.train(**common, output=tmp_path / "without", max_steps=1)
+    hotlora.train(**common, output=tmp_path / "once", max_steps=2, dense_mixer=True)
+    hotlora.train(**common, output=tmp_path / "twice", max_steps=1, dense_mixer=True)
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("without", "twice", "once")]
+    assert adapters[0].read_bytes() != adapters[1].read_bytes()
+    hotlora.train(**common, output=tmp_path / "twice", max_steps=2, dense_mixer=True, extend=True)
+    assert adapters[1].read_bytes() == adapters[2].read_bytes()
+    without, once = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("without", "once"))
+    assert json.loads(without[0])["loss"] == json.loads(once[0])["loss"]  # the first step's forward is the same
