@@ -218,6 +218,24 @@ def test_other_layouts_get_what_is_written_out(family):
     assert (gradients[1] - gradients[0] - expected).norm() <= 1e-8 * expected.norm()
 
 
+@pytest.mark.parametrize("family", sorted(SOFTMAX & families().keys()))
+def test_in_every_such_family_only_the_gradient_changes(family):
+    model = zoo_model(family)
+    plan = {"version": 1, "num_experts": 8, "experts": {str(layer.layer): [1, 3] for layer in moe_layers(model)}}
+    model = get_peft_model(model, HotLoraConfig(plan=plan, r=4))
+    fill(model, 0, scale=0.05)
+    model.train()
+    torch.manual_seed(0)
+    without = run(model)
+    with dense_mixer(model):
+        torch.manual_seed(0)
+        ours = run(model)
+    assert torch.equal(ours["logits"], without["logits"])
+    routers = [f"{layer.router}.lora" for layer in moe_layers(model)]
+    changes = [(ours[n] - without[n]).norm() / without[n].norm() for n in ours if n.startswith(tuple(routers))]
+    assert len(changes) == 2 * len(routers) and min(changes) > 1e-2 and all(g.isfinite().all() for g in ours.values())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_gradient_checkpointing(family):
     model = training(tiny_model(family))
