@@ -126,7 +126,7 @@ def test_combined_exactly():
     plan = tiny_plan(tiny_model(), {0: [0, 1], 1: [6, 7]})
     model.add_adapter("other", HotLoraConfig(plan=plan, r=2, lora_alpha=6, normalize_moe_lora=True))
     fill(model, 1, "other", scale=0.05)
-    with pytest.raises(HotLoraError, match=r"'linear' needs adapters of one rank, and these have \[1, 2, 4\]"):
+    with pytest.raises(HotLoraError, match=r"'linear' needs adapters of one rank, and these have \[4, 2, 1\]"):
         model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="linear")
     model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="cat")
     for layer in experts_of(model):
