@@ -160,7 +160,9 @@ def test_ranks_are_combined_and_named_where_they_are_not():
         tiny_model(), dict(zip(by_hand(model, "default"), expected, strict=True)), (), dict(BATCH)
     ).logits
     torch.testing.assert_close(logits(model), reference, rtol=1e-4, atol=1e-4)
-    with pytest.raises(HotLoraError, match=r"needs adapters of one rank.* train both with one --r, or use"):
+    with pytest.raises(
+        HotLoraError, match=r"needs adapters of one rank.* train both with one --r for all experts, or use"
+    ):
         model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "linear", combination_type="linear")
 
 

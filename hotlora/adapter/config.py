@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from ..base.errors import FileError, ModelError, PlanError
 from ..base.files import read_json, sha256_file, write_json
-from ..hf.models import attention_modules, check_in_memory, fingerprint, moe_layers, unwrap
+from ..hf.models import (
+    attention_modules,
+    check_in_memory,
+    fingerprint,
+    moe_layers,
+    num_experts_per_tok,
+    unwrap,
+)
 from ..routing.plan import ExpertPlan
 from .experts import HotFullExperts, HotLoraExperts
 from .factors import SeededFactor, Slot
@@ -98,6 +105,10 @@ class HotLoraConfig(LoraConfig):
     """Of R and D: how many a layer has."""
     perft_top_k: int = 1
     """Of R: how many of them its router chooses for a token."""
+    normalize_moe_lora: bool = False
+    """Gives every planned expert the rank r / K, where the router sends a token to K experts, and leaves lora_alpha as
+    it is: Megatron-Bridge's option of this name, NeMo AutoModel's `moe_rank_scaling`. Attention, routers and shared
+    experts keep r. The plan has the ranks once it has been bound to a model."""
     base_quantization: dict[str, Any] | None = None
     """How the base was stored in training, as `quantize.noted_quantization` has it. It is set when an adapter to train
     is put on a model; `load.base_quantization` reads it."""
@@ -170,6 +181,8 @@ class HotLoraConfig(LoraConfig):
             raise PlanError(
                 "train_full_experts leaves no low-rank update that use_dora could act on: drop one of the two."
             )
+        if self.normalize_moe_lora and self.train_full_experts:
+            raise PlanError("train_full_experts leaves no rank to divide: leave out one of it and normalize_moe_lora.")
         if self.share_a:
             self._check_shared()
         if self.perft is not None:
@@ -190,10 +203,11 @@ class HotLoraConfig(LoraConfig):
     def _check_perft(self) -> None:
         if self.perft not in KINDS:
             raise PlanError(f"perft={self.perft!r} does not exist: choose one of {', '.join(KINDS)}.")
-        if not self.train_a or self.share_a or self.use_dora or self.train_full_experts or self.plan["ranks"]:
+        others = self.share_a or self.use_dora or self.train_full_experts or self.normalize_moe_lora
+        if not self.train_a or others or self.plan["ranks"]:
             raise PlanError(
-                "perft has adapters of one rank beside the experts: leave out DoRA, a frozen or shared A, full experts "
-                "and ranks."
+                "perft has adapters of one rank beside the experts: leave out DoRA, a frozen or shared A, full "
+                "experts, normalize_moe_lora and ranks."
             )
         if self.perft == "E" and (self.perft_adapters, self.perft_top_k) != (1, 1):
             raise PlanError(
@@ -253,8 +267,34 @@ class HotLoraConfig(LoraConfig):
             return self._source
         return dict(NO_FILE)
 
+    def rank_of_experts(self, model: nn.Module) -> int:
+        """Of a planned expert whose plan gives it none. PlanError: r / K is no whole number (`normalize_moe_lora`)."""
+        if not self.normalize_moe_lora:
+            return self.r
+        K = num_experts_per_tok(model)
+        if self.r % K:
+            near = dict.fromkeys(max(self.r // K + more, 1) * K for more in (0, 1))
+            raise PlanError(
+                f"normalize_moe_lora divides r={self.r} by the {K} experts that a token is sent to "
+                f"(num_experts_per_tok): r must be a multiple of {K}, such as {' or '.join(map(str, near))}."
+            )
+        return self.r // K
+
+    def _with_ranks(self, plan: ExpertPlan, model: nn.Module) -> ExpertPlan:
+        """The plan with the ranks of `normalize_moe_lora`; one that was saved with an adapter has them."""
+        rank = self.rank_of_experts(model)
+        found = {rank for ranks in (plan.ranks or {}).values() for rank in ranks}
+        if found - {rank}:
+            raise PlanError(
+                f"the plan gives experts ranks of its own ({', '.join(map(str, sorted(found)))}), and "
+                f"normalize_moe_lora gives each r / K = {rank}: take the ranks out of the plan, or leave out "
+                "normalize_moe_lora."
+            )
+        return dataclasses.replace(plan, ranks={layer: (rank,) * len(ids) for layer, ids in plan.experts.items()})
+
     def bind(self, model: nn.Module) -> None:
         """Checks the plan against `model` and sets the targets to exact module names; leaves `model` as it is.
+        With `normalize_moe_lora` the plan gets its ranks.
 
         Raises:
             PlanError: the plan is for another model or names a layer that is not there, or nothing would
@@ -276,6 +316,8 @@ class HotLoraConfig(LoraConfig):
                     f"the plan is for {plan.num_experts} experts and names {list(ids)} in layer {index}, "
                     f"where there are {there}: 0 to {there - 1}. Profile this model and select experts again."
                 )
+        if self.normalize_moe_lora:
+            plan = self._with_ranks(plan, model)
         expert_ids = {layers[index].experts: ids for index, ids in plan.experts.items() if ids}
         ranks = {layers[index].experts: ranks for index, ranks in (plan.ranks or {}).items() if ranks}
         routers = {layer.router: (layer.router_weight,) for layer in layers.values()} if self.train_router else {}
@@ -288,6 +330,7 @@ class HotLoraConfig(LoraConfig):
             )
         self._norm_topk = getattr(unwrap(model).config.get_text_config(), "norm_topk_prob", True)
         raw = {path: weights for path in shared if (weights := _raw_weights(unwrap(model.get_submodule(path))))}
+        self.plan = plan.to_dict()
         self._expert_ids, self._ranks, self._routers = expert_ids, ranks, set(routers)
         self._raw_weights = {**routers, **raw}
         for path in (*expert_ids, *routers, *raw):

@@ -221,8 +221,10 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     found = [_ranks(config, plan) for config, plan in zip(configs, plans, strict=True)]
     ranks = [max(its) for its in found]
     if how != "cat" and (len(set(ranks)) > 1 or any(len(its) > 1 for its in found)):
+        every = list(dict.fromkeys(rank for its in found for rank in sorted(its, reverse=True)))
         raise HotLoraError(
-            f"{how!r} needs adapters of one rank, and these have {ranks}: train both with one --r, or use 'cat'."
+            f"{how!r} needs adapters of one rank, and these have {every}: train both with one --r for all experts, or "
+            "use 'cat'."
         )
     layers = sorted({layer for plan in plans for layer in plan.experts})
     union = dataclasses.replace(

@@ -11,6 +11,7 @@ MEANT = {
     "test_size": "test_split", "max_samples": "limit", "hub_model_id": "push_to_hub",
     "adapter_name_or_path": "on_top_of", "random_state": "seed", "data_seed": "seed",
     "rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "moe_rank_scaling": "normalize_moe_lora",
     "finetuning_type": "method", "lora_target": "train_attention", "target_modules": "train_attention",
     "cutoff_len": "max_length", "max_len": "max_length", "max_seq_len": "max_length", "sequence_len": "max_length",
     "bf16": "dtype bfloat16", "fp16": "dtype float16", "torch_dtype": "dtype", "load_in_4bit": "quantize 4",

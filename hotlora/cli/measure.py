@@ -16,7 +16,9 @@ from ..runs.methods import METHODS, PLACEMENTS, counted_options
 from ..runs.options import RunOptions
 from .options import AsJson, err, number_list, of, options_of, out
 
-_COUNTED = ("experts_per_layer", "r", "train_attention", "train_router", "train_shared", "share_a")
+_COUNTED = (
+    "experts_per_layer", "r", "train_attention", "train_router", "train_shared", "share_a", "normalize_moe_lora",
+)  # fmt: skip
 _NOT_LORA = {"full", "use_dora", "train_full_experts", "perft"}
 _OF_STEP = ("batch_size", "max_length")
 _STORED = (
@@ -114,9 +116,8 @@ def params(
     if as_json:
         print(json.dumps(counts))
         return
-    table = Table(
-        title=f"Trainable parameters at rank {given.get('r', RunOptions.r)}" + (f", {method}" if method else "")
-    )
+    rank = f"rank {given.get('r', RunOptions.r)}" + (" (r / K in experts)" if given.get("normalize_moe_lora") else "")
+    table = Table(title=f"Trainable parameters at {rank}" + (f", {method}" if method else ""))
     table.add_column("part")
     table.add_column("parameters", justify="right")
     for part in ("attention", "router", "shared", "experts"):

@@ -82,6 +82,7 @@ def step_of(
     train_router: bool = True,
     train_shared: bool = True,
     share_a: bool = False,
+    normalize_moe_lora: bool = False,
     dtype: str = "auto",
     device: str | torch.device = "cuda",
 ) -> Step:
@@ -120,6 +121,7 @@ def step_of(
     lora = HotLoraConfig(
         plan=ExpertPlan(experts, found[0].num_experts, rule="first", params={}), r=r,
         train_attention=train_attention, train_router=train_router, train_shared=train_shared, share_a=share_a,
+        normalize_moe_lora=normalize_moe_lora,
     )  # fmt: skip
     try:
         on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
@@ -130,7 +132,7 @@ def step_of(
         raise ModelError(
             f"the activations of a {cut.model_type} model cannot be estimated from its config: {reason}"
         ) from error
-    of_experts = expert_adapter_flops(meta, r, {layer.layer: coverage for layer in found})
+    of_experts = expert_adapter_flops(meta, lora.rank_of_experts(meta), {layer.layer: coverage for layer in found})
     adapter = of_experts + (attention_adapter_flops(meta, r) if train_attention else 0.0)
     forward = forward_flops(meta, max_length)
     text, tokens = cut.get_text_config(), batch_size * max_length

@@ -29,7 +29,10 @@ ROOM = 0.9
 """Share of the free memory that is counted on; the estimate is good to 10%, and leaves out fragmentation."""
 _MOST_REMEDIES = 3
 _FIXED = ("weights", "staging", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
-_OF_STEP = ("batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "dtype")
+_OF_STEP = (
+    "batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "share_a", "normalize_moe_lora",
+    "dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Setups:
             others.append({"quantize_linear": 4})
         if self.options.max_length >= 2 * _SHORTEST:
             others.append({"max_length": self.options.max_length // 2})
-        if self.options.r > 8:
+        if self.options.r > 8 and not self.options.normalize_moe_lora:  # which takes no rank that K does not divide
             others.append({"r": 8})
         if self.options.plan is None and (self.options.rule == "all" or self.options.budget is not None):
             others.insert(0, {"rule": "hot", "fraction": DEFAULT_FRACTION})

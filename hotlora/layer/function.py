@@ -116,7 +116,7 @@ class RoutedExperts(torch.autograd.Function):
     ) -> Tensor:
         """tensors: as `ExpertsView.tensors`, then each update's."""
         view, (width, expert_width) = layer.view, layer.view.widths
-        ctx.layer, ctx.autocast = layer, _Autocast(hidden_TD.device.type)
+        ctx.layer, ctx.autocast = layer, Autocast(hidden_TD.device.type)
         ctx.dtypes = [compute_dtype(update) for update in layer.updates]
         ctx.seeds = [_two_seeds() if update.dropout else (0, 0) for update in layer.updates]
         row_bytes = max(width, view.num_parts * expert_width) * hidden_TD.element_size()
@@ -359,7 +359,7 @@ def _with_pull_back(
     return value.detach(), lambda grad: torch.autograd.grad(value, inputs, grad)
 
 
-class _Autocast:
+class Autocast:
     """The autocast in force when this was made."""
 
     def __init__(self, device_type: str) -> None:

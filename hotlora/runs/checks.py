@@ -24,6 +24,7 @@ from ..hf.models import (
     num_experts_per_tok,
     structure,
 )
+from ..hf.routers import check_softmax_routers
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
 from ..training.named import check_optim, schedule_options
@@ -65,11 +66,12 @@ def check_run(options: RunOptions) -> None:
         or options.use_dora
         or options.train_full_experts
         or options.perft
+        or options.dense_mixer
     )
     if needs_all and (sharding(options.expert_parallel) or uses_deepspeed()):
         raise HotLoraError(
-            "full fine-tuning, full experts, DoRA, PERFT, re-profiling and growing ranks need all weights in each "
-            "process: leave them out, or launch without FSDP, DeepSpeed and expert parallelism."
+            "full fine-tuning, full experts, DoRA, PERFT, DenseMixer, re-profiling and growing ranks need all weights "
+            "in each process: leave them out, or launch without FSDP, DeepSpeed and expert parallelism."
         )
     if options.grow_every is not None and options.max_steps is not None:  # else the data says how many
         length = options.warmup_length
@@ -78,6 +80,8 @@ def check_run(options: RunOptions) -> None:
     there = structure(options.model, options.attn_implementation)
     check_packed(options.model, there.config, stored)
     check_aux_loss(there.config, options.aux_loss_coef)
+    if options.dense_mixer:
+        check_softmax_routers(there, "dense_mixer")
     if options.full:
         return
     if options.plan is not None:
@@ -89,6 +93,7 @@ def check_run(options: RunOptions) -> None:
     names = (
         "r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "share_a", "train_full_experts",
         "perft", "perft_adapters", "perft_top_k",
+        "normalize_moe_lora",
     )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 

@@ -39,6 +39,7 @@ class TrainKeywords(TypedDict, total=False):
     seed: int
     gradient_checkpointing: bool
     aux_loss_coef: float
+    dense_mixer: bool
     r: int
     lora_alpha: int
     lora_dropout: float
@@ -53,6 +54,7 @@ class TrainKeywords(TypedDict, total=False):
     perft: str | None
     perft_adapters: int
     perft_top_k: int
+    normalize_moe_lora: bool
     report_to: str
     rule: str
     fraction: float | None

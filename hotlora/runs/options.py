@@ -193,6 +193,14 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
+        if self.full and self.normalize_moe_lora:
+            raise HotLoraError("full fine-tuning has no adapter, and so no rank: leave normalize_moe_lora out.")
+        if self.dense_mixer and not (self.train_router or self.full):
+            raise HotLoraError("dense_mixer is a gradient for routers: leave it out, or train the router.")
+        if self.dense_mixer and self.perft is not None:
+            raise HotLoraError(
+                "dense_mixer mixes what experts give, and perft's adapters stand beside them: leave one out."
+            )
         if self.on_top_of and (self.quantize or self.quantize_linear):
             raise HotLoraError(
                 "an earlier adapter cannot be merged into quantized weights: merge it first (hotlora merge), and give "
@@ -207,11 +215,16 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         if self.plan is not None and self.reprofile_every is not None:
             raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
         if self.reprofile_every is not None and (
-            not self.train_a or self.share_a or self.use_dora or self.train_full_experts or self.perft
+            not self.train_a
+            or self.share_a
+            or self.use_dora
+            or self.train_full_experts
+            or self.normalize_moe_lora
+            or self.perft
         ):
             raise HotLoraError(
                 "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, PERFT, a frozen or "
-                "shared A and full experts."
+                "shared A, full experts and normalize_moe_lora."
             )
         if self.grow_every is not None:
             self._check_growth()
@@ -239,7 +252,7 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             "a frozen or shared A": not self.train_a or self.share_a, "DoRA": self.use_dora,
             "full experts": self.train_full_experts, "PERFT": self.perft is not None, "full fine-tuning": self.full,
             "re-profiling": self.reprofile_every is not None, "load_best": self.load_best, "extend": self.extend,
-            "rsLoRA": self.use_rslora,
+            "rsLoRA": self.use_rslora, "normalize_moe_lora": self.normalize_moe_lora,
         }  # fmt: skip
         if found := [name for name, is_on in wrong.items() if is_on]:
             raise HotLoraError(

@@ -76,6 +76,10 @@ class TrainConfig(Options):
     aux_loss_coef: float = option(
         "Weight of the router's load-balancing loss; 0 is off, whatever the model's config says.", 0.0, panel=_TRAINING
     )
+    dense_mixer: bool = option(
+        "The router learns of all experts, not only of those that a token goes to (DenseMixer): the experts' forward "
+        "once more for all others of each token, in the backward pass.", False, panel=_TRAINING,
+    )  # fmt: skip
     r: int = option("Rank of every adapter.", 32, panel=_ADAPTER)
     lora_alpha: int = option("Scaling is lora_alpha / r.", 64, panel=_ADAPTER)
     lora_dropout: float = option("Dropout before A, in [0, 1) (MoE-Sieve: 0.05).", 0.0, panel=_ADAPTER)
@@ -107,6 +111,10 @@ class TrainConfig(Options):
     )  # fmt: skip
     perft_adapters: int = option("Of --perft R and D: how many a layer has.", 1, panel=_ADAPTER)
     perft_top_k: int = option("Of --perft R: how many of them a token gets.", 1, panel=_ADAPTER)
+    normalize_moe_lora: bool = option(
+        "Rank r / K for each adapted expert, K the router's experts of a token; lora_alpha stays.", False,
+        panel=_ADAPTER,
+    )  # fmt: skip
     train_full_experts: bool = option(
         "Train the planned experts' own weights in place of low-rank updates (--method esft).", False, cli=False
     )

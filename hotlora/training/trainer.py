@@ -31,10 +31,12 @@ from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
 from ..base.signals import on_stop, say
 from ..hf.forward import TEXTS, check_aux_loss_of, check_packing, logits_at
+from ..hf.routers import check_softmax_routers
 from ..tasks.tokens import IGNORE
 from . import checkpoints, extend, guard
 from .as_loaded import LoadedConfigs
 from .config import TrainConfig
+from .dense_mixer import dense_mixer
 from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
 from .named import schedule_options
@@ -185,7 +187,8 @@ def _train(
     try:
         trainer = make_trainer(model, tokenizer, dataset, config, folder, [*callbacks, *ours])
         trainer.configs, trainer.validation, trainer.extended = configs, validation, extended
-        _run(trainer, checkpoint, stopping, callbacks)
+        with dense_mixer(model) if config.dense_mixer else nullcontext():
+            _run(trainer, checkpoint, stopping, callbacks)
         if validation is not None:
             validation.restore(model)
     finally:
@@ -216,8 +219,10 @@ def check_family(model: Any, tokenizer: Any, config: TrainConfig) -> None:
 
     Raises:
         HotLoraError: packing, where packed examples see each other or do not run; the load-balancing loss, where there
-            is none.
+            is none; DenseMixer, where routers are of another kind.
     """
+    if config.dense_mixer:
+        check_softmax_routers(model, "dense_mixer")
     check_aux_loss_of(model, tokenizer(TEXTS[0])["input_ids"], config.aux_loss_coef)
     if config.packing:
         check_packing(model, [tokenizer(text)["input_ids"] for text in TEXTS])
