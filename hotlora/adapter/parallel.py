@@ -10,7 +10,8 @@ experts get, and is added to what they give: no weight of the base can hold it, 
 Readings: B starts at zero (theirs at 1e-6 times normal numbers), so that training starts at the base exactly. R weights
 its adapters by its own router, as the text says; their OLMoE code takes the base router's weights. R's router starts as
 A does, and A as PEFT's. They stand at the experts module: where a family projects its input first, or scales what it
-gives, that goes for them, too. No load-balancing loss for it: hotlora's are off unless asked for, and that one is the base router's.
+gives, that goes for them, too. No load-balancing loss for R's router: hotlora's is the base router's alone, and off
+unless asked for.
 
 Shape suffixes: M adapters, R rank, D model width, T tokens, K chosen, S = T*K rows sorted by adapter.
 """
