@@ -286,6 +286,20 @@ def test_a_run_that_was_stopped_goes_on_with_what_was_chosen(tmp_path, monkeypat
     assert {name: now[name] for name in LEVERS if name in now} == {name: then[name] for name in LEVERS if name in then}
 
 
+def test_a_run_that_goes_on_is_told_of_nothing_that_it_may_not_change(tmp_path):
+    """--extend with --fit: neither another rank nor other experts."""
+    assert train(tmp_path).exit_code == 0
+    result = train(tmp_path, "--fit", "20MB", "--max-steps", "2", "--extend", "--batch-size", "16")
+    told = str(result.exception)
+    assert "the least is" in told and "the same options" in told and "Or leave --batch-size to --fit" in told
+    assert not any(flag in told for flag in ("--r ", "--max-length", "--optim", "--quantize", "smaller"))
+    size = needed(run_options(model="nano", data="", batch_size=4, max_length=128, r=2))["total"] / ROOM
+    result = train(tmp_path, "--fit", f"{size / 1e6:.2f}MB", "--max-steps", "2", "--extend")
+    assert result.exit_code == 0, result.exception
+    config = read_record(tmp_path / "run")["config"]
+    assert config["batch_size"] < 16 and config["quantize"] is None
+
+
 def test_a_sweep_has_no_fit():
     """Its runs would each choose on their own."""
     with pytest.raises(HotLoraError, match="fit"):

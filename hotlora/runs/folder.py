@@ -25,6 +25,7 @@ from ..training import checkpoints
 from ..training.config import TrainConfig
 from ..training.extend import check_extension, ends_elsewhere
 from ..training.identity import FREE_OPTIONS, check_same, same_run
+from .options import check_offload
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def load_base(
             "weights that are spread over processes cannot be quantized, offloaded or merged into: leave out "
             "--quantize, --quantize-linear, --offload and --on-top-of, or launch without FSDP and expert parallelism."
         )
+    check_offload(offload, offload_folder)
     if offload != "none" and checked_device(options.get("device", "auto")).type == "cpu":
         offload_folder = offload_folder or Path.cwd()
     if spread:
@@ -86,6 +88,8 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
     """The adapters to merge into `model` before `adapter`, or anything new, goes onto it: `on_top_of`, and before each
     of them, and before `adapter`, those that it was trained on top of and that are not there yet.
 
+    on_top_of: adapters' folders, or runs'.
+
     FileError: one of these is not where it was, or is not what it was.
     """
     there = noted(load_config(model))
@@ -96,13 +100,24 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
             found.append(_located(entry, folder))
             there.append(entry)
 
-    for folder in on_top_of:
+    for folder in map(adapter_in, on_top_of):
         add_needed(folder)
         found.append(folder)
         there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
     if adapter is not None:
         add_needed(adapter)
     return found
+
+
+def adapter_in(path: str | Path) -> str | Path:
+    """The adapter's folder of a run's; what is no run's as it is. FileError: the run has none."""
+    folder = Path(path).expanduser()
+    if not (folder / "run.json").is_file():
+        return path
+    if not (folder / "adapter").is_dir():
+        has = "a whole model, of full fine-tuning" if (folder / "model").is_dir() else "no adapter yet"
+        raise FileError(f"{folder} is a run with {has}: give one that ended with an adapter.")
+    return folder / "adapter"
 
 
 def _located(entry: Entry, needed_by: str | Path) -> Path:
