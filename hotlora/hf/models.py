@@ -251,7 +251,7 @@ def load_model(
             **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
         )
         check_complete(found, is_quantized)
-        if model.dtype == torch.float64:
+        if model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
             model.set_experts_implementation("eager")  # grouped_mm, transformers' own choice, has no float64
         if distributed_config:  # now: what FSDP has gathered for a forward is frozen only if its shards were
             model.requires_grad_(False)

@@ -71,7 +71,7 @@ def export_saved(
     writes_base = format == "merged" or merge_router or merge_attention
     base = load_base(
         model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None, offload=offload,
-        offload_folder=offload_folder,
+        offload_folder=offload_folder, adapter=adapter,
     )  # fmt: skip
     adapted = load_adapter(base, adapter)
     folder = export_adapter(

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from ..adapter.load import WEIGHTS_FILE, load_adapter, planned_experts, saved_config
+from ..adapter.load import WEIGHTS_FILE, load_adapter, needs_dense_experts, planned_experts, saved_config
 from ..adapter.offload import keep_on_device
 from ..adapter.on_top_of import Entry, described, missing, noted
 from ..adapter.quantize import experts_in
@@ -46,10 +46,11 @@ def load_base(
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
     on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
-    quantize, quantize_linear: as `quantize.experts_in` takes them; 0, and adapters that are merged in, make packed
-    experts of a checkpoint dense. offload: all, none, or cold: the adapter's experts are on the device then.
-    offload_folder: as `ExpertsQuantization` takes it; None: on a CPU the working folder. expert_parallel: as
-    `distributed.sharding` takes it.
+    quantize, quantize_linear: as `quantize.experts_in` takes them; 0, adapters that are merged in, and DoRA and full
+    experts make packed experts of a checkpoint dense.
+    offload: all, none, or cold: the adapter's experts are on the device then.
+    offload_folder: as `ExpertsQuantization` takes it; None: on a CPU the working folder.
+    expert_parallel: as `distributed.sharding` takes it.
     """
     on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
@@ -64,7 +65,8 @@ def load_base(
     if spread:
         options["distributed_config"] = spread
     stored = experts_in(quantize, keep, quantize_linear, offload=offload != "none", offload_folder=offload_folder)
-    base: Any = load_model(model, quantization_config=stored, dequantize=quantize == 0 or bool(on_top_of), **options)
+    is_dense = bool(on_top_of) or (adapter is not None and needs_dense_experts(adapter))
+    base: Any = load_model(model, quantization_config=stored, dequantize=quantize == 0 or is_dense, **options)
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()

@@ -205,6 +205,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "keep_hot is for quantized experts that stay chosen: give quantize, and no reprofile_every."
             )
+        if self.keep_hot and self.rule == "all" and self.plan is None:
+            raise HotLoraError(
+                "keep_hot leaves all experts as they are with rule all (methods lora, dora, lori): nothing would be "
+                "quantized. Leave it out, or choose fewer experts (--rule hot, --method hellora)."
+            )
         if self.plan is not None and self.reprofile_every is not None:
             raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
         if self.reprofile_every is not None and (
