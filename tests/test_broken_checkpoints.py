@@ -2,6 +2,7 @@
 weights that nobody trained."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -82,6 +83,21 @@ def test_what_does_not_fit_is_named(written, tmp_path, kind, change, said, how):
     options = {"another way": {"dequantize": True}, "quantize": {"quantization_config": ExpertsQuantization(4)}}
     with pytest.raises(ModelError, match=f"broken.*({said})"):
         load_model(folder, device="cpu", **options.get(how, {}))
+
+
+def test_one_error_and_no_table_of_all(written, tmp_path, caplog):
+    """transformers logs them with their traces."""
+    caplog.set_level("WARNING", logger="transformers.modeling_utils")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with pytest.raises(ModelError, match=r"gate_up_proj"):
+            load_model(changed(written["fp8"], tmp_path / "broken", lambda t: t.pop(UP)), device="cpu")
+        assert "REPORT" not in caplog.text
+        with pytest.raises(ModelError, match=r"norm"):  # which names no more than the first
+            load_model(changed(written["fp8"], tmp_path / "other", lambda t: t.pop("model.norm.weight")), device="cpu")
+        assert "REPORT" in caplog.text
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

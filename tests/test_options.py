@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.options import ALIASES, converted, read_yaml
+from hotlora.cli.main import app
 from hotlora.cli.options import options_of
 from hotlora.routing.selection import Selection
 from hotlora.runs.keywords import TrainKeywords
@@ -102,6 +103,10 @@ def test_several_files_are_a_folder(tmp_path: Path, name: str):
     file.write_text(f"model: nano\n{name}: [a.jsonl, b.jsonl]\n", encoding="utf-8")
     with pytest.raises(HotLoraError, match=rf"run.yaml: {name} = .*it must be text.*a folder with all of the files"):
         read_yaml(file, {"model": str, name: str})
+    flag = "--" + name.replace("_", "-")
+    for words in ([f"--{name}", "a", flag, "b"], [f"{flag}=a", f"{flag}=b"]):
+        with pytest.raises(HotLoraError, match=f"{flag} is given twice: give one file, or a folder"):
+            CliRunner().invoke(app, ["train", "--model", "nano", *words], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

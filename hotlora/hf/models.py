@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,16 +241,17 @@ def load_model(
         is_quantized = quantization_in(config) is not None
         stored = _quantization(config, quantization_config, dequantize, bool(distributed_config))
         failure = getattr(stored, "failure", None) or (quantization_in(config) or {}).get("failure")
-        model, found = auto_class(config).from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            quantization_config=stored,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
-        )
+        with failure.alone() if isinstance(failure, Failure) else nullcontext():
+            model, found = auto_class(config).from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                quantization_config=stored,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
+            )
         check_complete(found, is_quantized)
         if model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
             model.set_experts_implementation("eager")  # grouped_mm, transformers' own choice, has no float64

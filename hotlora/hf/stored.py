@@ -1,5 +1,6 @@
 """How a checkpoint's weights are stored, by its config.json, and whether all of them were found in it."""
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,19 @@ class Failure:
     def __deepcopy__(self, memo: Any) -> "Failure":
         """transformers copies the configs of what it loads."""
         return self
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, transformers' table of all errors, with their traces, is left out where the first one is told."""
+        logger = logging.getLogger("transformers.modeling_utils")
+        logger.addFilter(self._is_none)
+        try:
+            yield
+        finally:
+            logger.removeFilter(self._is_none)
+
+    def _is_none(self, record: logging.LogRecord) -> bool:
+        return self.error is None
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
