@@ -140,6 +140,26 @@ def test_what_is_told_beyond_it_would_do():
     assert "paged" not in told  # it would need RAM
 
 
+def test_more_ram_and_one_thing_more_are_told_together():
+    """With little RAM the least that fits is no measure of the model: offloading takes far less of the card."""
+    with pytest.raises(HotLoraError) as error:
+        fitted("0.1MB", device="cuda")
+    whole = str(error.value)
+    with pytest.raises(HotLoraError) as error:
+        fitted("0.1MB", device="cuda", host=5 * 10**8)
+    told = str(error.value)
+    assert "RAM" not in whole and ", without more RAM." in told
+    least, more = told.split("the least is ")[1], told.split(" of RAM it is ")[1]
+    assert float(more.split(" MB")[0]) < float(least.split(" MB")[0])
+    options = {"device": "cuda", "given": ("batch_size", "gradient_accumulation_steps"), "dtype": "float32"}
+    with pytest.raises(HotLoraError) as error:
+        fitted("0.1MB", **options)
+    least = float(str(error.value).split("the least is ")[1].split(" MB")[0])
+    with pytest.raises(HotLoraError) as error:
+        fitted(f"{0.97 * least / ROOM:.2f}MB", host=0, **options)
+    assert "GB of RAM with --gradient-checkpointing --offload all" in str(error.value)
+
+
 @pytest.mark.parametrize("options", [{"full": True}, {"use_dora": True}, {"train_full_experts": True}])
 def test_what_the_estimate_does_not_know(options):
     with pytest.raises(HotLoraError, match="which does not know"):

@@ -177,9 +177,14 @@ def _nothing_fits(
     within = [way for way in ways if way.host <= ram]
     least = min(within, key=lambda way: way.total) if within else min(ways, key=lambda way: way.host)
     how = f", with {least.flags}" if least.changes else ""
-    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}."
+    smallest = min(ways, key=lambda way: way.total)
+    beside = ", without more RAM" if smallest.total < least.total else ""
+    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}{beside}."
     advice = []
-    if with_ram := [way for way in ways if way.total <= room]:  # there is too little RAM for these
+    with_ram = [way for way in ways if way.total <= room]  # there is too little RAM for these
+    if not with_ram and beside and not goes_on:  # or that is not enough alone
+        with_ram = [way for way in setups.beyond(smallest) if way.total <= room]
+    if with_ram:
         one = min(with_ram, key=lambda way: way.host)
         advice.append(f"{size_words(one.host + _HOST_LEFT)} of RAM with {one.flags} ({size_words(one.total)})")
     others = iter(()) if goes_on else setups.beyond(least)
@@ -189,7 +194,9 @@ def _nothing_fits(
     freed = f" Or leave {fixed} to --fit." if fixed else ""
     if advice:
         return f"{told} Each of these besides would do: {'; '.join(advice)}.{freed}"
-    larger = size_words(least.total / ROOM)
+    if beside:
+        told = f"{told} With {size_words(smallest.host + _HOST_LEFT)} of RAM it is {size_words(smallest.total)}."
+    larger = size_words(smallest.total / ROOM)
     if goes_on:
         return f"{told} Take a device with {larger}: the run goes on with the same options alone.{freed}"
     return f"{told} Take a device with {larger}, a smaller --max-length or --r, or a smaller model.{freed}"
