@@ -321,15 +321,21 @@ def _fitted(options: RunOptions, given: Collection[str], folder: Path, progress:
     from .base.records import read_record
     from .cost.fit import fit
     from .cost.setups import LEVERS
+    from .runs.folder import is_begun
 
     def choose() -> dict[str, Any]:
         then: dict[str, Any] = {}
-        if (folder / "run.json").is_file() and (record := read_record(folder))["config"].get("fit") is not None:
-            then = {name: record["config"][name] for name in LEVERS if name in record["config"] and name not in given}
-            if record["status"] == "done" and not options.extend:
+        goes_on = (folder / "run.json").is_file() and is_begun(folder)
+        if (folder / "run.json").is_file():
+            record = read_record(folder)
+            had, was_fitted = record["config"], record["config"].get("fit") is not None
+            # Without --fit then, what may not change: the batch is split up anew, and the rest changes nothing learned.
+            held = LEVERS if was_fitted else ("quantize",) if goes_on else ()
+            then = {name: had[name] for name in held if name in had and name not in given}
+            if was_fitted and record["status"] == "done" and not options.extend:
                 return then
         # What the record does not hold changes nothing of what is learned: it is chosen for the memory of now.
-        found = fit(replace(options, **then), [*given, *then])
+        found = fit(replace(options, **then), given, held=[*then] if goes_on or then else None)
         for line in found.lines if progress else ():
             _tell(line)
         return then | dict(found.chosen)

@@ -28,6 +28,7 @@ from hotlora.cli.names import with_dashes
         (["train", "--model-name-or-path", "nano"], "Did you mean --model?"),
         (["train", "--assistant-only-loss"], "Did you mean --train-on assistant?"),
         (["train", "--bf16"], "Did you mean --dtype bfloat16?"),
+        (["train", "--target_modules", "q_proj"], "Leave it out: attention, the router, shared experts"),
         (["train", "--cutoff_len", "9"], "Did you mean --max-length?"),
         (["train", "--logging-steps", "1"], "Leave it out: metrics.jsonl"),
         (["evaluate", "--model_name_or_path", "nano"], "Did you mean --model?"),

@@ -140,6 +140,26 @@ def test_what_is_told_beyond_it_would_do():
     assert "paged" not in told  # it would need RAM
 
 
+def test_more_ram_and_one_thing_more_are_told_together():
+    """With little RAM the least that fits is no measure of the model: offloading takes far less of the card."""
+    with pytest.raises(HotLoraError) as error:
+        fitted("0.1MB", device="cuda")
+    whole = str(error.value)
+    with pytest.raises(HotLoraError) as error:
+        fitted("0.1MB", device="cuda", host=5 * 10**8)
+    told = str(error.value)
+    assert "RAM" not in whole and ", without more RAM." in told
+    least, more = told.split("the least is ")[1], told.split(" of RAM it is ")[1]
+    assert float(more.split(" MB")[0]) < float(least.split(" MB")[0])
+    options = {"device": "cuda", "given": ("batch_size", "gradient_accumulation_steps"), "dtype": "float32"}
+    with pytest.raises(HotLoraError) as error:
+        fitted("0.1MB", **options)
+    least = float(str(error.value).split("the least is ")[1].split(" MB")[0])
+    with pytest.raises(HotLoraError) as error:
+        fitted(f"{0.97 * least / ROOM:.2f}MB", host=0, **options)
+    assert "GB of RAM with --gradient-checkpointing --offload all" in str(error.value)
+
+
 @pytest.mark.parametrize("options", [{"full": True}, {"use_dora": True}, {"train_full_experts": True}])
 def test_what_the_estimate_does_not_know(options):
     with pytest.raises(HotLoraError, match="which does not know"):
@@ -284,6 +304,20 @@ def test_a_run_that_was_stopped_goes_on_with_what_was_chosen(tmp_path, monkeypat
     assert again.exit_code == 0, again.output
     now = read_record(tmp_path / "run")["config"]
     assert {name: now[name] for name in LEVERS if name in now} == {name: then[name] for name in LEVERS if name in then}
+
+
+def test_a_run_that_goes_on_is_told_of_nothing_that_it_may_not_change(tmp_path):
+    """--extend with --fit: neither another rank nor other experts."""
+    assert train(tmp_path).exit_code == 0
+    result = train(tmp_path, "--fit", "20MB", "--max-steps", "2", "--extend", "--batch-size", "16")
+    told = str(result.exception)
+    assert "the least is" in told and "the same options" in told and "Or leave --batch-size to --fit" in told
+    assert not any(flag in told for flag in ("--r ", "--max-length", "--optim", "--quantize", "smaller"))
+    size = needed(run_options(model="nano", data="", batch_size=4, max_length=128, r=2))["total"] / ROOM
+    result = train(tmp_path, "--fit", f"{size / 1e6:.2f}MB", "--max-steps", "2", "--extend")
+    assert result.exit_code == 0, result.exception
+    config = read_record(tmp_path / "run")["config"]
+    assert config["batch_size"] < 16 and config["quantize"] is None
 
 
 def test_a_sweep_has_no_fit():

@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
@@ -44,7 +45,7 @@ def test_a_mapped_tensor_is_equal_and_leaves_no_file(tmp_path, dtype):
     assert torch.equal(there, tensor) and there.dtype == dtype and there.data_ptr() != tensor.data_ptr()
     turned = MappedFolder(tmp_path / "new").mapped(tensor.permute(2, 0, 1))
     assert torch.equal(turned, tensor.permute(2, 0, 1)) and turned.stride() == tensor.permute(2, 0, 1).stride()
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()  # it was made for this
     there[0] = 1  # as a merge does
     assert torch.equal(there[1:], tensor[1:]) and (there[0] == 1).all()
 
@@ -89,7 +90,7 @@ def test_trains_bit_for_bit_as_in_memory(tmp_path, family, bits):
     zoo_model(family).save_pretrained(tmp_path / "model")
     stored = ExpertsQuantization(bits, offload=True, offload_folder=tmp_path / "there")
     offloaded = load_model(tmp_path / "model", device="cpu", quantization_config=stored)
-    assert mapped_files() and list((tmp_path / "there").iterdir()) == []
+    assert mapped_files() and not (tmp_path / "there").exists()
     if bits:
         plain = load_model(tmp_path / "model", device="cpu", quantization_config=ExpertsQuantization(bits))
     else:
@@ -188,7 +189,7 @@ def test_a_run_is_the_same_run(tmp_path, monkeypatch):
     weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "other")]
     assert weights[0] == weights[1]
     assert whole["config"] == other["config"] | {"offload": "none"}
-    assert list((tmp_path / "o").iterdir()) == []
+    assert not (tmp_path / "o").exists()
     scored = {"adapter": tmp_path / "whole" / "adapter", "limit": 4}
     here, there = (run_evaluation("nano", "nano-math", **scored, **how)[0] for how in ({}, {"offload": "all"}))
     assert [r["evaluation"]["nano-math"] | {"seconds": 0} for r in (here, there)] == 2 * [
@@ -251,9 +252,54 @@ def test_a_disk_that_does_not_take_it_is_named(tmp_path):
 
 
 def test_a_folder_that_is_none(tmp_path):
+    """A disk that is not mounted is told: the experts would fill another one."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match=r"offload_folder .*file/there cannot be made"):
-        MappedFolder(tmp_path / "file" / "there")
+    for path in ("file/there", "not/mounted", "file"):
+        with pytest.raises(FileError, match=rf"offload_folder .*{path} "):
+            MappedFolder(tmp_path / path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_was_there_stays_and_what_is_in_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "other").write_text("")
+    MappedFolder(tmp_path / "there").mapped(torch.zeros(2, 3))
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["other"]
+
+
+def test_what_is_refused_makes_no_folder(tmp_path):
+    with pytest.raises(HotLoraError, match="rule"):
+        run_training("nano", "nano-math", tmp_path / "run", offload="all", offload_folder=tmp_path / "o", rule="no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """Each makes it where it is not there, and removes it where it was not there."""
+
+    def map_often(folder: MappedFolder) -> bool:
+        tensor = torch.rand(64)
+        return all(torch.equal(folder.mapped(tensor), tensor) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(map_often, [MappedFolder(tmp_path / "there") for _ in range(4)]))
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file is mapped by its name")
+def test_a_kill_while_a_file_is_written_leaves_nothing(tmp_path, monkeypatch):
+    """It has lost its name before the first byte."""
+    seen = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: seen.append(list(tmp_path.iterdir())) or from_file(*a, **k))
+    assert torch.equal(MappedFolder(tmp_path).mapped(torch.ones(5)), torch.ones(5))
+    assert seen == [[]]
+
+
+def test_it_says_how_large_the_file_is_and_how_fast_the_disk(tmp_path, caplog):
+    hotlora.load_model(
+        "nano", device="cpu", quantization_config=ExpertsQuantization(None, offload=True, offload_folder=tmp_path)
+    )
+    assert f"19 MB of experts are read from a file in {tmp_path}" in caplog.text and "/s" in caplog.text
 
 
 @pytest.mark.parametrize(

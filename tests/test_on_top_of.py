@@ -20,7 +20,7 @@ from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.hf.models import load_model
 from hotlora.runs.export import combine_saved, export_saved, shared_experts
-from hotlora.runs.folder import load_base
+from hotlora.runs.folder import load_base, underneath
 from hotlora.tasks.tokens import batches, tokenize
 
 WEIGHTS = "adapter_model.safetensors"
@@ -91,6 +91,21 @@ def test_a_training_records_it(saved, tmp_path):
     record = run_training(model, str(rows), tmp_path / "run", config=CONFIG, on_top_of=[second])
     assert [entry["path"] for entry in saved_config(tmp_path / "run" / "adapter").on_top_of] == [first, second]
     assert record["config"]["on_top_of"] == [sha256_file(Path(folder) / WEIGHTS) for folder in (first, second)]
+
+
+def test_a_run_stands_for_its_adapter(saved, tmp_path):
+    model, first, second, expected = saved
+    run = tmp_path / "run"
+    shutil.copytree(first, run / "adapter")
+    write_json(run / "run.json", {})
+    assert underneath(model, [run]) == [run / "adapter"]
+    assert torch.equal(logits(load_adapter(load_base(model, [str(run)]), second)), expected)
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(FileError, match="run is a run with no adapter yet"):
+        underneath(model, [run])
+    (run / "model").mkdir()
+    with pytest.raises(FileError, match="a whole model, of full fine-tuning"):
+        underneath(model, [run])
 
 
 def test_a_checkpoint_with_it_merged_in_says_so(saved, tmp_path):

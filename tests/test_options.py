@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hotlora.base.errors import DataError, FileError, HotLoraError
 from hotlora.base.options import ALIASES, converted, read_yaml
+from hotlora.cli.main import app
 from hotlora.cli.options import options_of
 from hotlora.routing.selection import Selection
 from hotlora.runs.keywords import TrainKeywords
@@ -88,15 +89,33 @@ def test_a_yaml_file(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 4e-4\nmax_steps: null\npacking: true\n", encoding="utf-8")
     assert read_yaml(file, TYPES) == {"learning_rate": 4e-4, "packing": True}
+    file.write_text("learning-rate: 4e-4\nmax-steps: 3\n", encoding="utf-8")  # as the command line spells them
+    assert read_yaml(file, TYPES) == {"learning_rate": 4e-4, "max_steps": 3}
+    file.write_text("num-train-epochs: 2", encoding="utf-8")
+    assert read_yaml(file, {"epochs": float}, {"num_train_epochs": "epochs"}) == {"epochs": 2}
     file.write_text("", encoding="utf-8")
     assert read_yaml(file, TYPES) == {}
+
+
+@pytest.mark.parametrize("name", ["data", "test_data"])
+def test_several_files_are_a_folder(tmp_path: Path, name: str):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: nano\n{name}: [a.jsonl, b.jsonl]\n", encoding="utf-8")
+    with pytest.raises(HotLoraError, match=rf"run.yaml: {name} = .*it must be text.*a folder with all of the files"):
+        read_yaml(file, {"model": str, name: str})
+    flag = "--" + name.replace("_", "-")
+    for words in ([f"--{name}", "a", flag, "b"], [f"{flag}=a", f"{flag}=b"]):
+        with pytest.raises(HotLoraError, match=f"{flag} is given twice: give one file, or a folder"):
+            CliRunner().invoke(app, ["train", "--model", "nano", *words], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("learning_rte: 1", r"run.yaml has options that do not exist: learning_rte \(did you mean learning_rate\?\)"),
-        ("learning-rate: 1", r"learning-rate \(did you mean learning_rate\?\)"),
+        ("learning-rte: 1", r"learning-rte \(did you mean learning_rate\?\)"),
+        ("learning-rate: 1\nlearning_rate: 2", "learning_rate is given twice, also as learning-rate"),
+        ("target_modules: [q_proj]", r"target_modules \(leave it out: attention, .*train_attention, train_router"),
         ("zzz: 1", "do not exist: zzz; there are dtype, learning_rate, max_steps"),
         ("plan: 2026-02-30", "is not valid YAML"),
         ("? []\n: 1", "is not valid YAML"),

@@ -29,6 +29,8 @@ from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.cost.estimate import estimate
 from hotlora.hf.models import fingerprint, moe_layers
+from hotlora.runs.checks import check_run
+from hotlora.runs.methods import resolve
 
 WRITERS = {
     "mxfp4": write_mxfp4,
@@ -262,6 +264,31 @@ def test_the_commands_take_a_packed_checkpoint(written, trained, kind, tmp_path)
     assert not holders(load_model(tmp_path / "whole", device="cpu"))
     model, _ = hotlora.load(trained / kind, device="cpu")
     assert holders(model)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "train_full_experts"])
+def test_an_adapter_that_needs_dense_experts_is_loaded_on_them(written, tmp_path, option):
+    """By itself: it was trained with --quantize 0, and its base is packed."""
+    kind = written["mxfp4"]
+    byte_tokenizer().save_pretrained(kind)
+    model = load_model(kind, device="cpu", dequantize=True)
+    peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), **{option: True})).save_pretrained(tmp_path / "it")
+    expected = model(**tiny_batch()).logits
+    again, _ = hotlora.load(tmp_path / "it", str(kind), device="cpu")
+    assert torch.equal(again(**tiny_batch()).logits, expected)
+    with pytest.raises(HotLoraError, match="--quantize 0"):
+        hotlora.load_adapter(load_model(kind, device="cpu"), tmp_path / "it")
+    with pytest.raises(HotLoraError, match=rf"{option} .*not quantized.*--quantize 0"):
+        check_run(resolve(model=str(kind), data="rows.jsonl", **{option: True}))
+    check_run(resolve(model=str(kind), data="rows.jsonl", quantize=0, **{option: True}))
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8-qwen3"])
+def test_packed_experts_in_float64(written, kind):
+    """transformers' own grouped products have none, and are not in the way of ours."""
+    model = load_model(written[kind], device="cpu", dtype="float64")
+    dense = load_model(written[kind], device="cpu", dtype="float64", dequantize=True)
+    torch.testing.assert_close(model(**tiny_batch()).logits, dense(**tiny_batch()).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_run_refuses_before_it_loads(written, trained, tmp_path):

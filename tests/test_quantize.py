@@ -41,7 +41,9 @@ from hotlora.hf.experts_view import FrozenWeight
 from hotlora.hf.models import load_model, moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.routing.plan import ExpertPlan
+from hotlora.runs.checks import check_run
 from hotlora.runs.evaluation import run_harness
+from hotlora.runs.methods import resolve
 from hotlora.runs.options import EvalOptions
 from hotlora.runs.sweep import Condition, Sweep, sweep_jobs
 from hotlora.tasks import Example
@@ -729,3 +731,18 @@ def test_a_gpus_product_makes_a_block_of_experts_dense_at_a_time(monkeypatch, ke
             torch.testing.assert_close(got[s], x[s] @ (whole[expert] if transposed else whole[expert].T))
     for a, b in ((0, 5), (1, 3), (2, 5), (0, 1)):
         assert torch.equal(some(a, b), whole[a:b])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_dora": True}, "use_dora needs experts that are not quantized: leave out --quantize"),
+        ({"train_full_experts": True}, "train_full_experts needs experts that are not quantized"),
+        ({"dtype": "float64"}, "quantize goes with float32, bfloat16 or float16"),
+        ({"rule": "all", "keep_hot": True}, "keep_hot leaves all experts as they are with rule all"),
+        ({"method": "lora", "keep_hot": True}, "keep_hot leaves all experts as they are with rule all"),
+    ],
+)
+def test_what_quantized_experts_do_not_take_is_told_before_loading(options, said):
+    with pytest.raises(HotLoraError, match=said):
+        check_run(resolve(**{"model": "nano", "data": "nano-math", "quantize": 4, **options}))

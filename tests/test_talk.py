@@ -159,6 +159,31 @@ def test_generate_and_chat(call, run: Path, chats: Path):
     assert code == 0 and out.split() == f"{said} {again} {said}".split()
 
 
+def test_generate_with_experts_elsewhere(call, run: Path, tmp_path: Path):
+    """The same answer; the ways are those of a training."""
+    asked = ["generate", PROMPT, "--adapter", str(run), "--device", "cpu", "--max-new-tokens", "4"]
+    plain, other = call(*asked), call(*asked, "--offload", "all", "--offload-folder", str(tmp_path / "there"))
+    assert plain[:2] == other[:2] and plain[0] == 0 and plain[1].strip()
+    model, _ = hotlora.load(run, device="cpu", offload="cold", offload_folder=tmp_path / "there")
+    assert "hotlora-experts-" in Path("/proc/self/maps").read_text()
+    del model
+    for options, told in (
+        ({"offload": "hot"}, "'hot' does not exist"),
+        ({"offload_folder": "x"}, "goes with"),
+    ):
+        with pytest.raises(HotLoraError, match=told):
+            hotlora.load(run, **options)
+
+
+def test_a_chat_renders_its_ends_once(call, chats: Path, monkeypatch: pytest.MonkeyPatch):
+    from hotlora.evaluation import generate
+
+    times = []
+    monkeypatch.setattr(generate, "turn_ends", lambda tokenizer: times.append(1) or [])
+    call("chat", str(chats), "--device", "cpu", "--max-new-tokens", "2", stdin="a?\nb?\nc?\n/exit\n")
+    assert len(times) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

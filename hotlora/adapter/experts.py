@@ -177,7 +177,7 @@ class HotLoraExperts(HotExperts):
         ids = self._ids_planned(config, path)
         ranks = getattr(config, "_ranks", {}).get(path) or (r,) * len(ids)
         if config.use_dora and self.view.is_quantized:
-            raise HotLoraError(f"use_dora needs weights that are not quantized, and those of {path} are.")
+            raise _not_dense("use_dora", path)
         parts, (width, expert_width) = self.view.num_parts, self.view.widths
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         groups = []
@@ -362,7 +362,7 @@ class HotFullExperts(HotExperts):
         path = kwargs["target_name"]
         ids = self._ids_planned(config, path)
         if self.view.is_quantized:
-            raise HotLoraError(f"train_full_experts needs weights that are not quantized, and those of {path} are.")
+            raise _not_dense("train_full_experts", path)
         self.expert_ids[adapter_name] = ids
         for name, weight in zip(self.adapter_layer_names, self._base_weights(ids), strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(weight.contiguous())
@@ -413,3 +413,10 @@ def _tensors(held: Any) -> list[Tensor]:
     if isinstance(held, Tensor):
         return [held]
     return list(held.state_dict(keep_vars=True).values())
+
+
+def _not_dense(option: str, path: str) -> HotLoraError:
+    return HotLoraError(
+        f"{option} needs weights that are not quantized, and those of {path} are: load the base without quantization, "
+        "a checkpoint in MXFP4 or FP8 with dequantize=True (--quantize 0)."
+    )

@@ -105,6 +105,13 @@ def base_quantization(path: str | Path) -> ExpertsQuantization | None:
     return experts_in(saved.get("bits"), keep, saved.get("linear"))
 
 
+def needs_dense_experts(path: str | Path) -> bool:
+    """Whether a saved adapter computes with its base's own expert weights, which then cannot be quantized or packed.
+    FileError, PlanError: as `load_adapter`."""
+    config = saved_config(path)
+    return bool(config.use_dora or config.train_full_experts)
+
+
 def planned_experts(path: str | Path) -> dict[int, tuple[int, ...]]:
     """Layer -> experts that a saved adapter is for. FileError, PlanError: as `load_adapter`."""
     return dict(ExpertPlan.from_dict(saved_config(path).plan).experts)

@@ -10,39 +10,43 @@ Shape suffixes: E experts.
 import copy
 import ctypes
 import errno
-import logging
+import os
 import shutil
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import FileError, HotLoraError
+from ..base.errors import FileError
+from ..base.precision import say_once
+from ..base.sizes import size_words
 from ..hf.models import moe_layers, unwrap
 
 _ALIGNED = 256  # bytes, as torch's allocators place tensors for kernels
-_log = logging.getLogger(__name__)
+_TRIES = 1000  # of a folder that other processes remove
 
 
 class MappedFolder:
-    """Where tensors go that are to be read from disk. Its files have no name once they are mapped: nothing is left
-    behind, however the process ends.
+    """Where tensors go that are to be read from disk. Its files have no name: nothing is left behind, however the
+    process ends. A folder that is not there is made for as long as a file is written.
 
-    FileError: no such folder, or it cannot be written.
+    FileError: no folder, or none in which it could be made.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"offload_folder {folder} cannot be made: {error.strerror}. Give another one.") from error
+        self.folder = Path(folder).expanduser()
+        there = self.folder if self.folder.exists() else self.folder.parent
+        if not there.is_dir():  # where no disk is mounted, another one would fill up
+            why = "is a file" if there.is_file() else "does not exist"
+            raise FileError(f"offload_folder {folder} cannot be used: {there} {why}. Make it, or give another folder.")
+        self._is_ours = not self.folder.exists()
         self.num_bytes, self.seconds = 0, 0.0
 
     def mapped(self, tensor: Tensor) -> Tensor:
@@ -57,31 +61,60 @@ class MappedFolder:
         order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
         tensor = tensor.detach().cpu().permute(order).contiguous()
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hotlora-experts-") as file:
+            with self._file() as (file, name):
                 file.write(tensor.view(-1).view(torch.uint8).numpy().data)
                 file.flush()
                 # Shared: a private mapping counts as memory of the process.
-                there = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                there = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise FileError(
                     f"offload_folder {self.folder} cannot be written ({error.strerror}): give a folder on a disk of "
                     "this machine (--offload-folder)."
                 ) from error
-            free, there_are = shutil.disk_usage(self.folder).free / 1e9, self.num_bytes / 1e9
+            there_are = size_words(self.num_bytes)
+            is_there = self.folder if self.folder.exists() else self.folder.parent
             raise FileError(
-                f"offload_folder {self.folder} is full ({error.strerror}): {there_are:.1f} GB of experts are there, "
-                f"the next {tensor.nbytes / 1e9:.2f} GB did not fit, {free:.1f} GB are free. Give a folder on another "
-                "disk (--offload-folder), or fewer bits (--quantize 4)."
+                f"offload_folder {self.folder} is full ({error.strerror}): {there_are} of experts are there, the next "
+                f"{size_words(tensor.nbytes)} did not fit, {size_words(shutil.disk_usage(is_there).free)} are free. "
+                "Give a folder on another disk (--offload-folder), or fewer bits (--quantize 4)."
             ) from error
         self.num_bytes, self.seconds = self.num_bytes + tensor.nbytes, self.seconds + time.monotonic() - started
         return there.view(tensor.shape).permute([order.index(dim) for dim in range(tensor.ndim)])
 
+    @contextmanager
+    def _file(self) -> Iterator[tuple[IO[bytes], str]]:
+        """A file, and a name to map it by."""
+        for _ in range(_TRIES):  # another run may have made the folder, and remove it now
+            with suppress(FileExistsError):  # `exist_ok` looks again, when it may be gone
+                self.folder.mkdir()
+            with suppress(FileNotFoundError):
+                descriptor, path = tempfile.mkstemp(dir=self.folder, prefix="hotlora-experts-")
+                break
+        else:
+            raise FileNotFoundError(errno.ENOENT, "it is removed again and again", str(self.folder))
+        try:
+            by_number = Path(f"/proc/self/fd/{descriptor}")
+            if by_number.exists():
+                os.unlink(path)
+                self._remove()
+            with open(descriptor, "wb") as file:
+                yield file, str(by_number if by_number.exists() else path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            self._remove()
+
+    def _remove(self) -> None:
+        if self._is_ours:
+            with suppress(OSError):  # it holds another run's file, or is gone
+                self.folder.rmdir()
+
     def say(self) -> None:
         """What was written, and how fast: a slow disk slows every step."""
         if self.num_bytes:
-            size, speed = self.num_bytes / 1e9, self.num_bytes / 1e9 / max(self.seconds, 1e-9)
-            _log.info("experts: %.2f GB are read from a file in %s, written at %.1f GB/s", size, self.folder, speed)
+            size, speed = size_words(self.num_bytes), size_words(self.num_bytes / max(self.seconds, 1e-9))
+            say_once(f"{size} of experts are read from a file in {self.folder}, written at {speed}/s")
 
 
 class DenseExperts(nn.Module):
@@ -299,8 +332,6 @@ class Offload:
         """folder: of a mapped file; None: RAM, for a GPU. FileError: as `MappedFolder`."""
         self.folder = None if folder is None else MappedFolder(folder)
         self.fetchers: dict[torch.device, Fetcher] = {}
-        self.error: HotLoraError | None = None
-        """What went wrong; transformers keeps its text alone, and goes on with the next weight."""
 
     def __deepcopy__(self, memo: Any) -> "Offload":
         """transformers copies the configs of what it loads."""
@@ -308,15 +339,6 @@ class Offload:
 
     def __call__(self, held: Any) -> Any:
         """`held`, a tensor or a holder of experts, as it waits."""
-        if self.error is not None:
-            raise self.error
-        try:
-            return self._placed(held)
-        except HotLoraError as error:
-            self.error = error
-            raise
-
-    def _placed(self, held: Any) -> Any:
         place = pinned if self.folder is None else self.folder.mapped
         if held.device.type != "cpu":
             fetcher = self.fetchers.setdefault(held.device, Fetcher(held.device))

@@ -21,6 +21,7 @@ from ..base.precision import say_once
 from ..hf.experts_view import is_experts
 from ..hf.internals import internal
 from ..hf.models import LOADERS
+from ..hf.stored import Failure
 from .linears import Linears, linear_bits
 from .offload import Offload
 from .packed import NAMES, PackedExperts, held_scales, whole_blocks
@@ -53,10 +54,12 @@ class PackedCheckpoint(QuantizationConfigMixin):
         dequantize: bool = False,
         linear: int | None = None,
         offload: Offload | None = None,
+        failure: Failure | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
         self.checkpoint, self.dequantize, self.linear, self.offload = dict(checkpoint), dequantize, linear, offload
+        self.failure = failure or Failure()
 
 
 def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[str, Any] | None:
@@ -64,6 +67,7 @@ def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[st
 
     ModelError: experts that are packed already would be quantized.
     """
+    _check_blocks(checkpoint)
     linear = offload = None
     if isinstance(given, ExpertsQuantization) and given.bits is None:
         given, linear, offload = None, given.linear, given.offload
@@ -82,8 +86,19 @@ def _stored(checkpoint: dict[str, Any], given: Any, dequantize: bool) -> dict[st
         return None
     if offload is not None and dequantize:
         raise ModelError("its experts are offloaded as they are packed: leave out one of offload and dequantize.")
-    how = {"dequantize": dequantize, "linear": linear, "offload": offload}
+    how = {"dequantize": dequantize, "linear": linear, "offload": offload, "failure": Failure()}
     return {"quant_method": _METHOD, "checkpoint": checkpoint, **how}
+
+
+def _check_blocks(checkpoint: dict[str, Any]) -> None:
+    """ModelError: blocks that are none, or another kind of FP8."""
+    sizes = checkpoint.get("weight_block_size")
+    if sizes is not None and not (
+        isinstance(sizes, list | tuple) and len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes)
+    ):
+        raise ModelError(f"weight_block_size in its config.json is {sizes!r}: it must be two numbers of 1 or more.")
+    if (format := checkpoint.get("fmt", "e4m3")) not in ("e4m3", "float8_e4m3fn"):
+        raise ModelError(f"its weights are in FP8 of the kind {format!r} (fmt in its config.json); e4m3 is read.")
 
 
 LOADERS.update(dict.fromkeys(("mxfp4", "fp8", "mxfp8"), _stored))
@@ -179,6 +194,10 @@ class _FromPacked(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        with self.hf_quantizer.quantization_config.failure.of(kwargs["full_layer_name"]):
+            return self._converted(input_dict, **kwargs)
+
+    def _converted(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         name, model = kwargs["full_layer_name"], kwargs["model"]
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -265,15 +284,27 @@ def _parts(tensors: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> dict[st
         scales = by_name.get(f"{name.removesuffix('_blocks')}_scales" if is_mxfp4 else f"{name}_scale_inv")
         weights = value if isinstance(value, list) else [value]
         if scales is None:
+            if any(weight.element_size() == 1 for weight in weights):
+                raise ValueError(f"{name} has no scales")
             found[pattern] = [_Part(weight, None, 8) for weight in weights]
             continue
         scales = scales if isinstance(scales, list) else [scales]
-        if is_mxfp4:  # [E, rows, C, 16], of a parameter [E, columns, rows]
-            its = [_Part(w.flatten(2), held_scales(s), 4, True) for w, s in zip(weights, scales, strict=True)]
-        else:
-            its = [_fp8(w, s, checkpoint.get("weight_block_size")) for w, s in zip(weights, scales, strict=True)]
-        found[pattern] = its
+        if len(weights) != len(scales):
+            raise ValueError(f"there are {len(weights)} of {name}, and {len(scales)} of its scales")
+        block = checkpoint.get("weight_block_size")
+        found[pattern] = [_mxfp4(w, s) if is_mxfp4 else _fp8(w, s, block) for w, s in zip(weights, scales, strict=True)]
+    if not found:
+        raise ValueError(f"there are scales alone ({', '.join(by_name)}), and no weights")
     return found
+
+
+def _mxfp4(blocks: Tensor, scales: Tensor) -> _Part:
+    """blocks `[E, rows, C, 16]`, of a parameter `[E, columns, rows]`; scales `[E, rows, C]`."""
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+        raise ValueError(f"blocks and scales are {blocks.dtype} and {scales.dtype}, and must be bytes (uint8)")
+    if blocks.ndim != 4 or blocks.shape[-1] != 16 or scales.shape != blocks.shape[:3]:
+        raise ValueError(f"scales of {tuple(scales.shape)} do not go with blocks of {tuple(blocks.shape)}")
+    return _Part(blocks.flatten(2), held_scales(scales), 4, True)
 
 
 def _fp8(weight: Tensor, scales: Tensor, block: tuple[int, int] | None) -> _Part:
@@ -283,8 +314,13 @@ def _fp8(weight: Tensor, scales: Tensor, block: tuple[int, int] | None) -> _Part
         if weight.dtype.itemsize == 1:
             raise ValueError(f"weights with scales are {weight.dtype}; float8_e4m3fn is read.")
         weight = weight.to(torch.float8_e4m3fn)  # transformers 5.17 has cast it, without a loss
+    if not (scales.is_floating_point() or scales.dtype == torch.uint8):
+        raise ValueError(f"scales are {scales.dtype}, and must be floats or exponents (uint8)")
     weight = weight.view(torch.uint8)
     shape = (weight.shape[-2], weight.shape[-1] * 8 // bits)
+    grid = tuple(-(-size // step) for size, step in zip(shape, block or shape, strict=True))
+    if bits == 8 and block is not None and grid != ((1, 1) if scales.numel() == 1 else tuple(scales.shape[-2:])):
+        raise ValueError(f"{tuple(scales.shape)} scales for weights of {shape} in blocks of {tuple(block)}")
     sizes = (1, 32) if bits == 4 else tuple(block or shape)
     return _Part(weight, whole_blocks(held_scales(scales), shape, sizes), bits)  # type: ignore[arg-type]
 

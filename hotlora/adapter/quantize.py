@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..hf.models import moe_layers, unwrap
+from ..hf.stored import Failure
 from ..layer.function import use_routed_layer
 from .linears import Linears, check_linear_bits, linear_bits
 from .offload import Offload, OffloadedExperts, give_back
@@ -241,7 +242,7 @@ class ExpertsQuantization(QuantizationConfigMixin):
             bitsandbytes_functional()
         self.quant_method = _METHOD  # type: ignore[assignment]  # its enum is transformers' own methods
         self.bits, self.keep, self.linear = bits, keep, linear
-        self.offload = Offload(offload_folder) if offload else None
+        self.offload, self.failure = Offload(offload_folder) if offload else None, Failure()
 
     def __str__(self) -> str:
         experts = f"experts in {self.bits} bits" + (", some of them kept as they are" if self.keep else "")
@@ -270,6 +271,7 @@ class _ExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
+        config.failure.error = None  # of a loading before
         kept = _kept_ids(model, config.keep)
         self.names = {
             f"{path}.{name}": kept[path]
@@ -298,7 +300,7 @@ class _ExpertsQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         config = self.quantization_config
-        return QuantizeOnLoad(self.names, config.bits, self.linears, config.offload)
+        return QuantizeOnLoad(self.names, config.bits, self.linears, config.offload, config.failure)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
@@ -333,13 +335,14 @@ class _OneByOne(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        if (name := kwargs["full_layer_name"]) in self.quantizer.names:
-            parts = parts_of_experts(self.operations, input_dict, kwargs["source_patterns"])
-            if parts is not None:
-                return {name: Unstacked(parts)}
-        for operation in self.operations:
-            input_dict = operation.convert(input_dict, **kwargs)
-        return input_dict
+        with self.quantizer.quantization_config.failure.of(name := kwargs["full_layer_name"]):
+            if name in self.quantizer.names:
+                parts = parts_of_experts(self.operations, input_dict, kwargs["source_patterns"])
+                if parts is not None:
+                    return {name: Unstacked(parts)}
+            for operation in self.operations:
+                input_dict = operation.convert(input_dict, **kwargs)
+            return input_dict
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -351,12 +354,18 @@ class QuantizeOnLoad(ConversionOps):
         bits: int | None = None,
         linears: Linears | None = None,
         offload: Offload | None = None,
+        failure: Failure | None = None,
     ) -> None:
         self.names, self.bits, self.linears, self.offload = names, bits, linears, offload
+        self.failure = failure or Failure()
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Puts the holders where they belong, and leaves to transformers what is not to be quantized."""
+        with self.failure.of(kwargs["full_layer_name"]):
+            return self._converted(input_dict, **kwargs)
+
+    def _converted(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         model = kwargs["model"]
         for name in list(input_dict):
             value = input_dict[name]

@@ -26,6 +26,10 @@ def parts_of_experts(
     lists = [tensors[pattern] for pattern in patterns if pattern in tensors]
     if not lists or any(not isinstance(its, list) or len(its) != len(lists[0]) for its in lists):
         return None
+    for pattern, its in zip([p for p in patterns if p in tensors], lists, strict=True):
+        if wrong := next((e for e, one in enumerate(its) if one.shape != its[0].shape), None):
+            shapes = f"{tuple(its[wrong].shape)} of expert {wrong}, {tuple(its[0].shape)} of expert 0"
+            raise ValueError(f"the experts' {pattern.removesuffix('$')} are not alike: {shapes}")
     return list(zip(*lists, strict=True))
 
 

@@ -12,7 +12,7 @@ MEANT = {
     "adapter_name_or_path": "on_top_of", "random_state": "seed", "data_seed": "seed",
     "rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "moe_rank_scaling": "normalize_moe_lora",
-    "finetuning_type": "method", "lora_target": "train_attention", "target_modules": "train_attention",
+    "finetuning_type": "method",
     "cutoff_len": "max_length", "max_len": "max_length", "max_seq_len": "max_length", "sequence_len": "max_length",
     "bf16": "dtype bfloat16", "fp16": "dtype float16", "torch_dtype": "dtype", "load_in_4bit": "quantize 4",
     "load_in_8bit": "quantize 8", "quantization_bit": "quantize",
@@ -25,7 +25,12 @@ MEANT = {
 }  # fmt: skip
 """Their name -> ours, with a value where it has one."""
 
+_TARGETS = (
+    "attention, the router, shared experts and the planned experts are adapted; train_attention, train_router and "
+    "train_shared say whether the first three are (--no-attention, --no-router, --no-shared)"
+)
 NEEDLESS = {
+    "target_modules": _TARGETS, "lora_target": _TARGETS, "target_parameters": _TARGETS,
     "logging_steps": "metrics.jsonl and the trackers get each step",
     "resume_from_checkpoint": "the same command again goes on from the last checkpoint",
     "overwrite_output_dir": "a run's folder is never overwritten; give another one",

@@ -28,6 +28,7 @@ ALIASES = {
 command line, in a YAML file, in Python and in a sweep."""
 _FEW = 20  # names that an error lists
 _LISTS = (Sequence, list)
+_DATA = ("data", "test_data")
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -100,7 +101,8 @@ def converted(name: str, value: Any, kind: Any) -> Any:
         if int in allowed and (isinstance(value, numbers.Integral) or float(value).is_integer()):
             return int(value) if isinstance(value, numbers.Integral) else int(float(value))
     words = " or ".join("a mapping" if get_origin(one) is Mapping else _WORDS.get(one, "a list") for one in allowed)
-    raise HotLoraError(f"{name} = {value!r} has the wrong type: it must be {words}.")
+    one = " Give one, or a folder with all of the files." if name in _DATA and isinstance(value, list | tuple) else ""
+    raise HotLoraError(f"{name} = {value!r} has the wrong type: it must be {words}.{one}")
 
 
 def _as_text(name: str, value: Mapping[Any, Any], kind: Any) -> str:
@@ -174,7 +176,7 @@ def meant(name: str, known: Collection[str]) -> str | None:
 def read_yaml(
     file: str | os.PathLike[str], known: Mapping[str, Any], aliases: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Options from a YAML file, NAME: VALUE. What is null is left to its default.
+    """Options from a YAML file, NAME: VALUE; max-steps is max_steps. What is null is left to its default.
 
     known: name -> type. aliases: other names -> those.
 
@@ -194,6 +196,7 @@ def read_yaml(
     if not isinstance(found, dict):
         raise HotLoraError(f"{path} holds no options: write NAME: VALUE, one a line, as in learning_rate: 4e-4.")
     aliases = aliases or {}
+    found = _with_underscores(path, found, {*known, *aliases})
     if unknown := [str(name) for name in found if name not in known and name not in aliases]:
         raise HotLoraError(f"{path} has options that do not exist: {suggest(unknown, {*known, *aliases})}.")
     try:
@@ -201,6 +204,15 @@ def read_yaml(
         return {name: converted(name, value, known[name]) for name, value in found.items() if value is not None}
     except HotLoraError as error:
         raise HotLoraError(f"{path}: {error}") from error
+
+
+def _with_underscores(path: Path, found: Mapping[Any, Any], known: Collection[str]) -> dict[Any, Any]:
+    """Names as the command line spells them, by their own. HotLoraError: one in both ways."""
+    own = {name: str(name).replace("-", "_") for name in found}
+    own = {name: underscored if underscored in known else name for name, underscored in own.items()}
+    if twice := [name for name in found if name != own[name] and own[name] in found]:
+        raise HotLoraError(f"{path}: {own[twice[0]]} is given twice, also as {twice[0]}.")
+    return {own[name]: value for name, value in found.items()}
 
 
 class _Loader(yaml.SafeLoader):

@@ -239,7 +239,7 @@ app.command()(chat)
 
 
 @app.command()
-@options_of(LoadOptions, only=("on_top_of", "device"))
+@options_of(LoadOptions, only=("on_top_of", "device", "offload", "offload_folder"))
 def merge(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the merged model.")],
@@ -258,7 +258,7 @@ def merge(
 
 
 @app.command()
-@options_of(LoadOptions, only=("on_top_of", "device"))
+@options_of(LoadOptions, only=("on_top_of", "device", "offload", "offload_folder"))
 def export(
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or a saved adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the export.")],

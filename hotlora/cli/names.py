@@ -5,6 +5,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from ..base.errors import HotLoraError
 from ..base.options import meant, needless
 
 _OPTION = re.compile(r"\A--[A-Za-z][\w-]*(?==|\Z)")
@@ -16,11 +17,22 @@ def with_dashes(words: list[str]) -> list[str]:
     return [_OPTION.sub(lambda found: found[0].replace("_", "-"), word, count=1) for word in words[:end]] + words[end:]
 
 
+def check_once(words: list[str]) -> None:
+    """HotLoraError where data are named twice: of an option given twice the last one counts, and here it would be a
+    part of the rows."""
+    for flags in (("--data", "-d"), ("--test-data",)):
+        if sum(word.partition("=")[0] in flags for word in words) > 1:
+            raise HotLoraError(f"{flags[0]} is given twice: give one file, or a folder with all of the files.")
+
+
 class Commands(TyperGroup):
     """Options are taken with underscores, too; one that does not exist is told with what it is called here."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_dashes(args))
+        words = with_dashes(args)
+        if words[:1] in (["train"], ["evaluate"]):
+            check_once(words)
+        return super().parse_args(ctx, words)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -21,7 +21,7 @@ _Base = Annotated[
 ]
 
 
-@options_of(LoadOptions, only=("dtype", "device"))
+@options_of(LoadOptions, only=("dtype", "device", "offload", "offload_folder"))
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt (default: what is piped in).", show_default=False)
@@ -80,7 +80,7 @@ def generate(
     answer(net, tokenizer, asked, max_new_tokens=max_new_tokens, sampling=sampling, stream=True)
 
 
-@options_of(LoadOptions, only=("dtype", "device"))
+@options_of(LoadOptions, only=("dtype", "device", "offload", "offload_folder"))
 def chat(
     run: Annotated[Path, typer.Argument(help="A run's folder, a saved adapter, or a model.")],
     model: _Base = None,
@@ -92,7 +92,7 @@ def chat(
     **given: Any,
 ) -> None:
     """Talk to a model: it sees the whole conversation. /clear starts anew, /exit or Ctrl-D ends."""
-    from ..evaluation.generate import Sampling
+    from ..evaluation.generate import Sampling, end_ids
     from ..evaluation.talk import answer, check_answering, prompt_ids
     from ..runs.load import load
 
@@ -102,6 +102,7 @@ def chat(
     prompt_ids(
         tokenizer, [*_system(system), {"role": "user", "content": "?"}]
     )  # no template is told before a word is typed
+    ends = end_ids(net, tokenizer, chat=True)
     err.print(f"{run} answers; /clear starts anew, /exit ends.")
     messages = _system(system)
     while True:
@@ -116,7 +117,9 @@ def chat(
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line.strip()})
-        text = answer(net, tokenizer, messages, max_new_tokens=max_new_tokens, sampling=sampling, stream=True)
+        text = answer(
+            net, tokenizer, messages, max_new_tokens=max_new_tokens, sampling=sampling, stream=True, ends=ends
+        )
         messages.append({"role": "assistant", "content": text.strip()})
 
 

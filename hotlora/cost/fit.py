@@ -47,7 +47,10 @@ class Fitted:
     """What there is to say, a line each."""
 
 
-def fit(options: RunOptions, given: Collection[str], *, host: int | None = None, device: str | None = None) -> Fitted:
+def fit(
+    options: RunOptions, given: Collection[str], *, held: Collection[str] | None = None, host: int | None = None,
+    device: str | None = None,
+) -> Fitted:  # fmt: skip
     """The cheapest way in which a step of the run fits into `options.fit`.
 
     Among ways that do, the one with the least foreseen time is taken, and one that rounds the frozen experts only where
@@ -56,6 +59,7 @@ def fit(options: RunOptions, given: Collection[str], *, host: int | None = None,
     Args:
         options: with `fit`: a size, or "auto" for what is free on the device.
         given: names of options that the user has set; they are left alone.
+        held: of a run that goes on: others that may not change; nothing is advised that it could not go on with.
         host: bytes of RAM; None: what is free here.
         device: cuda or cpu, where it need not be here; None: the run's own.
 
@@ -74,13 +78,13 @@ def fit(options: RunOptions, given: Collection[str], *, host: int | None = None,
         where = device_of(device)
     path, way = config_file(options.model), layout(options.expert_parallel)
     by = step_by(options, path, where, experts_of(options))
-    setups = Setups(options, by, num_processes(), way, _fixed(given), _card(where))
+    setups = Setups(options, by, num_processes(), way, _fixed({*given, *(held or ())}), _card(where))
     room = ROOM * free
     ram = max(0.0, (free_host_memory() if host is None else host) - _HOST_LEFT)
     found = choose(setups, room, ram)
     counted = f"{size_words(free)} on {where}, of which {ROOM:.0%} are counted on"
     if found is None:
-        raise HotLoraError(_nothing_fits(setups, room, ram, counted))
+        raise HotLoraError(_nothing_fits(setups, room, ram, counted, given, goes_on=held is not None))
     lines = (f"fit: {counted}: {size_words(room)}", *_told(setups, found))
     return Fitted(replace(options, **found.changes), found.changes, found.memory, lines)
 
@@ -165,24 +169,36 @@ def _flags(found: Setup, *names: str) -> str:
     return " ".join(flag(name, found.changes[name]) for name in names)
 
 
-def _nothing_fits(setups: Setups, room: float, ram: float, counted: str) -> str:
+def _nothing_fits(
+    setups: Setups, room: float, ram: float, counted: str, given: Collection[str], *, goes_on: bool
+) -> str:
     """One sentence for the least that it takes, one for what there is to change."""
     ways = setups.chosen_from
     within = [way for way in ways if way.host <= ram]
     least = min(within, key=lambda way: way.total) if within else min(ways, key=lambda way: way.host)
     how = f", with {least.flags}" if least.changes else ""
-    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}."
+    smallest = min(ways, key=lambda way: way.total)
+    beside = ", without more RAM" if smallest.total < least.total else ""
+    told = f"{setups.options.model} does not fit into {counted}: the least is {size_words(least.total)}{how}{beside}."
     advice = []
-    if with_ram := [way for way in ways if way.total <= room]:  # there is too little RAM for these
+    with_ram = [way for way in ways if way.total <= room]  # there is too little RAM for these
+    if not with_ram and beside and not goes_on:  # or that is not enough alone
+        with_ram = [way for way in setups.beyond(smallest) if way.total <= room]
+    if with_ram:
         one = min(with_ram, key=lambda way: way.host)
         advice.append(f"{size_words(one.host + _HOST_LEFT)} of RAM with {one.flags} ({size_words(one.total)})")
-    fits = first_of_each_kind(setups.beyond(least), lambda way: way.total <= room and way.host <= ram, _ADVISED)
+    others = iter(()) if goes_on else setups.beyond(least)
+    fits = first_of_each_kind(others, lambda way: way.total <= room and way.host <= ram, _ADVISED)
     advice += [f"{' '.join(_beyond(way, least))} ({size_words(way.total)})" for way in fits]
-    fixed = ", ".join(f"--{name.replace('_', '-')}" for name in LEVERS if name in setups.given)
+    fixed = ", ".join(f"--{name.replace('_', '-')}" for name in LEVERS if name in given)
     freed = f" Or leave {fixed} to --fit." if fixed else ""
     if advice:
         return f"{told} Each of these besides would do: {'; '.join(advice)}.{freed}"
-    larger = size_words(least.total / ROOM)
+    if beside:
+        told = f"{told} With {size_words(smallest.host + _HOST_LEFT)} of RAM it is {size_words(smallest.total)}."
+    larger = size_words(smallest.total / ROOM)
+    if goes_on:
+        return f"{told} Take a device with {larger}: the run goes on with the same options alone.{freed}"
     return f"{told} Take a device with {larger}, a smaller --max-length or --r, or a smaller model.{freed}"
 
 

@@ -88,12 +88,15 @@ class Setups:
         return sorted(found, key=lambda setup: setup.cost)
 
     def beyond(self, base: Setup) -> Iterator[Setup]:
-        """`base` with one thing more, which changes what is learned and is only advised."""
+        """`base` with one thing more, or a smaller optimizer's state and linear layers in 4 bits, which changes what is
+        learned and is only advised."""
         others: list[dict[str, Any]] = []
         if self.options.optim.startswith("adamw_torch"):
             others.append({"optim": "paged_adamw_8bit"})
         if self.options.quantize_linear is None and not self._is_spread:
             others.append({"quantize_linear": 4})
+        if len(others) == 2:
+            others.append(others[0] | others[1])
         if self.options.max_length >= 2 * _SHORTEST:
             others.append({"max_length": self.options.max_length // 2})
         if self.options.r > 8 and not self.options.normalize_moe_lora:  # which takes no rank that K does not divide

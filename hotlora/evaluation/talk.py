@@ -49,21 +49,23 @@ def answer(
     max_new_tokens: int = 512,
     sampling: Sampling = GREEDY,
     stream: bool = False,
+    ends: Sequence[int] | None = None,
 ) -> str:
     """What the model writes after `prompt`, as `prompt_ids` takes it, up to its end.
 
     Args:
         sampling: how tokens are drawn.
         stream: also print it, as it comes.
+        ends: `generate.end_ids` of the model, where several answers are asked for; to find them takes some renderings.
     """
     check_answering(max_new_tokens, sampling)
     ids = prompt_ids(tokenizer, prompt)
     drawing: dict[str, Any] = {}
     if sampling.temperature > 0:
         drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    ends = end_ids(model, tokenizer, chat=not isinstance(prompt, str))
+    ends = end_ids(model, tokenizer, chat=not isinstance(prompt, str)) if ends is None else ends
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id or 0, **drawing
+        max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id or 0, **drawing
     )
     torch.manual_seed(sampling.seed)
     given = torch.tensor([ids], device=device_of(model))

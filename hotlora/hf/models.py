@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from ..base.precision import in_float32, say_once
 from ..base.processes import own_device
 from .connection import unreachable
 from .experts_view import ExpertsView, is_experts
+from .stored import Failure, check_complete, check_format, quantization_in
 
 NANO = "nano"
 NANO_PATH = Path(__file__).parents[1] / "nano" / "model"
@@ -228,24 +230,30 @@ def load_model(
     target = checked_device(device)
     if target.type == "cuda" and target.index is None:
         target = own_device() or target
-    is_left_to_us = dtype == "auto" and target.type == "cpu"
+    is_left_to_us, failure = dtype == "auto" and target.type == "cpu", None
     dtype = torch.float32 if is_left_to_us else dtype
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if is_left_to_us:
             say_once(in_float32(own_dtype(config)))
         _built(config, attn_implementation)  # before gigabytes of weights are read
+        check_format(config, LOADERS, quantization_config)
+        is_quantized = quantization_in(config) is not None
         stored = _quantization(config, quantization_config, dequantize, bool(distributed_config))
-        model = auto_class(config).from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=False,
-            quantization_config=stored,
-            attn_implementation=attn_implementation,
-            **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
-        )
-        if model.dtype == torch.float64:
+        failure = getattr(stored, "failure", None) or (quantization_in(config) or {}).get("failure")
+        with failure.alone() if isinstance(failure, Failure) else nullcontext():
+            model, found = auto_class(config).from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                quantization_config=stored,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
+            )
+        check_complete(found, is_quantized)
+        if model.dtype == torch.float64 and model.config._experts_implementation == "grouped_mm":
             model.set_experts_implementation("eager")  # grouped_mm, transformers' own choice, has no float64
         if distributed_config:  # now: what FSDP has gathered for a forward is frozen only if its shards were
             model.requires_grad_(False)
@@ -254,9 +262,10 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of every kind: a broken file is told by whatever trips over it
-        offload = getattr(quantization_config, "offload", None)
-        if isinstance(ours := getattr(offload, "error", None), HotLoraError):
-            raise ours from error
+        if isinstance(failure, Failure) and failure.error is not None:
+            if isinstance(failure.error, ModelError):
+                raise ModelError(f"{name_or_path}: {failure.error}") from failure.error
+            raise failure.error from error
         fix = 'Give a folder with config.json and safetensors, a name on the Hub, or "nano".'
         if distributed_config:
             fix += " If it loads in one process, leave out --expert-parallel, or launch without FSDP."
@@ -286,12 +295,13 @@ def packed_bytes(config: PreTrainedConfig) -> float | None:
 
 
 def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any) -> None:
-    """ModelError: `load_model` would not take this `quantization_config` for a checkpoint that is packed."""
-    if (checkpoint := packing(config)) is not None:
-        try:
+    """ModelError: `load_model` would not take a checkpoint in this format, or not with this `quantization_config`."""
+    try:
+        check_format(config, LOADERS, given)
+        if (checkpoint := packing(config)) is not None:
             LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, False)
-        except ModelError as error:
-            raise ModelError(f"{name_or_path}: {error}") from None
+    except ModelError as error:
+        raise ModelError(f"{name_or_path}: {error}") from None
 
 
 def _quantization(config: PreTrainedConfig, given: Any, dequantize: bool, is_spread: bool) -> Any:

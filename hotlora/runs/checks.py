@@ -22,6 +22,7 @@ from ..hf.models import (
     fingerprint,
     moe_layers,
     num_experts_per_tok,
+    packing,
     structure,
 )
 from ..hf.routers import check_softmax_routers
@@ -79,6 +80,15 @@ def check_run(options: RunOptions) -> None:
         Growth(options.r, 1, int(warmup), options.max_steps, options.grow_every)
     there = structure(options.model, options.attn_implementation)
     check_packed(options.model, there.config, stored)
+    is_packed = packing(there.config) is not None and options.quantize != 0 and not options.on_top_of
+    for option in ("use_dora", "train_full_experts") if options.quantize or is_packed else ():
+        if getattr(options, option):
+            raise HotLoraError(
+                f"{option} needs experts that are not quantized: "
+                + (f"make those of {options.model} dense (--quantize 0)." if is_packed else "leave out --quantize.")
+            )
+    if options.quantize and options.dtype == "float64":
+        raise HotLoraError("quantize goes with float32, bfloat16 or float16: leave out dtype float64, or quantize.")
     check_aux_loss(there.config, options.aux_loss_coef)
     if options.dense_mixer:
         check_softmax_routers(there, "dense_mixer")

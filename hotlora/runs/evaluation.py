@@ -330,7 +330,7 @@ class _Scored:
         loading |= {"quantize": 0 if options.quantize == 0 or options.merge else None, "quantize_linear": None}
         if stored := self.stored:
             loading |= {"quantize": stored.bits, "keep": stored.keep, "quantize_linear": stored.linear}
-        net = load_base(options.model, **loading)
+        net = load_base(options.model, adapter=options.adapter, **loading)
         num_parameters = net.num_parameters() + quantized_parameters(net)
         record["model"] |= {"fingerprint": fingerprint(net), "num_parameters": num_parameters}
         record["parameters"] = {"trainable": 0, "total": num_parameters, "percent": 0.0}

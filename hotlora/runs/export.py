@@ -19,6 +19,7 @@ from ..hf.models import checkpoint_dtype, load_tokenizer, structure
 from ..hf.stopping import save_stop_tokens, saved_stop_tokens
 from .checks import check_adapters
 from .folder import load_base, underneath
+from .options import check_offload
 
 
 def export_saved(
@@ -33,6 +34,8 @@ def export_saved(
     merge_attention: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    offload: str = "none",
+    offload_folder: str | Path | None = None,
 ) -> Path:
     """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer.
 
@@ -40,12 +43,14 @@ def export_saved(
         on_top_of: saved adapters that are merged into the model, in this order, before; those that the adapter was
             trained on top of are merged by themselves.
         dtype: "auto" is the base checkpoint's own; sums are made in float32 at least.
+        offload, offload_folder: as in training: a model that is larger than the memory is merged in a mapped file.
 
     Raises:
         HotLoraError, FileError: as `export_adapter`; or the export would be an adapter alone, for a base that is
         nowhere. PlanError: the adapter is another model's.
     """
     check_export(format, output)  # before a model is loaded, which may take long
+    check_offload(offload, offload_folder)
     config = saved_config(adapter)
     check_config(config, format, merge_router=merge_router, drop_router=drop_router)
     check_base(
@@ -64,7 +69,10 @@ def export_saved(
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     writes_base = format == "merged" or merge_router or merge_attention
-    base = load_base(model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None)
+    base = load_base(
+        model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None, offload=offload,
+        offload_folder=offload_folder, adapter=adapter,
+    )  # fmt: skip
     adapted = load_adapter(base, adapter)
     folder = export_adapter(
         adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,

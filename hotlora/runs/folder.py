@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from ..adapter.load import WEIGHTS_FILE, load_adapter, planned_experts, saved_config
+from ..adapter.load import WEIGHTS_FILE, load_adapter, needs_dense_experts, planned_experts, saved_config
 from ..adapter.offload import keep_on_device
 from ..adapter.on_top_of import Entry, described, missing, noted
 from ..adapter.quantize import experts_in
@@ -25,6 +25,7 @@ from ..training import checkpoints
 from ..training.config import TrainConfig
 from ..training.extend import check_extension, ends_elsewhere
 from ..training.identity import FREE_OPTIONS, check_same, same_run
+from .options import check_offload
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ def load_base(
     """The base model as `models.load_model` takes `options`, with the adapters of earlier tasks merged into it.
 
     on_top_of, adapter: as `underneath` takes them. keep: as `quantize.quantize_experts` takes it.
-    quantize, quantize_linear: as `quantize.experts_in` takes them; 0, and adapters that are merged in, make packed
-    experts of a checkpoint dense. offload: all, none, or cold: the adapter's experts are on the device then.
-    offload_folder: as `ExpertsQuantization` takes it; None: on a CPU the working folder. expert_parallel: as
-    `distributed.sharding` takes it.
+    quantize, quantize_linear: as `quantize.experts_in` takes them; 0, adapters that are merged in, and DoRA and full
+    experts make packed experts of a checkpoint dense.
+    offload: all, none, or cold: the adapter's experts are on the device then.
+    offload_folder: as `ExpertsQuantization` takes it; None: on a CPU the working folder.
+    expert_parallel: as `distributed.sharding` takes it.
     """
     on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
@@ -57,12 +59,14 @@ def load_base(
             "weights that are spread over processes cannot be quantized, offloaded or merged into: leave out "
             "--quantize, --quantize-linear, --offload and --on-top-of, or launch without FSDP and expert parallelism."
         )
+    check_offload(offload, offload_folder)
     if offload != "none" and checked_device(options.get("device", "auto")).type == "cpu":
         offload_folder = offload_folder or Path.cwd()
     if spread:
         options["distributed_config"] = spread
     stored = experts_in(quantize, keep, quantize_linear, offload=offload != "none", offload_folder=offload_folder)
-    base: Any = load_model(model, quantization_config=stored, dequantize=quantize == 0 or bool(on_top_of), **options)
+    is_dense = bool(on_top_of) or (adapter is not None and needs_dense_experts(adapter))
+    base: Any = load_model(model, quantization_config=stored, dequantize=quantize == 0 or is_dense, **options)
     for folder in on_top_of:
         with quiet():
             base = cast(Any, load_adapter(base, folder)).merge_and_unload()
@@ -86,6 +90,8 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
     """The adapters to merge into `model` before `adapter`, or anything new, goes onto it: `on_top_of`, and before each
     of them, and before `adapter`, those that it was trained on top of and that are not there yet.
 
+    on_top_of: adapters' folders, or runs'.
+
     FileError: one of these is not where it was, or is not what it was.
     """
     there = noted(load_config(model))
@@ -96,13 +102,24 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
             found.append(_located(entry, folder))
             there.append(entry)
 
-    for folder in on_top_of:
+    for folder in map(adapter_in, on_top_of):
         add_needed(folder)
         found.append(folder)
         there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
     if adapter is not None:
         add_needed(adapter)
     return found
+
+
+def adapter_in(path: str | Path) -> str | Path:
+    """The adapter's folder of a run's; what is no run's as it is. FileError: the run has none."""
+    folder = Path(path).expanduser()
+    if not (folder / "run.json").is_file():
+        return path
+    if not (folder / "adapter").is_dir():
+        has = "a whole model, of full fine-tuning" if (folder / "model").is_dir() else "no adapter yet"
+        raise FileError(f"{folder} is a run with {has}: give one that ended with an adapter.")
+    return folder / "adapter"
 
 
 def _located(entry: Entry, needed_by: str | Path) -> Path:

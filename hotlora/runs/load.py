@@ -14,10 +14,10 @@ from ..base.errors import FileError, HotLoraError
 from ..base.files import read_json, read_json_lines
 from ..base.quiet import quiet
 from ..base.records import read_record
-from ..hf.models import NANO, load_model, load_tokenizer
+from ..hf.models import NANO, load_tokenizer
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
-from .folder import load_base
+from .folder import adapter_in, load_base
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def find(path: str | Path, model: str | None = None) -> Found:
 
 
 def load(
-    path: str | Path, model: str | None = None, *, merge: bool = False, dtype: str = "auto", device: str = "auto"
-) -> tuple[Any, Any]:
+    path: str | Path, model: str | None = None, *, merge: bool = False, dtype: str = "auto", device: str = "auto",
+    offload: str = "none", offload_folder: str | Path | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """(model, tokenizer) of a run's folder, of an adapter's, or of a model; ready to generate.
 
     The adapter's base is the one that it notes, with its experts stored as in training, and with the adapters merged in
@@ -77,6 +78,7 @@ def load(
         model: the base, where it is not at the place that the adapter notes.
         merge: fold the adapter into the weights, in memory: faster, and rounded to their dtype.
         dtype, device: as `load_model` takes them.
+        offload, offload_folder: as in training: none, cold or all.
 
     Raises:
         FileError, ModelError: nothing is there, or the base is not where it was. PlanError: the adapter is for another
@@ -84,9 +86,10 @@ def load(
     """
     found = find(path, model)
     tokenizer = load_tokenizer(found.tokenizer)
+    loading: Any = {"dtype": dtype, "device": device, "offload": offload, "offload_folder": offload_folder}
     if found.adapter is None:
-        return load_model(found.model, dtype=dtype, device=device).eval(), tokenizer
-    base = _base_of(found, can_merge=merge, dtype=dtype, device=device)
+        return load_base(found.model, **loading).eval(), tokenizer
+    base = _base_of(found, can_merge=merge, **loading)
     with quiet():
         net: Any = saved.load_adapter(base, found.adapter)
         return (net.merge_and_unload() if merge else net).eval(), tokenizer
@@ -122,18 +125,13 @@ def load_adapter(
             raise FileError(
                 "path is not given: give the folder of the adapter, or of the run, that goes onto the model."
             )
-        return saved.load_adapter(base_model, _adapter_in(path), adapter_name, is_trainable)
+        return saved.load_adapter(base_model, adapter_in(path), adapter_name, is_trainable)
     found = find(base_model) if path is None else find(path, str(base_model))
     if found.adapter is None:
         raise FileError(
             f"{base_model} is no adapter but a model (hotlora.load_model): give an adapter's folder, or a run's."
         )
     return saved.load_adapter(_base_of(found), found.adapter, adapter_name, is_trainable)
-
-
-def _adapter_in(path: str | Path) -> str | Path:
-    folder = Path(path).expanduser()
-    return folder / "adapter" if (folder / "run.json").is_file() else path
 
 
 def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:

@@ -22,13 +22,22 @@ _NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
 
+def check_offload(offload: str, folder: str | Path | None) -> None:
+    """HotLoraError: there is no such way, or a folder for nothing."""
+    if offload not in OFFLOADS:
+        raise HotLoraError(f"offload = {offload!r} does not exist: choose one of {', '.join(OFFLOADS)}.")
+    if folder is not None and offload == "none":
+        raise HotLoraError("offload_folder goes with offloading: give offload cold or all, too.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(Options):
     """The base model, and how it is loaded."""
 
     model: str = option("A folder, a name on the Hub, or nano.", flags=("--model", "-m"))
     on_top_of: Sequence[str | Path] = option(
-        "An adapter of an earlier task, merged into the model first; may be given several times.", (), resume=None,
+        "An adapter of an earlier task (its folder, or its run's), merged into the model first; may be given several "
+        "times.", (), resume=None,
     )  # fmt: skip
     dtype: str = option(
         "float32, bfloat16 or float16; auto: the checkpoint's own on a GPU, float32 on the CPU.", "auto"
@@ -67,10 +76,7 @@ class LoadOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.offload not in OFFLOADS:
-            raise HotLoraError(f"offload = {self.offload!r} does not exist: choose one of {', '.join(OFFLOADS)}.")
-        if self.offload_folder is not None and self.offload == "none":
-            raise HotLoraError("offload_folder goes with offloading: give offload cold or all, too.")
+        check_offload(self.offload, self.offload_folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +217,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         if self.keep_hot and (not self.quantize or self.reprofile_every):
             raise HotLoraError(
                 "keep_hot is for quantized experts that stay chosen: give quantize, and no reprofile_every."
+            )
+        if self.keep_hot and self.rule == "all" and self.plan is None:
+            raise HotLoraError(
+                "keep_hot leaves all experts as they are with rule all (methods lora, dora, lori): nothing would be "
+                "quantized. Leave it out, or choose fewer experts (--rule hot, --method hellora)."
             )
         if self.plan is not None and self.reprofile_every is not None:
             raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
