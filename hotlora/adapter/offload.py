@@ -8,11 +8,9 @@ Shape suffixes: E experts.
 """
 
 import copy
-import ctypes
 import errno
 import logging
 import shutil
-import sys
 import tempfile
 import time
 from collections import deque
@@ -345,9 +343,3 @@ def keep_on_device(model: nn.Module, experts: Mapping[int, Sequence[int]]) -> No
         for child in unwrap(model.get_submodule(layer.experts)).children():
             if isinstance(child, OffloadedExperts):
                 child.keep_on_device(experts.get(layer.layer, ()))
-
-
-def give_back() -> None:
-    """What was freed while a model loaded goes back to the system: glibc keeps as much as the experts' size of it."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

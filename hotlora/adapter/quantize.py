@@ -19,10 +19,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
+from ..base.heap import give_back
 from ..hf.models import moe_layers, unwrap
 from ..layer.function import use_routed_layer
 from .linears import Linears, check_linear_bits, linear_bits
-from .offload import Offload, OffloadedExperts, give_back
+from .offload import Offload, OffloadedExperts
 from .packed import NAMES, PackedExperts
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 from .stacking import Unstacked, parts_of_experts
