@@ -66,11 +66,12 @@ class MappedFolder:
                     f"offload_folder {self.folder} cannot be written ({error.strerror}): give a folder on a disk of "
                     "this machine (--offload-folder)."
                 ) from error
+            fewer = ", or fewer bits (--quantize 4)" if tensor.is_floating_point() else ""
             free, there_are = shutil.disk_usage(self.folder).free / 1e9, self.num_bytes / 1e9
             raise FileError(
                 f"offload_folder {self.folder} is full ({error.strerror}): {there_are:.1f} GB of experts are there, "
                 f"the next {tensor.nbytes / 1e9:.2f} GB did not fit, {free:.1f} GB are free. Give a folder on another "
-                "disk (--offload-folder), or fewer bits (--quantize 4)."
+                f"disk (--offload-folder){fewer}."
             ) from error
         self.num_bytes, self.seconds = self.num_bytes + tensor.nbytes, self.seconds + time.monotonic() - started
         return there.view(tensor.shape).permute([order.index(dim) for dim in range(tensor.ndim)])

@@ -24,6 +24,7 @@ from .preflight import (
     layout,
     step_by,
     unknown_to_estimate,
+    warm_up_by,
 )
 from .setups import LEVERS, Setup, Setups, first_of_each_kind, flag
 
@@ -74,7 +75,9 @@ def fit(options: RunOptions, given: Collection[str], *, host: int | None = None,
         where = device_of(device)
     path, way = config_file(options.model), layout(options.expert_parallel)
     by = step_by(options, path, where, experts_of(options))
-    setups = Setups(options, by, num_processes(), way, _fixed(given), _card(where))
+    setups = Setups(
+        options, by, num_processes(), way, _fixed(given), _card(where), warm_up_by(options, path, where)
+    )  # fmt: skip
     room = ROOM * free
     ram = max(0.0, (free_host_memory() if host is None else host) - _HOST_LEFT)
     found = choose(setups, room, ram)

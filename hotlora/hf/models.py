@@ -285,11 +285,11 @@ def packed_bytes(config: PreTrainedConfig) -> float | None:
     return 1 + 4 / (rows * columns)
 
 
-def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any) -> None:
+def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any, dequantize: bool = False) -> None:
     """ModelError: `load_model` would not take this `quantization_config` for a checkpoint that is packed."""
     if (checkpoint := packing(config)) is not None:
         try:
-            LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, False)
+            LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, dequantize)
         except ModelError as error:
             raise ModelError(f"{name_or_path}: {error}") from None
 
@@ -300,6 +300,10 @@ def _quantization(config: PreTrainedConfig, given: Any, dequantize: bool, is_spr
     if checkpoint is None:
         return given
     if is_spread:  # transformers shards what it has made dense
+        say_once(
+            f"the experts, in {checkpoint['quant_method']} in the checkpoint, are made dense: weights that are spread "
+            "over processes are not kept packed"
+        )
         checkpoint["dequantize"] = True
         return given
     stored = LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, dequantize)

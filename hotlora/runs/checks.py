@@ -8,6 +8,7 @@ import torch
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.load import saved_config
+from ..adapter.packed import NAMES
 from ..adapter.quantize import experts_in
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
@@ -21,6 +22,7 @@ from ..hf.models import (
     fingerprint,
     moe_layers,
     num_experts_per_tok,
+    packing,
     structure,
 )
 from ..routing.plan import ExpertPlan, selected
@@ -61,7 +63,9 @@ def check_run(options: RunOptions) -> None:
             "or launch without FSDP, DeepSpeed and expert parallelism."
         )
     there = structure(options.model, options.attn_implementation)
-    check_packed(options.model, there.config, stored)
+    is_dense = options.quantize == 0 or options.full or bool(options.on_top_of)
+    check_packed(options.model, there.config, stored, is_dense)
+    _check_dense(options, None if is_dense else packing(there.config))
     check_aux_loss(there.config, options.aux_loss_coef)
     if options.full:
         return
@@ -75,6 +79,26 @@ def check_run(options: RunOptions) -> None:
         "r", "train_attention", "train_router", "train_shared", "use_dora", "train_a", "share_a", "train_full_experts",
     )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
+
+
+def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:
+    """HotLoraError: something trains that needs the experts' own weights, and these are stored in few bits.
+
+    packed: the checkpoint's format, where the experts stay in it."""
+    needs = {"use_dora": "DoRA (--dora)", "train_full_experts": "full experts (--method esft)"}
+    what = next((words for name, words in needs.items() if getattr(options, name)), None)
+    if what is None:
+        return
+    if options.quantize:
+        raise HotLoraError(
+            f"{what} needs weights that are not quantized, and quantize is {options.quantize}: leave out --quantize."
+        )
+    if packed is not None:
+        name = NAMES[4 if packed["quant_method"] == "mxfp4" else 8]
+        raise HotLoraError(
+            f"{what} needs weights that are not quantized, and {options.model} has its experts in {name}: give "
+            "--quantize 0, which makes them dense."
+        )
 
 
 def check_sizes(**sizes: int | None) -> None:
