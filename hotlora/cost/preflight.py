@@ -17,7 +17,7 @@ from ..base.errors import FileError, HotLoraError
 from ..base.processes import num_processes, own_device, uses_deepspeed
 from ..base.sizes import size_words
 from ..hf.internals import internal
-from ..hf.models import NANO
+from ..hf.models import NANO, is_stored_quantized
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
 from ..runs.options import RunOptions
@@ -105,7 +105,7 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
     try:
         setups = Setups(
             options, step_by(options, path, where, kept), num_processes(), layout(options.expert_parallel),
-            warm_up_of=warm_up_by(options, path, where),
+            warm_up_of=warm_up_by(options, path, where), is_quantized=is_stored_quantized(path),
         )  # fmt: skip
         own = setups.own
         found = replace(

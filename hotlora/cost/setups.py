@@ -70,6 +70,8 @@ class Setups:
     """What seconds are foreseen for."""
     warm_up_of: Callable[[Mapping[str, Any]], Step] | None = None
     """Of a warm-up before the run, likewise."""
+    is_quantized: bool = False
+    """Whether the checkpoint is, by whomever: it cannot be quantized as it is loaded."""
 
     @cached_property
     def _warm_ups(self) -> dict[int | None, Step]:
@@ -132,7 +134,8 @@ class Setups:
         is_fixed = lever in self.given or (self._is_spread and lever in ("quantize", "offload"))
         if lever == "gradient_checkpointing" and not is_fixed:
             return (now,) if now else (False, True)
-        if lever == "quantize" and now is None and not is_fixed and self.own.step.packed is None:
+        is_stored = self.is_quantized or self.own.step.packed is not None
+        if lever == "quantize" and now is None and not is_fixed and not is_stored:
             return None, 8, 4
         if lever == "offload" and self.own.step.packed is not None and self._makes_dense:
             return (now,)

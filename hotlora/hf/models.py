@@ -285,6 +285,12 @@ def packed_bytes(config: PreTrainedConfig) -> float | None:
     return 1 + 4 / (rows * columns)
 
 
+def is_stored_quantized(path: str | Path) -> bool:
+    """Whether the checkpoint of a `config.json` (or a folder with one) is quantized, by whomever."""
+    config = model_from_config(path).config
+    return any(getattr(part, "quantization_config", None) is not None for part in (config, config.get_text_config()))
+
+
 def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any, dequantize: bool = False) -> None:
     """ModelError: `load_model` would not take this `quantization_config` for a checkpoint that is packed."""
     if (checkpoint := packing(config)) is not None:
