@@ -62,7 +62,7 @@ def compare(options: argparse.Namespace) -> None:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
                 print(way, found[way][-1], file=sys.stderr, flush=True)
-    names = ("seconds", "cpu_seconds", "loading_bytes", "step_bytes", "loss")
+    names = ("seconds", "cpu_seconds", "before_bytes", "loading_bytes", "step_bytes", "loss")
     medians = {way: {name: median(run[name] for run in runs) for name in names} for way, runs in found.items()}
     ratios = {way: {name: its[name] / medians["bfloat16"][name] for name in names[:-1]} for way, its in medians.items()}
     settings = {"tokens": options.tokens, "layers": options.layers, "steps": options.steps, "cores": os.cpu_count()}
@@ -119,7 +119,8 @@ def measured(folder: Path, how: dict[str, Any], tokens: int, steps: int) -> dict
     most = memory.most() - before
     memory.stop()
     return {
-        "seconds": median(seconds[1:]), "cpu_seconds": median(cpu_seconds[1:]), "loading_bytes": loading,
+        "seconds": median(seconds[1:]), "cpu_seconds": median(cpu_seconds[1:]), "before_bytes": before,
+        "loading_bytes": loading,
         "step_bytes": most, "file_bytes": own_bytes("RssFile"), "loss": loss.item(), "load": os.getloadavg()[0],
     }  # fmt: skip
 

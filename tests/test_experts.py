@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
-from hotlora.hf.experts_view import ExpertsView
+from hotlora.hf.experts_view import ExpertsView, FrozenWeight
 from hotlora.layer import cpu, gpu
 from hotlora.layer.function import Layer, RoutedExperts, routed_experts, use_routed_layer
 from hotlora.layer.updates import Full, LowRank
@@ -541,3 +542,30 @@ def test_a_frozen_A_gets_no_gradient_and_changes_no_other(routed_experts):
         assert factors.A_down.requires_grad is trains_A
     for free, fixed in zip(*results, strict=True):
         assert torch.equal(free, fixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cpu_compiles_few_shapes_in_half_precision(dtype):
+    """oneDNN keeps what it compiled of each number of rows; float32's library compiles nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(E, D, D, generator=generator).to(dtype)
+    shapes, exact = set(), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mm:
+                shapes.add(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(8):
+        index_TK = torch.randint(E, (400, K), generator=generator)
+        x_SD = torch.randn(400 * K, D, generator=generator).to(dtype)
+        for rows in cpu.Rows.blocks(E, index_TK, 2**22 // 300, is_partial=False):
+            x = x_SD.index_select(0, rows.order_S)
+            with Watch():
+                y = rows.product(x, FrozenWeight(weight, is_transposed=False))
+            for expert, a, b in rows.by_expert:
+                exact.add(b - a)
+                torch.testing.assert_close(y[a:b], x[a:b] @ weight[expert].T)
+    assert len(exact) > 30
+    assert len(shapes) <= 8 if dtype == torch.bfloat16 else shapes == exact

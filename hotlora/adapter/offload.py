@@ -8,11 +8,9 @@ Shape suffixes: E experts.
 """
 
 import copy
-import ctypes
 import errno
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections import deque
@@ -72,12 +70,13 @@ class MappedFolder:
                     f"offload_folder {self.folder} cannot be written ({error.strerror}): give a folder on a disk of "
                     "this machine (--offload-folder)."
                 ) from error
+            fewer = ", or fewer bits (--quantize 4)" if tensor.is_floating_point() else ""
             there_are = size_words(self.num_bytes)
             is_there = self.folder if self.folder.exists() else self.folder.parent
             raise FileError(
                 f"offload_folder {self.folder} is full ({error.strerror}): {there_are} of experts are there, the next "
                 f"{size_words(tensor.nbytes)} did not fit, {size_words(shutil.disk_usage(is_there).free)} are free. "
-                "Give a folder on another disk (--offload-folder), or fewer bits (--quantize 4)."
+                f"Give a folder on another disk (--offload-folder){fewer}."
             ) from error
         self.num_bytes, self.seconds = self.num_bytes + tensor.nbytes, self.seconds + time.monotonic() - started
         return there.view(tensor.shape).permute([order.index(dim) for dim in range(tensor.ndim)])
@@ -367,9 +366,3 @@ def keep_on_device(model: nn.Module, experts: Mapping[int, Sequence[int]]) -> No
         for child in unwrap(model.get_submodule(layer.experts)).children():
             if isinstance(child, OffloadedExperts):
                 child.keep_on_device(experts.get(layer.layer, ()))
-
-
-def give_back() -> None:
-    """What was freed while a model loaded goes back to the system: glibc keeps as much as the experts' size of it."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

@@ -19,11 +19,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
+from ..base.heap import give_back
+from ..base.sizes import size_words
 from ..hf.models import moe_layers, unwrap
 from ..hf.stored import Failure
 from ..layer.function import use_routed_layer
 from .linears import Linears, check_linear_bits, linear_bits
-from .offload import Offload, OffloadedExperts, give_back
+from .offload import Offload, OffloadedExperts
 from .packed import NAMES, PackedExperts
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 from .stacking import Unstacked, parts_of_experts
@@ -202,8 +204,8 @@ def warn_if_experts_unquantized(model: nn.Module) -> None:
         left = sum(weight.nbytes for weight in dense)
         total = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
         warnings.warn(
-            f"{method} has quantized nn.Linear only: the experts are still in {str(dense[0].dtype)[6:]}, {_size(left)} "
-            f"of the model's {_size(total)}. hotlora.quantize_experts(model) quantizes them too.",
+            f"{method} has quantized nn.Linear only: the experts are still in {str(dense[0].dtype)[6:]}, "
+            f"{size_words(left)} of the model's {size_words(total)}. hotlora.quantize_experts(model) quantizes them too.",
             UserWarning,
             stacklevel=2,
         )
@@ -446,7 +448,3 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 def _check_bits(bits: Any) -> None:
     if bits not in (4, 8) or isinstance(bits, bool):
         raise HotLoraError(f"bits={bits!r} must be 4 or 8.")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

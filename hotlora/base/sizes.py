@@ -23,4 +23,6 @@ def parse_size(name: str, text: str) -> int:
 
 def size_words(num_bytes: float) -> str:
     """10^9 to a GB."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.1f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e6:.2f} MB"

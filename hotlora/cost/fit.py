@@ -10,6 +10,7 @@ import torch
 from ..base.errors import HotLoraError
 from ..base.processes import num_processes
 from ..base.sizes import parse_size, size_words
+from ..hf.models import is_stored_quantized
 from ..runs.options import RunOptions
 from .cards import PCIE_5, TYPICAL, card_named, host_link
 from .cluster import Machine
@@ -24,6 +25,7 @@ from .preflight import (
     layout,
     step_by,
     unknown_to_estimate,
+    warm_up_by,
 )
 from .setups import LEVERS, Setup, Setups, first_of_each_kind, flag
 
@@ -78,7 +80,10 @@ def fit(
         where = device_of(device)
     path, way = config_file(options.model), layout(options.expert_parallel)
     by = step_by(options, path, where, experts_of(options))
-    setups = Setups(options, by, num_processes(), way, _fixed({*given, *(held or ())}), _card(where))
+    setups = Setups(
+        options, by, num_processes(), way, _fixed({*given, *(held or ())}), _card(where),
+        warm_up_by(options, path, where), is_stored_quantized(path),
+    )  # fmt: skip
     room = ROOM * free
     ram = max(0.0, (free_host_memory() if host is None else host) - _HOST_LEFT)
     found = choose(setups, room, ram)

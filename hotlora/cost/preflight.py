@@ -17,7 +17,7 @@ from ..base.errors import FileError, HotLoraError
 from ..base.processes import num_processes, own_device, uses_deepspeed
 from ..base.sizes import size_words
 from ..hf.internals import internal
-from ..hf.models import NANO
+from ..hf.models import NANO, is_stored_quantized
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
 from ..runs.options import RunOptions
@@ -106,7 +106,10 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
     if reason := unknown_to_estimate(options):
         return replace(unknown, unknown=f"the estimate does not know {reason}")
     try:
-        setups = Setups(options, step_by(options, path, where, kept), num_processes(), layout(options.expert_parallel))
+        setups = Setups(
+            options, step_by(options, path, where, kept), num_processes(), layout(options.expert_parallel),
+            warm_up_of=warm_up_by(options, path, where), is_quantized=is_stored_quantized(path),
+        )  # fmt: skip
         own = setups.own
         found = replace(
             unknown,
@@ -147,6 +150,13 @@ def step_by(
         return step_of(path, device=where, **given, **budget)
 
     return with_changes
+
+
+def warm_up_by(
+    options: RunOptions, path: str, where: torch.device
+) -> Callable[[Mapping[str, Any]], Step] | None:  # fmt: skip
+    """Of the warm-up before a run, which adapts all experts; None: there is none."""
+    return None if options.warmup == "none" else step_by(options, path, where, {})
 
 
 def experts_of(options: RunOptions) -> dict[str, Any]:

@@ -68,6 +68,14 @@ class Setups:
     """Options that are not to be changed."""
     card: Machine = TYPICAL
     """What seconds are foreseen for."""
+    warm_up_of: Callable[[Mapping[str, Any]], Step] | None = None
+    """Of a warm-up before the run, likewise."""
+    is_quantized: bool = False
+    """Whether the checkpoint is, by whomever: it cannot be quantized as it is loaded."""
+
+    @cached_property
+    def _warm_ups(self) -> dict[int | None, Step]:
+        return {}
 
     @cached_property
     def own(self) -> Setup:
@@ -119,13 +127,21 @@ class Setups:
         """Whether the weights are in parts: these can be neither quantized nor offloaded."""
         return self.layout != "ddp"
 
+    @property
+    def _makes_dense(self) -> bool:
+        """Whether packed experts of a checkpoint are made dense when it is loaded."""
+        return self.options.quantize == 0 or self._is_spread or bool(self.options.on_top_of)
+
     def _values(self, lever: str) -> Sequence[Any]:
         now = getattr(self.options, lever)
         is_fixed = lever in self.given or (self._is_spread and lever in ("quantize", "offload"))
         if lever == "gradient_checkpointing" and not is_fixed:
             return (now,) if now else (False, True)
-        if lever == "quantize" and now is None and not is_fixed and self.own.step.packed is None:
+        is_stored = self.is_quantized or self.own.step.packed is not None
+        if lever == "quantize" and now is None and not is_fixed and not is_stored:
             return None, 8, 4
+        if lever == "offload" and self.own.step.packed is not None and self._makes_dense:
+            return (now,)
         if lever == "offload" and now == "none" and not is_fixed:
             return ("none", "all") if self.own.step.on_cpu else ("none", "cold", "all")
         return (now,)
@@ -149,8 +165,25 @@ class Setups:
     def _setup(self, changes: Mapping[str, Any], step: Step) -> Setup:
         named = [field.name for field in fields(Storage)]
         storage = Storage(**{name: changes.get(name, getattr(self.options, name)) for name in named})
+        if self._makes_dense:
+            storage = replace(storage, quantize=storage.quantize or 0)
         seconds = step_time(step, storage, CPU if step.on_cpu else self.card).step
-        return Setup(changes, step, storage, memory(work_of(step, storage), self.processes, self.layout), seconds)
+        found = self._memory(step, storage)
+        if self.warm_up_of is not None:
+            warm_up = self._warm_up(changes.get("r")).of_tokens(step.tokens)
+            before = self._memory(warm_up, replace(storage, keep_hot=False))
+            found = max(found, before, key=lambda memory: memory["total"])
+        return Setup(changes, step, storage, found, seconds)
+
+    def _memory(self, step: Step, storage: Storage) -> dict[str, float]:
+        return memory(work_of(step, storage), self.processes, self.layout)
+
+    def _warm_up(self, r: int | None) -> Step:
+        """Made once for each rank: of another batch it is arithmetic."""
+        assert self.warm_up_of is not None
+        if r not in self._warm_ups:
+            self._warm_ups[r] = self.warm_up_of({} if r is None else {"r": r})
+        return self._warm_ups[r]
 
 
 def first_of_each_kind(setups: Iterator[Setup], fits: Callable[[Setup], bool], most: int) -> list[Setup]:

@@ -294,12 +294,18 @@ def packed_bytes(config: PreTrainedConfig) -> float | None:
     return 1 + 4 / (rows * columns)
 
 
-def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any) -> None:
+def is_stored_quantized(path: str | Path) -> bool:
+    """Whether the checkpoint of a `config.json` (or a folder with one) is quantized, by whomever."""
+    config = model_from_config(path).config
+    return any(getattr(part, "quantization_config", None) is not None for part in (config, config.get_text_config()))
+
+
+def check_packed(name_or_path: str | Path, config: PreTrainedConfig, given: Any, dequantize: bool = False) -> None:
     """ModelError: `load_model` would not take a checkpoint in this format, or not with this `quantization_config`."""
     try:
         check_format(config, LOADERS, given)
         if (checkpoint := packing(config)) is not None:
-            LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, False)
+            LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, dequantize)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
 
@@ -310,6 +316,10 @@ def _quantization(config: PreTrainedConfig, given: Any, dequantize: bool, is_spr
     if checkpoint is None:
         return given
     if is_spread:  # transformers shards what it has made dense
+        say_once(
+            f"the experts, in {checkpoint['quant_method']} in the checkpoint, are made dense: weights that are spread "
+            "over processes are not kept packed"
+        )
         checkpoint["dequantize"] = True
         return given
     stored = LOADERS[checkpoint["quant_method"]](dict(checkpoint), given, dequantize)

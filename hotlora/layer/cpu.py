@@ -20,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.heap import apart_from
 from ..hf.experts_view import FrozenWeight
 
 BLOCK_BYTES = 2**22
 """Of a block's widest array, but that a block has one expert at least."""
+
+HALF = (torch.bfloat16, torch.float16)
+_LEAST = 16  # rows: a matrix unit's own
+_SHARE, _HOT_SHARE = 32, 8
+"""One row in so many is multiplied in vain at most, by the base and by a low-rank update, so that shapes are few."""
 
 Views = list[Tensor] | tuple[Tensor, ...]
 """Each expert's rows of an array."""
@@ -49,6 +55,7 @@ class Rows:
     @classmethod
     def blocks(cls, num_experts: int, top_k_index_TK: Tensor, row_bytes: int, is_partial: bool) -> "list[Rows]":
         """All rows. row_bytes: of the widest array. is_partial: whether an index may be no expert of this process."""
+        apart_from(2 * BLOCK_BYTES)
         expert_S, order_S = torch.sort(top_k_index_TK.reshape(-1))
         ends = torch.searchsorted(expert_S, torch.arange(num_experts), right=True).tolist()
         blocks: list[Rows] = []
@@ -69,8 +76,14 @@ class Rows:
     def product(self, x_SI: Tensor, weight: FrozenWeight) -> Tensor:
         """Each row times its expert's weights `[S, O]`; zeros in rows of no expert here."""
         y_SO = x_SI.new_empty(x_SI.shape[0], weight.num_outputs)
-        for expert, x_nI, y_nO in zip(self.experts, self.views(x_SI), self.views(y_SO), strict=True):
-            torch.mm(x_nI, weight.of(expert), out=y_nO)
+        for expert, a, b in self.by_expert:
+            is_rounded = x_SI.dtype in HALF and b - a > _LEAST  # fewer: of a generation's step
+            stop = a + rounded(b - a, _SHARE) if is_rounded else b
+            if stop <= len(y_SO):  # what comes after is not this expert's, and is overwritten
+                torch.mm(x_SI[a:stop], weight.of(expert), out=y_SO[a:stop])
+            else:
+                filled_up = torch.nn.functional.pad(x_SI[a:b], (0, 0, 0, stop - b))
+                y_SO[a:b] = torch.mm(filled_up, weight.of(expert))[: b - a]
         if self.sizes[-1]:
             y_SO[-self.sizes[-1] :] = 0
         return y_SO
@@ -111,11 +124,19 @@ class Rows:
         return all_S.index_copy_(0, self.order_S, some_S)
 
 
+def rounded(size: int, share: int) -> int:
+    """So many rows, and at most one in `share` more, but at least a matrix unit's own: one of few round numbers.
+
+    A library that compiles a product for each shape that it meets (oneDNN, in half precision) takes longer for that
+    than for a thin product, and keeps the last 1024, of 0.6 MB each."""
+    step = max(_LEAST, 1 << max(0, size.bit_length() - share.bit_length()))
+    return -(-size // step) * step
+
+
 @dataclass(frozen=True)
 class ExpertRows:
     """The rows of a hot expert, `a` to `b`, and among its neighbours' those from `start` to `stop`, which its products
-    are made for: of a few round numbers, since a library that compiles a product for each shape it meets (oneDNN, in
-    half precision) takes longer for that than for the product."""
+    are made for (`rounded`)."""
 
     n: int
     """its place among the hot experts"""
@@ -132,9 +153,7 @@ class ExpertRows:
 
 def expert_rows(n: int, a: int, b: int, num_rows: int, is_rounded: bool) -> ExpertRows:
     """With the neighbours after it, or else before it, where the block has so many."""
-    size = b - a
-    step = max(16, 1 << max(0, size.bit_length() - 4))  # at most an eighth more, and 16: a matrix unit's own rows
-    wide = -(-size // step) * step
+    wide = rounded(b - a, _HOT_SHARE)
     if not is_rounded or wide > num_rows:
         return ExpertRows(n, a, b, a, b)
     start = min(a, num_rows - wide)
@@ -149,7 +168,7 @@ class Hot:
         self.dtype, self.token_S = update.dtype, rows.token_S
         slots = {expert: n for n, expert in enumerate(update.expert_ids_N.tolist())}
         # A mask is drawn for an expert's own rows.
-        is_rounded = update.dtype in (torch.bfloat16, torch.float16) and update.p == 0
+        is_rounded = update.dtype in HALF and update.p == 0
         num_rows = len(rows.order_S)
         self.by_expert = [expert_rows(slots[e], a, b, num_rows, is_rounded) for e, a, b in rows.by_expert if e in slots]
         self.has_rows = bool(self.by_expert)

@@ -9,6 +9,7 @@ import torch
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.load import saved_config
+from ..adapter.packed import NAMES
 from ..adapter.quantize import experts_in
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
@@ -79,14 +80,9 @@ def check_run(options: RunOptions) -> None:
         warmup = length if length >= 1 else math.ceil(length * options.max_steps)
         Growth(options.r, 1, int(warmup), options.max_steps, options.grow_every)
     there = structure(options.model, options.attn_implementation)
-    check_packed(options.model, there.config, stored)
-    is_packed = packing(there.config) is not None and options.quantize != 0 and not options.on_top_of
-    for option in ("use_dora", "train_full_experts") if options.quantize or is_packed else ():
-        if getattr(options, option):
-            raise HotLoraError(
-                f"{option} needs experts that are not quantized: "
-                + (f"make those of {options.model} dense (--quantize 0)." if is_packed else "leave out --quantize.")
-            )
+    is_dense = options.quantize == 0 or options.full or bool(options.on_top_of)
+    check_packed(options.model, there.config, stored, is_dense)
+    _check_dense(options, None if is_dense else packing(there.config))
     if options.quantize and options.dtype == "float64":
         raise HotLoraError("quantize goes with float32, bfloat16 or float16: leave out dtype float64, or quantize.")
     check_aux_loss(there.config, options.aux_loss_coef)
@@ -106,6 +102,26 @@ def check_run(options: RunOptions) -> None:
         "normalize_moe_lora",
     )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
+
+
+def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:
+    """HotLoraError: something trains that needs the experts' own weights, and these are stored in few bits.
+
+    packed: the checkpoint's format, where the experts stay in it."""
+    needs = {"use_dora": "DoRA (--dora)", "train_full_experts": "full experts (--method esft)"}
+    what = next((words for name, words in needs.items() if getattr(options, name)), None)
+    if what is None:
+        return
+    if options.quantize:
+        raise HotLoraError(
+            f"{what} needs weights that are not quantized, and quantize is {options.quantize}: leave out --quantize."
+        )
+    if packed is not None:
+        name = NAMES[4 if packed["quant_method"] == "mxfp4" else 8]
+        raise HotLoraError(
+            f"{what} needs weights that are not quantized, and {options.model} has its experts in {name}: give "
+            "--quantize 0, which makes them dense."
+        )
 
 
 def check_sizes(**sizes: int | None) -> None:
