@@ -24,16 +24,9 @@ import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.quantize import (
-    ExpertsQuantization,
-    QuantizedExperts,
-    expert_bytes,
-    quantize_experts,
-    quantized_bits,
-    quantized_parameters,
-    warn_if_experts_unquantized,
-)
+from hotlora.adapter.quantize import ExpertsQuantization, QuantizedExperts, quantize_experts
 from hotlora.adapter.quantized import bitsandbytes_functional
+from hotlora.adapter.stored import expert_bytes, quantized_bits, quantized_parameters, warn_if_experts_unquantized
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli.main import app
 from hotlora.evaluation.score import response_loss
