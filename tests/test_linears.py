@@ -17,7 +17,8 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.linears import linear_bits
 from hotlora.adapter.load import load_adapter, load_model
-from hotlora.adapter.quantize import ExpertsQuantization, quantized_bits
+from hotlora.adapter.quantize import ExpertsQuantization
+from hotlora.adapter.stored import quantized_bits
 from hotlora.base.errors import HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app

@@ -24,16 +24,9 @@ import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.quantize import (
-    ExpertsQuantization,
-    QuantizedExperts,
-    expert_bytes,
-    quantize_experts,
-    quantized_bits,
-    quantized_parameters,
-    warn_if_experts_unquantized,
-)
+from hotlora.adapter.quantize import ExpertsQuantization, QuantizedExperts, quantize_experts
 from hotlora.adapter.quantized import bitsandbytes_functional
+from hotlora.adapter.stored import expert_bytes, quantized_bits, quantized_parameters, warn_if_experts_unquantized
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli.main import app
 from hotlora.evaluation.score import response_loss
@@ -736,8 +729,8 @@ def test_a_gpus_product_makes_a_block_of_experts_dense_at_a_time(monkeypatch, ke
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"use_dora": True}, "use_dora needs experts that are not quantized: leave out --quantize"),
-        ({"train_full_experts": True}, "train_full_experts needs experts that are not quantized"),
+        ({"use_dora": True}, r"DoRA \(--dora\) needs weights that are not quantized.*leave out --quantize"),
+        ({"train_full_experts": True}, r"full experts \(--method esft\) needs weights that are not quantized"),
         ({"dtype": "float64"}, "quantize goes with float32, bfloat16 or float16"),
         ({"rule": "all", "keep_hot": True}, "keep_hot leaves all experts as they are with rule all"),
         ({"method": "lora", "keep_hot": True}, "keep_hot leaves all experts as they are with rule all"),

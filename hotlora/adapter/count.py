@@ -15,7 +15,7 @@ from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from .factors import SeededFactor, SparseFactor
 from .model import HotLoraConfig
-from .quantize import quantized_parameters
+from .stored import quantized_parameters
 
 PARTS = ("attention", "router", "shared", "experts")
 

@@ -23,7 +23,8 @@ from .factors import SeededFactor, SparseFactor
 from .mergeable import check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .parallel import UNMERGED
-from .quantize import check_mergeable, is_plain, noted_quantization, warn_if_experts_unquantized
+from .quantize import noted_quantization
+from .stored import check_mergeable, is_plain, warn_if_experts_unquantized
 
 
 class HotLoraModel(LoraModel):

@@ -25,8 +25,9 @@ from ..hf.stored import Failure
 from .linears import Linears, linear_bits
 from .offload import Offload
 from .packed import NAMES, PackedExperts, held_scales, whole_blocks
-from .quantize import ExpertsQuantization, QuantizeOnLoad, finish, quantized_bits
+from .quantize import ExpertsQuantization, QuantizeOnLoad
 from .stacking import parts_of_experts, stacked
+from .stored import finish, quantized_bits
 
 _METHOD = "hotlora_packed"
 # transformers' steps that make a format dense, and those that may follow with weights that stay packed: they take a

@@ -6,8 +6,7 @@ transformers 5 keeps all experts of a layer in 3-D parameters, and 4-bit loading
 and again in backward: no dense copy outlives a product. `quantized` has what holds them.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,19 +19,26 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..base.heap import give_back
-from ..base.sizes import size_words
 from ..hf.models import moe_layers, unwrap
 from ..hf.stored import Failure
 from ..layer.function import use_routed_layer
 from .linears import Linears, check_linear_bits, linear_bits
-from .offload import Offload, OffloadedExperts
-from .packed import NAMES, PackedExperts
+from .offload import Offload
 from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
 from .stacking import Unstacked, parts_of_experts
+from .stored import (
+    dense_weights,
+    experts_modules,
+    finish,
+    holders_in,
+    is_plain,
+    packed_format,
+    quantized_bits,
+    replace_weight,
+    stored_in,
+)
 
 _METHOD = "hotlora_experts"
-HELD = (QuantizedExperts, PackedExperts, OffloadedExperts)
-"""What holds experts that are no tensors: quantized here, packed in the checkpoint, or on the host of a GPU."""
 
 
 def quantize_experts(
@@ -57,7 +63,7 @@ def quantize_experts(
     """
     _check_bits(bits)
     bitsandbytes_functional()
-    modules, kept = _experts_modules(model), _kept_ids(model, keep)
+    modules, kept = experts_modules(model), _kept_ids(model, keep)
     if (there := stored_in(model)) is not None:
         raise ModelError(f"the experts are quantized to {there} already. Load the model again to change that.")
     if not is_plain(model):
@@ -65,7 +71,7 @@ def quantize_experts(
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise ModelError("an adapter is merged into the model, and could not be taken out again: call unmerge_adapter.")
     for path, experts in modules.items():
-        for name, weight in _dense_weights(experts):
+        for name, weight in dense_weights(experts):
             if weight.device.type == "meta":
                 raise ModelError(f"{path}.{name} is on the meta device, without weights. Load the model's weights.")
             if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in FLOATS:
@@ -74,31 +80,10 @@ def quantize_experts(
                     "bfloat16 or float16. Load the model in one of them, without other quantization of its experts."
                 )
     for path, experts in modules.items():
-        for name in [name for name, weight in _dense_weights(experts) if len(kept[path]) < len(weight)]:
-            _replace(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
+        for name in [name for name, weight in dense_weights(experts) if len(kept[path]) < len(weight)]:
+            replace_weight(experts, name, QuantizedExperts.from_weight(getattr(experts, name), bits, kept[path]))
     finish(cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model))
     return model
-
-
-def quantized_bits(model: nn.Module) -> int | None:
-    """The bits of the experts of `model`, by `quantize_experts` or as its checkpoint has them; None: all are dense."""
-    return next((holder.bits for holder in _holders(model) if hasattr(holder, "bits")), None)
-
-
-def is_plain(model: nn.Module) -> bool:
-    """Whether all experts are tensors, which transformers' own forwards take."""
-    return not any(isinstance(module, HELD) for module in model.modules())
-
-
-def packed_format(model: nn.Module) -> str | None:
-    """MXFP4 or FP8, where the experts of `model` are as its checkpoint packs them."""
-    return next((NAMES[holder.bits] for holder in _holders(model) if isinstance(holder, PackedExperts)), None)
-
-
-def stored_in(model: nn.Module) -> str | None:
-    """What the experts of `model` are stored in, in words; None: all are dense."""
-    bits = quantized_bits(model)
-    return packed_format(model) or (None if bits is None else f"{bits} bits")
 
 
 def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
@@ -114,7 +99,7 @@ def quantization_of(model: nn.Module) -> "ExpertsQuantization | None":
         return None if linear is None else ExpertsQuantization(None, linear=linear)
     keep = {}
     for layer in moe_layers(model):
-        holders = _holders(unwrap(model.get_submodule(layer.experts)))
+        holders = holders_in(unwrap(model.get_submodule(layer.experts)))
         kept = [holder.kept_ids for holder in holders if isinstance(holder, QuantizedExperts)]
         if ids := kept[0] if kept else tuple(range(layer.num_experts)):
             keep[layer.layer] = ids
@@ -137,78 +122,6 @@ def noted_quantization(model: nn.Module) -> dict[str, Any] | None:
         if found.linear is not None:
             noted["linear"] = found.linear
     return noted or None
-
-
-def expert_bytes(model: nn.Module) -> int:
-    """Bytes that the weights of all routed experts take now, quantized or not.
-
-    Raises:
-        ModelError: no MoE layer.
-    """
-    weights = (w for experts in _experts_modules(model).values() for _, w in _weights(experts))
-    return sum(weight.nbytes for weight in weights)
-
-
-def quantized_parameters(model: nn.Module) -> int:
-    """How many weights are held in quantized or packed experts, where `parameters()` does not see them."""
-    return sum(module.numel() for module in model.modules() if isinstance(module, HELD))
-
-
-def check_mergeable(model: nn.Module) -> None:
-    """HotLoraError if experts or linear layers of `model` are quantized, since requantizing would round a merged update
-    away, or wait on the host for a GPU."""
-    if any(isinstance(module, OffloadedExperts) for module in model.modules()):
-        raise HotLoraError(
-            "an adapter cannot be merged into experts that are offloaded from a GPU: load the base model without "
-            "offload, or on the CPU (--device cpu), put the adapter on it with hotlora.load_adapter, and merge there."
-        )
-    if (format := packed_format(model)) is not None:
-        raise HotLoraError(
-            f"an adapter cannot be merged into experts in {format}, as the checkpoint has them: packing them again "
-            "would round the update away. Merge it into the dequantized base: load that with load_model(..., "
-            "dequantize=True) (--quantize 0), put the adapter on it with hotlora.load_adapter, and merge there."
-        )
-    if (bits := quantized_bits(model)) is not None:
-        raise HotLoraError(
-            f"an adapter cannot be merged into experts of {bits} bits: quantizing them again would round the "
-            "update away. Load the base model without quantization, put the adapter on it with "
-            "hotlora.load_adapter, and merge there."
-        )
-    if (bits := linear_bits(model)) is not None:
-        raise HotLoraError(
-            f"an adapter cannot be merged into linear layers of {bits} bits: quantizing them again would round the "
-            "update away. Load the base model without quantization (--quantize-linear 0), put the adapter on it with "
-            "hotlora.load_adapter, and merge there."
-        )
-
-
-def warn_if_experts_unquantized(model: nn.Module) -> None:
-    """UserWarning where bitsandbytes or torchao has quantized `model` and left its experts in 16 or 32 bits.
-
-    Raises:
-        ModelError: no MoE layer.
-    """
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    method = str(getattr(method, "value", method))
-    if method not in ("bitsandbytes", "torchao"):
-        return
-    # A subclass of Tensor with a float's dtype is torchao's, quantized.
-    dense = [
-        weight
-        for experts in _experts_modules(model).values()
-        for _, weight in _dense_weights(experts)
-        if type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.itemsize > 1
-    ]
-    if dense:
-        left = sum(weight.nbytes for weight in dense)
-        total = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
-        warnings.warn(
-            f"{method} has quantized nn.Linear only: the experts are still in {str(dense[0].dtype)[6:]}, "
-            f"{size_words(left)} of the model's {size_words(total)}. hotlora.quantize_experts(model) quantizes them too.",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 @register_quantization_config(_METHOD)
@@ -277,8 +190,8 @@ class _ExpertsQuantizer(HfQuantizer):
         kept = _kept_ids(model, config.keep)
         self.names = {
             f"{path}.{name}": kept[path]
-            for path, experts in _experts_modules(model).items()
-            for name, weight in _dense_weights(experts)
+            for path, experts in experts_modules(model).items()
+            for name, weight in dense_weights(experts)
             if config.offload or (config.bits is not None and len(kept[path]) < len(weight))
         }
         self.linears = None if config.linear is None else Linears(config.linear)
@@ -379,7 +292,7 @@ class QuantizeOnLoad(ConversionOps):
                     input_dict[name] = held
                     continue
                 path, _, attribute = name.rpartition(".")
-                _replace(model.get_submodule(path), attribute, held)
+                replace_weight(model.get_submodule(path), attribute, held)
                 kwargs["missing_keys"].discard(name)
             elif self.linears is not None and self.linears.needs(model, name):
                 input_dict[name] = self.linears.stored(model, name, weight)
@@ -394,10 +307,6 @@ class QuantizeOnLoad(ConversionOps):
         return weight if self.offload is None else self.offload(weight)
 
 
-def _experts_modules(model: nn.Module) -> dict[str, Any]:
-    return {layer.experts: unwrap(model.get_submodule(layer.experts)) for layer in moe_layers(model)}
-
-
 def _kept_ids(model: nn.Module, keep: Mapping[int, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
     """Path of each experts module -> the experts that are left as they are, ascending."""
     keep, layers = keep or {}, {layer.layer: layer for layer in moe_layers(model)}
@@ -407,42 +316,6 @@ def _kept_ids(model: nn.Module, keep: Mapping[int, Sequence[int]] | None) -> dic
         if wrong := [e for e in ids if not 0 <= e < layers[number].num_experts]:
             raise PlanError(f"keep names expert {wrong[0]} of layer {number}, of {layers[number].num_experts} experts.")
     return {layer.experts: tuple(sorted(set(keep.get(number, ())))) for number, layer in layers.items()}
-
-
-def _dense_weights(experts: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The 3-D parameters; biases are 2-D."""
-    return ((name, weight) for name, weight in experts.named_parameters(recurse=False) if weight.ndim == 3)
-
-
-def _weights(experts: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from _dense_weights(experts)
-    yield from ((name, child) for name, child in experts.named_children() if isinstance(child, HELD))
-
-
-def _holders(module: nn.Module) -> Iterator[Any]:
-    """Of the experts below that are no tensors, wherever they are."""
-    for child in module.modules():
-        if isinstance(child, HELD):
-            yield child.holder if isinstance(child, OffloadedExperts) else child
-
-
-def _replace(experts: nn.Module, name: str, holder: nn.Module) -> None:
-    delattr(experts, name)
-    setattr(experts, name, holder)
-
-
-def finish(model: PreTrainedModel) -> None:
-    """Makes a model with held experts run on hotlora's forward, and not be saved as a whole."""
-    use_routed_layer(model)
-    # On the instance: PeftModel's own save_pretrained, which saves the adapter, stays as it is.
-    model.__dict__["save_pretrained"] = _refuse_to_save
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise HotLoraError(
-        "a model with experts quantized by hotlora cannot be saved: no other program could read it. Save the adapter "
-        "(PeftModel.save_pretrained); the base stays the checkpoint that it was loaded from."
-    )
 
 
 def _check_bits(bits: Any) -> None:

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from ..adapter.formats.export import not_applied
 from ..adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
-from ..adapter.quantize import ExpertsQuantization, experts_in, quantized_parameters
+from ..adapter.quantize import ExpertsQuantization, experts_in
+from ..adapter.stored import quantized_parameters
 from ..base.errors import DataError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet

@@ -21,7 +21,7 @@ from ..adapter.count import count_parameters
 from ..adapter.load import WEIGHTS_FILE
 from ..adapter.mask import SparseMask
 from ..adapter.offload import keep_on_device
-from ..adapter.quantize import quantized_parameters
+from ..adapter.stored import quantized_parameters
 from ..base.errors import DataError
 from ..base.files import atomic_folder, file_in, sha256_file
 from ..base.processes import (

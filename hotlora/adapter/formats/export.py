@@ -19,8 +19,8 @@ from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
 from ..on_top_of import described, merged_for_now, merged_into
 from ..parallel import UNMERGED
-from ..quantize import check_mergeable
 from ..raw_weights import HotLoraRouter
+from ..stored import check_mergeable
 from . import gguf, mlx
 from .merged import save_checkpoint
 from .peft import peft_format
