@@ -56,6 +56,7 @@ GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
 PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
 OWN_DATA_MARK = "<!-- made by scripts/docs.py from benchmarks/own_data -->"
+METHODS_MARK = "<!-- made by scripts/docs.py from benchmarks/methods -->"
 EXPERTS_MARK = "<!-- made by scripts/docs.py from benchmarks/experts -->"
 UNTIL_MARK = "<!-- made by scripts/docs.py from results/profile_until.json -->"
 BOARD = ROOT / "results" / "nano" / "papers-longer"
@@ -257,6 +258,24 @@ def own_data_table() -> str:
     return table(heads, lines)
 
 
+def methods_table() -> str:
+    """The challengers' steps beside what they compute by definition, from methods.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from methods import WORDS
+
+    result = json.loads((ROOT / "benchmarks" / "methods" / "cpu.json").read_text(encoding="utf-8"))
+    lines = [
+        [name, f"{its['method'] * 1e3:.0f}", WORDS[name], f"{its['definition'] * 1e3:.0f}", f"{its['ratio']:.2f}"]
+        for name, its in result["pairs"].items()
+    ]
+    made = table(["method", "step, ms", "by its definition", "step, ms", "ratio"], lines)
+    return made + (
+        f"\n\n*nano, all experts adapted, {result['rows']} rows of {result['length']} tokens, "
+        f"{result['environment']['device']}; medians of {result['rounds']} rounds "
+        "(`python benchmarks/methods.py --output benchmarks/methods/cpu.json`).*"
+    )
+
+
 def stored_experts_table() -> str:
     """Experts in few bits or in a file beside bfloat16, from experts_elsewhere.py and larger_than_memory.py."""
     folder = ROOT / "benchmarks" / "experts"
@@ -359,6 +378,7 @@ def main() -> None:
     of_method = filled(of_method, EXPERTS_MARK, stored_experts_table())
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
+    of_speed = filled(of_speed, METHODS_MARK, methods_table())
     board = ROOT / "docs" / "leaderboard.md"
     of_board = filled(board.read_text(encoding="utf-8"), READING_MARK, READING)
     wanted = {
