@@ -47,6 +47,8 @@ class ParallelAdapters(HotExperts):
         ids = self._ids_planned(config, kwargs["target_name"])
         self.expert_ids[adapter_name] = ids
         self._options[adapter_name] = options
+        place_of = {expert: n for n, expert in enumerate(ids)}
+        self._places[adapter_name] = tuple(place_of.get(e, len(ids)) for e in range(self.view.num_experts + 1))
         number = len(ids) if options.perft == "E" else options.perft_adapters
         width, device = self.view.widths[0], self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         is_zero = bool(config.init_lora_weights)
@@ -59,6 +61,8 @@ class ParallelAdapters(HotExperts):
     def _prepare(self) -> None:
         super()._prepare()
         self._options: dict[str, Any] = {}
+        self._places: dict[str, tuple[int, ...]] = {}
+        """adapter -> each expert's place in the plan, past the last one where it has none"""
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapter_names: Any = None
@@ -93,11 +97,8 @@ class ParallelAdapters(HotExperts):
 
     def _of_planned(self, name: str, index_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Experts by their place in the plan; the others past the last place."""
-        ids = self.expert_ids[name]
-        place_E = [len(ids)] * (self.view.num_experts + 1)
-        for n, expert in enumerate(ids):
-            place_E[expert] = n
-        return self._sent(tuple(place_E), index_TK.device)[index_TK.clamp(0, self.view.num_experts)], weight_TK
+        place_E = self._sent(self._places[name], index_TK.device)
+        return place_E[index_TK.clamp(0, self.view.num_experts)], weight_TK
 
     def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
         raise HotLoraError(UNMERGED)

@@ -19,7 +19,6 @@ Shape suffixes: N experts, U = 2N units of a layer (the experts' up, then their 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,11 +37,11 @@ from ..adapter.count import count_parameters
 from ..adapter.experts import HotLoraExperts
 from ..adapter.raw_weights import HotLoraRouter
 from ..base.errors import HotLoraError
-from ..base.files import append_to, atomic_path, read_json_lines, write_text
-from ..base.processes import is_main, num_processes, summed, wait_for_all
-from ..hf.models import moe_layers
+from ..base.files import atomic_path
+from ..base.processes import num_processes, summed
 from ..routing.plan import ExpertPlan
-from .replanned import put_under_plan
+from .event_log import EventLog
+from .replanned import FACTORS, planned_experts, put_under_plan
 
 STATE_FILE = "rank_growth.safetensors"
 BETA = 0.9
@@ -166,17 +165,15 @@ class RankGrowth(TrainerCallback):
     """the current batch's tokens, `[T]`, where some are padding"""
 
     def __post_init__(self) -> None:
-        base = self.model.get_base_model()
-        for found in moe_layers(base):
-            if not isinstance(experts := base.get_submodule(found.experts), HotLoraExperts):
-                continue
+        self._events = EventLog(self.log, "step", "ranks", "smallest", "largest", "grown")
+        for index, experts in planned_experts(self.model).items():
             number, device = len(experts.expert_ids["default"]), _factors(experts)[0].device
             layer = _Layer(
                 experts, None, [self.r // 2] * (2 * number), torch.zeros(number, device=device),
                 torch.zeros(2 * number, 2 * self.r, device=device), torch.zeros(number, device=device),
                 torch.zeros((), device=device),
             )  # fmt: skip
-            self.layers[found.layer] = layer
+            self.layers[index] = layer
             self._hooks.append(experts.register_forward_pre_hook(self._counting(layer), with_kwargs=True))
             self._set_mask(layer)
         self._hooks.append(self.model.register_forward_pre_hook(self._see_padding, with_kwargs=True))
@@ -193,10 +190,7 @@ class RankGrowth(TrainerCallback):
         self.warmup = args.get_warmup_steps(state.max_steps)
         for layer in self.layers.values():
             layer.growth = Growth(self.r, len(layer.ranks), self.warmup, state.max_steps, self.every)
-        rows = [row for row in self.events() if row["step"] <= state.global_step]
-        wait_for_all()  # until each has read them
-        if is_main():
-            write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
+        self._events.go_back_to(state.global_step)
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step and file.is_file():
             with safe_open(file, "pt") as stored:
@@ -244,9 +238,8 @@ class RankGrowth(TrainerCallback):
             self._set_mask(layer)
         ranks = [rank for layer in self.layers.values() for rank in layer.ranks]
         row = {"step": step, "ranks": sum(ranks), "smallest": min(ranks), "largest": max(ranks), "grown": grown}
-        if is_main() and grown:
-            with append_to(self.log) as file:
-                file.write(json.dumps(row) + "\n")
+        if grown:
+            self._events.add(row)
 
     def _saliency(self, layer: _Layer) -> list[float]:
         """Frequency x importance / (rank + 1) ** gamma of each unit. Each process has seen tokens of its own; gradients
@@ -288,8 +281,7 @@ class RankGrowth(TrainerCallback):
 
     def events(self) -> list[dict[str, Any]]:
         """What `log` holds: each event."""
-        names = ("step", "ranks", "smallest", "largest", "grown")
-        return read_json_lines(self.log, *names) if self.log.is_file() else []
+        return self._events.rows()
 
     def finish(self) -> dict[str, int | float]:
         """After training: the adapter at its active ranks. An expert has the larger of its two; what the other
@@ -320,7 +312,7 @@ class RankGrowth(TrainerCallback):
 
 def _factors(experts: HotLoraExperts) -> list[nn.Parameter]:
     """A and B of gate and up, and of down."""
-    return [cast(Any, getattr(experts, name))["default"] for name in HotLoraExperts.adapter_layer_names[:4]]
+    return [cast(Any, getattr(experts, name))["default"] for name in FACTORS]
 
 
 def importance(experts: HotLoraExperts) -> Tensor:

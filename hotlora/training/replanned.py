@@ -12,7 +12,15 @@ from ..adapter.experts import HotLoraExperts
 from ..hf.models import moe_layers
 from ..routing.plan import ExpertPlan
 
-_EXPERTS = HotLoraExperts.adapter_layer_names[:4]
+FACTORS = HotLoraExperts.adapter_layer_names[:4]
+"""Where a layer of experts has A and B of gate and up, and of down."""
+
+
+def planned_experts(model: PeftModel) -> dict[int, HotLoraExperts]:
+    """Decoder layer -> its experts with the adapter's factors, of the layers that the plan has experts of."""
+    base = model.get_base_model()
+    found = {layer.layer: base.get_submodule(layer.experts) for layer in moe_layers(base)}
+    return {layer: module for layer, module in found.items() if isinstance(module, HotLoraExperts)}
 
 
 @torch.no_grad()
@@ -27,7 +35,7 @@ def put_under_plan(model: PeftModel, plan: ExpertPlan, held: Mapping[tuple[int, 
     others = {
         name: p.detach().clone()
         for name, p in model.named_parameters()
-        if "lora_" in name and not any(f".{n}." in name for n in _EXPERTS)
+        if "lora_" in name and not any(f".{n}." in name for n in FACTORS)
     }
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
     fields |= {"plan": plan, "target_modules": None, "target_parameters": None}
@@ -37,11 +45,8 @@ def put_under_plan(model: PeftModel, plan: ExpertPlan, held: Mapping[tuple[int, 
     parameters = dict(model.named_parameters())
     for name, value in others.items():
         parameters[name].copy_(value)
-    base = model.get_base_model()
-    for found in moe_layers(base):
-        adapted = base.get_submodule(found.experts)
-        if isinstance(adapted, HotLoraExperts):
-            _fill(adapted, {e: held[found.layer, e] for e in adapted.expert_ids["default"]})
+    for layer, experts in planned_experts(model).items():
+        _fill(experts, {expert: held[layer, expert] for expert in experts.expert_ids["default"]})
 
 
 def _fill(module: HotLoraExperts, held: dict[int, list[list[Tensor]]]) -> None:

@@ -23,17 +23,15 @@ from ..adapter.config import HotLoraConfig
 from ..adapter.experts import HotLoraExperts
 from ..adapter.factors import kaiming_uniform, low_rank_products
 from ..base.errors import HotLoraError, PlanError
-from ..base.files import append_to, atomic_path, read_json_lines, write_text
-from ..base.processes import is_main, wait_for_all
-from ..hf.models import moe_layers
+from ..base.files import atomic_path
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile, jaccard
-from .replanned import put_under_plan
+from .event_log import EventLog
+from .replanned import FACTORS, planned_experts, put_under_plan
 from .row_steps import move_rows, step_rows, take_rows
 
 LEFT = ("drop", "merge")
 STATE_FILE = "reprofile.safetensors"
-_NAMES = HotLoraExperts.adapter_layer_names[:4]
 
 
 @dataclass
@@ -83,27 +81,20 @@ class Reprofiling(TrainerCallback):
                 "ranks."
             )
         self.first = self._plan()
-        base = self.model.get_base_model()
-        self._layers: dict[int, HotLoraExperts] = {
-            layer.layer: module
-            for layer in moe_layers(base)
-            if isinstance(module := base.get_submodule(layer.experts), HotLoraExperts)
-        }
+        self._events = EventLog(self.log, "step", "jaccard", "jaccard_to_first")
+        self._layers = planned_experts(self.model)
         self._frozen: dict[tuple[int, int], list[Tensor]] = {}
         """(layer, expert) -> its frozen weights, where something has been merged into them"""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a resume the factors are a checkpoint's: so must the plan be, and what was merged."""
-        rows = [row for row in self.drift() if row["step"] <= state.global_step]
-        wait_for_all()  # until each has read them
-        if is_main():
-            write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
+        self._events.go_back_to(state.global_step)
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step and file.is_file():
             with safe_open(file, "pt") as stored:
                 meta = json.loads((stored.metadata() or {})["json"])
                 gone = [
-                    _Left(layer, expert, [stored.get_tensor(f"{i}.{name}") for name in _NAMES])
+                    _Left(layer, expert, [stored.get_tensor(f"{i}.{name}") for name in FACTORS])
                     for i, (layer, expert) in enumerate(meta["gone"])
                 ]
             for left in gone:
@@ -117,7 +108,7 @@ class Reprofiling(TrainerCallback):
         tensors = {
             f"{i}.{name}": factor.contiguous()
             for i, left in enumerate(self.gone)
-            for name, factor in zip(_NAMES, left.factors, strict=True)
+            for name, factor in zip(FACTORS, left.factors, strict=True)
         }
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
         with atomic_path(file) as temporary:
@@ -152,7 +143,7 @@ class Reprofiling(TrainerCallback):
                     factors = [p["default"][slots[expert]].clone() for p in self._held(module)]
                     self._merge(_Left(layer, expert, factors))
             came += sum(expert not in slots for expert in new)
-            for name, held in zip(_NAMES, self._held(module), strict=True):
+            for name, held in zip(FACTORS, self._held(module), strict=True):
                 parameter = held["default"]
                 fresh = torch.zeros_like(parameter[0])
                 if "_A_" in name:
@@ -163,13 +154,11 @@ class Reprofiling(TrainerCallback):
                     move_rows(optimizer, parameter, taken)
         self._set_plan(plan)
         row = {"step": step, "jaccard": jaccard(before, plan), "jaccard_to_first": jaccard(self.first, plan)}
-        if is_main():
-            with append_to(self.log) as file:
-                file.write(json.dumps(row | {"came": came, "went": went, "plan_hash": plan.hash}) + "\n")
+        self._events.add(row | {"came": came, "went": went, "plan_hash": plan.hash})
 
     def drift(self) -> list[dict[str, Any]]:
         """What `log` holds: how far the plan moved each time."""
-        return read_json_lines(self.log, "step", "jaccard", "jaccard_to_first") if self.log.is_file() else []
+        return self._events.rows()
 
     def finish(self) -> None:
         """After training: frozen weights as they were, and all that was merged into them in the adapter, whose plan
@@ -212,7 +201,7 @@ class Reprofiling(TrainerCallback):
         self._config().plan = plan.to_dict()
 
     def _held(self, module: HotLoraExperts) -> list[Any]:
-        return [getattr(module, name) for name in _NAMES]
+        return [getattr(module, name) for name in FACTORS]
 
     def _config(self) -> HotLoraConfig:
         config = self.model.peft_config["default"]
