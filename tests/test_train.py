@@ -21,7 +21,7 @@ from hotlora.base.errors import FileError, HotLoraError
 from hotlora.evaluation.score import response_loss
 from hotlora.tasks import Example
 from hotlora.tasks.tokens import IGNORE, batches, tokenize
-from hotlora.training import checkpoints
+from hotlora.training import checkpoints, labelled_loss
 from hotlora.training.config import TrainConfig
 from hotlora.training.trainer import make_trainer, train
 
@@ -116,7 +116,7 @@ def test_packed_examples_do_not_see_each_other(tmp_path: Path):
 @pytest.mark.parametrize(
     "family", [name if name == OMNI else pytest.param(name, marks=pytest.mark.slow) for name in families()]
 )
-def test_training_and_held_out_loss_in_every_family(tmp_path: Path, family: str):
+def test_training_and_held_out_loss_in_every_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str):
     """What the head gives at the labels alone is the plain loss; qwen3_omni_moe_thinker takes no logits_to_keep."""
     model = zoo_model(family, vocab_size=259)
     model.get_output_embeddings().requires_grad_(True)
@@ -129,6 +129,10 @@ def test_training_and_held_out_loss_in_every_family(tmp_path: Path, family: str)
     labels = batch["labels"][:, 1:]
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(loss, plain, rtol=1e-4, atol=0)
+    model.get_output_embeddings().requires_grad_(False)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(labelled_loss, "LOGITS", 1)
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), plain, rtol=1e-4, atol=0)
     rows = Dataset.from_dict(dataset()[:4])
     (held_out,) = batches(rows, TOKENIZER, 4)
     with torch.no_grad():

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..base.precision import is_fast_on_cpu
 from ..cost.activations import SavedBytes, autocast
 from ..cost.estimate import sized_config, torch_dtype
+from ..hf.forward import PROBED
 from ..hf.internals import internal
 from ..hf.models import attention_modules, moe_layers
 from ..routing.plan import ExpertPlan
 from ..routing.profiler import profile_routing
+from ..training.labelled_loss import LabelledLoss
 from .contenders import BenchConfig, Contender, RandomModel, adapted, skew_routers, spreads_for
 
 PARTS = ("step", "forward", "backward", "optimizer")
@@ -60,11 +62,11 @@ class Worker:
         base = self._random()
         skew_routers(base.model, spreads, self.config.seed)
         blocks = _moe_blocks(base.model)
-        internal("trl.trainer.utils:add_fused_lm_head")(
-            base.model
-        )  # as TRL's trainer does: a loss without the whole of the logits
+        if self.device.type == "cuda":  # as TRL's trainer does: a loss without the whole of the logits
+            internal("trl.trainer.utils:add_fused_lm_head")(base.model)
         chosen = None if plan is None else ExpertPlan.from_dict(plan)
         self.model = adapted(base.model, self.contender, chosen, self.config.r)
+        self._labelled = LabelledLoss(self.model, range(1, PROBED))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
         self.step()  # makes AdamW's state
@@ -99,8 +101,12 @@ class Worker:
         return dict(zip(PARTS, clock.seconds(), strict=True))
 
     def loss(self) -> Tensor:
+        """The mean, as training has it on this device; for all contenders the same."""
         with autocast(self.device.type, self.dtype):
-            return self.model(input_ids=self.input_ids, labels=self.input_ids, fused_lm_head=True).loss
+            if self.device.type == "cuda":
+                return self.model(input_ids=self.input_ids, labels=self.input_ids, fused_lm_head=True).loss
+            _, loss, count = self._labelled(self.model, {"input_ids": self.input_ids}, self.input_ids)
+            return loss / count
 
     def _tokens(self) -> Tensor:
         """A batch, another one each time, as in training: libraries keep what they made for a shape, and how many rows

@@ -27,6 +27,8 @@ from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops,
 from .memory import ExpertLayer, Step, Storage, memory, transfer_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What families multiply their LM head's output with, or cap it at.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _LAYER = re.compile(r"(.*\.layers\.\d+)\.")
 _STORAGE = tuple(field.name for field in fields(Storage))
 
@@ -140,6 +142,7 @@ def step_of(
     return Step(
         device=device.type, dtype=str(compute).removeprefix("torch."), itemsize=compute.itemsize, tokens=tokens,
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
+        whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
         expert_widths=(*view.widths, view.num_parts), trained=rest.trained,
         expert_row=row, rest=rest.kept, coverage=coverage, forward=forward, adapter=adapter, expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),

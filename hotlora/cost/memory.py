@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..base.errors import HotLoraError
+from ..training.labelled_loss import LOGITS
 
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
-_LOSS_COPIES = 7  # float32 copies of a tile that TRL's backward has at a time where there is no Triton
+_LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
 _DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
 
@@ -56,6 +57,8 @@ class Step:
     expert_widths: tuple[int, int, int]
     """D, F and P of the routed experts."""
     vocabulary: int
+    whole_logits: bool
+    """Whether the family's logits are not its LM head's output, and so are not made in chunks on a CPU."""
     experts: tuple[ExpertLayer, ...]
     packed: float | None
     """Bytes of a routed expert's weight in a checkpoint that has them in few bits; None: it has them dense."""
@@ -251,12 +254,10 @@ def _peak(step: Step, storage: Storage, gradients: float) -> tuple[float, float]
 
 
 def _logits(step: Step) -> float:
-    rows, columns = min(step.tokens, LOSS_TILE[0]), min(step.vocabulary, LOSS_TILE[1])
-    size = rows * LOSS_TILE[1] * step.itemsize  # its buffer has this width whatever the vocabulary
     if step.on_cpu:
-        size += rows * columns * 4 * _LOSS_COPIES
-        size += columns * step.width * 4 if step.itemsize < 4 else 0
-    return size
+        logits = step.tokens * step.vocabulary
+        return (logits if step.whole_logits else min(logits, LOGITS)) * 4 * _LOSS_COPIES
+    return min(step.tokens, LOSS_TILE[0]) * LOSS_TILE[1] * step.itemsize  # of this width whatever the vocabulary
 
 
 def _rows(step: Step, storage: Storage) -> float:

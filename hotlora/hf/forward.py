@@ -39,6 +39,48 @@ def logits_at(model: Any, inputs: Mapping[str, Any], positions: Tensor) -> Any:
     return outputs
 
 
+def hidden_at(model: Any, inputs: Mapping[str, Any], positions: Tensor, head: nn.Module) -> tuple[Any, Tensor]:
+    """The model's outputs, and what its LM head is given at `positions` `[P]`: `[B, P, D]`. The head itself runs at one
+    position of a row, and those are the logits of the outputs.
+
+    model: one of which `logits_are_the_heads` is true, or a wrapper of it.
+    """
+    given: list[Tensor] = []
+
+    def one_position(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given.append(args[0])
+        return (args[0][:, :1], *args[1:])
+
+    handle = head.register_forward_pre_hook(one_position)
+    try:
+        outputs = model(**inputs, use_cache=False, logits_to_keep=positions)
+    finally:
+        handle.remove()
+    (hidden,) = given
+    return outputs, hidden if hidden.shape[1] == len(positions) else hidden[:, positions]
+
+
+def logits_are_the_heads(model: Any, ids: Sequence[int]) -> bool:
+    """Whether a family's logits are what its LM head puts out, as it is called once on hidden states `[B, P, D]`.
+
+    Some families scale or cap them afterwards (granite, cohere, gemma). ids: a text, of which the first tokens are run.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    calls: list[tuple[tuple[Any, ...], Tensor]] = []
+    handle = head.register_forward_hook(lambda _, args, output: calls.append((args, output)))
+    row = torch.tensor([list(ids[:PROBED])], device=device_of(model))
+    try:
+        with inference(model):
+            logits = model(input_ids=row, use_cache=False, logits_to_keep=torch.arange(1, device=row.device)).logits
+    finally:
+        handle.remove()
+    if len(calls) != 1 or not calls[0][0] or not isinstance(calls[0][0][0], Tensor) or calls[0][0][0].dim() != 3:
+        return False
+    return torch.equal(logits.float(), calls[0][1].float())
+
+
 def check_aux_loss(config: PreTrainedConfig, coefficient: float) -> None:
     """HotLoraError where the router's load-balancing loss is asked for and the family has none."""
     if coefficient and not hasattr(config.get_text_config(), "router_aux_loss_coef"):

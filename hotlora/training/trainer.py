@@ -30,7 +30,7 @@ from ..base.processes import (
 from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
 from ..base.signals import on_stop, say
-from ..hf.forward import TEXTS, check_aux_loss_of, check_packing, logits_at
+from ..hf.forward import TEXTS, check_aux_loss_of, check_packing
 from ..hf.routers import check_softmax_routers
 from ..tasks.tokens import IGNORE
 from . import checkpoints, extend, guard
@@ -39,6 +39,7 @@ from .config import TrainConfig
 from .dense_mixer import dense_mixer
 from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
+from .labelled_loss import LabelledLoss
 from .named import schedule_options
 from .progress import Recorder, shown
 from .trackers import tracked, trackers
@@ -320,6 +321,8 @@ def make_trainer(
     # parameters alone, and those are whole in each.
     trainer.args.save_only_model = False
     trainer.examples = dataset
+    if isinstance(trainer, _CpuTrainer):
+        trainer.labelled_loss = LabelledLoss(model, tokenizer(TEXTS[0])["input_ids"])
     trainer.remove_callback(PrinterCallback)
     if recomputes:
         trainer.add_callback(_KeepRouting())
@@ -446,8 +449,9 @@ def _know_numbered_cpus() -> None:
 
 
 class _CpuTrainer(_Trainer):
-    """Without Triton, TRL takes the LM head and the loss at every position, the prompt's and the padding too: two
-    fifths of a small model's step. This one takes the positions where some row has a label next."""
+    """With the loss at the labels alone: see labelled_loss."""
+
+    labelled_loss: LabelledLoss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -455,15 +459,12 @@ class _CpuTrainer(_Trainer):
         if return_outputs:  # evaluation inside the trainer, which is not ours
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        labels = inputs.pop("labels")[:, 1:]
-        positions = (labels != IGNORE).any(0).nonzero()[:, 0]
+        labels = inputs.pop("labels")
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = logits_at(model, inputs, positions)
-        labels = labels[:, positions]
-        found = labels != IGNORE
-        loss = torch.nn.functional.cross_entropy(outputs.logits[found].float(), labels[found], reduction="sum")
-        loss = loss / torch.as_tensor(found.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        with self.accelerator.autocast():
+            outputs, loss, count = self.labelled_loss(model, inputs, labels)
+        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if self.aux_loss_enabled:
             steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
