@@ -3,6 +3,7 @@
 import functools
 import gc
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 from hotlora.routing.profiler import profile_routing
 from hotlora.training import labelled_loss
+from hotlora.training.dense_mixer import dense_mixer as mixed_routers
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 from hotlora.training.labelled_loss import LabelledLoss
+from hotlora.training.rank_growth import allocated
 
 BATCH, LENGTH = 4, 64
 
@@ -234,6 +237,11 @@ LONG = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64
         (WIDE, {"r": 64, "optim": "adamw_8bit"}),
         (WIDE, {"quantize": 4, "quantize_linear": 4, "gradient_checkpointing": True}),
         (WIDE, {"quantize_linear": 8}),
+        (LONG, {"grow_every": 10}),
+        (WIDE, {"dense_mixer": True}),
+        (LONG, {"perft": "E", "dtype": "bfloat16"}),
+        (WIDE, {"perft": "R", "perft_adapters": 4, "perft_top_k": 2}),
+        (LONG, {"perft": "D", "perft_adapters": 2}),
     ],
     ids=lambda value: "-".join(map(str, value.items())) if "hidden_size" not in value else "",
 )
@@ -244,6 +252,7 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
     config = tiny_config("olmoe", **shape)
     peak, coverage = measured_peak(config, **options)
     options = {"r": 8, "dtype": "float32", **options}
+    options.pop("dense_mixer", None)  # takes time alone
     found = estimate(
         write(config), batch_size=1, max_length=LENGTH, fraction=0.25, coverage=coverage, device="cpu", **options
     )
@@ -264,7 +273,7 @@ def test_the_loss_in_chunks_is_within_10_percent(dtype, write, monkeypatch):
 
 def measured_peak(
     config, *, dtype="float32", r=8, quantize=None, keep_hot=False, quantize_linear=None, gradient_checkpointing=False,
-    optim="adamw_torch_fused", gradient_accumulation_steps=1,
+    optim="adamw_torch_fused", gradient_accumulation_steps=1, grow_every=None, dense_mixer=False, **perft,
 ):  # fmt: skip
     """Bytes, and the share of the routing that the adapted experts got."""
     torch.manual_seed(0)
@@ -279,7 +288,8 @@ def measured_peak(
             base = load_model(folder, device="cpu", dtype=dtype, quantization_config=stored)
     elif quantize is not None:
         quantize_experts(base, quantize, plan.experts if keep_hot else None)
-    model = get_peft_model(base, HotLoraConfig(plan=plan, r=r)).train()
+    lora = HotLoraConfig(plan=plan, **perft, **(allocated(r, r) if grow_every else {"r": r}))
+    model = get_peft_model(base, lora).train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(checkpoint_kwargs())
         model.enable_input_require_grads()
@@ -289,9 +299,10 @@ def measured_peak(
 
     def step():
         for _ in range(gradient_accumulation_steps):
-            with autocast("cpu", getattr(torch, dtype)):
-                loss = labelled(model, {"input_ids": ids}, ids)[1] / ids.numel()
-            loss.backward()
+            with mixed_routers(model) if dense_mixer else nullcontext():
+                with autocast("cpu", getattr(torch, dtype)):
+                    loss = labelled(model, {"input_ids": ids}, ids)[1] / ids.numel()
+                loss.backward()
             del loss
         optimizer.step()
         optimizer.zero_grad()

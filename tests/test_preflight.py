@@ -143,6 +143,15 @@ def test_unknown_is_said_in_one_line(options, reason):
     assert not found.is_hopeless
 
 
+def test_growing_ranks_count_as_they_are_allocated():
+    """At twice the rank that is aimed at, of all three projections; PERFT's as they are."""
+    plain, at_most = check(rule="all"), check(rule="all", config=module.replace(SMALL, r=2 * SMALL.r))
+    growing = check(rule="all", grow_every=5, config=module.replace(SMALL, lr_scheduler="linear"))
+    assert plain.fixed < growing.fixed == at_most.fixed
+    beside = check(rule="all", config=module.replace(SMALL, perft="D"))
+    assert not beside.unknown and 0 < beside.fixed < plain.fixed
+
+
 def test_a_family_that_cannot_be_estimated_stops_nothing(tmp_path, monkeypatch):
     zoo_model("olmoe").config.save_pretrained(tmp_path)
 

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
-from ..adapter.experts import HotLoraExperts
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
@@ -66,7 +65,8 @@ def expert_row_bytes(
     two = _two_experts(experts, dtype, device)
     bound = copy.copy(lora)
     bound._expert_ids = {"two": (0,)}
-    layer = HotLoraExperts(two, "default", bound, r=lora.r, lora_alpha=lora.lora_alpha, target_name="two").train()
+    kind: Any = bound._layer_class("two")
+    layer = kind(two, "default", bound, r=lora.r, lora_alpha=lora.lora_alpha, target_name="two").train()
     totals = []
     for tokens in _PROBED:
         hidden_TD = torch.zeros(tokens, ExpertsView(experts).widths[0], dtype=dtype, device=device, requires_grad=True)

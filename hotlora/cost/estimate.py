@@ -22,8 +22,9 @@ from ..hf.linears import plain_linears
 from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, packed_bytes, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
+from ..training.rank_growth import allocated
 from .activations import expert_row_bytes, rest_of_step
-from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
+from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, perft_flops, step_flops
 from .memory import ExpertLayer, Step, Storage, memory, transfer_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +86,10 @@ def step_of(
     train_shared: bool = True,
     share_a: bool = False,
     normalize_moe_lora: bool = False,
+    grow_every: int | None = None,
+    perft: str | None = None,
+    perft_adapters: int = 1,
+    perft_top_k: int = 1,
     dtype: str = "auto",
     device: str | torch.device = "cuda",
 ) -> Step:
@@ -120,10 +125,12 @@ def step_of(
     if coverage is None:
         coverage = coverage_at(kept[0] / found[0].num_experts)
     experts = {layer.layer: tuple(range(n)) for layer, n in zip(found, kept, strict=True)}
+    if grow_every is not None:
+        r = allocated(r, r)["r"]
     lora = HotLoraConfig(
         plan=ExpertPlan(experts, found[0].num_experts, rule="first", params={}), r=r,
         train_attention=train_attention, train_router=train_router, train_shared=train_shared, share_a=share_a,
-        normalize_moe_lora=normalize_moe_lora,
+        normalize_moe_lora=normalize_moe_lora, perft=perft, perft_adapters=perft_adapters, perft_top_k=perft_top_k,
     )  # fmt: skip
     try:
         on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
@@ -134,7 +141,10 @@ def step_of(
         raise ModelError(
             f"the activations of a {cut.model_type} model cannot be estimated from its config: {reason}"
         ) from error
-    of_experts = expert_adapter_flops(meta, lora.rank_of_experts(meta), {layer.layer: coverage for layer in found})
+    if perft is not None:
+        of_experts = perft_flops(meta, r, perft, perft_adapters, perft_top_k, coverage)
+    else:
+        of_experts = expert_adapter_flops(meta, lora.rank_of_experts(meta), {layer.layer: coverage for layer in found})
     adapter = of_experts + (attention_adapter_flops(meta, r) if train_attention else 0.0)
     forward = forward_flops(meta, max_length)
     text, tokens = cut.get_text_config(), batch_size * max_length

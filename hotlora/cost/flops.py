@@ -72,6 +72,16 @@ def expert_adapter_flops(
     return total
 
 
+def perft_flops(model: PreTrainedModel, r: int, kind: str, adapters: int, top_k: int, coverage: float) -> float:
+    """Of PERFT's adapters beside the experts, forward, a token. kind: E, R or D; top_k: that of R's own router;
+    coverage: of E, the share of assignments to planned experts."""
+    layers = moe_layers(model)
+    width = ExpertsView(unwrap(model.get_submodule(layers[0].experts))).widths[0]
+    applied = {"E": num_experts_per_tok(model) * coverage, "R": top_k, "D": adapters}[kind]
+    router = 2.0 * adapters * width if kind == "R" else 0.0
+    return len(layers) * (applied * 2.0 * r * 2 * width + router)
+
+
 def step_flops(forward: Mapping[str, float], adapter: float, tokens: int) -> float:
     """Of a step on a frozen base: the base's forward, its backward to the inputs alone (which is as much, and twice
     as much for the scores), and three times the adapter's forward."""

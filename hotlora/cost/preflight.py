@@ -31,7 +31,7 @@ _MOST_REMEDIES = 3
 _FIXED = ("weights", "staging", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
 _OF_STEP = (
     "batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "share_a", "normalize_moe_lora",
-    "dtype",
+    "grow_every", "perft", "perft_adapters", "perft_top_k", "dtype",
 )  # fmt: skip
 
 
@@ -133,9 +133,7 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
 
 def unknown_to_estimate(options: RunOptions) -> str | None:
     """What of a run the estimate does not know."""
-    kinds = {"full": "full fine-tuning", "train_full_experts": "full experts", "use_dora": "DoRA",
-        "grow_every": "growing ranks", "perft": "PERFT",
-    }  # fmt: skip
+    kinds = {"full": "full fine-tuning", "train_full_experts": "full experts", "use_dora": "DoRA"}
     return next((words for name, words in kinds.items() if getattr(options, name)), None)
 
 
