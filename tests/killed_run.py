@@ -1,6 +1,6 @@
 """A whole run (profile, plan, training, evaluation) once undisturbed, and once killed again and again.
 
-    python killed_run.py FOLDER SEED KILLS
+    python killed_run.py FOLDER SEED KILLS [WAY]
 
 Run by test_reliability and scripts/reliability.py. A kill is SIGKILL, and comes in one of three ways, by the seed:
 after a random time (in loading, profiling, training or evaluation), some milliseconds after a random step, or in the
@@ -31,6 +31,12 @@ from hotlora.training.config import TrainConfig
 
 STEPS_A_KILL = 5
 LONGEST = 1.0  # seconds until a kill at a random time
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dr-lora": {"method": "dr-lora", "grow_every": 4},
+    "perft-r": {"method": "perft-r"},
+    "dense-mixer": {"dense_mixer": True},
+}
 TIMES = ("started", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")
 # Where a save may be cut: the weights are there and no optimizer, all but the random state, all but the mark, …
 SAVES = (
@@ -41,22 +47,22 @@ SAVES = (
 )
 
 
-def run_once(folder: Path, output: Path, steps: int) -> None:
+def run_once(folder: Path, output: Path, steps: int, way: str) -> None:
     config = TrainConfig(
         max_steps=steps, batch_size=4, save_steps=3, learning_rate=3e-3, r=4, lora_alpha=8, max_length=64,
         lora_dropout=0.1, lr_scheduler="cosine",
     )  # fmt: skip
     rows = str(folder / "rows.jsonl")
-    run_training(str(folder / "model"), rows, output, config=config, test_data=rows)
+    run_training(str(folder / "model"), rows, output, config=config, test_data=rows, **WAYS[way])
 
 
-def start(folder: Path, output: Path, steps: int, die_in: tuple[Any, str] | None = None) -> int:
+def start(folder: Path, output: Path, steps: int, way: str, die_in: tuple[Any, str] | None = None) -> int:
     child = os.fork()
     if child == 0:
         if die_in is not None:
             setattr(*die_in, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
         try:
-            run_once(folder, output, steps)
+            run_once(folder, output, steps, way)
         except BaseException:
             import traceback
 
@@ -100,7 +106,7 @@ def outcome(output: Path) -> dict[str, Any]:
     return {"record": timeless(read_record(output)), "losses": rows, "adapter": weights, "plan": plan}
 
 
-def main(folder: Path, seed: int, kills: int) -> None:
+def main(folder: Path, seed: int, kills: int, way: str = "lora") -> None:
     tiny_model("olmoe", vocab_size=259, max_position_embeddings=128).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     write_sums(folder / "rows.jsonl")
@@ -108,14 +114,14 @@ def main(folder: Path, seed: int, kills: int) -> None:
     steps = STEPS_A_KILL * kills
     calm, killed = folder / "calm", folder / "killed"
     began = time.monotonic()
-    assert wait(start(folder, calm, steps)) == 0
+    assert wait(start(folder, calm, steps, way)) == 0
     whole = time.monotonic() - began
 
     chance, done = random.Random(seed), []
     while len(done) < kills:
         kind = ("step", "save", "time")[len(done)] if len(done) < 3 else chance.choice(("step", "save", "time"))
         before = steps_of(killed)
-        child = start(folder, killed, steps, chance.choice(SAVES) if kind == "save" else None)
+        child = start(folder, killed, steps, way, chance.choice(SAVES) if kind == "save" else None)
         if kind == "time":
             # On a fast machine not past the steps that are a kill's own, or all would be done before the last one.
             seconds = chance.uniform(0, min(LONGEST, 0.5 * whole))
@@ -129,7 +135,7 @@ def main(folder: Path, seed: int, kills: int) -> None:
             break
         last = checkpoints.last_complete(killed / "checkpoints")
         done.append({"kind": kind, "code": code, "steps": steps_of(killed), "checkpoint": checkpoints.step_of(last)})
-    code = wait(start(folder, killed, steps))
+    code = wait(start(folder, killed, steps, way))
     ours, theirs = outcome(calm), outcome(killed)
     report = {name: ours[name] == theirs[name] for name in ours}
     leftovers = [path.name for path in killed.rglob(".*-*")]
@@ -137,4 +143,4 @@ def main(folder: Path, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

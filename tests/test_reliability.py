@@ -43,9 +43,15 @@ def script(name: str, *words: object) -> dict:
 
 
 @posix
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_in_any_stage_a_run_ends_as_a_calm_one(tmp_path: Path, kills: int):
-    report = script("killed_run.py", tmp_path, 0, kills)
+@pytest.mark.parametrize(
+    ("kills", "way"),
+    [
+        (6, "lora"), (4, "dr-lora"), pytest.param(20, "lora", marks=pytest.mark.slow),
+        pytest.param(8, "perft-r", marks=pytest.mark.slow), pytest.param(8, "dense-mixer", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_killed_in_any_stage_a_run_ends_as_a_calm_one(tmp_path: Path, kills: int, way: str):
+    report = script("killed_run.py", tmp_path, 0, kills, way)
     assert [kill["code"] for kill in report["kills"]] == [-9] * kills
     assert {kill["kind"] for kill in report["kills"]} == {"step", "save", "time"}
     assert report["code"] == 0 and all(report["same"].values()) and not report["leftovers"]
