@@ -90,7 +90,7 @@ def measured(folder: Path, how: dict[str, Any], tokens: int, steps: int) -> dict
     from peft import get_peft_model
 
     import hotlora
-    from hotlora.hf.models import moe_layers
+    from hotlora.hf.moe_layers import moe_layers
     from hotlora.runs.folder import load_base
 
     load_base("nano", **{**how, **({"offload_folder": folder} if "offload" in how else {})})  # imports

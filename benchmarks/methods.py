@@ -24,7 +24,8 @@ from peft import get_peft_model
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.files import write_json
 from hotlora.base.records import environment
-from hotlora.hf.models import load_model, moe_layers
+from hotlora.hf.models import load_model
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.training.rank_growth import Growth, RankGrowth, allocated
 

@@ -15,7 +15,8 @@ import torch
 from peft import get_peft_model
 
 from hotlora.adapter.config import HotLoraConfig
-from hotlora.hf.models import load_model, moe_layers, num_experts_per_tok
+from hotlora.hf.models import load_model
+from hotlora.hf.moe_layers import moe_layers, num_experts_per_tok
 from hotlora.routing.plan import ExpertPlan
 from hotlora.training.dense_mixer import dense_mixer
 

@@ -236,7 +236,7 @@ def _adapter(base: Path, folder: Path, **options: Any) -> Path:
     from peft import get_peft_model
 
     from hotlora import HotLoraConfig, load_model
-    from hotlora.hf.models import fingerprint, moe_layers
+    from hotlora.hf.moe_layers import fingerprint, moe_layers
 
     net: Any = load_model(str(base), device="cpu", dtype="float32")
     layers = moe_layers(net)

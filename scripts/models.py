@@ -55,7 +55,7 @@ def check_profile(family: str, folder: Path) -> list[str]:
     from test_families import BATCH, SKIPS, zoo_model
     from zoo import runs_of
 
-    from hotlora.hf.models import moe_layers
+    from hotlora.hf.moe_layers import moe_layers
     from hotlora.routing.profiler import profile_routing
 
     model = zoo_model(family)
@@ -291,7 +291,7 @@ def _same(found: Any, expected: Any) -> list[str]:
 
 def _adapted_parts(model: Any) -> dict[str, list[str]]:
     """Experts, routers, attention and shared experts of an adapted model, by module path in the base."""
-    from hotlora.hf.models import attention_modules, moe_layers
+    from hotlora.hf.moe_layers import attention_modules, moe_layers
 
     base = model.get_base_model()
     layers = moe_layers(base)
@@ -320,7 +320,7 @@ def _result(check: Callable[[], list[str]]) -> dict[str, Any]:
 def layout(model: Any) -> dict[str, Any]:
     """Where transformers' own flags are too many for a table, the words of the page."""
     from hotlora.hf.experts_view import ExpertsView
-    from hotlora.hf.models import moe_layers, unwrap
+    from hotlora.hf.moe_layers import moe_layers, unwrap
 
     layers = moe_layers(model)
     experts = unwrap(model.get_submodule(layers[0].experts))
@@ -344,7 +344,7 @@ def _shared(model: Any, paths: list[str]) -> str:
 
 
 def _attention(model: Any) -> list[str]:
-    from hotlora.hf.models import attention_modules
+    from hotlora.hf.moe_layers import attention_modules
 
     decoder = model.get_decoder()
     prefix = next((f"{path}." for path, module in model.named_modules() if module is decoder), "")

@@ -11,7 +11,8 @@ from transformers import BitsAndBytesConfig
 
 from hotlora.adapter.quantize import quantize_experts
 from hotlora.base.files import write_json
-from hotlora.hf.models import load_model, load_tokenizer, moe_layers
+from hotlora.hf.models import load_model, load_tokenizer
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.drift import drift
 from hotlora.routing.profiler import profile_examples
 from hotlora.tasks.data import load_examples

@@ -23,7 +23,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.base import processes as distributed
 from hotlora.base.records import environment
 from hotlora.cost.cluster import work
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.folder import load_base
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs

@@ -19,7 +19,7 @@ from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.raw_weights import HotLoraRouter
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
 
 PLANNED = (1, 3, 6)

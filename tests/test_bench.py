@@ -30,7 +30,7 @@ from hotlora.cost.flops import (
     forward_flops,
     step_flops,
 )
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan, select_experts
 from hotlora.routing.profiler import profile_routing
 from hotlora.runs.methods import counted_options

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import families, runs_of, zoo_model
 
 import hotlora
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 from hotlora.training.trainer import make_trainer
 

@@ -17,7 +17,7 @@ from zoo import families, zoo_config, zoo_model
 import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import HotLoraError, ModelError
-from hotlora.hf.models import moe_layers, unwrap
+from hotlora.hf.moe_layers import moe_layers, unwrap
 from hotlora.hf.routers import check_softmax_routers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.checks import check_run

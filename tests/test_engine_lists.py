@@ -15,7 +15,7 @@ from hotlora.adapter.formats import mlx as ours_mlx
 from hotlora.adapter.formats import sglang as ours_sglang
 from hotlora.adapter.formats import vllm as ours_vllm
 from hotlora.adapter.formats.export import export_adapter
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 

@@ -26,7 +26,7 @@ from hotlora.adapter.formats.import_peft import import_adapter
 from hotlora.adapter.formats.room import place_bytes, room_of
 from hotlora.adapter.formats.vllm import room_for
 from hotlora.base.errors import FileError, HotLoraError, ModelError
-from hotlora.hf.models import attention_modules, fingerprint, moe_layers
+from hotlora.hf.moe_layers import attention_modules, fingerprint, moe_layers
 
 # The usual layout; shared experts; MLA and a dense first layer; transposed, interleaved, biased; no gate; experts on
 # the decoder layer itself; a router's Linear inside; a fused checkpoint.

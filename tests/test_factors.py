@@ -23,7 +23,7 @@ from hotlora.adapter.mask import SparseMask, draw_mask
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.hf.experts_view import ExpertsView
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 
 # Gated; biased, transposed and interleaved; without a gate; with raw shared experts.
 LAYOUTS = ("olmoe", "gpt_oss", "nemotron_h", "inkling_text")

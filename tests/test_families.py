@@ -21,7 +21,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.hf.experts_view import ExpertsView
-from hotlora.hf.models import attention_modules, fingerprint, moe_layers, skips_tokens, unwrap
+from hotlora.hf.moe_layers import attention_modules, fingerprint, moe_layers, skips_tokens, unwrap
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profiler import profile_routing
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs

@@ -19,7 +19,7 @@ from zoo import zoo_config, zoo_model
 
 import hotlora
 from hotlora import DataError, HotLoraError, PlanError, RoutingProfile, import_profile, import_scores
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.report.published import MODELS
 from hotlora.report.study_report import write_study
 from hotlora.routing.formats import ids as counting

@@ -23,7 +23,7 @@ from hotlora.base.errors import HotLoraError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.hf.linears import plain_linears, quantized_bits_of
-from hotlora.hf.models import attention_modules, moe_layers
+from hotlora.hf.moe_layers import attention_modules, moe_layers
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install hotlora[quantize]")
 bits_4_8 = pytest.mark.parametrize("bits", [4, 8])

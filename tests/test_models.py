@@ -15,15 +15,8 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, ModelError
 from hotlora.hf import models
-from hotlora.hf.models import (
-    attention_modules,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    model_from_config,
-    moe_layers,
-    num_experts_per_tok,
-)
+from hotlora.hf.models import load_model, load_tokenizer, model_from_config
+from hotlora.hf.moe_layers import attention_modules, fingerprint, moe_layers, num_experts_per_tok
 from hotlora.routing.profiler import profile_routing
 
 

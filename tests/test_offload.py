@@ -25,7 +25,8 @@ from hotlora.adapter.packed import PackedExperts
 from hotlora.adapter.quantize import ExpertsQuantization, quantize_experts
 from hotlora.adapter.quantized import QuantizedExperts
 from hotlora.base.errors import FileError, HotLoraError
-from hotlora.hf.models import load_model, moe_layers
+from hotlora.hf.models import load_model
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.layer.function import use_routed_layer
 from hotlora.training.identity import check_same, same_run

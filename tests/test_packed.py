@@ -28,7 +28,7 @@ from hotlora.base.errors import HotLoraError, ModelError
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.cost.estimate import estimate
-from hotlora.hf.models import fingerprint, moe_layers
+from hotlora.hf.moe_layers import fingerprint, moe_layers
 from hotlora.runs.checks import check_run
 from hotlora.runs.methods import resolve
 

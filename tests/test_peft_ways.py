@@ -19,7 +19,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.experts import HotLoraExperts
 from hotlora.adapter.load import load_adapter
 from hotlora.base.errors import HotLoraError, PlanError
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 
 FAMILY = "qwen2_moe"  # attention, router, shared experts and experts
 

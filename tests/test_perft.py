@@ -16,7 +16,8 @@ from hotlora.adapter.count import count_parameters, parameters_from_config
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.parallel import ParallelAdapters
 from hotlora.base.errors import HotLoraError, PlanError
-from hotlora.hf.models import load_model, moe_layers
+from hotlora.hf.models import load_model
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.export import export_saved
 

@@ -31,7 +31,8 @@ from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.cli.main import app
 from hotlora.evaluation.score import response_loss
 from hotlora.hf.experts_view import FrozenWeight
-from hotlora.hf.models import load_model, moe_layers
+from hotlora.hf.models import load_model
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.checks import check_run

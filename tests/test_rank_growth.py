@@ -17,7 +17,8 @@ from zoo import zoo_model
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.base.errors import HotLoraError
-from hotlora.hf.models import load_model, moe_layers
+from hotlora.hf.models import load_model
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.checks import check_run
 from hotlora.runs.methods import resolve

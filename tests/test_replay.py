@@ -11,7 +11,7 @@ from zoo import runs_of, zoo_model
 import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import DataError, ModelError
-from hotlora.hf.models import expert_groups, moe_layers
+from hotlora.hf.moe_layers import expert_groups, moe_layers
 from hotlora.routing.replay import replay_routing
 from hotlora.routing.routes import Routes, record_routing
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs

@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 from hotlora.base.errors import DataError, FileError, ModelError, PlanError
-from hotlora.hf.models import fingerprint, moe_layers, unwrap
+from hotlora.hf.moe_layers import fingerprint, moe_layers, unwrap
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, experts_kept, jaccard
 from hotlora.routing.profiler import profile_examples, profile_routing

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 import hotlora
 from hotlora.adapter.mask import draw_mask
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 
 disable_progress_bar()
 PLAN = {0: [1, 3, 6], 1: [0, 2]}

@@ -28,7 +28,7 @@ from hotlora.engines.expected import Effects, at_scale, effects, kinds_of, left_
 from hotlora.engines.runner import Answer
 from hotlora.engines.texts import chosen, given_texts, random_texts, routes_of, uses_of
 from hotlora.engines.verdict import judge
-from hotlora.hf.models import moe_layers
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.runs.export import export_saved
 
 EXPERTS = (1, 3, 6)

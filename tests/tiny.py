@@ -62,7 +62,7 @@ def tiny_batch(batch: int = 2, length: int = 9, *, seed: int = 0, vocab_size: in
 
 def tiny_plan(model: PreTrainedModel, experts: dict[int, list[int]] | None = None) -> dict:
     """A plan for `model` as plain data: experts 1, 3, 6 of every MoE layer, or those given."""
-    from hotlora.hf.models import fingerprint, moe_layers
+    from hotlora.hf.moe_layers import fingerprint, moe_layers
 
     layers = moe_layers(model)
     chosen = {layer.layer: [1, 3, 6] for layer in layers} if experts is None else experts

@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from ..base.errors import FileError, ModelError, PlanError
 from ..base.files import read_json, sha256_file, write_json
-from ..hf.models import (
-    attention_modules,
-    check_in_memory,
-    fingerprint,
-    moe_layers,
-    num_experts_per_tok,
-    unwrap,
-)
+from ..hf.moe_layers import attention_modules, check_in_memory, fingerprint, moe_layers, num_experts_per_tok, unwrap
 from ..routing.plan import ExpertPlan
 from .experts import HotFullExperts, HotLoraExperts
 from .factors import SeededFactor, Slot

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..base.errors import ModelError
 from ..base.quiet import quiet
-from ..hf.models import attention_modules, model_from_config, moe_layers, num_experts_per_tok
+from ..hf.models import model_from_config
+from ..hf.moe_layers import attention_modules, moe_layers, num_experts_per_tok
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from .factors import SeededFactor, SparseFactor

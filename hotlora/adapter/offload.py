@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..base.errors import FileError
 from ..base.precision import say_once
 from ..base.sizes import size_words
-from ..hf.models import moe_layers, unwrap
+from ..hf.moe_layers import moe_layers, unwrap
 
 _ALIGNED = 256  # bytes, as torch's allocators place tensors for kernels
 _TRIES = 1000  # of a folder that other processes remove

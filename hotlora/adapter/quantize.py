@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..base.errors import HotLoraError, ModelError, PlanError
 from ..base.heap import give_back
-from ..hf.models import moe_layers, unwrap
+from ..hf.moe_layers import moe_layers, unwrap
 from ..hf.stored import Failure
 from ..layer.function import use_routed_layer
 from .linears import Linears, check_linear_bits, linear_bits

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import HotLoraError
 from ..base.sizes import size_words
-from ..hf.models import moe_layers, unwrap
+from ..hf.moe_layers import moe_layers, unwrap
 from ..layer.function import use_routed_layer
 from .linears import linear_bits
 from .offload import OffloadedExperts

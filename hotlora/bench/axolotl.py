@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import ModelError
 from ..cost.activations import autocast
-from ..hf.models import moe_layers, unwrap
+from ..hf.moe_layers import moe_layers, unwrap
 
 _TOKENS = 16  # of the forward that shows whose code runs; a multiple of 16, as the bench's, or Triton compiles twice
 _NODE = "ScatterMoELoRABackward"  # in autograd's graph, once for each adapted weight

@@ -23,7 +23,7 @@ from ..base.records import environment
 from ..base.signals import without_ctrl_c
 from ..cost.estimate import estimate, meta_model, sized_config, torch_dtype
 from ..cost.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
-from ..hf.models import fingerprint, moe_layers
+from ..hf.moe_layers import fingerprint, moe_layers
 from ..routing.profile import RoutingProfile
 from .contenders import KINDS, BenchConfig, Contender
 from .worker import PARTS, Worker

@@ -23,7 +23,8 @@ from ..base.errors import HotLoraError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from ..hf.models import attention_modules, auto_class, moe_layers, unwrap
+from ..hf.models import auto_class
+from ..hf.moe_layers import attention_modules, moe_layers, unwrap
 from ..routing.plan import ExpertPlan, select_experts
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import ModelError
 from ..cost.activations import autocast
-from ..hf.models import moe_layers
+from ..hf.moe_layers import moe_layers
 
 _ON_CPU = "UNSLOTH_ALLOW_CPU"  # Unsloth's own switch
 _TOKENS = 8  # of the forward that shows whose code runs

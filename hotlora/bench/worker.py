@@ -15,7 +15,7 @@ from ..cost.activations import SavedBytes, autocast
 from ..cost.estimate import sized_config, torch_dtype
 from ..hf.forward import PROBED
 from ..hf.internals import internal
-from ..hf.models import attention_modules, moe_layers
+from ..hf.moe_layers import attention_modules, moe_layers
 from ..routing.plan import ExpertPlan
 from ..routing.profiler import profile_routing
 from ..training.labelled_loss import LabelledLoss

@@ -20,7 +20,8 @@ from ..adapter.config import HotLoraConfig
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
-from ..hf.models import auto_class, moe_layers, num_experts_per_tok, unwrap
+from ..hf.models import auto_class
+from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 
 _PROBED = (64, 192)  # tokens
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..adapter.count import PARTS
 from ..base.errors import HotLoraError
-from ..hf.models import model_from_config, moe_layers, num_experts_per_tok
+from ..hf.models import model_from_config
+from ..hf.moe_layers import moe_layers, num_experts_per_tok
 from ..routing.profile import experts_kept
 from .estimate import coverage_at
 

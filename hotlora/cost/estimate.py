@@ -19,7 +19,8 @@ from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.linears import plain_linears
-from ..hf.models import auto_class, model_from_config, moe_layers, num_experts_per_tok, own_dtype, packed_bytes, unwrap
+from ..hf.models import auto_class, model_from_config, own_dtype, packed_bytes
+from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from ..training.rank_growth import allocated

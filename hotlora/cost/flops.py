@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..hf.experts_view import ExpertsView
-from ..hf.models import attention_modules, moe_layers, num_experts_per_tok, unwrap
+from ..hf.moe_layers import attention_modules, moe_layers, num_experts_per_tok, unwrap
 
 _NO_SCORES = re.compile("linear|mamba|conv|recurrent|moe|mlp")  # kinds of layers without softmax attention
 _TOWERS = re.compile("vision|visual|audio")

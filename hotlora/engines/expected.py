@@ -17,7 +17,7 @@ from ..adapter.experts import HotExperts
 from ..adapter.raw_weights import HotLoraRouter
 from ..base.processes import device_of
 from ..hf.forward import inference, logits_at
-from ..hf.models import attention_modules, moe_layers
+from ..hf.moe_layers import attention_modules, moe_layers
 from ..routing.replay import replay_routing
 from .texts import Part
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..base.errors import HotLoraError, ModelError
 from ..base.processes import device_of
 from ..hf.forward import inference, logits_at
-from ..hf.models import load_tokenizer, moe_layers
+from ..hf.models import load_tokenizer
+from ..hf.moe_layers import moe_layers
 
 LENGTH = 32
 """S: short, so that a text has few experts, and the engine's rounding little room to add up."""

@@ -21,8 +21,8 @@ _SUMS = "adapter.combine: adapters are not combined but by cat"
 _META = "cost.estimate and `hotlora train` cannot tell the memory of a training before it starts"
 
 NAMES = {
-    "transformers.integrations.moe:use_experts_implementation": "hf.models cannot tell a dense model from one whose "
-    "experts are computed in another way",
+    "transformers.integrations.moe:use_experts_implementation": "hf.moe_layers cannot tell a dense model from one "
+    "whose experts are computed in another way",
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register": "no adapter on experts: the routed layer is not "
     "among transformers' implementations of experts",
     "transformers.integrations.moe:_grouped_linear": "PERFT's adapters are not computed",

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from .models import _ATTENTION, _attention_paths, _decoder_layers, _inside, _modules, moe_layers
+from .moe_layers import _ATTENTION, _attention_paths, _decoder_layers, _inside, _modules, moe_layers
 
 _BITS = {"Linear4bit": 4, "Linear8bitLt": 8}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
-from .models import moe_layers, unwrap
+from .moe_layers import moe_layers, unwrap
 
 _TOKENS = 64
 _SPREAD = 3.0  # of the scores: the chosen experts' weights are to differ

@@ -10,7 +10,7 @@ from ..base.errors import HotLoraError
 from ..base.files import read_json, write_json
 from ..cost.estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
-from ..hf.models import moe_layers, num_experts_per_tok, unwrap
+from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..report import text
 from ..report.published import MODELS
 from ..runs.methods import METHODS, resolve

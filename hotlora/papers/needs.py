@@ -20,7 +20,8 @@ from ..bench.contenders import Contender
 from ..bench.worker import matrix_rate
 from ..cost.estimate import coverage_at, estimate, meta_model, sized_config
 from ..cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
-from ..hf.models import NANO, load_tokenizer, moe_layers, num_experts_per_tok
+from ..hf.models import NANO, load_tokenizer
+from ..hf.moe_layers import moe_layers, num_experts_per_tok
 from ..routing.plan import DEFAULT_FRACTION
 from ..routing.profile import experts_kept
 from ..runs.options import RunOptions

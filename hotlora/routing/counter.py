@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..base import processes
 from ..base.errors import ModelError
-from ..hf import models
 from ..hf.experts_view import ExpertsView
+from ..hf.moe_layers import is_no_expert, unwrap
 
 # What is summed is integers of these units: then a sum does not depend on the order in which a GPU's atomics add, and
 # devices without float64 (mps) keep full precision. A float32 weight above 2**-13 is exact. Norms may be larger, and
@@ -65,7 +65,7 @@ class Counter:
         if self.sums is None:
             self.sums = torch.zeros(len(self.held), self.num_experts + 1, dtype=torch.int64, device=device)
             self.bad = torch.zeros((), dtype=torch.int64, device=device)
-            self.is_expert_parallel = ExpertsView(models.unwrap(module)).is_expert_parallel
+            self.is_expert_parallel = ExpertsView(unwrap(module)).is_expert_parallel
             if self.is_expert_parallel and self.with_saliency:
                 raise ModelError("saliency is not gathered under expert parallelism: leave one of the two out")
         if device not in self.masks:
@@ -74,7 +74,7 @@ class Counter:
         assert mask_T.numel() == len(index_TK), "the experts must see every token of the batch once"
         weight_TK = weight_TK.reshape(index_TK.shape)
         here_TK = mask_T[:, None] & (index_TK >= 0) & (index_TK < self.num_experts)
-        skipped_TK = models.is_no_expert(index_TK, weight_TK) if self.skips_tokens else torch.zeros_like(here_TK)
+        skipped_TK = is_no_expert(index_TK, weight_TK) if self.skips_tokens else torch.zeros_like(here_TK)
         counted_TK = here_TK & ~skipped_TK
         self.skipped = self.skipped + (here_TK & ~counted_TK).sum()
         units_TK = self._units(weight_TK, "mass", counted_TK)

@@ -47,7 +47,7 @@ class ExpertPlan:
     """the rule's parameters, such as experts_per_layer and signal; those that the rule reads"""
     profile_hash: str | None = None
     fingerprint: str | None = None
-    """`models.fingerprint` of the model that the profile was made on"""
+    """`moe_layers.fingerprint` of the model that the profile was made on"""
     ranks: dict[int, tuple[int, ...]] | None = None
     """optional rank of each expert's adapter, in the order of `experts`; None = the config's `r` for all"""
 

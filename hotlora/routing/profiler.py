@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..base import processes
 from ..base.errors import DataError, ModelError
-from ..hf import forward, models
+from ..hf import forward
+from ..hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok, skips_tokens
 from .counter import UNITS, Counter, in_units, sums_of
 from .profile import RoutingProfile
 
@@ -86,7 +87,7 @@ class Watch:
         self, model: nn.Module, *, saliency: bool = False, share_out: bool = False, by_example: Sequence[str] = ()
     ) -> None:
         self.model, self.share_out = model, share_out
-        self.layers = models.moe_layers(model)
+        self.layers = moe_layers(model)
         sizes = sorted({layer.num_experts for layer in self.layers})
         if len(sizes) > 1:
             raise ModelError(f"the model's layers have {sizes} experts: hotlora needs one number for all layers")
@@ -95,7 +96,7 @@ class Watch:
         held = tuple(UNITS)[: 3 if saliency else 2]
         kept = [held.index(name) for name in by_example]
         self.by_example = tuple(by_example)
-        skips = models.skips_tokens(model)
+        skips = skips_tokens(model)
         self.counters = [Counter(layer.num_experts, held, kept, skips) for layer in self.layers]
         self.num_tokens, self._packs, self._told = 0, False, False
         self._mine: list[bool] = []
@@ -171,7 +172,7 @@ class Watch:
             num_tokens = sum(processes.all_objects(num_tokens))
         if num_tokens == 0:
             raise DataError("no token to profile on: give at least one batch with a token that is not padding")
-        top_k = models.num_experts_per_tok(self.model)
+        top_k = num_experts_per_tok(self.model)
         sums, skipped, bad = sums_of(self.counters, share_out=self.share_out)
         if bad:
             raise ModelError(
@@ -184,7 +185,7 @@ class Watch:
         whole = sums["count"].sum(dim=1) + skipped == num_tokens * top_k * runs
         assert partial or whole.all(), "a row must sum to tokens x K, each time that the layer runs"
         name = getattr(getattr(self.model, "config", None), "name_or_path", None)
-        origin = {"fingerprint": models.fingerprint(self.model)} | ({"model": name} if name else {})
+        origin = {"fingerprint": fingerprint(self.model)} | ({"model": name} if name else {})
         return RoutingProfile(
             tuple(layer.layer for layer in self.layers), sums["count"], sums["mass"], num_tokens, top_k,
             origin | dict(source or {}), sums.get("saliency"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..base.errors import DataError, ModelError
-from ..hf import models
+from ..hf.moe_layers import MoELayer, expert_groups, moe_layers, num_experts_per_tok, skips_tokens
 from .routes import UNKNOWN, Routes, all_or_none, check_distinct, decoder_of, tokens_of
 
 _log = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ def replay_routing(model: nn.Module, expert_ids: Tensor | Routes) -> Iterator[No
         ModelError: a family whose router does not choose by top-k (phimoe), found in the first forward; under gradient
             checkpointing two forwards of other experts before their backward.
     """
-    layers = models.moe_layers(model)
-    replay = _Replay(layers, models.num_experts_per_tok(model), models.expert_groups(model), models.skips_tokens(model))
+    layers = moe_layers(model)
+    replay = _Replay(layers, num_experts_per_tok(model), expert_groups(model), skips_tokens(model))
     fixed = None if isinstance(expert_ids, Routes) else replay.checked(expert_ids, "expert_ids")
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,9 +90,7 @@ class _Replay:
     of the last forward with gradients. Nothing tells a layer which forward is run again, so it can be but that one.
     """
 
-    def __init__(
-        self, layers: Sequence[models.MoELayer], top_k: int, num_groups: int | None, skips_tokens: bool
-    ) -> None:
+    def __init__(self, layers: Sequence[MoELayer], top_k: int, num_groups: int | None, skips_tokens: bool) -> None:
         self.layers, self.top_k, self.num_groups, self.skips_tokens = layers, top_k, num_groups, skips_tokens
         self.given: Tensor | None = None
         self.modes: list[list[_Choice]] = [[] for _ in layers]
@@ -259,7 +257,7 @@ def _is_backward() -> bool:
     return task != -1
 
 
-def _scope(model: nn.Module, layer: models.MoELayer) -> nn.Module:
+def _scope(model: nn.Module, layer: MoELayer) -> nn.Module:
     """The innermost module that holds the router and the experts, or the router, where that is a whole decoder layer
     (gemma4): its hooks do not run when gradient checkpointing runs the layer again."""
     parts = [path.replace(".", "/") for path in (layer.experts, layer.router)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import DataError
-from ..hf import models
+from ..hf.moe_layers import MoELayer, is_no_expert, moe_layers, skips_tokens
 
 UNKNOWN = -1
 """In the place of an expert: no route is known, the router chooses."""
@@ -115,8 +115,8 @@ def record_routing(model: nn.Module) -> Iterator["Recorded"]:
         model.generate(**inputs)
     routes.add(tokens, recorded.expert_ids()[:, 0].transpose(0, 1))    # of row 0
     """
-    layers = models.moe_layers(model)
-    recorded = Recorded(layers, models.skips_tokens(model))
+    layers = moe_layers(model)
+    recorded = Recorded(layers, skips_tokens(model))
     with ExitStack() as stack:
         stack.callback(decoder_of(model).register_forward_pre_hook(recorded.begin, with_kwargs=True).remove)
         for number, layer in enumerate(layers):
@@ -128,7 +128,7 @@ def record_routing(model: nn.Module) -> Iterator["Recorded"]:
 class Recorded:
     """What `record_routing` has seen."""
 
-    def __init__(self, layers: Sequence[models.MoELayer], skips_tokens: bool) -> None:
+    def __init__(self, layers: Sequence[MoELayer], skips_tokens: bool) -> None:
         self._layers, self._skips_tokens = layers, skips_tokens
         self._seen: list[list[Tensor]] = [[] for _ in layers]
         self._shapes: list[tuple[int, int]] = []
@@ -141,7 +141,7 @@ class Recorded:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             index_TK, weight_TK = (*args, *kwargs.values())[1:3]
             if self._skips_tokens:
-                is_none = models.is_no_expert(index_TK, weight_TK.reshape(index_TK.shape))
+                is_none = is_no_expert(index_TK, weight_TK.reshape(index_TK.shape))
                 index_TK = index_TK.masked_fill(is_none, self._layers[number].num_experts)
             self._seen[number].append(index_TK.detach().reshape(*self._shapes[-1], -1).clone())
 

@@ -16,16 +16,8 @@ from ..base.files import file_in
 from ..base.processes import sharding, uses_deepspeed
 from ..hf.forward import check_aux_loss
 from ..hf.hub import check_push
-from ..hf.models import (
-    check_packed,
-    checked_device,
-    checked_dtype,
-    fingerprint,
-    moe_layers,
-    num_experts_per_tok,
-    packing,
-    structure,
-)
+from ..hf.models import check_packed, checked_device, checked_dtype, packing, structure
+from ..hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok
 from ..hf.routers import check_softmax_routers
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile

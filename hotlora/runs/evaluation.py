@@ -29,7 +29,8 @@ from ..evaluation.score import (
     write_losses,
 )
 from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
-from ..hf.models import attention_modules, fingerprint, load_tokenizer, model_source, structure
+from ..hf.models import load_tokenizer, model_source, structure
+from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..tasks import Example, Task
 from ..tasks.data import data_hash, load_examples, task_of, trained_parts

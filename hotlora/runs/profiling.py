@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from ..base.processes import check_alike, is_main
-from ..hf.models import fingerprint
+from ..hf.moe_layers import fingerprint
 from ..routing.agreement import disagreements
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_routing

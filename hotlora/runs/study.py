@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..adapter.quantize import experts_in
 from ..base.errors import DataError
 from ..hf.experts_view import ExpertsView
-from ..hf.models import load_model, load_tokenizer, moe_layers, unwrap, vocab_size
+from ..hf.models import load_model, load_tokenizer, vocab_size
+from ..hf.moe_layers import moe_layers, unwrap
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_examples
 from ..routing.study import Study, study

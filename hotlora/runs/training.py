@@ -39,7 +39,8 @@ from ..base.processes import (
 from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record, write_record
 from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
-from ..hf.models import fingerprint, load_tokenizer, vocab_size
+from ..hf.models import load_tokenizer, vocab_size
+from ..hf.moe_layers import fingerprint
 from ..hf.stopping import add_stop_tokens, save_stop_tokens
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..base.errors import HotLoraError
 from ..hf.experts_view import ExpertsView
-from ..hf.models import moe_layers, unwrap
+from ..hf.moe_layers import moe_layers, unwrap
 from ..hf.routers import check_softmax_routers, scores_of
 from ..layer.function import Autocast
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.experts import HotLoraExperts
-from ..hf.models import moe_layers
+from ..hf.moe_layers import moe_layers
 from ..routing.plan import ExpertPlan
 
 FACTORS = HotLoraExperts.adapter_layer_names[:4]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...base.errors import FileError, HotLoraError, ModelError
 from ...base.files import atomic_folder, write_json
-from ...hf.models import NANO, NANO_PATH, attention_modules
+from ...hf.models import NANO, NANO_PATH
+from ...hf.moe_layers import attention_modules
 from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
 from ..on_top_of import described, merged_for_now, merged_into

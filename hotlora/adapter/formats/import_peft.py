@@ -21,7 +21,7 @@ from ...base.files import read_json
 from ...base.quiet import quiet
 from ...base.unchanged import unchanged_on_error
 from ...hf.experts_view import ExpertsView
-from ...hf.models import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
+from ...hf.moe_layers import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from ...routing.plan import ExpertPlan
 from ..load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from ..model import HotLoraConfig

@@ -8,7 +8,8 @@ from torch import nn
 
 from ...base.files import read_json
 from ...hf.experts_view import ExpertsView
-from ...hf.models import attention_modules, model_from_config, moe_layers, own_dtype, unwrap
+from ...hf.models import model_from_config, own_dtype
+from ...hf.moe_layers import attention_modules, moe_layers, unwrap
 from ..load import CONFIG_FILE
 from .export import adapter_in
 from .vllm import LARGEST_RANK, room_for

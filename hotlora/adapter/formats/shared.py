@@ -19,7 +19,7 @@ from ...base.errors import HotLoraError
 from ...hf.experts_view import ExpertsView
 from ...hf.internals import internal
 from ...hf.linears import quantized_bits_of
-from ...hf.models import moe_layers
+from ...hf.moe_layers import moe_layers
 from ...routing.plan import ExpertPlan
 from ..config import HotLoraConfig
 from ..experts import HotLoraExperts

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hf import models
+from ...hf.models import model_from_config, structure
+from ...hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok, skips_tokens
 from .found import Known
 
 _TOKENS = 64  # that a router is tried on
@@ -17,15 +18,15 @@ _TOKENS = 64  # that a router is tried on
 def known_of(model: str | os.PathLike[str]) -> Known:
     """model: a config.json, its folder, nano, or a name on the Hub. ModelError or FileError where there is none."""
     path = Path(model).expanduser()
-    built = models.model_from_config(path) if path.is_file() else models.structure(str(model))
-    layers = models.moe_layers(built)
-    top_k = models.num_experts_per_tok(built)
+    built = model_from_config(path) if path.is_file() else structure(str(model))
+    layers = moe_layers(built)
+    top_k = num_experts_per_tok(built)
     is_highest, norm_topk_prob = _tried(built.get_submodule(layers[0].router), top_k, built.config.get_text_config())
     name = built.config.get_text_config().model_type
     return Known(
         layers[0].num_experts, top_k, tuple(layer.layer for layer in layers),
-        built.config.get_text_config().num_hidden_layers, models.fingerprint(built), str(model),
-        models.skips_tokens(built), norm_topk_prob,
+        built.config.get_text_config().num_hidden_layers, fingerprint(built), str(model),
+        skips_tokens(built), norm_topk_prob,
         "" if is_highest else f"the router of {name} does not choose the K highest of them (a bias, groups of experts)",
     )  # fmt: skip
 
