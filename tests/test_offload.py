@@ -16,14 +16,17 @@ from loading_memory import own_bytes, watched
 from runs import run_evaluation, run_training
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
+from torch import nn
 from zoo import families, zoo_model
 
 import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.offload import DenseExperts, Fetcher, MappedFolder, OffloadedExperts, keep_on_device, pinned
+from hotlora.adapter.offload_embedding import HostEmbedding, offload_embedding
 from hotlora.adapter.packed import PackedExperts
 from hotlora.adapter.quantize import ExpertsQuantization, quantize_experts
 from hotlora.adapter.quantized import QuantizedExperts
+from hotlora.adapter.stored import quantized_parameters
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.hf.models import load_model
 from hotlora.hf.moe_layers import moe_layers
@@ -61,7 +64,8 @@ def trained(model, num_steps: int = 2, **options) -> list[torch.Tensor]:
     plan = tiny_plan(model, {layer.layer: [0, 1] for layer in moe_layers(model)})
     adapted = peft.get_peft_model(model, HotLoraConfig(plan=plan, r=2, lora_dropout=0.1, **options)).train()
     factors = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer, batch = torch.optim.SGD(factors, lr=0.5), tiny_batch(vocab_size=100)
+    optimizer = torch.optim.SGD(factors, lr=0.5)
+    batch = {name: tensor.to(factors[0].device) for name, tensor in tiny_batch(vocab_size=100).items()}
     for _ in range(num_steps):
         adapted(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
@@ -156,6 +160,60 @@ def test_experts_on_the_host_stay_there_when_the_model_moves():
     model.to("cpu")
     assert [tensor.data_ptr() for holder in holders for tensor in holder.on_host] == addresses
     assert "on the host" in repr(model)
+
+
+def test_the_embedding_is_read_from_the_host(tmp_path):
+    model, batch = tiny_model(), tiny_batch()
+    expected = trained(copy.deepcopy(model))
+    table = model.get_input_embeddings().weight
+    offload_embedding(model, pinned)  # on a CPU a tensor as any other
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), pinned))
+    for ours, theirs in zip(trained(model), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    there = model.get_input_embeddings()
+    assert there.nbytes == table.nbytes and "on the host" in repr(model)
+    assert quantized_parameters(model) == table.numel()
+    model.to("meta")
+    assert there.weight.device.type == "meta" and there._table[0].device.type == "cpu"
+    assert there(batch["input_ids"]).shape == (*batch["input_ids"].shape, table.shape[1])
+
+
+def test_an_embedding_that_is_the_heads_weight_stays(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.data_ptr()
+    offload_embedding(model, pinned)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.get_input_embeddings().weight.data_ptr() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
+@pytest.mark.parametrize(
+    ("seed", "dtype", "is_in_it"), [(0, torch.float32, True), (1, torch.float32, False), (0, torch.float64, False)]
+)
+def test_the_embedding_stays_in_the_checkpoints_file(tmp_path, seed, dtype, is_in_it):
+    tiny_model().save_pretrained(tmp_path)
+    files = [str(tmp_path / "model.safetensors")]
+    model = tiny_model(seed=seed).to(dtype)
+    table = model.get_input_embeddings().weight.clone()
+    offload_embedding(model, MappedFolder(tmp_path / "folder").mapped, files)
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert (files[0] in Path("/proc/self/maps").read_text()) == is_in_it
+    assert any(str(tmp_path / "folder") in line for line in mapped_files()) == (not is_in_it)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [None, 4])
+def test_on_a_gpu_as_resident(tmp_path, bits):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    found = []
+    for offload in (False, True):
+        config = ExpertsQuantization(bits, offload=offload) if bits or offload else None
+        model = hotlora.load_model(tmp_path, device="cuda", dtype="bfloat16", quantization_config=config)
+        assert isinstance(model.get_input_embeddings(), HostEmbedding) == offload
+        found.append(trained(model))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_merging_into_experts_on_the_host_is_refused():
@@ -300,7 +358,7 @@ def test_it_says_how_large_the_file_is_and_how_fast_the_disk(tmp_path, caplog):
     hotlora.load_model(
         "nano", device="cpu", quantization_config=ExpertsQuantization(None, offload=True, offload_folder=tmp_path)
     )
-    assert f"19 MB of experts are read from a file in {tmp_path}" in caplog.text and "/s" in caplog.text
+    assert f"19 MB of weights are read from a file in {tmp_path}" in caplog.text and "/s" in caplog.text
 
 
 @pytest.mark.parametrize(

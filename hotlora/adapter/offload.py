@@ -26,6 +26,7 @@ from ..base.errors import FileError
 from ..base.precision import say_once
 from ..base.sizes import size_words
 from ..hf.moe_layers import moe_layers, unwrap
+from .offload_embedding import offload_embedding
 
 _ALIGNED = 256  # bytes, as torch's allocators place tensors for kernels
 _TRIES = 1000  # of a folder that other processes remove
@@ -74,7 +75,7 @@ class MappedFolder:
             there_are = size_words(self.num_bytes)
             is_there = self.folder if self.folder.exists() else self.folder.parent
             raise FileError(
-                f"offload_folder {self.folder} is full ({error.strerror}): {there_are} of experts are there, the next "
+                f"offload_folder {self.folder} is full ({error.strerror}): {there_are} are there, the next "
                 f"{size_words(tensor.nbytes)} did not fit, {size_words(shutil.disk_usage(is_there).free)} are free. "
                 f"Give a folder on another disk (--offload-folder){fewer}."
             ) from error
@@ -113,7 +114,7 @@ class MappedFolder:
         """What was written, and how fast: a slow disk slows every step."""
         if self.num_bytes:
             size, speed = size_words(self.num_bytes), size_words(self.num_bytes / max(self.seconds, 1e-9))
-            say_once(f"{size} of experts are read from a file in {self.folder}, written at {speed}/s")
+            say_once(f"{size} of weights are read from a file in {self.folder}, written at {speed}/s")
 
 
 class DenseExperts(nn.Module):
@@ -338,17 +339,21 @@ class Offload:
 
     def __call__(self, held: Any) -> Any:
         """`held`, a tensor or a holder of experts, as it waits."""
-        place = pinned if self.folder is None else self.folder.mapped
         if held.device.type != "cpu":
             fetcher = self.fetchers.setdefault(held.device, Fetcher(held.device))
-            return OffloadedExperts(DenseExperts(held) if isinstance(held, Tensor) else held, fetcher, place)
+            return OffloadedExperts(DenseExperts(held) if isinstance(held, Tensor) else held, fetcher, self._place)
         if isinstance(held, Tensor):
-            return place(held)
+            return self._place(held)
         for name in held.stored:
-            setattr(held, name, place(getattr(held, name)))
+            setattr(held, name, self._place(getattr(held, name)))
         return held
 
-    def say(self) -> None:
+    def _place(self, tensor: Tensor) -> Tensor:
+        return pinned(tensor) if self.folder is None else self.folder.mapped(tensor)
+
+    def finish(self, model: nn.Module, checkpoint_files: Sequence[str] | None) -> None:
+        """What is left to do of a model that has been loaded: its embedding; and says what was written."""
+        offload_embedding(model, self._place, checkpoint_files or ())
         if self.folder is not None:
             self.folder.say()
 

@@ -118,6 +118,7 @@ class _PackedQuantizer(HfQuantizer):
         return self
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.checkpoint_files = kwargs.get("checkpoint_files")
         linear = self.quantization_config.linear
         self.linears = None if linear is None else Linears(linear)
         if self.linears is not None:
@@ -163,7 +164,7 @@ class _PackedQuantizer(HfQuantizer):
         # It has the steps of this loading, and would be undone in saving; transformers 5.24 drops it, too.
         model.__dict__.pop("_weight_conversions", None)
         if self.quantization_config.offload is not None:
-            self.quantization_config.offload.say()
+            self.quantization_config.offload.finish(model, self.checkpoint_files)
         bits, told = quantized_bits(model), []
         if self.linears is not None:
             self.linears.finish(model)

@@ -185,6 +185,7 @@ class _ExpertsQuantizer(HfQuantizer):
     quantization_config: ExpertsQuantization
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.checkpoint_files = kwargs.get("checkpoint_files")
         config = self.quantization_config
         config.failure.error = None  # of a loading before
         kept = _kept_ids(model, config.keep)
@@ -222,7 +223,7 @@ class _ExpertsQuantizer(HfQuantizer):
         if self.linears is not None:
             self.linears.finish(model)
         if self.quantization_config.offload is not None:
-            self.quantization_config.offload.say()
+            self.quantization_config.offload.finish(model, self.checkpoint_files)
         give_back()
         if is_plain(model) and self.linears is None:  # of a CPU, whose offloaded experts are tensors
             use_routed_layer(model)

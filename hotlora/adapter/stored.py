@@ -13,6 +13,7 @@ from ..hf.moe_layers import moe_layers, unwrap
 from ..layer.function import use_routed_layer
 from .linears import linear_bits
 from .offload import OffloadedExperts
+from .offload_embedding import HostEmbedding
 from .packed import NAMES, PackedExperts
 from .quantized import QuantizedExperts
 
@@ -52,8 +53,8 @@ def expert_bytes(model: nn.Module) -> int:
 
 
 def quantized_parameters(model: nn.Module) -> int:
-    """How many weights are held in quantized or packed experts, where `parameters()` does not see them."""
-    return sum(module.numel() for module in model.modules() if isinstance(module, HELD))
+    """How many weights are held where `parameters()` does not see them: in few bits, or on the host."""
+    return sum(module.numel() for module in model.modules() if isinstance(module, (*HELD, HostEmbedding)))
 
 
 def check_mergeable(model: nn.Module) -> None:

@@ -8,12 +8,13 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
+from ..adapter.offload_embedding import is_apart
 from ..adapter.quantized import BLOCK
 from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
@@ -170,7 +171,7 @@ def device_of(name: str | torch.device) -> torch.device:
 
 def _weights(meta: PreTrainedModel, kept: list[int]) -> dict[str, Any]:
     """Numbers of weights, as `Step` has them. kept: of each MoE layer's experts, how many are adapted."""
-    layers, head = moe_layers(meta), meta.get_output_embeddings()
+    layers, head, embedding = moe_layers(meta), meta.get_output_embeddings(), cast(Any, meta.get_input_embeddings())
     modules: list[Any] = [unwrap(meta.get_submodule(layer.experts)) for layer in layers]
     routed = {id(p) for module in modules for p in module.parameters(recurse=False) if p.ndim == 3}
     views = [ExpertsView(module) for module in modules]
@@ -187,7 +188,8 @@ def _weights(meta: PreTrainedModel, kept: list[int]) -> dict[str, Any]:
     of_experts = sum(layer.up + layer.down for layer in experts)
     return {
         "experts": tuple(experts), "linear": tuple(linear), "other": total - of_experts - sum(linear),
-        "head": head.weight.numel(), "blocks": tuple((a, b) for a, b in blocks.values()),
+        "embedding": embedding.weight.numel() if is_apart(meta) else 0, "head": head.weight.numel(),
+        "blocks": tuple((a, b) for a, b in blocks.values()),
     }  # fmt: skip
 
 

@@ -66,6 +66,8 @@ class Step:
     """Of each nn.Linear that `quantize_linear` stores in few bits."""
     other: int
     """All that is left."""
+    embedding: int
+    """Of it the table, where it is no weight of the head."""
     head: int
     blocks: tuple[tuple[int, int], ...]
     """Of each decoder layer: in routed experts, and beside them."""
@@ -152,8 +154,9 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
     is_on_disk = step.on_cpu or storage.offload_folder is not None
     gradients = step.trainable * 4.0
     activations, peak = _peak(step, storage, gradients)
+    table = step.embedding * step.itemsize if storage.offload != "none" else 0  # stays in the checkpoint's file
     kinds = {
-        "weights": here + linear + step.other * step.itemsize,
+        "weights": here + linear + step.other * step.itemsize - table,
         "staging": 0 if step.on_cpu else _staging(step, storage),
         "adapter": step.trainable * 4,
         "gradients": gradients,
