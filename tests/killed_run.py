@@ -36,6 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "dr-lora": {"method": "dr-lora", "grow_every": 4},
     "perft-r": {"method": "perft-r"},
     "dense-mixer": {"dense_mixer": True},
+    "offload": {"offload": "all"},
+    "offload-quantized": {"offload": "all", "quantize": 4},
 }
 TIMES = ("started", "seconds", "tokens_per_second", "peak_memory_bytes", "resumed_from")
 # Where a save may be cut: the weights are there and no optimizer, all but the random state, all but the mark, …

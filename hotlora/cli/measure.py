@@ -23,7 +23,7 @@ _NOT_LORA = {"full", "use_dora", "train_full_experts", "perft"}
 _OF_STEP = ("batch_size", "max_length")
 _STORED = (
     "quantize", "keep_hot", "quantize_linear", "offload", "offload_folder", "optim", "gradient_checkpointing",
-    "gradient_accumulation_steps",
+    "activation_offloading", "gradient_accumulation_steps",
 )  # fmt: skip
 
 

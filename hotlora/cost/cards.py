@@ -7,7 +7,7 @@ that is assumed to be what an H200 got.
 from dataclasses import dataclass
 
 from .cluster import H100, H200, H200_SHARES, Machine
-from .memory import Step, Storage, few_bits, memory, transfer_bytes
+from .memory import Step, Storage, activation_bytes, few_bits, memory, transfer_bytes
 
 PCIE_4, PCIE_5 = 31.5e9, 63.0e9
 """Bytes/s each way of 16 lanes; `link_share` of it is counted on."""
@@ -41,7 +41,7 @@ class StepTime:
 
     compute: float
     transfer: float
-    """Of offloaded experts, while layers compute."""
+    """Of offloaded experts and activations, while layers compute."""
     step: float
 
     @property
@@ -65,6 +65,8 @@ def step_time(step: Step, storage: Storage, card: Machine) -> StepTime:
     from_disk = step.on_cpu or storage.offload_folder is not None
     speed = DISK if from_disk else host_link(card) * card.link_share
     transfer = transfer_bytes(step, storage) / speed
+    if moved := activation_bytes(step, storage):  # there and back
+        transfer += 2 * moved / (host_link(card) * card.link_share)
     return StepTime(batches * compute, batches * transfer, batches * max(compute, transfer))
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..base.errors import HotLoraError
+from ..training.activation_offloading import check_activation_offloading
 from ..training.labelled_loss import LOGITS
 
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU
 _SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
+_ON_THEIR_WAY = 5  # activations that TRL keeps on the card while copies of them are made
 _DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
 
 OFFLOADS = ("none", "cold", "all")
@@ -128,6 +130,7 @@ class Storage:
     """Where it is given, offloaded experts are on disk, also those of a GPU."""
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
+    activation_offloading: bool = False
     gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -153,6 +156,7 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
         stays, leaves = stays + leaves, 0
     is_on_disk = step.on_cpu or storage.offload_folder is not None
     gradients = step.trainable * 4.0
+    moved = activation_bytes(step, storage)
     activations, peak = _peak(step, storage, gradients)
     table = step.embedding * step.itemsize if storage.offload != "none" else 0  # stays in the checkpoint's file
     kinds = {
@@ -165,7 +169,7 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
         "workspace": max(0.0, peak - activations - gradients),
     }
     found = {kind: round(size) for kind, size in kinds.items()}
-    host = leaves + (0 if is_on_disk else away)
+    host = leaves + moved + (0 if is_on_disk else away)
     return found | {"total": sum(found.values()), "host": round(host), "disk": round(away if is_on_disk else 0)}
 
 
@@ -182,6 +186,24 @@ def transfer_bytes(step: Step, storage: Storage) -> float:
     _, away = expert_bytes(step, storage)
     ups = sum(layer.up for layer in step.experts) / step.expert_weights
     return away * (2 + (ups if storage.gradient_checkpointing else 0))
+
+
+def activation_bytes(step: Step, storage: Storage) -> float:
+    """What `activation_offloading` has in RAM at the end of a forward: all but the last layer's, or under gradient
+    checkpointing all but the last layers' inputs."""
+    if not storage.activation_offloading:
+        return 0.0
+    check_activation_offloading(storage.activation_offloading, step.device)
+    layers, size = len(step.blocks), _kept(step, storage)
+    stays = min(layers, _ON_THEIR_WAY if storage.gradient_checkpointing else 1)
+    return size * (1 - stays / layers)
+
+
+def _kept(step: Step, storage: Storage) -> float:
+    """Of a forward's activations, what is there for the backward."""
+    if storage.gradient_checkpointing:
+        return step.tokens * step.width * step.itemsize * len(step.blocks)
+    return step.rest + step.expert_row * step.tokens * len(step.experts)
 
 
 def quantized_bytes(bits: int) -> float:
@@ -242,11 +264,9 @@ def _peak(step: Step, storage: Storage, gradients: float) -> tuple[float, float]
     gradients; and the first layer's, when all gradients of what trains are there and the activations are gone.
     """
     layers, adds_up = len(step.blocks), storage.gradient_accumulation_steps > 1
-    kept = in_loss = step.rest + step.expert_row * step.tokens * len(step.experts)
-    one = kept / layers
-    if storage.gradient_checkpointing:
-        in_loss = step.tokens * step.width * step.itemsize * layers
-        kept = in_loss + one
+    one = _kept(step, replace(storage, gradient_checkpointing=False)) / layers
+    in_loss = _kept(step, storage) - activation_bytes(step, storage)
+    kept = in_loss + one * storage.gradient_checkpointing
     logits, rows = _logits(step), _rows(step, storage)
     moments = (
         in_loss + logits + gradients * adds_up,

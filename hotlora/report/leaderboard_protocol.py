@@ -65,8 +65,8 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunOpt
 # No choice of a method: what the protocol has, names of files, what only watches or spares memory, the seed.
 _NOT_OWN = {
     *NAMES, *FREE_OPTIONS, "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "model", "data",
-    "test_data", "scores", "seed", "evaluate", "eval_steps", "gradient_checkpointing", "attn_implementation",
-    "test_split",
+    "test_data", "scores", "seed", "evaluate", "eval_steps", "gradient_checkpointing", "activation_offloading",
+    "attn_implementation", "test_split",
 }  # fmt: skip
 _OWN = [f.name for f in fields(RunOptions) if f.metadata["resume"] == "same" and f.name not in _NOT_OWN]
 _CHOICE = {field.name for field in fields(Selection)}

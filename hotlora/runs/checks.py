@@ -21,6 +21,7 @@ from ..hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok
 from ..hf.routers import check_softmax_routers
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
+from ..training.activation_offloading import check_activation_offloading
 from ..training.named import check_optim, schedule_options
 from ..training.rank_growth import Growth
 from ..training.reprofile import LEFT
@@ -45,7 +46,7 @@ def check_run(options: RunOptions) -> None:
     check_report_to(options.report_to)
     check_optim(options.optim)
     schedule_options(options)
-    checked_device(options.device)
+    check_activation_offloading(options.activation_offloading, checked_device(options.device))
     checked_dtype(options.dtype)
     stored = experts_in(
         options.quantize, linear=options.quantize_linear, offload=options.offload != "none",

@@ -38,6 +38,7 @@ class TrainKeywords(TypedDict, total=False):
     neftune_noise_alpha: float | None
     seed: int
     gradient_checkpointing: bool
+    activation_offloading: bool
     aux_loss_coef: float
     dense_mixer: bool
     r: int

@@ -73,6 +73,11 @@ class TrainConfig(Options):
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass: less memory, slower.", False, panel=_TRAINING
     )
+    activation_offloading: bool = option(
+        "Keep activations of a GPU in RAM until the backward pass needs them: less memory, slower.",
+        False,
+        panel=_TRAINING,
+    )
     aux_loss_coef: float = option(
         "Weight of the router's load-balancing loss; 0 is off, whatever the model's config says.", 0.0, panel=_TRAINING
     )

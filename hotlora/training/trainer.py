@@ -34,6 +34,7 @@ from ..hf.forward import TEXTS, check_aux_loss_of, check_packing
 from ..hf.routers import check_softmax_routers
 from ..tasks.tokens import IGNORE
 from . import checkpoints, extend, guard
+from .activation_offloading import check_activation_offloading
 from .as_loaded import LoadedConfigs
 from .config import TrainConfig
 from .dense_mixer import dense_mixer
@@ -263,11 +264,13 @@ def make_trainer(
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = device_of(model).type == "cpu"
     bf16 = next(model.parameters()).dtype == torch.bfloat16
+    check_activation_offloading(config.activation_offloading, device_of(model))
     say_if_slow(device_of(model).type, next(model.parameters()).dtype)
     recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
     arguments = SFTConfig(
         **checkpointing,
+        activation_offloading=config.activation_offloading,
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
