@@ -192,6 +192,28 @@ def test_an_adapter_on_a_packed_base(written, kind, tmp_path):
     assert not holders(reread) and torch.equal(reread(**batch).logits, merged(**batch).logits)
 
 
+@pytest.mark.parametrize("format", ["peft", "vllm", "sglang", "gguf", "mlx"])
+@checkpoints
+def test_exports_hold_what_they_hold_from_a_dense_base(written, kind, format, tmp_path):
+    """Stored experts are no parameters, and an export from them once left out their adapters."""
+    if format == "gguf":
+        pytest.importorskip("gguf", reason="needs gguf: pip install hotlora[gguf]")
+    plan, options = tiny_plan(made(FAMILY[kind])), {"r": 4, "train_router": False, "init_lora_weights": False}
+    for dense in (True, False):
+        torch.manual_seed(0)
+        base = load_model(written[kind], device="cpu", dequantize=dense)
+        adapted = peft.get_peft_model(base, HotLoraConfig(plan=plan, **options))
+        try:
+            hotlora.export_adapter(adapted, tmp_path / str(dense), format=format)
+        except HotLoraError:
+            if not dense:
+                raise
+            pytest.skip(f"{format} does not take {FAMILY[kind]}")
+    for file in (tmp_path / "True").iterdir():
+        if file.suffix in (".safetensors", ".gguf"):
+            assert file.read_bytes() == (tmp_path / "False" / file.name).read_bytes()
+
+
 def test_weights_without_their_scales_are_refused(written, tmp_path):
     """FP8 under names that no conversion knows would be read as numbers without scales."""
     shutil.copytree(written["fp8-qwen3"], tmp_path / "other")

@@ -152,9 +152,8 @@ class ExpertsView:
 
     @property
     def weight_names(self) -> list[str]:
-        """Of both projections, in the order in which the module has them."""
-        names = [name for name, _ in self.experts.named_parameters(recurse=False)]
-        return [name for name in names if name in (self.up_name, "down_proj")]
+        """Of both projections, in the order in which every family's module has them while they are dense."""
+        return [self.up_name, "down_proj"]
 
     @property
     def is_forwarded_by_others(self) -> bool:
