@@ -54,6 +54,7 @@ class Asked:
 
 ASKED = (
     Asked("Qwen3-30B-A3B", 12e9, 7e9, None, {}),
+    Asked("Qwen3-30B-A3B", 24e9, 20e9, None, {"quantize": 4, "offload": "none"}),
     Asked("gpt-oss-120b", 24e9, 9e9, 70e9, {}),
     Asked("Qwen3-235B-A22B", 24e9, 22e9, 128e9, {"quantize": 4, "optim": "adamw_8bit"}),
 )
