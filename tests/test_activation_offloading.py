@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import run_training
 from tiny import fill, tiny_batch, tiny_plan
+from transformers import AutoModelForCausalLM, OlmoeConfig
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from zoo import families, zoo_model
 
@@ -17,6 +18,7 @@ from hotlora.base.errors import HotLoraError
 from hotlora.cost.cards import CARDS, step_time
 from hotlora.cost.estimate import estimate, step_of
 from hotlora.cost.memory import Storage, memory
+from hotlora.hf.moe_layers import moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
 
@@ -78,6 +80,51 @@ def test_the_estimate_moves_activations_into_ram(recompute):
     assert here["activations"] + here["host"] == pytest.approx(there["activations"], abs=2)
     assert here["total"] < there["total"]
     assert step_time(step, moved, card).transfer > 0 == step_time(step, plain, card).transfer
+
+
+class _Stream:
+    """A CPU computes in one."""
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def wait_event(self, event: object) -> None: ...
+    def wait_stream(self, other: object) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def test_what_it_leaves_on_the_card_is_what_the_estimate_says(as_accelerator, monkeypatch, tmp_path):
+    """Of what several operations keep, TRL moves the first one's and leaves the others'."""
+    for name in ("Stream", "current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cpu, name, lambda *_: _Stream(), raising=False)
+    monkeypatch.setattr(torch.cpu, "stream", lambda _: nullcontext())
+    config = OlmoeConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+        num_experts=16, num_experts_per_tok=4, dtype="float32", eos_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    step = step_of(tmp_path, batch_size=4, max_length=256, device="cuda", fraction=0.25, coverage=0.25, r=8)
+    model = AutoModelForCausalLM.from_config(config)
+    plan = tiny_plan(model, {layer.layer: [0, 1, 2, 3] for layer in moe_layers(model)})
+    adapted = peft.get_peft_model(model, HotLoraConfig(plan=plan, r=8)).train()
+    ids = torch.randint(0, 500, (4, 256), generator=torch.Generator().manual_seed(0))
+    for recompute in (False, True):
+        if recompute:
+            model.gradient_checkpointing_enable(checkpoint_kwargs())
+        offloading = get_act_offloading_ctx_manager(adapted, use_pin_memory=False)
+        with offloading:
+            model.get_decoder()(input_ids=ids, use_cache=False)
+        found = {True: {}, False: {}}
+        for tensor, is_moved, *_ in offloading.tracker.values():
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in offloading.param_storages:
+                found[is_moved][storage.data_ptr()] = storage.nbytes()
+        # What is moved and left is in both.
+        saved = sum(found[True].values()) - sum(found[False].values())
+        storage = Storage(gradient_checkpointing=recompute, activation_offloading=True)
+        layers = len(step.blocks)  # of which the estimate counts those on their way, too
+        away = memory(step, storage)["host"] * layers / (layers - (5 if recompute else 1))
+        assert away == pytest.approx(saved, rel=0.15)
 
 
 @pytest.mark.gpu

@@ -28,10 +28,11 @@ _PROBED = (64, 192)  # tokens
 
 class SavedBytes:
     """Bytes that autograd keeps for the backward pass of what is run inside. Each storage counts once, in whole;
-    those of the model's weights, and of `others`, do not."""
+    those of the model's weights, and of `others`, do not. `again`: bytes of those that several operations keep."""
 
     def __init__(self, model: nn.Module, *others: Tensor) -> None:
-        self.total = 0
+        self.total = self.again = 0
+        self._times: dict[int, int] = {}
         tensors = (*model.parameters(), *model.buffers(), *others)
         # Held as long as this is: where one is freed before, another could get its address and would not be counted.
         self._seen = {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}
@@ -48,7 +49,11 @@ class SavedBytes:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen[storage._cdata] = storage
+            self._times[storage._cdata] = 0
             self.total += storage.nbytes()
+        if storage._cdata in self._times:
+            self._times[storage._cdata] += 1
+            self.again += storage.nbytes() * (self._times[storage._cdata] == 2)
         return tensor
 
 
@@ -95,6 +100,8 @@ class Rest:
 
     kept: int
     """Bytes that it keeps, and the loss."""
+    again: int
+    """Bytes of it that several operations keep, as the adapters of q, k and v their input."""
     trained: tuple[tuple[int, ...], ...]
     """Shapes of all parameters that train, those of the routed experts too."""
 
@@ -113,7 +120,7 @@ def rest_of_step(
             base.get_decoder()(input_ids=ids, use_cache=False)
     last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
     shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
-    return Rest(saved.total + last, shapes)
+    return Rest(saved.total + last, saved.again, shapes)
 
 
 def _on_cpu(model: nn.Module) -> None:

@@ -156,7 +156,8 @@ def step_of(
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
         expert_widths=(*view.widths, view.num_parts), trained=rest.trained,
-        expert_row=row, rest=rest.kept, coverage=coverage, forward=forward, adapter=adapter, expert_adapter=of_experts,
+        expert_row=row, rest=rest.kept, rest_again=rest.again, coverage=coverage, forward=forward, adapter=adapter,
+        expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),
     )  # fmt: skip
 

@@ -79,6 +79,8 @@ class Step:
     """Bytes that a layer's routed experts keep, a token."""
     rest: int
     """Bytes that all else keeps."""
+    rest_again: int
+    """Of it what several operations keep."""
     coverage: float
     """Share of assignments to adapted experts."""
     forward: Mapping[str, float]
@@ -109,7 +111,8 @@ class Step:
     def of_tokens(self, tokens: int) -> "Step":
         """With batches of so many tokens, in sequences of the same length."""
         factor = tokens / self.tokens
-        return replace(self, tokens=tokens, rest=round(self.rest * factor), flops=self.flops * factor)
+        rest, again = round(self.rest * factor), round(self.rest_again * factor)
+        return replace(self, tokens=tokens, rest=rest, rest_again=again, flops=self.flops * factor)
 
     @property
     def recomputed(self) -> float:
@@ -189,14 +192,16 @@ def transfer_bytes(step: Step, storage: Storage) -> float:
 
 
 def activation_bytes(step: Step, storage: Storage) -> float:
-    """What `activation_offloading` has in RAM at the end of a forward: all but the last layer's, or under gradient
-    checkpointing all but the last layers' inputs."""
+    """What `activation_offloading` has in RAM alone at the end of a forward: under gradient checkpointing all but the
+    last layers' inputs; else all but the last layer's, and but for what several operations keep: TRL copies it for the
+    first, and leaves it on the card for the others."""
     if not storage.activation_offloading:
         return 0.0
     check_activation_offloading(storage.activation_offloading, step.device)
     layers, size = len(step.blocks), _kept(step, storage)
-    stays = min(layers, _ON_THEIR_WAY if storage.gradient_checkpointing else 1)
-    return size * (1 - stays / layers)
+    if storage.gradient_checkpointing:
+        return size * (1 - min(layers, _ON_THEIR_WAY) / layers)
+    return (size - step.rest_again) * (1 - 1 / layers)
 
 
 def _kept(step: Step, storage: Storage) -> float:
