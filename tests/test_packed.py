@@ -192,8 +192,10 @@ def test_an_adapter_on_a_packed_base(written, kind, tmp_path):
     assert not holders(reread) and torch.equal(reread(**batch).logits, merged(**batch).logits)
 
 
-@pytest.mark.parametrize("format", ["peft", "vllm", "sglang", "gguf", "mlx"])
-@checkpoints
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [*((kind, "peft") for kind in WRITERS), *(("mxfp4", format) for format in ("vllm", "sglang", "gguf", "mlx"))],
+)
 def test_exports_hold_what_they_hold_from_a_dense_base(written, kind, format, tmp_path):
     """Stored experts are no parameters, and an export from them once left out their adapters."""
     if format == "gguf":
