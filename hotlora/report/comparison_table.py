@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from os.path import commonpath
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -40,7 +41,10 @@ def terminal_tables(comparison: Comparison) -> Group:
         rows = [cells(row, comparison) for row in table.rows]
         columns = _columns(comparison)
         own, against = columns[:6], [columns[0], *columns[6:]]
-        parts.append(Text(one_line(f"{_title(table)}: {table.measure}"), style="bold"))
+        folder = commonpath([row["condition"].rpartition("/")[0] for row in rows])
+        rows = [row | {"condition": row["condition"].removeprefix(f"{folder}/")} for row in rows]
+        within = f", conditions {folder}/…" if folder else ""
+        parts.append(Text(one_line(f"{_title(table)}: {table.measure}{within}"), style="bold"))
         parts.append(_rich(own, ([row[name] for name in own] for row in rows)))
         parts.append(_rich(against, ([r[name] for name in against] for r in rows if r["reference"] != NONE)))
         parts += [Text(one_line(f"! {note}"), style="yellow") for note in table.notes]
