@@ -311,6 +311,16 @@ def test_every_output_has_the_same_numbers(runs: Path):
     assert row["against"]["tost_holm"]["3"] == hot.tost_holm[3]
 
 
+def test_a_folder_that_all_conditions_share_is_printed_once(tmp_path: Path):
+    for name, scores in (("nano/nano-math/all", (0.5, 0.6)), ("nano/nano-math/hot", (0.6, 0.65))):
+        for seed, score in enumerate(scores):
+            write_run(tmp_path, name, seed, score)
+    comparison = compare_runs(tmp_path, reference="nano/nano-math/all")
+    shown = show(comparison)
+    assert shown.count("nano/nano-math") == 1 and "conditions nano/nano-math/…" in shown
+    assert "nano/nano-math/hot" in csv_text(comparison), "files have whole names"
+
+
 def test_numbers_that_are_missing_are_empty(runs: Path):
     comparison = compare_runs(runs)
     lines = {line["condition"]: line for line in csv.DictReader(io.StringIO(csv_text(comparison)))}
