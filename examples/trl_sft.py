@@ -9,9 +9,9 @@ from trl import SFTConfig, SFTTrainer
 
 import hotlora
 from hotlora.data import load_examples
-from hotlora.hf.models import NANO_PATH
+from hotlora.hf.models import NANOS
 
-MODEL = NANO_PATH  # embedded, needs no network; or the name of any supported model, "allenai/OLMoE-1B-7B-0924"
+MODEL = NANOS["nano"]  # embedded, needs no network; or the name of any supported model, "allenai/OLMoE-1B-7B-0924"
 OUTPUT = "runs/examples/sft"
 STEPS = int(os.environ.get("STEPS", 100))
 

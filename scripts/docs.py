@@ -25,6 +25,7 @@ from gpu import readme_table as gpu_readme_table
 from marks import filled, table
 from models import PAGE as MODELS_PAGE
 from models import page as models_page
+from preregistered import STUDIES, result
 from reliability import PAGE as RELIABILITY_PAGE
 from reliability import page as reliability_page
 from study import PAGE as STUDY_PAGE
@@ -40,16 +41,15 @@ from hotlora.report.leaderboard_page import READING, markdown_tables
 from hotlora.report.sections import read_sections
 from hotlora.report.tables import section_tables
 from hotlora.runs.options import EVALUATE_LEAVES, PROFILE_LEAVES, EvalOptions, ProfileOptions, RunOptions
-from results import auto_table, quantized_table
+from results import auto_table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs" / "demo"
-PRETRAINING = ROOT / "hotlora" / "nano" / "model" / "pretraining.jsonl"
 DEMO_MARK = "<!-- made by scripts/docs.py from docs/demo: {} -->"
 MOE_SIEVE_MARK = "<!-- made by scripts/docs.py from results/moe_sieve.json -->"
-NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/model/pretraining.jsonl -->"
+NANO_MARK = "<!-- pretraining: made by scripts/docs.py from hotlora/nano/{}/pretraining.jsonl -->"
 AUTO_MARK = "<!-- made by scripts/docs.py from results/nano/auto_k -->"
-QUANTIZED_MARK = "<!-- made by scripts/docs.py from results/nano/quantized -->"
+STUDY_MARK = "<!-- made by scripts/docs.py from results/nano/{} -->"
 SPEED_MARK = "<!-- made by scripts/docs.py from benchmarks -->"
 README_GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu/h200.json -->"
 GPU_MARK = "<!-- made by scripts/docs.py from benchmarks/gpu -->"
@@ -180,9 +180,10 @@ def demo_tables(readme: str) -> str:
     return readme
 
 
-def nano_table() -> str:
-    """Routing of the embedded model by domain, and its held-out loss, from the log of its pretraining."""
-    last = json.loads(PRETRAINING.read_text(encoding="utf-8").splitlines()[-1])
+def nano_table(folder: str) -> str:
+    """Routing of an embedded model by domain, and its held-out loss, from the log of its pretraining."""
+    log = ROOT / "hotlora" / "nano" / folder / "pretraining.jsonl"
+    last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     routing, losses = dict(last["routing"]), last["held_out_loss"]
     overlaps = routing.pop("jaccard_25")
     lines = [
@@ -379,6 +380,14 @@ def main() -> None:
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
     of_speed = filled(of_speed, METHODS_MARK, methods_table())
+    of_nano = nano.read_text(encoding="utf-8")
+    for folder in ("model", "qwen"):
+        of_nano = filled(of_nano, NANO_MARK.format(folder), nano_table(folder))
+    preregistered = ROOT / "docs" / "preregistered.md"
+    of_preregistered = preregistered.read_text(encoding="utf-8")
+    for study in STUDIES:
+        if (mark := STUDY_MARK.format(study)) in of_preregistered:  # else it has no result yet
+            of_preregistered = filled(of_preregistered, mark, result(study, studies / study))
     board = ROOT / "docs" / "leaderboard.md"
     of_board = filled(board.read_text(encoding="utf-8"), READING_MARK, READING)
     wanted = {
@@ -388,7 +397,8 @@ def main() -> None:
         readme: demo_tables(text),
         moe_sieve.PAGE: moe_sieve.recorded_page(),
         papers: filled(papers.read_text(encoding="utf-8"), MOE_SIEVE_MARK, moe_sieve.papers_table()),
-        method: filled(of_method, QUANTIZED_MARK, quantized_table(studies / "quantized")),
+        method: of_method,
+        preregistered: of_preregistered,
         MODELS_PAGE: models_page(),
         STUDY_PAGE: study_page(),
         RELIABILITY_PAGE: reliability_page(),
@@ -397,7 +407,7 @@ def main() -> None:
         data: filled(data.read_text(encoding="utf-8"), OWN_DATA_MARK, own_data_table()),
         speed: filled(of_speed, PROFILING_MARK, profiling_table()),
         board: filled(of_board, BOARD_MARK, leaderboard_tables()),
-        nano: filled(nano.read_text(encoding="utf-8"), NANO_MARK, nano_table()),
+        nano: of_nano,
     }
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
     if args.check and stale:

@@ -162,13 +162,17 @@ def _p(p: float | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def result(study: str, folder: Path) -> str:
+    """What docs/preregistered.md says of a study."""
+    return f"{seeds(folder)} {STUDIES[study](folder)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("folder", type=Path, nargs="?")
     args = parser.parse_args()
-    folder = args.folder or RESULTS / args.study
-    print(seeds(folder), STUDIES[args.study](folder))
+    print(result(args.study, args.folder or RESULTS / args.study))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Pretrain nano, the embedded model, from scratch: tokenizer, weights, log.
+"""Pretrain an embedded model from scratch: tokenizer, weights, log.
 
     python scripts/pretrain_nano.py --text FOLDER --output hotlora/nano/model
+    python scripts/pretrain_nano.py --text FOLDER --output hotlora/nano/qwen --form qwen --half
 
 Text is generated from a seed (`hotlora/nano/corpus.py`); `--text` adds a folder of plain text or JSONL. The committed
 weights were trained with HellaSwag's training split (MIT) and PIQA's (AFL-3.0) there. The load-balancing loss is
 OLMoE's: one loss over the concatenated logits of all layers of a micro-batch, which balances experts over the model
 and leaves each layer skewed. A sequence holds one domain's documents, as a long document would fill it. On 2 CPU cores
-the default takes about an hour.
+each takes one to two hours.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
@@ -51,6 +53,11 @@ def qwen(width: int, shape: dict) -> Qwen2MoeConfig:
 
 
 FORMS = {"olmoe": olmoe, "qwen": qwen}
+
+
+def halve(file: Path) -> None:
+    """Rounds a safetensors file's weights to bfloat16. config.json's dtype, in which they are computed, stays."""
+    save_file({name: weight.bfloat16() for name, weight in load_file(file).items()}, file, {"format": "pt"})
 
 
 def train_tokenizer(stream: Iterator[tuple[str, str]], vocab_size: int, characters: int) -> PreTrainedTokenizerFast:
@@ -166,6 +173,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("hotlora/nano/model"))
     parser.add_argument("--form", choices=FORMS, default="olmoe", help="whose architecture")
     parser.add_argument("--text", type=Path, help="a folder of .txt, .jsonl or .jsonl.gz files")
+    parser.add_argument("--half", action="store_true", help="store the weights in bfloat16")
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
@@ -248,6 +256,8 @@ def main() -> None:
             progress.console.print(json.dumps(entry))
             with log_path.open("a") as log:
                 log.write(json.dumps(entry) + "\n")
+    if args.half:
+        halve(args.output / "model.safetensors")
     size = sum(f.stat().st_size for f in args.output.iterdir()) / 1e6
     console.print(f"nano lies in {args.output} ({size:.1f} MB)")
 

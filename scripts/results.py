@@ -31,11 +31,6 @@ def auto_table(folder: Path) -> str:
     return study_table(folder, sorted_last=("all", "auto"), kept=True)
 
 
-def quantized_table(folder: Path) -> str:
-    """What quantized experts cost: score and held-out loss of each condition."""
-    return study_table(folder, sorted_last=("8-bit", "8-bit-cold", "4-bit", "4-bit-cold"), kept=False)
-
-
 def study_table(folder: Path, sorted_last: Sequence[str], kept: bool) -> str:
     """Conditions by tasks: a score for each seed, the mean of the held-out loss, and the share of experts `kept`."""
     found: dict[str, dict[str, list]] = {}

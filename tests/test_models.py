@@ -175,7 +175,7 @@ def test_the_embedded_model():
 
 
 def test_an_installation_without_the_embedded_model(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "NANO_PATH", tmp_path)
+    monkeypatch.setitem(models.NANOS, "nano", tmp_path)
     with pytest.raises(ModelError, match="embedded model"):
         load_model("nano")
 

@@ -18,7 +18,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import draw_mask
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.cost.preflight import step_by
-from hotlora.hf.models import NANO_PATH
+from hotlora.hf.models import NANOS
 from hotlora.runs.options import RunOptions
 from hotlora.runs.sweep import Condition, Sweep
 
@@ -208,7 +208,7 @@ def test_a_run_is_begun_with_it_and_goes_on_with_it_alone(call, tmp_path):
     assert call(*words, "--config", tmp_path / "run.yaml")[0] == 0
     saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    k = json.loads((NANO_PATH / "config.json").read_text())["num_experts_per_tok"]
+    k = json.loads((NANOS["nano"] / "config.json").read_text())["num_experts_per_tok"]
     assert {rank for ranks in saved["plan"]["ranks"].values() for rank in ranks} == {8 // k}
     assert record["config"]["normalize_moe_lora"] is True
     assert record["parameters"]["experts"] == parameters_from_config("nano", r=8, normalize_moe_lora=True)["experts"]
@@ -242,7 +242,9 @@ def test_a_sweeps_condition_has_it():
 @pytest.mark.parametrize("option", ["normalize_moe_lora", "share_a"])
 def test_what_is_foreseen_before_a_run_knows_it(option):
     steps = [
-        step_by(RunOptions(model="nano", data="nano-math", r=8, **more), str(NANO_PATH), torch.device("cpu"), {})({})
+        step_by(RunOptions(model="nano", data="nano-math", r=8, **more), str(NANOS["nano"]), torch.device("cpu"), {})(
+            {}
+        )
         for more in ({}, {option: True})
     ]
     assert steps[1].trainable < steps[0].trainable

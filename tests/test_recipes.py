@@ -1,6 +1,7 @@
 import pytest
 
 from hotlora.base.errors import HotLoraError
+from hotlora.hf.models import NANOS
 from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, names
 from hotlora.papers.recipe import across_name, condition_name, scored_name
 from hotlora.papers.studies import STUDIES
@@ -27,7 +28,7 @@ def test_every_table_and_figure_of_both_papers_has_a_recipe():
     assert {name for name in RECIPES if "section" not in name} == hellora | sieve | ours
 
 
-@pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
+@pytest.mark.parametrize("model", [None, "nano", "nano-qwen", "some/other-moe"])
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - set(trainings())))
 def test_every_recipe_without_trainings_can_be_built(name: str, model: str | None, tmp_path):
     recipe = find_recipe(name, Setting(model))
@@ -40,7 +41,7 @@ def test_every_recipe_without_trainings_can_be_built(name: str, model: str | Non
     assert (recipe.result(tmp_path) is None) == bool(made)  # what is made of nothing is there at once
 
 
-@pytest.mark.parametrize("model", [None, "nano", "some/other-moe"])
+@pytest.mark.parametrize("model", [None, "nano", "nano-qwen", "some/other-moe"])
 @pytest.mark.parametrize("name", [*trainings(), *STUDIES])
 def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
     if name not in RECIPES:
@@ -60,7 +61,17 @@ def test_every_recipe_can_be_built(name: str, model: str | None, tmp_path):
                 assert {across_name(row, column, other) for other in others} <= found
     models = {column.model for column in recipe.columns}
     assert models == {model} if model else all("/" in name for name in models)
-    assert len(sweep.seeds) == ((3 if name.startswith("hellora") else 8) if model == "nano" else len(sweep.seeds))
+    assert len(sweep.seeds) == ((3 if name.startswith("hellora") else 8) if model in NANOS else len(sweep.seeds))
+
+
+def test_a_task_has_options_of_its_own():
+    given = {"nano-choice.max_steps": 500, "max_steps": 150, "r": 4}
+    sweep = find_recipe("hellora-table-2", Setting("nano", options=given))
+    options = [sweep.options_of(condition) for condition in sweep.conditions]
+    found = {(o["data"], o["max_steps"], o["r"]) for o in options if "max_steps" in o}
+    assert found == {("nano-math", 150, 4), ("nano-sql", 150, 4), ("nano-choice", 500, 4)}
+    with pytest.raises(HotLoraError, match=r"has no runs on nano-chess, .* it has nano-math, nano-sql, nano-choice"):
+        find_recipe("hellora-table-2", Setting("nano", options={"nano-chess.max_steps": 500}))
 
 
 def test_a_condition_that_two_recipes_share_is_the_same_run():

@@ -13,7 +13,7 @@ from runs import run_evaluation, run_training
 from hotlora import load_adapter, load_model, load_tokenizer
 from hotlora.evaluation.generate import Sampling
 from hotlora.evaluation.vllm_engine import load_engine, vllm_answers
-from hotlora.hf.models import NANO, model_source
+from hotlora.hf.models import model_source
 from hotlora.runs.export import export_saved
 from hotlora.tasks import get_task
 from hotlora.training.config import TrainConfig
@@ -28,7 +28,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of nano, with experts, attention and router; at a rank that vLLM has no room of."""
     config = TrainConfig(max_steps=20, batch_size=16, r=12, lora_alpha=24, max_length=128, learning_rate=1e-2)
     folder = tmp_path_factory.mktemp("run")
-    run_training(NANO, "nano-math", folder / "run", config=config, fraction=0.25, limit=400, evaluate=False)
+    run_training("nano", "nano-math", folder / "run", config=config, fraction=0.25, limit=400, evaluate=False)
     return folder / "run" / "adapter"
 
 
@@ -37,7 +37,7 @@ def test_the_answers_are_those_of_transformers(adapter: Path, with_adapter: bool
     options = {"adapter": adapter, "merge": True} if with_adapter else {}
     answers = []
     for engine in ("transformers", "vllm"):
-        _, found = run_evaluation(NANO, "nano-math", limit=16, dtype="float32", engine=engine, **options)
+        _, found = run_evaluation("nano", "nano-math", limit=16, dtype="float32", engine=engine, **options)
         assert found is not None
         answers.append([result["prediction"] for result in found.results])
     assert answers[0] == answers[1]
@@ -46,12 +46,19 @@ def test_the_answers_are_those_of_transformers(adapter: Path, with_adapter: bool
 def test_a_sample_depends_on_its_prompt_and_number_alone():
     task, sampling = get_task("nano-math"), Sampling(samples=3, temperature=0.8, top_p=0.95, seed=3)
     examples = task.load("test", None, 5, 0)
-    engine, request = load_engine(model_source(NANO), dtype="float32")
+    engine, request = load_engine(model_source("nano"), dtype="float32")
     assert request is None
 
     def drawn(some, done=()):
         batches = vllm_answers(
-            engine, request, load_tokenizer(NANO), some, max_new_tokens=20, stop=task.stop, sampling=sampling, done=done
+            engine,
+            request,
+            load_tokenizer("nano"),
+            some,
+            max_new_tokens=20,
+            stop=task.stop,
+            sampling=sampling,
+            done=done,
         )
         return {(some[a.index].prompt, a.sample): a.text for batch in batches for a in batch}
 
@@ -66,15 +73,15 @@ def test_vllm_holds_every_update_of_an_exported_adapter(adapter: Path, tmp_path:
     """In the buffers that its kernels read, of each expert and projection, and of attention."""
     runner = pytest.importorskip("vllm.v1.worker.cpu_model_runner", reason="needs vLLM's build for CPUs")
     monkeypatch.setattr(runner.CPUModelRunner, "warming_up_model", lambda self: None)  # it would run the kernels
-    export_saved(NANO, adapter, tmp_path / "out", format="vllm", merge_router=True, device="cpu")
+    export_saved("nano", adapter, tmp_path / "out", format="vllm", merge_router=True, device="cpu")
     engine, request = load_engine(str(tmp_path / "out/base"), tmp_path / "out/adapter", dtype="float32")
     worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     assert worker.add_lora(request)
     manager = worker.model_runner.lora_manager._adapter_manager
     slot = manager.lora_index_to_id.index(request.lora_int_id)
 
-    plain = load_model(NANO, device="cpu").state_dict()
-    merged = load_adapter(load_model(NANO, device="cpu"), adapter).merge_and_unload().state_dict()
+    plain = load_model("nano", device="cpu").state_dict()
+    merged = load_adapter(load_model("nano", device="cpu"), adapter).merge_and_unload().state_dict()
     checked = set()
 
     def check(name: str, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -31,7 +31,10 @@ def sweep(
         list[str] | None, typer.Option("--data", metavar="TASK=SOURCE", help="For a recipe: local files of a task.")
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="For a recipe: an option of every run.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="[TASK.]NAME=VALUE", help="For a recipe: an option of every run, or of those on a task."
+        ),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="What the machine gets through, in 10^12 FLOP/s, to foresee the hours.")

@@ -17,7 +17,7 @@ from ..base.errors import FileError, HotLoraError
 from ..base.processes import num_processes, own_device, uses_deepspeed
 from ..base.sizes import size_words
 from ..hf.internals import internal
-from ..hf.models import NANO, is_stored_quantized
+from ..hf.models import NANOS, is_stored_quantized
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
 from ..runs.options import RunOptions
@@ -183,7 +183,7 @@ def layout(expert_parallel: int) -> str:
 
 def config_file(model: str) -> str:
     """nano, a folder, or the config.json of a model on the Hub, which is all that is fetched."""
-    if model == NANO or Path(model).expanduser().exists():
+    if model in NANOS or Path(model).expanduser().exists():
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileError(f"{model} does not exist.")

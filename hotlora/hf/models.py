@@ -27,8 +27,9 @@ from .connection import unreachable
 from .moe_layers import moe_layers
 from .stored import Failure, check_complete, check_format, quantization_in
 
-NANO = "nano"
-NANO_PATH = Path(__file__).parents[1] / "nano" / "model"
+_NANO_FOLDER = Path(__file__).parents[1] / "nano"
+NANOS = {"nano": _NANO_FOLDER / "model", "nano-qwen": _NANO_FOLDER / "qwen"}
+"""The embedded models by name: one of OLMoE's form, and one of Qwen's, with shared experts and normalised top-k."""
 
 LOADERS: dict[str, Callable[[dict[str, Any], Any, bool], dict[str, Any] | None]] = {}
 """By the `quant_method` of a checkpoint: what its config is to say of its quantization, given what it says, a
@@ -256,7 +257,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
         FileError: the file is missing or is not a transformers config.
         ModelError: the config is of a dense or an unsupported model.
     """
-    file = NANO_PATH if str(path) == NANO else Path(path).expanduser()
+    file = NANOS.get(str(path)) or Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise FileError(f"{file} does not exist. Give a model's config.json, or the folder that holds it.")
@@ -290,10 +291,10 @@ def _shapes_of(file: Path) -> PreTrainedConfig | None:
 def model_source(name_or_path: str | Path) -> str:
     """A folder or Hub name for transformers. A missing folder is told here, before the Hub is asked."""
     text = str(name_or_path)
-    if text == NANO:
-        if not (NANO_PATH / "config.json").is_file():
-            raise ModelError(f"the embedded model is not in {NANO_PATH}. Install the package again.")
-        return str(NANO_PATH)
+    if text in NANOS:
+        if not (NANOS[text] / "config.json").is_file():
+            raise ModelError(f"the embedded model is not in {NANOS[text]}. Install the package again.")
+        return str(NANOS[text])
     path = Path(text).expanduser()
     if path.is_dir():
         return str(path)
@@ -301,7 +302,7 @@ def model_source(name_or_path: str | Path) -> str:
     if is_local or path.exists() or path.parent.is_dir():  # a name on the Hub has an owner: OWNER/NAME
         raise ModelError(
             f"{text!r} is not a folder. Give the folder that holds the model's config.json, OWNER/NAME on the Hub, or "
-            f"{NANO!r}."
+            "'nano'."
         )
     if not isinstance(huggingface_hub.try_to_load_from_cache(text, "config.json"), str) and (away := unreachable()):
         raise ModelError(

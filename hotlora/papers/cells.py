@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..base.records import Record, read_record
 from ..evaluation.stats import MeanSd, PairedTest, mean_sd, paired_test
+from ..hf.models import NANOS
 from ..routing.plan import ExpertPlan
 from .recipe import Column, Recipe, Row, scored_name
 
@@ -102,7 +103,7 @@ def _experts(folder: Path) -> float | None:
 
 def task_name(column: Column) -> str:
     """The paper's name of a column's task, and what stands for it."""
-    return f"{column.name} ({column.data})" if column.model == "nano" else column.name
+    return f"{column.name} ({column.data})" if column.model in NANOS else column.name
 
 
 def _mean(values: Sequence[float]) -> float | None:

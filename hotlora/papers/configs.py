@@ -21,7 +21,7 @@ from .direct import Direct, Tell
 from .needs import config_file
 from .recipe import Recipe, model_folder
 from .result import Result, Shown
-from .settings import NANO, OLMOE, QWEN, Setting
+from .settings import OLMOE, QWEN, Setting
 
 FOLDER = "configs"
 _NUMBERS = ("layers", "num_experts", "shared", "num_experts_per_tok")
@@ -74,7 +74,7 @@ class HyperparameterTable(Direct):
         """A method's label -> a run's resolved options."""
         place = self.trainings.columns[column]
         return {
-            row.label: resolve(**{"model": NANO, "data": "", **self.trainings.options(row, place)})
+            row.label: resolve(**{"model": "nano", "data": "", **self.trainings.options(row, place)})
             for row in self.trainings.rows
             if row.method
         }

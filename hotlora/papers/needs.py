@@ -20,7 +20,7 @@ from ..bench.contenders import Contender
 from ..bench.worker import matrix_rate
 from ..cost.estimate import coverage_at, estimate, meta_model, sized_config
 from ..cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
-from ..hf.models import NANO, load_tokenizer
+from ..hf.models import NANOS, load_tokenizer
 from ..hf.moe_layers import moe_layers, num_experts_per_tok
 from ..routing.plan import DEFAULT_FRACTION
 from ..routing.profile import experts_kept
@@ -53,7 +53,7 @@ class Load:
 
 def config_file(model: str) -> str:
     """A model's config as `models.model_from_config` takes it. FileError, in one line, where it cannot be had."""
-    if model == NANO or Path(model).expanduser().exists():
+    if model in NANOS or Path(model).expanduser().exists():
         return model
     try:
         cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
@@ -107,7 +107,7 @@ def profile_needs(
             continue
         # A weight as it is loaded: float32 on the CPU, the checkpoint's own on a GPU.
         own: Any = meta.config.get_text_config().dtype
-        size = sum(p.numel() for p in meta.parameters()) * (4 if model == NANO or own is None else own.itemsize)
+        size = sum(p.numel() for p in meta.parameters()) * (4 if model in NANOS or own is None else own.itemsize)
         length = int(options.get("max_length", 512))
         sizes = [data_size(source, model, options.get("limit"), length) for source in sources]
         forward = sum(forward_flops(meta, length).values())
@@ -149,7 +149,7 @@ def data_size(
     """
     if not _is_here(data):
         return None
-    is_here = model == NANO or (Path(model).expanduser() / "tokenizer.json").is_file()
+    is_here = model in NANOS or (Path(model).expanduser() / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(model) if is_here else None
     examples = load_examples(data, "train", limit=limit, tokenizer=tokenizer, tell=False, **reading)  # the runs tell
     some = examples[:: max(1, len(examples) // _SAMPLE)]
@@ -168,7 +168,7 @@ def time_words(model: str, flops: float, tflops: float | None, what: str) -> str
         return f"hours of {what} unknown: the data is not here"
     if tflops is not None:
         rate, told = tflops * 1e12, "as given"
-    elif model == NANO and not torch.cuda.is_available():
+    elif model in NANOS and not torch.cuda.is_available():
         rate = REACHED * matrix_rate(torch.float32, torch.device("cpu"))
         told = f"{REACHED:.0%} of what a matrix product gets here now"
     else:
@@ -276,10 +276,10 @@ def _is_here(data: str) -> bool:
     """Whether a data set can be read without a network."""
     path = data.partition(":")[2] if task_of(data) is not None else data
     if not path:
-        return data.startswith(NANO)  # generated
+        return data.startswith("nano-")  # generated
     return os.path.exists(os.path.expanduser(path))
 
 
 def _device(model: str) -> str:
     """What the estimate is for: nano runs on any CPU, a paper's model wants a GPU."""
-    return "cpu" if model == NANO and not torch.cuda.is_available() else "cuda"
+    return "cpu" if model in NANOS and not torch.cuda.is_available() else "cuda"

@@ -11,7 +11,7 @@ from .claims import claims_result
 from .recipe import Recipe
 from .result import Result, write_results
 from .scores import result
-from .settings import MIXTRAL, NANO, OLMOE, QWEN, Setting
+from .settings import MIXTRAL, OLMOE, QWEN, Setting
 
 _PAPERS_OWN = (OLMOE, MIXTRAL, QWEN)
 
@@ -32,9 +32,9 @@ def write_tables(runs: str | os.PathLike[str], output: str | os.PathLike[str]) -
         if results := table_results(setting, runs):
             name = setting.model or "papers"
             preface = "Made from the runs' records alone, beside what the papers print."
-            if setting.model == NANO:
+            if setting.is_nano:
                 preface += (
-                    " nano is a small model on small tasks: it compares methods, and proves nothing of large models."
+                    f" {name} is a small model on small tasks: it compares methods, and proves nothing of large models."
                 )
             folder = output / f"tables-{Path(name).name}"
             pages.append(write_results(results, folder, f"The papers' tables on {name}", preface))

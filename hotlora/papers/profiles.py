@@ -14,7 +14,7 @@ from ..adapter.load import load_adapter
 from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..base.records import read_record
-from ..hf.models import load_tokenizer
+from ..hf.models import NANOS, load_tokenizer
 from ..report.published import DATASETS
 from ..routing.profile import RoutingProfile
 from ..routing.study import Study, load_study, study
@@ -33,7 +33,7 @@ from .needs import profile_needs
 from .profile_tables import Profiled, WarmUp
 from .recipe import Column
 from .result import Result, Shown
-from .settings import HELLORA_TASKS, MIXTRAL, NANO, OLMOE, QWEN, STANDS_FOR, Setting, source_of
+from .settings import HELLORA_TASKS, MIXTRAL, OLMOE, QWEN, STANDS_FOR, Setting, source_of
 
 FOLDER = "profiles"
 _STUDY, _PROFILE, _WARMED, _SLICE = "study.json", "profile.safetensors", "warmed-up.safetensors", "profile.safetensors"
@@ -101,7 +101,7 @@ class ProfileRecipe(Direct):
 
     def _profiling(self) -> dict[str, Any]:
         given = {name: value for name, value in self.options.items() if name in _PROFILING}
-        return {**(_NANO_LIMIT if NANO in self.models else {}), **given}
+        return {**(_NANO_LIMIT if NANOS.keys() & set(self.models) else {}), **given}
 
     def _tasks_in(self, folder: Path) -> list[str]:
         """The tasks of which a store has profiles: the papers' if it has all of them, else nano's."""

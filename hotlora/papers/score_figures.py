@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ..evaluation.stats import mean_interval
+from ..hf.models import NANOS
 from ..report.figures import DASHED, HOT, INK, MUTED, Figure, style
 from .cells import Cell, Cells
 from .recipe import Column, Recipe
@@ -57,7 +58,7 @@ def _panels(recipe: Recipe, cells: Cells, height: float, **share: Any) -> tuple[
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(1, len(columns), squeeze=False, **share)[0]
     for axes, column in zip(panels, columns, strict=True):
-        axes.set_title(column.data if column.model == "nano" else column.name, fontsize=10.5, color=INK)
+        axes.set_title(column.data if column.model in NANOS else column.name, fontsize=10.5, color=INK)
     return figure, columns, panels
 
 

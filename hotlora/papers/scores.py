@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..evaluation.stats import Interval, mean_interval, sd_ratio
+from ..hf.models import NANOS
 from ..report.comparison_table import ends
 from ..report.published import EQUIVALENCE, GREEDY, PAIRS, SEED_SD
 from ..report.text import NONE, p_word, shown
@@ -177,7 +178,7 @@ def _missing(recipe: Recipe, cells: Cells) -> list[str]:
     notes = [f"No run is done of {'; '.join(absent)}."] if absent else []
     notes += [f"Seeds are missing: {'; '.join(fewer)}."] if fewer else []
     seeds = f"{len(recipe.seeds)} seeds a cell; mean ± standard deviation over seeds, in points; intervals are 95%"
-    told = "" if recipe.columns[0].model != "nano" else " Published numbers are of the papers' own models and tasks."
+    told = "" if recipe.columns[0].model not in NANOS else " Published numbers are of the papers' own models and tasks."
     return [f"{seeds}.{told}", *notes]
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from ..base.errors import HotLoraError
+from ..hf.models import NANOS
 from ..runs.methods import METHODS, MOE_SIEVE
 from .recipe import Column, Recipe, Row
 
 OLMOE = "allenai/OLMoE-1B-7B-0924"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN = "Qwen/Qwen1.5-MoE-A2.7B"
-NANO = "nano"
 
 # LoRI's protocol, which HELLoRA's numbers appear to come from.
 _SAMPLED = {"samples": 20, "temperature": 0.2, "top_p": 0.95}
@@ -60,10 +61,10 @@ class Setting:
     """What a user may say of a recipe.
 
     Attributes:
-        model: in place of the paper's; "nano" brings its own tasks, hyperparameters and number of seeds.
+        model: in place of the paper's; nano or nano-qwen brings its own tasks, hyperparameters and number of seeds.
         sources: task name -> local files or a hub id, for those that are not on the hub under their own name.
         seeds: how many; None: as many as the paper has.
-        options: of every run, before everything else.
+        options: of every run, before everything else; TASK.NAME: of the runs on that task, before these.
     """
 
     model: str | None = None
@@ -73,7 +74,13 @@ class Setting:
 
     @property
     def is_nano(self) -> bool:
-        return self.model == NANO
+        return self.model in NANOS
+
+    def options_on(self, data: str) -> dict[str, Any]:
+        """`options` of the runs on one task, which is named as `--data` has it."""
+        task = data.partition(":")[0]
+        parts = [(name.rpartition("."), value) for name, value in self.options.items()]
+        return {name: value for of in ("", task) for (one, _, name), value in parts if one == of}
 
     def models(self, *papers: str) -> tuple[str, ...]:
         """The user's, else the paper's."""
@@ -94,6 +101,9 @@ def recipe(
         known = (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
         further = (seed for seed in itertools.count() if seed not in known)
         seeds = list(itertools.islice(itertools.chain(known, further), setting.seeds or len(known)))
+        tasks = {column.data.partition(":")[0] for column in placed}
+        if others := sorted({name.rpartition(".")[0] for name in setting.options} - {"", *tasks}):
+            raise HotLoraError(f"{name} has no runs on {others[0]}, whose options are set: it has {', '.join(tasks)}.")
         options = partial(_options, paper, setting)
         return Recipe(name, title, where, placed, rows, seeds, options, **rest)
 
@@ -101,10 +111,10 @@ def recipe(
 
 
 def _placed(column: Column, setting: Setting) -> Column:
-    if setting.is_nano:
-        return replace(column, model=NANO, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None, options={})
-    scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     model = setting.model or column.model
+    if setting.is_nano:
+        return replace(column, model=model, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None, options={})
+    scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     return replace(column, model=model, data=source_of(column.data, setting), scored=scored)
 
 
@@ -126,4 +136,4 @@ def _options(paper: str, setting: Setting, row: Row, column: Column) -> dict[str
         given = {"preset": f"{row.method}-{column.domain}"}
     else:
         given = {"method": row.method, **MOE_SIEVE}
-    return {**given, **row.options, **setting.options}
+    return {**given, **row.options, **setting.options_on(column.data)}

@@ -14,7 +14,7 @@ from ..base.errors import FileError, HotLoraError
 from ..base.files import read_json, read_json_lines
 from ..base.quiet import quiet
 from ..base.records import read_record
-from ..hf.models import NANO, load_tokenizer
+from ..hf.models import NANOS, load_tokenizer
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .folder import adapter_in, load_base
@@ -40,7 +40,7 @@ def find(path: str | Path, model: str | None = None) -> Found:
     FileError: a folder with neither; an adapter that notes no base.
     """
     folder, is_chat = Path(path).expanduser(), None
-    if not folder.exists() and folder.parent.is_dir() and str(path) != NANO:
+    if not folder.exists() and folder.parent.is_dir() and str(path) not in NANOS:
         raise FileError(f"{path} does not exist: give a run's folder, an adapter's, or a model.")
     if folder.name in ("adapter", "model") and (folder.parent / "run.json").is_file():
         is_chat = "chat_template" in read_record(folder.parent).get("config", {})
