@@ -101,7 +101,7 @@ def recipe(
         known = (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
         further = (seed for seed in itertools.count() if seed not in known)
         seeds = list(itertools.islice(itertools.chain(known, further), setting.seeds or len(known)))
-        tasks = {column.data.partition(":")[0] for column in placed}
+        tasks = dict.fromkeys(column.data.partition(":")[0] for column in placed)
         if others := sorted({name.rpartition(".")[0] for name in setting.options} - {"", *tasks}):
             raise HotLoraError(f"{name} has no runs on {others[0]}, whose options are set: it has {', '.join(tasks)}.")
         options = partial(_options, paper, setting)
