@@ -64,9 +64,8 @@ def quantized(folder: Path) -> str:
                 scores = found[f"{task}/{stored}{suffix}"].scores
                 test = paired(scores, base, BOUND)
                 verdicts.append(_equivalence(test))
-                name = stored.replace("-", " ").replace("bit", "bits") + suffix.replace("-", " ").replace(
-                    "base", "bf16"
-                )
+                where = ", on the dense base" if suffix else ""
+                name = stored.replace("-", " ").replace("bit", "bits") + where
                 cells = (task, name, f"{fmean(scores.values()):.1f}", _difference(test, 1), verdicts[-1])
                 lines.append(f"| {' | '.join(cells)} |")
     head = (

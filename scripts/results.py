@@ -5,10 +5,10 @@ python scripts/results.py runs/quantized results/nano/quantized
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from hotlora.base.files import write_text
 from hotlora.base.records import find_records
 from hotlora.routing.plan import ExpertPlan
 
@@ -21,8 +21,9 @@ def take_over(runs: Path, into: Path) -> int:
         target = into / folder.relative_to(runs)
         target.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, target / name)
+            if (folder / name).is_file():  # an adapter's path in it is one of the machine that made it
+                text = (folder / name).read_text(encoding="utf-8")
+                write_text(target / name, text.replace(str(runs.resolve()), f"runs/{into.name}"))
     return len(records)
 
 
