@@ -188,7 +188,9 @@ def test_an_estimate_is_for_the_device_that_is_named(call, model_folder: Path):
         code, out, _ = call(*command, "--device", device)
         assert code == 0
         found[device] = json.loads(out)["estimate"]
-    assert found["cpu"]["memory"]["workspace"] > found["cuda"]["memory"]["workspace"]
+    assert {device: one["device"] for device, one in found.items()} == {"cuda": "cuda", "cpu": "cpu"}
+    # The loss takes a tile of a fixed width on a GPU, and as many logits as there are on a CPU: few, here.
+    assert found["cpu"]["memory"]["workspace"] < found["cuda"]["memory"]["workspace"]
     code, out, _ = call(*command)
     assert code == 0 and json.loads(out)["estimate"] == found["cuda"]
 
