@@ -90,7 +90,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def run(chatml: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run_training(chatml, rows, folder, max_steps=60, batch_size=8, learning_rate=2e-3, r=8, lr_scheduler="linear")
+    run_training(chatml, rows, folder, max_steps=40, batch_size=8, learning_rate=2e-3, r=8, lr_scheduler="linear")
     return folder
 
 
