@@ -160,7 +160,7 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
     is_on_disk = step.on_cpu or storage.offload_folder is not None
     gradients = step.trainable * 4.0
     moved = activation_bytes(step, storage)
-    activations, peak = _peak(step, storage, gradients)
+    activations, peak = _peak(step, storage, gradients, moved)
     table = step.embedding * step.itemsize if storage.offload != "none" else 0  # stays in the checkpoint's file
     kinds = {
         "weights": here + linear + step.other * step.itemsize - table,
@@ -198,15 +198,15 @@ def activation_bytes(step: Step, storage: Storage) -> float:
     if not storage.activation_offloading:
         return 0.0
     check_activation_offloading(storage.activation_offloading, step.device)
-    layers, size = len(step.blocks), _kept(step, storage)
+    layers, size = len(step.blocks), _kept(step, storage.gradient_checkpointing)
     if storage.gradient_checkpointing:
         return size * (1 - min(layers, _ON_THEIR_WAY) / layers)
     return (size - step.rest_again) * (1 - 1 / layers)
 
 
-def _kept(step: Step, storage: Storage) -> float:
+def _kept(step: Step, recomputes: bool) -> float:
     """Of a forward's activations, what is there for the backward."""
-    if storage.gradient_checkpointing:
+    if recomputes:
         return step.tokens * step.width * step.itemsize * len(step.blocks)
     return step.rest + step.expert_row * step.tokens * len(step.experts)
 
@@ -262,15 +262,15 @@ def _staging(step: Step, storage: Storage) -> float:
     return 2 * max(_placed(step, storage, layer, max(layer.up, layer.down))[1] for layer in step.experts)
 
 
-def _peak(step: Step, storage: Storage, gradients: float) -> tuple[float, float]:
+def _peak(step: Step, storage: Storage, gradients: float, moved: float) -> tuple[float, float]:
     """What is kept from forward to backward; and what the peak takes besides, with the gradients that are there.
 
     It is the highest of three moments: the loss, which has a tile of logits; the last layer's backward, whose rows have
     gradients; and the first layer's, when all gradients of what trains are there and the activations are gone.
     """
     layers, adds_up = len(step.blocks), storage.gradient_accumulation_steps > 1
-    one = _kept(step, replace(storage, gradient_checkpointing=False)) / layers
-    in_loss = _kept(step, storage) - activation_bytes(step, storage)
+    one = _kept(step, False) / layers
+    in_loss = _kept(step, storage.gradient_checkpointing) - moved
     kept = in_loss + one * storage.gradient_checkpointing
     logits, rows = _logits(step), _rows(step, storage)
     moments = (
