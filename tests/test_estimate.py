@@ -98,9 +98,9 @@ def test_activations_follow_tokens_and_coverage(write):
     whole, half, cut = found(), found(dtype="bfloat16"), found(layers=1)
     assert half["weights"] * 2 == whole["weights"] > cut["weights"]
     experts = 2 * 8 * 3 * 32 * 16
-    assert whole["weights"] - found(quantize=4)["weights"] == experts * (4 - 0.5 - 4 / 64)
+    assert whole["weights"] - found(quantize=4)["weights"] == experts * (4 - 0.5 - 2 / 64)
     cold = found(quantize=4, keep_hot=True)["weights"]
-    assert whole["weights"] - cold == 0.75 * experts * (4 - 0.5 - 4 / 64)
+    assert whole["weights"] - cold == 0.75 * experts * (4 - 0.5 - 2 / 64)
 
 
 def test_olmoe(tmp_path):

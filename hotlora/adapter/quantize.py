@@ -232,8 +232,9 @@ class _ExpertsQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float | None:
-        bits = self.quantization_config.bits or self.quantization_config.linear
-        return None if bits is None else bits / 8 + 4 / BLOCK
+        experts, linear = self.quantization_config.bits, self.quantization_config.linear
+        bits = experts or linear
+        return None if bits is None else bits / 8 + (2 if experts else 4) / BLOCK
 
     def is_serializable(self) -> bool:
         return False

@@ -13,7 +13,7 @@ from ..training.labelled_loss import LOGITS
 
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU
-_SCALES = 4 / 64  # bytes a weight, of `quantize`'s float32 scales
+_SCALES, _LINEAR_SCALES = 2 / 64, 4 / 64  # bytes a weight: of experts' scales, and of bitsandbytes' own
 _ON_THEIR_WAY = 5  # activations that TRL keeps on the card while copies of them are made
 _DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
 
@@ -153,7 +153,7 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
     """
     here, away = expert_bytes(step, storage)
     bits = storage.quantize_linear
-    linear = sum(step.linear) * (quantized_bytes(bits) if bits else step.itemsize)
+    linear = sum(step.linear) * (bits / 8 + _LINEAR_SCALES if bits else step.itemsize)
     stays, leaves = state_bytes(storage.optim, step.trained)
     if step.on_cpu:
         stays, leaves = stays + leaves, 0
@@ -212,7 +212,7 @@ def _kept(step: Step, recomputes: bool) -> float:
 
 
 def quantized_bytes(bits: int) -> float:
-    """Of a weight in `bits` bits, its share of the scales included."""
+    """Of an expert's weight in `bits` bits, its share of the scales included."""
     return bits / 8 + _SCALES
 
 

@@ -12,7 +12,7 @@ class Coded:
     packed: Tensor
     """uint8 `[n, bytes]`: a code a byte, or two."""
     scales: Tensor
-    """`[n, blocks]`: int32, floats by their bits; or uint8, exponents of two with a bias of 127."""
+    """`[n, blocks]`: int32 and int16, float32 and bfloat16 by their bits; or uint8, exponents of two, bias 127."""
     table: Tensor
     """float32 `[16]` or `[256]`."""
     bits: int

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .gemm import INTERPRETED, _dot, _locate, _precision, _row_blocks, grouped_gemm
 
+_SHIFTS = {torch.uint8: 23, torch.int16: 16, torch.int32: 0}
+"""Of a scale's bits, to those of a float32."""
+
 
 def coded_gemm(x_SI: Tensor, coded: Any, ends_E: Tensor, is_transposed: bool) -> Tensor:
     """y[s] = weight[s's expert] @ x[s], `[S, O]`; zero past the last end.
@@ -35,7 +38,7 @@ def coded_gemm(x_SI: Tensor, coded: Any, ends_E: Tensor, is_transposed: bool) ->
     block_rows, block_columns = coded.block
     constants: dict[str, Any] = {
         "BITS": coded.bits, "HIGH_FIRST": coded.is_high_first, "BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns,
-        "EXPONENTS": coded.scales.dtype == torch.uint8, "TRANSPOSED": is_transposed,
+        "SHIFT": _SHIFTS[coded.scales.dtype], "TRANSPOSED": is_transposed,
         "GROUPS": triton.next_power_of_2(num_experts + 1), "PRECISION": _precision(x_SI), **blocks,
     }  # fmt: skip
     arguments = (
@@ -60,7 +63,7 @@ def _coded_kernel(
     num_rows, num_groups, out_features, in_features, columns, scale_columns,
     y_s, y_o, x_s, x_i, packed_n, scales_n,
     BITS: tl.constexpr, HIGH_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    EXPONENTS: tl.constexpr, TRANSPOSED: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFT: tl.constexpr, TRANSPOSED: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(out_features, BLOCK_N)
@@ -83,12 +86,12 @@ def _coded_kernel(
         if TRANSPOSED:
             w_part = _decoded(
                 packed, scales, table, i[:, None] + 0 * o[None, :], o[None, :] + 0 * i[:, None], inside, columns,
-                scale_columns, BITS, HIGH_FIRST, BLOCK_ROWS, BLOCK_COLUMNS, EXPONENTS,
+                scale_columns, BITS, HIGH_FIRST, BLOCK_ROWS, BLOCK_COLUMNS, SHIFT,
             )  # fmt: skip
         else:
             w_part = _decoded(
                 packed, scales, table, o[None, :] + 0 * i[:, None], i[:, None] + 0 * o[None, :], inside, columns,
-                scale_columns, BITS, HIGH_FIRST, BLOCK_ROWS, BLOCK_COLUMNS, EXPONENTS,
+                scale_columns, BITS, HIGH_FIRST, BLOCK_ROWS, BLOCK_COLUMNS, SHIFT,
             )  # fmt: skip
         sums = _dot(x_part, w_part.to(x.dtype.element_ty), sums, PRECISION)
     y_tile = y + s[:, None] * y_s + o[None, :] * y_o
@@ -99,7 +102,7 @@ def _coded_kernel(
 def _decoded(
     packed, scales, table, row, column, inside, columns, scale_columns,
     BITS: tl.constexpr, HIGH_FIRST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    EXPONENTS: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     """float32, of a tile; zero outside of the matrix."""
     at = row * columns + column
@@ -114,7 +117,8 @@ def _decoded(
     else:
         block = (row // BLOCK_ROWS) * scale_columns + column // BLOCK_COLUMNS
     held = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
-    if EXPONENTS:
-        held = tl.where(held == 0, 1 << 22, held << 23)
+    held = held << SHIFT
+    if SHIFT == 23:  # an exponent of 0 is 2^-127, whose bits are not
+        held = tl.where(held == 0, 1 << 22, held)
     value = tl.load(table + code) * held.to(tl.float32, bitcast=True)
     return tl.where(inside, value, 0.0)
