@@ -15,16 +15,18 @@ from tiny import tiny_config
 from typer.testing import CliRunner
 
 from hotlora.adapter.count import parameters_from_config
-from hotlora.base.errors import DataError, FileError, HotLoraError
+from hotlora.base.errors import DataError, FileError, HotLoraError, ModelError
 from hotlora.base.files import write_json
 from hotlora.bench import bench, worker
 from hotlora.bench.worker import Worker
 from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.cost.estimate import estimate, meta_model, sized_config
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
+from hotlora.hf import connection
+from hotlora.hf.models import config_file
 from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, needs
 from hotlora.papers.benches import BenchRecipe
-from hotlora.papers.needs import config_file, data_size, sweep_needs
+from hotlora.papers.needs import data_size, sweep_needs
 from hotlora.papers.result import Result, write_results
 from hotlora.report.published import MODELS, THROUGHPUT, UNIFORM_COVERAGE
 from hotlora.routing.profile import RoutingProfile
@@ -474,13 +476,9 @@ def test_a_task_that_needs_files_says_so_itself(name: str):
 def test_needs_without_a_network(monkeypatch: pytest.MonkeyPatch):
     """One line, at once."""
 
-    class Away:
-        def head(self, *args, **kwargs):
-            raise OSError("Name or service not known\nand more")
-
-    monkeypatch.setattr(needs, "get_session", Away)
-    line = r"the config of a/b cannot be read \(Name or service not known\): give --model FOLDER"
-    with pytest.raises(FileError, match=line):
+    monkeypatch.setattr(connection, "_why", lambda endpoint: "Name or service not known")
+    line = r"'a/b' is no folder here, and the Hub cannot be reached \(Name or service not known\): check"
+    with pytest.raises(ModelError, match=line):
         config_file("a/b")
     for name in ("hellora-table-2", "hellora-figure-4", "hellora-figure-5", "moe-sieve-table-1"):
         recipe = RECIPES[name](Setting("a/b"))

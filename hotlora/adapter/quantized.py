@@ -1,8 +1,8 @@
 """Frozen experts in 8 or 4 bits: what holds them, and how one of them is made dense.
 
 The arithmetic is bitsandbytes': NF4 (QLoRA s3) for 4 bits, 255 evenly spaced levels for 8 bits, in blocks of 64
-weights with a scale each. The scales are rounded to bfloat16, which moves a weight by 0.2% at most: less than a tenth of
-what 4 bits do. Shape suffixes: E experts.
+weights with a scale each. Scales are rounded to bfloat16, which moves a weight by 0.2% at most. Shape suffixes: E
+experts.
 """
 
 import ctypes

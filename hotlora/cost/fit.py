@@ -10,7 +10,7 @@ import torch
 from ..base.errors import HotLoraError
 from ..base.processes import num_processes
 from ..base.sizes import parse_size, size_words
-from ..hf.models import is_stored_quantized
+from ..hf.models import config_file, is_stored_quantized
 from ..runs.options import RunOptions
 from .cards import PCIE_5, TYPICAL, card_named, host_link
 from .cluster import Machine
@@ -18,7 +18,6 @@ from .estimate import device_of
 from .memory import memory, transfer_bytes
 from .preflight import (
     ROOM,
-    config_file,
     device_and_free,
     experts_of,
     free_host_memory,

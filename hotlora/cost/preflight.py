@@ -16,8 +16,7 @@ import torch
 from ..base.errors import FileError, HotLoraError
 from ..base.processes import num_processes, own_device, uses_deepspeed
 from ..base.sizes import size_words
-from ..hf.internals import internal
-from ..hf.models import NANOS, is_stored_quantized
+from ..hf.models import config_file, is_stored_quantized
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
 from ..runs.options import RunOptions
@@ -179,15 +178,6 @@ def layout(expert_parallel: int) -> str:
         return "ep"
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     return "fsdp" if is_fsdp and num_processes() > 1 else "ddp"
-
-
-def config_file(model: str) -> str:
-    """nano, a folder, or the config.json of a model on the Hub, which is all that is fetched."""
-    if model in NANOS or Path(model).expanduser().exists():
-        return model
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise FileError(f"{model} does not exist.")
-    return str(internal("transformers.utils:cached_file")(model, "config.json"))
 
 
 def device_and_free(name: str) -> tuple[torch.device, int]:

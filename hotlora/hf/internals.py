@@ -48,7 +48,6 @@ NAMES = {
     "datasets.table:MemoryMappedTable": "tasks.stored: rows of data are not read from their file",
     "transformers.training_args:OptimizerNames": "--optim is not checked before training",
     "transformers.masking_utils:find_packed_sequence_indices": _META,
-    "transformers.utils:cached_file": "cost.preflight does not find the config of a model on the Hub",
     "transformers.utils.chat_template_utils:render_jinja_template": "tasks.chat does not find where an answer begins "
     "by a template's {% generation %}",
     "transformers.quantizers:HfQuantizer._process_model_before_weight_loading": _QUANTIZED,

@@ -311,6 +311,21 @@ def model_source(name_or_path: str | Path) -> str:
     return text
 
 
+def config_file(model: str) -> str:
+    """A model's config as `model_from_config` takes it; of one on the Hub the config.json alone is fetched.
+
+    ModelError: as `model_source`; the Hub has none of it for this user.
+    """
+    if Path(model).expanduser().is_file() or Path(source := model_source(model)).is_dir():
+        return model
+    if isinstance(cached := huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+        return cached
+    try:
+        return huggingface_hub.hf_hub_download(source, "config.json")
+    except Exception as error:  # each network client has errors of its own
+        raise ModelError(f"the config of {model} cannot be read ({_first_line(error)}) Give a folder.") from error
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
     """The auto class that trains and generates text with this config: for a multimodal wrapper the wrapper's."""
     for auto, mapping in (

@@ -16,13 +16,14 @@ from ..base.files import write_json
 from ..bench.bench import run_bench
 from ..bench.contenders import BenchConfig, Contender
 from ..bench.report import read_result
+from ..hf.models import config_file
 from ..report.figures import COLD, HOT, INK, WIDTH, Figure, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..report.tables import human_seconds
 from ..report.text import NONE, shown
 from ..runs.methods import counted_options
 from .direct import Direct, Tell
-from .needs import bench_needs, config_file, number_of
+from .needs import bench_needs, number_of
 from .recipe import model_folder
 from .result import Number, Result, Shown
 from .settings import LABELS, OLMOE, QWEN, Setting

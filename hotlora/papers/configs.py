@@ -10,6 +10,7 @@ from ..base.errors import HotLoraError
 from ..base.files import read_json, write_json
 from ..cost.estimate import meta_model, sized_config
 from ..hf.experts_view import ExpertsView
+from ..hf.models import config_file
 from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..report import text
 from ..report.published import MODELS
@@ -18,7 +19,6 @@ from ..runs.options import RunOptions
 from ..runs.study import shared_experts
 from . import hellora
 from .direct import Direct, Tell
-from .needs import config_file
 from .recipe import Recipe, model_folder
 from .result import Result, Shown
 from .settings import OLMOE, QWEN, Setting

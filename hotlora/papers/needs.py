@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.utils import build_hf_headers, get_session
 
-from ..base.errors import FileError, HotLoraError
+from ..base.errors import HotLoraError
 from ..bench.contenders import Contender
 from ..bench.worker import matrix_rate
 from ..cost.estimate import coverage_at, estimate, meta_model, sized_config
 from ..cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops, step_flops
-from ..hf.models import NANOS, load_tokenizer
+from ..hf.models import NANOS, config_file, load_tokenizer
 from ..hf.moe_layers import moe_layers, num_experts_per_tok
 from ..routing.plan import DEFAULT_FRACTION
 from ..routing.profile import experts_kept
@@ -36,7 +34,6 @@ REACHED = 0.3
 """of a large matrix product's rate on this machine, by a training step of nano on a CPU (docs/speed.md)"""
 _CHARACTERS = 4  # of a token, where there is no tokenizer here
 _SAMPLE = 200
-_WAIT = 5.0  # seconds for the Hub's answer
 
 
 @dataclass(frozen=True)
@@ -49,23 +46,6 @@ class Load:
     """of one run; None where its data is not here"""
     share: float | None
     """of the experts that it adapts; None by full fine-tuning"""
-
-
-def config_file(model: str) -> str:
-    """A model's config as `models.model_from_config` takes it. FileError, in one line, where it cannot be had."""
-    if model in NANOS or Path(model).expanduser().exists():
-        return model
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(model, "config.json")
-        if isinstance(cached, str):
-            return cached
-        # Asked once: the Hub's own client would try for half a minute where there is no network.
-        url = huggingface_hub.hf_hub_url(model, "config.json")
-        get_session().head(url, headers=build_hf_headers(), timeout=_WAIT, follow_redirects=True).raise_for_status()
-        return huggingface_hub.hf_hub_download(model, "config.json")
-    except Exception as error:  # each network client has errors of its own
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise FileError(f"the config of {model} cannot be read ({reason}): give --model FOLDER.") from error
 
 
 def sweep_needs(sweep: Sweep, tflops: float | None = None) -> list[str]:
