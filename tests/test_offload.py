@@ -14,6 +14,7 @@ import torch
 from apart import apart
 from loading_memory import own_bytes, watched
 from runs import run_evaluation, run_training
+from safetensors.torch import load_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 from torch import nn
@@ -224,17 +225,23 @@ def test_merging_into_experts_on_the_host_is_refused():
         adapted.merge_and_unload()
 
 
-def test_merging_into_mapped_experts(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_merging_into_mapped_experts(tmp_path, family):
+    """What is saved then, too: loading has taken experts one by one, and saving gives them back so."""
+    zoo_model(family).save_pretrained(tmp_path / "model")
     stored = ExpertsQuantization(None, offload=True, offload_folder=tmp_path)
     merged = []
     for config in (stored, None):
         model = load_model(tmp_path / "model", device="cpu", quantization_config=config)
         adapted = peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=2))
         fill(adapted, seed=3)
-        merged.append(adapted.merge_and_unload().state_dict())
-    assert merged[0].keys() == merged[1].keys()
-    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+        model = adapted.merge_and_unload()
+        model.save_pretrained(tmp_path / str(len(merged)))
+        merged.append(model.state_dict())
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in "01"]
+    for ours, theirs in (merged, saved):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_run_is_the_same_run(tmp_path, monkeypatch):
@@ -393,6 +400,9 @@ def test_packed_experts_on_the_host(bits, is_transposed):
     plain, fetcher = holder(), Fetcher(torch.device("cpu"))
     there, other = (OffloadedExperts(holder(), fetcher, pinned) for _ in range(2))
     there.keep_on_device([1, 4])
+    fetcher.fit([there])
+    assert fetcher.num_bytes < sum(-(-tensor.nbytes // 256) * 256 for tensor in other.on_host)  # fewer: smaller slots
+    fetcher.fit([there, other])
     assert (there.shape, there.dtype, there.is_transposed) == (plain.shape, plain.dtype, is_transposed)
     assert len(there.on_host[0]) == 4 and len(other.on_host[0]) == 6
     for _ in range(2):

@@ -87,6 +87,14 @@ def test_every_weight_comes_back(bits, shape):
 
 
 @bits_4_8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_weights_there_are_stay_finite(bits, dtype):
+    weight = torch.full((1, 8, 8), torch.finfo(dtype).max, dtype=dtype)
+    dense = QuantizedExperts.from_weight(weight, bits).dequantize()
+    assert dense.isfinite().all() and relative(dense, weight) < 0.01
+
+
+@bits_4_8
 def test_single_experts(bits):
     holder = QuantizedExperts.from_weight(random_weight(6, 24, 16), bits)
     dense = holder.dequantize()

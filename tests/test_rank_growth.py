@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
 from hotlora.runs.checks import check_run
 from hotlora.runs.methods import resolve
+from hotlora.training import rank_growth
 from hotlora.training.rank_growth import BETA, GAMMA, Growth, RankGrowth, allocated, importance
 
 GROWING = {
@@ -134,6 +136,23 @@ def test_frequency_and_importance_are_the_plain_loops(tmp_path):
     torch.testing.assert_close(
         torch.tensor(moving._saliency(layer)), layer.frequency_N.repeat(2) * mean / 3**GAMMA
     )  # fmt: skip
+
+
+def test_every_process_goes_on_from_a_save_as_after_a_resume(tmp_path, monkeypatch):
+    """Each has seen tokens of its own, and a checkpoint has one frequency for all."""
+    moving = [growing(tmp_path=tmp_path)[1] for _ in range(3)]
+    for number, one in enumerate(moving[:2], 1):
+        one.layers[1].frequency_N[:] = number * torch.arange(8)
+    frequencies = [one.layers[1].frequency_N.clone() for one in moving[:2]]
+    monkeypatch.setattr(rank_growth, "num_processes", lambda: 2)
+    monkeypatch.setattr(rank_growth, "summed", lambda f_N: sum(frequencies) if f_N.any() else f_N)
+    arguments = SimpleNamespace(output_dir=str(tmp_path), get_warmup_steps=lambda steps: 1)
+    for is_first, one in zip((False, True), moving, strict=False):
+        (tmp_path / "checkpoint-4").mkdir(exist_ok=True)
+        one.on_save(arguments, SimpleNamespace(global_step=4, max_steps=9, is_world_process_zero=is_first), None)
+    moving[2].on_train_begin(arguments, SimpleNamespace(global_step=4, max_steps=9), None)
+    for one in moving:
+        torch.testing.assert_close(one.layers[1].frequency_N, 1.5 * torch.arange(8))
 
 
 def test_a_run_grows_to_its_budget_and_is_resumed_to_the_same_end(model_folder, data, tmp_path, monkeypatch):  # noqa: F811

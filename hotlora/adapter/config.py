@@ -170,6 +170,10 @@ class HotLoraConfig(LoraConfig):
             self.mask = self._mask.num_kept()
         if self.mask is not None and (self.train_a or self.use_dora or self.train_full_experts):
             raise PlanError("mask is LoRI's: it needs train_a=False, and neither use_dora nor train_full_experts.")
+        if self.train_full_experts and not self.train_a:
+            raise PlanError(
+                "train_full_experts leaves no A that could be frozen: leave out one of it and train_a=False."
+            )
         if self.train_full_experts and self.use_dora:
             raise PlanError(
                 "train_full_experts leaves no low-rank update that use_dora could act on: drop one of the two."
@@ -180,6 +184,11 @@ class HotLoraConfig(LoraConfig):
             self._check_shared()
         if self.perft is not None:
             self._check_perft()
+        elif (self.perft_adapters, self.perft_top_k) != (1, 1):
+            raise PlanError(
+                f"perft_adapters={self.perft_adapters} and perft_top_k={self.perft_top_k} are of PERFT: leave them "
+                "out, or give perft."
+            )
         if self.a_seed is None and not self.train_a:
             self.a_seed = self._mask.a_seed if self._mask is not None else 0
 

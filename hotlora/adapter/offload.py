@@ -188,6 +188,14 @@ class Fetcher:
     def add(self, holder: "OffloadedExperts") -> None:
         self.num_bytes = max(self.num_bytes, sum(map(_aligned, holder.on_host)))
 
+    def fit(self, holders: "Sequence[OffloadedExperts]") -> None:
+        """Makes the slots anew, for what these have on the host by now."""
+        if self.stream is not None:
+            self.stream.synchronize()  # the memory of those that there were is given back
+        self._slots, self.num_bytes = [], 0
+        for holder in holders:
+            self.add(holder)
+
     def get(self, holder: "OffloadedExperts") -> list[Tensor]:
         """The holder's tensors on the device, until the next holder's are asked for; those are on their way."""
         if not self._slots:
@@ -367,7 +375,11 @@ def pinned(tensor: Tensor) -> Tensor:
 def keep_on_device(model: nn.Module, experts: Mapping[int, Sequence[int]]) -> None:
     """The weights of these experts, by decoder layer, stay on the device; the others stay offloaded. Nothing where no
     experts wait on the host for a device."""
+    by_fetcher: dict[Fetcher, list[OffloadedExperts]] = {}
     for layer in moe_layers(model):
         for child in unwrap(model.get_submodule(layer.experts)).children():
             if isinstance(child, OffloadedExperts):
                 child.keep_on_device(experts.get(layer.layer, ()))
+                by_fetcher.setdefault(child._fetcher, []).append(child)
+    for fetcher, holders in by_fetcher.items():
+        fetcher.fit(holders)

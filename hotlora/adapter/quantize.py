@@ -220,6 +220,9 @@ class _ExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
+        for conversion in getattr(model, "_weight_conversions", None) or ():  # saving undoes the conversion's own steps
+            if isinstance(one_by_one := next(iter(getattr(conversion, "operations", ())), None), _OneByOne):
+                conversion.operations = one_by_one.operations
         if self.linears is not None:
             self.linears.finish(model)
         if self.quantization_config.offload is not None:

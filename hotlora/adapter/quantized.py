@@ -245,7 +245,8 @@ def _quantize(flat: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         packed, state = bitsandbytes_functional().quantize_4bit(flat, blocksize=BLOCK, quant_type="nf4")
     else:
         packed, state = bitsandbytes_functional().quantize_blockwise(flat, code=_levels(flat.device), blocksize=BLOCK)
-    return packed.view(-1), state.absmax.to(torch.bfloat16)
+    most = torch.finfo(flat.dtype).max * (1 - 2**-8)  # rounded up, the largest weight of all would overflow
+    return packed.view(-1), state.absmax.clamp(max=most).to(torch.bfloat16)
 
 
 def _dequantize(packed: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..adapter.packed import NAMES
 from ..adapter.quantize import experts_in
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
+from ..base.precision import say_once
 from ..base.processes import sharding, uses_deepspeed
 from ..hf.forward import check_aux_loss
 from ..hf.hub import check_push
@@ -21,6 +23,7 @@ from ..hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok
 from ..hf.routers import check_softmax_routers
 from ..routing.plan import ExpertPlan, selected
 from ..routing.profile import RoutingProfile
+from ..routing.rules import READS
 from ..training.activation_offloading import check_activation_offloading
 from ..training.named import check_optim, schedule_options
 from ..training.rank_growth import Growth
@@ -46,12 +49,18 @@ def check_run(options: RunOptions) -> None:
     check_report_to(options.report_to)
     check_optim(options.optim)
     schedule_options(options)
-    check_activation_offloading(options.activation_offloading, checked_device(options.device))
+    check_activation_offloading(options.activation_offloading, device := checked_device(options.device))
+    if options.reprofile_left == "merge" and options.offload != "none" and device.type != "cpu":
+        raise HotLoraError(
+            "what is learned is not merged into offloaded experts: leave out offload, or reprofile_left."
+        )
+    _tell_unused(options)
     checked_dtype(options.dtype)
     stored = experts_in(
         options.quantize, linear=options.quantize_linear, offload=options.offload != "none",
         offload_folder=options.offload_folder,
     )  # fmt: skip
+    _check_rule(options)
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
     needs_all = (
@@ -97,12 +106,40 @@ def check_run(options: RunOptions) -> None:
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 
 
+def _check_rule(options: RunOptions) -> None:
+    """PlanError: an option that this rule does not read."""
+    reads = READS.get(options.rule, ("seed", "signal"))  # one that does not exist is told by its name
+    if options.plan_seed is not None and options.plan is None and "seed" not in reads:
+        drawing = ", ".join(rule for rule, reads in READS.items() if "seed" in reads)
+        raise PlanError(f"plan_seed is of rules that draw ({drawing}), and rule is {options.rule!r}: leave it out.")
+    if options.reprofile_every is not None and "signal" not in reads:
+        raise PlanError(
+            f"rule {options.rule!r} chooses the same experts whatever is profiled: leave out reprofile_every, or give "
+            "a rule that reads the profile, such as hot."
+        )
+
+
+def _tell_unused(options: RunOptions) -> None:
+    """Of options that say nothing where no low-rank adapter trains: a sweep has them for all of its methods."""
+    beside = options.train_attention or options.train_router or options.train_shared
+    if options.full or (options.train_full_experts and not beside):
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+        defaults = {field.name: field.default for field in fields(RunOptions)}
+        if unused := [name for name in names if getattr(options, name) != defaults[name]]:
+            say_once(
+                f"no low-rank adapter trains here, of which {' and '.join(unused)} would be: nothing changes by it"
+            )
+
+
 def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:
     """HotLoraError: something trains that needs the experts' own weights, and these are stored in few bits.
 
     packed: the checkpoint's format, where the experts stay in it."""
-    needs = {"use_dora": "DoRA (--dora)", "train_full_experts": "full experts (--method esft)"}
-    what = next((words for name, words in needs.items() if getattr(options, name)), None)
+    needs = {
+        "DoRA (--dora)": options.use_dora, "full experts (--method esft)": options.train_full_experts,
+        "merging into experts (--reprofile-left merge)": options.reprofile_left == "merge",
+    }  # fmt: skip
+    what = next((words for words, is_on in needs.items() if is_on), None)
     if what is None:
         return
     if options.quantize:

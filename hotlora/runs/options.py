@@ -18,6 +18,8 @@ WARMUPS = ("none", "lora")
 BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
 TRAIN_ON = ("assistant", "last", "all")
 OFFLOADS = ("none", "cold", "all")
+MOVED = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers whose state re-profiling moves with an expert's rows."""
 _NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one of the two."
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
@@ -223,20 +225,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
                 "keep_hot leaves all experts as they are with rule all (methods lora, dora, lori): nothing would be "
                 "quantized. Leave it out, or choose fewer experts (--rule hot, --method hellora)."
             )
-        if self.plan is not None and self.reprofile_every is not None:
-            raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
-        if self.reprofile_every is not None and (
-            not self.train_a
-            or self.share_a
-            or self.use_dora
-            or self.train_full_experts
-            or self.normalize_moe_lora
-            or self.perft
-        ):
-            raise HotLoraError(
-                "re-profiling moves plain LoRA factors only: leave out reprofile_every, or DoRA, PERFT, a frozen or "
-                "shared A, full experts and normalize_moe_lora."
-            )
+        if self.reprofile_every is not None:
+            self._check_reprofiling()
         if self.grow_every is not None:
             self._check_growth()
         if self.reprofile_left != "drop" and self.reprofile_every is None:
@@ -247,6 +237,9 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             )
         if self.keep is not None and self.train_a:
             raise HotLoraError("keep is of LoRI's sparse run, whose A is frozen: give train_a false, or method lori-s.")
+        if self.keep is not None and (self.use_dora or self.train_full_experts):
+            what = "use_dora (--dora)" if self.use_dora else "train_full_experts (--method esft)"
+            raise HotLoraError(f"LoRI's sparse run trains entries of B alone: leave out {what}, or keep (lori-s).")
         if self.a_seed is not None and self.train_a:
             raise HotLoraError("a_seed is of a frozen A: leave it out, or give train_a false (--lora-fa).")
         if self.warmup not in WARMUPS:
@@ -257,6 +250,27 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError("a warm-up profiles the examples that it trained on: leave out profile_until.")
         if self.expert_parallel > 1 and self.signal == "saliency" and self.profiles:
             raise HotLoraError(_NO_SALIENCY)
+
+    def _check_reprofiling(self) -> None:
+        if self.plan is not None:
+            raise PlanError("a given plan has no rule to select by again: leave out reprofile_every, or the plan.")
+        wrong = {
+            "a frozen A": not self.train_a, "a shared A": self.share_a, "DoRA": self.use_dora,
+            "full experts": self.train_full_experts, "PERFT": self.perft is not None,
+            "normalize_moe_lora": self.normalize_moe_lora,
+        }  # fmt: skip
+        if found := [name for name, is_on in wrong.items() if is_on]:
+            raise HotLoraError(f"re-profiling moves plain LoRA factors only: leave out reprofile_every, or {found[0]}.")
+        if self.optim not in MOVED:
+            raise HotLoraError(
+                f"re-profiling moves an expert's rows of AdamW's state, and optim is {self.optim!r}: leave out "
+                f"reprofile_every, or give one of {', '.join(MOVED)}."
+            )
+        if self.reprofile_left == "merge" and self.quantize:
+            raise HotLoraError(
+                "what is learned cannot be merged into quantized experts: leave out quantize, or give reprofile_left "
+                "drop."
+            )
 
     def _check_growth(self) -> None:
         wrong = {

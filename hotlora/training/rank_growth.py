@@ -201,6 +201,8 @@ class RankGrowth(TrainerCallback):
                     self._set_mask(layer)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for layer in self.layers.values():  # from here on all go on from the mean, as after a resume
+            layer.frequency_N.copy_(self._mean_frequency(layer))
         if not state.is_world_process_zero:
             return
         tensors = {}
@@ -242,13 +244,16 @@ class RankGrowth(TrainerCallback):
             self._events.add(row)
 
     def _saliency(self, layer: _Layer) -> list[float]:
-        """Frequency x importance / (rank + 1) ** gamma of each unit. Each process has seen tokens of its own; gradients
-        are of all of them already."""
-        frequency_N = summed(layer.frequency_N) / num_processes()
+        """Frequency x importance / (rank + 1) ** gamma of each unit. Gradients are of all processes already."""
+        frequency_N = self._mean_frequency(layer)
         ranks_U = torch.tensor(layer.ranks, dtype=torch.float32)
         mean_U = layer.importance_UR.cpu().sum(1) / ranks_U  # those of inactive ranks are 0
         saliency: list[float] = (frequency_N.repeat(2) * mean_U / (ranks_U + 1) ** GAMMA).tolist()
         return saliency
+
+    def _mean_frequency(self, layer: _Layer) -> Tensor:
+        """Over the processes, each of which has seen tokens of its own; on the CPU."""
+        return summed(layer.frequency_N) / num_processes()
 
     def _set_mask(self, layer: _Layer) -> None:
         number, most = len(layer.ranks) // 2, 2 * self.r

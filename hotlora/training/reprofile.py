@@ -130,7 +130,7 @@ class Reprofiling(TrainerCallback):
         }:
             raise PlanError(
                 f"re-profiling needs a rule that keeps the number of experts of each layer, and {plan.rule!r} has "
-                "changed it: choose hot, cold, random or global."
+                "changed it: choose hot or cold."
             )
         came = went = 0
         for layer, module in self._layers.items():
