@@ -108,7 +108,11 @@ def test_what_is_given_comes_first():
     assert resolved("hellora", rule="coverage", p=0.5).rule == "coverage"
     assert resolved(preset="hellora-math", epochs=1).epochs == 1
     assert resolved("lora", placement="gate").condition == "lora-gate"
+    assert resolved("hellora", dense_mixer=True, share_a=True).condition == "hellora-share-a-dense-mixer"
     assert resolved(rule="cold").condition is None
+    assert resolved(rule="cold").condition_by("cold") == "cold"
+    assert resolved(rule="cold", reprofile_every=5).condition_by("cold") == "cold-reprofile"
+    assert resolved(train_a=False).condition_by("all") == "all-lora-fa"
     assert PLACEMENTS["full"] == {}
 
 

@@ -77,6 +77,17 @@ def growing(family: str = "olmoe", tmp_path: Path = Path(), **options):
     return model, RankGrowth(model, 4, 1, tmp_path / "ranks.jsonl")
 
 
+def test_a_training_with_few_events_is_told():
+    """By counting: what it says would do does, and one step more between events would not."""
+    short = Growth(r=32, units=64, warmup=1, steps=600, every=200)
+    ranks = [16] * 64
+    for step in range(1, 601):
+        ranks = short.grown(ranks, range(64)) if short.is_event(step) else ranks
+    assert sum(ranks) == 64 * short.reach < 64 * 32
+    assert f"to {short.reach} on average and not to r = 32. For that give grow_every 149" in short.said()
+    assert not replace(short, every=149).said() and replace(short, every=150).said()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_starts_as_the_base_and_only_active_ranks_get_gradients(family, tmp_path):
     model, moving = growing(family, tmp_path)

@@ -1,5 +1,6 @@
 """The command `train`, and how a run's outcome is printed."""
 
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +77,10 @@ def push(
     out.print(f"pushed: {address}{' (private)' if private else ''}")
 
 
+def times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
 def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
     for task, result in (record.get("evaluation") or {}).items():
         is_text = result["metric"] == "token_accuracy"
@@ -123,6 +128,15 @@ def print_run(record: dict[str, Any], output: Path) -> None:
         f"{training['steps']} steps, loss {training['loss_first']:.4f} → {training['loss_last']:.4f}, "
         f"{training['tokens_per_second']:,.0f} tokens/s",
     )
+    if moves := record.get("reprofile"):
+        came, alike = sum(row["came"] for row in moves), statistics.mean(row["jaccard"] for row in moves)
+        out.print(
+            f"re-profiled {times(len(moves))}: {came} experts came, {alike:.0%} of the plan stayed each time (mean "
+            f"Jaccard; {output / 'reprofile.jsonl'})"
+        )
+    if ranks := record.get("ranks"):
+        low, high = ranks[-1]["smallest"], ranks[-1]["largest"]
+        out.print(f"ranks grew {times(len(ranks))}, to {low} to {high} ({output / 'ranks.jsonl'})")
     if record.get("config", {}).get("load_best") and training.get("best_step"):
         loss = training["best_eval_loss"]
         out.print(f"kept: the weights after step {training['best_step']}, held-out loss {loss:.4f}")

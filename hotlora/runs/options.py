@@ -20,6 +20,17 @@ TRAIN_ON = ("assistant", "last", "all")
 OFFLOADS = ("none", "cold", "all")
 MOVED = ("adamw_torch", "adamw_torch_fused")
 """Optimizers whose state re-profiling moves with an expert's rows."""
+VARIANTS = {
+    "use_dora": "dora",
+    "share_a": "share-a",
+    "use_rslora": "rslora",
+    "normalize_moe_lora": "by-k",
+    "perft": "perft",
+    "reprofile_every": "reprofile",
+    "grow_every": "growing",
+    "dense_mixer": "dense-mixer",
+}
+"""Options that make another method of one: what a condition's name gets from them."""
 _NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one of the two."
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
@@ -127,7 +138,9 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     test_limit: int | None = option("The same for the held-out data.", None, resume=None)
     evaluate: bool = option("Score a task after training.", True)
     eval_batch_size: int = option("Examples that are scored at a time.", 64, resume=None)
-    condition: str | None = option("The record's name for it (default: the rule).", None, cli=False, resume=None)
+    condition: str | None = option(
+        "The record's name for it (default: the rule, or the method).", None, cli=False, resume=None
+    )
     fit: str | None = option(
         "Choose --quantize, --offload, --batch-size and --gradient-checkpointing so that a step fits into so much of "
         "the device's memory: 24GB, 22GiB, or auto (what is free). What is given beside it stays.", None, resume="free",
@@ -309,6 +322,12 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         if self.profile_fraction is not None:
             return self.profile_fraction
         return 1.0 if self.profiles else PROFILE_FRACTION
+
+    def condition_by(self, rule: str) -> str:
+        """What a run of these options is called that chooses by `rule`, with what makes another method of it."""
+        more = [word for name, word in VARIANTS.items() if getattr(self, name)]
+        frozen = [] if self.train_a else ["lora-fa"]
+        return "-".join(["fft" if self.full else rule, *frozen, *more])
 
     def selection(self) -> Selection:
         """The rule and its budget alone."""

@@ -141,7 +141,7 @@ class _Run:
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})
-        self.condition = options.condition or ("fft" if options.full else self.plan.rule if self.plan else options.rule)
+        self.condition = options.condition or options.condition_by(self.plan.rule if self.plan else options.rule)
         self.record = new_record(
             name=self.condition, condition=self.condition, seed=options.seed, config=self.identity,
             model={"name": options.model, "fingerprint": ""},

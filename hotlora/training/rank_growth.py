@@ -38,6 +38,7 @@ from ..adapter.experts import HotLoraExperts
 from ..adapter.raw_weights import HotLoraRouter
 from ..base.errors import HotLoraError
 from ..base.files import atomic_path
+from ..base.precision import say_once
 from ..base.processes import num_processes, summed
 from ..routing.plan import ExpertPlan
 from .event_log import EventLog
@@ -105,6 +106,23 @@ class Growth:
     def step_of_one(self) -> int:
         """Ranks that one unit may get at one event; 1 at least, or small ranks would never grow."""
         return max(1, int((self.most - self.start) * SHARE))
+
+    @property
+    def reach(self) -> int:
+        """The mean rank that a layer comes to; less than r where events are few."""
+        return min(self.r, self.start + (self.num_events + 1) * self.step_of_one)
+
+    def said(self) -> str:
+        """What to know of a training in which ranks do not come to r, and what would help; else nothing."""
+        if self.reach == self.r:
+            return ""
+        events = -(-(self.r - self.start) // self.step_of_one)
+        every = (self.steps - self.warmup) // events
+        more = f"give grow_every {every} (--grow-every)" if every else "train longer"
+        return (
+            f"ranks grow {self.num_events + 1} times, a projection's by {self.step_of_one} at most: to {self.reach} on "
+            f"average and not to r = {self.r}. For that {more}."
+        )
 
     def is_event(self, step: int) -> bool:
         """step: from 1."""
@@ -190,6 +208,7 @@ class RankGrowth(TrainerCallback):
         self.warmup = args.get_warmup_steps(state.max_steps)
         for layer in self.layers.values():
             layer.growth = Growth(self.r, len(layer.ranks), self.warmup, state.max_steps, self.every)
+            say_once(layer.growth.said())
         self._events.go_back_to(state.global_step)
         file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
         if state.global_step and file.is_file():

@@ -123,7 +123,7 @@ def check_export(format: str, output: str | Path) -> Path:
     if format not in FORMATS:
         raise HotLoraError(f"format {format!r} does not exist: choose one of {', '.join(FORMATS)}.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise FileError(f"{output} is there already and not empty: give a new folder for the export.")
+        raise FileError(f"{output} is there already and not empty: give a new folder.")
     if format == "gguf":
         gguf.check_installed()
     return output
