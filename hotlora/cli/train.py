@@ -131,8 +131,8 @@ def print_run(record: dict[str, Any], output: Path) -> None:
     if moves := record.get("reprofile"):
         came, alike = sum(row["came"] for row in moves), statistics.mean(row["jaccard"] for row in moves)
         out.print(
-            f"re-profiled {times(len(moves))}: {came} experts came, {alike:.0%} of the plan stayed each time (mean "
-            f"Jaccard; {output / 'reprofile.jsonl'})"
+            f"re-profiled {times(len(moves))}: {came:,} experts came, mean Jaccard with the plan before {alike:.2f} "
+            f"({output / 'reprofile.jsonl'})"
         )
     if ranks := record.get("ranks"):
         low, high = ranks[-1]["smallest"], ranks[-1]["largest"]
