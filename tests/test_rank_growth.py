@@ -18,6 +18,7 @@ from zoo import zoo_model
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.base.errors import HotLoraError
+from hotlora.cli.train import print_run
 from hotlora.hf.models import load_model
 from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
@@ -166,8 +167,14 @@ def test_every_process_goes_on_from_a_save_as_after_a_resume(tmp_path, monkeypat
         torch.testing.assert_close(one.layers[1].frequency_N, 1.5 * torch.arange(8))
 
 
-def test_a_run_grows_to_its_budget_and_is_resumed_to_the_same_end(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_grows_to_its_budget_and_is_resumed_to_the_same_end(
+    model_folder, data, tmp_path, monkeypatch, capsys,  # noqa: F811
+):  # fmt: skip
     calm = run_training(model_folder, data, tmp_path / "calm", **GROWING)
+    print_run(calm, tmp_path / "calm")
+    last = calm["ranks"][-1]
+    told = f"ranks grew {len(calm['ranks'])} times, to {last['smallest']} to {last['largest']} ("
+    assert told in capsys.readouterr().out.replace("\n", " ")
     assert [row["step"] for row in calm["ranks"]] and calm["ranks"][-1]["ranks"] == 2 * 16 * 4
     assert calm["ranks"][-1]["largest"] > calm["ranks"][-1]["smallest"]
     # 2 layers of 16 projections at rank 4 on average (32 + 16 wide), and routers at the largest rank

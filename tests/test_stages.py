@@ -19,6 +19,7 @@ from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.base.records import read_record
+from hotlora.cli.train import print_run
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import ExpertPlan
 from hotlora.routing.profile import RoutingProfile, jaccard
@@ -199,11 +200,13 @@ def test_a_task_on_top_of_another(model_folder, data, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["drop", "merge"])
-def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_path, monkeypatch):
+def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_path, monkeypatch, capsys):
     config = replace(CONFIG, max_steps=6, save_steps=3, learning_rate=0.1)
     options = {"config": config, "experts_per_layer": 2, "reprofile_every": 2, "reprofile_left": left}
     calm = run_training(model_folder, data, tmp_path / "calm", **options)
     drift = calm["reprofile"]
+    print_run(calm, tmp_path / "calm")
+    assert f"re-profiled {len(drift)} times: " in capsys.readouterr().out
     assert [row["step"] for row in drift] == [2, 4] and min(row["jaccard"] for row in drift) < 1
     assert all(row["came"] == row["went"] for row in drift)
 

@@ -139,7 +139,9 @@ def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:
     assert found.adapter is not None
     stored = base_quantization(found.adapter)
     if stored and can_merge:
-        raise HotLoraError(f"an adapter cannot be merged into {stored}: leave merge out, or merge first (hotlora merge).")
+        raise HotLoraError(
+            f"an adapter cannot be merged into {stored}: leave merge out, or merge first (hotlora merge)."
+        )
     loading: dict[str, Any] = {"quantize": 0} if can_merge else {}
     if stored:
         loading = {"quantize": stored.bits, "keep": stored.keep, "quantize_linear": stored.linear}
