@@ -11,8 +11,11 @@ from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, select_experts
+from hotlora.base.precision import say_once
 from hotlora.cli import main as cli
 from hotlora.routing.profiler import profile_routing
+from hotlora.runs.checks import check_run
+from hotlora.runs.methods import resolve
 from hotlora.training.identity import differences
 
 
@@ -119,6 +122,17 @@ def test_training_options_are_checked_before_a_model_is_loaded(refused, words: s
 )
 def test_other_commands_check_first_too(refused, words: str, says: str):
     assert re.search(says, refused(words))
+
+
+def test_options_of_an_adapter_that_is_not_there_are_told(folder: Path, caplog: pytest.LogCaptureFixture):
+    """Not refused: a sweep has them for all of its methods."""
+    files = {"model": str(folder / "model"), "data": str(folder / "rows.jsonl")}
+    say_once.cache_clear()
+    for method in ("hellora", "esft", "fft"):
+        check_run(resolve(method, **files, r=8, use_rslora=True))
+        assert ("r and use_rslora change nothing" in caplog.text) == (method != "hellora"), method
+        say_once.cache_clear()
+        caplog.clear()
 
 
 def test_a_probe_of_the_output_leaves_nothing(refused, tmp_path: Path):
