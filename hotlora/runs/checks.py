@@ -126,9 +126,7 @@ def _tell_unused(options: RunOptions) -> None:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
         defaults = {field.name: field.default for field in fields(RunOptions)}
         if unused := [name for name in names if getattr(options, name) != defaults[name]]:
-            say_once(
-                f"no low-rank adapter trains here, of which {' and '.join(unused)} would be: nothing changes by it"
-            )
+            say_once(f"no low-rank adapter trains here: {' and '.join(unused)} change nothing")
 
 
 def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:
