@@ -273,6 +273,9 @@ def test_nothing_to_compare(tmp_path: Path, runs: Path):
     write_run(tmp_path / "plain", "all", 0, 0.5, sweep=None)
     with pytest.raises(DataError, match=r"no run of a sweep.*not of a sweep"):
         compare_runs(tmp_path / "plain")
+    told = r"hot/seed0 is one run's folder, with nothing to compare: give the folder that holds its sweep's runs, or"
+    with pytest.raises(DataError, match=told):
+        compare_runs(runs / "hot" / "seed0")
     shutil.copytree(runs / "hot", runs / "copies" / "hot")
     with pytest.raises(DataError, match="are both hot of the sweep s with the seed 0"):
         compare_runs(runs)

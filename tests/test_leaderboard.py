@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError
-from hotlora.base.files import write_json
-from hotlora.base.records import find_records, new_record, write_record
+from hotlora.base.files import sha256_file, write_json
+from hotlora.base.records import find_records, new_record, read_record, write_record
 from hotlora.cli.main import app
 from hotlora.evaluation.stats import proportion_interval
 from hotlora.report.leaderboard import leaderboard
@@ -310,6 +310,22 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "running": (lambda r: r.update(status="running"), "it is running, and not done"),
     "failed": (lambda r: r.update(status="failed"), "it is failed, and not done"),
     "unscored": (lambda r: r.pop("evaluation"), "it has no score of one task, and no held-out loss"),
+    "training gone": (
+        lambda r: r.pop("training"),
+        "it is a training (config.data_hash, parameters.trainable, plan), and has no training.steps",
+    ),
+    "steps gone": (lambda r: r["training"].update(steps=None), "plan), and has no training.steps"),
+    "parameters gone": (lambda r: r.pop("parameters"), "plan), and has no parameters.trainable"),
+    "trained nothing": (
+        lambda r: r["parameters"].update(trainable=0, percent=0.0),
+        "it is a training (config.data_hash, training.steps, plan), and has no parameters.trainable",
+    ),
+    "plan gone": (lambda r: r.pop("plan"), "parameters.trainable), and has no plan"),
+    "data_hash gone": (lambda r: r["config"].pop("data_hash"), "plan), and has no config.data_hash"),
+    "most gone": (
+        lambda r: [r.pop("training"), r.pop("parameters"), r["config"].pop("data_hash")],
+        "it is a training (plan), and has no config.data_hash, training.steps, parameters.trainable",
+    ),
     "adapter": (
         lambda r: (r["parameters"].update(trainable=0, percent=0.0), r["config"].update(adapter="x")),
         "it scores a saved adapter",
@@ -330,6 +346,8 @@ def test_what_contradicts_itself_is_refused(name: str, runs: Path, tmp_path: Pat
         add_runs(board, [tmp_path / "new"])
     assert files(board) == before, "all or none"
     assert len(add_runs(board, [good]).new) == 1
+    shutil.copytree(folder, runs / "new" / "seed0")
+    assert told in leaderboard(runs).left_out[runs / "new" / "seed0"], "in a folder without a board.json, too"
 
 
 def test_files_that_are_gone_exchanged_or_broken_are_refused(runs: Path, tmp_path: Path):
@@ -417,6 +435,34 @@ def test_added_twice_is_there_once_and_the_same_bytes(runs: Path, tmp_path: Path
     ]
 
 
+def test_a_model_as_it_is_lacks_no_sign_of_a_training(runs: Path, tmp_path: Path):
+    """Full fine-tuning has no plan, and a model as it is has nothing that says how it was trained."""
+    full = write_run(tmp_path, "fft", 0, 0.6, options={"full": True})
+    edit(full, lambda r: r.pop("plan"))
+    base = write_run(tmp_path, "base", None, 0.1)
+    edit(base, lambda r: r.pop("parameters"))  # as vLLM scores it
+    assert [faults(run, read_record(run)) for run in (full, base)] == [[], []]
+
+
+@pytest.mark.parametrize("take", [lambda t: t.update(test_loss_before=None), lambda t: t.pop("test_loss_before", None)])
+def test_a_run_that_does_not_say_its_loss_before_training_is_refused(take, runs: Path, tmp_path: Path):
+    """That loss alone tells other weights of the same shape."""
+    board = tmp_path / "board"
+    add_runs(board, [runs / "hot"])
+    folder = write_run(tmp_path / "new", "new", 0, 0.6)
+    edit(folder, lambda r: take(r["training"]))
+    told = "test loss before training none, and 2 is asked"
+    with pytest.raises(DataError, match=told):
+        add_runs(board, [folder])
+    with pytest.raises(DataError, match=told):
+        add_runs(tmp_path / "another", [runs / "hot", folder])
+    shutil.copytree(folder, runs / "new" / "seed0")
+    assert told in leaderboard(runs).left_out[runs / "new" / "seed0"]
+    for run in find_records(runs):  # where none has it, none is asked for it
+        edit(run, lambda r: take(r["training"]))
+    assert "new" in rows_of(leaderboard(runs))
+
+
 def test_what_an_add_left_that_was_killed_is_not_on_the_board(runs: Path, tmp_path: Path):
     board = tmp_path / "board"
     add_runs(board, [runs / "hot"])
@@ -463,10 +509,48 @@ def test_a_record_that_was_changed_on_the_board_does_not_count(runs: Path, tmp_p
     assert "not whole JSON" in leaderboard(board).left_out[place]
     add_runs(board, [write_run(tmp_path / "new", "new", 0, 0.5)])
     assert "not whole JSON" in leaderboard(board).left_out[place], "it is still told of after others were added"
+    with pytest.raises(DataError, match=r"far/seed0: .* is not whole JSON"):
+        add_runs(board, [runs / "far"])
+    (place / "run.json").write_bytes(good + b"\n")
+    told = "far/seed0: run.json was changed since it was added: restore a copy, or delete it and add it again"
+    for source in (runs / "far", place):  # what is changed is not added as it is, either
+        with pytest.raises(DataError, match=told):
+            add_runs(board, [source])
     shutil.rmtree(place)
     assert leaderboard(board).left_out == {place: "it is gone: restore a copy, or add it again"}
     assert len(add_runs(board, [runs / "far"]).new) == 1 and (place / "run.json").read_bytes() == good
     assert leaderboard(board).left_out == {}
+
+
+def test_a_plan_that_was_changed_on_the_board_does_not_count(runs: Path, tmp_path: Path):
+    board = tmp_path / "board"
+    add_runs(board, [runs])
+    place = board / "olmoe-0" / "gsm8k" / "far" / "seed0"
+    good = (place / "plan.json").read_bytes()
+    ExpertPlan({0: (2, 3)}, 4, "hot", {}, fingerprint="olmoe-0").save(place / "plan.json")
+    found = leaderboard(board)
+    assert "plan.json is not the plan that the run was made with" in found.left_out[place]
+    assert found.left_out[place].endswith("; restore a copy, or add it again")
+    assert rows_of(found)["far"].note == "not ranked: it lacks the seed 0"
+    for text in ("{}", "{"):
+        (place / "plan.json").write_text(text)
+        assert "plan.json" in leaderboard(board).left_out[place]
+    (place / "plan.json").unlink()
+    assert "plan.json does not exist" in leaderboard(board).left_out[place]
+    assert len(add_runs(board, [runs / "far"]).new) == 1 and (place / "plan.json").read_bytes() == good
+    assert leaderboard(board).left_out == {}
+
+
+def test_a_board_that_took_a_contradiction_once_names_it(runs: Path, tmp_path: Path):
+    """An earlier version may have added what is refused now."""
+    board = tmp_path / "board"
+    add_runs(board, [runs])
+    place = board / "olmoe-0" / "gsm8k" / "far" / "seed0"
+    edit(place, lambda r: r.pop("training"))
+    index = json.loads((board / INDEX).read_text())
+    index["runs"]["olmoe-0/gsm8k/far/seed0"]["sha256"] = sha256_file(place / "run.json")
+    write_json(board / INDEX, index)
+    assert "and has no training.steps" in leaderboard(board).left_out[place]
 
 
 def test_the_protocol_stays_what_it_was_founded_with(runs: Path, tmp_path: Path):

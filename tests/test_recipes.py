@@ -126,6 +126,69 @@ def test_local_files_stand_for_a_task():
     assert {condition.name.split("/")[1] for condition in sweep.conditions} == {"gsm8k-lori"}
 
 
+WRONG = {
+    "model": "--set does not take model: give --model MODEL in its place",
+    "nano-math.model": "--set does not take nano-math.model: give --model MODEL",
+    "data": "--set does not take data: give --data TASK=FILES",
+    "output_dir": "--set does not take output_dir: give --output FOLDER",
+    "seed": "--set does not take seed: give --seeds NUMBER",
+    "seeds": "--set does not take seeds: give --seeds NUMBER",
+    "method": "the rows of NAME say that themselves.*sweep of your own",
+    "preset": "the rows of NAME say that themselves",
+    "rule": "the rows of NAME say that themselves",
+    "plan": "the rows of NAME say that themselves",
+    "condition": "the rows of NAME say that themselves",
+    "full": "the rows of NAME say that themselves",
+    "extend": "a recipe's runs are not trained on. Give max_steps or epochs, and another --output",
+    ".max_steps": r"--set \.max_steps names no option: give it as in --set max_steps=300, or .* --set gsm8k\.max_steps",
+    "nano-math.": r"--set nano-math\. names no option",
+}
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_set_takes_no_option_that_a_recipe_or_another_flag_says(given: str):
+    for name in ("hellora-table-2", "hellora-table-1"):
+        with pytest.raises(HotLoraError, match=WRONG[given].replace("NAME", "hellora-table-2")):
+            find_recipe(name, Setting("nano", options={given: 1}))
+
+
+def test_set_takes_no_option_in_which_rows_differ():
+    for name, option in (
+        ("hellora-table-5", "placement"), ("hellora-table-7", "fraction"), ("hellora-table-7", "experts_per_layer"),
+        ("moe-sieve-section-6.2", "p"),
+    ):  # fmt: skip
+        with pytest.raises(HotLoraError, match=f"--set does not take {option}: the rows of {name} say"):
+            find_recipe(name, Setting("nano", options={option: 1}))
+    find_recipe("hellora-table-4", Setting("nano", options={"placement": "pure"}))
+    sweep = find_recipe("hellora-table-5", Setting("nano", options={"fraction": 0.5}))
+    assert {sweep.resolved(condition).fraction for condition in sweep.conditions} == {0.5}
+
+
+def test_set_takes_an_option_once_by_any_of_its_names():
+    sweep = find_recipe("moe-sieve-table-3", Setting(options={"num_train_epochs": 1, "hellaswag.num_train_epochs": 2}))
+    found = {(sweep.resolved(condition).data, sweep.resolved(condition).epochs) for condition in sweep.conditions}
+    assert found == {("gsm8k", 1), ("spider", 1), ("hellaswag", 2)}
+    for pair in (("epochs", "num_train_epochs"), ("gsm8k.num_train_epochs", "gsm8k.epochs")):
+        with pytest.raises(HotLoraError, match=f"{pair[0]} and {pair[1]} are one option"):
+            find_recipe("moe-sieve-table-3", Setting(options=dict.fromkeys(pair, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"test_limit": 0}, "test_limit = 0 is out of range"),
+        ({"quantize": 5}, "quantize = 5 is out of range"),
+        ({"signal": "nope"}, "signal 'nope' does not exist"),
+        ({"p": 0.5}, "/lora: rule 'all' does not read p"),
+    ],
+)
+def test_wrong_values_are_told_before_anything_runs(options: dict, says: str):
+    """On a paper's model and data that are not here, too."""
+    for setting in (Setting("nano", options=options), Setting(options=options)):
+        with pytest.raises(HotLoraError, match=says):
+            find_recipe("hellora-table-3", setting)
+
+
 def test_the_unknown_is_named():
     with pytest.raises(HotLoraError, match=r"no-such-recipe is no Python file and no recipe.*hellora-table-2"):
         find_recipe("no-such-recipe")

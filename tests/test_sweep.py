@@ -120,6 +120,14 @@ def test_a_condition_has_the_words_of_train(tmp_path: Path):
         ({"options": {"scores": torch.ones(2)}}, "s: a: options must be plain values"),
         ({"options": {"r": 0}}, "s: a: r = 0 is out of range"),
         ({"options": {"method": "loar"}}, "s: a: method 'loar' does not exist"),
+        # what a run would say when its profile is made, and its model loaded
+        ({"options": {"rule": "nope"}}, "s: a: rule 'nope' does not exist: choose one of hot, all"),
+        ({"options": {"rule": "hot", "p": 0.5}}, "s: a: rule 'hot' does not read p"),
+        ({"options": {"signal": "sum"}}, "s: a: signal 'sum' does not exist"),
+        ({"options": {"test_limit": 0}}, "s: a: test_limit = 0 is out of range: it must be 1 or more"),
+        ({"options": {"quantize": 5}}, "s: a: quantize = 5 is out of range: it must be 8 or 4 bits, or 0"),
+        ({"options": {"optim": "adma"}}, "s: a: optim = 'adma' does not exist"),
+        ({"options": {"dtype": "int8"}}, "s: a: dtype 'int8' does not exist"),
     ],
 )
 def test_a_wrong_sweep_is_named(change, says):
@@ -277,6 +285,34 @@ def test_processes_and_files_are_checked(tmp_path: Path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills processes by signal")
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--set =3", "--set =3 is not NAME=VALUE: give it as in --set max_steps=300, or on one task --set gsm8k.max_"),
+        ("--set max_steps", "--set max_steps is not NAME=VALUE: give it as in --set max_steps=300"),
+        ("--set .max_steps=3", r"--set \.max_steps names no option: give it as in --set max_steps=300"),
+        ("--set max_steps=3 --set max_steps=4", "--set max_steps is given twice, 3 and 4: leave one of them out"),
+        ("--data gsm8k=a --data gsm8k=b", "--data gsm8k is given twice, a and b"),
+        ("--data gsm8k", "--data gsm8k is not NAME=VALUE: give it as in --data gsm8k=data/gsm8k"),
+        ("--set seed=1", "give --seeds NUMBER in its place"),
+        ("--set test_limit=0", "test_limit = 0 is out of range"),
+    ],
+)
+def test_what_is_wrong_about_a_recipe_is_told_before_anything_runs(tmp_path: Path, words: str, says: str):
+    words = f"hellora-table-2 --model nano --dry-run -o {tmp_path / 'out'} {words}"
+    done = CliRunner().invoke(APP, words.split())
+    assert isinstance(done.exception, HotLoraError), done.output
+    assert re.search(says, str(done.exception)) and not done.output, str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_here_stops_no_sweep_from_being_listed(tmp_path: Path):
+    """Neither the model nor the data nor a GPU."""
+    options = {"rule": "hot", "device": "cuda:7", "quantize": 4}
+    jobs = sweep_jobs(make_sweep(Condition("a", options), model="no/model", data="no/rows.jsonl"), tmp_path)
+    assert [job.name for job in jobs] == ["profile of no/rows.jsonl", "a"]
+
+
 def test_killed_twice_it_ends_with_the_records_of_a_calm_sweep(tmp_path: Path):
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}

@@ -174,12 +174,15 @@ def number_list(name: str, text: str, kind: type) -> tuple[Any, ...]:
         raise HotLoraError(f"--{name} is {text!r}: give numbers with commas between, such as 1,2.") from None
 
 
-def named(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
-    """NAME=VALUE, some times, as a dictionary."""
-    found = {}
+def named(option: str, pairs: Sequence[str] | None, example: str) -> dict[str, str]:
+    """NAME=VALUE, some times, as a dictionary. HotLoraError: a pair that is none (`example` shows one), or a name
+    twice."""
+    found: dict[str, str] = {}
     for pair in pairs or ():
         name, sign, value = pair.partition("=")
         if not (name and sign and value):
-            raise HotLoraError(f"{option} {pair} is not NAME=VALUE: give it as in {option} gsm8k=data/gsm8k.")
+            raise HotLoraError(f"{option} {pair} is not NAME=VALUE: give it as in {example}.")
+        if name in found:
+            raise HotLoraError(f"{option} {name} is given twice, {found[name]} and {value}: leave one of them out.")
         found[name] = value
     return found

@@ -51,9 +51,11 @@ def sweep(
     Each run's record, adapter and log lie in OUTPUT/CONDITION/seedK. A run that fails is told at the end, and tried
     again the next time.
     """
-    from ..papers import Direct, Setting, find_recipe
+    from ..papers import EXAMPLE, Direct, Setting, find_recipe
 
-    setting = Setting(model, named("--data", data), seeds, {k: _plain(v) for k, v in named("--set", settings).items()})
+    sources = named("--data", data, "--data gsm8k=data/gsm8k")
+    options = {name: _plain(value) for name, value in named("--set", settings, EXAMPLE).items()}
+    setting = Setting(model, sources, seeds, options)
     found = find_recipe(file, setting)
     if isinstance(found, Direct):
         _direct(found, output, tflops, dry_run)

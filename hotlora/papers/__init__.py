@@ -10,10 +10,10 @@ from ..runs.sweep import Sweep, load_sweep
 from . import benches, configs, hellora, moe_sieve, profiles
 from .direct import Direct
 from .recipe import Recipe
-from .settings import Setting
+from .settings import EXAMPLE, Setting, check_set
 from .studies import STUDIES
 
-__all__ = ["RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "names"]
+__all__ = ["EXAMPLE", "RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "names"]
 
 _MAKERS: dict[str, Callable[[str, Setting], Recipe | Direct]] = {
     **hellora.RECIPES, **configs.HELLORA, **profiles.HELLORA, **benches.HELLORA,
@@ -33,7 +33,10 @@ def find_recipe(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAUL
     name = str(file_or_name)
     if name in RECIPES:
         recipe = RECIPES[name](setting)
-        return recipe.sweep() if isinstance(recipe, Recipe) else recipe
+        if not isinstance(recipe, Recipe):
+            return recipe
+        check_set(recipe, setting.options)
+        return recipe.sweep()
     if name not in STUDIES and not name.endswith(".py"):
         raise FileError(f"{name} is no Python file and no recipe: give FILE.py, or one of {', '.join(names())}.")
     if setting != _DEFAULT:

@@ -21,7 +21,7 @@ from . import hellora
 from .direct import Direct, Tell
 from .recipe import Recipe, model_folder
 from .result import Result, Shown
-from .settings import OLMOE, QWEN, Setting
+from .settings import OLMOE, QWEN, Setting, check_set
 
 FOLDER = "configs"
 _NUMBERS = ("layers", "num_experts", "shared", "num_experts_per_tok")
@@ -32,6 +32,9 @@ class HyperparameterTable(Direct):
     """HELLoRA's table 1, beside what its recipes train with."""
 
     trainings: Recipe
+
+    def __post_init__(self) -> None:
+        check_set(self.trainings, self.options)
 
     def needs(self, tflops: float | None = None) -> list[str]:
         return ["nothing: no run, no network"]
@@ -160,7 +163,7 @@ def _plain(value: Any) -> str:
 
 def _hyperparameters(name: str, setting: Setting) -> HyperparameterTable:
     where = "HELLoRA, section 4.1, table 1"
-    return HyperparameterTable(name, "Hyperparameters", where, trainings=hellora.table_2(setting))
+    return HyperparameterTable(name, "Hyperparameters", where, setting.options, trainings=hellora.table_2(setting))
 
 
 def _shapes(name: str, setting: Setting) -> ShapeTable:

@@ -38,6 +38,7 @@ from .settings import HELLORA_TASKS, MIXTRAL, OLMOE, QWEN, STANDS_FOR, Setting, 
 FOLDER = "profiles"
 _STUDY, _PROFILE, _WARMED, _SLICE = "study.json", "profile.safetensors", "warmed-up.safetensors", "profile.safetensors"
 _PROFILING = ("limit", "batch_size", "max_length", "dtype", "device", "quantize")
+_TRAINED = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["cli"]} - {"extend"}
 _NANO_LIMIT = {"limit": 2000}  # as its trainings
 _HELLORA_TASKS = tuple(column.data for column in HELLORA_TASKS.values())
 # DeepSeek-MoE-16B, the third of MoE-Sieve's models, has code of its own, which hotlora does not run.
@@ -65,8 +66,7 @@ class ProfileRecipe(Direct):
     warm_up: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        trained = [field.name for field in dataclasses.fields(TrainConfig)] if self.warm_up is not None else []
-        self.check_options({*_PROFILING, *trained})
+        self.check_options({*_PROFILING, *(_TRAINED if self.warm_up is not None else ())})
 
     def needs(self, tflops: float | None = None) -> list[str]:
         lines = profile_needs(self.models, list(self.sources.values()), self._profiling(), tflops)

@@ -2,15 +2,18 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 from ..base.errors import HotLoraError
+from ..base.options import ALIASES, twice
 from ..hf.models import NANOS
 from ..runs.methods import METHODS, MOE_SIEVE
+from ..runs.options import BUDGETS, RunOptions
 from .recipe import Column, Recipe, Row
 
+EXAMPLE = "--set max_steps=300, or on one task --set gsm8k.max_steps=300"
 OLMOE = "allenai/OLMoE-1B-7B-0924"
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
 QWEN = "Qwen/Qwen1.5-MoE-A2.7B"
@@ -55,6 +58,12 @@ _NANO = {
     "max_length": 256, "limit": 2000, "test_limit": 200, "profile_fraction": 1.0,
 }  # fmt: skip
 
+_FLAGS = {"model": "--model MODEL", "data": "--data TASK=FILES", "output": "--output FOLDER"}
+"""what other flags of `hotlora sweep` say"""
+_SEEDS = "--seeds NUMBER"
+# What a row is: its method, and what only a method's name sets.
+_OF_ROWS = {"method", "preset", "rule", "plan"} | {f.name for f in fields(RunOptions) if not f.metadata["cli"]}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -65,12 +74,28 @@ class Setting:
         sources: task name -> local files or a hub id, for those that are not on the hub under their own name.
         seeds: how many; None: as many as the paper has.
         options: of every run, before everything else; TASK.NAME: of the runs on that task, before these.
+
+    HotLoraError: an option without its name or task, twice, or one that another of these says.
     """
 
     model: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     seeds: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names: dict[str, str] = {}
+        for given in self.options:
+            task, dot, name = given.rpartition(".")
+            if not name or (dot and not task):
+                raise HotLoraError(f"--set {given} names no option: give it as in {EXAMPLE}.")
+            ours = ALIASES.get(name, name)
+            if ours in _FLAGS:
+                raise _instead(given, _FLAGS[ours])
+            if (key := f"{task}{dot}{ours}") in names:
+                raise twice(names[key], given)
+            names[key] = given
+        object.__setattr__(self, "options", {name: self.options[given] for name, given in names.items()})
 
     @property
     def is_nano(self) -> bool:
@@ -108,6 +133,30 @@ def recipe(
         return Recipe(name, title, where, placed, rows, seeds, options, **rest)
 
     return make
+
+
+def check_set(trainings: Recipe, options: Mapping[str, Any]) -> None:
+    """HotLoraError: `--set` says which seeds, or what the recipe's rows are, or what no recipe's run has."""
+    differ = {option for row in trainings.rows for option in row.options}
+    of_rows = _OF_ROWS | (differ & {"placement"}) | (set(BUDGETS) if differ & set(BUDGETS) else set())
+    for given in options:
+        option = given.rpartition(".")[2]
+        if option in ("seed", "seeds"):
+            raise _instead(given, _SEEDS)
+        if option in of_rows:
+            raise HotLoraError(
+                f"--set does not take {given}: the rows of {trainings.name} say that themselves. Leave it out, or "
+                "write a sweep of your own (docs/sweep.md)."
+            )
+        if option == "extend":
+            raise HotLoraError(
+                f"--set does not take {given}: a recipe's runs are not trained on. Give max_steps or epochs, and "
+                "another --output."
+            )
+
+
+def _instead(given: str, flag: str) -> HotLoraError:
+    return HotLoraError(f"--set does not take {given}: give {flag} in its place.")
 
 
 def _placed(column: Column, setting: Setting) -> Column:

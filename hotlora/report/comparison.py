@@ -129,11 +129,16 @@ def compare_runs(
         holm: correct p values over the conditions of a table.
 
     Raises:
-        DataError: no run of a sweep that is done and has the metric, no such reference, or a condition with one seed
-            twice. FileError: no such folder; a broken record is left out, in words.
+        DataError: one run's own folder, no run of a sweep that is done and has the metric, no such reference, or a
+            condition with one seed twice. FileError: no such folder; a broken record is left out, in words.
     """
     if metric not in METRICS:
         raise DataError(f"the metric {metric!r} does not exist: there are {' and '.join(METRICS)}.")
+    if not isinstance(runs, Mapping) and (Path(runs) / "run.json").is_file():
+        raise DataError(
+            f"{runs} is one run's folder, with nothing to compare: give the folder that holds its sweep's runs, or a "
+            "second run's folder, too."
+        )
     broken: dict[Path, str] = {}
     records = runs if isinstance(runs, Mapping) else find_records(runs, broken)
     metric = _metric(metric, records.values())

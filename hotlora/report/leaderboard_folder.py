@@ -93,6 +93,8 @@ def read_board(folder: str | os.PathLike[str]) -> Board:
             left_out[run] = "it was not added: give it to --add"
         elif sha256_file(run / "run.json") != told["sha256"] or board_key(record) not in protocols:
             left_out[run] = "run.json was changed since it was added: restore a copy, or delete it and add it again"
+        elif found := faults(run, record):  # plan.json was changed, or an earlier version saw less
+            left_out[run] = f"{'; '.join(found)}; restore a copy, or add it again"
         else:
             entries.append(Entry(run, record, str(board_key(record)), told["method"]))
     left_out |= {folder / name: "it is gone: restore a copy, or add it again" for name in gone}
@@ -161,8 +163,8 @@ def _checked(
         told = _refusal(run, record, method, board.protocols, entries)
         places = [other.folder for other in board.entries]
         places += [folder / _place(other) for other in entries[len(board.entries) :]]
-        if not told and _is_taken(folder / _place(entry), run, places):
-            told = [f"{folder / _place(entry)} holds something else: move that, or delete it"]
+        if not told and (why := _taken(folder / _place(entry), run, places, board)):
+            told = [why]
         if told:
             wrong.setdefault((method, *told), []).append((run, record["seed"]))
         else:
@@ -265,12 +267,18 @@ def _place(entry: Entry) -> str:
     return "/".join([*above, entry.method, *([] if entry.seed is None else [f"seed{entry.seed}"])])
 
 
-def _is_taken(place: Path, run: Path, places: Sequence[Path]) -> bool:
-    """Whether something is there, but what an `add_runs` of this run left that was killed; or a run above or below."""
-    if any(place == other or place in other.parents or other in place.parents for other in places):
-        return True
-    there = place / "run.json"
-    return place.exists() and not (there.is_file() and sha256_file(there) == sha256_file(run / "run.json"))
+def _taken(place: Path, run: Path, places: Sequence[Path], board: Board) -> str:
+    """Why a run cannot have a place: its record on the board was changed, something else is there, or a run above or
+    below. Empty where it can, as where an `add_runs` of this run left it that was killed."""
+    there, own = place / "run.json", sha256_file(run / "run.json")
+    found = sha256_file(there) if there.is_file() else None
+    listed = (board.listed or {}).get(place.relative_to(board.folder).as_posix(), {}).get("sha256")
+    if listed and found and place in board.left_out and not own == found == listed:
+        return f"{place}: {board.left_out[place]}"
+    is_near = any(place == other or place in other.parents or other in place.parents for other in places)
+    if is_near or (place.exists() and found != own):
+        return f"{place} holds something else: move that, or delete it"
+    return ""
 
 
 def _told(entry: Entry) -> dict[str, str]:

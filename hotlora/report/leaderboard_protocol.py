@@ -74,8 +74,19 @@ _CHOICE = {field.name for field in fields(Selection)}
 
 
 def is_trained(record: Record) -> bool:
-    """Whether it is a training, and not the model as it is or a saved adapter's score."""
-    return part(record, "parameters").get("trainable") != 0 and part(record, "training").get("steps") is not None
+    """Whether it is a training, and not the model as it is or a saved adapter's score. One sign is enough: a training
+    that has lost another is no model as it is."""
+    return any(_signs(record).values())
+
+
+def _signs(record: Record) -> dict[str, bool]:
+    """What a training's record has, and that of a model as it is has not, and whether it is there."""
+    config, training, parameters = (part(record, name) for name in ("config", "training", "parameters"))
+    signs = {
+        "config.data_hash": config.get("data_hash") is not None, "training.steps": training.get("steps") is not None,
+        "parameters.trainable": bool(parameters.get("trainable")),
+    }  # fmt: skip
+    return signs if config.get("full") else signs | {"plan": bool(record.get("plan"))}
 
 
 def method_of(record: Record) -> str:
@@ -219,8 +230,12 @@ def faults(folder: Path, record: Record) -> list[str]:
     task, config = task_of(record), part(record, "config")
     if task is None:
         return ["it has no score of one task, and no held-out loss: train with a task or --test-data"]
-    if not is_trained(record) and config.get("adapter") is not None:
+    if config.get("adapter") is not None:
         return ["it scores a saved adapter, and does not hold how that was trained: give the training's record"]
+    signs = _signs(record)
+    there, gone = ([name for name, is_there in signs.items() if is_there is wanted] for wanted in (True, False))
+    if there and gone:
+        return [f"it is a training ({', '.join(there)}), and has no {', '.join(gone)}"]
     return [*_changed_scores(folder, record), *_changed_training(record), *_changed_plan(folder, record)]
 
 
@@ -305,8 +320,9 @@ def _key(protocol: Protocol) -> str:
 def _equal(name: str, ours: Any, asked: Any) -> bool:
     if name != "loss_before":
         return bool(json.dumps(ours) == json.dumps(asked))
-    is_known = all(isinstance(value, int | float) for value in (ours, asked))
-    return not is_known or _near(ours, asked, _LOSS_TOLERANCE)
+    if not isinstance(asked, int | float):  # no run that founded the board has it
+        return True
+    return ours is not None and _near(ours, asked, _LOSS_TOLERANCE)
 
 
 def _near(a: float, b: float, tolerance: float = 1e-9) -> bool:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..base.errors import FileError, PlanError
 from ..base.escape import one_line
 from ..base.files import file_in, read_json, write_json
 from .picture import CHOICE, grid_html
-from .profile import SIGNALS, RoutingProfile, experts_kept
+from .profile import SIGNALS, RoutingProfile, check_signal, experts_kept
 from .rules import BY_SHARE, READS, RULES
 from .scores import Scores, layer_keys, read_scores
 from .selection import Selection
@@ -163,6 +163,22 @@ def selected(profile: RoutingProfile, selection: Selection, *, seed: int = 0) ->
     return select_experts(profile, **options, seed=seed)
 
 
+def check_rule(rule: str, signal: str, budgets: Mapping[str, Any]) -> None:
+    """PlanError: a rule or signal that does not exist, or a budget that is given and that the rule does not read.
+
+    budgets: those of `select_experts`, by name; None is not given.
+    """
+    if rule not in RULES:
+        raise PlanError(f"rule {rule!r} does not exist: choose one of {', '.join(RULES)}")
+    check_signal(signal)
+    reads = READS[rule]
+    if unread := [name for name, value in budgets.items() if value is not None and name not in reads]:
+        read = ", ".join(name for name in budgets if name in reads)
+        raise PlanError(
+            f"rule {rule!r} does not read {', '.join(unread)}: leave it out; it reads {read or 'no budget'}"
+        )
+
+
 def select_experts(
     profile: RoutingProfile,
     *,
@@ -193,21 +209,15 @@ def select_experts(
     PlanError: a rule or signal that does not exist, a budget that the rule does not read, two at once or one out of
     range, or, by a rule that compares shares, a layer without assignments. And as `scores.read_scores`.
     """
-    if rule not in RULES:
-        raise PlanError(f"rule {rule!r} does not exist: choose one of {', '.join(RULES)}")
-    options = {
+    budgets = {
         "fraction": fraction, "experts_per_layer": experts_per_layer, "p": p, "budget": budget, "fillers": fillers,
         "scores": scores,
     }  # fmt: skip
+    check_rule(rule, signal, budgets)
     reads = READS[rule]
-    if unread := [name for name, value in options.items() if value is not None and name not in reads]:
-        read = ", ".join(name for name in options if name in reads)
-        raise PlanError(
-            f"rule {rule!r} does not read {', '.join(unread)}: leave it out; it reads {read or 'no budget'}"
-        )
     fingerprint = profile.source.get("fingerprint")
     num_layers, num_experts = profile.counts.shape
-    table = profile.signal(signal if "signal" in reads or signal not in SIGNALS else "count")
+    table = profile.signal(signal if "signal" in reads else "count")
     if rule == "cumulative" and signal == "saliency":
         raise PlanError(
             "rule 'cumulative' adds up ESFT's scores, by count, mass or mass_per_token: for saliency choose coverage"

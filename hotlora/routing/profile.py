@@ -119,6 +119,7 @@ class RoutingProfile:
 
         PlanError: no such signal, or one that the profile does not hold.
         """
+        check_signal(name)
         if name == "count":
             return self.counts
         if name.startswith("mass") and not self.has_mass:
@@ -135,8 +136,6 @@ class RoutingProfile:
                     "mass) needs weights a token: profile again, or choose signal count"
                 )
             return self.mass / self.num_tokens
-        if name != "saliency":
-            raise PlanError(f"signal {name!r} does not exist: choose one of {', '.join(SIGNALS)}")
         if self.saliency is None:
             raise PlanError(
                 "the profile holds no saliency: make it again with `hotlora profile --saliency`, or choose signal "
@@ -215,6 +214,12 @@ class RoutingProfile:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{file} is not a whole {what} ({error}): {fix}") from error
+
+
+def check_signal(name: str) -> None:
+    """PlanError: there is no such signal."""
+    if name not in SIGNALS:
+        raise PlanError(f"signal {name!r} does not exist: choose one of {', '.join(SIGNALS)}")
 
 
 def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: int | None) -> int:

@@ -21,7 +21,7 @@ from ..hf.hub import check_push
 from ..hf.models import check_packed, checked_device, checked_dtype, packing, structure
 from ..hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok
 from ..hf.routers import check_softmax_routers
-from ..routing.plan import ExpertPlan, selected
+from ..routing.plan import ExpertPlan, check_rule, selected
 from ..routing.profile import RoutingProfile
 from ..routing.rules import READS
 from ..training.activation_offloading import check_activation_offloading
@@ -29,7 +29,7 @@ from ..training.named import check_optim, schedule_options
 from ..training.rank_growth import Growth
 from ..training.reprofile import LEFT
 from ..training.trackers import check_report_to
-from .options import RunOptions
+from .options import BUDGETS, RunOptions
 
 
 def check_run(options: RunOptions) -> None:
@@ -41,28 +41,20 @@ def check_run(options: RunOptions) -> None:
     HotLoraError: an option out of range, or that does not go with another. ModelError: no such model, or without MoE
     layers. PlanError: a rule, budget, plan or profile that does not fit the model.
     """
-    check_sizes(
-        eval_batch_size=options.eval_batch_size, reprofile_every=options.reprofile_every, grow_every=options.grow_every
-    )
+    check_values(options)
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     check_report_to(options.report_to)
-    check_optim(options.optim)
-    schedule_options(options)
     check_activation_offloading(options.activation_offloading, device := checked_device(options.device))
     if options.reprofile_left == "merge" and options.offload != "none" and device.type != "cpu":
         raise HotLoraError(
             "what is learned is not merged into offloaded experts: leave out offload, or reprofile_left."
         )
     _tell_unused(options)
-    checked_dtype(options.dtype)
     stored = experts_in(
         options.quantize, linear=options.quantize_linear, offload=options.offload != "none",
         offload_folder=options.offload_folder,
     )  # fmt: skip
-    _check_rule(options)
-    if options.reprofile_left not in LEFT:
-        raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
     needs_all = (
         options.full
         or options.reprofile_every
@@ -106,7 +98,30 @@ def check_run(options: RunOptions) -> None:
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
 
 
-def _check_rule(options: RunOptions) -> None:
+def check_values(options: RunOptions) -> None:
+    """What of `check_run` needs neither model nor data nor GPU: what is wrong with values alone.
+
+    HotLoraError: as `check_run`. PlanError: a rule or signal that does not exist, or a budget that the rule does not
+    read.
+    """
+    check_sizes(
+        limit=options.limit, test_limit=options.test_limit, eval_batch_size=options.eval_batch_size,
+        reprofile_every=options.reprofile_every, grow_every=options.grow_every,
+    )  # fmt: skip
+    check_optim(options.optim)
+    schedule_options(options)
+    checked_dtype(options.dtype)
+    for name in ("quantize", "quantize_linear"):
+        if (bits := getattr(options, name)) not in (None, 0, 4, 8):
+            raise HotLoraError(f"{name} = {bits} is out of range: it must be 8 or 4 bits, or 0.")
+    if options.reprofile_left not in LEFT:
+        raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
+    if options.plan is None and not options.full:
+        check_rule(options.rule, options.signal, {name: getattr(options, name) for name in BUDGETS})
+    _check_reads(options)
+
+
+def _check_reads(options: RunOptions) -> None:
     """PlanError: an option that this rule does not read."""
     reads = READS.get(options.rule, ("seed", "signal"))  # one that does not exist is told by its name
     if options.plan_seed is not None and options.plan is None and "seed" not in reads:

@@ -25,6 +25,7 @@ from ..base.lock import locked
 from ..base.options import ALIASES, by_own_names, suggest
 from ..tasks.data import task_of, test_source
 from ..training.config import TrainConfig
+from .checks import check_values
 from .methods import resolve
 from .options import DataOptions, EvalOptions, RunOptions
 from .profiling import Watching
@@ -103,10 +104,11 @@ class Sweep:
                     f"{self.name}: {condition.name} scores the adapters of {condition.scores!r}, which is no condition "
                     f"that trains before it ({', '.join(sorted(trained)) or 'none does'})."
                 )
-            if condition.train and condition.scores is None:
-                trained.add(condition.name)
             try:
-                self.resolved(condition)
+                resolved = self.resolved(condition)
+                if condition.train and condition.scores is None:
+                    trained.add(condition.name)
+                    check_values(resolved)
             except HotLoraError as error:
                 raise HotLoraError(f"{self.name}: {condition.name}: {error}") from error
 
