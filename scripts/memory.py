@@ -5,9 +5,7 @@ python scripts/memory.py --check    # fail if the page is not what would be writ
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +31,6 @@ MODELS = {
     "Qwen3-30B-A3B": "qwen3-30b-a3b", "Mixtral-8x7B": "mixtral-8x7b", "GLM-4.5-Air": "glm-4.5-air",
     "gpt-oss-120b": "gpt-oss-120b", "Qwen3-235B-A22B": "qwen3-235b-a22b",
 }  # fmt: skip
-AS_PUBLISHED = {"gpt_oss": {"quantization_config": {"quant_method": "mxfp4"}}}
-"""What configs here leave out, by model type."""
 RANK, FRACTION, LENGTH, EXAMPLES = 16, 0.25, 2048, 16
 RAM = (64 * 2**30, 128 * 2**30)
 HOST_LEFT = 4e9
@@ -62,14 +58,8 @@ ASKED = (
 
 def steps() -> dict[str, Step]:
     """Of a batch of all examples; smaller ones are parts of it."""
-    found = {}
-    for name, folder in MODELS.items():
-        config = json.loads((CONFIGS / folder / "config.json").read_text(encoding="utf-8"))
-        with tempfile.TemporaryDirectory() as there:
-            file = Path(there) / "config.json"
-            file.write_text(json.dumps(config | AS_PUBLISHED.get(config["model_type"], {})), encoding="utf-8")
-            found[name] = step_of(file, batch_size=EXAMPLES, max_length=LENGTH, fraction=FRACTION, r=RANK)
-    return found
+    options: dict[str, Any] = {"batch_size": EXAMPLES, "max_length": LENGTH, "fraction": FRACTION, "r": RANK}
+    return {name: step_of(CONFIGS / folder, **options) for name, folder in MODELS.items()}
 
 
 def setups_of(name: str, step: Step, card: Machine, examples: int = EXAMPLES, **options: Any) -> Setups:

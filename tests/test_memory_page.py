@@ -57,8 +57,7 @@ def test_the_page_has_a_place_for_each_table(script, olmoe):
 def test_a_packed_checkpoint_is_counted_as_it_is_stored(script, tmp_path):
     """gpt-oss: 4 bits and a byte for 32 of them."""
     config = json.loads((ROOT / "benchmarks" / "configs" / "gpt-oss-20b" / "config.json").read_text())
-    config |= {"num_hidden_layers": 2, **script.AS_PUBLISHED["gpt_oss"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     step = step_of(tmp_path, batch_size=1, max_length=64, fraction=0.25, r=1)
     dense, packed = (
         memory(step, script.setups_of("x", step, script.CARDS[0], 1, quantize=bits).own.storage)["weights"]
