@@ -32,7 +32,8 @@ MODELS = {
     "gpt-oss-120b": "gpt-oss-120b", "Qwen3-235B-A22B": "qwen3-235b-a22b",
 }  # fmt: skip
 RANK, FRACTION, LENGTH, EXAMPLES = 16, 0.25, 2048, 16
-RAM = (64 * 2**30, 128 * 2**30)
+RAM = {"64GiB": 64 * 2**30, "128GiB": 128 * 2**30}
+"""`--host`, and its bytes."""
 HOST_LEFT = 4e9
 SMALL: dict[str, Any] = {"quantize_linear": 4, "optim": "paged_adamw_8bit"}
 
@@ -80,18 +81,18 @@ def models_table(found: Mapping[str, Step]) -> str:
         for card in CARDS:
             ways = [(options, setups_of(name, step, card, **options)) for options in ({}, SMALL)]
             rows.append([name, f"{card.memory / 1e9:.0f} GB", *_cells(ways, card)])
-    heads = ["model", "card", "experts", "offload", "batch", "checkpointing", "besides"]
-    return table([*heads, "memory, GB", "RAM, GB", "tokens/s", "bound by"], rows, left=7)
+    heads = ["model", "card", "experts", "offload", "batch", "checkpointing", "besides", "host"]
+    return table([*heads, "memory, GB", "RAM, GB", "tokens/s", "bound by"], rows, left=8)
 
 
 def _cells(ways: list[tuple[dict[str, Any], Setups]], card: Machine) -> list[str]:
-    for ram in RAM:
+    for host, ram in RAM.items():
         for options, setups in ways:
             if (way := choose(setups, ROOM * card.memory, ram - HOST_LEFT)) is not None:
                 besides = "small" if options else "–"
-                return [*_how(way, besides), *_numbers(way), *_speed(way, card)]
+                return [*_how(way, besides), host, *_numbers(way), *_speed(way, card)]
     least = min(ways[-1][1].chosen_from, key=lambda way: way.total)
-    return ["–", "–", "–", "–", "–", f"(at least {gb(least.total)})", f"({gb(least.host)})", "–", "–"]
+    return ["–", "–", "–", "–", "–", host, f"(at least {gb(least.total)})", f"({gb(least.host)})", "–", "–"]
 
 
 def _how(way: Setup, besides: str) -> list[str]:
@@ -119,7 +120,7 @@ def asked_table(found: Mapping[str, Step]) -> str:
         for examples, options in ((1, {}), (1, SMALL), (EXAMPLES, SMALL)):
             options = {**options, **goal.options}
             setups = setups_of(goal.model, found[goal.model], card, examples, **options)
-            ram = (goal.ram or RAM[0]) + 1e6
+            ram = (goal.ram or RAM["64GiB"]) + 1e6
             way = choose(setups, ROOM * goal.card, ram)
             least = min((way for way in setups.chosen_from if way.host <= ram), key=lambda way: way.total)
             asked = f"≤ {gb(goal.most)}" + (f", RAM ≤ {gb(goal.ram)}" if goal.ram else "")
@@ -130,7 +131,7 @@ def asked_table(found: Mapping[str, Step]) -> str:
             how = [f"{gb(least.total)} ({least.flags})", gb(least.host), *_speed(least, card), met]
             rows.append([*named, f"`--fit {goal.card / 1e9:.0f}GB`: {chosen}", *how])
     heads = ["model", "tokens of a step", "besides", "asked, GB", "chosen: memory, GB", "the least: memory, GB"]
-    return table([*heads, "RAM, GB", "tokens/s", "bound by", "met"], rows, left=6)
+    return table([*heads, *(f"the least: {what}" for what in ("RAM, GB", "tokens/s", "bound by")), "met"], rows, left=6)
 
 
 def gb(num_bytes: float) -> str:
