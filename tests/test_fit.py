@@ -370,6 +370,7 @@ def test_params_takes_what_is_here_or_a_named_device(no_gpu):
     assert "there is no GPU here" in params("--fit", "auto", "--device", "cuda")
     assert " on cpu, of which 90%" in params("--fit", "auto", "--r", 8, "--batch-size", 1)
     assert as_json("--fit", "auto", "--batch-size", 1)["estimate"]["device"] == "cpu"
+    assert as_json("--fit", "1GB", "--device", "auto")["estimate"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("words", [("--fit", "100MB"), ("--estimate",)])

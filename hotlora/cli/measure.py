@@ -224,7 +224,7 @@ def _fitted(run: RunOptions, given: Collection[str], host: str | None) -> tuple[
     from ..base.sizes import parse_size
     from ..cost.fit import AUTO, fit
 
-    elsewhere = None if run.fit == AUTO else run.device
+    elsewhere = None if AUTO in (run.fit, run.device) else run.device
     ram = None if host is None else parse_size("host", host)
     found = fit(run, given, host=ram, device=elsewhere, by_params=True)
     told = {"chosen": dict(found.chosen), "memory": dict(found.memory), "told": list(found.lines)}
