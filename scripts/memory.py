@@ -5,9 +5,7 @@ python scripts/memory.py --check    # fail if the page is not what would be writ
 """
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +31,9 @@ MODELS = {
     "Qwen3-30B-A3B": "qwen3-30b-a3b", "Mixtral-8x7B": "mixtral-8x7b", "GLM-4.5-Air": "glm-4.5-air",
     "gpt-oss-120b": "gpt-oss-120b", "Qwen3-235B-A22B": "qwen3-235b-a22b",
 }  # fmt: skip
-AS_PUBLISHED = {"gpt_oss": {"quantization_config": {"quant_method": "mxfp4"}}}
-"""What configs here leave out, by model type."""
 RANK, FRACTION, LENGTH, EXAMPLES = 16, 0.25, 2048, 16
-RAM = (64 * 2**30, 128 * 2**30)
+RAM = {"64GiB": 64 * 2**30, "128GiB": 128 * 2**30}
+"""`--host`, and its bytes."""
 HOST_LEFT = 4e9
 SMALL: dict[str, Any] = {"quantize_linear": 4, "optim": "paged_adamw_8bit"}
 
@@ -62,14 +59,8 @@ ASKED = (
 
 def steps() -> dict[str, Step]:
     """Of a batch of all examples; smaller ones are parts of it."""
-    found = {}
-    for name, folder in MODELS.items():
-        config = json.loads((CONFIGS / folder / "config.json").read_text(encoding="utf-8"))
-        with tempfile.TemporaryDirectory() as there:
-            file = Path(there) / "config.json"
-            file.write_text(json.dumps(config | AS_PUBLISHED.get(config["model_type"], {})), encoding="utf-8")
-            found[name] = step_of(file, batch_size=EXAMPLES, max_length=LENGTH, fraction=FRACTION, r=RANK)
-    return found
+    options: dict[str, Any] = {"batch_size": EXAMPLES, "max_length": LENGTH, "fraction": FRACTION, "r": RANK}
+    return {name: step_of(CONFIGS / folder, **options) for name, folder in MODELS.items()}
 
 
 def setups_of(name: str, step: Step, card: Machine, examples: int = EXAMPLES, **options: Any) -> Setups:
@@ -90,18 +81,18 @@ def models_table(found: Mapping[str, Step]) -> str:
         for card in CARDS:
             ways = [(options, setups_of(name, step, card, **options)) for options in ({}, SMALL)]
             rows.append([name, f"{card.memory / 1e9:.0f} GB", *_cells(ways, card)])
-    heads = ["model", "card", "experts", "offload", "batch", "checkpointing", "besides"]
-    return table([*heads, "memory, GB", "RAM, GB", "tokens/s", "bound by"], rows, left=7)
+    heads = ["model", "card", "experts", "offload", "batch", "checkpointing", "besides", "host"]
+    return table([*heads, "memory, GB", "RAM, GB", "tokens/s", "bound by"], rows, left=8)
 
 
 def _cells(ways: list[tuple[dict[str, Any], Setups]], card: Machine) -> list[str]:
-    for ram in RAM:
+    for host, ram in RAM.items():
         for options, setups in ways:
             if (way := choose(setups, ROOM * card.memory, ram - HOST_LEFT)) is not None:
                 besides = "small" if options else "–"
-                return [*_how(way, besides), *_numbers(way), *_speed(way, card)]
+                return [*_how(way, besides), host, *_numbers(way), *_speed(way, card)]
     least = min(ways[-1][1].chosen_from, key=lambda way: way.total)
-    return ["–", "–", "–", "–", "–", f"(at least {gb(least.total)})", f"({gb(least.host)})", "–", "–"]
+    return ["–", "–", "–", "–", "–", host, f"(at least {gb(least.total)})", f"({gb(least.host)})", "–", "–"]
 
 
 def _how(way: Setup, besides: str) -> list[str]:
@@ -129,7 +120,7 @@ def asked_table(found: Mapping[str, Step]) -> str:
         for examples, options in ((1, {}), (1, SMALL), (EXAMPLES, SMALL)):
             options = {**options, **goal.options}
             setups = setups_of(goal.model, found[goal.model], card, examples, **options)
-            ram = (goal.ram or RAM[0]) + 1e6
+            ram = (goal.ram or RAM["64GiB"]) + 1e6
             way = choose(setups, ROOM * goal.card, ram)
             least = min((way for way in setups.chosen_from if way.host <= ram), key=lambda way: way.total)
             asked = f"≤ {gb(goal.most)}" + (f", RAM ≤ {gb(goal.ram)}" if goal.ram else "")
@@ -140,7 +131,7 @@ def asked_table(found: Mapping[str, Step]) -> str:
             how = [f"{gb(least.total)} ({least.flags})", gb(least.host), *_speed(least, card), met]
             rows.append([*named, f"`--fit {goal.card / 1e9:.0f}GB`: {chosen}", *how])
     heads = ["model", "tokens of a step", "besides", "asked, GB", "chosen: memory, GB", "the least: memory, GB"]
-    return table([*heads, "RAM, GB", "tokens/s", "bound by", "met"], rows, left=6)
+    return table([*heads, *(f"the least: {what}" for what in ("RAM, GB", "tokens/s", "bound by")), "met"], rows, left=6)
 
 
 def gb(num_bytes: float) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from gpu import records
 from gpu import time_checks as gpu_checks
@@ -56,10 +57,11 @@ Works = Mapping[str, Mapping[str, Work]]
 
 
 def works() -> Works:
-    """Model -> all or hot -> what there is to do."""
+    """Model -> all or hot -> what there is to do. Experts that are published in few bits count as dense ones."""
+    options: dict[str, Any] = {"batch_size": BATCH, "max_length": LENGTH, "r": RANK, "quantize": 0}
     return {
         name: {
-            plan: work(BENCHMARKS / "configs" / folder, batch_size=BATCH, max_length=LENGTH, fraction=fraction, r=RANK)
+            plan: work(BENCHMARKS / "configs" / folder, fraction=fraction, **options)
             for plan, fraction in PLANS.items()
         }
         for name, folder in MODELS.items()

@@ -447,3 +447,16 @@ def test_errors(tmp_path, olmoe_file, monkeypatch):
     write_json(tmp_path / "dense" / "config.json", {"model_type": "llama", "vocab_size": data["vocab_size"]})
     with pytest.raises(ModelError, match="no MoE layer"):
         run_bench(BenchConfig(str(tmp_path / "dense")))
+
+
+def test_packed_experts_are_timed_and_counted_dense(tmp_path):
+    """gpt-oss's config says how its checkpoint is stored; random weights have nothing of it."""
+    found = {}
+    for stored in ({}, {"quantization_config": {"quant_method": "mxfp4"}}):
+        config = zoo_model("gpt_oss").config.to_dict() | stored
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        run = BenchConfig(str(tmp_path), layers=1, tokens=16, length=16, r=R, dtype="bfloat16", device="cpu")
+        found[bool(stored)] = bench._estimated_memory(run, 0.25, 1.0)
+        made = RandomModel(bench.sized_config(tmp_path, 1), torch.bfloat16, torch.device("cpu"), 0).model
+        assert made.get_submodule(moe_layers(made)[0].experts).down_proj.dtype == torch.bfloat16
+    assert found[False] == found[True]

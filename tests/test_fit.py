@@ -19,6 +19,7 @@ from hotlora.cost.fit import fit
 from hotlora.cost.memory import Storage, expert_bytes, memory, state_bytes, transfer_bytes
 from hotlora.cost.preflight import ROOM, preflight
 from hotlora.cost.setups import LEVERS
+from hotlora.runs.methods import resolve
 from hotlora.runs.sweep import Condition, Sweep
 
 LARGE = 10**12
@@ -348,9 +349,117 @@ def test_params_says_the_same(tmp_path):
     assert found["estimate"]["memory"]["total"] == pytest.approx(found["fit"]["memory"]["total"], rel=0.02)
 
 
-def test_params_of_a_gpu_that_is_not_here(monkeypatch):
-    import torch
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(app, ["params", "nano", "--fit", "auto"])
-    assert result.exit_code != 0 and "there is no GPU here" in str(result.exception or result.output)
+
+def params(*words):
+    """What `hotlora params nano` says, or its error."""
+    result = CliRunner().invoke(app, ["params", "nano", *map(str, words)])
+    return str(result.exception) if result.exception else result.stdout
+
+
+def as_json(*words):
+    told = params(*words, "--json")
+    assert told.startswith("{"), told
+    return json.loads(told)
+
+
+def test_params_takes_what_is_here_or_a_named_device(no_gpu):
+    assert "there is no GPU here" in params("--fit", "auto", "--device", "cuda")
+    assert " on cpu, of which 90%" in params("--fit", "auto", "--r", 8, "--batch-size", 1)
+    assert as_json("--fit", "auto", "--batch-size", 1)["estimate"]["device"] == "cpu"
+    assert as_json("--fit", "1GB", "--device", "auto")["estimate"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("words", [("--fit", "100MB"), ("--estimate",)])
+def test_params_without_a_budget_has_the_default_of_train(words, no_gpu):
+    words = ("--r", 8, "--max-length", 128, *words)
+    found, quarter = as_json(*words), as_json(*words, "--fraction", 0.25)
+    assert found.pop("fraction") == 0.25 and found == quarter
+    assert params(*words).startswith("Experts: the hottest 25% of each layer's, as `hotlora train` has it by default")
+    assert "as `hotlora train`" not in params(*words, "--fraction", 1)
+    every = as_json(*words, "--fraction", 1)
+    assert every["trainable"] == as_json("--r", 8)["trainable"] > found["trainable"]
+    assert every["estimate"]["memory"]["adapter"] > found["estimate"]["memory"]["adapter"]
+
+
+def test_params_advises_its_own_options(no_gpu):
+    words = ("--method", "lora", "--r", 64, "--max-length", 128, "--batch-size", 8, "--host", "4GB")
+    least = float(params(*words, "--fit", "1MB").split("the least is ")[1].split(" MB")[0])
+    words = (*words, "--fit", f"{0.8 * least / ROOM:.2f}MB")
+    told = params(*words)
+    assert "--rule" not in told and "--fraction 0.25 (" in told
+    assert as_json(*words, "--fraction", 0.25)["fit"]["chosen"]
+
+
+def test_the_ram_that_is_advised_is_enough(no_gpu):
+    words = ("--fit", "99MB", "--max-length", 512)
+    told = params(*words, "--host", "4GB")
+    size, flags = told.split("(--host ")[1].split(") with ")
+    assert "4.0 GB are left to the process and the system" in told
+    given = flags.split(" (")[0].split()
+    assert as_json(*words, *given, "--host", size)["fit"]["memory"]["host"] > 0
+
+
+METHODS_KNOWN = ["hellora", "lori-s", "sieve", "dr-lora", "perft-e"]
+
+
+@pytest.mark.parametrize("method", METHODS_KNOWN)
+def test_params_takes_the_methods_that_train_fits(method, no_gpu):
+    size, small = "60MB", {"batch_size": 4, "max_length": 128, "r": 8}
+    words = ("--method", method, "--r", 8, "--max-length", 128, "--batch-size", 4, "--device", "cpu", "--fit", size)
+    run = resolve(method, model="nano", data="", device="cpu", fit=size, **small)
+    chosen = dict(fit(run, tuple(small), host=LARGE, device="cpu").chosen)
+    found = as_json(*words)
+    assert found["fit"]["chosen"] == chosen
+    assert found["estimate"]["memory"]["total"] == pytest.approx(found["fit"]["memory"]["total"], rel=0.02)
+    assert ("trainable" in found) == (method != "dr-lora")
+    if method == "dr-lora":
+        assert params(*words).startswith("Parameters are not counted: method 'dr-lora' trains two of")
+
+
+def test_the_routers_own_k_is_counted_as_it_is():
+    """Of nano's 32 experts 4, where a quarter are 8."""
+    exact = step_of("nano", experts_per_layer=4, device="cpu", **SMALL)
+    assert step_of("nano", experts_per_layer="top_k", device="cpu", **SMALL) == exact
+    with pytest.raises(HotLoraError, match="experts_per_layer is 'all': it must be an integer from 1 to 32"):
+        step_of("nano", experts_per_layer="all", device="cpu", **SMALL)
+
+
+@pytest.mark.parametrize(("method", "words"), [("fft", "full fine-tuning"), ("dora", "DoRA"), ("esft", "full experts")])
+def test_params_names_what_it_cannot_foresee(method, words):
+    for asked in (("--estimate",), ("--fit", "1GB")):
+        told = params("--method", method, *asked)
+        assert f"method '{method}' is {words}, which {asked[0]} does not know: leave {asked[0]} out, or give" in told
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [("8GB", "RTX 4070"), ("12GiB", "RTX 4070"), ("20GB", "RTX 4090"), ("80GiB", "H100 SXM"), ("141GB", "H200 SXM")],
+)
+def test_without_a_gpu_times_are_of_the_card_of_that_size(size, name, no_gpu):
+    found = fitted(size, device="cuda")
+    assert found.lines[0].endswith(f"; counted as an {name}, whose memory is nearest")
+    assert "counted as" not in fitted(size, device="cpu").lines[0]
+
+
+def test_a_cpus_time_is_foreseen_too():
+    found = fitted("60MB", max_length=512)
+    assert "gradient_checkpointing" in found.chosen
+    ratio = float(found.lines[-1].split("takes ")[1].split(" times")[0])
+    assert ratio > 1.2 and found.lines[-1].endswith("(a CPU, whose rates are assumed)")
+
+
+def test_a_cpu_is_advised_no_paged_optimizer():
+    options = {"r": 64, "rule": "all"}
+    advised = {}
+    for device in ("cpu", "cuda"):
+        with pytest.raises(HotLoraError) as error:
+            fitted("1MB", device=device, **options)
+        least = float(str(error.value).split("the least is ")[1].split(" MB")[0])
+        with pytest.raises(HotLoraError) as error:
+            fitted(f"{0.85 * least / ROOM:.2f}MB", device=device, **options)
+        advised[device] = str(error.value)
+    assert "--optim adamw_8bit (" in advised["cpu"] and "--optim paged_adamw_8bit (" in advised["cuda"]

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from packed_checkpoints import write_fp8, write_mxfp4
 from runs import run_options
+from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
+from hotlora.cli.main import app
 from hotlora.cost import preflight as module
 from hotlora.cost.fit import fit
 from hotlora.cost.preflight import preflight
@@ -131,3 +133,15 @@ def test_a_run_after_a_warm_up_may_be_the_larger():
     assert needed("nano", **kept, warmup="lora") == max(
         needed("nano", **kept), needed("nano", rule="all", quantize=4, r=1)
     )
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "FP8"])
+def test_params_refuses_what_train_refuses(packed, name):
+    for flags in (["--quantize", "4"], ["--quantize", "8", "--fit", "24GB"], ["--quantize", "4", "--estimate"]):
+        told = str(CliRunner().invoke(app, ["params", str(packed[name]), *flags]).exception)
+        with pytest.raises(HotLoraError) as error:
+            check_run(options_of(packed[name], quantize=int(flags[1])))
+        assert told == str(error.value) and f"its experts are stored in {name} already" in told
+    for flags in (["--quantize", "0"], ["--offload", "all", "--quantize-linear", "4"]):
+        result = CliRunner().invoke(app, ["params", str(packed[name]), "--estimate", *flags])
+        assert result.exit_code == 0, result.exception

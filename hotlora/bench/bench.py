@@ -23,6 +23,7 @@ from ..base.records import environment
 from ..base.signals import without_ctrl_c
 from ..cost.estimate import estimate, meta_model, sized_config, torch_dtype
 from ..cost.flops import attention_adapter_flops, dense_update_flops, expert_adapter_flops, forward_flops, step_flops
+from ..hf.models import packing
 from ..hf.moe_layers import fingerprint, moe_layers
 from ..routing.profile import RoutingProfile
 from .contenders import KINDS, BenchConfig, Contender
@@ -49,6 +50,9 @@ def run_bench(config: BenchConfig, *, tell: Callable[[str], None] = lambda text:
     config = _resolved(config)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     contenders = config.all_contenders()
+    cut = sized_config(config.model, config.layers)
+    if (stored := packing(cut)) is not None:
+        tell(f"random weights are dense, also of the experts, which are published in {stored['quant_method']}")
     rows = {c.name: {"name": c.name, "kind": c.kind, "fraction": c.fraction, "status": "done"} for c in contenders}
     for contender in contenders:
         if contender.missing:
@@ -65,7 +69,6 @@ def run_bench(config: BenchConfig, *, tell: Callable[[str], None] = lambda text:
     # What goes from process to process holds no tensor.
     profiled = common["profile"] | {name: torch.tensor(common["profile"][name]) for name in ("counts", "mass")}
     profile = RoutingProfile(**profiled)
-    cut = sized_config(config.model, config.layers)
     model = meta_model(cut)
     _add_times(rows, times, config.tokens)
     _add_arithmetic(rows, config, model, profile, common["rate"])
@@ -183,7 +186,7 @@ def _estimated_memory(config: BenchConfig, fraction: float, coverage: float) -> 
         foreseen = estimate(
             config.model, layers=config.layers, batch_size=config.tokens // config.length, max_length=config.length,
             fraction=fraction, coverage=coverage, r=config.r, train_router=False, train_shared=False,
-            dtype=config.dtype, device=config.device,
+            dtype=config.dtype, device=config.device, quantize=0,  # the random weights are dense, whatever is published
         )  # fmt: skip
     except ModelError:
         return None

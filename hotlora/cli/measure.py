@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..base.errors import HotLoraError
 from ..base.options import ALIASES
-from ..runs.methods import METHODS, PLACEMENTS, counted_options
+from ..runs.methods import METHODS, PLACEMENTS, counted_options, resolve
 from ..runs.options import RunOptions
 from .options import AsJson, err, number_list, of, options_of, out
 
@@ -31,7 +31,9 @@ _STORED = (
 def params(
     model: Annotated[str, typer.Argument(metavar="CONFIG", help="A model's config.json, its folder, or nano.")],
     fraction: of(  # type: ignore[valid-type]
-        "fraction", help="Share of each layer's experts to adapt (default: all of them, or what --method says)."
+        "fraction",
+        help="Share of each layer's experts to adapt (default: what --method says, or all of them; with --estimate and "
+        "--fit 0.25, as train has it).",
     ) = None,
     method: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(METHODS)} (default: LoRA on what the budget says).")
@@ -43,9 +45,13 @@ def params(
         bool, typer.Option("--estimate", rich_help_panel="Estimate", help="Also a step's memory and time.")
     ] = False,
     device: Annotated[
-        str,
-        typer.Option(rich_help_panel="Estimate", help="What the step is to run on: cuda or cpu. It need not be here."),
-    ] = "cuda",
+        str | None,
+        typer.Option(
+            rich_help_panel="Estimate",
+            help="What the step is to run on: cuda or cpu. It need not be here (default: cuda; with --fit auto what "
+            "is here).",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -69,7 +75,7 @@ def params(
     host: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel="Estimate", help="RAM that --fit may offload to, as 64GB (default: what is free here)."
+            rich_help_panel="Estimate", help="RAM that --fit may offload to, as 64GiB (default: what is free here)."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -78,55 +84,67 @@ def params(
     """Count what would be trained, from a model's config.json alone; no weights are read.
 
     Beside them the adapter's own FLOPs; with --estimate also the memory of a training step by kind, its FLOPs, and its
-    time at a given rate; with --fit what `hotlora train --fit` would choose.
+    time at a given rate; with --fit what `hotlora train --fit` would choose. Both count the hot quarter of the
+    experts, as train has it, where neither a budget nor a method is given.
     """
-    from ..adapter.count import parameters_from_config
     from ..adapter.formats.room import places
     from ..report.tables import human_bytes, human_flops
+    from ..routing.plan import DEFAULT_FRACTION
 
-    options = {"fraction": fraction, **{name: given[name] for name in _COUNTED if name in given}}
-    named = counted_options(method, placement)
-    if fraction is not None or "experts_per_layer" in given:
-        named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
-    counts: dict[str, Any] = dict(parameters_from_config(model, **{**options, **named}))
-    if named.keys() & _NOT_LORA and coverage is not None:
-        raise HotLoraError(f"coverage is of LoRA's FLOPs, which {method} has none of: leave it out.")
-    if not named.keys() & _NOT_LORA:
-        counts["adapter_flops"] = _adapter_flops(model, {**options, **named}, counts, coverage)
-        rooms = places(model, given.get("r", RunOptions.r), share_a=given.get("share_a", False))
-        counts["server_bytes"] = {format: room.place_bytes for format, room in rooms.items()}
     fit = given.pop("fit", None)
-    if (estimate or fit) and named:
-        told = "--estimate" if estimate else "--fit"
-        raise HotLoraError(f"{told} knows LoRA only: leave out --method and --placement, and give the budget.")
     if host is not None and fit is None:
         raise HotLoraError("--host is for --fit: give --fit, too.")
-    sizes = {"batch_size": RunOptions.batch_size, "max_length": RunOptions.max_length, **options, **given}
-    if fit is not None:
-        found = _fitted(model, {"fit": fit, "device": device, "dtype": dtype, **sizes}, given, host)
-        counts["fit"] = {"chosen": dict(found.chosen), "memory": dict(found.memory), "told": list(found.lines)}
-        sizes |= found.chosen
-    if estimate or fit:
-        from ..cost.estimate import estimate as estimate_step
-
-        rate = None if tflops is None else tflops * 1e12
-        counts["estimate"] = estimate_step(
-            model, coverage=coverage, dtype=dtype, device=device, flops_per_second=rate, **sizes
-        )
+    _check_stored(model, given)
+    options = {"fraction": fraction, **{name: given[name] for name in _COUNTED if name in given}}
+    foresees, has_budget = estimate or fit is not None, fraction is not None or "experts_per_layer" in given
+    is_default = foresees and not has_budget and method is None
+    if is_default:
+        options["fraction"] = DEFAULT_FRACTION
+    counts: dict[str, Any] = {"fraction": DEFAULT_FRACTION} if is_default else {}
+    run = None
+    if foresees:
+        where = device or ("auto" if fit == "auto" else "cuda")
+        run = _run(model, method, placement, fit=fit, device=where, dtype=dtype, **given | options)
+    try:
+        named = counted_options(method, placement)
+    except HotLoraError as error:
+        if run is None:
+            raise
+        counts["not_counted"] = str(error)
+    else:
+        if has_budget:
+            named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
+        counts |= _counted(model, method, {**options, **named}, named.keys() & _NOT_LORA, coverage)
+    if "adapter_flops" in counts:
+        rooms = places(model, given.get("r", RunOptions.r), share_a=given.get("share_a", False))
+        counts["server_bytes"] = {format: room.place_bytes for format, room in rooms.items()}
+    if run is not None:
+        if fit is not None:
+            run, counts["fit"] = _fitted(run, given, host)
+        counts["estimate"] = _estimated(run, coverage, tflops)
     if as_json:
         print(json.dumps(counts))
         return
-    rank = f"rank {given.get('r', RunOptions.r)}" + (" (r / K in experts)" if given.get("normalize_moe_lora") else "")
-    table = Table(title=f"Trainable parameters at {rank}" + (f", {method}" if method else ""))
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    for part in ("attention", "router", "shared", "experts"):
-        table.add_row(part, f"{counts[part]:,}")
-    table.add_section()
-    table.add_row("trainable", f"{counts['trainable']:,}")
-    table.add_row("with the frozen base", f"{counts['total']:,}")
-    table.add_row("share", f"{counts['percent']:.4f}%")
-    out.print(table)
+    if is_default:
+        out.print(
+            f"Experts: the hottest {DEFAULT_FRACTION:.0%} of each layer's, as `hotlora train` has it by default "
+            "(--fraction 1: all)"
+        )
+    if "not_counted" in counts:
+        out.print(f"Parameters are not counted: {counts['not_counted']}")
+    else:
+        rank = f"rank {given.get('r', RunOptions.r)}"
+        rank += " (r / K in experts)" if given.get("normalize_moe_lora") else ""
+        table = Table(title=f"Trainable parameters at {rank}" + (f", {method}" if method else ""))
+        table.add_column("part")
+        table.add_column("parameters", justify="right")
+        for part in ("attention", "router", "shared", "experts"):
+            table.add_row(part, f"{counts[part]:,}")
+        table.add_section()
+        table.add_row("trainable", f"{counts['trainable']:,}")
+        table.add_row("with the frozen base", f"{counts['total']:,}")
+        table.add_row("share", f"{counts['percent']:.4f}%")
+        out.print(table)
     if flops := counts.get("adapter_flops"):
         told = f"{flops['per_token'] / 1e6:,.1f} MFLOP a token forward for the adapter"
         share = "" if flops["coverage"] == 1 else f", where its experts take {flops['coverage']:.1%} of the routing"
@@ -135,9 +153,9 @@ def params(
         out.print(f"Served, each adapter takes in {next(iter(rooms.values())).dtype}: {', '.join(servers)}")
     for line in counts.get("fit", {}).get("told", ()):
         out.print(line)
-    if "estimate" in counts:
+    if run is not None:
         found = counts["estimate"]
-        step = f"{sizes['batch_size']} × {sizes['max_length']:,} tokens"
+        step = f"{run.batch_size} × {run.max_length:,} tokens"
         title = f"A step of {step} on {found['device']}, in {found['dtype']}"
         table = Table(title=title, min_width=len(title))
         table.add_column("memory")
@@ -155,15 +173,70 @@ def params(
             out.print(f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s")
 
 
-def _fitted(model: str, options: dict[str, Any], given: Collection[str], host: str | None) -> Any:
-    """What `--fit` chooses; with no budget, for all experts."""
-    from ..base.sizes import parse_size
-    from ..cost.fit import fit
+def _check_stored(model: str, given: Mapping[str, Any]) -> None:
+    """ModelError: `train` would not quantize or offload this checkpoint so, as it is quantized already."""
+    from ..adapter.quantize import experts_in
+    from ..hf.models import check_packed, is_stored_quantized, model_from_config
 
-    budget = options.get("fraction") is not None or options.get("experts_per_layer") is not None
-    run = RunOptions(model=model, data="", rule="hot" if budget else "all", **options)
-    elsewhere = None if options["fit"] == "auto" else options["device"]
-    return fit(run, given, host=None if host is None else parse_size("host", host), device=elsewhere)
+    names = ("quantize", "quantize_linear", "offload")
+    if not given.keys() & set(names) or not is_stored_quantized(model):
+        return
+    bits, linear, offload = (given.get(name, getattr(RunOptions, name)) for name in names)
+    stored = experts_in(bits, linear=linear, offload=offload != "none", offload_folder=given.get("offload_folder"))
+    check_packed(model, model_from_config(model).config, stored, bits == 0)
+
+
+def _run(model: str, method: str | None, placement: str | None, **given: Any) -> RunOptions:
+    """What `hotlora train` would make of these. A budget is of hot experts, whatever the method's own rule.
+
+    HotLoraError: a run that the estimate does not know.
+    """
+    from ..cost.preflight import UNKNOWN, unknown_to_estimate
+
+    if any(given.get(name) is not None for name in ("fraction", "experts_per_layer")):
+        given["rule"] = "hot"
+    run = resolve(method, placement=placement, model=model, data="", **given)
+    if reason := unknown_to_estimate(run):
+        told = "--estimate" if run.fit is None else "--fit"
+        known = ", ".join(name for name, changes in METHODS.items() if not changes.keys() & UNKNOWN.keys())
+        raise HotLoraError(
+            f"method {method!r} is {reason}, which {told} does not know: leave {told} out, or give one of {known}."
+        )
+    return run
+
+
+def _counted(
+    model: str, method: str | None, options: dict[str, Any], is_not_lora: Collection[str], coverage: float | None
+) -> dict[str, Any]:
+    """What is trained, and LoRA's FLOPs."""
+    from ..adapter.count import parameters_from_config
+
+    counts: dict[str, Any] = dict(parameters_from_config(model, **options))
+    if is_not_lora and coverage is not None:
+        raise HotLoraError(f"coverage is of LoRA's FLOPs, which {method} has none of: leave it out.")
+    if not is_not_lora:
+        counts["adapter_flops"] = _adapter_flops(model, options, counts, coverage)
+    return counts
+
+
+def _fitted(run: RunOptions, given: Collection[str], host: str | None) -> tuple[RunOptions, dict[str, Any]]:
+    """The run with what `--fit` chooses, and what there is to say of it."""
+    from ..base.sizes import parse_size
+    from ..cost.fit import AUTO, fit
+
+    elsewhere = None if AUTO in (run.fit, run.device) else run.device
+    ram = None if host is None else parse_size("host", host)
+    found = fit(run, given, host=ram, device=elsewhere, by_params=True)
+    told = {"chosen": dict(found.chosen), "memory": dict(found.memory), "told": list(found.lines)}
+    return found.options, told
+
+
+def _estimated(run: RunOptions, coverage: float | None, tflops: float | None) -> dict[str, Any]:
+    from ..cost.estimate import estimate
+    from ..cost.preflight import estimated_options
+
+    rate = None if tflops is None else tflops * 1e12
+    return estimate(run.model, coverage=coverage, flops_per_second=rate, **estimated_options(run))
 
 
 def _adapter_flops(

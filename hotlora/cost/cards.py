@@ -35,6 +35,11 @@ def card_named(name: str) -> Machine | None:
     return next((card for card in (*CARDS, H200) if card.name.removesuffix(" SXM") in name), None)
 
 
+def card_of_size(size: float) -> Machine:
+    """The one whose memory is nearest to so many bytes, the larger of two that are as near."""
+    return min((*CARDS, H200), key=lambda card: (abs(card.memory - size), -card.memory))
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of an optimizer step, in parts that are at the same time, and in whole."""

@@ -79,7 +79,7 @@ def step_of(
     batch_size: int,
     max_length: int,
     layers: int | None = None,
-    experts_per_layer: int | None = None,
+    experts_per_layer: int | str | None = None,
     fraction: float | None = None,
     coverage: float | None = None,
     r: int = 32,
@@ -100,7 +100,7 @@ def step_of(
     Args:
         config: a config.json, its folder, or "nano".
         layers: cut the model to its first layers.
-        experts_per_layer, fraction: the budget, as for `select_experts`; none means all experts.
+        experts_per_layer, fraction: the budget, as for `select_experts`, or "top_k": the router's K; none means all.
         coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
         dtype: of the base, and of what is computed; auto: as `train` has it, the config's own on a GPU and float32 on
             the CPU. Adapters are float32.
@@ -123,7 +123,8 @@ def step_of(
     found = moe_layers(meta)
     kept = [layer.num_experts for layer in found]
     if experts_per_layer is not None or fraction is not None:
-        kept = [experts_kept(layer.num_experts, fraction, experts_per_layer) for layer in found]
+        number = cast(int | None, num_experts_per_tok(meta) if experts_per_layer == "top_k" else experts_per_layer)
+        kept = [experts_kept(layer.num_experts, fraction, number) for layer in found]
     if coverage is None:
         coverage = coverage_at(kept[0] / found[0].num_experts)
     experts = {layer.layer: tuple(range(n)) for layer, n in zip(found, kept, strict=True)}

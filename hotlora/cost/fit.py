@@ -1,6 +1,7 @@
 """`--fit`: the options with which a training step fits into a given memory, at the least cost in time."""
 
 import importlib.util
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +13,12 @@ from ..base.processes import num_processes
 from ..base.sizes import parse_size, size_words
 from ..hf.models import config_file, is_stored_quantized
 from ..runs.options import RunOptions
-from .cards import PCIE_5, TYPICAL, card_named, host_link
-from .cluster import Machine
+from .cards import PCIE_5, card_named, host_link
 from .estimate import device_of
 from .memory import memory, transfer_bytes
 from .preflight import (
     ROOM,
+    card_for,
     device_and_free,
     experts_of,
     free_host_memory,
@@ -50,7 +51,7 @@ class Fitted:
 
 def fit(
     options: RunOptions, given: Collection[str], *, held: Collection[str] | None = None, host: int | None = None,
-    device: str | None = None,
+    device: str | None = None, by_params: bool = False,
 ) -> Fitted:  # fmt: skip
     """The cheapest way in which a step of the run fits into `options.fit`.
 
@@ -63,6 +64,7 @@ def fit(
         held: of a run that goes on: others that may not change; nothing is advised that it could not go on with.
         host: bytes of RAM; None: what is free here.
         device: cuda or cpu, where it need not be here; None: the run's own.
+        by_params: advice is for `hotlora params`, which has --host and no --rule.
 
     Raises:
         HotLoraError: nothing fits (what the least is, and what else there is to change); a run that the estimate does
@@ -80,7 +82,7 @@ def fit(
     path, way = config_file(options.model), layout(options.expert_parallel)
     by = step_by(options, path, where, experts_of(options))
     setups = Setups(
-        options, by, num_processes(), way, _fixed({*given, *(held or ())}), _card(where),
+        options, by, num_processes(), way, _fixed({*given, *(held or ())}), card_for(where, free),
         warm_up_by(options, path, where), is_stored_quantized(path),
     )  # fmt: skip
     room = ROOM * free
@@ -88,8 +90,9 @@ def fit(
     found = choose(setups, room, ram)
     counted = f"{size_words(free)} on {where}, of which {ROOM:.0%} are counted on"
     if found is None:
-        raise HotLoraError(_nothing_fits(setups, room, ram, counted, given, goes_on=held is not None))
-    lines = (f"fit: {counted}: {size_words(room)}", *_told(setups, found))
+        told = _nothing_fits(setups, room, ram, counted, given, goes_on=held is not None, by_params=by_params)
+        raise HotLoraError(told)
+    lines = (f"fit: {counted}: {size_words(room)}{_counted_as(setups, where)}", *_told(setups, found))
     return Fitted(replace(options, **found.changes), found.changes, found.memory, lines)
 
 
@@ -98,9 +101,10 @@ def choose(setups: Setups, room: float, ram: float) -> Setup | None:
     return next((way for way in setups.chosen_from if way.total <= room and way.host <= ram), None)
 
 
-def _card(where: torch.device) -> Machine:
-    is_here = where.type == "cuda" and torch.cuda.is_available()
-    return (card_named(torch.cuda.get_device_name(where)) if is_here else None) or TYPICAL
+def _counted_as(setups: Setups, where: torch.device) -> str:
+    """Which card times are foreseen for, where it is not the run's own."""
+    is_own = where.type == "cuda" and torch.cuda.is_available() and card_named(torch.cuda.get_device_name(where))
+    return "" if setups.own.step.on_cpu or is_own else f"; counted as an {setups.card.name}, whose memory is nearest"
 
 
 def _fixed(given: Collection[str]) -> set[str]:
@@ -118,11 +122,11 @@ def _told(setups: Setups, found: Setup) -> list[str]:
         f"fit: {found.flags}: a step needs about {size_words(found.total)} in place of {size_words(own.total)}",
         *(f"  {line}" for line in _reasons(setups, found)),
     ]
-    if not own.step.on_cpu:
-        lines.append(
-            f"  in all an optimizer step takes {found.seconds / own.seconds:.2f} times as long as with room for all, "
-            f"by the cost model ({setups.card.name})"
-        )
+    assumed = ", whose rates are assumed" if own.step.on_cpu else ""
+    lines.append(
+        f"  in all an optimizer step takes {found.seconds / own.seconds:.2f} times as long as with room for all, "
+        f"by the cost model ({setups.card.name}{assumed})"
+    )
     return lines
 
 
@@ -174,8 +178,9 @@ def _flags(found: Setup, *names: str) -> str:
 
 
 def _nothing_fits(
-    setups: Setups, room: float, ram: float, counted: str, given: Collection[str], *, goes_on: bool
-) -> str:
+    setups: Setups, room: float, ram: float, counted: str, given: Collection[str], *, goes_on: bool,
+    by_params: bool,
+) -> str:  # fmt: skip
     """One sentence for the least that it takes, one for what there is to change."""
     ways = setups.chosen_from
     within = [way for way in ways if way.host <= ram]
@@ -190,21 +195,32 @@ def _nothing_fits(
         with_ram = [way for way in setups.beyond(smallest) if way.total <= room]
     if with_ram:
         one = min(with_ram, key=lambda way: way.host)
-        advice.append(f"{size_words(one.host + _HOST_LEFT)} of RAM with {one.flags} ({size_words(one.total)})")
+        flags = " ".join(_flags_of(one, by_params))
+        advice.append(f"{_ram(one.host, by_params)} with {flags} ({size_words(one.total)})")
     others = iter(()) if goes_on else setups.beyond(least)
     fits = first_of_each_kind(others, lambda way: way.total <= room and way.host <= ram, _ADVISED)
-    advice += [f"{' '.join(_beyond(way, least))} ({size_words(way.total)})" for way in fits]
+    advice += [f"{' '.join(_flags_of(way, by_params, least))} ({size_words(way.total)})" for way in fits]
     fixed = ", ".join(f"--{name.replace('_', '-')}" for name in LEVERS if name in given)
     freed = f" Or leave {fixed} to --fit." if fixed else ""
     if advice:
-        return f"{told} Each of these besides would do: {'; '.join(advice)}.{freed}"
+        left = f" Of RAM {size_words(_HOST_LEFT)} are left to the process and the system." if with_ram else ""
+        return f"{told} Each of these besides would do: {'; '.join(advice)}.{left}{freed}"
     if beside:
-        told = f"{told} With {size_words(smallest.host + _HOST_LEFT)} of RAM it is {size_words(smallest.total)}."
+        told = f"{told} With {_ram(smallest.host, by_params)} it is {size_words(smallest.total)}."
     larger = size_words(smallest.total / ROOM)
     if goes_on:
         return f"{told} Take a device with {larger}: the run goes on with the same options alone.{freed}"
     return f"{told} Take a device with {larger}, a smaller --max-length or --r, or a smaller model.{freed}"
 
 
-def _beyond(way: Setup, base: Setup) -> list[str]:
-    return [flag(name, value) for name, value in way.changes.items() if base.changes.get(name) != value]
+def _ram(num_bytes: float, by_params: bool) -> str:
+    """So much that offloading finds these bytes: never rounded down."""
+    size = f"{math.ceil((num_bytes + _HOST_LEFT) / 1e8) / 10:.1f}"
+    return f"{size} GB of RAM (--host {size}GB)" if by_params else f"{size} GB of RAM"
+
+
+def _flags_of(way: Setup, by_params: bool, base: Setup | None = None) -> list[str]:
+    """Its flags; beyond those of `base`. A budget is all that `params` is told of a rule."""
+    there = {} if base is None else base.changes
+    known = {name: value for name, value in way.changes.items() if not (by_params and name == "rule")}
+    return [flag(name, value) for name, value in known.items() if there.get(name) != value]

@@ -5,7 +5,7 @@ It is the estimate (`estimate.py`), spread over processes as `cluster.py` has it
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from ..hf.models import config_file, is_stored_quantized
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
 from ..runs.options import RunOptions
+from .cards import CPU, card_named, card_of_size
+from .cluster import Machine
 from .estimate import step_of
-from .memory import Step
+from .memory import Step, Storage
 from .setups import Setups, first_of_each_kind
 
 ROOM = 0.9
@@ -107,7 +109,8 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
     try:
         setups = Setups(
             options, step_by(options, path, where, kept), num_processes(), layout(options.expert_parallel),
-            warm_up_of=warm_up_by(options, path, where), is_quantized=is_stored_quantized(path),
+            card=card_for(where, free), warm_up_of=warm_up_by(options, path, where),
+            is_quantized=is_stored_quantized(path),
         )  # fmt: skip
         own = setups.own
         found = replace(
@@ -130,10 +133,24 @@ def preflight(options: RunOptions, *, free: int | None = None) -> Preflight | No
         return replace(unknown, unknown=str(error).strip().split("\n")[0].rstrip("."))
 
 
+UNKNOWN = {"full": "full fine-tuning", "train_full_experts": "full experts", "use_dora": "DoRA"}
+"""Options of runs that the estimate does not know, in words."""
+
+
 def unknown_to_estimate(options: RunOptions) -> str | None:
     """What of a run the estimate does not know."""
-    kinds = {"full": "full fine-tuning", "train_full_experts": "full experts", "use_dora": "DoRA"}
-    return next((words for name, words in kinds.items() if getattr(options, name)), None)
+    return next((words for name, words in UNKNOWN.items() if getattr(options, name)), None)
+
+
+def card_for(where: torch.device, size: float) -> Machine:
+    """What times are foreseen for: the GPU that is here, or that of the known ones whose memory is nearest to its own,
+    or to `size`, where there is none."""
+    if where.type == "cpu":
+        return CPU
+    if not torch.cuda.is_available():
+        return card_of_size(size)
+    here = torch.cuda.get_device_properties(where)
+    return card_named(here.name) or card_of_size(here.total_memory)
 
 
 def step_by(
@@ -163,11 +180,16 @@ def experts_of(options: RunOptions) -> dict[str, Any]:
         return {"experts_per_layer": max(map(len, ExpertPlan.load(options.plan).experts.values()))}
     if options.rule == "all" or "fraction" not in READS.get(options.rule, ()) or options.budget is not None:
         return {}
-    if isinstance(options.experts_per_layer, str):  # top_k, which is never more than a quarter of a model's experts
-        return {"fraction": DEFAULT_FRACTION}
     if options.experts_per_layer is not None:
         return {"experts_per_layer": options.experts_per_layer}
     return {"fraction": DEFAULT_FRACTION if options.fraction is None else options.fraction}
+
+
+def estimated_options(options: RunOptions) -> dict[str, Any]:
+    """A run's, as `estimate` takes them."""
+    names = (*_OF_STEP, *(field.name for field in fields(Storage)))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    return {name: getattr(options, name) for name in names} | experts_of(options) | {"device": device}
 
 
 def layout(expert_parallel: int) -> str:

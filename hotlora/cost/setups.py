@@ -100,7 +100,8 @@ class Setups:
         learned and is only advised."""
         others: list[dict[str, Any]] = []
         if self.options.optim.startswith("adamw_torch"):
-            others.append({"optim": "paged_adamw_8bit"})
+            # A CPU pages nothing: bitsandbytes takes the plain one there, and warns.
+            others.append({"optim": "adamw_8bit" if self.own.step.on_cpu else "paged_adamw_8bit"})
         if self.options.quantize_linear is None and not self._is_spread:
             others.append({"quantize_linear": 4})
         if len(others) == 2:

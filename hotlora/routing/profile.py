@@ -232,8 +232,11 @@ def experts_kept(num_experts: int, fraction: float | None, experts_per_layer: in
             f"fraction is {fraction}, experts_per_layer is {experts_per_layer}: give exactly one of the two"
         )
     if experts_per_layer is not None:
-        if experts_per_layer != int(experts_per_layer) or not 1 <= experts_per_layer <= num_experts:
-            raise PlanError(f"experts_per_layer is {experts_per_layer}: it must be an integer from 1 to {num_experts}")
+        is_number = not isinstance(experts_per_layer, str) and experts_per_layer == int(experts_per_layer)
+        if not is_number or not 1 <= experts_per_layer <= num_experts:
+            raise PlanError(
+                f"experts_per_layer is {experts_per_layer!r}: it must be an integer from 1 to {num_experts}"
+            )
         return int(experts_per_layer)
     assert fraction is not None
     if not 0 < fraction <= 1:
