@@ -24,16 +24,20 @@ def sweep(
     ] = None,
     processes: Annotated[int | None, typer.Option(help="Runs at a time (default one a GPU; on the CPU one).")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="For a recipe: another model than the paper's, such as nano.")
+        str | None,
+        typer.Option("--model", "-m", help="For a paper's recipe: another model than the paper's, such as nano."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="For a recipe: how many (default: as the paper).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="For a paper's recipe: how many (default: as the paper).")] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", metavar="TASK=SOURCE", help="For a recipe: local files of a task.")
+        list[str] | None,
+        typer.Option("--data", metavar="TASK=SOURCE", help="For a paper's recipe: local files of a task."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="[TASK.]NAME=VALUE", help="For a recipe: an option of every run, or of those on a task."
+            "--set",
+            metavar="[TASK.]NAME=VALUE",
+            help="For a paper's recipe: an option of every run, or of those on a task.",
         ),
     ] = None,
     tflops: Annotated[
