@@ -478,7 +478,10 @@ def write_runs(runs: Path) -> None:
                 },
                 sweep={"name": "s", "condition": name},
             )  # fmt: skip
-            write_record(run, {**record, "status": "done", "seconds": 1.0})
+            plan = ExpertPlan({0: (0,)}, 8, rule=name, params={}, fingerprint="olmoe-0")
+            chosen = {"path": "plan.json", "hash": plan.hash, "rule": name, "params": {}}
+            write_record(run, {**record, "status": "done", "seconds": 1.0, "plan": chosen})
+            plan.save(run / "plan.json")
             (run / "results-gsm8k.jsonl").write_bytes(_lines(rows))
             (run / "metrics.jsonl").write_bytes(_lines(steps))
 

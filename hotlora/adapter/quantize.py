@@ -209,9 +209,9 @@ class _ExpertsQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Experts that a checkpoint has one by one come one by one. transformers 5.17 gives no model."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
-        for conversion in conversions:
-            if hasattr(conversion, "operations"):
-                conversion.operations = [_OneByOne(self, conversion.operations)]
+        self.taken = [(one, one.operations) for one in conversions if hasattr(one, "operations")]
+        for conversion, operations in self.taken:
+            conversion.operations = [_OneByOne(self, operations)]
         return conversions
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -220,9 +220,8 @@ class _ExpertsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.remove_quantization_config(model)
-        for conversion in getattr(model, "_weight_conversions", None) or ():  # saving undoes the conversion's own steps
-            if isinstance(one_by_one := next(iter(getattr(conversion, "operations", ())), None), _OneByOne):
-                conversion.operations = one_by_one.operations
+        for conversion, operations in self.taken:  # saving undoes the conversion's own steps
+            conversion.operations = operations
         if self.linears is not None:
             self.linears.finish(model)
         if self.quantization_config.offload is not None:
