@@ -192,5 +192,7 @@ def test_wrong_values_are_told_before_anything_runs(options: dict, says: str):
 def test_the_unknown_is_named():
     with pytest.raises(HotLoraError, match=r"no-such-recipe is no Python file and no recipe.*hellora-table-2"):
         find_recipe("no-such-recipe")
+    with pytest.raises(HotLoraError, match="hellora-figure-3 trains nothing, and has no seeds"):
+        find_recipe("hellora-figure-3", Setting(seeds=2))
     with pytest.raises(HotLoraError, match="says itself what it runs"):
         find_recipe("auto_k", Setting("nano"))

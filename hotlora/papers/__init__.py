@@ -34,6 +34,8 @@ def find_recipe(file_or_name: str | os.PathLike[str], setting: Setting = _DEFAUL
     if name in RECIPES:
         recipe = RECIPES[name](setting)
         if not isinstance(recipe, Recipe):
+            if setting.seeds is not None:
+                raise HotLoraError(f"{name} trains nothing, and has no seeds: leave out --seeds.")
             return recipe
         check_set(recipe, setting.options)
         return recipe.sweep()
