@@ -18,7 +18,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask
 from hotlora.base.errors import HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
-from hotlora.base.records import read_record
+from hotlora.base.records import read_record, write_record
 from hotlora.cli.train import print_run
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import ExpertPlan
@@ -61,6 +61,24 @@ def logits(model):
     batch = next(iter(batches(tokenize(EXAMPLES[:4], TOKENIZER, 64), TOKENIZER, 4)))
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def test_a_run_does_not_go_on_upon_other_weights(model_folder, data, tmp_path):
+    """They have no hash: it is the held-out loss before training that tells."""
+    model, output = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model_folder, model)
+    rows = Path(data).read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[:4]) + "\n")
+    options = {"test_data": str(tmp_path / "test.jsonl"), "config": replace(CONFIG, max_steps=4)}
+    record = run_training(str(model), data, output, **options)
+    assert record["model"]["test_loss"] == record["training"]["test_loss_before"]
+    write_record(output, {**record, "status": "failed"})
+    again = run_training(str(model), data, output, **options)
+    assert again["training"]["resumed_from"] == 4 and again["training"]["test_loss"] == record["training"]["test_loss"]
+    write_record(output, {**again, "status": "failed"})
+    tiny_model("olmoe", seed=1, vocab_size=259, max_position_embeddings=512).save_pretrained(model)
+    with pytest.raises(HotLoraError, match=r"are not those that the run in .* was begun on: its held-out loss before"):
+        run_training(str(model), data, output, **options)
 
 
 # test_rank_growth has dr-lora, whose saved tensors are not those that it trained, and test_perft what is never merged.

@@ -49,6 +49,7 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
 _OPTIONAL: dict[str, dict[str, Kind]] = {
     "config": {"test_hash": str, "test_data": str},
     "data": {"train": int, "test": int},
+    "model": {"test_loss": (int, float)},
     "parameters": {"percent": (int, float), "adapter_bytes": int},
     "training": {
         **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "seconds"), (int, float)),

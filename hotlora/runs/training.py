@@ -22,7 +22,7 @@ from ..adapter.load import WEIGHTS_FILE
 from ..adapter.mask import SparseMask
 from ..adapter.offload import keep_on_device
 from ..adapter.stored import quantized_parameters
-from ..base.errors import DataError
+from ..base.errors import DataError, HotLoraError
 from ..base.files import atomic_folder, file_in, sha256_file
 from ..base.processes import (
     all_objects,
@@ -50,6 +50,7 @@ from ..tasks.data import data_hash, load_examples, task_of, test_source, trained
 from ..tasks.ends import told_ends, turn_ends
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize, told
+from ..training.checkpoints import last_complete
 from ..training.config import TrainConfig
 from ..training.rank_growth import RankGrowth, allocated
 from ..training.reprofile import Reprofiling
@@ -61,6 +62,8 @@ from .profiling import Watching, profile_data, profile_sample, profile_source
 
 _log = logging.getLogger(__name__)
 
+SAME_LOSS = 0.02
+"""Share by which one model's loss may differ: by the device, its precision, the sizes of batches."""
 _NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
 
 
@@ -92,6 +95,7 @@ def run_training(
     run = _Run(options, output, progress)
     if (done := finished(output, run.identity, longer=options if options.extend else None)) is not None:
         return done
+    run.read_base_loss()
     wait_for_all()  # until each has seen what was there
     run.tokenize()
     begin()
@@ -154,6 +158,23 @@ class _Run:
         # Of the last answers of conversations; the tokenizer's own is in every model's config already.
         self.ends = [i for i in (turn_ends(self.tokenizer) if template else ()) if i != self.tokenizer.eos_token_id]
 
+    def read_base_loss(self) -> None:
+        """Of a run that goes on, what its base's weights came to: they have no hash, and may be others by now."""
+        if last_complete(self.output / "checkpoints") is not None and (self.output / "run.json").is_file():
+            self.record["model"] |= {"test_loss": read_record(self.output)["model"].get("test_loss")}
+
+    def _check_base(self, loss: float) -> None:
+        """HotLoraError: the run was begun on other weights. The record gets the held-out loss before training."""
+        model = self.record["model"]
+        then = model.get("test_loss")
+        if then is not None and abs(loss - then) > SAME_LOSS * max(loss, then):
+            raise HotLoraError(
+                f"the weights of {self.options.model} are not those that the run in {self.output} was begun on: its "
+                f"held-out loss before training is {loss:.4f}, and was {then:.4f}. Give the model as it was (--model), "
+                "or another --output."
+            )
+        model["test_loss"] = loss
+
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
         self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size)
@@ -187,6 +208,10 @@ class _Run:
             write_record(self.output, record)
         scoring: dict[str, Any] = {"batch_size": options.eval_batch_size, "progress": self.progress}
         before = self.held and response_loss(model, self.tokenizer, self.held, share_out=True, **scoring)
+        if before:
+            self._check_base(before)
+            if is_main():
+                write_record(self.output, record)
         result = train(
             model, self.tokenizer, self.dataset, options, self.output,
             identity={**self.identity, "plan_hash": self.plan.hash if self.plan else None},
