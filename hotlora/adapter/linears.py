@@ -19,6 +19,9 @@ from ..base.precision import say_once
 from ..hf.linears import plain_linears, quantized_bits_of
 from .quantized import BLOCK
 
+LINEAR_SCALE_BYTES = 4
+"""Of bitsandbytes' own, in float32."""
+
 _FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 

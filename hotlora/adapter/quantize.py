@@ -22,9 +22,9 @@ from ..base.heap import give_back
 from ..hf.moe_layers import moe_layers, unwrap
 from ..hf.stored import Failure
 from ..layer.function import use_routed_layer
-from .linears import Linears, check_linear_bits, linear_bits
+from .linears import LINEAR_SCALE_BYTES, Linears, check_linear_bits, linear_bits
 from .offload import Offload
-from .quantized import BLOCK, FLOATS, QuantizedExperts, bitsandbytes_functional
+from .quantized import BLOCK, FLOATS, SCALE_BYTES, QuantizedExperts, bitsandbytes_functional
 from .stacking import Unstacked, parts_of_experts
 from .stored import (
     dense_weights,
@@ -236,7 +236,7 @@ class _ExpertsQuantizer(HfQuantizer):
     def quantized_element_size(self) -> float | None:
         experts, linear = self.quantization_config.bits, self.quantization_config.linear
         bits = experts or linear
-        return None if bits is None else bits / 8 + (2 if experts else 4) / BLOCK
+        return None if bits is None else bits / 8 + (SCALE_BYTES if experts else LINEAR_SCALE_BYTES) / BLOCK
 
     def is_serializable(self) -> bool:
         return False

@@ -19,6 +19,8 @@ from ..hf.coded import Coded
 
 BLOCK = 64
 """Weights with a scale of their own."""
+SCALE_BYTES = 2
+"""Of one, a bfloat16."""
 # Kernels count in int32; so far from the limit, what is made for them stays small too.
 _MOST_AT_ONCE = 2**30
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,6 +18,9 @@ from .errors import FileError
 from .files import file_in, read_json, read_json_lines, write_json
 
 VERSION = 1
+SAME_LOSS = 0.02
+"""Share by which a model's loss before training may differ, which tells other weights of the same shape: quantized
+experts and another precision move it by less than 1%."""
 STATUSES = ("running", "done", "failed")
 
 Kind = type | tuple[type, ...]

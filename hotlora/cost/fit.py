@@ -13,7 +13,7 @@ from ..base.processes import num_processes
 from ..base.sizes import parse_size, size_words
 from ..hf.models import config_file, is_stored_quantized
 from ..runs.options import RunOptions
-from .cards import PCIE_5, card_named, host_link
+from .cards import PCIE_5, host_link
 from .estimate import device_of
 from .memory import memory, transfer_bytes
 from .preflight import (
@@ -22,6 +22,7 @@ from .preflight import (
     device_and_free,
     experts_of,
     free_host_memory,
+    known_card,
     layout,
     step_by,
     unknown_to_estimate,
@@ -103,8 +104,11 @@ def choose(setups: Setups, room: float, ram: float) -> Setup | None:
 
 def _counted_as(setups: Setups, where: torch.device) -> str:
     """Which card times are foreseen for, where it is not the run's own."""
-    is_own = where.type == "cuda" and torch.cuda.is_available() and card_named(torch.cuda.get_device_name(where))
-    return "" if setups.own.step.on_cpu or is_own else f"; counted as an {setups.card.name}, whose memory is nearest"
+    return (
+        ""
+        if setups.own.step.on_cpu or known_card(where)
+        else f"; counted as an {setups.card.name}, whose memory is nearest"
+    )
 
 
 def _fixed(given: Collection[str]) -> set[str]:

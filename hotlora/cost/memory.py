@@ -7,13 +7,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ..adapter.linears import LINEAR_SCALE_BYTES
+from ..adapter.quantized import BLOCK, SCALE_BYTES
 from ..base.errors import HotLoraError
 from ..training.activation_offloading import check_activation_offloading
 from ..training.labelled_loss import LOGITS
 
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU
-_SCALES, _LINEAR_SCALES = 2 / 64, 4 / 64  # bytes a weight: of experts' scales, and of bitsandbytes' own
+_SCALES, _LINEAR_SCALES = SCALE_BYTES / BLOCK, LINEAR_SCALE_BYTES / BLOCK  # bytes a weight
 _ON_THEIR_WAY = 5  # activations that TRL keeps on the card while copies of them are made
 _DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
 

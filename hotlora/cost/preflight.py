@@ -149,8 +149,17 @@ def card_for(where: torch.device, size: float) -> Machine:
         return CPU
     if not torch.cuda.is_available():
         return card_of_size(size)
-    here = torch.cuda.get_device_properties(where)
-    return card_named(here.name) or card_of_size(here.total_memory)
+    return known_card(where) or card_of_size(torch.cuda.get_device_properties(where).total_memory)
+
+
+def known_card(where: torch.device) -> Machine | None:
+    """The GPU that is here, if it is one of the known ones."""
+    is_here = where.type == "cuda" and torch.cuda.is_available()
+    return card_named(torch.cuda.get_device_name(where)) if is_here else None
+
+
+def _of_auto(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def step_by(
@@ -188,8 +197,7 @@ def experts_of(options: RunOptions) -> dict[str, Any]:
 def estimated_options(options: RunOptions) -> dict[str, Any]:
     """A run's, as `estimate` takes them."""
     names = (*_OF_STEP, *(field.name for field in fields(Storage)))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    return {name: getattr(options, name) for name in names} | experts_of(options) | {"device": device}
+    return {name: getattr(options, name) for name in names} | experts_of(options) | {"device": _of_auto(options.device)}
 
 
 def layout(expert_parallel: int) -> str:
@@ -204,7 +212,7 @@ def layout(expert_parallel: int) -> str:
 
 def device_and_free(name: str) -> tuple[torch.device, int]:
     """The device that this process loads the model onto, and the bytes that are free there."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    device = torch.device(_of_auto(name))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise HotLoraError(f"device is {name}, and there is no GPU here: give another --device, or a size.")

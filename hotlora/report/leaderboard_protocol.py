@@ -16,7 +16,7 @@ from typing import Any
 
 from ..base.errors import DataError, FileError, HotLoraError
 from ..base.files import FOLDER_NAME
-from ..base.records import Record, read_results
+from ..base.records import SAME_LOSS, Record, read_results
 from ..evaluation.stats import proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.selection import Selection
@@ -56,9 +56,6 @@ SEEDS = ("seeds", "ranked_with")
 """of a protocol, beside NAMES: the seeds that a run may have, and those that a method must have to be ranked"""
 LOSS = "held-out loss"
 """the metric where no run was scored on a task; lower is better"""
-# The base's loss on the test data before training tells other weights of the same shape, which have one fingerprint:
-# quantized experts and another precision move it by less than 1%.
-_LOSS_TOLERANCE = 0.02
 
 # A record made before there was an option has its default, and profiled on all of the examples.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunOptions)} | {"profile_until": 1.0}
@@ -322,7 +319,7 @@ def _equal(name: str, ours: Any, asked: Any) -> bool:
         return bool(json.dumps(ours) == json.dumps(asked))
     if not isinstance(asked, int | float):  # no run that founded the board has it
         return True
-    return ours is not None and _near(ours, asked, _LOSS_TOLERANCE)
+    return ours is not None and _near(ours, asked, SAME_LOSS)
 
 
 def _near(a: float, b: float, tolerance: float = 1e-9) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,7 @@ def _tell_unused(options: RunOptions) -> None:
     beside = options.train_attention or options.train_router or options.train_shared
     if options.full or (options.train_full_experts and not beside):
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        defaults = {field.name: field.default for field in fields(RunOptions)}
-        if unused := [name for name in names if getattr(options, name) != defaults[name]]:
+        if unused := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
             say_once(f"no low-rank adapter trains here: {' and '.join(unused)} change nothing")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..base.options import suggest
-from .options import PROFILE_FRACTION, VARIANTS, RunOptions
+from .options import PROFILE_FRACTION, RunOptions, variants
 
 _FROZEN_A = {"train_a": False}
 _SPARSE = {**_FROZEN_A, "keep": 0.1}
@@ -119,8 +119,8 @@ def resolve(
         options = {name: value for name, value in options.items() if name not in ("fraction", "experts_per_layer")}
     if method is not None:
         suffix = "" if placement in (None, "full") else f"-{placement}"
-        more = "".join(f"-{word}" for name, word in VARIANTS.items() if given.get(name) and name not in METHODS[method])
-        options["condition"] = f"{method}{suffix}{more}"
+        more = variants({name: value for name, value in given.items() if name not in METHODS[method]})
+        options["condition"] = "-".join([f"{method}{suffix}", *more])
     options |= given
     known = [field.name for field in fields(RunOptions)]
     if unknown := sorted(set(options) - set(known)):

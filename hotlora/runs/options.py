@@ -35,6 +35,11 @@ _NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
 
+def variants(options: Mapping[str, Any]) -> list[str]:
+    """The words for those of some options that are on."""
+    return [word for name, word in VARIANTS.items() if options.get(name)]
+
+
 def check_offload(offload: str, folder: str | Path | None) -> None:
     """HotLoraError: there is no such way, or a folder for nothing."""
     if offload not in OFFLOADS:
@@ -325,7 +330,7 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
 
     def condition_by(self, rule: str) -> str:
         """What a run of these options is called that chooses by `rule`, with what makes another method of it."""
-        more = [word for name, word in VARIANTS.items() if getattr(self, name)]
+        more = variants(vars(self))
         frozen = [] if self.train_a else ["lora-fa"]
         return "-".join(["fft" if self.full else rule, *frozen, *more])
 

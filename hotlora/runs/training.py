@@ -4,6 +4,7 @@ Run again with the same options, it goes on from where it was stopped; once done
 """
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from ..base.processes import (
     wait_for_all,
 )
 from ..base.quiet import quiet
-from ..base.records import Record, new_record, read_record, write_record
+from ..base.records import SAME_LOSS, Record, new_record, read_record, write_record
 from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
 from ..hf.models import load_tokenizer, vocab_size
 from ..hf.moe_layers import fingerprint
@@ -62,8 +63,6 @@ from .profiling import Watching, profile_data, profile_sample, profile_source
 
 _log = logging.getLogger(__name__)
 
-SAME_LOSS = 0.02
-"""Share by which one model's loss may differ: by the device, its precision, the sizes of batches."""
 _NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
 
 
@@ -167,7 +166,7 @@ class _Run:
         """HotLoraError: the run was begun on other weights. The record gets the held-out loss before training."""
         model = self.record["model"]
         then = model.get("test_loss")
-        if then is not None and abs(loss - then) > SAME_LOSS * max(loss, then):
+        if then is not None and not math.isclose(loss, then, rel_tol=SAME_LOSS):
             raise HotLoraError(
                 f"the weights of {self.options.model} are not those that the run in {self.output} was begun on: its "
                 f"held-out loss before training is {loss:.4f}, and was {then:.4f}. Give the model as it was (--model), "
