@@ -91,6 +91,8 @@ TRAIN = "train --model {folder}/model --data {folder}/rows.jsonl -o {out} --no-p
         ("--reprofile-every 2 --optim adagrad", "re-profiling moves an expert's rows of AdamW's state, and optim is"),
         ("--reprofile-every 2 --reprofile-left merge --quantize 4", "cannot be merged into quantized experts"),
         ("--rule hot --plan-seed 3", "plan_seed is of rules that draw (random, hot+random), and rule is 'hot'"),
+        ("--perft R --fraction 0.5", "perft R has its adapters beside all experts of a layer, and rule 'hot' chooses"),
+        ("--method perft-d --rule cold", "perft D has its adapters beside all experts"),
         ("--perft-adapters 4", "perft_adapters=4 and perft_top_k=1 are of PERFT"),
         ("--method esft --lora-fa", "train_full_experts leaves no A that could be frozen"),
         ("--method lori-s --dora", "LoRI's sparse run trains entries of B alone: leave out use_dora (--dora)"),

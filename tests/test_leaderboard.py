@@ -322,6 +322,8 @@ CHANGED: dict[str, tuple[Any, str]] = {
     ),
     "plan gone": (lambda r: r.pop("plan"), "parameters.trainable), and has no plan"),
     "data_hash gone": (lambda r: r["config"].pop("data_hash"), "plan), and has no config.data_hash"),
+    "rank": (lambda r: r["config"].update(r="eight"), "its config: r = 'eight' has the wrong type"),
+    "batch": (lambda r: r["config"].update(batch_size=[4]), "its config: batch_size = [4] has the wrong type"),
     "most gone": (
         lambda r: [r.pop("training"), r.pop("parameters"), r["config"].pop("data_hash")],
         "it is a training (plan), and has no config.data_hash, training.steps, parameters.trainable",
@@ -694,6 +696,9 @@ def test_the_command(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refused = call(app, ["leaderboard", board, "--add", str(other)])
     assert isinstance(refused.exception, HotLoraError) and "optimizer steps 3" in str(refused.exception)
     assert isinstance(call(app, ["leaderboard", board, "--name", "x"]).exception, HotLoraError)
+    good = write_run(tmp_path / "good", "new", 0, 0.5)
+    unnamed = call(app, ["leaderboard", board, "--add", str(good), "--name", ""])
+    assert "the name '' is no folder's" in str(unnamed.exception)
     assert isinstance(call(app, ["leaderboard", str(tmp_path / "none")]).exception, FileError)
 
 

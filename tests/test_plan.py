@@ -381,7 +381,7 @@ def test_a_file_of_scores_is_checked_and_named(tmp_path, text, kind, says):
         ({"rule": "auto", "p": 0.5}, "'auto' does not read p"),
         ({"rule": "greedy", "p": 0.5}, "'greedy' does not read p: .* fraction, experts_per_layer, budget"),
         ({"rule": "global", "budget": 4}, "'global' does not read budget"),
-        ({"rule": "greedy", "budget": 4, "fraction": 0.5}, "exactly one of budget, fraction and experts_per_layer"),
+        ({"rule": "greedy", "budget": 4, "fraction": 0.5}, "exactly one of budget and fraction"),
         ({"rule": "greedy", "budget": 0}, "budget is 0: it must be an integer from 1 to 16"),
         ({"rule": "greedy", "budget": 17}, "budget is 17: .* all 8 experts of 2 layers"),
         ({"rule": "greedy", "budget": 2.5}, r"budget is 2\.5"),

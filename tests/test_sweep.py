@@ -233,7 +233,7 @@ SWEEP = Sweep(
     [
         Condition("base", train=False),
         Condition("greedy", {{"rule": "greedy", "budget": 1}}),
-        Condition("wrong", {{"rule": "coverage", "p": 2}}),
+        Condition("wrong", {{"rule": "hot", "experts_per_layer": 99}}),
     ],
     seeds=(0, 1), config=TrainConfig(max_steps=2, batch_size=2, r=2, max_length=256),
     options={{"limit": 8, "test_limit": 4}},
@@ -254,7 +254,7 @@ def test_the_command_runs_two_at_a_time_and_tells_what_failed(
     assert code == 1 and "study: 3 of 5 runs done, 2 failed" in text
     assert "\none page of all runs: " in text
     assert "leaked" not in capfd.readouterr().err  # by nanobind, of what a worker's collector was told to leave
-    assert text.count("failed: PlanError: p is 2: it must be above 0 and at most 1") == 2
+    assert text.count("failed: PlanError: experts_per_layer is 99: it must be an integer from 1 to") == 2
     assert str(output / "wrong" / "seed1" / "log.txt") in text and f"hotlora report {output}" in text
     records = {folder.relative_to(output).as_posix(): record for folder, record in find_records(output).items()}
     assert {name: record["status"] for name, record in records.items()} == {
@@ -296,6 +296,7 @@ def test_processes_and_files_are_checked(tmp_path: Path):
         ("--data gsm8k", "--data gsm8k is not NAME=VALUE: give it as in --data gsm8k=data/gsm8k"),
         ("--set seed=1", "give --seeds NUMBER in its place"),
         ("--set test_limit=0", "test_limit = 0 is out of range"),
+        ("--set fraction=7", r"fraction is 7(\.0)?: it must be above 0 and at most 1"),
     ],
 )
 def test_what_is_wrong_about_a_recipe_is_told_before_anything_runs(tmp_path: Path, words: str, says: str):

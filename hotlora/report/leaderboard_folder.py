@@ -158,7 +158,7 @@ def _checked(
         if sha256_file(run / "run.json") in known_hashes:
             known.append(run)
             continue
-        method = name or method_of(record)
+        method = method_of(record) if name is None else name
         entry = Entry(run, record, str(board_key(record)), method)
         told = _refusal(run, record, method, board.protocols, entries)
         places = [other.folder for other in board.entries]

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..base.errors import DataError, FileError, HotLoraError
 from ..base.files import FOLDER_NAME
+from ..base.options import converted
 from ..base.records import SAME_LOSS, Record, read_results
 from ..evaluation.stats import proportion_interval
 from ..routing.plan import ExpertPlan
@@ -233,7 +234,21 @@ def faults(folder: Path, record: Record) -> list[str]:
     there, gone = ([name for name, is_there in signs.items() if is_there is wanted] for wanted in (True, False))
     if there and gone:
         return [f"it is a training ({', '.join(there)}), and has no {', '.join(gone)}"]
+    if wrong := _wrong_options(config):  # nothing can be read off these
+        return wrong
     return [*_changed_scores(folder, record), *_changed_training(record), *_changed_plan(folder, record)]
+
+
+def _wrong_options(config: Mapping[str, Any]) -> list[str]:
+    """Options of another type than a run can have."""
+    found = []
+    for field in fields(RunOptions):
+        if field.metadata["resume"] and field.name in config:
+            try:
+                converted(field.name, config[field.name], field.type)
+            except HotLoraError as error:
+                found.append(f"its config: {str(error).rstrip('.')}")
+    return found
 
 
 def _changed_scores(folder: Path, record: Record) -> list[str]:

@@ -164,7 +164,8 @@ def selected(profile: RoutingProfile, selection: Selection, *, seed: int = 0) ->
 
 
 def check_rule(rule: str, signal: str, budgets: Mapping[str, Any]) -> None:
-    """PlanError: a rule or signal that does not exist, or a budget that is given and that the rule does not read.
+    """PlanError: a rule or signal that does not exist, or a budget that the rule does not read, that is one of two, or
+    that is out of range whatever the model.
 
     budgets: those of `select_experts`, by name; None is not given.
     """
@@ -177,6 +178,12 @@ def check_rule(rule: str, signal: str, budgets: Mapping[str, Any]) -> None:
         raise PlanError(
             f"rule {rule!r} does not read {', '.join(unread)}: leave it out; it reads {read or 'no budget'}"
         )
+    numbers = [name for name in ("budget", "fraction", "experts_per_layer") if budgets.get(name) is not None]
+    if len(numbers) > 1:
+        raise PlanError(f"give exactly one of {' and '.join(numbers)}")
+    for name, example in (("fraction", DEFAULT_FRACTION), ("p", 0.6)):
+        if (share := budgets.get(name)) is not None and not 0 < share <= 1:
+            raise PlanError(f"{name} is {share}: it must be above 0 and at most 1, such as {example}")
 
 
 def select_experts(
@@ -224,10 +231,7 @@ def select_experts(
         )
     params: dict[str, Any] = {}
     if "p" in reads:
-        p = DEFAULT_P[rule, signal] if p is None else p
-        if not 0 < p <= 1:
-            raise PlanError(f"p is {p}: it must be above 0 and at most 1, such as 0.6")
-        params["p"] = float(p)
+        params["p"] = float(DEFAULT_P[rule, signal] if p is None else p)
     elif "fraction" in reads:
         params |= _budget(rule, (num_layers, num_experts), fraction, experts_per_layer, budget)
     if "fillers" in reads:
@@ -261,8 +265,6 @@ def _budget(
     """The budget as it was given, and as the rule reads it: experts of each layer, or of all. shape: (L, E)"""
     num_layers, num_experts = shape
     if budget is not None:
-        if fraction is not None or experts_per_layer is not None:
-            raise PlanError("give exactly one of budget, fraction and experts_per_layer")
         if not _is_int(budget) or not 1 <= budget <= num_layers * num_experts:
             raise PlanError(
                 f"budget is {budget!r}: it must be an integer from 1 to {num_layers * num_experts}, "

@@ -227,6 +227,11 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "dense_mixer mixes what experts give, and perft's adapters stand beside them: leave one out."
             )
+        if self.perft in ("R", "D") and self.rule != "all" and self.plan is None:
+            raise PlanError(
+                f"perft {self.perft} has its adapters beside all experts of a layer, and rule {self.rule!r} chooses "
+                "some: give rule all (methods perft-r and perft-d have it), or perft E, with an adapter for each."
+            )
         if self.on_top_of and (self.quantize or self.quantize_linear):
             raise HotLoraError(
                 "an earlier adapter cannot be merged into quantized weights: merge it first (hotlora merge), and give "
