@@ -17,13 +17,14 @@ from ..base.escape import lines
 from ..base.signals import on_stop, stop
 from ..routing.selection import Selection
 from ..runs.options import EvalOptions, LoadOptions, RunOptions
+from .bench import bench
 from .compare import compare
 from .data import data
 from .imported import import_
 from .leaderboard import leaderboard
-from .measure import bench, params
 from .names import Commands
 from .options import AsJson, err, error_line, number_list, options_of, out
+from .params import params
 from .profile import profile
 from .sweep import sweep
 from .talk import chat, generate

@@ -1,10 +1,7 @@
-"""The commands that count and measure: `params` and `bench`."""
+"""The command `params`: what would be trained, and what a step takes, from a model's config.json alone."""
 
 import json
-import shlex
-import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +11,7 @@ from ..base.errors import HotLoraError
 from ..base.options import ALIASES
 from ..runs.methods import METHODS, PLACEMENTS, counted_options, resolve
 from ..runs.options import RunOptions
-from .options import AsJson, err, number_list, of, options_of, out
+from .options import AsJson, of, options_of, out
 
 _COUNTED = (
     "experts_per_layer", "r", "train_attention", "train_router", "train_shared", "share_a", "normalize_moe_lora",
@@ -88,7 +85,6 @@ def params(
     experts, as train has it, where neither a budget nor a method is given.
     """
     from ..adapter.formats.room import places
-    from ..report.tables import human_bytes, human_flops
     from ..routing.plan import DEFAULT_FRACTION
 
     fit = given.pop("fit", None)
@@ -115,6 +111,7 @@ def params(
         if has_budget:
             named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
         counts |= _counted(model, method, {**options, **named}, named.keys() & _NOT_LORA, coverage)
+    rooms = {}
     if "adapter_flops" in counts:
         rooms = places(model, given.get("r", RunOptions.r), share_a=given.get("share_a", False))
         counts["server_bytes"] = {format: room.place_bytes for format, room in rooms.items()}
@@ -130,47 +127,9 @@ def params(
             f"Experts: the hottest {DEFAULT_FRACTION:.0%} of each layer's, as `hotlora train` has it by default "
             "(--fraction 1: all)"
         )
-    if "not_counted" in counts:
-        out.print(f"Parameters are not counted: {counts['not_counted']}")
-    else:
-        rank = f"rank {given.get('r', RunOptions.r)}"
-        rank += " (r / K in experts)" if given.get("normalize_moe_lora") else ""
-        table = Table(title=f"Trainable parameters at {rank}" + (f", {method}" if method else ""))
-        table.add_column("part")
-        table.add_column("parameters", justify="right")
-        for part in ("attention", "router", "shared", "experts"):
-            table.add_row(part, f"{counts[part]:,}")
-        table.add_section()
-        table.add_row("trainable", f"{counts['trainable']:,}")
-        table.add_row("with the frozen base", f"{counts['total']:,}")
-        table.add_row("share", f"{counts['percent']:.4f}%")
-        out.print(table)
-    if flops := counts.get("adapter_flops"):
-        told = f"{flops['per_token'] / 1e6:,.1f} MFLOP a token forward for the adapter"
-        share = "" if flops["coverage"] == 1 else f", where its experts take {flops['coverage']:.1%} of the routing"
-        out.print(f"{told}{share}")
-        servers = [f"{name} {human_bytes(room.place_bytes)} ({room.option})" for name, room in rooms.items()]
-        out.print(f"Served, each adapter takes in {next(iter(rooms.values())).dtype}: {', '.join(servers)}")
-    for line in counts.get("fit", {}).get("told", ()):
-        out.print(line)
+    _print_counts(counts, method, given, rooms)
     if run is not None:
-        found = counts["estimate"]
-        step = f"{run.batch_size} × {run.max_length:,} tokens"
-        title = f"A step of {step} on {found['device']}, in {found['dtype']}"
-        table = Table(title=title, min_width=len(title))
-        table.add_column("memory")
-        table.add_column("takes", justify="right")
-        words = {"staging": "on its way", "host": "in RAM beside it", "disk": "mapped from disk beside it"}
-        for kind, size in found["memory"].items():
-            if kind == "total":
-                table.add_section()
-            if size or kind not in words:
-                table.add_row(words.get(kind, kind), human_bytes(size))
-        out.print(table)
-        out.print(f"{human_flops(found['flops']['step'])} a step; adapted experts take {found['coverage']:.0%}")
-        if "time" in found:
-            time = found["time"]
-            out.print(f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s")
+        _print_step(counts["estimate"], run)
 
 
 def _check_stored(model: str, given: Mapping[str, Any]) -> None:
@@ -254,85 +213,53 @@ def _adapter_flops(
     return adapter_flops(model, counts, coverage=coverage, **budget)
 
 
-def bench(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A config.json, its folder, or nano. Weights are random.")
-    ] = "nano",
-    layers: Annotated[int | None, typer.Option(help="Cut the model to its first layers.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 2048,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence (default 2048, or what the model and --tokens allow).")
-    ] = None,
-    r: of("r") = 32,  # type: ignore[valid-type]
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto (the config's own; float32 on a CPU that is slow in it), float32, bfloat16 or float16."
-        ),
-    ] = "auto",
-    device: of("device") = "auto",  # type: ignore[valid-type]
-    cv: Annotated[float, typer.Option(help="Skew routers until each layer's counts have this CV.")] = 1.0,
-    contenders: Annotated[
-        str,
-        typer.Option(
-            help="Of floor, hot, all, peft, loop, unsloth, axolotl, and the papers' methods (hellora, lori-s-pure, "
-            "fft, …); with commas between."
-        ),
-    ] = "floor,hot,all,peft,loop,unsloth,axolotl",
-    fractions: Annotated[str, typer.Option(help="Shares of experts that hot takes part with.")] = "0.125,0.25",
-    rounds: Annotated[int, typer.Option(help="Timed steps of each contender.")] = 5,
-    grow: Annotated[
-        str | None, typer.Option(help="Time steps as one thing grows: tokens, experts, rank or layers.")
-    ] = None,
-    values: Annotated[str | None, typer.Option(help="Values of --grow (default: four up to the options' own).")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the result as JSON; with --grow a picture beside it.")
-    ] = None,
-    seed: of("seed") = 0,  # type: ignore[valid-type]
-    as_json: AsJson = False,
+def _print_counts(
+    counts: Mapping[str, Any], method: str | None, given: Mapping[str, Any], rooms: Mapping[str, Any]
 ) -> None:
-    """Time LoRA on hot experts beside other ways, on this machine: one process each, step by step in turn.
+    """What is trained, the adapter's FLOPs and the room that servers keep for it, and what `--fit` chose."""
+    from ..report.tables import human_bytes
 
-    Prints medians (quartiles) and ratios to the floor, which adapts attention alone.
-    """
-    from ..base.files import atomic_path, write_json
-    from ..bench.bench import BenchConfig, run_bench, run_growth
-    from ..bench.report import growth_figure, summary_table
-
-    config = BenchConfig(
-        model=model,
-        layers=layers,
-        tokens=tokens,
-        length=length,
-        r=r,
-        dtype=dtype,
-        device=device,
-        cv=cv,
-        contenders=tuple(contenders.split(",")),
-        fractions=number_list("fractions", fractions, float),
-        rounds=rounds,
-        seed=seed,
-    )
-
-    def tell(text: str) -> None:
-        err.print(text)
-
-    if grow is None:
-        result = run_bench(config, tell=tell)
+    if "not_counted" in counts:
+        out.print(f"Parameters are not counted: {counts['not_counted']}")
     else:
-        result = run_growth(config, grow, None if values is None else number_list("values", values, int), tell=tell)
-    result["command"] = shlex.join(["hotlora", *sys.argv[1:]])
-    for run in result.get("runs", ()):
-        run["command"] = result["command"]
-    if output is not None:
-        write_json(output, result)
-        if grow is not None:
-            with atomic_path(output.with_suffix(".png")) as picture:
-                growth_figure(result).savefig(picture, dpi=150)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for run in result.get("runs", [result]):
-        out.print(summary_table(run))
-    if output is not None:
-        out.print(f"result: {output}")
+        rank = f"rank {given.get('r', RunOptions.r)}"
+        rank += " (r / K in experts)" if given.get("normalize_moe_lora") else ""
+        table = Table(title=f"Trainable parameters at {rank}" + (f", {method}" if method else ""))
+        table.add_column("part")
+        table.add_column("parameters", justify="right")
+        for part in ("attention", "router", "shared", "experts"):
+            table.add_row(part, f"{counts[part]:,}")
+        table.add_section()
+        table.add_row("trainable", f"{counts['trainable']:,}")
+        table.add_row("with the frozen base", f"{counts['total']:,}")
+        table.add_row("share", f"{counts['percent']:.4f}%")
+        out.print(table)
+    if flops := counts.get("adapter_flops"):
+        told = f"{flops['per_token'] / 1e6:,.1f} MFLOP a token forward for the adapter"
+        share = "" if flops["coverage"] == 1 else f", where its experts take {flops['coverage']:.1%} of the routing"
+        out.print(f"{told}{share}")
+        servers = [f"{name} {human_bytes(room.place_bytes)} ({room.option})" for name, room in rooms.items()]
+        out.print(f"Served, each adapter takes in {next(iter(rooms.values())).dtype}: {', '.join(servers)}")
+    for line in counts.get("fit", {}).get("told", ()):
+        out.print(line)
+
+
+def _print_step(found: Mapping[str, Any], run: RunOptions) -> None:
+    """The estimate of a step: memory by kind, FLOPs, and time where a rate was given."""
+    from ..report.tables import human_bytes, human_flops
+
+    title = f"A step of {run.batch_size} × {run.max_length:,} tokens on {found['device']}, in {found['dtype']}"
+    table = Table(title=title, min_width=len(title))
+    table.add_column("memory")
+    table.add_column("takes", justify="right")
+    words = {"staging": "on its way", "host": "in RAM beside it", "disk": "mapped from disk beside it"}
+    for kind, size in found["memory"].items():
+        if kind == "total":
+            table.add_section()
+        if size or kind not in words:
+            table.add_row(words.get(kind, kind), human_bytes(size))
+    out.print(table)
+    out.print(f"{human_flops(found['flops']['step'])} a step; adapted experts take {found['coverage']:.0%}")
+    if "time" in found:
+        time = found["time"]
+        out.print(f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s")
