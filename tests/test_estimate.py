@@ -238,6 +238,8 @@ LONG = {"hidden_size": 128, "moe_intermediate_size": 64, "intermediate_size": 64
         (WIDE, {"quantize": 4, "quantize_linear": 4, "gradient_checkpointing": True}),
         (WIDE, {"quantize_linear": 8}),
         (LONG, {"grow_every": 10}),
+        (WIDE, {"train_a": False, "r": 64}),
+        (LONG, {"train_a": False}),
         (WIDE, {"dense_mixer": True}),
         (LONG, {"perft": "E", "dtype": "bfloat16"}),
         (WIDE, {"perft": "R", "perft_adapters": 4, "perft_top_k": 2}),

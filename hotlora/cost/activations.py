@@ -5,6 +5,7 @@ experts left out; and one layer's experts are run for real, on a few tokens and 
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,8 @@ class Rest:
     """Bytes of it that several operations keep, as the adapters of q, k and v their input."""
     trained: tuple[tuple[int, ...], ...]
     """Shapes of all parameters that train, those of the routed experts too."""
+    frozen: int
+    """Numbers of the adapter that do not train: a frozen A's."""
 
 
 def rest_of_step(
@@ -112,6 +115,7 @@ def rest_of_step(
     """What all but the routed experts keep, by running the adapted decoder on tensors that have shapes only."""
     with torch.device("meta"), quiet():
         base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        of_base = _numbers(base)
         model = get_peft_model(base, lora).train()
     with FakeTensorMode(), quiet():
         _on_cpu(model)
@@ -120,7 +124,12 @@ def rest_of_step(
             base.get_decoder()(input_ids=ids, use_cache=False)
     last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
     shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
-    return Rest(saved.total + last, saved.again, shapes)
+    frozen = _numbers(model) - of_base - sum(map(math.prod, shapes))
+    return Rest(saved.total + last, saved.again, shapes, frozen)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _on_cpu(model: nn.Module) -> None:

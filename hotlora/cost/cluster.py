@@ -108,6 +108,8 @@ class Work:
     other_flops: float
     optimizer: int | None = None
     """Bytes of its state; None: AdamW in float32."""
+    frozen: int = 0
+    """Numbers of the adapter that do not train, in each process."""
     late: int = 0
     """Of gradients, what is not there yet at one GPU's peak."""
     staging: int = 0
@@ -153,7 +155,7 @@ def work_of(step: Step, storage: Storage) -> Work:
         row=step.expert_widths[0] * step.itemsize, experts=round(here), dense=found["weights"] - round(here),
         largest_layer=round(max(per_expert_weight * e + step.itemsize * d for e, d in step.blocks)),
         largest_dense=max(step.itemsize * d for _, d in step.blocks), head=step.head * step.itemsize,
-        trainable=step.trainable, activations=found["activations"],
+        trainable=step.trainable, frozen=step.frozen, activations=found["activations"],
         expert_row=round(step.expert_row), live_layers=1 if recomputes else len(step.experts),
         workspace=workspace, late=workspace - found["workspace"], passes=3 if recomputes else 2,
         expert_flops=experts * step.tokens, other_flops=flops - experts * step.tokens, optimizer=found["optimizer"],
@@ -206,7 +208,7 @@ def memory(work: Work, gpus: int, layout: str, cv: float = 1.0) -> dict[str, flo
         "weights": weights,
         "gathered": gathered,
         "staging": float(work.staging),
-        "adapter": 4 * state,
+        "adapter": 4 * (state + work.frozen),
         # Torch's DDP holds what it sums in buckets of its own.
         "gradients": 4 * state * (2 if gpus > 1 and layout == "ddp" else 1),
         "optimizer": 8 * state if work.optimizer is None else work.optimizer * state / work.trainable,

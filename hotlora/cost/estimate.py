@@ -86,6 +86,7 @@ def step_of(
     train_attention: bool = True,
     train_router: bool = True,
     train_shared: bool = True,
+    train_a: bool = True,
     share_a: bool = False,
     normalize_moe_lora: bool = False,
     grow_every: int | None = None,
@@ -132,8 +133,9 @@ def step_of(
         r = allocated(r, r)["r"]
     lora = HotLoraConfig(
         plan=ExpertPlan(experts, found[0].num_experts, rule="first", params={}), r=r,
-        train_attention=train_attention, train_router=train_router, train_shared=train_shared, share_a=share_a,
-        normalize_moe_lora=normalize_moe_lora, perft=perft, perft_adapters=perft_adapters, perft_top_k=perft_top_k,
+        train_attention=train_attention, train_router=train_router, train_shared=train_shared, train_a=train_a,
+        share_a=share_a, normalize_moe_lora=normalize_moe_lora, perft=perft, perft_adapters=perft_adapters,
+        perft_top_k=perft_top_k,
     )  # fmt: skip
     try:
         on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
@@ -156,7 +158,7 @@ def step_of(
         device=device.type, dtype=str(compute).removeprefix("torch."), itemsize=compute.itemsize, tokens=tokens,
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
-        expert_widths=(*view.widths, view.num_parts), trained=rest.trained,
+        expert_widths=(*view.widths, view.num_parts), trained=rest.trained, frozen=rest.frozen,
         expert_row=row, rest=rest.kept, rest_again=rest.again, coverage=coverage, forward=forward, adapter=adapter,
         expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),

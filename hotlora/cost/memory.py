@@ -77,6 +77,8 @@ class Step:
     """Of each decoder layer: in routed experts, and beside them."""
     trained: tuple[tuple[int, ...], ...]
     """Shapes."""
+    frozen: int
+    """Numbers of the adapter that do not train."""
     expert_row: float
     """Bytes that a layer's routed experts keep, a token."""
     rest: int
@@ -167,7 +169,7 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
     kinds = {
         "weights": here + linear + step.other * step.itemsize - table,
         "staging": 0 if step.on_cpu else _staging(step, storage),
-        "adapter": step.trainable * 4,
+        "adapter": (step.trainable + step.frozen) * 4,
         "gradients": gradients,
         "optimizer": stays,
         "activations": activations,

@@ -31,8 +31,8 @@ ROOM = 0.9
 _MOST_REMEDIES = 3
 _FIXED = ("weights", "staging", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
 _OF_STEP = (
-    "batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "share_a", "normalize_moe_lora",
-    "grow_every", "perft", "perft_adapters", "perft_top_k", "dtype",
+    "batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "train_a", "share_a",
+    "normalize_moe_lora", "grow_every", "perft", "perft_adapters", "perft_top_k", "dtype",
 )  # fmt: skip
 
 
