@@ -21,7 +21,7 @@ from hotlora.papers.configs import HyperparameterTable, ShapeTable
 from hotlora.papers.page import table_results, write_tables
 from hotlora.papers.profiles import ProfileRecipe
 from hotlora.papers.result import Result
-from hotlora.report.tables import human_seconds
+from hotlora.report.text import human_seconds
 from results import take_over
 
 ROOT = Path(__file__).resolve().parent.parent

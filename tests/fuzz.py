@@ -49,7 +49,9 @@ from hotlora.report.leaderboard import leaderboard
 from hotlora.report.leaderboard_folder import add_runs
 from hotlora.report.leaderboard_page import as_dict as board_dict
 from hotlora.report.leaderboard_page import markdown_tables
-from hotlora.report.tables import conditions_table, read_sections, table_rows
+from hotlora.report.rows import table_rows
+from hotlora.report.sections import read_sections
+from hotlora.report.tables import conditions_table
 from hotlora.routing.profiler import profile_routing
 from hotlora.tasks import TASKS, get_task
 from hotlora.tasks.data import load_examples

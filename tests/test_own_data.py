@@ -22,7 +22,8 @@ from hotlora.cli.main import app
 from hotlora.evaluation.rouge import rouge_each, rouge_l
 from hotlora.evaluation.score import RowLoss, response_scores
 from hotlora.evaluation.stats import mean_interval, ratio_interval
-from hotlora.report.tables import read_sections, section_tables
+from hotlora.report.sections import read_sections
+from hotlora.report.tables import section_tables
 from hotlora.tasks import Example
 from hotlora.tasks.data import load_examples
 from hotlora.tasks.own import own_task

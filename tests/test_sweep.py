@@ -19,7 +19,8 @@ from hotlora.base.errors import HotLoraError
 from hotlora.base.records import find_records, read_record
 from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.report.comparison import compare_runs
-from hotlora.report.tables import read_sections, table_rows
+from hotlora.report.rows import table_rows
+from hotlora.report.sections import read_sections
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.options import RunOptions
 from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs

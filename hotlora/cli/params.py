@@ -217,7 +217,7 @@ def _print_counts(
     counts: Mapping[str, Any], method: str | None, given: Mapping[str, Any], rooms: Mapping[str, Any]
 ) -> None:
     """What is trained, the adapter's FLOPs and the room that servers keep for it, and what `--fit` chose."""
-    from ..report.tables import human_bytes
+    from ..report.text import human_bytes
 
     if "not_counted" in counts:
         out.print(f"Parameters are not counted: {counts['not_counted']}")
@@ -246,7 +246,7 @@ def _print_counts(
 
 def _print_step(found: Mapping[str, Any], run: RunOptions) -> None:
     """The estimate of a step: memory by kind, FLOPs, and time where a rate was given."""
-    from ..report.tables import human_bytes, human_flops
+    from ..report.text import human_bytes, human_flops
 
     title = f"A step of {run.batch_size} × {run.max_length:,} tokens on {found['device']}, in {found['dtype']}"
     table = Table(title=title, min_width=len(title))

@@ -19,8 +19,7 @@ from ..bench.report import read_result
 from ..hf.models import config_file
 from ..report.figures import COLD, HOT, INK, WIDTH, Figure, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
-from ..report.tables import human_seconds
-from ..report.text import NONE, shown
+from ..report.text import NONE, human_seconds, shown
 from ..runs.methods import counted_options
 from .direct import Direct, Tell
 from .needs import bench_needs, number_of

@@ -17,8 +17,7 @@ from ..base.records import Record, read_record
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .figures import heat_map
-from .tables import human_bytes
-from .text import loss_word
+from .text import human_bytes, loss_word
 
 if TYPE_CHECKING:
     from ..adapter.formats.room import Room

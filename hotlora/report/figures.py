@@ -125,17 +125,23 @@ def coverage_curve(profile: RoutingProfile, experts_per_layer: int | None = None
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's losses by step: as trained on, and on held-out data where they were taken."""
+    """A run's losses by step, as trained on, and on held-out data where they were taken; or the means of several runs'.
+
+    band: of several runs, the lowest and the highest training loss at each step.
+    """
 
     label: str
     condition: str
     training: Mapping[int, float]
     held_out: Mapping[int, float] = field(default_factory=dict)
+    band: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 def loss_curves(curves: Sequence[Curve]) -> Figure:
-    """Losses by step. Thin: logged; thick: smoothed; dots: held-out. In powers of ten where the last ones would
-    otherwise lie on one line."""
+    """Losses by step. Thin: logged; band: from the lowest run to the highest; thick: smoothed; dots: held-out.
+
+    In powers of ten where the last ones would otherwise lie on one line.
+    """
     figure, axes = new_figure(3.6, PAGE_WIDTH)
     style(axes)
     spare = iter(OTHER_SERIES * len(curves))
@@ -147,7 +153,13 @@ def loss_curves(curves: Sequence[Curve]) -> Figure:
         steps, values = list(curve.training), np.array(list(curve.training.values()), dtype=float)
         window = max(1, len(values) // 25)
         alone = "o" if len(values) == 1 else ""
-        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
+        if curve.band:
+            low, high = (
+                _smooth(np.array(ends, dtype=float), window) for ends in zip(*curve.band.values(), strict=True)
+            )
+            axes.fill_between(list(curve.band), low, high, color=color, alpha=0.15, linewidth=0)
+        else:
+            axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
         axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=curve.label, marker=alone)
         if curve.held_out:
             axes.plot(

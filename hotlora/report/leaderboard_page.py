@@ -21,8 +21,7 @@ from .comparison_table import ends
 from .figures import HOT, INK, MUTED, Figure, save_figure, style
 from .leaderboard import TOLERANCE, Leaderboard, Row, Standing, Table
 from .leaderboard_protocol import DEFAULTS, LOSS, NAMES, is_loss, shown
-from .tables import human_bytes, human_count
-from .text import NONE, csv_table, markdown_items
+from .text import NONE, csv_table, human_bytes, human_count, markdown_items
 
 PAGE, CSV, PICTURE = "leaderboard.md", "leaderboard.csv", "leaderboard.png"
 _COSTS = ("seconds", "memory")

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -17,8 +18,11 @@ from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
 from .figures import Figure
+from .over_seeds import repeated, seeds_summary
+from .rows import against_all, covered, run_names
 from .sections import Records, Section, part, read_sections
-from .tables import Shown, against_all, conditions_table, covered, human_seconds, run_names, section_tables
+from .tables import Shown, conditions_table, section_tables
+from .text import human_seconds
 
 # What the page shows of a run's record, besides its row.
 DETAILS = ("model", "data", "config", "plan", "parameters", "training", "environment", "command", "error")
@@ -128,7 +132,8 @@ def _pictures(section: Section, tables: list[Shown]) -> dict[str, tuple[str, str
             has_held_out = any(curve.held_out for curve in curves)
             pictures["loss" if number == 0 else f"loss-{number + 1}"] = (
                 "Training loss" + (f": LoRA on {table.adapted}" if table.adapted else ""),
-                "Mean loss per response token at each optimizer step, smoothed; thin lines are as logged."
+                "Mean loss per response token at each optimizer step, smoothed; "
+                + ("the mean over seeds, and the band of all of them." if table.seeds else "thin lines are as logged.")
                 + (" Dots: the loss on held-out data." if has_held_out else ""),
                 figures.loss_curves(curves),
             )
@@ -136,18 +141,37 @@ def _pictures(section: Section, tables: list[Shown]) -> dict[str, tuple[str, str
 
 
 def _curves(section: Section, records: Records) -> list[figures.Curve]:
-    curves = []
-    for folder, name in run_names(records).items():
-        metrics = part(records[folder], "training").get("metrics")
+    """One a run; where runs differ in their seed alone, one a condition."""
+    found: dict[Path, tuple[dict[int, float], dict[int, float]]] = {}
+    for folder, record in records.items():
+        metrics = part(record, "training").get("metrics")
         if metrics and (folder / metrics).is_file():
             try:
                 training, held_out = _losses(folder / metrics)
             except FileError as error:
-                section.note(f"{records[folder]['name']}: its losses are left out: {error}")
+                section.note(f"{record['name']}: its losses are left out: {error}")
                 continue
             if training:
-                curves.append(figures.Curve(name, records[folder]["condition"], training, held_out))
+                found[folder] = training, held_out
+    if not (groups := repeated(records)):
+        names = run_names(records)
+        return [figures.Curve(names[folder], records[folder]["condition"], *losses) for folder, losses in found.items()]
+    curves = []
+    for group in groups:
+        runs = [found[folder] for folder in group.folders if folder in found]
+        by_step, later_by_step = (_by_step([losses[which] for losses in runs]) for which in (0, 1))
+        if by_step:
+            mean = {step: fmean(losses) for step, losses in by_step.items()}
+            later = {step: fmean(losses) for step, losses in later_by_step.items()}
+            band = {step: (min(losses), max(losses)) for step, losses in by_step.items()}
+            curves.append(figures.Curve(group.name, group.condition, mean, later, band))
     return curves
+
+
+def _by_step(runs: list[dict[int, float]]) -> dict[int, list[float]]:
+    """The losses of all runs at each step that all have."""
+    steps = [step for step in runs[0] if all(step in losses for losses in runs)] if runs else []
+    return {step: [losses[step] for losses in runs] for step in steps}
 
 
 def _losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:
@@ -171,7 +195,10 @@ def _losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def _summary(section: Section, table: Shown) -> str:
-    """A table's hot run against all in words, and as many other experts, where they have run."""
+    """A table's hot run against all in words, and as many other experts, where they have run; over several seeds their
+    means."""
+    if table.seeds:
+        return seeds_summary(section, table.task, table.folders)
     records = {folder: section.records[folder] for folder in table.folders}
     for folder, hot in records.items():
         if hot["condition"] != "hot" or (found := against_all(section, folder, table.task, table.folders)) is None:

@@ -17,6 +17,42 @@ def shown(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form)
 
 
+def human_count(number: float) -> str:
+    """84967424 -> "85.0M"."""
+    return _scaled(number, ("", "K", "M", "B", "T"))
+
+
+def human_bytes(number: float) -> str:
+    """339738624 -> "339.7 MB", in powers of 1000."""
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
+
+
+def human_flops(number: float) -> str:
+    """114e9 -> "114.0 GFLOP"."""
+    return _scaled(number, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+
+
+def human_seconds(number: float | None) -> str:
+    """93.1 -> "1 min 33 s"."""
+    if number is None:
+        return NONE
+    if number < 10:
+        return f"{number:.1f} s"
+    minutes, seconds = divmod(round(number), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if abs(number) < 999.95 or (unit == units[0] and abs(number) < 1000):
+            return f"{number:,.0f}{unit}" if unit == units[0] else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:,.1f}{units[-1]}"
+
+
 def loss_word(loss: float | None) -> str:
     """A loss as runs tell it; a record has null for one that was no finite number."""
     is_number = loss is not None and math.isfinite(loss)
