@@ -1,9 +1,11 @@
 """Fine-tune Mixture-of-Experts language models where they already work.
 
-profile = hotlora.profile_routing(model, batches)
-plan    = hotlora.select_experts(profile, rule="hot", fraction=0.25)
-config  = hotlora.HotLoraConfig(plan=plan, r=32, lora_alpha=64)
-model   = peft.get_peft_model(model, config)
+    profile = hotlora.profile_routing(model, batches)
+    plan    = hotlora.select_experts(profile, rule="hot", fraction=0.25)
+    config  = hotlora.HotLoraConfig(plan=plan, r=32, lora_alpha=64)
+    model   = peft.get_peft_model(model, config)
+
+`hotlora.train(model, data)` does all of it, and trains.
 """
 
 from importlib import import_module

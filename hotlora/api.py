@@ -80,8 +80,8 @@ def train(
 ) -> "Run":
     """Profiles the router, chooses experts, trains their adapter and evaluates it, as `hotlora train` does.
 
-    run = hotlora.train("allenai/OLMoE-1B-7B-0924", "train.jsonl", "runs/mine", epochs=1, test_split=0.05)
-    run.model.generate(**run.tokenizer("Question: …", return_tensors="pt"))
+        run = hotlora.train("allenai/OLMoE-1B-7B-0924", "train.jsonl", "runs/mine", epochs=1, test_split=0.05)
+        run.model.generate(**run.tokenizer("Question: …", return_tensors="pt"))
 
     Called again with the same arguments, it goes on from where it was stopped; once done, it gives back what is there.
 
@@ -164,8 +164,8 @@ def profile(
 ) -> "RoutingProfile":
     """Which experts the model's router uses on the data, in one pass without gradients, as `hotlora profile` does.
 
-    profile = hotlora.profile("nano", "nano-math", limit=200)
-    plan = hotlora.select_experts(profile, fraction=0.25)
+        profile = hotlora.profile("nano", "nano-math", limit=200)
+        plan = hotlora.select_experts(profile, fraction=0.25)
 
     Args:
         model: a folder, a name on the Hub, or nano. (Of a model that is loaded already: `profile_routing`.)
@@ -236,8 +236,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a run, an adapter or a model on a task's test split or on rows of your own, as `hotlora evaluate` does.
 
-    found = hotlora.evaluate("runs/mine", "held-out.jsonl")
-    found["loss"], found["loss_ci"], found["accuracy"]
+        found = hotlora.evaluate("runs/mine", "held-out.jsonl")
+        found["loss"], found["loss_ci"], found["accuracy"]
 
     With `output`, an evaluation that was stopped goes on when it is called again; once done, it gives what is there.
 

@@ -1,5 +1,6 @@
 """The docs: every page in the site's navigation, every link and name in them there, and the site builds."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -168,6 +169,18 @@ def test_the_reference_has_every_public_name():
     things = [thing for thing in public if not inspect.ismodule(thing)]
     assert [thing for thing in things if f"{thing.__module__}.{thing.__qualname__}" not in listed
             and thing.__module__ not in listed] == []  # fmt: skip
+
+
+def test_code_in_docstrings_is_shown_as_code():
+    """Indented: else the site runs its lines together."""
+    docstrings = {}
+    for file in (ROOT / "hotlora").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                docstrings[f"{file.name}: {getattr(node, 'name', '')}"] = ast.get_docstring(node) or ""
+    assert sum("    run = hotlora." in text for text in docstrings.values()) >= 2
+    flush = re.compile(r"\n\n((?:\w+ *= |with )\w[\w.]*\(.*)")
+    assert {name: found[1] for name, text in docstrings.items() if (found := flush.search(text))} == {}
 
 
 def test_every_function_of_the_reference_is_where_the_page_says():

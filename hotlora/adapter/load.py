@@ -93,7 +93,7 @@ def base_quantization(path: str | Path) -> ExpertsQuantization | None:
     """How the base of a saved adapter was quantized in training, as `load_model` takes it; None where it was not, or
     had its experts as the checkpoint stores them, which `load_model` does by itself.
 
-    model = load_adapter(load_model(name, quantization_config=base_quantization(path)), path)
+        model = load_adapter(load_model(name, quantization_config=base_quantization(path)), path)
 
     Raises:
         FileError, PlanError: as `load_adapter`. HotLoraError: it was, and bitsandbytes is not installed.

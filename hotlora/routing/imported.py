@@ -25,7 +25,7 @@ def import_profile(
 ) -> RoutingProfile:
     """The profile in files that others wrote, as `hotlora import` makes it (docs/import.md has the forms).
 
-    profile = hotlora.import_profile("routed_experts.npy", model="Qwen/Qwen3-30B-A3B")
+        profile = hotlora.import_profile("routed_experts.npy", model="Qwen/Qwen3-30B-A3B")
 
     Args:
         files: one file or several of one form, whose counts add up; or a folder of them.

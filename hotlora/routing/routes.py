@@ -111,9 +111,12 @@ class Routes:
 def record_routing(model: nn.Module) -> Iterator["Recorded"]:
     """Inside, the experts of every token that the model runs are kept, as an engine returns them.
 
-    with record_routing(model) as recorded:
-        model.generate(**inputs)
-    routes.add(tokens, recorded.expert_ids()[:, 0].transpose(0, 1))    # of row 0
+        with record_routing(model) as recorded:
+            model.generate(**inputs)
+        routes.add(tokens, recorded.expert_ids()[:, 0].transpose(0, 1))    # of row 0
+
+    Yields:
+        What is kept: `expert_ids()` has it, once the model has run.
     """
     layers = moe_layers(model)
     recorded = Recorded(layers, skips_tokens(model))

@@ -103,9 +103,9 @@ def load_adapter(
 ) -> PeftModel:
     """A saved adapter on its base model, as `PeftModel.save_pretrained` or a training wrote it.
 
-    model = hotlora.load_adapter(base_model, "runs/mine")      # onto a model that is loaded
-    model = hotlora.load_adapter("runs/mine")                  # the base is the one that the adapter notes
-    model = hotlora.load_adapter("path/of/base", "runs/mine")  # or another copy of it
+        model = hotlora.load_adapter(base_model, "runs/mine")      # onto a model that is loaded
+        model = hotlora.load_adapter("runs/mine")                  # the base is the one that the adapter notes
+        model = hotlora.load_adapter("path/of/base", "runs/mine")  # or another copy of it
 
     A plain model is wrapped, in place as in PEFT, and the adapter is active. To a `PeftModel` the adapter is
     added under `adapter_name`; call `set_adapter` to use it. On an error the model is as it was.
@@ -151,8 +151,8 @@ def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:
 class Run:
     """What a training left in its folder: its record, and what to go on with.
 
-    run = hotlora.Run("runs/mine")          # what `hotlora.train` returns
-    run.model.generate(**run.tokenizer("Question: …", return_tensors="pt"))
+        run = hotlora.Run("runs/mine")          # what `hotlora.train` returns
+        run.model.generate(**run.tokenizer("Question: …", return_tensors="pt"))
 
     FileError: no run there; of what it does not have, or what is broken.
     """
