@@ -15,7 +15,7 @@ from zoo import families, runs_of, zoo_model
 import hotlora
 from hotlora.hf.moe_layers import moe_layers
 from hotlora.training.gradient_checkpointing import checkpoint_kwargs
-from hotlora.training.trainer import make_trainer
+from hotlora.training.sft_trainer import make_trainer
 
 PLAIN = {"use_reentrant": False}
 

@@ -14,7 +14,7 @@ from tiny_tokenizer import byte_tokenizer
 from hotlora.base.errors import HotLoraError
 from hotlora.base.files import sha256_file
 from hotlora.base.records import read_record
-from hotlora.training import trainer
+from hotlora.training import sft_trainer as trainer
 
 TOKENIZER = byte_tokenizer()
 SHORT = {
@@ -90,7 +90,7 @@ def test_an_extension_that_is_killed_goes_on(model, data, tmp_path, monkeypatch)
     run_training(model, data, run, **first)
     shutil.copytree(run, calm)
     run_training(model, data, calm, **then, extend=True)
-    real = trainer._Trainer.training_step
+    real = trainer.Trainer.training_step
     for steps, extend in ((0, True), (5, False)):  # before and after a checkpoint of its own
         left = [steps]
 
@@ -100,10 +100,10 @@ def test_an_extension_that_is_killed_goes_on(model, data, tmp_path, monkeypatch)
             left[0] -= 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(trainer._Trainer, "training_step", dying)
+        monkeypatch.setattr(trainer.Trainer, "training_step", dying)
         with pytest.raises(KeyboardInterrupt):
             run_training(model, data, run, **then, extend=extend)
-    monkeypatch.setattr(trainer._Trainer, "training_step", real)
+    monkeypatch.setattr(trainer.Trainer, "training_step", real)
     record = run_training(model, data, run, **then)
     assert weights(run) == weights(calm) and record["training"]["resumed_from"] == 8
     assert record["training"]["extended"] == [{"step": 3, "max_steps": 3}]

@@ -13,7 +13,7 @@ from zoo import zoo_model
 from hotlora.hf.forward import TEXTS, logits_are_the_heads
 from hotlora.training import labelled_loss
 from hotlora.training.labelled_loss import chunked_loss
-from hotlora.training.trainer import make_trainer
+from hotlora.training.sft_trainer import make_trainer
 
 
 def small(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:

@@ -23,7 +23,8 @@ from hotlora.tasks import Example
 from hotlora.tasks.tokens import IGNORE, batches, tokenize
 from hotlora.training import checkpoints, labelled_loss
 from hotlora.training.config import TrainConfig
-from hotlora.training.trainer import make_trainer, train
+from hotlora.training.sft_trainer import make_trainer
+from hotlora.training.trainer import train
 
 OMNI = "qwen3_omni_moe_thinker"
 TOKENIZER = byte_tokenizer()

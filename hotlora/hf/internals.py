@@ -14,7 +14,7 @@ from ..base.errors import HotLoraError
 _EXPERTS = "hf.experts_view cannot tell how a family lays out its experts"
 _LAYER = "PEFT builds, moves or lists the layers of `adapter` in another way"
 _TUNER = "PEFT no longer asks HotLoraModel here, so that plans are not bound, or merges not checked"
-_RESUME = "training.trainer does not resume a killed run, or tells a broken checkpoint by a stack trace"
+_RESUME = "training.sft_trainer does not resume a killed run, or tells a broken checkpoint by a stack trace"
 _QUANTIZED = "adapter.quantize: experts are not quantized while a model loads"
 _PACKED = "adapter.packed_loading: checkpoints in MXFP4 and FP8 are not loaded as they are stored"
 _SUMS = "adapter.combine: adapters are not combined but by cat"

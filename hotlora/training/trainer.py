@@ -1,57 +1,40 @@
-"""Fine-tuning through TRL's trainer: loss on the response only, in a run that may be killed any moment."""
+"""Fine-tuning through TRL's trainer, in a run that may be killed any moment."""
 
-import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PrinterCallback, SchedulerType, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import TrainerCallback
 
-from ..adapter.linears import own_dtype_kept
-from ..base.errors import DataError, FileError, HotLoraError, Stopped
+from ..base.errors import DataError, HotLoraError, Stopped
 from ..base.files import read_json, write_json
 from ..base.lock import locked
-from ..base.precision import say_if_slow
 from ..base.processes import (
     all_objects,
-    device_of,
     is_main,
-    is_sharded,
     num_processes,
     wait_for_all,
-    wants_checkpointing,
 )
 from ..base.quiet import quiet
 from ..base.records import peak_memory_bytes, reset_peak_memory
-from ..base.signals import on_stop, say
+from ..base.signals import on_stop
 from ..hf.forward import TEXTS, check_aux_loss_of, check_packing
 from ..hf.routers import check_softmax_routers
-from ..tasks.tokens import IGNORE
 from . import checkpoints, extend, guard
-from .activation_offloading import check_activation_offloading
 from .as_loaded import LoadedConfigs
 from .config import TrainConfig
 from .dense_mixer import dense_mixer
-from .gradient_checkpointing import checkpoint_kwargs
 from .identity import check_same, same_run
-from .labelled_loss import LabelledLoss
-from .named import schedule_options
 from .progress import Recorder, shown
-from .trackers import tracked, trackers
+from .sft_trainer import Trainer, make_trainer
+from .trackers import tracked
 from .validation import Validation
 
 _log = logging.getLogger(__name__)
-
-# TRL's own default is on, under either name; setting the older one warns in a transformers that has the
-# newer.
-_OPTIONS = {field.name for field in fields(SFTConfig)}
-_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -231,7 +214,7 @@ def check_family(model: Any, tokenizer: Any, config: TrainConfig) -> None:
 
 
 def _run(
-    trainer: "_Trainer", checkpoint: Path | None, stopping: guard.StopOnSignal, callbacks: Sequence[TrainerCallback]
+    trainer: Trainer, checkpoint: Path | None, stopping: guard.StopOnSignal, callbacks: Sequence[TrainerCallback]
 ) -> None:
     """Trains to the end, from `checkpoint` on."""
     folder, start = Path(str(trainer.args.output_dir)), checkpoints.step_of(checkpoint)
@@ -251,236 +234,3 @@ def _run(
         else:
             with tracked(trainer, folder.parent, start):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-
-def make_trainer(
-    model: Any,
-    tokenizer: Any,
-    dataset: Dataset,
-    config: TrainConfig,
-    folder: Path,
-    callbacks: list[TrainerCallback] | None = None,
-) -> "_Trainer":
-    """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
-    on_cpu = device_of(model).type == "cpu"
-    bf16 = next(model.parameters()).dtype == torch.bfloat16
-    check_activation_offloading(config.activation_offloading, device_of(model))
-    say_if_slow(device_of(model).type, next(model.parameters()).dtype)
-    recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
-    checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
-    arguments = SFTConfig(
-        **checkpointing,
-        activation_offloading=config.activation_offloading,
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        lr_scheduler_kwargs=schedule_options(config),
-        warmup_steps=config.warmup_length if config.lr_scheduler != "constant" else 0,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
-        neftune_noise_alpha=config.neftune_noise_alpha,
-        seed=config.seed,
-        data_seed=config.seed,
-        bf16=bf16,  # autocast follows the base model: adapters are float32 on it
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        # TRL's None would mean the model's own coefficient: on.
-        router_aux_loss_coef=config.aux_loss_coef,
-        completion_only_loss=True,
-        max_length=config.max_length if config.packing else None,  # the data is cut already
-        packing=config.packing,
-        # Every step is written, so that a resumed run averages over the same steps as one that was not
-        # killed.
-        logging_steps=1,
-        # It would write a mean of the losses before in place of a NaN, and wait for the device to find one.
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all" if config.packing else "non_padding",
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        report_to=trackers(config.report_to) or "none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
-        save_only_model=sharded,
-    )
-    with quiet(), own_dtype_kept(model):
-        trainer = (_CpuTrainer if on_cpu else _Trainer)(
-            model=model,
-            args=arguments,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
-    # transformers refuses to save the optimizer of a model that is spread over processes. Ours has the adapter's
-    # parameters alone, and those are whole in each.
-    trainer.args.save_only_model = False
-    trainer.examples = dataset
-    if isinstance(trainer, _CpuTrainer):
-        trainer.labelled_loss = LabelledLoss(model, tokenizer(TEXTS[0])["input_ids"])
-    trainer.remove_callback(PrinterCallback)
-    if recomputes:
-        trainer.add_callback(_KeepRouting())
-    return trainer
-
-
-class _Trainer(SFTTrainer):
-    """TRL's, which writes a card into every checkpoint and reports usage to its makers; this one does not. It ends at a
-    step whose loss or gradients are no finite numbers, before that step is saved."""
-
-    examples: Dataset
-    batches: list[Any]
-    configs: LoadedConfigs | None = None
-    validation: Validation | None = None
-    extended: Sequence[dict[str, int]] = ()
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        own = map(self._own_rows, epoch_iterator)
-        self.batches, count = super().get_batch_samples(own, num_batches, device)
-        return self.batches, count
-
-    def _own_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Without the rows that Accelerate has read a second time, to give each process as many at an epoch's end. A
-        process that has no others takes part with two tokens that have no label."""
-        state, size = self.accelerator.gradient_state, self.args.per_device_train_batch_size
-        rows = len(batch["input_ids"])
-        whole = not state.end_of_dataloader or state.remainder < 1
-        if self.accelerator.num_processes == 1 or whole or getattr(self.args, "packing", False) or rows != size:
-            return batch
-        own = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
-        if own:
-            return {name: value[:own] for name, value in batch.items()}
-        nothing = {name: value[:1, :2] for name, value in batch.items()}
-        return nothing | {"labels": torch.full_like(nothing["labels"], IGNORE)}
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if self.accelerator.num_processes > 1 and (inputs["labels"] == IGNORE).all():
-            inputs = {name: torch.zeros_like(value) for name, value in inputs.items()}
-        super()._track_num_input_tokens(inputs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        # Every process has the same numbers here, since they are logged.
-        wrong = guard.not_finite(logs) if "loss" in logs and not self.accelerator.optimizer_step_was_skipped else None
-        if wrong:
-            self._end(f"{wrong}, in the batch of")
-        if self.validation is not None and "loss" in logs and self.state.global_step in self.validation.found:
-            step = self.state.global_step
-            logs = {**logs, "eval_loss": self.validation.found[step], **self.validation.scores.get(step, {})}
-        super().log(logs, *args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if broken := guard.broken_weights(model):
-            self._end(f"{broken} trained tensors hold numbers that are not finite, after the batch of")
-        super()._save_checkpoint(model, trial)
-
-    def _end(self, what: str) -> None:
-        named = guard.name_examples(guard.examples_of(self.batches, self.examples))
-        last = checkpoints.last_complete(Path(str(self.args.output_dir)))
-        raise HotLoraError(
-            f"step {self.state.global_step}: {what} the training examples {named} (counted from 0). This step is not "
-            f"saved; {f'the last good adapter is in {last}' if last else 'there was no checkpoint before it'}. Look at "
-            "these examples, or begin anew in another folder: a smaller learning rate, more warm-up, another dtype."
-        )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        model: Any = self.model
-        if state_dict is None and is_sharded(model):  # or PEFT would gather the whole base model, to leave it out
-            state_dict = {name: value for name, value in model.state_dict().items() if "lora_" in name}
-        with self.configs.restored() if self.configs else nullcontext():
-            super()._save(output_dir, state_dict)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _send_telemetry(self) -> None:
-        pass
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.args.device.type == "cpu":
-            _know_numbered_cpus()
-        with self._read_from(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        if self.extended and hasattr(self.lr_scheduler, "lr_lambdas"):  # DeepSpeed has a schedule of its own
-            before, now = extend.follow_schedule(self.optimizer, self.lr_scheduler)
-            if self.extended[-1]["step"] == self.state.global_step and before != now:
-                kind = SchedulerType(self.args.lr_scheduler_type).value
-                say(
-                    f"from step {self.state.global_step} on the learning rate is that of a {kind} schedule of "
-                    f"{self.state.max_steps} steps: {now:.3g}, where it was {before:.3g}"
-                )
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with self._read_from(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with self._read_from(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    @contextmanager
-    def _read_from(self, checkpoint: str | None) -> Iterator[None]:
-        """A checkpoint with a file that is no such file, or another training's, is one FileError."""
-        try:
-            yield
-        except (HotLoraError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever torch, pickle's reader and safetensors have to say of it
-            reason = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}"
-            )
-            raise FileError(
-                f"training cannot resume from {checkpoint}: one of its files was replaced, or is of another training "
-                f"({reason}). Restore it, or delete this checkpoint to resume from the one before."
-            ) from error
-
-
-@functools.cache
-def _know_numbered_cpus() -> None:
-    """In several processes on a CPU transformers 5.17 has torch.load put the optimizer's state on "cpu:0", and torch
-    knows no such place."""
-    torch.serialization.register_package(
-        100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
-    )
-
-
-class _CpuTrainer(_Trainer):
-    """With the loss at the labels alone: see labelled_loss."""
-
-    labelled_loss: LabelledLoss
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if return_outputs:  # evaluation inside the trainer, which is not ours
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
-        with self.accelerator.autocast():
-            outputs, loss, count = self.labelled_loss(model, inputs, labels)
-        loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        if self.aux_loss_enabled:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is of every process, and DDP averages
-        return loss
-
-
-class _KeepRouting(TrainerCallback):
-    """Gradient checkpointing that keeps each layer's choice of experts. The trainer has switched it on when training
-    begins; its arguments, which are written to files, could not hold a function."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        chosen = getattr(args, f"{_CHECKPOINTING}_kwargs") or {}
-        if not chosen.get("use_reentrant"):  # as DeepSpeed's stage 3 wants it
-            getattr(model, f"{_CHECKPOINTING}_enable")({**chosen, **checkpoint_kwargs()})
