@@ -123,7 +123,8 @@ def cold_noise(folder: Path) -> str:
             "|---|---|---:|---:|---:|---:|---:|---:|\n"
         )
         parts.append(head + "\n".join(lines))
-    return "\n\n".join(parts)
+    told = "Mean ± standard deviation over seeds; differences and ratios are to hot alone."
+    return "\n\n".join([told, *parts])
 
 
 STUDIES: dict[str, Callable[[Path], str]] = {"quantized": quantized, "learned": learned, "cold_noise": cold_noise}

@@ -161,6 +161,19 @@ def found(name: str) -> bool:
         return False
 
 
+def test_tables_have_a_head_of_as_many_cells():
+    """Else Markdown shows a paragraph of bars."""
+    wrong = []
+    for page in DOCS.rglob("*.md"):
+        lines = page.read_text("utf-8").split("\n")
+        for number, line in enumerate(lines):
+            if re.fullmatch(r"\|(?:\s*:?-+:?\s*\|)+", line):
+                head = re.sub(r"\\\|", "", lines[number - 1])
+                if not head.startswith("|") or head.count("|") != line.count("|") or lines[number - 2].startswith("|"):
+                    wrong.append(f"{page.name}:{number + 1}")
+    assert wrong == []
+
+
 def test_the_reference_has_every_public_name():
     listed = set(re.findall(r"^::: ([\w.]+)", (DOCS / "api.md").read_text("utf-8"), re.M))
     public = [getattr(hotlora, name) for name in hotlora.__all__ if name != "__version__"]

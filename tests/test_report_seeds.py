@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -101,6 +102,11 @@ def test_runs_of_one_name_are_told_apart_by_the_sweeps_word_or_by_options(runs):
             change(runs / "nano-math" / f"{condition}-{seed}", sweep=sweep)
     names = [group.name for group in repeated(section_of(runs).records)]
     assert names == ["base", "all", "hot 25% (slow)", "hot 25% (fast)"]
+    for seed in SEEDS:
+        for condition, word in (("random", "a/on"), ("hot", "b/on")):
+            change(runs / "nano-math" / f"{condition}-{seed}", sweep={"name": "rates", "condition": word})
+    names = [group.name for group in repeated(section_of(runs).records)]
+    assert names == ["base", "all", "hot 25% (b/on)", "hot 25% (a/on)"]
 
 
 def test_one_seed_has_no_means(tmp_path):
@@ -114,7 +120,7 @@ def test_runs_without_a_score_are_told(runs):
     change(runs / "nano-math" / "hot-3", status="failed", evaluation={}, error="out of memory")
     section = section_of(runs)
     row = next(r for r in seeds_rows(section, "nano-math", list(section.records)) if r.condition == "hot")
-    assert row.note == "1 of 4 runs without a score"
+    assert row.note == "1 failed: out of memory" and row.cells["seeds"] == "3"
     assert numbers(row.cells["accuracy"])[0] == pytest.approx(scores_of_three(runs), abs=0.05)
 
 
@@ -144,3 +150,73 @@ def test_held_out_losses_are_compared_seed_by_seed(runs):
     assert numbers(row.cells["difference"]) == pytest.approx([np.mean(apart), *t_interval(apart)], abs=5e-5)
     text = seeds_summary(section, "nano-math", list(section.records))
     assert "has a held-out loss of 0.4165, and LoRA on all experts of 0.5150" in text and "That is better" in text
+
+
+def row_of(runs, name="hot 25%"):
+    section = section_of(runs)
+    return next(row for row in seeds_rows(section, "nano-math", list(section.records)) if row.name == name)
+
+
+def set_score(run, correct):
+    result = {"metric": "exact_match", "accuracy": correct / 200, "n": 200, "correct": correct}
+    change(run, evaluation={"nano-math": result})
+
+
+def test_a_seed_counts_once(runs):
+    before = row_of(runs)
+    again = runs / "nano-math" / "again"
+    shutil.copytree(runs / "nano-math" / "hot-0", again)
+    set_score(again, 10)
+    change(again, started="2020-01-01T00:00:00+00:00")
+    assert row_of(runs).cells == before.cells, "the last run of a seed"
+    section = section_of(runs)
+    seeds_rows(section, "nano-math", list(section.records))
+    assert section.notes == ["hot 25%: of each seed the last run counts in the means; left out of them: again."]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"config__data_hash": "e" * 64}, {"config__test_hash": "e" * 64}, {"config__fraction": 0.26},
+        {"model__fingerprint": "olmoe-0"}, {"data__hash": "e" * 64}, {"data__test": 40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_runs_of_other_data_models_or_budgets_are_no_seeds_of_one_condition(runs, other):
+    for seed in (2, 3):
+        change(runs / "nano-math" / f"hot-{seed}", **other)
+    groups = repeated(section_of(runs).records)
+    assert [len(group.runs) for group in groups if group.condition == "hot"] == [2, 2]
+    assert len({group.name for group in groups}) == len(groups), "nothing has another's name"
+
+
+def test_a_difference_is_to_one_condition_and_says_of_how_many_seeds(runs):
+    for seed in (2, 3):  # of all experts at another rate there are two seeds, and of the same two
+        change(runs / "nano-math" / f"all-{seed}", config__learning_rate=0.5)
+        set_score(runs / "nano-math" / f"all-{seed}", 20)
+    set_score(runs / "nano-math" / "hot-1", 90)
+    row = row_of(runs)
+    apart = (scores(runs, "hot") - scores(runs, "all"))[:2]
+    assert numbers(row.cells["difference"]) == pytest.approx([apart.mean(), *t_interval(apart)], abs=0.05)
+    assert row.note == "difference over 2 of 4 seeds"
+
+
+def test_what_is_equal_in_all_seeds_has_no_interval_and_no_test(runs):
+    for seed in SEEDS:
+        set_score(runs / "nano-math" / f"all-{seed}", 100)
+        set_score(runs / "nano-math" / f"hot-{seed}", 104)
+    row = row_of(runs)
+    assert (row.cells["accuracy"], row.cells["difference"]) == ("52.0", "+2.0")
+    section = section_of(runs)
+    text = seeds_summary(section, "nano-math", list(section.records))
+    assert "The difference is +2.0 points in each of them: there is no test of that." in text
+
+
+def test_steps_that_not_all_runs_logged_are_told(runs, tmp_path):
+    file = runs / "nano-math" / "hot-1" / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:7]))
+    page = write_report(runs, tmp_path / "out").read_text()
+    assert "hot 25%: its runs logged different steps; the loss picture shows the 7 steps that all have." in page
+    file.write_text('{"step": 99, "loss": 0.5}\n')
+    page = write_report(runs, tmp_path / "out").read_text()
+    assert "the loss picture shows no step, for they have none in common" in page

@@ -297,6 +297,8 @@ def test_processes_and_files_are_checked(tmp_path: Path):
         ("--data gsm8k", "--data gsm8k is not NAME=VALUE: give it as in --data gsm8k=data/gsm8k"),
         ("--set seed=1", "give --seeds NUMBER in its place"),
         ("--set test_limit=0", "test_limit = 0 is out of range"),
+        ("--seeds -2", "seeds is -2: it must be 1 or more"),
+        ("--seeds 0", "seeds is 0: it must be 1 or more"),
         ("--set fraction=7", r"fraction is 7(\.0)?: it must be above 0 and at most 1"),
     ],
 )

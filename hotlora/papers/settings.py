@@ -123,6 +123,8 @@ def recipe(
         paper = "hellora" if name.startswith("hellora") else "moe-sieve"
         own = {column.data: replace(column, name=column.name.split()[-1]) for column in columns}
         placed = [_placed(column, setting) for column in (columns if setting.model is None else own.values())]
+        if setting.seeds is not None and setting.seeds < 1:
+            raise HotLoraError(f"seeds is {setting.seeds}: it must be 1 or more.")
         known = (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
         further = (seed for seed in itertools.count() if seed not in known)
         seeds = list(itertools.islice(itertools.chain(known, further), setting.seeds or len(known)))

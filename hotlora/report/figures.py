@@ -160,7 +160,8 @@ def loss_curves(curves: Sequence[Curve]) -> Figure:
             axes.fill_between(list(curve.band), low, high, color=color, alpha=0.15, linewidth=0)
         else:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
-        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=curve.label, marker=alone)
+        label = f" {curve.label}" if curve.label.startswith("_") else curve.label  # or matplotlib leaves it out
+        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=label, marker=alone)
         if curve.held_out:
             axes.plot(
                 list(curve.held_out), list(curve.held_out.values()), "o--", color=color, markersize=4, linewidth=0.8

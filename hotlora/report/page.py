@@ -158,8 +158,11 @@ def _curves(section: Section, records: Records) -> list[figures.Curve]:
         return [figures.Curve(names[folder], records[folder]["condition"], *losses) for folder, losses in found.items()]
     curves = []
     for group in groups:
-        runs = [found[folder] for folder in group.folders if folder in found]
+        runs = [found[folder] for folder in group.runs.values() if folder in found]
         by_step, later_by_step = (_by_step([losses[which] for losses in runs]) for which in (0, 1))
+        if any(losses[0].keys() != by_step.keys() for losses in runs):
+            kept = f"the {len(by_step)} steps that all have" if by_step else "no step, for they have none in common"
+            section.note(f"{group.name}: its runs logged different steps; the loss picture shows {kept}.")
         if by_step:
             mean = {step: fmean(losses) for step, losses in by_step.items()}
             later = {step: fmean(losses) for step, losses in later_by_step.items()}
@@ -197,8 +200,8 @@ def _losses(path: Path) -> tuple[dict[int, float], dict[int, float]]:
 def _summary(section: Section, table: Shown) -> str:
     """A table's hot run against all in words, and as many other experts, where they have run; over several seeds their
     means."""
-    if table.seeds:
-        return seeds_summary(section, table.task, table.folders)
+    if table.seeds and (text := seeds_summary(section, table.task, table.folders)):
+        return text
     records = {folder: section.records[folder] for folder in table.folders}
     for folder, hot in records.items():
         if hot["condition"] != "hot" or (found := against_all(section, folder, table.task, table.folders)) is None:
@@ -244,12 +247,9 @@ def _others(records: Records, hot: Record, task: str) -> str:
 
 
 def _metric(section: Section, table: Shown) -> str:
-    metrics = {
-        result["metric"]: result["n"]
-        for folder in table.folders
-        if (result := part(section.records[folder], "evaluation").get(table.task))
-    }
-    return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics.items())
+    results = (part(section.records[folder], "evaluation").get(table.task) for folder in table.folders)
+    metrics = dict.fromkeys((result["metric"], result["n"]) for result in results if result)
+    return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics)
 
 
 def _slug(text: str, taken: set[str], name: str) -> str:

@@ -65,12 +65,14 @@ def conditions_table(records: Records) -> Table:
     sections = read_sections(records)
     several = len({section.model for section in sections}) > 1
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("run", min_width=10, overflow="fold")
+    table.add_column("run", min_width=12, overflow="fold")
     kinds = {section.by_loss for section in sections}
     score = "score" if len(kinds) > 1 else "held-out loss" if True in kinds else "accuracy, %"
     against = "against all" + (", pp" if True not in kinds else "")
-    for title in (score, against, "covered", "trained"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for title in (score, against):
+        table.add_column(title, justify="right", min_width=8)  # an interval may go onto a line of its own
+    for title in ("covered", "trained"):
+        table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
     keys = ("accuracy", "difference", "covered", "trained")
     for section in sections:
         for shown in section_tables(section):
@@ -80,14 +82,15 @@ def conditions_table(records: Records) -> Table:
             heading += " (held-out loss)" if len(kinds) > 1 and section.by_loss else ""
             heading += "\nof different rows: no loss is comparable" if section.by_loss and section.tested_apart else ""
             heading += f"\n{shown.adapted}" if shown.adapted else ""
-            numbers = {row.cells["seeds"] for row in shown.seeds} - {"1"}
+            numbers = {row.cells["seeds"] for row in shown.seeds if row.condition != "base"}
             same = numbers.pop() if len(numbers) == 1 else None
             heading += f"\nover {f'{same} ' if same else ''}seeds" if shown.seeds else ""
             table.add_row(heading)
             for row in shown.seeds or shown.rows:
                 note = f"\n[red]{escape(one_line(row.note))}[/]" if row.note else ""
                 cells = (row.cells[key].split(" (")[0].replace(" to ", ", ") for key in keys)
-                seeds = "" if same or not shown.seeds else f", {row.cells['seeds']} seeds"
+                number = row.cells.get("seeds", NONE)
+                seeds = "" if same or number == NONE else f", {number} seed{'s' * (number != '1')}"
                 table.add_row(escape(one_line(row.name)) + seeds + note, *cells)
             table.add_section()
     return table
