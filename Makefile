@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Test processes; each takes up to 5 GB.
 JOBS ?= 2
-SUITE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SUITE := -n $(JOBS) --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-matrix test-newest test-slow durations check newest docs site models lint types clean

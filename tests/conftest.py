@@ -20,8 +20,6 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SLOWEST = 25  # that are recorded
-DURATIONS = Path(__file__).with_name("durations.json")
-"""of the last whole suite; `make durations` writes it"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,9 +56,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: needs a CUDA device"))
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the longest files first: else one worker ends alone with them
-        seconds = json.loads(DURATIONS.read_text("utf-8"))["seconds of files"]
-        items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 
 
 def pytest_collection_finish() -> None:

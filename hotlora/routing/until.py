@@ -215,8 +215,10 @@ def told_stability(profile: RoutingProfile) -> str | None:
     chosen = source["until"]["experts"]
     words = {"rule": "{}", "signal": "by {}"}
     what = ", ".join(words.get(name, f"{name} {{}}").format(value) for name, value in chosen.items())
+    # Rounded up it could seem to reach what it lacks.
+    mean, low = (math.floor(100 * found[name] + 1e-9) / 100 for name in ("mean", "low"))
     told += (
-        f": the experts that they choose ({what}) agree to {found['mean']:.2f} (Jaccard; {found['low']:.2f} or more, "
+        f": the experts that they choose ({what}) agree to {mean:.2f} (Jaccard; {low:.2f} or more, "
         "19 times in 20) with those that any more such data would choose"
     )
     return told if is_settled(profile) else f"{told}, short of profile_until = {source['until']['jaccard']:g}"
