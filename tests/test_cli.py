@@ -171,6 +171,12 @@ def test_params_has_the_adapters_flops(call):
     assert code == 1 and "coverage is of LoRA's FLOPs" in err
 
 
+@pytest.mark.parametrize("rate", ["0", "-5", "nan", "inf"])
+def test_params_takes_a_rate_above_0(call, rate: str):
+    code, _, err = call("params", OLMOE_CONFIG, "--estimate", "--tflops", rate)
+    assert code == 1 and "TFLOP/s is out of range: a rate is above 0" in err
+
+
 def test_params_has_what_a_server_keeps_for_each_adapter(call):
     code, out, _ = call("params", OLMOE_CONFIG, "--experts-per-layer", 8, "--json")
     assert code == 0 and json.loads(out)["server_bytes"] == {"vllm": 620_756_992, "sglang": 620_756_992}

@@ -297,6 +297,9 @@ def test_processes_and_files_are_checked(tmp_path: Path):
         ("--data gsm8k", "--data gsm8k is not NAME=VALUE: give it as in --data gsm8k=data/gsm8k"),
         ("--set seed=1", "give --seeds NUMBER in its place"),
         ("--set test_limit=0", "test_limit = 0 is out of range"),
+        ("--tflops -4", "tflops is -4: it must be above 0"),
+        ("--tflops inf", "tflops is inf: it must be above 0"),
+        ("--tflops nan", "tflops is nan: it must be above 0"),
         ("--seeds -2", "seeds is -2: it must be 1 or more"),
         ("--seeds 0", "seeds is 0: it must be 1 or more"),
         ("--set fraction=7", r"fraction is 7(\.0)?: it must be above 0 and at most 1"),
@@ -308,6 +311,13 @@ def test_what_is_wrong_about_a_recipe_is_told_before_anything_runs(tmp_path: Pat
     assert isinstance(done.exception, HotLoraError), done.output
     assert re.search(says, str(done.exception)) and not done.output, str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_runs_own_folder_is_no_sweeps(tmp_path: Path):
+    """What lies below it would count as its stages, and be found by no command."""
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(HotLoraError, match="is a run's own folder"):
+        sweep_jobs(make_sweep(Condition("a", {"rule": "hot"})), tmp_path)
 
 
 def test_what_is_not_here_stops_no_sweep_from_being_listed(tmp_path: Path):

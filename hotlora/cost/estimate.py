@@ -51,6 +51,8 @@ def estimate(config: str | Path, *, flops_per_second: float | None = None, **opt
     Raises:
         As `step_of`. HotLoraError: an option of storage that does not exist.
     """
+    if flops_per_second is not None and not 0 < flops_per_second < math.inf:
+        raise HotLoraError(f"{flops_per_second / 1e12:g} TFLOP/s is out of range: a rate is above 0.")
     storage, options = split(options)
     step = step_of(config, **options)
     flops = step.flops + (step.recomputed if storage.gradient_checkpointing else 0)

@@ -5,6 +5,7 @@ nothing is downloaded but a config.
 """
 
 import functools
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def time_words(model: str, flops: float, tflops: float | None, what: str) -> str
     if flops == 0:
         return f"hours of {what} unknown: the data is not here"
     if tflops is not None:
+        if not 0 < tflops < math.inf:
+            raise HotLoraError(f"tflops is {tflops:g}: it must be above 0.")
         rate, told = tflops * 1e12, "as given"
     elif model in NANOS and not torch.cuda.is_available():
         rate = REACHED * matrix_rate(torch.float32, torch.device("cpu"))

@@ -140,6 +140,9 @@ def _tell_unused(options: RunOptions) -> None:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
         if unused := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
             say_once(f"no low-rank adapter trains here: {' and '.join(unused)} change nothing")
+    budgets = [name for name in BUDGETS if getattr(options, name) is not None]
+    if options.full and budgets:
+        say_once(f"full fine-tuning trains all experts: {' and '.join(budgets)} change nothing")
 
 
 def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:

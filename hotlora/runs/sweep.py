@@ -181,6 +181,11 @@ def run_sweep(
 def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
     """A sweep's profiles and runs, in their order. Nothing is run."""
     output = Path(output)
+    if (output / "run.json").is_file():
+        raise HotLoraError(
+            f"{output} is a run's own folder (run.json), where a sweep's runs would not be found again: give --output, "
+            "or the sweep another name."
+        )
     profiles: dict[Path, Job] = {}
     jobs: list[Job] = []
     for condition in sweep.conditions:
