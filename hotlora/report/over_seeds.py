@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base.records import Record
 from ..evaluation.stats import Interval, PairedTest, mean_interval, mean_sd, paired_test
-from .rows import COLUMNS, OWN_ROWS, Row, covered, score_of, signed
+from .rows import COLUMNS, OWN_ROWS, Row, covered, score_of, signed, trained_text
 from .sections import (
     Records,
     Section,
@@ -22,7 +22,7 @@ from .sections import (
     part,
     tested_on,
 )  # fmt: skip
-from .text import NONE, human_bytes, human_count
+from .text import NONE, human_bytes
 
 SEEDS = {"seeds": "seeds"}
 """the column of such rows that those of single runs have not"""
@@ -222,7 +222,7 @@ def _row(section: Section, task: str, group: Repeated, reference: Repeated | Non
     trained = fmean(_numbers(each.get("trainable") for each in parameters) or [0])
     if trained:
         share = 100 * trained / max(1, fmean(_numbers(each.get("total") for each in parameters) or [1]))
-        cells["trained"] = f"{human_count(trained)} ({share:.{1 if share >= 1 else 2}f}%)"
+        cells["trained"] = trained_text(trained, share)
     if sizes := _numbers(each.get("adapter_bytes") for each in parameters):
         cells["adapter"] = human_bytes(fmean(sizes))
     if speeds := _numbers(each.get("tokens_per_second") for each in training):

@@ -79,7 +79,7 @@ def table_rows(section: Section, task: str, folders: Sequence[Path] | None = Non
         if trained:
             percent = parameters.get("percent")
             share = 100 * trained / max(1, parameters["total"]) if percent is None else percent
-            cells["trained"] = f"{human_count(trained)} ({share:.{1 if share >= 1 else 2}f}%)"
+            cells["trained"] = trained_text(trained, share)
         for key, value, text in (
             ("adapter", parameters.get("adapter_bytes"), human_bytes),
             ("speed", training.get("tokens_per_second"), lambda value: f"{value:,.0f}"),
@@ -185,6 +185,11 @@ def _of_own_rows(result: Mapping[str, Any]) -> dict[str, str]:
 def _points(difference: Difference) -> str:
     point, low, high = (signed(100 * value, 1) for value in difference)
     return f"{point} [{low} to {high}]" if difference.low == difference.low else point  # nan: no interval
+
+
+def trained_text(trained: float, share: float) -> str:
+    """Trained parameters, and their share of all in percent."""
+    return f"{human_count(trained)} ({share:.{1 if share >= 1 else 2}f}%)"
 
 
 def signed(value: float, digits: int) -> str:
