@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -117,12 +118,22 @@ def test_the_stages_one_by_one(call, model_folder: Path, rows: Path, tmp_path: P
     words = ("--model", model_folder, "--data", rows, "--max-steps", 2, "--plan", plan, "-o", folder / "run")
     code, out, _ = call("train", *words)
     assert code == 0 and "cold 25%" in out and f"adapter: {folder / 'run' / 'adapter'}\n" in out
+    (told,) = re.findall("^pictures: (.*)$", out, re.MULTILINE)
+    assert shlex.split(told) == ["hotlora", "report", str(folder / "run")], "a shell takes it as it is"
     code, out, _ = call("merge", "--model", model_folder, folder / "run" / "adapter", "-o", folder / "merged")
     assert code == 0 and (folder / "merged" / "model.safetensors").is_file() and "bits" not in out
     assert f"merged model: {folder / 'merged'}\n" in out
     code, out, _ = call("report", folder / "run")
     assert code == 0 and f"page: {folder / 'run' / 'report.html'}\n" in out
     assert (folder / "run" / "report.html").is_file()
+
+
+def test_a_score_that_is_not_kept_is_told(call, tmp_path: Path):
+    words = ("evaluate", "--model", "nano", "--data", "nano-choice", "--limit", 2)
+    code, out, _ = call(*words)
+    assert code == 0 and "kept nowhere: --output FOLDER keeps the record" in out
+    code, out, _ = call(*words, "-o", tmp_path / "kept")
+    assert code == 0 and "kept nowhere" not in out and (tmp_path / "kept" / "run.json").is_file()
 
 
 def test_merge_and_export_tell_that_the_base_was_quantized(call, model_folder: Path, rows: Path, tmp_path: Path):
@@ -137,6 +148,8 @@ def test_merge_and_export_tell_that_the_base_was_quantized(call, model_folder: P
             output = tmp_path / f"{command[0]}{len(keep)}"
             code, out, _ = call(command[0], "--model", model_folder, adapter, "-o", output, *command[1:])
             assert code == 0 and f"{experts} 4 bits" in out
+            if command[0] == "export":
+                assert f"how to use it: {output / 'README.md'}\n" in out and (output / "README.md").is_file()
 
 
 def test_parameters_from_a_config_alone(call, tmp_path: Path):
@@ -175,6 +188,34 @@ def test_params_has_the_adapters_flops(call):
 def test_params_takes_a_rate_above_0(call, rate: str):
     code, _, err = call("params", OLMOE_CONFIG, "--estimate", "--tflops", rate)
     assert code == 1 and "TFLOP/s is out of range: a rate is above 0" in err
+
+
+OF_A_STEP = {
+    "--batch-size": 4, "--max-length": 64, "--quantize": 4, "--quantize-linear": 4, "--offload": "all",
+    "--optim": "adamw_8bit", "--device": "cpu", "--dtype": "float16", "--tflops": 5, "--gradient-checkpointing": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", OF_A_STEP)
+def test_params_drops_nothing_of_a_step(call, flag: str):
+    value = OF_A_STEP[flag]
+    words = [flag] if value is None else [flag, value]
+    code, _, err = call("params", OLMOE_CONFIG, *words)
+    assert code == 1 and f"{flag} changes what a step takes, not what is trained: give --estimate or --fit, too." in err
+
+
+@pytest.mark.parametrize("method", ["fft", "perft-r", "perft-d", "perft-s"])
+def test_params_refuses_a_budget_that_a_method_does_not_use(call, method: str):
+    for budget in (["--fraction", 0.5], ["--experts-per-layer", 4]):
+        code, _, err = call("params", OLMOE_CONFIG, "--method", method, *budget)
+        assert code == 1 and f"method '{method}' chooses no experts: leave {budget[0]} out." in err
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "no such thing"])
+def test_params_estimates_for_cuda_and_cpu(call, device: str):
+    for words in (["--estimate"], ["--fit", "12GB"]):
+        code, _, err = call("params", OLMOE_CONFIG, "--device", device, *words)
+        assert code == 1 and f"device is '{device}': give cuda or cpu." in err
 
 
 def test_params_has_what_a_server_keeps_for_each_adapter(call):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.cli import main as cli
-from hotlora.routing.plan import RULES, ExpertPlan, select_experts
+from hotlora.routing.plan import RULES, ExpertPlan, check_rule, select_experts
 from hotlora.routing.profile import SIGNALS, RoutingProfile
 
 
@@ -53,8 +53,10 @@ def test_all_keeps_every_expert_and_needs_no_budget():
     assert plan.experts == {0: tuple(range(8)), 1: tuple(range(8))}
     assert plan.params == {}
     assert select_experts(make_profile(COUNTS), rule="all", fraction=1.0) == plan
+    with pytest.raises(PlanError, match="'all' keeps all experts, but fraction 0.25 asks for some: leave it out"):
+        check_rule("all", "count", {"fraction": 0.25})
     with pytest.raises(PlanError, match="'all' keeps all 8 experts, but the budget asks for 2"):
-        select_experts(make_profile(COUNTS), rule="all", fraction=0.25)
+        select_experts(make_profile(COUNTS), rule="all", experts_per_layer=2)
 
 
 def test_mass_may_rank_otherwise_than_count():

@@ -130,6 +130,22 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     assert not Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1], patience=1).is_over
 
 
+@pytest.mark.parametrize(
+    ("steps", "every", "patience", "is_told"), [(8, 3, 3, True), (8, 3, 2, False), (5, 9, 1, True)]
+)
+def test_a_patience_that_no_run_of_this_length_exhausts_is_told(tmp_path, caplog, steps, every, patience, is_told):
+    """It takes one held-out loss more than `patience` to stop: after step 3, 6 and 8 there are three."""
+    validation = Validation(lambda: 0.0, every=every, folder=tmp_path, patience=patience)
+    validation.on_train_begin(None, SimpleNamespace(max_steps=steps), None)
+    told = f"early_stopping_patience {patience} cannot end this run"
+    assert (told in caplog.text) == is_told
+    control, state = SimpleNamespace(should_training_stop=False), SimpleNamespace(max_steps=steps)
+    for step in range(1, steps + 1):
+        state.global_step = step
+        validation.on_step_end(None, state, control)
+    assert control.should_training_stop != is_told
+
+
 def test_it_ends_where_the_loss_gets_no_better(model_folder, data, tmp_path):
     options = {**SHORT, "max_steps": 40, "learning_rate": 2e-2, "early_stopping_patience": 2}
     record = run_training(model_folder, data[0], tmp_path / "run", test_data=data[1], **options)

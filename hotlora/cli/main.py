@@ -227,6 +227,8 @@ def _show_evaluation(record: dict[str, Any], output: Path | None, as_json: bool)
         print(json.dumps(record["evaluation"]))
     else:
         print_evaluation(record, output)
+        if output is None:
+            out.print("kept nowhere: --output FOLDER keeps the record and every example's result")
         if bits := record.get("config", {}).get("quantize"):
             kept = "; those of the adapter are not" if record["config"].get("keep_hot") else ""
             out.print(f"experts were stored in {bits} bits{kept} (--quantize)")
@@ -302,8 +304,9 @@ def export(
         merge_attention=merge_attention, dtype=dtype, **given,
     )  # fmt: skip
     room = served_room(model, output, format=format, dtype=dtype)
-    _describe(output, format, model, [adapter], room)
+    card = _describe(output, format, model, [adapter], room)
     out.print(f"{format}: {output}")
+    out.print(f"how to use it: {card}")
     if format != "merged":
         out.print(size_told(adapter_in(output), room))
     if merge_router or merge_attention:
@@ -334,10 +337,10 @@ def _tuned(path: Path, model: str | None) -> tuple[str, Path | None]:
     return _noted(path, model)
 
 
-def _describe(output: Path, format: str, model: str, adapters: list[Path], room: "Room | None" = None) -> None:
+def _describe(output: Path, format: str, model: str, adapters: list[Path], room: "Room | None" = None) -> Path:
     from ..report.card import write_export_card
 
-    write_export_card(output, format, model, adapters, room)
+    return write_export_card(output, format, model, adapters, room)
 
 
 def _tell_of_quantization(adapter: Path) -> None:

@@ -1,7 +1,7 @@
 """The command `params`: what would be trained, and what a step takes, from a model's config.json alone."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -85,12 +85,20 @@ def params(
     experts, as train has it, where neither a budget nor a method is given.
     """
     from ..adapter.formats.room import places
+    from ..cost.estimate import device_of
     from ..routing.plan import DEFAULT_FRACTION
 
     fit = given.pop("fit", None)
     if host is not None and fit is None:
         raise HotLoraError("--host is for --fit: give --fit, too.")
     _check_stored(model, given)
+    if not estimate and fit is None:
+        own = {"device": device, "tflops": tflops, "dtype": None if dtype == "auto" else dtype}
+        _check_counted(
+            [name for name in (*_OF_STEP, *_STORED) if name in given] + [n for n in own if own[n] is not None]
+        )
+    if device not in (None, "auto") and device_of(device).type not in ("cuda", "cpu"):
+        raise HotLoraError(f"device is {device!r}: give cuda or cpu.")
     options = {"fraction": fraction, **{name: given[name] for name in _COUNTED if name in given}}
     foresees, has_budget = estimate or fit is not None, fraction is not None or "experts_per_layer" in given
     is_default = foresees and not has_budget and method is None
@@ -109,6 +117,9 @@ def params(
         counts["not_counted"] = str(error)
     else:
         if has_budget:
+            if named.get("full") or named.get("perft") in ("R", "D"):
+                budget = "--experts-per-layer" if fraction is None else "--fraction"
+                raise HotLoraError(f"method {method!r} chooses no experts: leave {budget} out.")
             named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
         counts |= _counted(model, method, {**options, **named}, named.keys() & _NOT_LORA, coverage)
     rooms = {}
@@ -130,6 +141,14 @@ def params(
     _print_counts(counts, method, given, rooms)
     if run is not None:
         _print_step(counts["estimate"], run)
+
+
+def _check_counted(given: Sequence[str]) -> None:
+    """HotLoraError: options that no count of parameters reads."""
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        change = "changes" if len(given) == 1 else "change"
+        raise HotLoraError(f"{flags} {change} what a step takes, not what is trained: give --estimate or --fit, too.")
 
 
 def _check_stored(model: str, given: Mapping[str, Any]) -> None:

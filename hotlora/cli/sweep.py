@@ -1,6 +1,7 @@
 """The command `sweep`: conditions x seeds from one file, or a recipe of the papers' tables and figures."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,7 +87,7 @@ def _trainings(
     for job in failed:
         err.print(error_line(lines(job.error or ""), f"{title(job)} failed:"))
         err.print(f"  {job.folder / LOG}")
-    out.print(f"one page of all runs: hotlora report {output}")
+    out.print(f"one page of all runs: {shlex.join(['hotlora', 'report', str(output)])}")
     if failed:
         raise typer.Exit(1)
 

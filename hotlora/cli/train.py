@@ -1,5 +1,6 @@
 """The command `train`, and how a run's outcome is printed."""
 
+import shlex
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -153,4 +154,4 @@ def print_run(record: dict[str, Any], output: Path) -> None:
     ):
         if (output / name).exists():
             out.print(f"{what}: {output / name}")
-    out.print(f"pictures: hotlora report {output}")
+    out.print(f"pictures: {shlex.join(['hotlora', 'report', str(output)])}")

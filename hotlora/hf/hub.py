@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> st
     except Exception as error:  # of the connection, or of what the Hub allows
         raise HotLoraError(
             f"{folder} could not be pushed to {name} ({_reason(error)}). It is whole here; try again with: "
-            f"hotlora push {path} {name}"
+            + shlex.join(["hotlora", "push", str(path), name])
         ) from error
     return str(repo)
 

@@ -96,8 +96,9 @@ def write_export_card(
     model: str,
     adapters: Sequence[str | os.PathLike[str]],
     room: "Room | None" = None,
-) -> None:
-    """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone.
+) -> Path:
+    """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone;
+    returns its path.
 
     format: vllm, sglang, sglang-shared, peft, gguf, mlx, merged, or combined. room: what it takes on a server.
     """
@@ -127,6 +128,7 @@ def write_export_card(
         )
         head = f"---\n{_head(model, 'model')}\n---"
         write_text(folder / "base" / "README.md", "\n\n".join([head, f"# {markdown(made)}: its base", told]) + "\n")
+    return place / "README.md"
 
 
 def size_told(folder: Path, room: "Room | None") -> str:

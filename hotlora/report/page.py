@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -58,7 +59,8 @@ def write_report(runs_dir: str | os.PathLike[str], out_dir: str | os.PathLike[st
     names: set[str] = set()
     sections = [_shown_section(section, runs_dir, out_dir, names) for section in read_sections(records)]
     template = Path(__file__).parent / "report.html.j2"
-    page = render(template, sections=sections, skipped=skipped, runs_dir=runs_dir, out_dir=out_dir, covered=covered)
+    command = shlex.join(["hotlora", "report", str(runs_dir), "--output", str(out_dir)])
+    page = render(template, sections=sections, skipped=skipped, command=command, covered=covered)
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
 

@@ -181,6 +181,10 @@ def check_rule(rule: str, signal: str, budgets: Mapping[str, Any]) -> None:
     numbers = [name for name in ("budget", "fraction", "experts_per_layer") if budgets.get(name) is not None]
     if len(numbers) > 1:
         raise PlanError(f"give exactly one of {' and '.join(numbers)}")
+    if rule == "all" and (share := budgets.get("fraction")) is not None and 0 < share < 1:
+        raise PlanError(
+            f"rule 'all' keeps all experts, but fraction {share} asks for some: leave it out, or choose another rule"
+        )
     for name, example in (("fraction", DEFAULT_FRACTION), ("p", 0.6)):
         if (share := budgets.get(name)) is not None and not 0 < share <= 1:
             raise PlanError(f"{name} is {share}: it must be above 0 and at most 1, such as {example}")

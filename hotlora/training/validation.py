@@ -1,6 +1,7 @@
 """The held-out loss and score during training: in the metrics; the loss for the best adapter, too, and to stop where it
 gets no better."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from ..base.processes import is_main, wait_for_all
 from ..base.signals import say
 from . import checkpoints
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"best-(\d+)\.safetensors")
 
 
@@ -64,6 +66,15 @@ class Validation(TrainerCallback):
         if self.patience is None or self.best_step is None:
             return False
         return sum(step > self.best_step for step in self.found) >= self.patience
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        taken = math.ceil(state.max_steps / self.every)  # the last step has one, too
+        if self.patience is not None and taken <= self.patience and is_main():
+            _log.warning(
+                "early_stopping_patience %d cannot end this run: it has %d held-out losses in %d steps (eval_steps %d), "
+                "and needs more than %d",
+                self.patience, taken, state.max_steps, self.every, self.patience,
+            )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         step = state.global_step
