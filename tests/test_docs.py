@@ -231,8 +231,11 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     """On nano, in place of OLMoE."""
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 4)
-    exec(python_block("README.md").replace("allenai/OLMoE-1B-7B-0924", "nano"), {})
+    on_a_cpu = '"checkpoints", bf16=False, max_steps=2, save_strategy="no", report_to="none"'
+    code = python_block("README.md").replace("allenai/OLMoE-1B-7B-0924", "nano").replace('"checkpoints"', on_a_cpu)
+    exec(code, {})
     model, _ = hotlora.load("adapter")
+    assert any(p.any() for name, p in model.named_parameters() if ".lora_B" in name or "_B" in name), "it was trained"
     assert {len(ids) for ids in model.peft_config["default"].plan["experts"].values()} == {8}
 
 

@@ -53,7 +53,7 @@ def test_all_keeps_every_expert_and_needs_no_budget():
     assert plan.experts == {0: tuple(range(8)), 1: tuple(range(8))}
     assert plan.params == {}
     assert select_experts(make_profile(COUNTS), rule="all", fraction=1.0) == plan
-    with pytest.raises(PlanError, match="'all' keeps all experts, but fraction 0.25 asks for some: leave it out"):
+    with pytest.raises(PlanError, match=r"'all' keeps all experts, but fraction 0\.25 asks for some: leave it out"):
         check_rule("all", "count", {"fraction": 0.25})
     with pytest.raises(PlanError, match="'all' keeps all 8 experts, but the budget asks for 2"):
         select_experts(make_profile(COUNTS), rule="all", experts_per_layer=2)
