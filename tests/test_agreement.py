@@ -32,6 +32,7 @@ def test_by_hand():
     assert "overlap 0.67" in told and "Those by count have 81.2%" in told and "those by mass 93.8%" in told
     assert "a plan by --signal mass adapts experts that weigh more there" in told
     assert "near the edge of the budget, so that either will do" in str(replace(found, by_count=0.9))
+    assert found.matters and not replace(found, by_count=0.9).matters, "a training tells of the first alone"
     assert "ranks experts high that few tokens are sent to" in str(replace(found, signal="saliency", by_count=0.95))
     assert not disagreements(make(COUNTS.tolist()))
 

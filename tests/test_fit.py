@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -364,6 +365,28 @@ def as_json(*words):
     told = params(*words, "--json")
     assert told.startswith("{"), told
     return json.loads(told)
+
+
+def test_params_says_how_fast_and_which_ram_it_counts_on(no_gpu):
+    small = f"{0.85 * needed(PLAIN, 'cuda')['total'] / ROOM / 1e6:.3f}MB"
+    words = ("--r", 8, "--max-length", 128, "--batch-size", 8, "--device", "cuda")
+    for host, whose in (((), "free here; --host: another machine's"), (("--host", "9GB"), "--host")):
+        told = params(*words, "--fit", small, "--offload", "all", *host)
+        assert re.search(rf"whose memory is nearest; and [0-9.]+ GB of RAM \({whose}\)$", told, re.M), told
+    assert "; and 5.0 GB of RAM (--host)" in told, "4 GB are left to the system"
+    for size in ("12GB", small):
+        told = params(*words, "--fit", size)
+        (speed,) = re.findall(r": ([0-9,]+) tokens/s, by the cost model \(RTX 4070\)$", told, re.M)
+        options = fitted(size, given=("r", "max_length", "batch_size"), device="cuda").options
+        step = step_of(
+            "nano", fraction=0.25, **{name: getattr(options, name) for name in ("batch_size", "max_length", "r")}
+        )
+        storage = Storage(**{field.name: getattr(options, field.name) for field in fields(Storage)})
+        time = step_time(step, storage, CARDS[0])
+        assert CARDS[0].name == "RTX 4070"
+        assert float(speed.replace(",", "")) == pytest.approx(8 * 128 / time.step, rel=0.01)
+    assert "tokens/s" not in params(*words[:-1], "cpu", "--fit", "1GB")
+    assert "give --tflops, or --fit" in params("--estimate", "--max-length", 64)
 
 
 def test_params_takes_what_is_here_or_a_named_device(no_gpu):

@@ -282,3 +282,5 @@ def _print_step(found: Mapping[str, Any], run: RunOptions) -> None:
     if "time" in found:
         time = found["time"]
         out.print(f"{time['seconds_per_step']:.3g} s a step, {time['tokens_per_second']:,.0f} tokens/s")
+    elif run.fit is None:
+        out.print("for seconds and tokens/s give --tflops, or --fit and a card's memory, such as --fit 24GB")

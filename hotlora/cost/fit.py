@@ -93,7 +93,11 @@ def fit(
     if found is None:
         told = _nothing_fits(setups, room, ram, counted, given, goes_on=held is not None, by_params=by_params)
         raise HotLoraError(told)
-    lines = (f"fit: {counted}: {size_words(room)}{_counted_as(setups, where)}", *_told(setups, found))
+    first = f"fit: {counted}: {size_words(room)}{_counted_as(setups, where)}"
+    if found.host:
+        other = "; --host: another machine's" if by_params else ""
+        first += f"; and {size_words(ram)} of RAM ({f'free here{other}' if host is None else '--host'})"
+    lines = (first, *_told(setups, found))
     return Fitted(replace(options, **found.changes), found.changes, found.memory, lines)
 
 
@@ -120,17 +124,19 @@ def _fixed(given: Collection[str]) -> set[str]:
 def _told(setups: Setups, found: Setup) -> list[str]:
     own, options = setups.own, setups.options
     batch = f"{options.batch_size} × {options.max_length:,} tokens"
+    speed = found.step.tokens * found.storage.gradient_accumulation_steps / found.seconds
+    each = " a GPU" if setups.processes > 1 else ""
+    foreseen = "" if own.step.on_cpu else f": {speed:,.0f} tokens/s{each}, by the cost model ({setups.card.name})"
     if not found.changes:
-        return [f"fit: nothing to change: a step of {batch} needs about {size_words(own.total)}"]
+        return [f"fit: nothing to change: a step of {batch} needs about {size_words(own.total)}{foreseen}"]
     lines = [
         f"fit: {found.flags}: a step needs about {size_words(found.total)} in place of {size_words(own.total)}",
         *(f"  {line}" for line in _reasons(setups, found)),
     ]
-    assumed = ", whose rates are assumed" if own.step.on_cpu else ""
-    lines.append(
-        f"  in all an optimizer step takes {found.seconds / own.seconds:.2f} times as long as with room for all, "
-        f"by the cost model ({setups.card.name}{assumed})"
-    )
+    if own.step.on_cpu:
+        foreseen = f", by the cost model ({setups.card.name}, whose rates are assumed)"
+    times = f"{found.seconds / own.seconds:.2f} times"
+    lines.append(f"  in all an optimizer step takes {times} as long as with room for all{foreseen}")
     return lines
 
 

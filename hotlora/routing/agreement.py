@@ -24,11 +24,16 @@ class Agreement:
     by_signal: float
     """the share that those by the signal have"""
 
+    @property
+    def matters(self) -> bool:
+        """Whether much depends on which of the two signals chooses."""
+        return self.by_count < NEAR * self.by_signal
+
     def __str__(self) -> str:
         what = {"mass": "gate weights", "saliency": "gate weights times output norms"}[self.signal]
         if self.by_count > self.by_signal and self.signal == "saliency":
             meaning = "saliency, a mean, ranks experts high that few tokens are sent to"
-        elif self.by_count >= NEAR * self.by_signal:
+        elif not self.matters:
             meaning = "what differs is mostly near the edge of the budget, so that either will do"
         else:
             meaning = f"a plan by --signal {self.signal} adapts experts that weigh more there"

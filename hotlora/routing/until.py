@@ -218,7 +218,7 @@ def told_stability(profile: RoutingProfile) -> str | None:
     # Rounded up it could seem to reach what it lacks.
     mean, low = (math.floor(100 * found[name] + 1e-9) / 100 for name in ("mean", "low"))
     told += (
-        f": the experts that they choose ({what}) agree to {mean:.2f} (Jaccard; {low:.2f} or more, "
-        "19 times in 20) with those that any more such data would choose"
+        f": the chosen experts ({what}) overlap {mean:.2f} with those that any more such data would choose (Jaccard; "
+        f"{low:.2f} or more, 19 times in 20)"
     )
     return told if is_settled(profile) else f"{told}, short of profile_until = {source['until']['jaccard']:g}"

@@ -109,8 +109,10 @@ def profile_data(
             _log.warning("%s: %s to read more.", said, more)
         elif progress:
             print(f"{said}.", file=sys.stderr)
-    for told in disagreements(found) if is_main() and progress and watching.tells_signals else ():
-        print(f"{told}.", file=sys.stderr)
+    if is_main() and progress and watching.tells_signals:
+        for told in disagreements(found):
+            if told.matters:
+                print(f"{told}.", file=sys.stderr)
     return found
 
 
