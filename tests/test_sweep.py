@@ -1,5 +1,6 @@
 """Sweeps: what a file defines, what is run of it, and what is left when it fails or is killed."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from runs import run_training
 from tiny_files import save_tiny_model
 from typer.testing import CliRunner
@@ -25,7 +27,8 @@ from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.options import RunOptions
 from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs
 from hotlora.runs.sweep_runs import make_profile, score_base, train_run
-from hotlora.runs.worker_pool import worker_environment
+from hotlora.runs.sweep_table import progress_table
+from hotlora.runs.worker_pool import Job, worker_environment
 from hotlora.training.config import TrainConfig
 
 APP = typer.Typer()
@@ -358,6 +361,22 @@ def test_fields_of_the_config_are_options():
             continue
         sweep = make_sweep(Condition("a", {name: value}))
         assert sweep.options_of(sweep.conditions[0])[name] == value
+
+
+def test_of_many_seeds_the_terminal_shows_how_many_are_done_and_their_mean(tmp_path: Path):
+    def job(seed: int, status: str, score: float | None = None) -> Job:
+        result = None if score is None else {"evaluation": {"nano-math": {"accuracy": score}}}
+        return Job("nano/hot", tmp_path / str(seed), train_run, {}, seed=seed, status=status, result=result)
+
+    jobs = [*(job(seed, "done", seed / 10) for seed in range(6)), job(6, "failed"), job(7, "waiting")]
+    for chosen, wanted in (
+        (jobs[:6], ["nano/hot", "0.0%", "10.0%", "20.0%", "30.0%", "40.0%", "50.0%"]),
+        (jobs, ["nano/hot", "6 of 8", "25.0%", "seed 6 failed"]),
+    ):
+        console = Console(width=80, file=io.StringIO())
+        console.print(progress_table("many", chosen))
+        (row,) = (line for line in console.file.getvalue().splitlines() if "nano/hot" in line)
+        assert [cell.strip() for cell in row.strip("│ ").split("│")] == wanted
 
 
 def test_without_a_task_the_held_out_loss_is_the_score(model_folder: Path, tmp_path: Path):

@@ -48,8 +48,18 @@ def terminal_tables(comparison: Comparison) -> Group:
         parts.append(_rich(own, ([row[name] for name in own] for row in rows)))
         parts.append(_rich(against, ([r[name] for name in against] for r in rows if r["reference"] != NONE)))
         parts += [Text(one_line(f"! {note}"), style="yellow") for note in table.notes]
+    if any(row.against is not None for table in comparison.tables for row in table.rows):
+        parts.append(Text(_legend(comparison), style="dim"))
     parts += [Text(one_line(f"! {told}"), style="red") for told in comparison.left_out]
     return Group(*parts)
+
+
+def _legend(comparison: Comparison) -> str:
+    told = "Δ: against the reference, paired by seed; p: that there is no difference (t test)"
+    if comparison.margins:
+        bound = f"{comparison.margins[0]:g}"
+        told += f"; TOST {bound}: that it is {bound} or more, either way (small: equivalent)"
+    return told
 
 
 def paired_table(runs: PairedRuns) -> Group:
