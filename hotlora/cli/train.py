@@ -9,9 +9,10 @@ import typer
 
 from .. import api
 from ..base.options import ALIASES
-from ..report.text import loss_word, shown
+from ..report.text import loss_word
 from ..runs.methods import METHODS, PLACEMENTS
 from ..runs.options import RunOptions
+from .evaluate import print_evaluation
 from .options import options_of, out
 
 
@@ -58,61 +59,8 @@ def train(
         print_run(run.record, run.folder)
 
 
-def push(
-    run: Annotated[Path, typer.Argument(help="A run's folder, a saved adapter, an export or a merged model.")],
-    name: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the Hub.")],
-    private: Annotated[
-        bool, typer.Option("--private/--public", help="Of a repository that is made now; one that is there stays so.")
-    ] = True,
-) -> None:
-    """Push what was trained to the Hub: weights, config, model card and tokenizer, and nothing else of the run.
-
-    Log in before: `hf auth login`, or HF_TOKEN in the environment.
-    """
-    from ..hf.hub import push as push_folder
-    from ..report.card import write_card
-
-    if (run / "run.json").is_file():
-        write_card(run)
-    address = push_folder(run, name, private=private)
-    out.print(f"pushed: {address}{' (private)' if private else ''}")
-
-
 def times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
-
-
-def print_evaluation(record: dict[str, Any], output: Path | None) -> None:
-    for task, result in (record.get("evaluation") or {}).items():
-        is_text = result["metric"] == "token_accuracy"
-        if is_text:
-            out.print(f"{task}: {result['n']:,} texts")
-        else:
-            out.print(
-                f"{task}: {result['metric']} {result['accuracy']:.1%} "
-                f"(95% {result['ci_low']:.1%} to {result['ci_high']:.1%}, n = {result['n']})",
-            )
-        if "loss" in result:
-            which = "" if is_text else "response "
-            low, high = (f"{end:.4f}" if end is not None else "?" for end in result["loss_ci"])
-            out.print(
-                f"  loss {loss_word(result['loss'])} (95% {low} to {high}), perplexity "
-                f"{shown(result['perplexity'], '.3g')}, "
-                f"token accuracy {result['token_accuracy']:.1%}, {result['tokens']:,} {which}tokens",
-            )  # fmt: skip
-        if "rouge_l" in result:
-            low, high = (f"{end:.4f}" if end is not None else "?" for end in result["rouge_l_ci"])
-            out.print(f"  ROUGE-L {result['rouge_l']:.4f} (95% {low} to {high})")
-        passes = [f"{name} {value:.1%}" for name, value in result.items() if name.startswith("pass@")]
-        if passes:
-            out.print(f"  {', '.join(passes)}")
-        if "max_new_tokens" in result:
-            out.print(
-                f"  {result['unfinished']:,} answers were cut at {result['max_new_tokens']:,} tokens "
-                "(--max-new-tokens)",
-            )
-        if output is not None:
-            out.print(f"  every example: {output / result.get('results', result.get('losses'))}")
 
 
 def print_run(record: dict[str, Any], output: Path) -> None:

@@ -34,8 +34,9 @@ def progress_table(name: str, jobs: Sequence[Job]) -> Table:
         if job.function is not make_profile or job.status != "done":
             rows.setdefault(job.name, {})[job.seed] = job
     if len(seeds) > _COLUMNS:
-        for name, justify in (("done", "right"), ("mean", "right"), ("now", "left")):
-            table.add_column(name, justify=justify)
+        for name in ("done", "mean"):
+            table.add_column(name, justify="right")
+        table.add_column("now")
         for condition, cells in rows.items():
             table.add_row(escape(condition), *_over_seeds(list(cells.values())))
         return table
