@@ -8,6 +8,7 @@ from zoo import zoo_model
 from hotlora.adapter.count import parameters_from_config
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.cost.adapter import adapter_flops
+from hotlora.cost.estimate import estimate
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops
 from hotlora.hf.models import model_from_config
 
@@ -28,6 +29,18 @@ def test_a_weight_of_a_factor_takes_two_for_each_token_it_sees(family, tmp_path)
     assert found["attention"] == attention_adapter_flops(model, 4)
     assert found["router"] == 2 * counts["router"] and found["shared"] == 2 * counts["shared"]
     assert found["per_token"] == sum(found[part] for part in ("attention", "router", "shared", "experts"))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("options", [{}, {"train_a": False}, {"share_a": True}, {"train_router": False}])
+def test_the_estimate_has_the_same_number(family, options, tmp_path):
+    """A frozen or shared A saves no product."""
+    zoo_model(family).config.save_pretrained(tmp_path)
+    plain = {name: value for name, value in options.items() if name == "train_router"}
+    counts = parameters_from_config(tmp_path, experts_per_layer=3, r=4, **plain)
+    found = adapter_flops(tmp_path, counts, experts_per_layer=3, coverage=0.7)["per_token"]
+    step = estimate(tmp_path, batch_size=1, max_length=16, experts_per_layer=3, coverage=0.7, r=4, **options)
+    assert step["flops"]["adapter_per_token"] == pytest.approx(found)
 
 
 def test_deepseek_moe_16b_is_counted_from_its_own_config():

@@ -41,6 +41,15 @@ def count_parameters(model: nn.Module) -> dict[str, int | float]:
     return counts
 
 
+def weights_beside_experts(model: PeftModel) -> int:
+    """Weights of an adapter's factors on attention, routers and shared experts, whether they train or not: every token
+    meets each of them."""
+    paths = [path for part, paths in _part_paths(model).items() if part != "experts" for path in paths]
+    modules = [module for path in paths for module in model.get_submodule(path).modules()]
+    held = sum(p.numel() for module in modules for p in module.parameters(recurse=False) if p.requires_grad)
+    return held + sum(map(_not_held, modules))
+
+
 def _not_held(module: nn.Module) -> int:
     """Weights of an adapter that are no parameters: a frozen A, and what a mask leaves out of B. PEFT's share counts
     them."""

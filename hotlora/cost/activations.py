@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
+from ..adapter.count import weights_beside_experts
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
@@ -107,6 +108,8 @@ class Rest:
     """Shapes of all parameters that train, those of the routed experts too."""
     frozen: int
     """Numbers of the adapter that do not train: a frozen A's."""
+    beside_experts: int
+    """Weights of the adapter that every token meets."""
 
 
 def rest_of_step(
@@ -125,7 +128,7 @@ def rest_of_step(
     last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
     shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     frozen = _numbers(model) - of_base - sum(map(math.prod, shapes))
-    return Rest(saved.total + last, saved.again, shapes, frozen)
+    return Rest(saved.total + last, saved.again, shapes, frozen, weights_beside_experts(model))
 
 
 def _numbers(model: nn.Module) -> int:

@@ -26,7 +26,7 @@ from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from ..training.rank_growth import allocated
 from .activations import expert_row_bytes, rest_of_step
-from .flops import attention_adapter_flops, expert_adapter_flops, forward_flops, perft_flops, step_flops
+from .flops import expert_adapter_flops, forward_flops, perft_flops, step_flops
 from .memory import ExpertLayer, Step, Storage, memory, transfer_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,7 +152,7 @@ def step_of(
         of_experts = perft_flops(meta, r, perft, perft_adapters, perft_top_k, coverage)
     else:
         of_experts = expert_adapter_flops(meta, lora.rank_of_experts(meta), {layer.layer: coverage for layer in found})
-    adapter = of_experts + (attention_adapter_flops(meta, r) if train_attention else 0.0)
+    adapter = of_experts + 2.0 * rest.beside_experts
     forward = forward_flops(meta, max_length)
     text, tokens = cut.get_text_config(), batch_size * max_length
     view = ExpertsView(unwrap(meta.get_submodule(found[0].experts)))
