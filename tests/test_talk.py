@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,28 @@ def test_generate_and_chat(call, run: Path, chats: Path):
     assert code == 0 and out.split() == f"{said} {again} {said}".split()
 
 
+def test_a_template_is_given_tools_and_options(call, chats: Path, tmp_path: Path):
+    """Both commands, to a template that refuses to write without them."""
+    shutil.copytree(chats / "adapter", tmp_path / "adapter")
+    template = (tmp_path / "adapter" / "chat_template.jinja").read_text()
+    needed = "{% if not tools or mode != 'short' %}{{ raise_exception('not given') }}{% endif %}{{ tools[0].name }}"
+    (tmp_path / "adapter" / "chat_template.jinja").write_text(needed + template)
+    tools, options = [{"name": "search"}], {"mode": "short"}
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    model, tokenizer = hotlora.load(tmp_path / "adapter")
+    asked = [{"role": "user", "content": "a?"}]
+    assert tokenizer.decode(prompt_ids(tokenizer, asked, tools, options)).startswith("search")
+    said = answer(model, tokenizer, asked, tools=tools, chat_template_kwargs=options, max_new_tokens=6)
+    words = ("--tools", tmp_path / "tools.json", "--chat-template-kwargs", json.dumps(options), "--max-new-tokens", 6)
+    code, out, _ = call("generate", "a?", "--chat", "--adapter", tmp_path / "adapter", *words)
+    assert code == 0 and out.strip() == said.strip()
+    code, out, _ = call("chat", tmp_path / "adapter", *words, stdin="a?\n/exit\n")
+    assert code == 0 and out.split() == said.split()
+    for command in (("generate", "a?", "--chat", "--adapter"), ("chat",)):
+        code, _, err = call(*command, tmp_path / "adapter", *words[2:], stdin="")
+        assert code == 1 and "the chat template refuses the conversation: not given" in err
+
+
 def test_generate_with_experts_elsewhere(call, run: Path, tmp_path: Path):
     """The same answer; the ways are those of a training."""
     asked = ["generate", PROMPT, "--adapter", str(run), "--device", "cpu", "--max-new-tokens", "4"]
@@ -189,7 +212,15 @@ def test_a_chat_renders_its_ends_once(call, chats: Path, monkeypatch: pytest.Mon
     [
         (["generate", "hi"], "Give --adapter"),
         (["generate", "--model", "nano"], "There is no prompt"),
-        (["generate", "hi", "--model", "nano", "--raw", "--system", "s"], "A system message needs the chat template"),
+        (
+            ["generate", "hi", "--model", "nano", "--raw", "--system", "s"],
+            "--system is for the chat template: leave it out",
+        ),
+        (["generate", "hi", "--model", "nano", "--tools", "none.json"], "none.json: No such file"),
+        (["generate", "hi", "--model", "nano", "--tools", __file__], "'tools' is text that is no JSON"),
+        (["generate", "hi", "--model", "nano", "--chat-template-kwargs", "x=1"], "is no JSON"),
+        (["generate", "hi", "--model", "nano", "--chat-template-kwargs", "[]"], "must be an object"),
+        (["chat", "nano", "--chat-template-kwargs", '{"tools": []}'], "cannot hold tools: leave it out"),
         (["generate", "hi", "--model", "nano", "--temperature", "-1"], "temperature = -1.0 is out of range"),
         (["chat", "nowhere/at/all"], "nowhere/at/all"),
     ],

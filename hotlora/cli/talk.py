@@ -1,6 +1,8 @@
 """The commands that let a trained model answer: `generate` and `chat`."""
 
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,16 @@ _Temperature = Annotated[float, typer.Option(help="0: the likeliest token each t
 _TopP = Annotated[float, typer.Option(help="Draw from this share of the probability.")]
 _Seed = Annotated[int, typer.Option(help="Of the draws.")]
 _System = Annotated[str | None, typer.Option(help="A system message that stands first.")]
+_Tools = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.json", help="A JSON list of tools that the chat template is given, as a row's `tools`."),
+]
+_Kwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs", metavar="JSON", help="More that it is given: '{\"enable_thinking\": false}'."
+    ),
+]
 _Base = Annotated[
     str | None,
     typer.Option("--model", "-m", help="The base model, where it is not at the place that the adapter notes."),
@@ -39,6 +51,8 @@ def generate(
         ),
     ] = None,
     system: _System = None,
+    tools: _Tools = None,
+    chat_template_kwargs: _Kwargs = None,
     max_new_tokens: _Tokens = 512,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
@@ -63,8 +77,9 @@ def generate(
         raise HotLoraError("The prompt is no valid UTF-8: give it as text.") from error
     sampling = Sampling(1, temperature, top_p, seed)
     check_answering(max_new_tokens, sampling)
-    if raw and system is not None:
-        raise HotLoraError("A system message needs the chat template: leave --system out, or give --chat.")
+    given_template = _given_template(tools, chat_template_kwargs)
+    of_template = {"--system": system, "--tools": tools, "--chat-template-kwargs": chat_template_kwargs}
+    _check_template(raw, of_template)
     if merge and adapter is None:
         raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
     path, base = (adapter, model) if adapter is not None else (model, None)
@@ -74,10 +89,11 @@ def generate(
         raw = not found.is_chat if found.is_chat is not None else tokenizer.chat_template is None
         if found.is_chat is None and not raw:
             err.print("the prompt is put into the model's chat template (--raw: as it is)")
-    if raw and system is not None:
-        raise HotLoraError("A system message needs the chat template: leave --system out, or give --chat.")
+    _check_template(raw, of_template)
     asked: Any = prompt if raw else [*_system(system), {"role": "user", "content": prompt}]
-    answer(net, tokenizer, asked, max_new_tokens=max_new_tokens, sampling=sampling, stream=True)
+    answer(
+        net, tokenizer, asked, max_new_tokens=max_new_tokens, sampling=sampling, stream=True, **given_template
+    )  # fmt: skip
 
 
 @options_of(LoadOptions, only=("dtype", "device", "offload", "offload_folder"))
@@ -85,6 +101,8 @@ def chat(
     run: Annotated[Path, typer.Argument(help="A run's folder, a saved adapter, or a model.")],
     model: _Base = None,
     system: _System = None,
+    tools: _Tools = None,
+    chat_template_kwargs: _Kwargs = None,
     max_new_tokens: _Tokens = 512,
     temperature: _Temperature = 0.0,
     top_p: _TopP = 1.0,
@@ -98,9 +116,10 @@ def chat(
 
     sampling = Sampling(1, temperature, top_p, seed)
     check_answering(max_new_tokens, sampling)
+    given_template = _given_template(tools, chat_template_kwargs)
     net, tokenizer = load(str(run), model, **given)
     prompt_ids(
-        tokenizer, [*_system(system), {"role": "user", "content": "?"}]
+        tokenizer, [*_system(system), {"role": "user", "content": "?"}], **given_template
     )  # no template is told before a word is typed
     ends = end_ids(net, tokenizer, chat=True)
     err.print(f"{run} answers; /clear starts anew, /exit ends.")
@@ -118,9 +137,35 @@ def chat(
             continue
         messages.append({"role": "user", "content": line.strip()})
         text = answer(
-            net, tokenizer, messages, max_new_tokens=max_new_tokens, sampling=sampling, stream=True, ends=ends
-        )
+            net, tokenizer, messages, max_new_tokens=max_new_tokens, sampling=sampling, stream=True, ends=ends,
+            **given_template,
+        )  # fmt: skip
         messages.append({"role": "assistant", "content": text.strip()})
+
+
+def _given_template(tools: Path | None, kwargs: str | None) -> dict[str, Any]:
+    """What the chat template is given besides the messages, as `answer` takes it."""
+    from ..base.files import JSON_ERRORS
+    from ..tasks.messages import template_options, tools_of
+
+    given: dict[str, Any] = {}
+    if tools is not None:
+        try:
+            given["tools"] = tools_of(str(tools), tools.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise HotLoraError(f"{tools} is no UTF-8 text: give a JSON list of tools.") from error
+    if kwargs is not None:
+        try:
+            given["chat_template_kwargs"] = template_options("--chat-template-kwargs", json.loads(kwargs))
+        except JSON_ERRORS as error:
+            raise HotLoraError(f"--chat-template-kwargs is no JSON ({error}): {kwargs}") from error
+    return given
+
+
+def _check_template(raw: bool | None, given: Mapping[str, Any]) -> None:
+    """HotLoraError: the prompt goes to the model as it is, and something was given for the chat template."""
+    if raw and (unread := [flag for flag, value in given.items() if value is not None]):
+        raise HotLoraError(f"{', '.join(unread)} is for the chat template: leave it out, or give --chat.")
 
 
 def _system(text: str | None) -> list[dict[str, str]]:

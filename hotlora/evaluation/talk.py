@@ -14,9 +14,16 @@ from ..tasks.tokens import encode_prompt
 from .generate import GREEDY, Sampling, end_ids, without_generation_config, written
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+def prompt_ids(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a plain prompt, as in training on prompts and completions; or of a conversation, by the tokenizer's
     chat template, with what opens the assistant's answer.
+
+    tools, chat_template_kwargs: what the template is given besides, as `apply_chat_template` takes it.
 
     DataError: a conversation, and the tokenizer has no chat template, or the template refuses it.
     """
@@ -27,7 +34,9 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, Any]]) -> lis
             "This model's tokenizer has no chat template: prompt it with plain text (hotlora generate --raw)."
         )
     try:
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(prompt), tools=tools, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+        )
     except Exception as error:  # whatever a template raises
         raise DataError(f"the chat template refuses the conversation: {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -46,20 +55,23 @@ def answer(
     tokenizer: Any,
     prompt: str | Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_new_tokens: int = 512,
     sampling: Sampling = GREEDY,
     stream: bool = False,
     ends: Sequence[int] | None = None,
 ) -> str:
-    """What the model writes after `prompt`, as `prompt_ids` takes it, up to its end.
+    """What the model writes after `prompt`, up to its end.
 
     Args:
+        prompt, tools, chat_template_kwargs: as `prompt_ids` takes them.
         sampling: how tokens are drawn.
         stream: also print it, as it comes.
         ends: `generate.end_ids` of the model, where several answers are asked for; to find them takes some renderings.
     """
     check_answering(max_new_tokens, sampling)
-    ids = prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt, tools, chat_template_kwargs)
     drawing: dict[str, Any] = {}
     if sampling.temperature > 0:
         drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

@@ -70,14 +70,10 @@ def read_conversation(
             f"{row.place}: has no answer to learn, {what}: one of the messages behind the first must be of role "
             "'assistant', and not marked as without loss ('weight': 0)."
         )
-    given = row.values.get("chat_template_kwargs") or {}
-    if not isinstance(given, dict):
-        raise DataError(f"{row.place}: 'chat_template_kwargs' must be an object, this is {short(given)}.")
-    options = {**(options or {}), **given}
-    if taken := sorted(set(options).intersection(_TAKEN)):
-        raise DataError(f"{row.place}: 'chat_template_kwargs' cannot hold {', '.join(taken)}: leave it out.")
+    given = template_options(row.place, row.values.get("chat_template_kwargs") or {})
+    options = template_options(row.place, {**(options or {}), **given})
     own = row.values.get("tools")
-    tools = _tools(row.place, tools if own is None else own)
+    tools = tools_of(row.place, tools if own is None else own)
     return Conversation(row.place, messages[: last + 1], tools, options, first_trained)
 
 
@@ -105,7 +101,18 @@ def carries_loss(message: Mapping[str, Any]) -> bool:
     return not (is_zero or any(message.get(name) is False for name in LOSS_MARKS[1:]))
 
 
-def _tools(place: str, tools: Any) -> list[dict[str, Any]] | None:
+def template_options(place: str, options: Any) -> dict[str, Any]:
+    """What a chat template is given besides messages and tools. DataError: no object, or it holds what has another
+    place."""
+    if not isinstance(options, dict):
+        raise DataError(f"{place}: 'chat_template_kwargs' must be an object, this is {short(options)}.")
+    if taken := sorted(set(options).intersection(_TAKEN)):
+        raise DataError(f"{place}: 'chat_template_kwargs' cannot hold {', '.join(taken)}: leave it out.")
+    return options
+
+
+def tools_of(place: str, tools: Any) -> list[dict[str, Any]] | None:
+    """Tools as a chat template takes them, of a list or its JSON text; None: there are none. DataError: neither."""
     if isinstance(tools, str):  # as TRL takes them, too: a column of one type for tools of many
         try:
             tools = json.loads(tools)
