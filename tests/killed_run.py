@@ -33,6 +33,7 @@ STEPS_A_KILL = 5
 LONGEST = 1.0  # seconds until a kill at a random time
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {},
+    "fft": {"method": "fft"},
     "dr-lora": {"method": "dr-lora", "grow_every": 4},
     "perft-r": {"method": "perft-r"},
     "dense-mixer": {"dense_mixer": True},
@@ -101,10 +102,10 @@ def timeless(value: object) -> object:
 def outcome(output: Path) -> dict[str, Any]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
     rows = [(row["step"], row["loss"], row["tokens"]) for row in map(json.loads, lines)]
-    weights = {
-        name: tensor.tolist() for name, tensor in load_file(output / "adapter/adapter_model.safetensors").items()
-    }
-    plan = (output / "plan.json").read_text()
+    file = output / "adapter" / "adapter_model.safetensors"
+    file = file if file.is_file() else output / "model" / "model.safetensors"
+    weights = {name: tensor.tolist() for name, tensor in load_file(file).items()}
+    plan = (output / "plan.json").read_text() if (output / "plan.json").is_file() else None
     return {"record": timeless(read_record(output)), "losses": rows, "adapter": weights, "plan": plan}
 
 

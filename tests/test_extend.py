@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from runs import run_method, run_training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_files import save_tiny_model, write_sums
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora.base.errors import HotLoraError
+import hotlora
+from hotlora.base.errors import FileError, HotLoraError
 from hotlora.base.files import sha256_file
 from hotlora.base.records import read_record
+from hotlora.training import checkpoints
 from hotlora.training import sft_trainer as trainer
 
 TOKENIZER = byte_tokenizer()
@@ -37,7 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def weights(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    return (adapter if adapter.is_file() else run / "model" / "model.safetensors").read_bytes()
 
 
 def metrics(run: Path) -> list[dict]:
@@ -49,6 +52,7 @@ def metrics(run: Path) -> list[dict]:
     [
         ({}, {"epochs": 1}, {"epochs": 2.5}),
         ({"lr_scheduler": "constant_with_warmup", "warmup_steps": 3}, {"max_steps": 3}, {"epochs": 1}),
+        ({"full": True}, {"max_steps": 3}, {"max_steps": 6}),  # the family's own files have experts one by one
     ],
 )
 def test_an_extended_run_is_one_that_was_trained_in_one_go(model, data, tmp_path, options, first, then):
@@ -66,6 +70,21 @@ def test_an_extended_run_is_one_that_was_trained_in_one_go(model, data, tmp_path
     # The same command again changes nothing, with and without the word.
     for extend in (True, False):
         assert run_training(model, data, run, **options, **then, extend=extend) == longer
+
+
+def test_a_full_checkpoint_that_lacks_weights_is_refused(model, data, tmp_path):
+    """As one whose experts have the names of the family's own files: transformers would go on with the base's."""
+    options = {**SHORT, "full": True}
+    run_training(model, data, tmp_path / "run", **options, max_steps=3)
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    kept = load_file(checkpoint / "model.safetensors")
+    whole = hotlora.load_model(str(tmp_path / "run" / "model")).state_dict()
+    assert kept.keys() == whole.keys() and all(torch.equal(kept[name], whole[name]) for name in kept)
+    lost = [name for name in kept if name.endswith("experts.down_proj")]
+    save_file({name: kept[name] for name in kept if name not in lost}, checkpoint / "model.safetensors")
+    checkpoints.mark_complete(checkpoint)
+    with pytest.raises(FileError, match=f"checkpoint-3.*{len(lost)} of the model's weights are not in it, such as"):
+        run_training(model, data, tmp_path / "run", **options, max_steps=6, extend=True)
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])

@@ -46,7 +46,7 @@ def script(name: str, *words: object) -> dict:
 @pytest.mark.parametrize(
     ("kills", "way"),
     [
-        (4, "lora"), (4, "dr-lora"), pytest.param(20, "lora", marks=pytest.mark.slow),
+        (4, "lora"), (4, "dr-lora"), (3, "fft"), pytest.param(20, "lora", marks=pytest.mark.slow),
         pytest.param(8, "offload", marks=pytest.mark.slow),
         pytest.param(8, "offload-quantized", marks=pytest.mark.slow),
         pytest.param(8, "perft-r", marks=pytest.mark.slow), pytest.param(8, "dense-mixer", marks=pytest.mark.slow),

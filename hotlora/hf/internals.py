@@ -65,6 +65,7 @@ NAMES = {
     "transformers.modeling_utils#_is_hf_initialized": "bench draws every weight of a model twice",
     "transformers:PreTrainedModel.initialize_weights": "bench cannot make a model of random weights",
     "trl:SFTTrainer._load_from_checkpoint": _RESUME,
+    "trl:SFTTrainer._issue_warnings_after_load": _RESUME,
     "trl:SFTTrainer._load_optimizer_and_scheduler": _RESUME,
     "trl:SFTTrainer._load_rng_state": _RESUME,
     "trl:SFTTrainer._save": "checkpoints hold the configs that the trainer has changed",

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
-from ..base.files import read_json
+from ..base.files import read_json, visible_files
 from . import TASKS, Example, Task, codealpaca, gsm8k
 from .chat import ChatTemplate, Notes
 from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
-from .messages import as_plain_text, is_empty, read_conversation, trained_turns
+from .messages import LOSS_MARKS, Conversation, as_plain_text, is_empty, read_conversation, trained_turns
 from .rows import SUFFIXES, Row, folder_rows, hub_rows, iter_rows, need_text
 from .split import drawn
 from .stored import StoredExamples
@@ -138,6 +138,9 @@ def _rows(source: str, split: str) -> Iterable[Row]:
 def _chat_options(source: str) -> dict[str, Any]:
     """What FILE.chat.json says for all rows of FILE.jsonl."""
     path = Path(source).expanduser()
+    if path.is_dir():
+        for beside in visible_files(path, f"**/*{_CHAT_FILE}"):
+            _log.warning("%s is not read: it is for the rows of the file beside it, where --data names that", beside)
     if not path.is_file():
         return {}
     suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), path.suffix)
@@ -204,10 +207,11 @@ class _Reader:
             if len(talk.messages) < len(messages):
                 self.notes.setdefault("what follows the last answer carries no loss and is left out", row.place)
             if self.template is not None:
-                example, how = self.template.example(talk), "by the chat template"
+                example, how, read = self.template.example(talk), "by the chat template", (*read, *CHAT_FIELDS)
             else:
                 example = as_plain_text(talk, sized=self.tokenizer is None, every_turn=self.train_on == "assistant")
                 how, read = "as plain text", tuple(name for name in read if name not in CHAT_FIELDS)
+                self._note_plain(talk)
             is_blank = is_empty(talk.messages[-1])
             earlier = trained_turns(talk) if self.train_on != "last" else []
             self.num_answers += len(earlier)
@@ -217,6 +221,17 @@ class _Reader:
         self.unread |= row.values.keys() - set(read)
         self.num_answers += 1
         return replace(example, format=f"{found.format}, {how}")
+
+    def _note_plain(self, talk: Conversation) -> None:
+        """What a conversation loses as plain text."""
+        if self.tokenizer is None:
+            note = "no tokenizer is given, so conversations are written as plain text, by no chat template"
+            self.notes.setdefault(note, talk.place)
+        known = {"role", "content", "tool_calls", *LOSS_MARKS}
+        left = {f"messages' {name!r}" for message in talk.messages for name in message.keys() - known if message[name]}
+        left |= {f"{name!r} of all rows" for name in CHAT_FIELDS if self.shared.get(name)}
+        if left:
+            self.notes.setdefault(f"without a chat template {', '.join(sorted(left))} are left out", talk.place)
 
     def _as_text(self, row: Row, found: Found) -> Example:
         if found.format == "Alpaca":

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..base.errors import DataError
 from ..base.files import JSON_ERRORS
 from ..base.options import suggest
-from .messages import LOSS_MARKS
+from .messages import LOSS_MARKS, REASONING
 from .rows import Row, need_text
 
 ALLOWED_FIELDS = (
@@ -121,8 +121,12 @@ def _sharegpt(row: Row, name: str) -> Found:
     if all("role" in turn and "content" in turn for turn in turns):
         return Found(name, (name, *CHAT_FIELDS), turns)
     messages = [_message(row, name, turn) for turn in turns]
-    system = row.values.get("system")
-    if isinstance(system, str) and system.strip() and (not messages or messages[0]["role"] != "system"):
+    system = row.values.get("system") or ""
+    if not isinstance(system, str):
+        raise DataError(f"{row.place}: 'system' must be text.")
+    if system.strip():
+        if messages and messages[0]["role"] == "system":
+            raise DataError(f"{row.place}: has 'system', and a first turn of it: leave one of them out.")
         messages.insert(0, {"role": "system", "content": system})
     return Found("ShareGPT", (name, "system", *CHAT_FIELDS), messages)
 
@@ -132,7 +136,7 @@ def _message(row: Row, name: str, turn: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(who, str) or not isinstance(value, str):
         raise DataError(f"{row.place}: each of {name!r} needs 'from' and 'value', both texts.")
     role = _ROLES.get(who, who)
-    marks = {mark: turn[mark] for mark in LOSS_MARKS if mark in turn}
+    marks = {mark: turn[mark] for mark in (*LOSS_MARKS, *REASONING) if mark in turn}
     if who != "function_call":
         return {"role": role, "content": value, **marks}
     try:

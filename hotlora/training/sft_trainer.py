@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PrinterCallback, SchedulerType, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -177,7 +178,7 @@ class Trainer(SFTTrainer):
         model: Any = self.model
         if state_dict is None and is_sharded(model):  # or PEFT would gather the whole base model, to leave it out
             state_dict = {name: value for name, value in model.state_dict().items() if "lora_" in name}
-        with self.configs.restored() if self.configs else nullcontext():
+        with self.configs.restored() if self.configs else nullcontext(), _names_as_in_memory(model):
             super()._save(output_dir, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -208,6 +209,13 @@ class Trainer(SFTTrainer):
         with self._read_from(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """ValueError: a weight is not in the checkpoint. transformers warns, and trains on with the base's."""
+        state: dict[str, Any] = self.model.state_dict(keep_vars=True)
+        found = {id(tensor) for name, tensor in state.items() if name not in load_result.missing_keys}
+        if lost := [name for name in load_result.missing_keys if id(state[name]) not in found]:  # or they are tied
+            raise ValueError(f"{len(lost)} of the model's weights are not in it, such as {lost[0]}")
+
     @contextmanager
     def _read_from(self, checkpoint: str | None) -> Iterator[None]:
         """A checkpoint with a file that is no such file, or another training's, is one FileError."""
@@ -223,6 +231,20 @@ class Trainer(SFTTrainer):
                 f"training cannot resume from {checkpoint}: one of its files was replaced, or is of another training "
                 f"({reason}). Restore it, or delete this checkpoint to resume from the one before."
             ) from error
+
+
+@contextmanager
+def _names_as_in_memory(model: Any) -> Iterator[None]:
+    """A fully trained model is saved with the names that it has here. By default transformers writes those of the
+    family's own files, as experts one by one, which its trainer does not know when it goes on from a checkpoint."""
+    if isinstance(model, PeftModel):
+        yield
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 @functools.cache
