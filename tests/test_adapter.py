@@ -12,11 +12,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
 from transformers import AutoModelForCausalLM
+from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
-from hotlora.adapter.experts import HotLoraExperts
+from hotlora.adapter.experts import HotExperts, HotLoraExperts
 from hotlora.adapter.load import load_adapter
+from hotlora.adapter.parallel import ParallelAdapters
 from hotlora.adapter.raw_weights import HotLoraRouter
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.hf.moe_layers import moe_layers
@@ -268,6 +270,35 @@ def test_pefts_own_load_adapter_resumes_from_a_checkpoint(tmp_path):
     assert torch.equal(logits(model), logits(trained))
     again = PeftModel.from_pretrained(tiny_model(), tmp_path, config=HotLoraConfig.from_pretrained(tmp_path))
     assert torch.equal(logits(again), logits(trained))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"perft": "R", "perft_adapters": 4}])
+def test_autocast_rounds_no_router_and_no_norm(options):
+    """A family whose routers stay float32 in a bfloat16 model: training chooses the experts that evaluation chooses."""
+    model = zoo_model("ernie4_5_moe").to(torch.bfloat16)
+    kept = [layer.router for layer in moe_layers(model)]
+    for path in kept:
+        model.get_submodule(path).float()
+    beside = {"train_router": False, "train_attention": False, "train_shared": False} if "perft" in options else {}
+    config = HotLoraConfig(plan=tiny_plan(model), r=4, lora_alpha=8, **options, **beside)
+    adapted = get_peft_model(model, config)
+    fill(adapted, 0)
+    found = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            values = []
+            for module in adapted.modules():
+                if isinstance(module, HotLoraRouter):
+                    values += [module._delta("default", name) for name in module._weights]
+                if isinstance(module, HotExperts) and "use_dora" in options:
+                    values += module._norms("default", module._groups["default"][0])
+                if isinstance(module, ParallelAdapters):
+                    hidden_TD = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+                    values += module._routed("default", hidden_TD)
+            found.append(values)
+    assert len(found[0]) > 1
+    for plain, autocast in zip(*found, strict=True):
+        assert plain.dtype == autocast.dtype and torch.equal(plain, autocast)
 
 
 def test_experts_alone_train_without_a_gradient_from_below():

@@ -88,6 +88,8 @@ TRAIN = "train --model {folder}/model --data {folder}/rows.jsonl -o {out} --no-p
         ("--reprofile-every 2 --dora", "re-profiling moves plain LoRA factors only"),
         ("--reprofile-every 2 --share-a", "re-profiling moves plain LoRA factors only"),
         ("--reprofile-every 2 --rule random", "rule 'random' chooses the same experts whatever is profiled"),
+        ("--reprofile-every 2 --rule coverage", "keeps the number of experts of each layer, and rule 'coverage' may"),
+        ("--reprofile-every 2 --rule greedy", "may change it: choose one of hot, cold, hot+random, or leave out"),
         ("--reprofile-every 2 --optim adagrad", "re-profiling moves an expert's rows of AdamW's state, and optim is"),
         ("--reprofile-every 2 --reprofile-left merge --quantize 4", "cannot be merged into quantized experts"),
         ("--rule hot --plan-seed 3", "plan_seed is of rules that draw (random, hot+random), and rule is 'hot'"),

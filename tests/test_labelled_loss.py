@@ -1,7 +1,9 @@
 """The loss a chunk of labels at a time: that of all logits at once, and no more of them than asked for."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from zoo import zoo_model
 from hotlora.hf.forward import TEXTS, logits_are_the_heads
 from hotlora.training import labelled_loss
 from hotlora.training.labelled_loss import chunked_loss
-from hotlora.training.sft_trainer import make_trainer
+from hotlora.training.sft_trainer import CpuTrainer, make_trainer
 
 
 def small(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
@@ -82,3 +84,15 @@ def test_logits_that_a_family_scales_are_not_taken_in_chunks(family: str, plain:
     if family == "granitemoe":
         model.config.logits_scaling = model.logits_scaling = 8.0
     assert logits_are_the_heads(model, TOKENIZER(TEXTS[0])["input_ids"]) is plain
+
+
+def test_the_auxiliary_loss_is_each_processs_own():
+    """DDP averages it; what is of all tokens is multiplied by the number of processes before."""
+    trainer = SimpleNamespace(
+        aux_loss_enabled=True, router_aux_loss_coef=0.5, current_gradient_accumulation_steps=2,
+        args=SimpleNamespace(average_tokens_across_devices=True),
+        accelerator=SimpleNamespace(num_processes=4, autocast=nullcontext),
+        labelled_loss=lambda *given: (SimpleNamespace(aux_loss=torch.tensor(3.0)), torch.tensor(10.0), 5),
+    )  # fmt: skip
+    loss = CpuTrainer.compute_loss(trainer, None, {"labels": None}, num_items_in_batch=20)
+    assert loss.item() == 4 * 10 / 20 + 0.5 * 3 / 2

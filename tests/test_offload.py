@@ -21,6 +21,7 @@ from torch import nn
 from zoo import families, zoo_model
 
 import hotlora
+from hotlora.adapter import offload as module
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.offload import DenseExperts, Fetcher, MappedFolder, OffloadedExperts, keep_on_device, pinned
 from hotlora.adapter.offload_embedding import HostEmbedding, offload_embedding
@@ -33,7 +34,11 @@ from hotlora.hf.models import load_model
 from hotlora.hf.moe_layers import moe_layers
 from hotlora.layer import cpu, gpu
 from hotlora.layer.function import use_routed_layer
+from hotlora.tasks import Example
+from hotlora.tasks.tokens import tokenize
+from hotlora.training.config import TrainConfig
 from hotlora.training.identity import check_same, same_run
+from hotlora.training.sft_trainer import make_trainer
 
 LAYOUTS = sorted({"olmoe", "aria_text", "gpt_oss", "nemotron_h", "muse_spark"} & families().keys())
 
@@ -178,6 +183,40 @@ def test_the_embedding_is_read_from_the_host(tmp_path):
     model.to("meta")
     assert there.weight.device.type == "meta" and there._table[0].device.type == "cpu"
     assert there(batch["input_ids"]).shape == (*batch["input_ids"].shape, table.shape[1])
+
+
+def test_the_dtype_of_training_is_the_embeddings(tmp_path):
+    """Offloaded it is no parameter, and what comes first may be quantized."""
+    model = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
+    adapted = peft.get_peft_model(model, HotLoraConfig(plan=tiny_plan(model), r=4, lora_alpha=8))
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), pinned))
+    first = next(name for name, _ in model.named_parameters())
+    module, _, name = first.rpartition(".")
+    setattr(model.get_submodule(module), name, nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False))
+    rows = tokenize([Example("a", "b")] * 2, byte_tokenizer(), 8)
+    trainer = make_trainer(adapted, byte_tokenizer(), rows, TrainConfig(max_steps=1), tmp_path)
+    assert trainer.args.bf16
+
+
+def test_pinned_memory_is_as_large_as_it_is_asked_for(monkeypatch):
+    """What a user has set of torch's allocator stays."""
+    asked = []
+    monkeypatch.setattr("torch._C._accelerator_setAllocatorSettings", asked.append)
+    for own, wanted in (
+        (None, "pinned_max_round_threshold_mb:1"),
+        ("expandable_segments:True", "expandable_segments:True,pinned_max_round_threshold_mb:1"),
+        ("pinned_max_round_threshold_mb:64", None),
+    ):
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        if own is None:
+            monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+        else:
+            monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
+        asked.clear()
+        module._pin_exact_sizes.cache_clear()
+        module._pin_exact_sizes()
+        assert asked == ([] if wanted is None else [wanted])
+    module._pin_exact_sizes.cache_clear()
 
 
 def test_an_embedding_that_is_the_heads_weight_stays(tmp_path):

@@ -184,11 +184,24 @@ def test_wrong_evaluations_are_one_error(rows: str, run: Path, tmp_path: Path, m
         hotlora.evaluate(tmp_path / "none", rows)
     with pytest.raises(HotLoraError, match="output is 3"):
         hotlora.evaluate(run, rows, 3)
+    with pytest.raises(HotLoraError, match="engine vllm decides by itself on device, batch_size: leave them out"):
+        hotlora.evaluate(run, rows, engine="vllm", batch_size=3, device="cpu", progress=False)
     with pytest.raises(HotLoraError, match="engine 'vlm' does not exist"):
         hotlora.evaluate(run, rows, engine="vlm", progress=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HotLoraError, match="runs in one process"):
         hotlora.evaluate(run, rows)
+
+
+def test_an_evaluation_by_another_template_is_another_one(tmp_path: Path):
+    """The hash of conversations is of what was read, and no template is part of that."""
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 2)
+    given = (tmp_path / "chats.jsonl", tmp_path / "scored")
+    first, _ = run_evaluation("nano", *map(str, given))
+    assert len(first["config"]["chat_template"]) == 64
+    with pytest.raises(HotLoraError, match="holds another run: the model's chat template was given before"):
+        run_evaluation("nano", *map(str, given), apply_chat_template=False)
 
 
 def test_rouge_l_of_own_rows(rows: str, run: Path, tmp_path: Path):

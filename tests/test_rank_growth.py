@@ -192,14 +192,20 @@ def test_a_run_grows_to_its_budget_and_is_resumed_to_the_same_end(
             raise Stopped
         grow(self, step)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(RankGrowth, "_grow", stop_after_3)
-        with pytest.raises(Stopped):
-            run_training(model_folder, data, tmp_path / "killed", **GROWING)
-    record = run_training(model_folder, data, tmp_path / "killed", **GROWING)
-    assert record["training"]["resumed_from"] == 3 and record["ranks"] == calm["ranks"]
-    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("calm", "killed")]
-    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    def stop(self):
+        raise Stopped
+
+    for name, until, (method, dying) in (
+        ("killed", 3, ("_grow", stop_after_3)), ("killed after its last step", 8, ("finish", stop)),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(RankGrowth, method, dying)
+            with pytest.raises(Stopped):
+                run_training(model_folder, data, tmp_path / name, **GROWING)
+        record = run_training(model_folder, data, tmp_path / name, **GROWING)
+        assert record["training"]["resumed_from"] == until and record["ranks"] == calm["ranks"]
+        files = [load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("calm", name)]
+        assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][k], files[1][k]) for k in files[0])
 
 
 def test_the_saved_adapter_has_the_active_ranks_and_is_what_was_trained(model_folder, data, tmp_path, monkeypatch):  # noqa: F811

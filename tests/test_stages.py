@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
+import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask
@@ -246,6 +247,19 @@ def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_pa
     adapted = load_adapter(load_model(model_folder), tmp_path / "calm" / "adapter")
     plan = ExpertPlan.from_dict(adapted.peft_config["default"].plan)
     assert (plan.ranks is not None) == (left == "merge")
+    ended = hotlora.Run(tmp_path / "calm").plan
+    assert ended == plan and ended.experts != ExpertPlan.load(tmp_path / "calm" / "plan.json").experts
+
+
+@pytest.mark.parametrize("method", [{"grow_every": 1, "lr_scheduler": "constant_with_warmup"}, {"perft": "E"}])
+def test_a_warm_up_is_plain_lora_on_all_experts(method, model_folder, data, tmp_path):
+    """Whatever is trained after it."""
+    common = {"max_steps": 8, "r": 4, "lora_alpha": 8, "max_length": 64, "warmup": "lora", "rule": "all"}
+    off = {"train_attention": False, "train_shared": False, "train_router": "grow_every" in method}
+    run_method(model_folder, data, tmp_path / "run", **common, **off, **method)
+    config = json.loads((tmp_path / "run" / "warmup" / "adapter" / "adapter_config.json").read_text())
+    assert config["perft"] is None and {len(ids) for ids in config["plan"]["experts"].values()} == {8}
+    assert config["plan"].get("ranks") is None
 
 
 def stop_after(step, stop):

@@ -363,6 +363,19 @@ def test_fields_of_the_config_are_options():
         assert sweep.options_of(sweep.conditions[0])[name] == value
 
 
+def test_what_is_offloaded_in_training_is_so_in_profile_and_scores(tmp_path: Path):
+    conditions = (Condition("base", train=False), Condition("hot", {"rule": "hot"}), Condition("other", scores="hot"))
+    sweep = make_sweep(*conditions, options={"offload": "all", "offload_folder": str(tmp_path)})
+    jobs = sweep_jobs(sweep, tmp_path / "out")
+    assert len(jobs) == 4
+    for job in jobs:
+        options = job.arguments.get("options")
+        found = (options.offload, options.offload_folder) if options else job.arguments
+        if job.function is make_profile:
+            found = (job.arguments["offload"], job.arguments["offload_folder"])
+        assert found == ("all", str(tmp_path)), job.name
+
+
 def test_of_many_seeds_the_terminal_shows_how_many_are_done_and_their_mean(tmp_path: Path):
     def job(seed: int, status: str, score: float | None = None) -> Job:
         result = None if score is None else {"evaluation": {"nano-math": {"accuracy": score}}}

@@ -228,7 +228,14 @@ def low_rank_products(A_gate_up: Tensor, B_gate_up: Tensor, A_down: Tensor, B_do
     A_gate_up, B_gate_up, A_down, B_down = map(at_least_float32, (A_gate_up, B_gate_up, A_down, B_down))
     parts = A_gate_up.shape[-2] // A_down.shape[-2]
     pairs = zip(B_gate_up.chunk(parts, dim=-2), A_gate_up.chunk(parts, dim=-2), strict=True)
-    return torch.cat([B @ A for B, A in pairs], dim=-2), B_down @ A_down
+    with in_their_own_dtype(A_down):
+        return torch.cat([B @ A for B, A in pairs], dim=-2), B_down @ A_down
+
+
+def in_their_own_dtype(x: Tensor) -> torch.autocast:
+    """Products inside are in the dtype of their factors: autocast would round those of float32 in training, and there
+    alone."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Shape suffixes: E experts.
 
 import copy
 import errno
+import functools
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ..base.errors import FileError
 from ..base.precision import say_once
 from ..base.sizes import size_words
+from ..hf.internals import internal
 from ..hf.moe_layers import moe_layers, unwrap
 from .offload_embedding import offload_embedding
 
@@ -198,12 +200,15 @@ class Fetcher:
 
     def get(self, holder: "OffloadedExperts") -> list[Tensor]:
         """The holder's tensors on the device, until the next holder's are asked for; those are on their way."""
+        compute = torch.cuda.current_stream(self.device) if self.stream else None
         if not self._slots:
             self._slots = [_Slot(self.num_bytes, self.device) for _ in range(2)]
+            if compute is not None:
+                for slot in self._slots:
+                    slot.used = compute.record_event()  # what had this memory before may still be computing
         used, other = self._slots
         if used.holder is holder:  # again, of a CPU for each expert
             return used.tensors
-        compute = torch.cuda.current_stream(self.device) if self.stream else None
         if compute is not None:
             used.used = compute.record_event()
         if other.holder is not holder:
@@ -366,10 +371,27 @@ class Offload:
             self.folder.say()
 
 
+_ROUNDS_UP_TO = "pinned_max_round_threshold_mb"
+
+
 def pinned(tensor: Tensor) -> Tensor:
     """A copy in RAM that a GPU can read while it computes."""
     tensor = tensor.detach().cpu()
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor.clone()
+    if not torch.cuda.is_available():
+        return tensor.clone()
+    _pin_exact_sizes()
+    return tensor.pin_memory()
+
+
+@functools.cache
+def _pin_exact_sizes() -> None:
+    """torch rounds pinned memory up to powers of two, of whatever size: up to twice the RAM. What the user has set of
+    its allocator stays."""
+    own = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if _ROUNDS_UP_TO in own:
+        return
+    with suppress(Exception):  # a torch that has no such setting
+        internal("torch:_C._accelerator_setAllocatorSettings")(",".join(filter(None, (own, f"{_ROUNDS_UP_TO}:1"))))
 
 
 def keep_on_device(model: nn.Module, experts: Mapping[int, Sequence[int]]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..base.errors import HotLoraError
 from ..layer.gpu import grouped_linear, grouped_outer
 from .experts import HotExperts
-from .factors import at_least_float32, new_factor
+from .factors import at_least_float32, in_their_own_dtype, new_factor
 
 KINDS = ("E", "R", "D")
 
@@ -89,7 +89,8 @@ class ParallelAdapters(HotExperts):
     def _routed(self, name: str, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         """By a router of their own; as its model's, it makes the chosen ones' weights sum to 1 or does not."""
         router_MD, options = self.lora_router_parallel[name], self._options[name]
-        share_TM = nn.functional.linear(at_least_float32(hidden_TD), at_least_float32(router_MD)).softmax(-1)
+        with in_their_own_dtype(router_MD):
+            share_TM = nn.functional.linear(at_least_float32(hidden_TD), at_least_float32(router_MD)).softmax(-1)
         weight_TK, index_TK = share_TM.topk(options.perft_top_k)
         if options._norm_topk:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..base.errors import PlanError
-from .factors import Slot, at_least_float32, factor_values, new_factor
+from .factors import Slot, at_least_float32, factor_values, in_their_own_dtype, new_factor
 from .mergeable import MergeableLayer
 
 
@@ -86,7 +86,8 @@ class HotLoraWeights(MergeableLayer):
 
     def _low_rank(self, adapter: str, name: str) -> Tensor:
         A, B = self.factor_pairs(adapter)[name]
-        return at_least_float32(B) @ at_least_float32(A) * self.scaling[adapter]
+        with in_their_own_dtype(A):
+            return at_least_float32(B) @ at_least_float32(A) * self.scaling[adapter]
 
     @torch.no_grad()
     def _norms(self, adapter: str, name: str) -> Tensor:

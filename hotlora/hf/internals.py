@@ -18,6 +18,7 @@ _RESUME = "training.sft_trainer does not resume a killed run, or tells a broken 
 _QUANTIZED = "adapter.quantize: experts are not quantized while a model loads"
 _PACKED = "adapter.packed_loading: checkpoints in MXFP4 and FP8 are not loaded as they are stored"
 _SUMS = "adapter.combine: adapters are not combined but by cat"
+_PINNED = "offloaded experts take up to twice their size in RAM, unless PYTORCH_ALLOC_CONF says otherwise"
 _META = "cost.estimate and `hotlora train` cannot tell the memory of a training before it starts"
 
 NAMES = {
@@ -34,6 +35,7 @@ NAMES = {
     "transformers.integrations.moe#_is_expert_parallel": "hf.experts_view takes a process's experts for all of them, "
     "under expert parallelism",
     "transformers.integrations.moe#has_post_expert_norm": "hf.experts_view leaves out the norm after experts (inkling)",
+    "torch:_C._accelerator_setAllocatorSettings": _PINNED,
     "transformers:PreTrainedConfig._experts_implementation": "adapter.model does not give a model its own forward of "
     "experts back when the adapter is unloaded",
     "transformers.core_model_loading:revert_weight_conversion": "adapter.formats names experts as transformers does, "

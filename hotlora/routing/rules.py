@@ -125,6 +125,8 @@ _RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
 RULES: dict[str, Rule] = {name: rule for name, (rule, _) in _RULES.items()}
 READS: dict[str, tuple[str, ...]] = {name: reads for name, (_, reads) in _RULES.items()}
 """which of `select_experts`' options a rule reads"""
+SAME_NUMBER = ("hot", "all", "random", "cold", "hot+random", "scores")
+"""rules that keep as many experts of a layer, whatever its routing"""
 BY_SHARE = ("greedy", "coverage", "cumulative", "auto")
 """rules that compare shares of a layer, which one without assignments does not have"""
 

@@ -22,7 +22,7 @@ from ..hf.moe_layers import fingerprint, moe_layers, num_experts_per_tok
 from ..hf.routers import check_softmax_routers
 from ..routing.plan import ExpertPlan, check_rule, selected
 from ..routing.profile import RoutingProfile
-from ..routing.rules import READS
+from ..routing.rules import READS, RULES, SAME_NUMBER
 from ..training.activation_offloading import check_activation_offloading
 from ..training.named import check_optim, schedule_options
 from ..training.rank_growth import Growth
@@ -49,6 +49,15 @@ def check_run(options: RunOptions) -> None:
         raise HotLoraError(
             "what is learned is not merged into offloaded experts: leave out offload, or reprofile_left."
         )
+    if options.offload != "none" and device.type != "cpu":
+        needs = {
+            "DoRA (--dora)": options.use_dora, "full experts (--method esft)": options.train_full_experts,
+            "merging earlier adapters (--on-top-of)": bool(options.on_top_of),
+        }  # fmt: skip
+        if what := next((words for words, is_on in needs.items() if is_on), None):
+            raise HotLoraError(f"{what} needs the experts on the device: leave out --offload, or that.")
+    if options.load_best and uses_deepspeed():
+        raise HotLoraError("DeepSpeed spreads the weights that load_best would keep: leave load_best out.")
     _tell_unused(options)
     stored = experts_in(
         options.quantize, linear=options.quantize_linear, offload=options.offload != "none",
@@ -130,6 +139,12 @@ def _check_reads(options: RunOptions) -> None:
         raise PlanError(
             f"rule {options.rule!r} chooses the same experts whatever is profiled: leave out reprofile_every, or give "
             "a rule that reads the profile, such as hot."
+        )
+    if options.reprofile_every is not None and options.rule in RULES and options.rule not in SAME_NUMBER:
+        rules = ", ".join(rule for rule in SAME_NUMBER if "signal" in READS[rule])
+        raise PlanError(
+            f"re-profiling keeps the number of experts of each layer, and rule {options.rule!r} may change it: choose "
+            f"one of {rules}, or leave out reprofile_every."
         )
 
 

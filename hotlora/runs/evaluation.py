@@ -33,6 +33,7 @@ from ..hf.models import load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..tasks import Example, Task
+from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of, trained_parts
 from ..tasks.own import own_task
 from ..tasks.split import drawn, held_out
@@ -97,8 +98,8 @@ def run_evaluation(
     if is_text:
         _check_texts(task, rouge, sampling, engine)
     identity = {
-        "model": options.model, "data": data, "test_hash": data_hash(test), **scored.identity(),
-        "eval_batch_size": options.batch_size,
+        "model": options.model, "data": data, "test_hash": data_hash(test), **template_source(tokenizer, test),
+        **scored.identity(), "eval_batch_size": options.batch_size,
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
@@ -191,8 +192,8 @@ def run_held_out(
         examples = load_examples(data, "train", limit=limit, **reading)
         test = drawn(held_out(examples, split)[1], options.limit)
     identity = {
-        "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,
-        **scored.identity(), "keep_hot": scored.keep, "eval_batch_size": options.batch_size,
+        "model": options.model, "test_data": data, "test_hash": data_hash(test), **template_source(tokenizer, test),
+        "max_length": max_length, **scored.identity(), "keep_hot": scored.keep, "eval_batch_size": options.batch_size,
         "train_on": trained_parts(options.train_on, test),
     }  # fmt: skip
     if (done := finished(Path(output), identity)) is not None:
@@ -357,6 +358,9 @@ class _Scored:
             )
         if engine != "vllm":
             return
+        unread = ("device", "attn_implementation", "offload", "offload_folder", "batch_size")
+        if given := [name for name in unread if getattr(self.options, name) != getattr(EvalOptions, name)]:
+            raise HotLoraError(f"the engine vllm decides by itself on {', '.join(given)}: leave them out.")
         if task is not None and task.kind == "choice":
             raise HotLoraError(f"{task.name} ranks choices, which the engine vllm is not used for: leave --engine out.")
         if self.on_top_of:

@@ -177,7 +177,10 @@ class Run:
 
     @cached_property
     def plan(self) -> ExpertPlan:
-        """The experts that were adapted."""
+        """The experts that the adapter has: after re-profiling, or with ranks of their own, not those of plan.json."""
+        adapter = self.folder / "adapter"
+        if (adapter / CONFIG_FILE).is_file():
+            return ExpertPlan.from_dict(saved.saved_config(adapter).plan)
         return ExpertPlan.load(self.folder / "plan.json")
 
     @cached_property

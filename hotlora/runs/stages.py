@@ -107,12 +107,13 @@ def _warm_up(
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(data, "train", limit=options.limit, tell=False, **read)  # the training tells
     number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
-    without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "max_steps", "reprofile_every", "mask"))
+    others = ("plan_seed", "max_steps", "reprofile_every", "grow_every", "perft", "mask")
+    without: dict[str, Any] = dict.fromkeys((*BUDGETS, *others))
     warming = replace(
         options, **without,
         warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=number, profile_fraction=1.0,
         profile_until=None,
-        train_a=True, use_dora=False, train_full_experts=False,
+        train_a=True, use_dora=False, train_full_experts=False, perft_adapters=1, perft_top_k=1, dense_mixer=False,
         eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip

@@ -240,6 +240,7 @@ def _scoring(
     scored = EvalOptions(
         model=options.model, on_top_of=options.on_top_of, limit=options.test_limit, batch_size=options.eval_batch_size,
         dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation,
+        offload=options.offload, offload_folder=options.offload_folder,
         **(options.reading() if task_of(data) is None else {}), **stored,
     )  # fmt: skip
     sampling = {name: given[name] for name in SAMPLING if name in given}
@@ -264,4 +265,5 @@ def _profile_job(options: RunOptions, output: Path) -> Job | None:
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(settings["data"])).stem).strip("-")
     folder = output / PROFILES / f"{name}-{digest}"
     settings |= {"path": folder / "profile.safetensors", "batch_size": options.batch_size}
+    settings |= {"offload": options.offload, "offload_folder": options.offload_folder}
     return Job(f"profile of {settings['data']}", folder, make_profile, settings)

@@ -7,16 +7,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..adapter.quantize import experts_in
 from ..base.errors import FileError
 from ..base.records import Record, new_record, read_record, write_record
 from ..evaluation.generate import Sampling
-from ..hf.models import load_model, load_tokenizer, vocab_size
+from ..hf.models import load_tokenizer, vocab_size
 from ..routing.profile import RoutingProfile
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, task_of
 from ..tasks.tokens import tokenize
 from .evaluation import run_evaluation, run_held_out
+from .folder import load_base
 from .options import EvalOptions, RunOptions
 from .profiling import Watching, profile_data, profile_sample
 from .stages import run_method
@@ -71,6 +71,8 @@ def make_profile(
     attn_implementation: str | None = None,
     profile_until: float = 1.0,
     saliency: bool = False,
+    offload: str = "none",
+    offload_folder: str | Path | None = None,
     **reading: Any,
 ) -> None:
     """Writes the routing profile that `run_training` would make of these options, unless it is there.
@@ -90,9 +92,9 @@ def make_profile(
     except FileError:
         pass  # none yet
     dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(model))
-    base = load_model(
-        model, dtype=dtype, device=device, quantization_config=experts_in(quantize, linear=quantize_linear),
-        dequantize=quantize == 0, attn_implementation=attn_implementation,
+    base = load_base(
+        model, dtype=dtype, device=device, quantize=quantize, quantize_linear=quantize_linear, offload=offload,
+        offload_folder=offload_folder, attn_implementation=attn_implementation,
     )  # fmt: skip
     profile_data(
         base,

@@ -47,9 +47,11 @@ def make_trainer(
 ) -> "Trainer":
     """TRL's trainer, wired: pre-tokenized data, response-only loss, no auxiliary loss unless asked for."""
     on_cpu = device_of(model).type == "cpu"
-    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    # Of the embedding, which is never quantized; offloaded it is no parameter.
+    dtype = model.get_input_embeddings().weight.dtype
+    bf16 = dtype == torch.bfloat16
     check_activation_offloading(config.activation_offloading, device_of(model))
-    say_if_slow(device_of(model).type, next(model.parameters()).dtype)
+    say_if_slow(device_of(model).type, dtype)
     recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
     arguments = SFTConfig(
@@ -211,7 +213,8 @@ class Trainer(SFTTrainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """ValueError: a weight is not in the checkpoint. transformers warns, and trains on with the base's."""
-        state: dict[str, Any] = self.model.state_dict(keep_vars=True)
+        model: Any = self.model
+        state: dict[str, Any] = model.state_dict(keep_vars=True)
         found = {id(tensor) for name, tensor in state.items() if name not in load_result.missing_keys}
         if lost := [name for name in load_result.missing_keys if id(state[name]) not in found]:  # or they are tied
             raise ValueError(f"{len(lost)} of the model's weights are not in it, such as {lost[0]}")
@@ -273,11 +276,11 @@ class CpuTrainer(Trainer):
         with self.accelerator.autocast():
             outputs, loss, count = self.labelled_loss(model, inputs, labels)
         loss = loss / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        if self.aux_loss_enabled:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the count is of every process, and DDP averages
+        if self.aux_loss_enabled:  # each process's own, of which DDP's average is the loss
+            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
 
 

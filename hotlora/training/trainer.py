@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from ..base.errors import DataError, HotLoraError, Stopped
 from ..base.files import read_json, write_json
@@ -228,7 +228,7 @@ def _run(
         if checkpoint and ended:
             # Killed after the last step. transformers would train one step more.
             trainer._load_from_checkpoint(str(checkpoint), trainer.model)
-            trainer.state.global_step = start
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             for callback in callbacks:
                 callback.on_train_begin(trainer.args, trainer.state, trainer.control)
         else:
