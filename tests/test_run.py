@@ -109,7 +109,7 @@ def test_a_run_profiles_until_its_experts_are_settled(model_folder: str, tmp_pat
     assert (profile.source["examples"], profile.source["drawn_from"]) == (64, 300)
     assert profile.source["until"]["experts"] == {"rule": "cold", "fraction": 0.5, "signal": "count"}
     assert record["profile"]["examples"] == 64 and record["profile"]["stability"]["mean"] >= 0.5
-    said = "profiled on 64 of 300 examples, {:,} tokens: the experts that they choose (cold, fraction 0.5, by count)"
+    said = "profiled on 64 of 300 examples, {:,} tokens: the chosen experts (cold, fraction 0.5, by count) overlap"
     assert said.format(profile.num_tokens) in capsys.readouterr().err
     same = {"config": config, "profile_until": 0.5, "rule": "cold", "fraction": 0.5}
     assert run_training(*named, run, **same) == record

@@ -7,6 +7,7 @@ gives back is not saved, and of B only the kept entries are parameters, with gra
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,10 +233,11 @@ def low_rank_products(A_gate_up: Tensor, B_gate_up: Tensor, A_down: Tensor, B_do
         return torch.cat([B @ A for B, A in pairs], dim=-2), B_down @ A_down
 
 
-def in_their_own_dtype(x: Tensor) -> torch.autocast:
+def in_their_own_dtype(x: Tensor) -> AbstractContextManager[Any]:
     """Products inside are in the dtype of their factors: autocast would round those of float32 in training, and there
     alone."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
