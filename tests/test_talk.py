@@ -140,7 +140,7 @@ def test_a_conversation_goes_through_the_template(run: Path):
         prompt_ids(tokenizer, messages)
 
 
-def test_generate_and_chat(call, run: Path, chats: Path):
+def test_generate_and_chat(call, run: Path, chats: Path, caplog: pytest.LogCaptureFixture):
     model, tokenizer = hotlora.load(run)
     expected = answer(model, tokenizer, PROMPT, max_new_tokens=8)
     code, out, _ = call("generate", PROMPT, "--adapter", run, "--max-new-tokens", 8)
@@ -158,6 +158,15 @@ def test_generate_and_chat(call, run: Path, chats: Path):
     asked += [{"role": "assistant", "content": said.strip()}, {"role": "user", "content": "again"}]
     again = answer(model, tokenizer, asked, max_new_tokens=6)
     assert code == 0 and out.split() == f"{said} {again} {said}".split()
+    told = "it was trained on plain texts"
+    assert told in call("chat", run, stdin="/exit\n")[2] and told not in call("chat", chats, stdin="/exit\n")[2]
+    rows = chats.parent / "rows.jsonl"
+    for flag, is_told in (("--apply-chat-template", False), ("--no-chat-template", True)):
+        words = ("evaluate", "--data", rows, "--adapter", chats, "--limit", 1, "--max-new-tokens", 1, flag)
+        caplog.clear()
+        assert call(*words)[0] == 0
+        told = "trained on rows written by the chat template, and these are written as plain text"
+        assert (told in caplog.text) == is_told
 
 
 def test_a_template_is_given_tools_and_options(call, chats: Path, tmp_path: Path):

@@ -31,6 +31,8 @@ def data(
 
     if rows < 0:
         raise DataError(f"--rows {rows} is out of range: give 0 or more.")
+    if split != "train" and Path(source).expanduser().is_file():
+        raise DataError(f"--split is of a task, a folder or a Hub id, and {source} is one file: leave it out.")
     options = ProfileOptions(**given, max_length=max_length)
     tokenizer = load_tokenizer(options.model)
     read: dict[str, Any] = {"tokenizer": tokenizer, **options.reading()}

@@ -92,6 +92,9 @@ def evaluate(
             raise HotLoraError(
                 "lm-eval's tasks say how answers are drawn: leave engine, sampling, --max-new-tokens and --rouge out."
             )
+        reading: list[str] = [name for name in ("apply_chat_template", "columns", "train_on") if name in given]
+        if reading := [*reading, *(["seed"] if seed else []), *(["allow_missing"] if allow_missing else [])]:
+            raise HotLoraError(f"lm-eval writes its own prompts, by no chat template: leave {', '.join(reading)} out.")
         names = [name.strip() for name in tasks.split(",")]
         options = EvalOptions(model=model, **given)
         record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)
@@ -99,6 +102,8 @@ def evaluate(
         return
     if data is None or num_fewshot is not None or include_path is not None:
         raise HotLoraError("Give --data, a task to score; num-fewshot and include-path go with --harness lm-eval.")
+    if allow_missing and generations is None:
+        raise HotLoraError("--allow-missing is of completions made elsewhere: give --generations, too.")
     sampling = Sampling(samples, temperature, top_p, seed)
     answering = set(given) - {"limit"} or rouge or engine != "transformers" or sampling != Sampling()
     if (model is None) == (generations is None) or (generations is not None and answering):

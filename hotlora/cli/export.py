@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..base.errors import HotLoraError
 from ..runs.options import LoadOptions
 from .options import number_list, options_of, out
 from .saved import Base, noted
@@ -108,6 +109,8 @@ def combine(
 
     numbers = None if weights is None else number_list("weights", weights, float)
     found = [noted(adapter, model) for adapter in adapters]
+    if len(bases := dict.fromkeys(base for base, _ in found)) > 1:
+        raise HotLoraError(f"the adapters are of {' and '.join(bases)}: if these are one model, give it (--model).")
     parts = [adapter for _, adapter in found]
     combine_saved(found[0][0], parts, output, weights=numbers, how=how, density=density, seed=seed, **given)
     _describe(output, "combined", found[0][0], parts)

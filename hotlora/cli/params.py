@@ -121,6 +121,7 @@ def params(
                 budget = "--experts-per-layer" if fraction is None else "--fraction"
                 raise HotLoraError(f"method {method!r} chooses no experts: leave {budget} out.")
             named = {name: value for name, value in named.items() if name not in ("experts_per_layer", "fraction")}
+        named = {name: value for name, value in named.items() if name not in given}
         counts |= _counted(model, method, {**options, **named}, named.keys() & _NOT_LORA, coverage)
     rooms = {}
     if "adapter_flops" in counts:

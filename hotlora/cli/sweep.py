@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
+from ..base.errors import HotLoraError
 from ..base.escape import lines
 from .options import err, error_line, named, out
 
@@ -63,9 +64,12 @@ def sweep(
     setting = Setting(model, sources, seeds, options)
     found = find_recipe(file, setting)
     if isinstance(found, Direct):
+        if processes is not None:
+            raise HotLoraError(f"{file} trains nothing, so that no runs are side by side: leave --processes out.")
         _direct(found, output, tflops, dry_run)
     else:
-        _trainings(found, output, processes, tflops, dry_run, tell_needs=dry_run or not file.endswith(".py"))
+        tell_needs = dry_run or tflops is not None or not file.endswith(".py")
+        _trainings(found, output, processes, tflops, dry_run, tell_needs=tell_needs)
 
 
 def _trainings(

@@ -112,7 +112,7 @@ def chat(
     """Talk to a model: it sees the whole conversation. /clear starts anew, /exit or Ctrl-D ends."""
     from ..evaluation.generate import Sampling, end_ids
     from ..evaluation.talk import answer, check_answering, prompt_ids
-    from ..runs.load import load
+    from ..runs.load import find, load
 
     sampling = Sampling(1, temperature, top_p, seed)
     check_answering(max_new_tokens, sampling)
@@ -122,6 +122,8 @@ def chat(
         tokenizer, [*_system(system), {"role": "user", "content": "?"}], **given_template
     )  # no template is told before a word is typed
     ends = end_ids(net, tokenizer, chat=True)
+    if find(str(run), model).is_chat is False:
+        err.print("it was trained on plain texts, and the chat template writes what you say (not so: hotlora generate)")
     err.print(f"{run} answers; /clear starts anew, /exit ends.")
     messages = _system(system)
     while True:

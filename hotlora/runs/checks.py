@@ -124,7 +124,7 @@ def check_values(options: RunOptions) -> None:
             raise HotLoraError(f"{name} = {bits} is out of range: it must be 8 or 4 bits, or 0.")
     if options.reprofile_left not in LEFT:
         raise HotLoraError(f"reprofile_left is {options.reprofile_left!r}: choose one of {', '.join(LEFT)}.")
-    if options.plan is None and not options.full:
+    if not options.full:
         check_rule(options.rule, options.signal, {name: getattr(options, name) for name in BUDGETS})
     _check_reads(options)
 
@@ -158,6 +158,9 @@ def _tell_unused(options: RunOptions) -> None:
     budgets = [name for name in BUDGETS if getattr(options, name) is not None]
     if options.full and budgets:
         say_once(f"full fine-tuning trains all experts: {' and '.join(budgets)} change nothing")
+    places = [name for name in ("train_attention", "train_router", "train_shared") if not getattr(options, name)]
+    if options.full and (others := [*places, *(["profile"] if options.profile is not None else [])]):
+        say_once(f"full fine-tuning trains all weights: {' and '.join(others)} change nothing")
 
 
 def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """Runs that score: a model with or without an adapter, lm-eval's harness, answers made elsewhere."""
 
 import dataclasses
+import logging
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -41,8 +42,10 @@ from ..tasks.tokens import tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
 from .folder import finished, load_base, recorded, save_evaluation, underneath
+from .load import find
 from .options import EvalOptions
 
+_log = logging.getLogger(__name__)
 _LONG = 1 << 20  # tokens, where no window is known
 ENGINES = ("transformers", "vllm")
 
@@ -97,6 +100,8 @@ def run_evaluation(
     is_text = task.kind == "text"
     if is_text:
         _check_texts(task, rouge, sampling, engine)
+    elif is_own and options.adapter is not None:
+        _tell_template(options, tokenizer, test)
     identity = {
         "model": options.model, "data": data, "test_hash": data_hash(test), **template_source(tokenizer, test),
         **scored.identity(), "eval_batch_size": options.batch_size,
@@ -148,6 +153,17 @@ def run_evaluation(
         if evaluation.unfinished:
             record["evaluation"][task.name]["max_new_tokens"] = task.max_new_tokens
     return record, evaluation
+
+
+def _tell_template(options: EvalOptions, tokenizer: Any, test: Sequence[Example]) -> None:
+    """Warns where the adapter's run read its rows otherwise: its prompts are not those that are answered here."""
+    was, by_template = find(str(options.adapter), options.model).is_chat, bool(template_source(tokenizer, test))
+    if was is not None and was != by_template:
+        ways = ("as plain text", "by the chat template")
+        _log.warning(
+            "the adapter was trained on rows written %s, and these are written %s: the other way is %s",
+            ways[was], ways[by_template], "--apply-chat-template" if was else "--no-chat-template",
+        )  # fmt: skip
 
 
 def _check_texts(task: Task, rouge: bool, sampling: Sampling, engine: str) -> None:

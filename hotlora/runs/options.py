@@ -219,8 +219,13 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
             raise HotLoraError(
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
-        if self.full and self.normalize_moe_lora:
-            raise HotLoraError("full fine-tuning has no adapter, and so no rank: leave normalize_moe_lora out.")
+        kinds = {
+            "normalize_moe_lora": self.normalize_moe_lora, "use_dora": self.use_dora, "share_a": self.share_a,
+            "perft": self.perft is not None, "train_full_experts": self.train_full_experts,
+            "a frozen A (train_a false)": not self.train_a,
+        }  # fmt: skip
+        if self.full and (what := next((name for name, is_on in kinds.items() if is_on), None)):
+            raise HotLoraError(f"full fine-tuning has no adapter: leave {what} out.")
         if self.dense_mixer and not (self.train_router or self.full):
             raise HotLoraError("dense_mixer is a gradient for routers: leave it out, or train the router.")
         if self.dense_mixer and self.perft is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..adapter.load import load_adapter
 from ..adapter.mask import SparseMask, check_share, draw_mask
+from ..base.errors import HotLoraError
+from ..base.precision import say_once
 from ..base.processes import is_main, start, wait_for_all
 from ..base.records import Record, read_record, write_record
 from ..hf.models import load_tokenizer
@@ -42,6 +44,7 @@ def run_method(
     """
     output = Path(output)
     start(options.device)
+    _check_given(options)
     if options.keep is not None:
         check_share(options.keep, options.granularity)
         _dense(options)
@@ -65,6 +68,21 @@ def run_method(
         if is_main():
             write_record(output, record)
     return record
+
+
+def _check_given(options: RunOptions) -> None:
+    """HotLoraError: what a mask says already. Tells what a plan, or a profile, leaves without effect."""
+    if options.mask is not None:
+        names = ("dense_learning_rate", "granularity", "fresh_a")
+        if given := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
+            raise HotLoraError(f"a mask is given, so no dense run draws one: leave out {' and '.join(given)}.")
+    unread: tuple[str, ...] = ()
+    if options.plan is not None:
+        what, unread = "plan names its experts", ("rule", "signal", "plan_seed", "profile_until", "profile_fraction")
+    elif options.profile is not None and options.reprofile_every is None:
+        what, unread = "profile is made already", ("profile_until", "profile_fraction")
+    if given := [name for name in unread if getattr(options, name) != getattr(RunOptions, name)]:
+        say_once(f"the {what}: {' and '.join(given)} change nothing")
 
 
 def _drawn(options: RunOptions, output: Path, progress: bool, begin: Callable[[], None]) -> Path:

@@ -25,6 +25,7 @@ from ..adapter.offload import keep_on_device
 from ..adapter.stored import quantized_parameters
 from ..base.errors import DataError, HotLoraError
 from ..base.files import atomic_folder, file_in, sha256_file
+from ..base.precision import say_once
 from ..base.processes import (
     all_objects,
     check_alike,
@@ -128,6 +129,8 @@ class _Run:
         elif options.test_split is not None:
             self.examples, self.test = held_out(self.examples, options.test_split)
             self.test = drawn(self.test, options.test_limit)
+        if options.test_limit is not None and not self.test:
+            say_once("test_limit changes nothing: no rows are held out (--test-data, --test-split)")
         if options.eval_steps is not None and not any(example.completion for example in self.test):
             raise DataError("eval_steps takes a held-out loss: give test_data or test_split.")
         self.plan = ExpertPlan.load(options.plan) if options.plan is not None else None
