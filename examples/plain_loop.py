@@ -12,7 +12,7 @@ MODEL, DATA, OUTPUT = "nano", "nano-math", "runs/examples/plain"  # or "allenai/
 STEPS = int(os.environ.get("STEPS", 100))
 
 model, tokenizer = hotlora.load_model(MODEL), hotlora.load_tokenizer(MODEL)
-dataset = tokenize(load_examples(DATA), tokenizer, max_length=256)
+dataset = tokenize(load_examples(DATA, tokenizer=tokenizer), tokenizer, max_length=256)
 profile = hotlora.profile_routing(model, batches(dataset.select(range(200)), tokenizer, batch_size=16))
 plan = hotlora.select_experts(profile, rule="hot", fraction=0.25)
 model = peft.get_peft_model(model, hotlora.HotLoraConfig(plan=plan, r=8, lora_alpha=16)).train()

@@ -116,7 +116,7 @@ def test_a_condition_has_the_words_of_train(tmp_path: Path):
         ({"name": ""}, "'' cannot name"),
         (
             {"conditions": [Condition("a", {"fractoin": 0.5})]},
-            r"options fractoin \(did you mean fraction\?\), which do not exist",
+            r"options fractoin \(did you mean fraction\?\), which a sweep's runs do not take",
         ),
         ({"conditions": [Condition("a", {"seed": 1})]}, "s: a has the options seed"),
         ({"conditions": [Condition("a", {"output": "b"})]}, "s: a has the options output"),

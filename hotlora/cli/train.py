@@ -29,8 +29,8 @@ def train(
         str | None,
         typer.Option(
             rich_help_panel="Method",
-            help="A method with its paper's hyperparameters: METHOD-math, -code or -safety, sieve, esft-token or "
-            "esft-gate. Options given beside it come first.",
+            help="A method with its paper's hyperparameters: METHOD-math, -code or -safety, sieve, dr-lora, "
+            "esft-token or esft-gate. Options given beside it come first.",
         ),
     ] = None,
     placement: Annotated[

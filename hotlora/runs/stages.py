@@ -71,18 +71,15 @@ def run_method(
 
 
 def _check_given(options: RunOptions) -> None:
-    """HotLoraError: what a mask says already. Tells what a plan, or a profile, leaves without effect."""
+    """HotLoraError: what a mask says already. Tells what a plan leaves without effect."""
     if options.mask is not None:
         names = ("dense_learning_rate", "granularity", "fresh_a")
         if given := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
             raise HotLoraError(f"a mask is given, so no dense run draws one: leave out {' and '.join(given)}.")
-    unread: tuple[str, ...] = ()
     if options.plan is not None:
-        what, unread = "plan names its experts", ("rule", "signal", "plan_seed", "profile_until", "profile_fraction")
-    elif options.profile is not None and options.reprofile_every is None:
-        what, unread = "profile is made already", ("profile_until", "profile_fraction")
-    if given := [name for name in unread if getattr(options, name) != getattr(RunOptions, name)]:
-        say_once(f"the {what}: {' and '.join(given)} change nothing")
+        names = ("rule", "signal", "plan_seed", "profile_until", "profile_fraction")
+        if given := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
+            say_once(f"the plan names its experts: {' and '.join(given)} change nothing")
 
 
 def _drawn(options: RunOptions, output: Path, progress: bool, begin: Callable[[], None]) -> Path:

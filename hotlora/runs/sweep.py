@@ -221,7 +221,7 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
 
 def _check_options(options: Mapping[str, Any], where: str) -> None:
     if unknown := sorted(name for name in options if ALIASES.get(name, name) not in _OPTIONS):
-        raise HotLoraError(f"{where} has the options {suggest(unknown, _OPTIONS)}, which do not exist.")
+        raise HotLoraError(f"{where} has the options {suggest(unknown, _OPTIONS)}, which a sweep's runs do not take.")
     try:
         json.dumps(options, default=os.fspath)
     except (TypeError, ValueError) as error:
