@@ -86,8 +86,8 @@ max_length: 1024
 
 What the command line says comes before the file, the file before a method's or preset's own values, these before the
 defaults. A name that does not exist is an error that names the nearest one. `null` leaves an option to its default.
-`data`, `evaluate`, `profile`, `plan`, `params`, `merge`, `export`, `combine`, `verify`, `generate`, `chat` and `demo` take
-`--config`, too, with their own options.
+`data`, `evaluate`, `profile`, `plan`, `params`, `merge`, `export`, `combine`, `verify`, `generate`, `chat` and `demo`
+take `--config`, too, with their own options.
 
 Some are also known by the names that transformers and TRL have for them, in all of these places but `run.json`:
 """
