@@ -211,6 +211,21 @@ def test_params_refuses_a_budget_that_a_method_does_not_use(call, method: str):
         assert code == 1 and f"method '{method}' chooses no experts: leave {budget[0]} out." in err
 
 
+def test_params_takes_a_flag_before_a_placement_as_train_does(call):
+    for words, router in ((["--placement", "pure"], 0), (["--placement", "pure", "--train-router"], 1_081_344)):
+        code, out, _ = call("params", OLMOE_CONFIG, *words, "--json")
+        assert code == 0 and json.loads(out)["router"] == router
+
+
+def test_adapters_of_two_bases_are_not_combined(call, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        config = {"base_model_name_or_path": f"lab/{name}"}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    code, _, err = call("combine", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "out")
+    assert code == 1 and "the adapters are of lab/a and lab/b: if these are one model, give it (--model)" in err
+
+
 @pytest.mark.parametrize("device", ["mps", "meta", "no such thing"])
 def test_params_estimates_for_cuda_and_cpu(call, device: str):
     for words in (["--estimate"], ["--fit", "12GB"]):

@@ -194,6 +194,46 @@ def test_a_token_past_the_embedding_is_told_with_its_line(tmp_path: Path):
         tokenize(examples[:1], tokenizer, 9, vocab_size=259)
 
 
+def test_a_null_field_is_none_as_in_a_table(tmp_path: Path):
+    """pandas writes one where a row has no such field."""
+    talk = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    rows = [
+        {"messages": talk, "prompt": None, "completion": None},
+        {"messages": None, "prompt": "p", "completion": "c"},
+    ]
+    lines, listed = write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "b.json"
+    listed.write_text(json.dumps(rows))
+    for file in (lines, str(listed)):
+        first, second = load_examples(file, tokenizer=byte_tokenizer())
+        assert (first.format, second.format) == ("messages, as plain text", "prompt + completion, as they are")
+        assert (second.prompt, second.completion) == ("p", "c")
+
+
+def test_what_is_lost_without_a_template_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    talk = [{"role": "user", "content": "U", "name": "Ada"}, {"role": "assistant", "content": "A", "reasoning": "R"}]
+    file = write_lines(tmp_path / "rows.jsonl", {"messages": talk}, {"messages": talk})
+    (tmp_path / "rows.chat.json").write_text(json.dumps({"tools": [{"name": "search"}]}))
+    load_examples(file, tokenizer=byte_tokenizer())
+    told = "without a chat template 'tools' of all rows, messages' 'name', messages' 'reasoning' are left out"
+    assert caplog.text.count(told) == 1 and "no tokenizer" not in caplog.text
+    caplog.clear()
+    load_examples(file)
+    assert caplog.text.count("no tokenizer is given, so conversations are written as plain text") == 1
+    caplog.clear()
+    load_examples(str(tmp_path), tokenizer=byte_tokenizer())
+    assert "rows.chat.json is not read: it is for the rows of the file beside it" in caplog.text
+
+
+def test_tools_of_a_row_that_the_template_writes_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }};{% endfor %}" + CHAT
+    file = write_lines(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c", "tools": [{"name": "search"}]})
+    (example,) = load_examples(file, tokenizer=tokenizer, apply_chat_template=True)
+    assert example.prompt.startswith("search;") and "nothing reads" not in caplog.text
+    load_examples(file, tokenizer=tokenizer)
+    assert "nothing reads tools" in caplog.text
+
+
 def test_what_arrow_fills_in_is_left_out():
     row = {"tools": None, "messages": [{"content": None, "role": "a", "more": [{"a": 1, "b": None}]}], "n": [None, 2]}
     assert without_filling(row) == {

@@ -213,6 +213,8 @@ def test_columns_that_do_not_exist(columns: str, message: str, tmp_path: Path):
         ({"conversations": "hello"}, "'conversations' must be a list of objects with 'from' and 'value'"),
         ({"conversations": [{"from": "human"}]}, "each of 'conversations' needs 'from' and 'value'"),
         ({"conversations": []}, "has no answer to learn, 0 messages"),
+        ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "has 'system', and a first turn of it"),
+        ({"conversations": [{"from": "human", "value": "a"}], "system": ["b"]}, "'system' must be text"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]}, "must be JSON"),
         ({"instruction": "a", "output": 1}, "'output' must be text"),
         ({"instruction": "a", "output": "b", "input": 1}, "'input' must be text"),
@@ -277,6 +279,7 @@ def test_a_folder_is_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         (folder / name).write_text(json.dumps({"prompt": name, "completion": "x"}) + "\n")
     assert [e.prompt for e in load_examples(str(folder))] == ["train-0.jsonl", "train-1.jsonl"]
     assert "'train' is read, and not a.jsonl, b.jsonl, test.jsonl" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"WARNING"}, "a training shows no others"
     assert [e.prompt for e in load_examples(str(folder), "test")] == ["test.jsonl"]
     with pytest.raises(DataError, match=r"holds no file of the split 'validation', only .*test.jsonl"):
         load_examples(str(folder), "validation")
