@@ -330,7 +330,8 @@ def _fitted(options: RunOptions, given: Collection[str], folder: Path, progress:
             record = read_record(folder)
             had, was_fitted = record["config"], record["config"].get("fit") is not None
             # Without --fit then, what may not change: the batch is split up anew, and the rest changes nothing learned.
-            held = LEVERS if was_fitted else ("quantize",) if goes_on else ()
+            is_kept = goes_on or record["status"] == "done"
+            held = LEVERS if was_fitted and is_kept else ("quantize",) if goes_on else ()
             then = {name: had[name] for name in held if name in had and name not in given}
             if was_fitted and record["status"] == "done" and not options.extend:
                 return then

@@ -460,3 +460,9 @@ def test_packed_experts_are_timed_and_counted_dense(tmp_path):
         made = RandomModel(bench.sized_config(tmp_path, 1), torch.bfloat16, torch.device("cpu"), 0).model
         assert made.get_submodule(moe_layers(made)[0].experts).down_proj.dtype == torch.bfloat16
     assert found[False] == found[True]
+
+
+@pytest.mark.parametrize("options", [{"contenders": ("floor", "hot", "hot")}, {"fractions": (0.25, 0.25)}])
+def test_a_contender_takes_part_once(options):
+    with pytest.raises(HotLoraError, match="takes part twice: name each contender, and each fraction, once"):
+        BenchConfig(**options)

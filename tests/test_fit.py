@@ -6,6 +6,7 @@ import re
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from runs import run_options
 from typer.testing import CliRunner
 
@@ -18,8 +19,10 @@ from hotlora.cost.cards import CARDS, step_time
 from hotlora.cost.estimate import estimate, step_of
 from hotlora.cost.fit import fit
 from hotlora.cost.memory import Storage, expert_bytes, memory, state_bytes, transfer_bytes
-from hotlora.cost.preflight import ROOM, preflight
+from hotlora.cost.preflight import ROOM, preflight, warm_up_by
 from hotlora.cost.setups import LEVERS
+from hotlora.hf.models import config_file
+from hotlora.runs import training
 from hotlora.runs.methods import resolve
 from hotlora.runs.sweep import Condition, Sweep
 
@@ -290,21 +293,29 @@ def test_train_does_what_it_says_and_goes_on_so(tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_was_chosen(tmp_path, monkeypatch):
-    """Whatever is free then."""
+    """Whatever is free then; where nothing was kept, it is chosen for the memory of now."""
     size = needed(run_options(model="nano", data="", batch_size=4, max_length=128, r=2))["total"] / ROOM
+    real = training.train
+    for keeps in (True, False):
+        folder = tmp_path / str(keeps)
 
-    def stops(*args, **options):
-        raise HotLoraError("stopped here")
+        def stops(*args, keeps=keeps, **options):
+            if keeps:
+                real(*args, **options)
+            raise HotLoraError("stopped here")
 
-    with monkeypatch.context() as patched:
-        patched.setattr("hotlora.runs.training.train", stops)
-        assert train(tmp_path, "--fit", f"{size / 1e6:.2f}MB").exit_code != 0
-    then = read_record(tmp_path / "run")["config"]
-    assert then["batch_size"] < 16
-    again = train(tmp_path, "--fit", "100GB")
-    assert again.exit_code == 0, again.output
-    now = read_record(tmp_path / "run")["config"]
-    assert {name: now[name] for name in LEVERS if name in now} == {name: then[name] for name in LEVERS if name in then}
+        with monkeypatch.context() as patched:
+            patched.setattr("hotlora.runs.training.train", stops)
+            assert train(folder, "--fit", f"{size / 1e6:.2f}MB").exit_code != 0
+        then = read_record(folder / "run")["config"]
+        assert then["batch_size"] < 16
+        again = train(folder, "--fit", "100GB")
+        assert again.exit_code == 0, again.output
+        now = read_record(folder / "run")["config"]
+        same = {name: now[name] for name in LEVERS if name in now} == {
+            name: then[name] for name in LEVERS if name in then
+        }
+        assert same == keeps and (keeps or now["batch_size"] == 16)
 
 
 def test_a_run_that_goes_on_is_told_of_nothing_that_it_may_not_change(tmp_path):
@@ -365,6 +376,27 @@ def as_json(*words):
     told = params(*words, "--json")
     assert told.startswith("{"), told
     return json.loads(told)
+
+
+@pytest.mark.parametrize("options", [{"on_top_of": ["a"]}, {"reprofile_every": 5, "reprofile_left": "merge"}])
+def test_what_a_gpu_cannot_offload_is_not_chosen_or_advised(options):
+    size = 0.6 * needed(PLAIN, "cuda")["total"] / ROOM
+    try:
+        found = fitted(f"{size / 1e6:.3f}MB", device="cuda", **options)
+        assert "offload" not in found.chosen
+    except HotLoraError as error:
+        assert "--offload" not in str(error) and "--quantize-linear" not in str(error)
+        assert "paged_adamw" not in str(error) or "reprofile_every" not in options
+
+
+def test_a_warm_up_is_counted_as_plain_lora_on_all_experts():
+    """Whatever A and ranks the run after it has."""
+    found = {}
+    for method in ("hellora", "hellori-d", "perft-e"):
+        options = resolve(method, model="nano", data="", warmup="lora", **SMALL)
+        found[method] = warm_up_by(options, config_file("nano"), torch.device("cpu"))({}).trainable
+    assert found["hellora"] == found["hellori-d"] == step_of("nano", device="cpu", **SMALL).trainable
+    assert found["perft-e"] < found["hellora"], "it has no adapters on attention and router"
 
 
 def test_params_says_how_fast_and_which_ram_it_counts_on(no_gpu):

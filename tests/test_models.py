@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
+from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, ModelError
 from hotlora.hf import models
-from hotlora.hf.models import load_model, load_tokenizer, model_from_config
+from hotlora.hf.models import load_config, load_model, load_tokenizer, model_from_config, own_dtype
 from hotlora.hf.moe_layers import attention_modules, fingerprint, moe_layers, num_experts_per_tok
 from hotlora.routing.profiler import profile_routing
 
@@ -197,3 +198,16 @@ def test_model_from_config(saved, tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no MoE layer"):
         model_from_config(tmp_path)
+
+
+def test_the_own_dtype_is_what_auto_loads(tmp_path):
+    """Of a config that states it for the whole and not for its text, as qwen3_vl_moe's may."""
+    model = zoo_model("qwen3_vl_moe").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"].pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert (
+        {parameter.dtype for parameter in loaded.parameters()} == {own_dtype(load_config(tmp_path))} == {torch.bfloat16}
+    )

@@ -12,7 +12,7 @@ from zoo import zoo_model
 from hotlora.cli.main import app
 from hotlora.cost import preflight as module
 from hotlora.cost.estimate import estimate
-from hotlora.cost.preflight import ROOM, preflight
+from hotlora.cost.preflight import ROOM, layout, preflight
 from hotlora.routing.plan import ExpertPlan
 from hotlora.training.config import TrainConfig
 
@@ -196,3 +196,25 @@ def test_the_command_stops_where_it_cannot_fit(tmp_path, monkeypatch):
     result = train(tmp_path)
     assert result.exit_code != 0 and "--no-preflight" in str(result.exception or result.output)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_files_are_read_into_is_free_in_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("64000000000\n")
+    (tmp_path / "memory.current").write_text("63000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\nactive_file 20000000000\ninactive_file 30000000000\n")
+    assert module._left_in_container() == 51 * 10**9
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module._left_in_container() == 1 << 62
+
+
+def test_a_second_call_under_fsdp_is_counted_in_parts(monkeypatch):
+    """The launcher's wish is taken out of the environment by the first one."""
+    monkeypatch.setattr(module, "num_processes", lambda: 2)
+    monkeypatch.setattr("hotlora.base.processes._wishes", set())
+    assert layout(1) == "ddp"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert layout(1) == "fsdp"
+    monkeypatch.setattr("hotlora.base.processes._wishes", {"fsdp"})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert layout(1) == "fsdp"

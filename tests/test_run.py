@@ -21,6 +21,7 @@ from hotlora.base.records import new_record, read_record, write_record
 from hotlora.evaluation.score import response_loss
 from hotlora.hf.models import load_model
 from hotlora.routing.profile import RoutingProfile
+from hotlora.runs import training
 from hotlora.runs.export import combine_saved, export_saved
 from hotlora.runs.profiling import profile_data
 from hotlora.runs.study import run_study
@@ -286,3 +287,21 @@ def test_what_the_adapters_config_forbids_is_said_before_a_model_is_looked_for(t
         export_saved("no/such-model", tmp_path / "nowhere", out, format="merged")
     with pytest.raises(FileError, match="nowhere is not a folder"):
         combine_saved("no/such-model", [adapter, tmp_path / "nowhere"], out)
+
+
+def test_a_profile_of_another_base_is_not_taken(model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that failed before its first checkpoint may be begun anew with other options."""
+    file, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"prompt": f"{i}", "completion": f" {i % 7}"}) + "\n" for i in range(32)))
+    config, named = replace(CONFIG, max_steps=1), (model_folder, str(file))
+    made = []
+    real = training.profile_data
+    monkeypatch.setattr(training, "profile_data", lambda **given: made.append(1) or real(**given))
+    for options in ({}, {}, {"dtype": "bfloat16"}, {"dtype": "bfloat16"}, {}):
+        (run / "run.json").unlink(missing_ok=True)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(training, "train", lambda *args, **kwargs: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run_training(*named, run, config=config, **options)
+    assert len(made) == 3

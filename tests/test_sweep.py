@@ -24,9 +24,9 @@ from hotlora.report.comparison import compare_runs
 from hotlora.report.rows import table_rows
 from hotlora.report.sections import read_sections
 from hotlora.routing.profile import RoutingProfile
-from hotlora.runs.options import RunOptions
+from hotlora.runs.options import EvalOptions, RunOptions
 from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs
-from hotlora.runs.sweep_runs import make_profile, score_base, train_run
+from hotlora.runs.sweep_runs import make_profile, score_adapter, score_base, train_run
 from hotlora.runs.sweep_table import progress_table
 from hotlora.runs.worker_pool import Job, worker_environment
 from hotlora.training.config import TrainConfig
@@ -374,6 +374,19 @@ def test_what_is_offloaded_in_training_is_so_in_profile_and_scores(tmp_path: Pat
         if job.function is make_profile:
             found = (job.arguments["offload"], job.arguments["offload_folder"])
         assert found == ("all", str(tmp_path)), job.name
+
+
+def test_what_is_merged_into_a_trained_model_is_not_merged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "fft" / "model").mkdir(parents=True)
+    (tmp_path / "lora" / "adapter").mkdir(parents=True)
+    seen = {}
+    monkeypatch.setattr(
+        "hotlora.runs.sweep_runs._scored", lambda options, output, **more: seen.update(it=options) or {}
+    )
+    monkeypatch.setattr("hotlora.runs.sweep_runs._mark", lambda record, output, kept: record)
+    for name, under in (("fft", ()), ("lora", ("earlier",))):
+        score_adapter({}, EvalOptions(model="nano", on_top_of=("earlier",)), tmp_path, trained=tmp_path / name, seed=0)
+        assert seen["it"].on_top_of == under
 
 
 def test_of_many_seeds_the_terminal_shows_how_many_are_done_and_their_mean(tmp_path: Path):

@@ -208,6 +208,11 @@ def sharding(expert_parallel: int = 1) -> Any:
     return config
 
 
+def wants_fsdp() -> bool:
+    """Whether the launcher's configuration asks for FSDP."""
+    return "fsdp" in _wishes or _is_on("ACCELERATE_USE_FSDP")
+
+
 def wants_checkpointing() -> bool:
     """Whether the launcher's configuration asks for activation checkpointing."""
     return "fsdp" in _wishes and _is_on("FSDP_ACTIVATION_CHECKPOINTING")

@@ -134,7 +134,9 @@ class BenchConfig:
             raise HotLoraError(f"contenders is empty: name some of {', '.join(KINDS)}.")
         if wrong := [fraction for fraction in self.fractions if not 0 < fraction < 1]:
             raise HotLoraError(f"fraction is {wrong[0]}: it must be between 0 and 1; `all` has all experts.")
-        self.all_contenders()
+        names = [contender.name for contender in self.all_contenders()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise HotLoraError(f"{twice[0]} takes part twice: name each contender, and each fraction, once.")
 
     def all_contenders(self) -> list[Contender]:
         """In order; "hot" once for each of the fractions."""

@@ -8,18 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
 import torch
 
 from ..base.errors import FileError, HotLoraError
-from ..base.processes import num_processes, own_device, uses_deepspeed
+from ..base.processes import num_processes, own_device, uses_deepspeed, wants_fsdp
 from ..base.sizes import size_words
 from ..hf.models import config_file, is_stored_quantized
 from ..routing.plan import DEFAULT_FRACTION, ExpertPlan
 from ..routing.rules import READS
-from ..runs.options import RunOptions
+from ..runs.options import WARM_UP, RunOptions
 from .cards import CPU, card_named, card_of_size
 from .cluster import Machine
 from .estimate import step_of
@@ -30,6 +31,7 @@ ROOM = 0.9
 """Share of the free memory that is counted on; the estimate is good to 10%, and leaves out fragmentation."""
 _MOST_REMEDIES = 3
 _FIXED = ("weights", "staging", "gathered", "adapter", "gradients", "optimizer")  # needed whatever the batch
+_CGROUP = Path("/sys/fs/cgroup")
 _OF_STEP = (
     "batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "train_a", "share_a",
     "normalize_moe_lora", "grow_every", "perft", "perft_adapters", "perft_top_k", "dtype",
@@ -163,12 +165,14 @@ def _of_auto(name: str) -> str:
 
 
 def step_by(
-    options: RunOptions, path: str, where: torch.device, kept: Mapping[str, Any]
-) -> Callable[[Mapping[str, Any]], Step]:
-    """A run's step, with other values for some of its options. kept: as `experts_of` has it."""
+    options: RunOptions, path: str, where: torch.device, kept: Mapping[str, Any],
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[[Mapping[str, Any]], Step]:  # fmt: skip
+    """A run's step, with other values for some of its options. kept: as `experts_of` has it. fixed: values of options
+    that stay, whatever changes."""
 
     def with_changes(changes: Mapping[str, Any]) -> Step:
-        given = {name: changes.get(name, getattr(options, name)) for name in _OF_STEP}
+        given = {name: changes.get(name, getattr(options, name)) for name in _OF_STEP} | dict(fixed)
         budget = {name: changes[name] for name in ("fraction", "experts_per_layer") if name in changes} or kept
         return step_of(path, device=where, **given, **budget)
 
@@ -178,8 +182,9 @@ def step_by(
 def warm_up_by(
     options: RunOptions, path: str, where: torch.device
 ) -> Callable[[Mapping[str, Any]], Step] | None:  # fmt: skip
-    """Of the warm-up before a run, which adapts all experts; None: there is none."""
-    return None if options.warmup == "none" else step_by(options, path, where, {})
+    """Of the warm-up before a run, which is plain LoRA on all experts; None: there is none."""
+    plain = {name: value for name, value in WARM_UP.items() if name in _OF_STEP}
+    return None if options.warmup == "none" else step_by(options, path, where, {}, plain)
 
 
 def experts_of(options: RunOptions) -> dict[str, Any]:
@@ -206,8 +211,7 @@ def layout(expert_parallel: int) -> str:
         return "sharded"
     if expert_parallel > 1:
         return "ep"
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    return "fsdp" if is_fsdp and num_processes() > 1 else "ddp"
+    return "fsdp" if wants_fsdp() and num_processes() > 1 else "ddp"
 
 
 def device_and_free(name: str) -> tuple[torch.device, int]:
@@ -228,10 +232,14 @@ def free_host_memory() -> int:
 
 
 def _left_in_container() -> int:
-    """Bytes that this process's container may still take (Linux, cgroup 2); more than any machine has elsewhere."""
-    folder = Path("/sys/fs/cgroup")
+    """Bytes that this process's container may still take (Linux, cgroup 2); more than any machine has elsewhere. What
+    files are read into counts as taken there, and is given back when it is needed."""
     try:
-        limit, taken = (folder.joinpath(name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return int(limit) - int(taken) if limit != "max" else 1 << 62
+        limit, taken = (_CGROUP.joinpath(name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit == "max":
+            return 1 << 62
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cache = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+        return int(limit) - max(0, int(taken) - cache)
     except (OSError, ValueError):
         return 1 << 62

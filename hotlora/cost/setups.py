@@ -11,6 +11,7 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..routing.plan import DEFAULT_FRACTION
+from ..runs.checks import needs_experts_there
 from ..runs.options import RunOptions
 from .cards import CPU, TYPICAL, step_time
 from .cluster import Machine, memory, work_of
@@ -113,7 +114,7 @@ class Setups:
         if self.options.plan is None and (self.options.rule == "all" or self.options.budget is not None):
             others.insert(0, {"rule": "hot", "fraction": DEFAULT_FRACTION})
         for changes in others:
-            if changes.keys() & set(self.given):
+            if changes.keys() & set(self.given) or not self._is_allowed(changes):
                 continue
             if changes.keys() & {"rule", "r"}:
                 step = self.step_of(changes).of_tokens(base.step.tokens)
@@ -142,6 +143,8 @@ class Setups:
         if lever == "quantize" and now is None and not is_fixed and not is_stored:
             return None, 8, 4
         if lever == "offload" and self.own.step.packed is not None and self._makes_dense:
+            return (now,)
+        if lever == "offload" and not self.own.step.on_cpu and needs_experts_there(self.options):
             return (now,)
         if lever == "offload" and now == "none" and not is_fixed:
             return ("none", "all") if self.own.step.on_cpu else ("none", "cold", "all")

@@ -224,9 +224,10 @@ def vocab_size(name_or_path: str | Path) -> int | None:
 
 
 def own_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that a config states for its text model; float32 where it does not say."""
-    stated = config.get_text_config().dtype
-    return stated if isinstance(stated, torch.dtype) else torch.float32
+    """The dtype that transformers loads a config's model in by "auto", of one with a text model: the whole's before
+    that's; float32 where neither says."""
+    stated = (config.dtype, config.get_text_config().dtype)
+    return next((dtype for dtype in stated if isinstance(dtype, torch.dtype)), torch.float32)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:

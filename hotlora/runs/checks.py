@@ -45,17 +45,8 @@ def check_run(options: RunOptions) -> None:
         check_push(options.push_to_hub)
     check_report_to(options.report_to)
     check_activation_offloading(options.activation_offloading, device := checked_device(options.device))
-    if options.reprofile_left == "merge" and options.offload != "none" and device.type != "cpu":
-        raise HotLoraError(
-            "what is learned is not merged into offloaded experts: leave out offload, or reprofile_left."
-        )
-    if options.offload != "none" and device.type != "cpu":
-        needs = {
-            "DoRA (--dora)": options.use_dora, "full experts (--method esft)": options.train_full_experts,
-            "merging earlier adapters (--on-top-of)": bool(options.on_top_of),
-        }  # fmt: skip
-        if what := next((words for words, is_on in needs.items() if is_on), None):
-            raise HotLoraError(f"{what} needs the experts on the device: leave out --offload, or that.")
+    if options.offload != "none" and device.type != "cpu" and (what := needs_experts_there(options)):
+        raise HotLoraError(f"{what} needs the experts on the device: leave out --offload, or that.")
     if options.load_best and uses_deepspeed():
         raise HotLoraError("DeepSpeed spreads the weights that load_best would keep: leave load_best out.")
     _tell_unused(options)
@@ -104,6 +95,16 @@ def check_run(options: RunOptions) -> None:
         "normalize_moe_lora",
     )  # fmt: skip
     HotLoraConfig(plan=chosen, **{name: getattr(options, name) for name in names}).bind(there)
+
+
+def needs_experts_there(options: RunOptions) -> str | None:
+    """What of a run cannot be with experts in a GPU's host memory."""
+    needs = {
+        "merging into experts (--reprofile-left merge)": options.reprofile_left == "merge",
+        "DoRA (--dora)": options.use_dora, "full experts (--method esft)": options.train_full_experts,
+        "merging earlier adapters (--on-top-of)": bool(options.on_top_of),
+    }  # fmt: skip
+    return next((words for words, is_on in needs.items() if is_on), None)
 
 
 def check_values(options: RunOptions) -> None:

@@ -17,6 +17,11 @@ section 3.3)."""
 WARMUPS = ("none", "lora")
 BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in ("rule", "signal"))
 TRAIN_ON = ("assistant", "last", "all")
+WARM_UP: Mapping[str, Any] = {
+    "train_a": True, "use_dora": False, "train_full_experts": False, "grow_every": None, "perft": None,
+    "perft_adapters": 1, "perft_top_k": 1, "dense_mixer": False,
+}  # fmt: skip
+"""What a warm-up trains, whatever comes after it: plain LoRA."""
 OFFLOADS = ("none", "cold", "all")
 MOVED = ("adamw_torch", "adamw_torch_fused")
 """Optimizers whose state re-profiling moves with an expert's rows."""

@@ -22,7 +22,7 @@ from ..tasks.split import held_out
 from ..training.identity import check_same
 from .checks import check_run
 from .folder import data_time, load_base
-from .options import BUDGETS, PROFILE_FRACTION, RunOptions
+from .options import BUDGETS, PROFILE_FRACTION, WARM_UP, RunOptions
 from .profiling import Watching, profile_data, profile_sample
 from .training import run_training
 
@@ -77,8 +77,8 @@ def _check_given(options: RunOptions) -> None:
         if given := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
             raise HotLoraError(f"a mask is given, so no dense run draws one: leave out {' and '.join(given)}.")
     if options.plan is not None:
-        names = ("rule", "signal", "plan_seed", "profile_until", "profile_fraction")
-        if given := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
+        beside = ("rule", "signal", "plan_seed", "profile_until", "profile_fraction")
+        if given := [name for name in beside if getattr(options, name) != getattr(RunOptions, name)]:
             say_once(f"the plan names its experts: {' and '.join(given)} change nothing")
 
 
@@ -122,13 +122,13 @@ def _warm_up(
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(data, "train", limit=options.limit, tell=False, **read)  # the training tells
     number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
-    others = ("plan_seed", "max_steps", "reprofile_every", "grow_every", "perft", "mask")
+    others = ("plan_seed", "max_steps", "reprofile_every", "mask")
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, *others))
     warming = replace(
         options, **without,
         warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=number, profile_fraction=1.0,
         profile_until=None,
-        train_a=True, use_dora=False, train_full_experts=False, perft_adapters=1, perft_top_k=1, dense_mixer=False,
+        **WARM_UP,
         eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip

@@ -7,10 +7,9 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..adapter.quantize import experts_in
 from ..base.errors import DataError
 from ..hf.experts_view import ExpertsView
-from ..hf.models import load_model, load_tokenizer, vocab_size
+from ..hf.models import load_tokenizer, vocab_size
 from ..hf.moe_layers import moe_layers, unwrap
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_examples
@@ -19,6 +18,7 @@ from ..tasks import Example
 from ..tasks.data import data_hash, load_examples
 from ..tasks.tokens import batches, tokenize
 from .checks import check_adapters, check_sizes
+from .folder import load_base
 
 _PROFILE = "profile.safetensors"
 
@@ -36,6 +36,8 @@ def run_study(
     quantize: int | None = None,
     quantize_linear: int | None = None,
     attn_implementation: str | None = None,
+    offload: str = "none",
+    offload_folder: str | Path | None = None,
     reading: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[Study, dict[str, RoutingProfile]]:
@@ -65,7 +67,7 @@ def run_study(
             raise DataError(
                 f"{made[0]} is no profile made before, so a model is needed to profile it on: give --model."
             )
-        check_adapters(model, (), dtype=dtype, device=device)
+        check_adapters(model, (), dtype=dtype, device=device, attn_implementation=attn_implementation)
         tokenizer = load_tokenizer(model)
         # All data is read before the model runs: a wrong name or row is told at once.
         for source in made:
@@ -73,9 +75,9 @@ def run_study(
                 source, "train", limit=limit, seed=seed, tokenizer=tokenizer, tell_unread=False, **(reading or {})
             )
             datasets[source] = tokenize(rows[source], tokenizer, max_length, vocab_size=vocab_size(model))
-        base = load_model(
-            model, dtype=dtype, device=device, quantization_config=experts_in(quantize, linear=quantize_linear),
-            dequantize=quantize == 0, attn_implementation=attn_implementation,
+        base = load_base(
+            model, dtype=dtype, device=device, quantize=quantize, quantize_linear=quantize_linear, offload=offload,
+            offload_folder=offload_folder, attn_implementation=attn_implementation,
         )  # fmt: skip
         shared = shared_experts(base)
     for name, source in zip(names, sources, strict=True):

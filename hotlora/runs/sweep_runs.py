@@ -40,7 +40,7 @@ def score_adapter(
 ) -> Record:
     """The adapter, or the model, that the run in `trained` left, on other data."""
     if (trained / "model").is_dir():
-        options = replace(options, model=str(trained / "model"))
+        options = replace(options, model=str(trained / "model"), on_top_of=())  # they are in it
     else:
         options = replace(options, adapter=trained / "adapter")
     return _mark(_scored(options, output, **arguments), output, {**kept, "seed": seed})

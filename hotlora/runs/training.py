@@ -64,6 +64,9 @@ from .profiling import Watching, profile_data, profile_sample, profile_source
 
 _log = logging.getLogger(__name__)
 
+_OF_THE_BASE = ("dtype", "quantize", "quantize_linear", "attn_implementation")
+_UNSET: dict[str, Any] = {name: getattr(RunOptions, name) for name in _OF_THE_BASE} | {"on_top_of": []}
+"""how a profile's base was loaded, where its source does not say"""
 _NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which may be others on another machine
 
 
@@ -297,15 +300,18 @@ class _Run:
             "model": base, "tokenizer": self.tokenizer, "examples": some, "data": options.data,
             "model_name": options.model, "max_length": options.max_length, "watching": watching,
         }  # fmt: skip
+        how = {name: getattr(options, name) for name in _OF_THE_BASE} | {"on_top_of": self.identity["on_top_of"]}
         if file.is_file():
             routing = RoutingProfile.load(file)
             source = profile_source(**named)
-            if watching.is_held_by(routing) and all(routing.source.get(key) == value for key, value in source.items()):
+            found = {name: routing.source.get(name, _UNSET.get(name)) for name in (*source, *how)}
+            if watching.is_held_by(routing) and found == source | how:
                 return routing, file
         routing = profile_data(
             **named, dataset=self._sample(), progress=self.progress, batch_size=options.batch_size,
             more="give a larger --profile-fraction" if len(some) < len(self.examples) else "",
         )  # fmt: skip
+        routing.source.update({name: value for name, value in how.items() if value != _UNSET[name]})
         if is_main():
             routing.save(file)
         return routing, file

@@ -77,8 +77,8 @@ def run_jobs(jobs: Sequence[Job], processes: int, ended: Callable[[Job], None]) 
                     workers.remove(worker)
                     worker.end()
                 ended(job)
-    except Stopped:
-        if any(worker.job for worker in workers):
+    except BaseException as error:  # also Ctrl-C in Python, and what `ended` raises
+        if isinstance(error, Stopped | KeyboardInterrupt) and any(worker.job for worker in workers):
             say(f"waiting at most {PATIENCE} s for what runs to save a checkpoint")
         for worker in workers:  # a training saves a checkpoint, and ends
             worker.process.terminate()
