@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import cache
 
 import pytest
@@ -423,6 +424,23 @@ def test_choices_that_make_no_sense(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_is_no_place_for_an_export(tmp_path):
+    """What is made takes the folder's place at once, which it can take of no link and no mount point."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(FileError, match="link is a link or a mount point: give a new folder inside it"):
+        export_adapter(adapted(train_router=False), tmp_path / "link", format="peft")
+
+
+def test_room_is_by_a_linears_widths_however_it_is_stored():
+    base = zoo_model("olmoe")
+    expected = place_bytes(base, "vllm", 8, 2)
+    for path in attention_modules(base):
+        weight = base.get_submodule(path).weight
+        weight.data = weight.data.reshape(-1, 1)[: weight.numel() // 2]  # as bitsandbytes has 4 bits
+    assert place_bytes(base, "vllm", 8, 2) == expected
+
+
 def test_a_model_without_a_hotlora_adapter(tmp_path):
     with pytest.raises(ModelError, match="has no adapter"):
         export_adapter(zoo_model("olmoe"), tmp_path / "out", format="vllm")
@@ -540,6 +558,12 @@ def test_one_pair_for_each_expert_is_imported(family, tmp_path):
     imported = import_adapter(zoo_model(family), tmp_path / "vllm")
     assert_same(logits(imported), logits(model), other=logits(zoo_model(family)))
     assert imported.peft_config["default"].r == 4
+    # The same scaling by the root of the rank, which is the pair's own and not that of what PEFT makes of two.
+    config = config_of(tmp_path / "vllm")
+    config |= {"use_rslora": True, "lora_alpha": config["lora_alpha"] / config["r"] ** 0.5}
+    shutil.copytree(tmp_path / "vllm", tmp_path / "rslora")
+    (tmp_path / "rslora" / "adapter_config.json").write_text(json.dumps(config))
+    assert_same(logits(import_adapter(zoo_model(family), tmp_path / "rslora")), logits(model))
     export_adapter(model, tmp_path / "sglang", format="sglang")
     with pytest.raises(FileError, match=r"cannot be brought to this model's layout|have no place|do not fit"):
         import_adapter(zoo_model(family), tmp_path / "sglang")
@@ -562,6 +586,8 @@ def test_what_cannot_be_imported_is_named(tmp_path):
     for name, changes, content, message in [
         ("dora", {"use_dora": True}, tensors, "use_dora"),
         ("bias", {"bias": "all"}, tensors, "bias 'all'"),
+        ("pissa", {"init_lora_weights": "pissa_niter_4"}, tensors, "'pissa_niter_4', by which PEFT changes the base"),
+        ("alora", {"alora_invocation_tokens": [1, 2]}, tensors, "has alora_invocation_tokens"),
         ("type", {"peft_type": "IA3"}, tensors, "only LORA"),
         ("ours", {"plan": {"version": 1}}, tensors, "use load_adapter"),
         ("head", {}, tensors | head, "lm_head"),

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from runs import run_method
+from runs import run_evaluation, run_method
 from safetensors.torch import load_file
 from test_stages import SHORT, data, logits, model_folder  # noqa: F401
 from tiny import FAMILIES, fill, tiny_batch, tiny_model, tiny_plan
 from zoo import zoo_model
 
+import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters, parameters_from_config
 from hotlora.adapter.load import load_adapter
@@ -107,7 +108,7 @@ def test_counts_are_those_of_the_authors_code(kind):
 
 
 @pytest.mark.parametrize("method", ["perft-e", "perft-r", "perft-d", "perft-s"])
-def test_each_trains_saves_loads_and_is_not_merged(method, model_folder, data, tmp_path):  # noqa: F811
+def test_each_trains_saves_loads_and_is_not_merged(method, model_folder, data, tmp_path, monkeypatch):  # noqa: F811
     record = run_method(model_folder, data, tmp_path / "run", method=method, **SHORT)
     assert record["status"] == "done" and record["condition"] == method
     assert record["training"]["loss_last"] < record["training"]["loss_first"]
@@ -119,6 +120,16 @@ def test_each_trains_saves_loads_and_is_not_merged(method, model_folder, data, t
     assert torch.equal(logits(again), logits(loaded))
     with pytest.raises(HotLoraError, match="cannot be merged or exported"):
         loaded.merge_and_unload()
+    with monkeypatch.context() as patched:  # before anything is loaded
+        patched.setattr("hotlora.runs.folder.load_model", lambda *args, **options: pytest.fail("a model was loaded"))
+        for refused in (
+            lambda: hotlora.load(tmp_path / "run", merge=True),
+            lambda: run_evaluation(model_folder, data, adapter=tmp_path / "run" / "adapter", merge=True),
+            lambda: run_method(model_folder, data, tmp_path / "on", on_top_of=(str(tmp_path / "run"),), **SHORT),
+        ):
+            with pytest.raises(HotLoraError, match="cannot be merged or exported"):
+                refused()
+        assert not (tmp_path / "on").exists()
     for format in ("merged", "vllm", "peft"):
         with pytest.raises(HotLoraError, match="cannot be merged or exported"):
             export_saved(model_folder, tmp_path / "run" / "adapter", tmp_path / format, format=format)

@@ -22,6 +22,7 @@ from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.hf.hub import _user, check_push, push
 from hotlora.report.card import write_card
+from hotlora.runs.export import export_saved
 
 WHAT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "experts.png"}
 
@@ -148,6 +149,17 @@ def test_a_config_from_elsewhere_is_pushed_as_it_is(there: Hub, run: Path, tmp_p
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     push(tmp_path / "adapter", "lab/odd")
     assert json.loads(there.files["lab/odd"]["adapter_config.json"]) == config
+
+
+def test_a_merged_model_is_pushed_without_where_its_adapters_lay(there: Hub, run: Path, tmp_path: Path):
+    export_saved(str(run.parent / "model"), run / "adapter", tmp_path / "merged", format="merged")
+    kept = json.loads((tmp_path / "merged" / "config.json").read_text())
+    push(tmp_path / "merged", "lab/merged")
+    config = json.loads(there.files["lab/merged"]["config.json"])
+    assert str(run) in json.dumps(kept) and str(run) not in json.dumps(config)
+    assert [entry["weights_sha256"] for entry in config["hotlora_merged"]] == [
+        entry["weights_sha256"] for entry in kept["hotlora_merged"]
+    ]
 
 
 def test_the_commands(there: Hub, run: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from ..base.errors import FileError, HotLoraError
 from ..base.files import read_json, visible_files
 
 _CONFIGS = ("adapter_config.json", "config.json")
+_MERGED = "hotlora_merged"  # of a config: the adapters that were merged into the model (`adapter.on_top_of`)
 
 
 def check_push(name: str) -> None:
@@ -98,10 +99,15 @@ def _check_links(folder: Path, files: list[Path]) -> None:
 
 
 def _shared(file: Path) -> bytes | None:
-    """An adapter's config without where things lie on this machine; None of other files."""
-    if file.name != _CONFIGS[0]:
+    """A config without where things lie on this machine; None of other files."""
+    if file.name not in _CONFIGS:
         return None
     config = read_json(file)
+    if file.name == _CONFIGS[1]:
+        if not isinstance(merged := config.get(_MERGED), list):
+            return None
+        config[_MERGED] = [{**entry, "path": None} for entry in merged if isinstance(entry, dict)]
+        return json.dumps(config, indent=2).encode()
     base, below = config.get("base_model_name_or_path"), config.get("on_top_of")
     if isinstance(base, str) and os.path.exists(os.path.expanduser(base)):
         config["base_model_name_or_path"] = Path(base).expanduser().resolve().name

@@ -41,7 +41,7 @@ from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
-from .folder import finished, load_base, recorded, save_evaluation, underneath
+from .folder import check_mergeable, finished, load_base, recorded, save_evaluation, underneath
 from .load import find
 from .options import EvalOptions
 
@@ -366,6 +366,8 @@ class _Scored:
             raise HotLoraError(f"engine {engine!r} does not exist: choose one of {', '.join(ENGINES)}.")
         if merge and self.options.adapter is None:
             raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
+        if merge and self.options.adapter is not None:
+            check_mergeable([self.options.adapter])
         if stored and (merge or self.on_top_of):
             raise HotLoraError(
                 f"an adapter cannot be merged into {stored}, whether asked for or as the adapter was trained on: leave "

@@ -11,6 +11,7 @@ from typing import Any, cast
 from ..adapter.load import WEIGHTS_FILE, load_adapter, needs_dense_experts, planned_experts, saved_config
 from ..adapter.offload import keep_on_device
 from ..adapter.on_top_of import Entry, described, missing, noted
+from ..adapter.parallel import UNMERGED
 from ..adapter.quantize import experts_in
 from ..base.errors import FileError, HotLoraError
 from ..base.files import sha256_file
@@ -108,7 +109,14 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
         there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
     if adapter is not None:
         add_needed(adapter)
+    check_mergeable(found)
     return found
+
+
+def check_mergeable(adapters: Sequence[str | Path]) -> None:
+    """HotLoraError: one of these stands beside the experts, and no weight of the base can hold it."""
+    if any(saved_config(folder).perft for folder in adapters):
+        raise HotLoraError(UNMERGED)
 
 
 def adapter_in(path: str | Path) -> str | Path:

@@ -17,7 +17,7 @@ from ..base.records import read_record
 from ..hf.models import NANOS, load_tokenizer
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
-from .folder import adapter_in, load_base
+from .folder import adapter_in, check_mergeable, load_base
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,8 @@ def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:
         raise HotLoraError(
             f"an adapter cannot be merged into {stored}: leave merge out, or merge first (hotlora merge)."
         )
+    if can_merge:
+        check_mergeable([found.adapter])
     loading: dict[str, Any] = {"quantize": 0} if can_merge else {}
     if stored:
         loading = {"quantize": stored.bits, "keep": stored.keep, "quantize_linear": stored.linear}

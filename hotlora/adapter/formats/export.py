@@ -124,6 +124,8 @@ def check_export(format: str, output: str | Path) -> Path:
         raise HotLoraError(f"format {format!r} does not exist: choose one of {', '.join(FORMATS)}.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileError(f"{output} is there already and not empty: give a new folder.")
+    if output.is_symlink() or output.is_mount():  # what is made takes the folder's place, all at once
+        raise FileError(f"{output} is a link or a mount point: give a new folder inside it.")
     if format == "gguf":
         gguf.check_installed()
     return output

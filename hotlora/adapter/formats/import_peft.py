@@ -3,6 +3,8 @@
 Shape suffixes: E experts, R rank.
 """
 
+import copy
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -50,14 +52,14 @@ def import_adapter(
     weights = read_weights(folder / WEIGHTS_FILE)
     if isinstance(base_model, PeftModel):
         raise HotLoraError("the model has an adapter already: give a plain base model to import_adapter.")
-    layers = moe_layers(base_model)
+    layers, as_saved = moe_layers(base_model), copy.deepcopy(config)
     try:  # what PEFT does on loading: adapters of transformers 4 had a pair for each expert
         convert_peft_config_for_transformers(config, cast(Any, base_model), None)
         weights = loaded_by_peft(base_model, weights, config)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise FileError(f"{folder} cannot be brought to this model's layout: {error}") from error
     pairs = _pairs(weights, folder)
-    experts = {layer.layer: _read_experts(base_model, layer, config, pairs, folder) for layer in layers}
+    experts = {layer.layer: _read_experts(base_model, layer, config, as_saved, pairs, folder) for layer in layers}
     attention = attention_modules(base_model)
     linears = {
         path: _scaled(pairs.pop(path), config, path)
@@ -110,6 +112,10 @@ def import_adapter(
     return model if is_trainable else model.eval()
 
 
+_KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
+"""init_lora_weights by which A and B alone start otherwise"""
+
+
 def _read_plain_config(folder: Path) -> LoraConfig:
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder. Give the folder of a PEFT adapter.")
@@ -120,6 +126,16 @@ def _read_plain_config(folder: Path) -> LoraConfig:
     if data.get("peft_type") != "LORA":
         raise FileError(f"{file} has peft_type {data.get('peft_type')!r}: only LORA adapters can be imported.")
     for name in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
+        if data.get(name):
+            raise FileError(f"{file} has {name}, which a hotlora adapter does not hold.")
+    start = data.get("init_lora_weights")
+    if isinstance(start, str) and start not in _KEEP_THE_BASE:
+        raise FileError(
+            f"{file} has init_lora_weights {start!r}, by which PEFT changes the base's weights, too: convert the adapter "
+            "to plain LoRA (path_initial_model_for_weight_conversion of PEFT's save_pretrained), or merge it with PEFT."
+        )
+    variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+    for name in (*variants, "use_qalora"):
         if data.get(name):
             raise FileError(f"{file} has {name}, which a hotlora adapter does not hold.")
     if data.get("bias", "none") != "none":
@@ -147,9 +163,14 @@ def _pairs(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, 
 
 
 def _read_experts(
-    model: nn.Module, layer: MoELayer, config: LoraConfig, pairs: dict[str, tuple[Tensor, Tensor]], folder: Path
-) -> tuple[tuple[int, ...], dict[str, tuple[Tensor, Tensor]]]:
-    """A layer's experts with an update, ascending, and their factors by projection; takes them out of `pairs`."""
+    model: nn.Module, layer: MoELayer, config: LoraConfig, as_saved: LoraConfig,
+    pairs: dict[str, tuple[Tensor, Tensor]], folder: Path,
+) -> tuple[tuple[int, ...], dict[str, tuple[Tensor, Tensor]]]:  # fmt: skip
+    """A layer's experts with an update, ascending, and their factors by projection; takes them out of `pairs`.
+
+    config: as PEFT has converted it, with twice the rank and alpha where it has put gate and up together: no scaling by
+    the root of the rank is right by those, so that of `as_saved` is taken.
+    """
     module = unwrap(model.get_submodule(layer.experts))
     targets = config.target_parameters or []
     present = ExpertsView(module).weight_names if layer.experts in pairs else []
@@ -161,8 +182,11 @@ def _read_experts(
         path = layer.experts + ".base_layer" * (len(names) - 1 - depth)
         if path not in pairs:
             raise FileError(f"{folder / WEIGHTS_FILE} has no lora_A at {path}, which is a target. Save it again.")
-        factors |= _read_parameter(module, layer, name, pairs.pop(path), config, folder, joined)
-    changed = [(B @ A).flatten(1).any(1) for A, B in factors.values()]
+        was_named = _is_target(f"{layer.experts}.{name}", as_saved.target_parameters or [])
+        by_root = config.use_rslora and not joined and not was_named and name == "gate_up_proj"
+        scaling = as_saved if by_root else config
+        factors |= _read_parameter(module, layer, name, pairs.pop(path), scaling, folder, joined or by_root)
+    changed = [(A.any(-1) & B.any(1)).any(1) for A, B in factors.values()]
     if not changed:
         return (), {}
     ids = torch.stack(changed).any(0).nonzero().flatten().tolist()

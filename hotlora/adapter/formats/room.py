@@ -74,5 +74,5 @@ def place_bytes(base: nn.Module, format: str, r: int, itemsize: int = 2) -> int:
         linears.update(layer.shared)
     for path in linears:
         module = unwrap(base.get_submodule(path))
-        numbers += sum(module.weight.shape) if isinstance(module, nn.Linear) else 0
+        numbers += module.in_features + module.out_features if isinstance(module, nn.Linear) else 0
     return numbers * r * itemsize
