@@ -131,8 +131,8 @@ def _read_plain_config(folder: Path) -> LoraConfig:
     start = data.get("init_lora_weights")
     if isinstance(start, str) and start not in _KEEP_THE_BASE:
         raise FileError(
-            f"{file} has init_lora_weights {start!r}, by which PEFT changes the base's weights, too: convert the adapter "
-            "to plain LoRA (path_initial_model_for_weight_conversion of PEFT's save_pretrained), or merge it with PEFT."
+            f"{file} has init_lora_weights {start!r}, by which PEFT changes the base's weights, too: convert the "
+            "adapter to plain LoRA (PEFT's path_initial_model_for_weight_conversion), or merge it with PEFT."
         )
     variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
     for name in (*variants, "use_qalora"):
