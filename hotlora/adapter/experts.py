@@ -239,6 +239,8 @@ class HotLoraExperts(HotExperts):
                     scale.detach().unsqueeze(2) * (weight + delta) - weight
                     for weight, delta, scale in zip(self._base_weights(group.ids), (up, down), scales, strict=True)
                 )
+            if len(self._groups[adapter]) == 1:
+                return up, down
             ups |= dict(zip(group.ids, up.unbind(), strict=True))
             downs |= dict(zip(group.ids, down.unbind(), strict=True))
         ids = self.expert_ids[adapter]

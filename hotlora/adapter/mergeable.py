@@ -108,10 +108,8 @@ class MergeableLayer(nn.Module, LoraLayer):
 
     @staticmethod
     def _sums(deltas: list[tuple[Tensor, list[int] | slice, Tensor]]) -> list[tuple[Tensor, list[int] | slice, Tensor]]:
-        return [
-            (weight, rows, (weight.data[rows].to(delta.dtype) + delta).to(weight.dtype))
-            for weight, rows, delta in deltas
-        ]
+        """The deltas are used up: a layer's are large."""
+        return [(weight, rows, delta.add_(weight.data[rows]).to(weight.dtype)) for weight, rows, delta in deltas]
 
     @torch.no_grad()
     def _write(self, adapter: str, updated: list[tuple[Tensor, list[int] | slice, Tensor]], safe: bool) -> None:
