@@ -424,6 +424,20 @@ def test_choices_that_make_no_sense(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_loaded_for_an_export_is_not_held_twice(tmp_path):
+    """The same checkpoint, without a copy of what is adapted."""
+    model, other = adapted("olmoe"), adapted("olmoe")
+    export_adapter(model, tmp_path / "kept", format="merged")
+    export_adapter(other, tmp_path / "once", format="merged", restores=False)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "once"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    before, path = adapted("olmoe").get_base_model(), moe_layers(model.get_base_model())[0].experts
+    weights = [
+        m.get_submodule(path).base_layer.down_proj for m in (before, model.get_base_model(), other.get_base_model())
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 def test_a_link_is_no_place_for_an_export(tmp_path):
     """What is made takes the folder's place at once, which it can take of no link and no mount point."""
     (tmp_path / "there").mkdir()

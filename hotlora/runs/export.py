@@ -78,7 +78,7 @@ def export_saved(
     adapted = load_adapter(base, adapter)
     folder = export_adapter(
         adapted, output, format=format, merge_router=merge_router, drop_router=drop_router,
-        merge_attention=merge_attention, tokenizer=tokenizer,
+        merge_attention=merge_attention, tokenizer=tokenizer, restores=False,
     )  # fmt: skip
     beside = adapter_in(folder)
     if (beside / CONFIG_FILE).is_file():  # a whole checkpoint has them already

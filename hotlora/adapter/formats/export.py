@@ -53,8 +53,12 @@ def export_adapter(
     drop_router: bool = False,
     merge_attention: bool = False,
     tokenizer: Any = None,
+    restores: bool = True,
 ) -> Path:
-    """As `hotlora.export_adapter`, without the card."""
+    """As `hotlora.export_adapter`, without the card.
+
+    restores: merged; the model is as it was afterwards, for which a copy of all adapted weights is held meanwhile.
+    """
     output = check_export(format, output)
     if not isinstance(model, PeftModel):
         raise ModelError(f"{type(model).__name__} has no adapter. Give a PeftModel, as load_adapter returns it.")
@@ -75,7 +79,7 @@ def export_adapter(
     if format == "merged":
         tuner: Any = model.base_model
         with atomic_folder(output) as folder, merged_for_now(model.get_base_model(), [tuner.entry_of(adapter_name)]):
-            save_checkpoint(model, adapter_name, list(layers), folder, tokenizer)
+            save_checkpoint(model, adapter_name, list(layers), folder, tokenizer, restores=restores)
         return output
     into_base = [*(routers if merge_router else []), *attention]
     if (ground := merged_into(model)) and not into_base:

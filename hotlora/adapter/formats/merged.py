@@ -14,11 +14,16 @@ from ..mergeable import MergeableLayer
 from .shared import without_adapters
 
 
-def save_checkpoint(model: PeftModel, adapter: str, paths: list[str], folder: Path, tokenizer: Any) -> None:
-    """The base model with the adapter of the layers at `paths` folded in."""
+def save_checkpoint(
+    model: PeftModel, adapter: str, paths: list[str], folder: Path, tokenizer: Any, *, restores: bool = True
+) -> None:
+    """The base model with the adapter of the layers at `paths` folded in.
+
+    restores: the weights are put back afterwards; a copy of all adapted ones is held for that.
+    """
     base = cast(Any, model.get_base_model())
     layers = [base.get_submodule(path) for path in paths]
-    with _merged(layers, adapter), without_adapters(base), quiet():
+    with _merged(layers, adapter, restores), without_adapters(base), quiet():
         base.save_pretrained(folder)
     _add_old_names(base.config, folder / "config.json")
     if tokenizer is not None:
@@ -37,9 +42,10 @@ def _add_old_names(config: Any, file: Path) -> None:
 
 
 @contextmanager
-def _merged(layers: list[Any], adapter: str) -> Iterator[None]:
+def _merged(layers: list[Any], adapter: str, restores: bool) -> Iterator[None]:
     """Folds the adapter into the layers' weights, and puts the very same weights back afterwards."""
-    kept = [(weight, rows, weight.data[rows].clone()) for layer in layers for weight, rows in _touched(layer, adapter)]
+    touched = [found for layer in layers for found in _touched(layer, adapter)] if restores else []
+    kept = [(weight, rows, weight.data[rows].clone()) for weight, rows in touched]
     try:
         for layer in layers:
             layer.merge(adapter_names=[adapter])
