@@ -56,6 +56,22 @@ def test_conversations_of_all_formats_are_one(row: dict, tmp_path: Path):
     assert [str(example.text)[a:b] for a, b in example.spans] == [f"{SAID}<|im_end|>"]
 
 
+@pytest.mark.parametrize(("first", "is_told"), [("Be brief.", False), ("Be long.", True)])
+def test_sharegpts_system_beside_a_turn_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: str, is_told: bool
+):
+    turns = [{"from": "system", "value": first}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (example,) = read(tmp_path, {"system": "Be brief.", "conversations": turns}, tokenizer=tokenizer_of("qwen3"))
+    assert example.prompt.count(first) == 1
+    assert ("'system' is left out, as the first turn is another one of it" in caplog.text) == is_told
+
+
+def test_sharegpt_keeps_reasoning(tmp_path: Path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "reasoning_content": "so it is"}]
+    (example,) = read(tmp_path, {"conversations": turns}, tokenizer=tokenizer_of("qwen3"))
+    assert "so it is" in example.text
+
+
 def test_sharegpt_with_system_tools_and_calls(tmp_path: Path):
     call = {"name": "get_weather", "arguments": {"city": "Paris"}}
     row = {
@@ -213,7 +229,7 @@ def test_columns_that_do_not_exist(columns: str, message: str, tmp_path: Path):
         ({"conversations": "hello"}, "'conversations' must be a list of objects with 'from' and 'value'"),
         ({"conversations": [{"from": "human"}]}, "each of 'conversations' needs 'from' and 'value'"),
         ({"conversations": []}, "has no answer to learn, 0 messages"),
-        ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "has 'system', and a first turn of it"),
+        ({"prompt": "a", "completion": None}, r"has prompt \(completion: null\); a row needs"),
         ({"conversations": [{"from": "human", "value": "a"}], "system": ["b"]}, "'system' must be text"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]}, "must be JSON"),
         ({"instruction": "a", "output": 1}, "'output' must be text"),

@@ -404,3 +404,16 @@ def test_the_script_that_times_them_runs(tmp_path):
     assert len(results) == 8
     for name, result in results.items():
         assert result["difference"] < 1e-5 and result["ours_ms"] > 0, name
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_precision_that_was_told_in_torchs_newer_way(monkeypatch, precision, expected):
+    """As transformers' tf32=True tells it; then torch refuses to be asked in the older way."""
+
+    def refuses():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(gemm, "INTERPRETED", False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision))
+    assert gemm._precision(torch.zeros(1)) == expected and gemm._precision(torch.zeros(1).bfloat16()) == "tf32"

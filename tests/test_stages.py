@@ -251,12 +251,19 @@ def test_reprofiling_is_resumed_to_the_same_end(left, model_folder, data, tmp_pa
     assert ended == plan and ended.experts != ExpertPlan.load(tmp_path / "calm" / "plan.json").experts
 
 
-@pytest.mark.parametrize("method", [{"grow_every": 1, "lr_scheduler": "constant_with_warmup"}, {"perft": "E"}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"grow_every": 1, "lr_scheduler": "constant_with_warmup"}, {"perft": "E"},
+        {"train_a": False, "keep": 0.5, "granularity": "matrix"},
+        {"rule": "hot", "reprofile_every": 2, "reprofile_left": "merge"},
+    ],
+)  # fmt: skip
 def test_a_warm_up_is_plain_lora_on_all_experts(method, model_folder, data, tmp_path):
     """Whatever is trained after it."""
     common = {"max_steps": 8, "r": 4, "lora_alpha": 8, "max_length": 64, "warmup": "lora", "rule": "all"}
     off = {"train_attention": False, "train_shared": False, "train_router": "grow_every" in method}
-    run_method(model_folder, data, tmp_path / "run", **common, **off, **method)
+    run_method(model_folder, data, tmp_path / "run", **common | off | method)
     config = json.loads((tmp_path / "run" / "warmup" / "adapter" / "adapter_config.json").read_text())
     assert config["perft"] is None and {len(ids) for ids in config["plan"]["experts"].values()} == {8}
     assert config["plan"].get("ranks") is None

@@ -15,6 +15,7 @@ from scipy import stats as scipy_stats
 from tiny import tiny_model
 from tiny_tokenizer import byte_tokenizer
 from typer.testing import CliRunner
+from zoo import zoo_model
 
 from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.cli.profile import profile as profile_command
@@ -483,3 +484,9 @@ def test_the_committed_page_is_what_its_numbers_say(monkeypatch):
     for name, profile in profiles.items():
         assert profile.hash == result["datasets"][name]["profile_hash"]
         assert profile.mean_layer_cv() == pytest.approx(result["datasets"][name]["layer_cv"])
+
+
+@pytest.mark.parametrize(("family", "expected"), [("nemotron_h", 1.0), ("deepseek_v3", 1.0), ("qwen3_moe", 0.0)])
+def test_shared_experts_are_counted_in_experts_of_their_own_form(family, expected):
+    """nemotron_h's experts have no gate, and neither has its shared one."""
+    assert shared_experts(zoo_model(family)) == expected

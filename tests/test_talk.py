@@ -223,7 +223,7 @@ def test_a_chat_renders_its_ends_once(call, chats: Path, monkeypatch: pytest.Mon
         (["generate", "--model", "nano"], "There is no prompt"),
         (
             ["generate", "hi", "--model", "nano", "--raw", "--system", "s"],
-            "--system is for the chat template: leave it out",
+            "for the chat template alone: --system. Leave that out",
         ),
         (["generate", "hi", "--model", "nano", "--tools", "none.json"], "none.json: No such file"),
         (["generate", "hi", "--model", "nano", "--tools", __file__], "'tools' is text that is no JSON"),

@@ -130,6 +130,10 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     assert not Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1], patience=1).is_over
 
 
+def test_a_run_that_is_stopped_before_its_first_held_out_loss_has_no_best(tmp_path):
+    Validation(lambda: 0.0, every=50, folder=tmp_path, keep_best=True).restore(torch.nn.Linear(1, 1))
+
+
 @pytest.mark.parametrize(
     ("steps", "every", "patience", "is_told"), [(8, 3, 3, True), (8, 3, 2, False), (5, 9, 1, True)]
 )

@@ -94,7 +94,7 @@ def evaluate(
             )
         reading: list[str] = [name for name in ("apply_chat_template", "columns", "train_on") if name in given]
         if reading := [*reading, *(["seed"] if seed else []), *(["allow_missing"] if allow_missing else [])]:
-            raise HotLoraError(f"lm-eval writes its own prompts, by no chat template: leave {', '.join(reading)} out.")
+            raise HotLoraError(f"lm-eval writes prompts and draws answers by itself: leave {', '.join(reading)} out.")
         names = [name.strip() for name in tasks.split(",")]
         options = EvalOptions(model=model, **given)
         record = run_harness(options, names, output, include_path=include_path, num_fewshot=num_fewshot)

@@ -123,7 +123,7 @@ def chat(
     )  # no template is told before a word is typed
     ends = end_ids(net, tokenizer, chat=True)
     if find(str(run), model).is_chat is False:
-        err.print("it was trained on plain texts, and the chat template writes what you say (not so: hotlora generate)")
+        err.print("it was trained on plain texts; chat writes by the chat template, `hotlora generate` does not")
     err.print(f"{run} answers; /clear starts anew, /exit ends.")
     messages = _system(system)
     while True:
@@ -158,16 +158,17 @@ def _given_template(tools: Path | None, kwargs: str | None) -> dict[str, Any]:
             raise HotLoraError(f"{tools} is no UTF-8 text: give a JSON list of tools.") from error
     if kwargs is not None:
         try:
-            given["chat_template_kwargs"] = template_options("--chat-template-kwargs", json.loads(kwargs))
+            options = json.loads(kwargs)
         except JSON_ERRORS as error:
             raise HotLoraError(f"--chat-template-kwargs is no JSON ({error}): {kwargs}") from error
+        given["chat_template_kwargs"] = template_options("--chat-template-kwargs", options)
     return given
 
 
 def _check_template(raw: bool | None, given: Mapping[str, Any]) -> None:
     """HotLoraError: the prompt goes to the model as it is, and something was given for the chat template."""
     if raw and (unread := [flag for flag, value in given.items() if value is not None]):
-        raise HotLoraError(f"{', '.join(unread)} is for the chat template: leave it out, or give --chat.")
+        raise HotLoraError(f"for the chat template alone: {', '.join(unread)}. Leave that out, or give --chat.")
 
 
 def _system(text: str | None) -> list[dict[str, str]]:

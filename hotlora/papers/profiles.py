@@ -174,8 +174,9 @@ def _check_same(folder: Path, model: str, source: str, options: Mapping[str, Any
     found = load_study(folder / _STUDY)
     (row,) = found["datasets"].values()
     given = inspect.signature(run_study).parameters
-    asked = {name: options.get(name, given[name].default) for name in ("limit", "max_length")}
-    here = {name: found["settings"][name] for name in asked}
+    names = ("limit", "max_length", "dtype", "quantize", "quantize_linear")
+    asked = {name: options.get(name, given[name].default) for name in names}
+    here = {name: found["settings"].get(name, given[name].default) for name in names}
     asked |= {"model": model, "data": source}
     here |= {"model": found["model"]["name"], "data": row["data"]}
     for name, value in asked.items():

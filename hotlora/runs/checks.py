@@ -48,7 +48,7 @@ def check_run(options: RunOptions) -> None:
     if options.offload != "none" and device.type != "cpu" and (what := needs_experts_there(options)):
         raise HotLoraError(f"{what} needs the experts on the device: leave out --offload, or that.")
     if options.load_best and uses_deepspeed():
-        raise HotLoraError("DeepSpeed spreads the weights that load_best would keep: leave load_best out.")
+        raise HotLoraError("DeepSpeed may spread the weights that load_best would keep: leave load_best out.")
     _tell_unused(options)
     stored = experts_in(
         options.quantize, linear=options.quantize_linear, offload=options.offload != "none",
@@ -99,10 +99,14 @@ def check_run(options: RunOptions) -> None:
 
 def needs_experts_there(options: RunOptions) -> str | None:
     """What of a run cannot be with experts in a GPU's host memory."""
+    return _needs_weights(options) or ("merging earlier adapters (--on-top-of)" if options.on_top_of else None)
+
+
+def _needs_weights(options: RunOptions) -> str | None:
+    """What of a run needs the experts' own weights."""
     needs = {
-        "merging into experts (--reprofile-left merge)": options.reprofile_left == "merge",
         "DoRA (--dora)": options.use_dora, "full experts (--method esft)": options.train_full_experts,
-        "merging earlier adapters (--on-top-of)": bool(options.on_top_of),
+        "merging into experts (--reprofile-left merge)": options.reprofile_left == "merge",
     }  # fmt: skip
     return next((words for words, is_on in needs.items() if is_on), None)
 
@@ -152,27 +156,21 @@ def _check_reads(options: RunOptions) -> None:
 def _tell_unused(options: RunOptions) -> None:
     """Of options that say nothing where no low-rank adapter trains: a sweep has them for all of its methods."""
     beside = options.train_attention or options.train_router or options.train_shared
+    unused: list[str] = []
     if options.full or (options.train_full_experts and not beside):
-        names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        if unused := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
-            say_once(f"no low-rank adapter trains here: {' and '.join(unused)} change nothing")
-    budgets = [name for name in BUDGETS if getattr(options, name) is not None]
-    if options.full and budgets:
-        say_once(f"full fine-tuning trains all experts: {' and '.join(budgets)} change nothing")
-    places = [name for name in ("train_attention", "train_router", "train_shared") if not getattr(options, name)]
-    if options.full and (others := [*places, *(["profile"] if options.profile is not None else [])]):
-        say_once(f"full fine-tuning trains all weights: {' and '.join(others)} change nothing")
+        unused += ["r", "lora_alpha", "lora_dropout", "use_rslora"]
+    if options.full:
+        unused += [*BUDGETS, "train_attention", "train_router", "train_shared", "train_a", "share_a", "profile"]
+    if given := [name for name in unused if getattr(options, name) != getattr(RunOptions, name)]:
+        what = "full fine-tuning trains all weights" if options.full else "no low-rank adapter trains here"
+        say_once(f"{what}: these options change nothing: {', '.join(given)}")
 
 
 def _check_dense(options: RunOptions, packed: dict[str, Any] | None) -> None:
     """HotLoraError: something trains that needs the experts' own weights, and these are stored in few bits.
 
     packed: the checkpoint's format, where the experts stay in it."""
-    needs = {
-        "DoRA (--dora)": options.use_dora, "full experts (--method esft)": options.train_full_experts,
-        "merging into experts (--reprofile-left merge)": options.reprofile_left == "merge",
-    }  # fmt: skip
-    what = next((words for words, is_on in needs.items() if is_on), None)
+    what = _needs_weights(options)
     if what is None:
         return
     if options.quantize:

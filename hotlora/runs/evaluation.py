@@ -15,7 +15,7 @@ from ..adapter.stored import quantized_parameters
 from ..base.errors import DataError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet
-from ..base.records import Record, new_record
+from ..base.records import Record, new_record, read_record
 from ..evaluation.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluation.generations import read_generations, score_generations
 from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version
@@ -41,7 +41,7 @@ from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
-from .folder import check_mergeable, finished, load_base, recorded, save_evaluation, underneath
+from .folder import check_has_no_perft, finished, load_base, recorded, save_evaluation, underneath
 from .load import find
 from .options import EvalOptions
 
@@ -103,8 +103,9 @@ def run_evaluation(
     elif is_own and options.adapter is not None:
         _tell_template(options, tokenizer, test)
     identity = {
-        "model": options.model, "data": data, "test_hash": data_hash(test), **template_source(tokenizer, test),
-        **scored.identity(), "eval_batch_size": options.batch_size,
+        "model": options.model, "data": data, "test_hash": data_hash(test), **scored.identity(),
+        "eval_batch_size": options.batch_size, **({"chat_template": None} if is_own else {}),
+        **template_source(tokenizer, test),
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
@@ -116,6 +117,7 @@ def run_evaluation(
     identity |= {"rouge": True} if rouge else {}
     identity |= {"engine": engine} if engine != "transformers" else {}
     folder = None if output is None else Path(output)
+    identity = _as_noted(identity, folder)
     results = None if folder is None else folder / f"results-{task.name}.jsonl"
     found: dict[str, Any] = {}
     if folder is not None and (done := finished(folder, identity, results)) is not None:
@@ -153,6 +155,13 @@ def run_evaluation(
         if evaluation.unfinished:
             record["evaluation"][task.name]["max_new_tokens"] = task.max_new_tokens
     return record, evaluation
+
+
+def _as_noted(identity: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Without the chat template where the folder's record is from before evaluations noted one."""
+    if folder is None or not (folder / "run.json").is_file() or "chat_template" in read_record(folder)["config"]:
+        return identity
+    return {name: value for name, value in identity.items() if name != "chat_template"}
 
 
 def _tell_template(options: EvalOptions, tokenizer: Any, test: Sequence[Example]) -> None:
@@ -208,10 +217,11 @@ def run_held_out(
         examples = load_examples(data, "train", limit=limit, **reading)
         test = drawn(held_out(examples, split)[1], options.limit)
     identity = {
-        "model": options.model, "test_data": data, "test_hash": data_hash(test), **template_source(tokenizer, test),
-        "max_length": max_length, **scored.identity(), "keep_hot": scored.keep, "eval_batch_size": options.batch_size,
-        "train_on": trained_parts(options.train_on, test),
+        "model": options.model, "test_data": data, "test_hash": data_hash(test), "max_length": max_length,
+        "chat_template": None, **template_source(tokenizer, test), **scored.identity(), "keep_hot": scored.keep,
+        "eval_batch_size": options.batch_size, "train_on": trained_parts(options.train_on, test),
     }  # fmt: skip
+    identity = _as_noted(identity, Path(output))
     if (done := finished(Path(output), identity)) is not None:
         return done
     record = scored.record(identity, {"name": data, "hash": identity["test_hash"], "train": 0, "test": len(test)})
@@ -367,7 +377,7 @@ class _Scored:
         if merge and self.options.adapter is None:
             raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
         if merge and self.options.adapter is not None:
-            check_mergeable([self.options.adapter])
+            check_has_no_perft([self.options.adapter])
         if stored and (merge or self.on_top_of):
             raise HotLoraError(
                 f"an adapter cannot be merged into {stored}, whether asked for or as the adapter was trained on: leave "

@@ -69,7 +69,7 @@ def export_saved(
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     writes_base = format == "merged" or merge_router or merge_attention
-    if device == "auto" and not writes_base:  # nothing of the base is written, or computed
+    if device == "auto" and not writes_base and offload == "none":  # nothing of the base is written, or computed
         device = "cpu"
     base = load_base(
         model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None, offload=offload,

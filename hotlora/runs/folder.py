@@ -109,11 +109,11 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
         there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
     if adapter is not None:
         add_needed(adapter)
-    check_mergeable(found)
+    check_has_no_perft(found)
     return found
 
 
-def check_mergeable(adapters: Sequence[str | Path]) -> None:
+def check_has_no_perft(adapters: Sequence[str | Path]) -> None:
     """HotLoraError: one of these stands beside the experts, and no weight of the base can hold it."""
     if any(saved_config(folder).perft for folder in adapters):
         raise HotLoraError(UNMERGED)

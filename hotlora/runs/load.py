@@ -17,7 +17,7 @@ from ..base.records import read_record
 from ..hf.models import NANOS, load_tokenizer
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
-from .folder import adapter_in, check_mergeable, load_base
+from .folder import adapter_in, check_has_no_perft, load_base
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _base_of(found: Found, *, can_merge: bool = False, **options: Any) -> Any:
             f"an adapter cannot be merged into {stored}: leave merge out, or merge first (hotlora merge)."
         )
     if can_merge:
-        check_mergeable([found.adapter])
+        check_has_no_perft([found.adapter])
     loading: dict[str, Any] = {"quantize": 0} if can_merge else {}
     if stored:
         loading = {"quantize": stored.bits, "keep": stored.keep, "quantize_linear": stored.linear}

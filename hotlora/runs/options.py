@@ -19,7 +19,8 @@ BUDGETS = tuple(field.name for field in fields(Selection) if field.name not in (
 TRAIN_ON = ("assistant", "last", "all")
 WARM_UP: Mapping[str, Any] = {
     "train_a": True, "use_dora": False, "train_full_experts": False, "grow_every": None, "perft": None,
-    "perft_adapters": 1, "perft_top_k": 1, "dense_mixer": False,
+    "perft_adapters": 1, "perft_top_k": 1, "dense_mixer": False, "keep": None, "granularity": "model",
+    "dense_learning_rate": None, "fresh_a": False, "a_seed": None, "reprofile_every": None, "reprofile_left": "drop",
 }  # fmt: skip
 """What a warm-up trains, whatever comes after it: plain LoRA."""
 OFFLOADS = ("none", "cold", "all")
@@ -225,9 +226,8 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
                 "full fine-tuning has no plan, mask or re-profiling, and no quantized weights: leave them out."
             )
         kinds = {
-            "normalize_moe_lora": self.normalize_moe_lora, "use_dora": self.use_dora, "share_a": self.share_a,
+            "normalize_moe_lora": self.normalize_moe_lora, "use_dora (--dora)": self.use_dora,
             "perft": self.perft is not None, "train_full_experts": self.train_full_experts,
-            "a frozen A (train_a false)": not self.train_a,
         }  # fmt: skip
         if self.full and (what := next((name for name, is_on in kinds.items() if is_on), None)):
             raise HotLoraError(f"full fine-tuning has no adapter: leave {what} out.")

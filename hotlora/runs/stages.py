@@ -10,7 +10,6 @@ from typing import Any
 
 from ..adapter.load import load_adapter
 from ..adapter.mask import SparseMask, check_share, draw_mask
-from ..base.errors import HotLoraError
 from ..base.precision import say_once
 from ..base.processes import is_main, start, wait_for_all
 from ..base.records import Record, read_record, write_record
@@ -44,7 +43,7 @@ def run_method(
     """
     output = Path(output)
     start(options.device)
-    _check_given(options)
+    _tell_given(options)
     if options.keep is not None:
         check_share(options.keep, options.granularity)
         _dense(options)
@@ -70,16 +69,16 @@ def run_method(
     return record
 
 
-def _check_given(options: RunOptions) -> None:
-    """HotLoraError: what a mask says already. Tells what a plan leaves without effect."""
-    if options.mask is not None:
-        names = ("dense_learning_rate", "granularity", "fresh_a")
-        if given := [name for name in names if getattr(options, name) != getattr(RunOptions, name)]:
-            raise HotLoraError(f"a mask is given, so no dense run draws one: leave out {' and '.join(given)}.")
-    if options.plan is not None:
-        beside = ("rule", "signal", "plan_seed", "profile_until", "profile_fraction")
-        if given := [name for name in beside if getattr(options, name) != getattr(RunOptions, name)]:
-            say_once(f"the plan names its experts: {' and '.join(given)} change nothing")
+def _tell_given(options: RunOptions) -> None:
+    """What a plan or a mask leaves without effect; some of it may be a method's or a preset's."""
+    beside = {
+        "plan": ("rule", "signal", "plan_seed", "profile_until", "profile_fraction"),
+        "mask": ("dense_learning_rate", "granularity", "fresh_a"),
+    }
+    for what, names in beside.items():
+        given = [name for name in names if getattr(options, name) != getattr(RunOptions, name)]
+        if getattr(options, what) is not None and given:
+            say_once(f"a {what} is given, beside which these options change nothing: {', '.join(given)}")
 
 
 def _drawn(options: RunOptions, output: Path, progress: bool, begin: Callable[[], None]) -> Path:
@@ -122,7 +121,7 @@ def _warm_up(
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(data, "train", limit=options.limit, tell=False, **read)  # the training tells
     number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
-    others = ("plan_seed", "max_steps", "reprofile_every", "mask")
+    others = ("plan_seed", "max_steps", "mask")
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, *others))
     warming = replace(
         options, **without,

@@ -96,15 +96,17 @@ def run_study(
     result = study(profiles, examples, shared=shared, seed=seed)
     if made:
         result["settings"] |= {"limit": limit, "max_length": max_length}
+        how = {"dtype": dtype, "quantize": quantize, "quantize_linear": quantize_linear}
+        result["settings"] |= {name: value for name, value in how.items() if value not in (None, "auto")}
     return result, profiles
 
 
 def shared_experts(model: nn.Module) -> float:
     """S: how many routed experts the shared experts of a layer are as large as (MoE-Sieve s3.1: Qwen 4, DeepSeek 2)."""
     layer = moe_layers(model)[0]
-    width, expert_width = ExpertsView(unwrap(model.get_submodule(layer.experts))).widths
+    expert = ExpertsView(unwrap(model.get_submodule(layer.experts))).num_weights_of_an_expert
     shared = sum(p.numel() for path in layer.shared for p in unwrap(model.get_submodule(path)).parameters())
-    return round(shared / (3 * width * expert_width), 2)
+    return round(shared / expert, 2)
 
 
 def is_profile(source: str) -> bool:

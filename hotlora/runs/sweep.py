@@ -237,10 +237,12 @@ def _scoring(
         data, split = options.data, {"split": options.test_split, "limit": options.limit}
     if data is None:
         raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
+    # What is merged first needs the experts on the device.
+    offload, there = ("none", None) if options.on_top_of else (options.offload, options.offload_folder)
     scored = EvalOptions(
         model=options.model, on_top_of=options.on_top_of, limit=options.test_limit, batch_size=options.eval_batch_size,
         dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation,
-        offload=options.offload, offload_folder=options.offload_folder,
+        offload=offload, offload_folder=there,
         **(options.reading() if task_of(data) is None else {}), **stored,
     )  # fmt: skip
     sampling = {name: given[name] for name in SAMPLING if name in given}

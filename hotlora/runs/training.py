@@ -301,17 +301,23 @@ class _Run:
             "model_name": options.model, "max_length": options.max_length, "watching": watching,
         }  # fmt: skip
         how = {name: getattr(options, name) for name in _OF_THE_BASE} | {"on_top_of": self.identity["on_top_of"]}
+        how = {name: value for name, value in how.items() if value != _UNSET[name]}
         if file.is_file():
             routing = RoutingProfile.load(file)
+            said = routing.source.get("base")
+            # A profile from before this was noted is of this base where the run goes on, whose options were compared.
+            goes_on = last_complete(self.output / "checkpoints") is not None
+            is_of_base = said == how if said is not None else not how or goes_on
             source = profile_source(**named)
-            found = {name: routing.source.get(name, _UNSET.get(name)) for name in (*source, *how)}
-            if watching.is_held_by(routing) and found == source | how:
+            same = all(routing.source.get(key) == value for key, value in source.items())
+            if is_of_base and same and watching.is_held_by(routing):
                 return routing, file
         routing = profile_data(
             **named, dataset=self._sample(), progress=self.progress, batch_size=options.batch_size,
             more="give a larger --profile-fraction" if len(some) < len(self.examples) else "",
         )  # fmt: skip
-        routing.source.update({name: value for name, value in how.items() if value != _UNSET[name]})
+        if how:
+            routing.source["base"] = how
         if is_main():
             routing.save(file)
         return routing, file

@@ -192,6 +192,8 @@ class _Reader:
         row = renamed_columns(row, self.columns)
         found = detect(row)
         messages, read = found.messages, found.read
+        if found.note:
+            self.notes.setdefault(found.note, row.place)
         if found.is_text and self.wanted and found.format != "text":
             messages = messages or _as_messages(row, found)
         elif found.is_text and self.template is None:
@@ -218,7 +220,7 @@ class _Reader:
             self.empty += [f"{row.place}, message {i + 1}" for i in earlier if is_empty(talk.messages[i])]
         if is_blank:
             self.empty.append(row.place)
-        self.unread |= row.values.keys() - set(read)
+        self.unread |= {name for name, value in row.values.items() if value is not None} - set(read)
         self.num_answers += 1
         return replace(example, format=f"{found.format}, {how}")
 

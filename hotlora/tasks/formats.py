@@ -35,6 +35,7 @@ class Found(NamedTuple):
         first_trained: the answers before this message are of the prompt.
         is_text: it is a prompt and its completion; Alpaca's rows are both.
         prompt, completion: where the fields are called so, or it is a text alone.
+        note: what of the row is not taken.
     """
 
     format: str
@@ -44,11 +45,15 @@ class Found(NamedTuple):
     is_text: bool = False
     prompt: str = ""
     completion: str = ""
+    note: str = ""
 
 
 def detect(row: Row) -> Found:
-    """DataError: the row is of no format, or a field of its format holds what it cannot."""
-    fields = row.values.keys()
+    """A field that is null is none: pandas writes one where a row has none.
+
+    DataError: the row is of no format, or a field of its format holds what it cannot.
+    """
+    fields = {name for name, value in row.values.items() if value is not None}
     if {"prompt", "completion"} <= fields:
         return _prompt_completion(row)
     if "messages" in fields:
@@ -63,12 +68,14 @@ def detect(row: Row) -> Found:
     if "text" in fields and not fields & {"prompt", "completion", "question", "answer", "instruction", "output"}:
         (text,) = need_text(row, "text")
         return Found("text", ("text",), is_text=True, completion=text)
+    null = sorted(row.values.keys() - fields)
+    nulls = f" ({', '.join(null)}: null)" if null else ""
     advice = ""
     if {"chosen", "rejected"} <= fields:
         advice = " To train on the chosen answers alone: --columns completion=chosen."
     raise DataError(
-        f"{row.place}: has {', '.join(sorted(fields)) or 'no fields'}; a row needs {ALLOWED_FIELDS}. Other names: "
-        f"--columns prompt=NAME,completion=NAME.{advice}"
+        f"{row.place}: has {', '.join(sorted(fields)) or 'no fields'}{nulls}; a row needs {ALLOWED_FIELDS}. Other "
+        f"names: --columns prompt=NAME,completion=NAME.{advice}"
     )
 
 
@@ -124,10 +131,11 @@ def _sharegpt(row: Row, name: str) -> Found:
     system = row.values.get("system") or ""
     if not isinstance(system, str):
         raise DataError(f"{row.place}: 'system' must be text.")
-    if system.strip():
-        if messages and messages[0]["role"] == "system":
-            raise DataError(f"{row.place}: has 'system', and a first turn of it: leave one of them out.")
+    if system.strip() and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": system})
+    elif system.strip() and system.strip() != messages[0]["content"].strip():
+        note = "'system' is left out, as the first turn is another one of it"
+        return Found("ShareGPT", (name, "system", *CHAT_FIELDS), messages, note=note)
     return Found("ShareGPT", (name, "system", *CHAT_FIELDS), messages)
 
 

@@ -105,7 +105,10 @@ def folder_rows(folder: Path, split: str) -> Iterator[Row]:
         if not chosen:
             raise DataError(f"{folder} holds no file of the split {split!r}, only {', '.join(left)}: give one of them.")
         if left:
-            _log.warning("%s: the split %r is read, and not %s", folder, split, ", ".join(left))
+            # Those of training and tests have their own use; of the others nothing will be read.
+            unread = any(of[file] not in ("train", "test") for file in files)
+            told = _log.warning if unread else _log.info
+            told("%s: the split %r is read, and not %s", folder, split, ", ".join(left))
         files = chosen
     for file in files:
         yield from iter_rows(file)
@@ -197,7 +200,7 @@ def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                row = _of_json(f"{path} line {number}", _decoder.decode(line.rstrip("\r\n")))
+                row = Row(f"{path} line {number}", _decoder.decode(line.rstrip("\r\n")))
             except RepeatedKeyError as error:
                 raise DataError(f"{path} line {number}: {error} in one object: give it once.") from error
             except JSON_ERRORS as error:
@@ -218,17 +221,10 @@ def _parse_list(path: Path, text: str) -> Iterator[Row]:
         long = _LONG.search(text)
         at = error.lineno if isinstance(error, json.JSONDecodeError) else long and text.count("\n", 0, long.start()) + 1
         raise DataError(f"{path}{f' line {at}' if at else ''} is not valid JSON ({_why(error)}).") from error
-    rows = [_of_json(f"{path} row {number}", row) for number, row in enumerate(values, start=1)]
+    rows = [Row(f"{path} row {number}", row) for number, row in enumerate(values, start=1)]
     if _SURROGATE.search(text):
         check_characters(rows)
     yield from rows
-
-
-def _of_json(place: str, value: Any) -> Row:
-    """A field that is null is none, as in a table: pandas writes one where a row has none."""
-    if isinstance(value, dict):
-        value = {name: item for name, item in value.items() if item is not None}
-    return Row(place, value)
 
 
 def _first_refused(text: str) -> int:

@@ -217,7 +217,10 @@ class Trainer(SFTTrainer):
         state: dict[str, Any] = model.state_dict(keep_vars=True)
         found = {id(tensor) for name, tensor in state.items() if name not in load_result.missing_keys}
         if lost := [name for name in load_result.missing_keys if id(state[name]) not in found]:  # or they are tied
-            raise ValueError(f"{len(lost)} of the model's weights are not in it, such as {lost[0]}")
+            raise ValueError(
+                f"{len(lost)} of the model's weights are not in it, such as {lost[0]}; an earlier hotlora wrote full "
+                "checkpoints so"
+            )
 
     @contextmanager
     def _read_from(self, checkpoint: str | None) -> Iterator[None]:

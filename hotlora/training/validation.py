@@ -102,7 +102,7 @@ class Validation(TrainerCallback):
     def restore(self, model: nn.Module) -> None:
         """Gives the model its weights after the best step. FileError: their file is gone."""
         wait_for_all()
-        if not self.keep_best or self.best_step in (None, max(self.found)):
+        if not self.keep_best or self.best_step is None or self.best_step == max(self.found):
             return
         file = self._file(self.best_step)
         if not file.is_file():

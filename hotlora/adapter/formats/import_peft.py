@@ -50,6 +50,13 @@ def import_adapter(
     folder = Path(path).expanduser()
     config = _read_plain_config(folder)
     weights = read_weights(folder / WEIGHTS_FILE)
+    own = [key for patterns in (config.rank_pattern, config.alpha_pattern) for key in patterns or ()]
+    own = [key for key in own if _OF_GATE_OR_UP.search(key)]
+    if own and any(re.search(r"\.experts\.\d+\.", key) for key in weights):
+        raise FileError(
+            f"{folder} has a pair for each expert, and a rank or an alpha of its own for {own[0]}: PEFT puts gate and "
+            "up together, and loses it, so that the scale cannot be told."
+        )
     if isinstance(base_model, PeftModel):
         raise HotLoraError("the model has an adapter already: give a plain base model to import_adapter.")
     layers, as_saved = moe_layers(base_model), copy.deepcopy(config)
@@ -112,6 +119,7 @@ def import_adapter(
     return model if is_trainable else model.eval()
 
 
+_OF_GATE_OR_UP = re.compile(r"\b(gate_proj|up_proj|w1|w3)\b")
 _KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 """init_lora_weights by which A and B alone start otherwise"""
 
@@ -129,7 +137,7 @@ def _read_plain_config(folder: Path) -> LoraConfig:
         if data.get(name):
             raise FileError(f"{file} has {name}, which a hotlora adapter does not hold.")
     start = data.get("init_lora_weights")
-    if isinstance(start, str) and start not in _KEEP_THE_BASE:
+    if isinstance(start, str) and start.lower() not in _KEEP_THE_BASE:
         raise FileError(
             f"{file} has init_lora_weights {start!r}, by which PEFT changes the base's weights, too: convert the "
             "adapter to plain LoRA (PEFT's path_initial_model_for_weight_conversion), or merge it with PEFT."

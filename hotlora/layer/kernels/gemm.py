@@ -167,8 +167,16 @@ def _precision(x: Tensor) -> str:
     """float32 products are exact unless torch was told otherwise, as in torch's own."""
     if INTERPRETED:
         return "interpreted"
-    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return "ieee" if x.dtype == torch.float32 and _is_exact() else "tf32"
+
+
+def _is_exact() -> bool:
+    """Whether float32 products are. After torch was told in its newer way, as transformers' tf32 does, it refuses to
+    answer in the older one."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def _tuned(kernel: Any) -> Any:
