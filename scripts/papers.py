@@ -2,6 +2,7 @@
 
 python scripts/papers.py runs/papers          # first take the records over into results/nano/papers, without weights
 python scripts/papers.py runs/papers-longer   # the same into results/nano/papers-longer
+python scripts/papers.py runs/told            # and into results/nano/told
 python scripts/papers.py                      # the tables and pictures from the records there, and the page
 python scripts/papers.py --check              # fail if the page is not what would be written
 """
@@ -26,7 +27,7 @@ from results import take_over
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "nano"
-STORES = ("papers", "papers-longer")
+STORES = ("papers", "papers-longer", "told")
 PAGE = ROOT / "docs" / "papers.md"
 RECIPES_MARK = "<!-- made by scripts/papers.py from the recipes -->"
 NANO_MARK = "<!-- made by scripts/papers.py from results/nano/{} -->"
