@@ -14,6 +14,8 @@ Readings where the text is open:
 - The importance of those that grow starts again at 0 (section 3.3; algorithm 1 has all of the layer).
 - Growth ends one interval before the training does. The paper has 200 steps for both.
 - The router has an adapter, as everywhere in hotlora.
+- AdamW's bias correction counts from the training's start also for ranks that come later, whose gradients were masked:
+  their first steps are larger, three times the learning rate after 2,000 steps. A mask gives just that.
 
 Shape suffixes: N experts, U = 2N units of a layer (the experts' up, then their down), R the largest rank.
 """
