@@ -71,9 +71,9 @@ class Validation(TrainerCallback):
         taken = math.ceil(state.max_steps / self.every)  # the last step has one, too
         if self.patience is not None and taken <= self.patience and is_main():
             _log.warning(
-                "early_stopping_patience %d cannot end this run: it has %d held-out losses in %d steps "
-                "(eval_steps %d), and needs more than %d",
-                self.patience, taken, state.max_steps, self.every, self.patience,
+                "early_stopping_patience %d cannot end this run: held-out losses in %d steps (eval_steps %d): %d, and it "
+                "needs more than %d",
+                self.patience, state.max_steps, self.every, taken, self.patience,
             )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
