@@ -71,8 +71,8 @@ class Validation(TrainerCallback):
         taken = math.ceil(state.max_steps / self.every)  # the last step has one, too
         if self.patience is not None and taken <= self.patience and is_main():
             _log.warning(
-                "early_stopping_patience %d cannot end this run: held-out losses in %d steps (eval_steps %d): %d, and it "
-                "needs more than %d",
+                "early_stopping_patience %d cannot end this run: held-out losses in %d steps (eval_steps %d): %d, "
+                "and it needs more than %d",
                 self.patience, state.max_steps, self.every, taken, self.patience,
             )  # fmt: skip
 
