@@ -40,6 +40,8 @@ _NEEDS_HOTLORA = (
 modules, finds none, and says so with these words."""
 _SWITCHES = ("train_attention", "train_router", "train_shared")
 
+VARIANTS = tuple(field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant"))
+"""PEFT's options that make another method of LoRA: DoRA, aLoRA, KaSA, ..."""
 # LoraConfig's options that the layers below do not implement, with the value that leaves each one off.
 _UNSUPPORTED: dict[str, Any] = {
     "bias": "none",
@@ -128,10 +130,9 @@ class HotLoraConfig(LoraConfig):
         for name, off in _UNSUPPORTED.items():
             if getattr(self, name) != off:
                 raise PlanError(f"{name}={getattr(self, name)!r} is not supported: leave it at {off!r}.")
-        for field in dataclasses.fields(self):  # aLoRA, KaSA, ...
-            is_ours = field.name == "use_dora"
-            if field.metadata.get("is_lora_variant") and not is_ours and getattr(self, field.name):
-                raise PlanError(f"{field.name} is not supported on experts and routers: leave it off.")
+        for name in VARIANTS:
+            if name != "use_dora" and getattr(self, name):
+                raise PlanError(f"{name} is not supported on experts and routers: leave it off.")
         if not isinstance(self.init_lora_weights, bool):
             raise PlanError(f"init_lora_weights={self.init_lora_weights!r} is not supported: give True or False.")
         self._check_factors()

@@ -70,6 +70,10 @@ class Options:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, converted(field.name, getattr(self, field.name), field.type))
 
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of these options that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
     def recorded(self) -> dict[str, Any]:
         """What a run's record holds of these."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["resume"]}

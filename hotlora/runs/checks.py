@@ -161,7 +161,7 @@ def _tell_unused(options: RunOptions) -> None:
         unused += ["r", "lora_alpha", "lora_dropout", "use_rslora"]
     if options.full:
         unused += [*BUDGETS, "train_attention", "train_router", "train_shared", "train_a", "share_a", "profile"]
-    if given := [name for name in unused if getattr(options, name) != getattr(RunOptions, name)]:
+    if given := options.changed(unused):
         what = "full fine-tuning trains all weights" if options.full else "no low-rank adapter trains here"
         say_once(f"{what}: these options change nothing: {', '.join(given)}")
 

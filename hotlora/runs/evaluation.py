@@ -97,15 +97,15 @@ def run_evaluation(
         if task.kind != "generate":
             raise HotLoraError(f"nothing is answered on {task.name}: leave max_new_tokens (--max-new-tokens) out.")
         task = dataclasses.replace(task, max_new_tokens=options.max_new_tokens)
-    is_text = task.kind == "text"
+    is_text, written = task.kind == "text", template_source(tokenizer, test)
     if is_text:
         _check_texts(task, rouge, sampling, engine)
     elif is_own and options.adapter is not None:
-        _tell_template(options, tokenizer, test)
+        _tell_template(options, bool(written))
     identity = {
         "model": options.model, "data": data, "test_hash": data_hash(test), **scored.identity(),
         "eval_batch_size": options.batch_size, **({"chat_template": None} if is_own else {}),
-        **template_source(tokenizer, test),
+        **written,
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
@@ -164,9 +164,9 @@ def _as_noted(identity: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != "chat_template"}
 
 
-def _tell_template(options: EvalOptions, tokenizer: Any, test: Sequence[Example]) -> None:
+def _tell_template(options: EvalOptions, by_template: bool) -> None:
     """Warns where the adapter's run read its rows otherwise: its prompts are not those that are answered here."""
-    was, by_template = find(str(options.adapter), options.model).is_chat, bool(template_source(tokenizer, test))
+    was = find(str(options.adapter), options.model).is_chat
     if was is not None and was != by_template:
         ways = ("as plain text", "by the chat template")
         _log.warning(
@@ -387,7 +387,7 @@ class _Scored:
         if engine != "vllm":
             return
         unread = ("device", "attn_implementation", "offload", "offload_folder", "batch_size")
-        if given := [name for name in unread if getattr(self.options, name) != getattr(EvalOptions, name)]:
+        if given := self.options.changed(unread):
             raise HotLoraError(f"the engine vllm decides by itself on {', '.join(given)}: leave them out.")
         if task is not None and task.kind == "choice":
             raise HotLoraError(f"{task.name} ranks choices, which the engine vllm is not used for: leave --engine out.")

@@ -76,8 +76,7 @@ def _tell_given(options: RunOptions) -> None:
         "mask": ("dense_learning_rate", "granularity", "fresh_a"),
     }
     for what, names in beside.items():
-        given = [name for name in names if getattr(options, name) != getattr(RunOptions, name)]
-        if getattr(options, what) is not None and given:
+        if getattr(options, what) is not None and (given := options.changed(names)):
             say_once(f"a {what} is given, beside which these options change nothing: {', '.join(given)}")
 
 

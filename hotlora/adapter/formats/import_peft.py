@@ -4,7 +4,6 @@ Shape suffixes: E experts, R rank.
 """
 
 import copy
-import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from ...base.unchanged import unchanged_on_error
 from ...hf.experts_view import ExpertsView
 from ...hf.moe_layers import MoELayer, attention_modules, fingerprint, moe_layers, unwrap
 from ...routing.plan import ExpertPlan
+from ..config import VARIANTS
 from ..load import CONFIG_FILE, WEIGHTS_FILE, check_kinds, read_weights
 from ..model import HotLoraConfig
 from .peft import loaded_by_peft
@@ -133,7 +133,8 @@ def _read_plain_config(folder: Path) -> LoraConfig:
         raise FileError(f"{file} holds an expert plan, so it is a hotlora adapter: use load_adapter.")
     if data.get("peft_type") != "LORA":
         raise FileError(f"{file} has peft_type {data.get('peft_type')!r}: only LORA adapters can be imported.")
-    for name in ("use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
+    others = ("modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices", "use_qalora")
+    for name in (*VARIANTS, *others):
         if data.get(name):
             raise FileError(f"{file} has {name}, which a hotlora adapter does not hold.")
     start = data.get("init_lora_weights")
@@ -142,10 +143,6 @@ def _read_plain_config(folder: Path) -> LoraConfig:
             f"{file} has init_lora_weights {start!r}, by which PEFT changes the base's weights, too: convert the "
             "adapter to plain LoRA (PEFT's path_initial_model_for_weight_conversion), or merge it with PEFT."
         )
-    variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
-    for name in (*variants, "use_qalora"):
-        if data.get(name):
-            raise FileError(f"{file} has {name}, which a hotlora adapter does not hold.")
     if data.get("bias", "none") != "none":
         raise FileError(f"{file} has bias {data['bias']!r}, which a hotlora adapter does not hold.")
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules")
