@@ -7,9 +7,11 @@ import re
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.helpers import DoraCaching
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
+from tiny_tokenizer import byte_tokenizer
 from zoo import zoo_model
 
 from hotlora.adapter import factors
@@ -22,6 +24,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask, draw_mask
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.base.errors import FileError, HotLoraError, PlanError
+from hotlora.evaluation.talk import answer
 from hotlora.hf.experts_view import ExpertsView
 from hotlora.hf.moe_layers import moe_layers
 
@@ -239,6 +242,40 @@ def test_dora_saves_and_counts(tmp_path):
     assert dora["router"] - plain["router"] == 2 * 8
     with pytest.raises(HotLoraError, match="cannot hold an adapter with use_dora"):
         export_adapter(model, tmp_path / "vllm", format="vllm")
+
+
+def norms_of(monkeypatch):
+    """A list that grows by a layer with every norm that is worked out."""
+    made = []
+
+    def counted(its):
+        plain = its._norms
+        monkeypatch.setattr(its, "_norms", lambda self, *names: (made.append(self), plain(self, *names))[1])
+
+    counted(HotLoraExperts)
+    counted(HotLoraWeights)
+    return made
+
+
+def test_dora_norms_are_kept_as_pefts_own_are(monkeypatch):
+    model = adapted(use_dora=True, ranks=RANKS)
+    expected, made = logits(model), norms_of(monkeypatch)
+    with DoraCaching():
+        assert torch.equal(logits(model), expected) and (once := len(made)) >= 4
+        assert torch.equal(logits(model), expected) and len(made) == once
+        fill(model.train(), 1, scale=0.05)
+        changed = logits(model.eval())
+        assert not torch.equal(changed, expected) and len(made) == 2 * once
+    assert torch.equal(logits(model), changed) and len(made) == 3 * once
+
+
+def test_dora_norms_are_worked_out_once_for_a_batch_of_answers(monkeypatch):
+    model = adapted(tiny_model(vocab_size=259), use_dora=True)
+    tokenizer, made = byte_tokenizer(), norms_of(monkeypatch)
+    said = answer(model, tokenizer, "1 + 1 =", max_new_tokens=4)
+    assert len(made) == len({id(layer) for layer in made}) >= 4
+    fill(model, 1, scale=0.5)
+    assert answer(model, tokenizer, "1 + 1 =", max_new_tokens=4) != said, "of the new weights"
 
 
 def test_dora_twice_is_merged_at_once_or_not_at_all():

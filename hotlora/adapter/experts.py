@@ -331,9 +331,10 @@ class HotLoraExperts(HotExperts):
         """Magnitude over norm: `[N, P*F]` and `[N, D]`, or none. The norm carries no gradient (DoRA, section 4.3)."""
         if adapter not in self.lora_magnitude_down:
             return ()
+        both_norms = self._once((adapter, group), lambda: self._norms(adapter, group))
         up, down = (
             self._held(name, adapter, group) / norms
-            for name, norms in zip(self.adapter_layer_names[4:], self._norms(adapter, group), strict=True)
+            for name, norms in zip(self.adapter_layer_names[4:], both_norms, strict=True)
         )
         return up, down
 

@@ -1,17 +1,19 @@
 """What PEFT layers of ours share: an update that goes into the base layer's weights and comes out again."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, dora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base.errors import HotLoraError
 from .factors import Slot
+
+T = TypeVar("T")
 
 
 class MergeableLayer(nn.Module, LoraLayer):
@@ -24,6 +26,7 @@ class MergeableLayer(nn.Module, LoraLayer):
         self._active_adapter = adapter_name
         self.replaced: dict[str, list[Tensor]] = {}
         """adapter -> what a merge has overwritten, where it cannot be subtracted again"""
+        self._cached: dict[Hashable, object] = {}
         self._prepare()
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
@@ -62,6 +65,20 @@ class MergeableLayer(nn.Module, LoraLayer):
                 self.unmerge()
             return []
         return [] if self.merged else [name for name in self.active_adapters if name in self.scaling]
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self._cached.clear()
+        return super().train(mode)
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, once for each key while PEFT's `DoraCaching` is on, outside training; as PEFT's own DoRA layers."""
+        if self.training or not dora.ENABLE_DORA_CACHING:
+            self._cached.clear()
+            return make()
+        if key not in self._cached:
+            self._cached[key] = make()
+        return cast(T, self._cached[key])
 
     def _replaces(self, adapter: str) -> bool:
         """Whether what the adapter adds depends on the base weights themselves, and not on its factors alone."""

@@ -81,7 +81,8 @@ class HotLoraWeights(MergeableLayer):
         if adapter not in self.lora_magnitude:
             return delta
         weight = self.get_base_layer().get_parameter(self._weights[name]).to(delta.dtype)
-        scale = cast(Any, self.lora_magnitude[adapter])[name] / self._norms(adapter, name)
+        norms = self._once((adapter, name), lambda: self._norms(adapter, name))
+        scale = cast(Any, self.lora_magnitude[adapter])[name] / norms
         return scale.unsqueeze(-1) * (weight + delta) - weight
 
     def _low_rank(self, adapter: str, name: str) -> Tensor:

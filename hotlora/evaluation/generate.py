@@ -15,8 +15,11 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from peft.helpers import DoraCaching
+from peft.tuners.lora.dora import DoraLinearLayer
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
+from ..adapter.mergeable import MergeableLayer
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
 from ..hf.forward import inference, padding_matters
@@ -130,7 +133,7 @@ def answer_batches(
             seeds = [sampling.seed_of(examples[i], sample) for i, sample in group]
             drawing = [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p)]
             drawing.append(_Draw(seeds, width, max_new_tokens))
-        with inference(model), without_generation_config(model):
+        with generation(model):
             output = model.generate(
                 input_ids=pad(ids, tokenizer.pad_token_id, "left").to(device_of(model)),
                 attention_mask=pad([torch.ones_like(row) for row in ids], 0, "left").to(device_of(model)),
@@ -184,7 +187,19 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
 
 
 @contextmanager
-def without_generation_config(model: Any) -> Iterator[None]:
+def generation(model: Any) -> Iterator[None]:
+    """What tokens are generated in: the model as it is, whose DoRA norms are thus worked out once and not for each."""
+    with inference(model), _without_generation_config(model), DoraCaching():
+        try:
+            yield
+        finally:
+            for module in model.modules():
+                if isinstance(module, MergeableLayer | DoraLinearLayer):
+                    module.train().eval()  # which forgets the norms: the weights may change from here on
+
+
+@contextmanager
+def _without_generation_config(model: Any) -> Iterator[None]:
     """Without what the checkpoint's generation_config.json says, which `generate` takes wherever it is told nothing."""
     owners = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
     own = [module.generation_config for module in owners]

@@ -8,10 +8,9 @@ from transformers import GenerationConfig, TextStreamer
 
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
-from ..hf.forward import inference
 from ..tasks import Example
 from ..tasks.tokens import encode_prompt
-from .generate import GREEDY, Sampling, end_ids, without_generation_config, written
+from .generate import GREEDY, Sampling, end_ids, generation, written
 
 
 def prompt_ids(
@@ -82,7 +81,7 @@ def answer(
     torch.manual_seed(sampling.seed)
     given = torch.tensor([ids], device=device_of(model))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    with inference(model), without_generation_config(model):
+    with generation(model):
         output = model.generate(
             input_ids=given, attention_mask=torch.ones_like(given), generation_config=config, streamer=streamer
         )

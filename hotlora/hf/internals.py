@@ -19,6 +19,7 @@ _QUANTIZED = "adapter.quantize: experts are not quantized while a model loads"
 _PACKED = "adapter.packed_loading: checkpoints in MXFP4 and FP8 are not loaded as they are stored"
 _SUMS = "adapter.combine: adapters are not combined but by cat"
 _PINNED = "offloaded experts take up to twice their size in RAM, unless PYTORCH_ALLOC_CONF says otherwise"
+_DORA = "DoRA's norms are worked out for every token that is generated"
 _META = "cost.estimate and `hotlora train` cannot tell the memory of a training before it starts"
 
 NAMES = {
@@ -85,6 +86,9 @@ NAMES = {
     "peft.tuners.lora:LoraLayer._get_in_out_features": _LAYER,
     "peft.tuners.lora:LoraLayer._move_adapter_to_device_of_base_layer": _LAYER,
     "peft.tuners.lora:LoraLayer._active_adapter": _LAYER,
+    "peft.tuners.lora:dora": _DORA,
+    "peft.tuners.lora.dora:DoraLinearLayer": _DORA,
+    "peft.helpers:DoraCaching": _DORA,
     "peft.tuners.tuners_utils:BaseTunerLayer": _LAYER,
     "peft.tuners.tuners_utils:check_adapters_to_merge": "adapter.mergeable does not know which adapters to merge",
     "peft:LoraModel._check_merge_allowed": _TUNER,
