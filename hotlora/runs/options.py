@@ -148,7 +148,9 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     limit: int | None = option("Use at most so many examples, the same ones for every seed.", None, resume=None)
     test_limit: int | None = option("The same for the held-out data.", None, resume=None)
     evaluate: bool = option("Score a task after training.", True)
-    eval_batch_size: int = option("Examples that are scored at a time.", 64, resume=None)
+    eval_batch_size: int = option(
+        "Examples that are scored at a time; a held-out loss takes no more tokens than a step has.", 64, resume=None
+    )
     condition: str | None = option(
         "The record's name for it (default: the rule, or the method).", None, cli=False, resume=None
     )
