@@ -66,7 +66,10 @@ class LoadOptions(Options):
     dtype: str = option(
         "float32, bfloat16 or float16; auto: the checkpoint's own on a GPU, float32 on the CPU.", "auto"
     )
-    device: str = option("cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU.", "auto", resume=None)
+    device: str = option(
+        "cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU; to export, merge or combine the CPU.", "auto",
+        resume=None,
+    )  # fmt: skip
     attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]); 0: make those of a checkpoint in "
