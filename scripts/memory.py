@@ -59,7 +59,9 @@ ASKED = (
 
 def steps() -> dict[str, Step]:
     """Of a batch of all examples; smaller ones are parts of it."""
-    options: dict[str, Any] = {"batch_size": EXAMPLES, "max_length": LENGTH, "fraction": FRACTION, "r": RANK}
+    options: dict[str, Any] = {
+        "batch_size": EXAMPLES, "max_length": LENGTH, "fraction": FRACTION, "r": RANK, "padded": True,
+    }  # fmt: skip
     return {name: step_of(CONFIGS / folder, **options) for name, folder in MODELS.items()}
 
 

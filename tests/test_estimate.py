@@ -1,7 +1,9 @@
 """`estimate` against what a real step keeps."""
 
+import copy
 import functools
 import gc
+import sys
 import tempfile
 from contextlib import nullcontext
 
@@ -20,7 +22,7 @@ from hotlora.bench.contenders import BenchConfig, Contender
 from hotlora.bench.worker import Worker, _peak_allocated
 from hotlora.cost import memory
 from hotlora.cost.activations import SavedBytes, autocast
-from hotlora.cost.estimate import coverage_at, estimate, sized_config
+from hotlora.cost.estimate import coverage_at, estimate, sized_config, step_of
 from hotlora.hf import forward
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import select_experts
@@ -260,6 +262,62 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
         write(config), batch_size=1, max_length=LENGTH, fraction=0.25, coverage=coverage, device="cpu", **options
     )
     assert 0.9 <= found["memory"]["total"] / peak <= 1.1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_scores_that_attention_makes_are_counted(family, checkpointing, write, monkeypatch):
+    """gpt_oss has no fused kernel, and a CPU's needs a v of the width of q and k: the backward pass of one layer makes
+    several tensors of the size of all scores, far more than its experts' rows."""
+    monkeypatch.setattr(sys.modules[__name__], "LENGTH", 512)
+    config = copy.deepcopy(zoo_model(family).config)
+    config.update({"num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 128, "hidden_size": 128})
+    config.update({"num_key_value_heads": 16 if family == "deepseek_v3" else 4})
+    if family == "gpt_oss":
+        config.update({"layer_types": ["full_attention"] * 2})
+    options = {"dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+    peak, coverage = measured_peak(config, **options)
+    options |= {"r": 8, "fraction": 0.25, "coverage": coverage, "device": "cpu"}
+    found = estimate(write(config), batch_size=1, max_length=512, **options)["memory"]
+    assert 0.9 <= found["total"] / peak <= 1.1
+
+
+def test_a_gpus_attention_keeps_no_scores_whatever_the_widths_of_heads(write):
+    config = write(copy.deepcopy(zoo_model("deepseek_v3").config))
+    kept = {
+        (device, length): step_of(config, batch_size=1, max_length=length, device=device, dtype="bfloat16").rest
+        for device in ("cpu", "cuda")
+        for length in (256, 1024)
+    }
+    assert kept["cuda", 1024] <= 4 * kept["cuda", 256] and kept["cpu", 1024] > 4.2 * kept["cpu", 256]
+
+
+def test_attention_beside_experts_that_alone_are_adapted_is_counted(write):
+    """Their adapters make all that comes after them need a gradient."""
+    options = {"batch_size": 1, "max_length": 64, "device": "cuda", "r": 8}
+    config = write(tiny_config("olmoe", num_hidden_layers=4))
+    others = dict.fromkeys(("train_attention", "train_router", "train_shared"), False)
+    alone, everything = step_of(config, **options, **others), step_of(config, **options)
+    assert 0.4 * everything.rest < alone.rest < everything.rest
+
+
+def test_rows_with_padding_keep_a_mask_and_repeated_keys(write):
+    config = write(tiny_config("qwen3_moe", num_attention_heads=8, num_key_value_heads=2, head_dim=16))
+    options = {"batch_size": 2, "max_length": 64, "device": "cuda", "dtype": "bfloat16"}
+    step = step_of(config, **options, padded=True)
+    layers = len(step.blocks)
+    assert step.rest_padding == layers * 2 * (2 * 64 * 64 + 2 * (8 - 2) * 64 * 2 * 16)
+    assert step_of(config, **options).rest_padding == 0
+    storage = memory.Storage()
+    found = [memory.memory(one, storage)["activations"] for one in (step, step.of_tokens(64), step.of_tokens(128))]
+    assert found[2] == found[0], "of_tokens is of the same rows"
+    assert found[0] - 2 * found[1] == pytest.approx(step.rest_padding, abs=2), "one row has none"
+
+
+def test_cold_experts_are_all_in_ram_while_the_router_is_profiled(write):
+    step = step_of(write(tiny_config("olmoe")), batch_size=1, max_length=64, fraction=0.25, device="cuda")
+    of_all, of_cold = (memory.memory(step, memory.Storage(offload=offload))["host"] for offload in ("all", "cold"))
+    assert of_cold > of_all
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

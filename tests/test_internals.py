@@ -169,4 +169,5 @@ def test_only_the_hooks_change_peft():
                         target.value.id if isinstance(target.value, ast.Name) else getattr(target.value.value, "id", "")
                     )
                     found |= {(module, names[root].partition(":")[0].partition(".")[0])} if root in names else set()
-    assert found == {("hotlora.hf.peft_hooks", "peft"), ("hotlora.cost.activations", "transformers")}
+    while_counting = {("hotlora.cost.activations", "transformers"), ("hotlora.cost.activations", "torch")}
+    assert found == {("hotlora.hf.peft_hooks", "peft")} | while_counting

@@ -35,7 +35,7 @@ def olmoe_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def olmoe(olmoe_file):
-    return step_of(olmoe_file, batch_size=16, max_length=2048, fraction=0.25, r=16)
+    return step_of(olmoe_file, batch_size=16, max_length=2048, fraction=0.25, r=16, padded=True)
 
 
 def test_each_way_on_the_page_fits_its_card(script, olmoe):

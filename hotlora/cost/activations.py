@@ -6,15 +6,18 @@ experts left out; and one layer's experts are run for real, on a few tokens and 
 
 import copy
 import math
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
@@ -96,6 +99,34 @@ def _two_experts(experts: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return two
 
 
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that are there at a time of what is made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if (key := storage._cdata) not in self._seen | given:
+                self._seen.add(key)
+                weakref.finalize(storage, self._free, key, storage.nbytes())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
 @dataclass(frozen=True)
 class Rest:
     """The adapted decoder without its routed experts."""
@@ -104,6 +135,11 @@ class Rest:
     """Bytes that it keeps, and the loss."""
     again: int
     """Bytes of it that several operations keep, as the adapters of q, k and v their input."""
+    backward: int
+    """Bytes that the backward pass of one layer makes at a time."""
+    padding: int
+    """Bytes that attention on a GPU keeps besides where rows have padding: a mask that is added, in each layer, and k
+    and v repeated for all heads of q."""
     trained: tuple[tuple[int, ...], ...]
     """Shapes of all parameters that train, those of the routed experts too."""
     frozen: int
@@ -113,9 +149,12 @@ class Rest:
 
 
 def rest_of_step(
-    config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype
+    config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype, device: str
 ) -> Rest:
-    """What all but the routed experts keep, by running the adapted decoder on tensors that have shapes only."""
+    """What all but the routed experts keep, by running the adapted decoder on tensors that have shapes only.
+
+    device: cuda or cpu, whose kernels attention takes.
+    """
     with torch.device("meta"), quiet():
         base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
         of_base = _numbers(base)
@@ -123,12 +162,36 @@ def rest_of_step(
     with FakeTensorMode(), quiet():
         _on_cpu(model)
         ids = torch.zeros(batch_size, length, dtype=torch.int64)
-        with _without_experts(model), _unpacked(), autocast("cpu", dtype), SavedBytes(model) as saved:
-            base.get_decoder()(input_ids=ids, use_cache=False)
+        kernels = _cuda_attention() if device == "cuda" else nullcontext([0])
+        with _without_experts(model), _unpacked(), kernels as padding, autocast("cpu", dtype):
+            with SavedBytes(model) as saved, _last_input(base) as given:
+                hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            kept, again = saved.total, saved.again
+            del saved  # which holds all that it has counted
+            with LiveBytes() as live:
+                if given[0].requires_grad:
+                    torch.autograd.grad(hidden.sum(), given)
+                else:  # the only layer
+                    hidden.sum().backward()
     last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
     shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     frozen = _numbers(model) - of_base - sum(map(math.prod, shapes))
-    return Rest(saved.total + last, saved.again, shapes, frozen, weights_beside_experts(model))
+    return Rest(kept + last, again, live.most, sum(padding), shapes, frozen, weights_beside_experts(model))
+
+
+@contextmanager
+def _last_input(base: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """What the last decoder layer is given."""
+    given: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = base.get_decoder().layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        handle.remove()
 
 
 def _numbers(model: nn.Module) -> int:
@@ -146,19 +209,65 @@ def _on_cpu(model: nn.Module) -> None:
 
 
 class _Inputs(torch.autograd.Function):
-    """In the place of routed experts: keeps their inputs, and nothing else."""
+    """In the place of routed experts: keeps their inputs, and nothing else. `trained` is what makes the output need a
+    gradient, as their adapters do, whether or not the input does."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor, trained: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(hidden_TD, top_k_weights)
         return torch.empty_like(hidden_TD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_TD, top_k_weights = ctx.saved_tensors
+        return torch.empty_like(hidden_TD), None, torch.empty_like(top_k_weights), None
+
+
+class _CudaAttention(torch.autograd.Function):
+    """In the place of attention's fused kernels on a GPU, which keep no scores, whatever the widths of heads: on a CPU
+    torch makes them where v has another width than q and k, as in MLA."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        # A mask of bools becomes one that is added, for each layer anew.
+        masks = [] if mask is None else [q.new_empty(mask.shape) if mask.dtype == torch.bool else mask]
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *masks)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+@contextmanager
+def _cuda_attention() -> Iterator[list[int]]:
+    """Yields what each call would keep besides where rows have padding."""
+    padding: list[int] = []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        if attn_mask is None:
+            repeated = (query.shape[1] // key.shape[1] - 1) * (key.nbytes + value.nbytes)
+            padding.append(query.shape[0] * query.shape[2] * key.shape[2] * query.itemsize + repeated)
+        return cast(Tensor, _CudaAttention.apply(query, key, value, attn_mask))
+
+    plain = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield padding
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
 
 
 @contextmanager
 def _without_experts(model: nn.Module) -> Iterator[None]:
     modules: list[Any] = [model.get_submodule(layer.experts) for layer in moe_layers(model)]
+    trained = torch.empty(0, requires_grad=True)
     for module in modules:
-        module.forward = _Inputs.apply
+        module.forward = lambda *given: _Inputs.apply(*given, trained)
     try:
         yield
     finally:

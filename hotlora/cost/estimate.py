@@ -95,6 +95,7 @@ def step_of(
     perft: str | None = None,
     perft_adapters: int = 1,
     perft_top_k: int = 1,
+    padded: bool = False,
     dtype: str = "auto",
     device: str | torch.device = "cuda",
 ) -> Step:
@@ -105,6 +106,7 @@ def step_of(
         layers: cut the model to its first layers.
         experts_per_layer, fraction: the budget, as for `select_experts`, or "top_k": the router's K; none means all.
         coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
+        padded: the rows of a batch are of several lengths, and not packed: attention has a mask, and keeps more.
         dtype: of the base, and of what is computed; auto: as `train` has it, the config's own on a GPU and float32 on
             the CPU. Adapters are float32.
         device: cuda or cpu, what the step is for: its short-lived workspace differs. It need not be here: without
@@ -142,7 +144,7 @@ def step_of(
     try:
         on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
         row = expert_row_bytes(meta, lora, coverage, compute, on)
-        rest = rest_of_step(cut, lora, batch_size, max_length, compute)
+        rest = rest_of_step(cut, lora, batch_size, max_length, compute, device.type)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -161,7 +163,9 @@ def step_of(
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
         expert_widths=(*view.widths, view.num_parts), trained=rest.trained, frozen=rest.frozen,
-        expert_row=row, rest=rest.kept, rest_again=rest.again, coverage=coverage, forward=forward, adapter=adapter,
+        expert_row=row, rest=rest.kept, rest_again=rest.again,
+        rest_backward=rest.backward, rest_padding=rest.padding if padded else 0, length=max_length,
+        coverage=coverage, forward=forward, adapter=adapter,
         expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),
     )  # fmt: skip

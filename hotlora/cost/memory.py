@@ -85,6 +85,12 @@ class Step:
     """Bytes that all else keeps."""
     rest_again: int
     """Of it what several operations keep."""
+    rest_backward: int
+    """What its backward makes at a time, in one layer."""
+    rest_padding: int
+    """What it keeps besides where rows have padding, as in all batches of several examples that are not packed."""
+    length: int
+    """Tokens of an example."""
     coverage: float
     """Share of assignments to adapted experts."""
     forward: Mapping[str, float]
@@ -115,8 +121,11 @@ class Step:
     def of_tokens(self, tokens: int) -> "Step":
         """With batches of so many tokens, in sequences of the same length."""
         factor = tokens / self.tokens
-        rest, again = round(self.rest * factor), round(self.rest_again * factor)
-        return replace(self, tokens=tokens, rest=rest, rest_again=again, flops=self.flops * factor)
+        sizes = {
+            name: round(getattr(self, name) * factor)
+            for name in ("rest", "rest_again", "rest_backward", "rest_padding")
+        }
+        return replace(self, tokens=tokens, flops=self.flops * factor, **sizes)
 
     @property
     def recomputed(self) -> float:
@@ -152,8 +161,8 @@ class Storage:
 def memory(step: Step, storage: Storage) -> dict[str, int]:
     """Bytes by kind, and the device's `total`: weights, staging (of offloaded experts, on their way), adapter,
     gradients, optimizer, activations, workspace (what the peak takes beyond these: it is less where gradients come only
-    as activations go). Beside the total: `host`, what a GPU's run keeps in RAM, and `disk`, what is read from a file
-    that is mapped.
+    as activations go). Beside the total: `host`, the most that a GPU's run has in RAM, and `disk`, what is read from a
+    file that is mapped.
     """
     here, away = expert_bytes(step, storage)
     bits = storage.quantize_linear
@@ -177,7 +186,17 @@ def memory(step: Step, storage: Storage) -> dict[str, int]:
     }
     found = {kind: round(size) for kind, size in kinds.items()}
     host = leaves + moved + (0 if is_on_disk else away)
+    if storage.offload == "cold" and not is_on_disk:
+        host = max(host, _while_loading(step, storage))
     return found | {"total": sum(found.values()), "host": round(host), "disk": round(away if is_on_disk else 0)}
+
+
+def _while_loading(step: Step, storage: Storage) -> float:
+    """What is in RAM before it is known which experts are cold: all wait there while the router is profiled, and what
+    then stays of a projection is copied before the whole is given back."""
+    everything = replace(storage, offload="all", keep_hot=False)
+    cold = [_placed(step, storage, layer, n)[1] for layer in step.experts for n in (layer.up, layer.down)]
+    return expert_bytes(step, everything)[1] + max(cold)
 
 
 def expert_bytes(step: Step, storage: Storage) -> tuple[float, float]:
@@ -212,7 +231,8 @@ def _kept(step: Step, recomputes: bool) -> float:
     """Of a forward's activations, what is there for the backward."""
     if recomputes:
         return step.tokens * step.width * step.itemsize * len(step.blocks)
-    return step.rest + step.expert_row * step.tokens * len(step.experts)
+    padding = step.rest_padding if step.tokens > step.length else 0
+    return step.rest + padding + step.expert_row * step.tokens * len(step.experts)
 
 
 def quantized_bytes(bits: int) -> float:
@@ -269,14 +289,15 @@ def _staging(step: Step, storage: Storage) -> float:
 def _peak(step: Step, storage: Storage, gradients: float, moved: float) -> tuple[float, float]:
     """What is kept from forward to backward; and what the peak takes besides, with the gradients that are there.
 
-    It is the highest of three moments: the loss, which has a tile of logits; the last layer's backward, whose rows have
-    gradients; and the first layer's, when all gradients of what trains are there and the activations are gone.
+    It is the highest of three moments: the loss, which has a tile of logits; the last layer's backward, where its rows
+    of experts have gradients, or its attention (with whole scores, where a family has no fused kernel); and the first
+    layer's, when all gradients of what trains are there and the activations are gone.
     """
     layers, adds_up = len(step.blocks), storage.gradient_accumulation_steps > 1
     one = _kept(step, False) / layers
     in_loss = _kept(step, storage.gradient_checkpointing) - moved
     kept = in_loss + one * storage.gradient_checkpointing
-    logits, rows = _logits(step), _rows(step, storage)
+    logits, rows = _logits(step), max(_rows(step, storage), step.rest_backward)
     moments = (
         in_loss + logits + gradients * adds_up,
         kept + rows + (gradients if adds_up else gradients / layers),

@@ -174,7 +174,7 @@ def step_by(
     def with_changes(changes: Mapping[str, Any]) -> Step:
         given = {name: changes.get(name, getattr(options, name)) for name in _OF_STEP} | dict(fixed)
         budget = {name: changes[name] for name in ("fraction", "experts_per_layer") if name in changes} or kept
-        return step_of(path, device=where, **given, **budget)
+        return step_of(path, device=where, padded=not options.packing, **given, **budget)
 
     return with_changes
 
@@ -202,7 +202,9 @@ def experts_of(options: RunOptions) -> dict[str, Any]:
 def estimated_options(options: RunOptions) -> dict[str, Any]:
     """A run's, as `estimate` takes them."""
     names = (*_OF_STEP, *(field.name for field in fields(Storage)))
-    return {name: getattr(options, name) for name in names} | experts_of(options) | {"device": _of_auto(options.device)}
+    return {name: getattr(options, name) for name in names} | experts_of(options) | {
+        "device": _of_auto(options.device), "padded": not options.packing,
+    }  # fmt: skip
 
 
 def layout(expert_parallel: int) -> str:

@@ -49,6 +49,7 @@ NAMES = {
     "peft.utils.merge_utils:dare_ties": _SUMS,
     "peft.utils.merge_utils:magnitude_prune": _SUMS,
     "datasets.table:MemoryMappedTable": "tasks.stored: rows of data are not read from their file",
+    "torch.utils._pytree:tree_leaves": _META,
     "transformers.training_args:OptimizerNames": "--optim is not checked before training",
     "transformers.masking_utils:find_packed_sequence_indices": _META,
     "transformers.utils.chat_template_utils:render_jinja_template": "tasks.chat does not find where an answer begins "
