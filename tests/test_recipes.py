@@ -74,6 +74,42 @@ def test_a_task_has_options_of_its_own():
         find_recipe("hellora-table-2", Setting("nano", options={"nano-chess.max_steps": 500}))
 
 
+def test_options_of_every_run_are_those_of_runs_that_only_score_too():
+    given = {"dtype": "float16", "device": "cpu", "test_limit": 7, "eval_batch_size": 3, "quantize": 4, "max_steps": 5}
+    for setting in (Setting("nano", options=given), Setting("some/moe", options=given)):
+        for name in ("hellora-table-7", "hellora-table-8"):
+            sweep = find_recipe(name, setting)
+            for condition in sweep.conditions:
+                found = condition.options
+                told = {"dtype": "float16", "device": "cpu", "test_limit": 7, "eval_batch_size": 3}
+                assert {option: found.get(option) for option in told} == told, condition.name
+                assert found.get("quantize") == (None if condition.scores else 4), "adapters bring their base's"
+                assert ("max_steps" in found) == (condition.train and condition.scores is None)
+    sweep = find_recipe("hellora-table-8", Setting("nano", options={"nano-sql.test_limit": 9}))
+    limits = {
+        condition.name: condition.options.get("test_limit") for condition in sweep.conditions if not condition.train
+    }
+    assert limits == {"nano/nano-math/base": None, "nano/nano-sql/base": 9, "nano/nano-choice/base": None}
+    across = {condition.name: condition.options.get("test_limit") for condition in sweep.conditions if condition.scores}
+    assert {name for name, limit in across.items() if limit == 9} == {
+        "nano/nano-math/hellora-on-nano-sql", "nano/nano-choice/hellora-on-nano-sql",
+    }  # fmt: skip
+
+
+def test_how_answers_are_drawn_is_an_option_where_runs_only_score():
+    setting = Setting("some/moe", options={"codealpaca-lori.samples": 5})
+    sweep = find_recipe("hellora-table-2", setting)
+    found = {condition.name: condition.options.get("samples") for condition in sweep.conditions}
+    drawn = {name for name, samples in found.items() if samples}
+    assert drawn == {name for name in found if name.endswith("-scored") and "code" in name} | {
+        "moe/codealpaca-lori/base"
+    }
+    assert {found[name] for name in drawn} == {5}
+    for wrong, options in ((Setting("nano"), {"temperature": 0.9}), (Setting(), {"gsm8k-lori.samples": 5})):
+        with pytest.raises(HotLoraError, match=r"--set does not take .*: on (nano-math|gsm8k-lori).* greedily"):
+            find_recipe("hellora-table-2", Setting(wrong.model, options=options))
+
+
 def test_a_condition_that_two_recipes_share_is_the_same_run():
     runs: dict[str, dict] = {}
     for recipe in trainings().values():

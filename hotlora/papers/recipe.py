@@ -78,6 +78,8 @@ class Recipe(Heading):
     seeds: Sequence[int]
     options: Callable[[Row, Column], Mapping[str, Any]]
     """a run's method and hyperparameters"""
+    scoring: Callable[[Row, Column], Mapping[str, Any]]
+    """what the user says of a run that only scores: the model as it is, or a row's adapters on a column's data"""
     view: str = "scores"
     reference: str | None = None
     across: bool = False
@@ -94,19 +96,21 @@ class Recipe(Heading):
 
     def _conditions(self, row: Row, column: Column) -> list[Condition]:
         name = condition_name(row, column)
-        at = {"model": column.model, "data": column.data, **column.options}
         if row.method is None:
-            return [Condition(name, {**at, **(column.scored or {})}, train=False)]
-        trained = Condition(name, {**at, **self.options(row, column)})
-        found = [trained]
+            return [Condition(name, self._scored(row, column), train=False)]
+        at = {"model": column.model, "data": column.data, **column.options}
+        found = [Condition(name, {**at, **self.options(row, column)})]
         if column.scored is not None:
-            scored = {"model": column.model, **column.options, **column.scored}
-            found.append(Condition(scored_name(row, column), scored, scores=name))
+            found.append(Condition(scored_name(row, column), self._scored(row, column), scores=name))
         others = [other for other in self.columns if self.across and other.name != column.name]
         for other in others:
-            scored = {"model": other.model, "data": other.data, **other.options, **(other.scored or {})}
-            found.append(Condition(across_name(row, column, other), scored, scores=name))
+            found.append(Condition(across_name(row, column, other), self._scored(row, other), scores=name))
         return found
+
+    def _scored(self, row: Row, column: Column) -> dict[str, Any]:
+        """The options of a run that only scores."""
+        at = {"model": column.model, "data": column.data, **column.options}
+        return {**at, **(column.scored or {}), **self.scoring(row, column)}
 
 
 def condition_name(row: Row, column: Column) -> str:

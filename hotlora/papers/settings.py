@@ -10,7 +10,8 @@ from ..base.errors import HotLoraError
 from ..base.options import ALIASES, twice
 from ..hf.models import NANOS
 from ..runs.methods import METHODS, MOE_SIEVE
-from ..runs.options import BUDGETS, RunOptions
+from ..runs.options import BUDGETS, DataOptions, RunOptions
+from ..runs.sweep_runs import SAMPLING
 from .recipe import Column, Recipe, Row
 
 EXAMPLE = "--set max_steps=300, or on one task --set gsm8k.max_steps=300"
@@ -63,6 +64,13 @@ _FLAGS = {"model": "--model MODEL", "data": "--data TASK=FILES", "output": "--ou
 _SEEDS = "--seeds NUMBER"
 # What a row is: its method, and what only a method's name sets.
 _OF_ROWS = {"method", "preset", "rule", "plan"} | {f.name for f in fields(RunOptions) if not f.metadata["cli"]}
+
+# Of a training's options those that a run that only scores reads, too (`runs.sweep`).
+_SCORING = {
+    "test_data", "test_split", "test_limit", "limit", "max_length", "eval_batch_size", "dtype", "device",
+    "attn_implementation", "offload", "offload_folder", *(field.name for field in fields(DataOptions)),
+}  # fmt: skip
+_OF_BASE = {"on_top_of", "quantize", "quantize_linear"}  # an adapter brings these along from its training
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,8 @@ def recipe(
         tasks = dict.fromkeys(column.data.partition(":")[0] for column in placed)
         if others := sorted({name.rpartition(".")[0] for name in setting.options} - {"", *tasks}):
             raise HotLoraError(f"{name} has no runs on {others[0]}, whose options are set: it has {', '.join(tasks)}.")
-        options = partial(_options, paper, setting)
-        return Recipe(name, title, where, placed, rows, seeds, options, **rest)
+        options, scoring = partial(_options, paper, setting), partial(_scoring, setting)
+        return Recipe(name, title, where, placed, rows, seeds, options, scoring, **rest)
 
     return make
 
@@ -155,6 +163,21 @@ def check_set(trainings: Recipe, options: Mapping[str, Any]) -> None:
                 f"--set does not take {given}: a recipe's runs are not trained on. Give max_steps or epochs, and "
                 "another --output."
             )
+        if option in SAMPLING:
+            _check_sampling(trainings, given)
+
+
+def _check_sampling(trainings: Recipe, given: str) -> None:
+    """Trainings answer greedily: how answers are drawn is for columns that runs of their own score."""
+    task, _, option = given.rpartition(".")
+    tasks = {column.data.partition(":")[0]: column.scored is not None for column in trainings.columns}
+    if greedy := [name for name, is_drawn in tasks.items() if task in ("", name) and not is_drawn]:
+        others = [name for name, is_drawn in tasks.items() if is_drawn]
+        mend = f"Give {', '.join(f'{name}.{option}' for name in others)}." if others else "Leave it out."
+        raise HotLoraError(
+            f"--set does not take {given}: on {', '.join(greedy)} the trainings of {trainings.name} answer greedily. "
+            f"{mend}"
+        )
 
 
 def _instead(given: str, flag: str) -> HotLoraError:
@@ -187,4 +210,10 @@ def _options(paper: str, setting: Setting, row: Row, column: Column) -> dict[str
         given = {"preset": f"{row.method}-{column.domain}"}
     else:
         given = {"method": row.method, **MOE_SIEVE}
-    return {**given, **row.options, **setting.options_on(column.data)}
+    own = {name: value for name, value in setting.options_on(column.data).items() if name not in SAMPLING}
+    return {**given, **row.options, **own}
+
+
+def _scoring(setting: Setting, row: Row, column: Column) -> dict[str, Any]:
+    read = _SCORING | (_OF_BASE if row.method is None else set()) | (set(SAMPLING) if column.scored else set())
+    return {name: value for name, value in setting.options_on(column.data).items() if name in read}
