@@ -24,7 +24,7 @@ from hotlora.cost.estimate import estimate, meta_model, sized_config
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
 from hotlora.hf import connection
 from hotlora.hf.models import config_file
-from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, needs
+from hotlora.papers import RECIPES, Direct, Recipe, Setting, benches, find_recipe, needs
 from hotlora.papers.benches import BenchRecipe
 from hotlora.papers.needs import data_size, sweep_needs
 from hotlora.papers.result import Result, write_results
@@ -135,6 +135,19 @@ def test_the_warm_up(store: Path, counts: dict[str, torch.Tensor]):
     record = json.loads((made / "run.json").read_text())
     assert record["config"]["rule"] == "all" and record["config"]["epochs"] == 1 and record["config"]["r"] == 8
     assert shown("hellora-figure-3", store).rows[-1][1] == "11 of 16"
+
+
+def test_a_warm_up_by_other_options_is_not_taken(store: Path):
+    for option, then, now in (("learning_rate", "0.008", 0.05), ("r", "8", 4)):
+        recipe = direct("hellora-figure-3", Setting("nano", options={**SMALL, option: now}))
+        flag = option.replace("_", "-")
+        with pytest.raises(HotLoraError, match=f"nano-math-warm-up holds another run: --{flag} {now} against {then}"):
+            recipe.run(store, pytest.fail)
+
+
+def test_the_warm_up_among_the_records_is_of_its_recipe():
+    folder = Path(__file__).parent.parent / "results/nano/papers"
+    direct("hellora-figure-3", Setting("nano")).run(folder, pytest.fail)
 
 
 def test_five_layers(store: Path, counts: dict[str, torch.Tensor]):
@@ -371,6 +384,29 @@ def test_costs(tiny_folder: str, tmp_path: Path, in_here: None):
         assert published[f"parameters_{side}"] == pytest.approx(value, rel=0.001), kind
         assert published[f"bytes_{side}"] == pytest.approx(4 * value, rel=0.005)
     assert published["seconds_saved"] == 0.5 and ours["seconds_all"] > 0
+
+
+def test_a_bench_by_other_options_is_not_taken(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[object] = []
+
+    def run_bench(config, *, tell):
+        made.append(config)
+        resolved = dataclasses.asdict(dataclasses.replace(config, device="cpu", dtype="float32", layers=2, length=16))
+        return {"version": 1, "kind": "bench", "settings": resolved, "contenders": []}
+
+    monkeypatch.setattr(benches, "run_bench", run_bench)
+    recipe = direct("moe-sieve-table-4", Setting(tiny_folder, options={"rounds": 3, "tokens": 32, "length": 16}))
+    recipe.run(tmp_path, print)
+    for options, says in (
+        ({"rounds": 50, "tokens": 32}, "rounds 3, and 50 is asked for: delete the file, or give another --output"),
+        ({"rounds": 3}, "tokens 32, and 8192 is asked for"),
+        ({"rounds": 3, "tokens": 32, "layers": 1}, "layers 2, and 1 is asked for"),
+        ({"rounds": 3, "tokens": 32, "dtype": "float16"}, "dtype 'float32', and 'float16' is asked for"),
+    ):
+        with pytest.raises(HotLoraError, match=f"benches/tiny/moe-sieve.json holds a bench with {says}"):
+            direct("moe-sieve-table-4", Setting(tiny_folder, options={"length": 16, **options})).run(tmp_path, print)
+    recipe.run(tmp_path, pytest.fail)
+    assert len(made) == 1
 
 
 @pytest.mark.slow

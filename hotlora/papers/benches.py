@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.count import parameters_from_config
+from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..bench.bench import run_bench
 from ..bench.contenders import BenchConfig, Contender
 from ..bench.report import read_result
+from ..cost.estimate import sized_config
 from ..hf.models import config_file
 from ..report.figures import COLD, HOT, INK, WIDTH, Figure, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
@@ -76,14 +78,19 @@ class BenchRecipe(Direct):
         return [(f"{model}, {name}", file, file) for (model, name), file in self._results(output).items()]
 
     def run(self, output: Path, tell: Tell) -> None:
+        missing = {}
         for (model, name), file in self._results(output).items():
+            config = BenchConfig(
+                config_file(model), contenders=tuple(self.benches[name]), **{**self.settings, **self.options}
+            )
             if file.is_file():
-                continue
+                _check_same(file, config)
+            else:
+                missing[model, name, file] = config
+        for (model, name, file), config in missing.items():
             tell(f"bench {name} of {model}")
-            contenders = tuple(self.benches[name])
-            config = BenchConfig(config_file(model), contenders=contenders, **{**self.settings, **self.options})
             result = run_bench(config, tell=tell)
-            result["recipe"] = {"model": model, "counts": self.counts(model, contenders, config.r)}
+            result["recipe"] = {"model": model, "counts": self.counts(model, config.contenders, config.r)}
             write_json(file, result)
 
     def result(self, folder: Path) -> Result | None:
@@ -111,6 +118,27 @@ class BenchRecipe(Direct):
             options = options if options.get("full") else {**options, "r": r}
             counts[kind] = int(parameters_from_config(file, **options)["trainable"])
         return counts
+
+
+def _check_same(file: Path, config: BenchConfig) -> None:
+    """HotLoraError: the bench there was made with other settings. What the machine decides (auto) may be any."""
+    made = read_result(file)["settings"]
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
+    asked |= {"contenders": list(config.contenders), "fractions": list(config.fractions)}
+    if config.layers is None:
+        asked["layers"] = num_layers(config.model)
+    del asked["model"]  # its config's file, which may lie elsewhere on another machine
+    for name, value in asked.items():
+        if made[name] != value:
+            raise HotLoraError(
+                f"{file} holds a bench with {name} {made[name]!r}, and {value!r} is asked for: delete the file, or "
+                "give another --output."
+            )
+
+
+def num_layers(config: str) -> int:
+    """Of a whole model."""
+    return int(sized_config(config).get_text_config().num_hidden_layers)
 
 
 def _throughput(found: Mapping[tuple[str, str], Row]) -> Shown:
