@@ -22,11 +22,14 @@ ALL = [0.90, 0.88, 0.91, 0.86, 0.89, 0.93, 0.90, 0.87]
 HOT = [0.89, 0.89, 0.90, 0.86, 0.90, 0.91, 0.91, 0.88]
 
 
-def write_run(folder: Path, accuracy: float, seed: int | None, *, experts: int = 8, **evaluation: float) -> None:
+def write_run(
+    folder: Path, accuracy: float, seed: int | None, *, experts: int = 8, config: dict | None = None,
+    **evaluation: float,
+) -> None:  # fmt: skip
     record = new_record(
         name="run", condition="hot", seed=seed or 0, model={"name": "nano", "fingerprint": "x"},
         data={"name": "nano-math"}, parameters={"trainable": 100, "total": 10000, "percent": 1.0},
-        training={"seconds": 12.0},
+        training={"seconds": 12.0}, config=config or {},
         evaluation={
             "nano-math": {"metric": "acc", "accuracy": accuracy, "n": 200, "correct": 200 * accuracy, **evaluation}
         },
@@ -97,6 +100,79 @@ def test_missing_seeds_and_runs_that_failed_are_told(store: Path):
     assert "hot 25% on GSM8K (nano-math) lacks 3" in table.notes[-1]
     assert numbers(table)[1]["n"] == "7"
     assert result(RECIPES["hellora-table-3"](NANO), store) is None, "none of its runs is there"
+
+
+CONFIG = {"max_steps": 60, "learning_rate": 8e-3, "batch_size": 16, "gradient_accumulation_steps": 1, "test_hash": "a"}
+
+
+def test_seeds_by_other_options_are_told_and_not_compared(store: Path):
+    recipe = RECIPES["moe-sieve-table-3"](NANO)
+    for seed in range(8):
+        write_run(store / "nano/nano-math/sieve-all", ALL[seed], seed, config=CONFIG | {"seed": seed})
+        more = {"seed": seed, "plan_hash": str(seed), "save_steps": seed}
+        write_run(store / "nano/nano-math/sieve", HOT[seed], seed, config=CONFIG | more)
+    alike = result(recipe, store)
+    assert not [note for note in alike.notes if "alike" in note or "otherwise" in note]
+    for seed in range(6, 8):
+        write_run(store / "nano/nano-math/sieve", HOT[seed], seed, config=CONFIG | {"seed": seed, "max_steps": 150})
+    told = "hot 25% on GSM8K (nano-math) in max_steps (60 and 150)"
+    for name in ("moe-sieve-table-3", "moe-sieve-table-6", "moe-sieve-table-8"):
+        table = result(RECIPES[name](NANO), store)
+        assert f"Seeds are not alike, and nothing is compared with them: {told}." in table.notes, table.notes
+        assert not {"yes", "-0.08"} & set(next(row for row in table.rows if "nano-math" in row[0])[1:6])
+        assert {row["difference"] for row in numbers(table)} == {""}
+    found = claims_result({claim.recipe: RECIPES[claim.recipe](NANO) for claim in CLAIMS}, store)
+    assert {row[-1] for row in found.rows} == {"cannot tell"}
+    assert {row[-2] for row in found.rows} == {"not alike: seeds differ in max_steps (60 and 150)"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("learning_rate", 4e-3, "learning_rate (0.004 and 0.008)"), ("batch_size", 8, "examples a step (8 and 16)"),
+        ("max_steps", 150, "max_steps (150 and 60)"), ("test_hash", "b", "test examples"),
+        ("epochs", 9, "epochs (9 and 3)"),
+    ],
+)  # fmt: skip
+def test_rows_by_options_that_the_recipe_holds_equal_are_not_compared(store: Path, option, value, words: str):
+    for seed in range(8):
+        write_run(store / "nano/nano-math/sieve", HOT[seed], seed, config=CONFIG)
+        write_run(store / "nano/nano-math/sieve-random", HOT[seed] - 0.2, seed, config=CONFIG | {option: value})
+    table = result(RECIPES["moe-sieve-section-6.1"](NANO), store)
+    note = f"Made otherwise than hot 25%, and not compared with it: random 25% on GSM8K (nano-math) in {words}."
+    assert note in table.notes
+    assert next(row for row in table.rows if row[0] == "random 25%")[4] == "–"
+    found = claims_result({claim.recipe: RECIPES[claim.recipe](NANO) for claim in CLAIMS}, store)
+    random = next(row for row in found.rows if row[1] == "Random is worse at 25%.")
+    assert random[-2:] == [f"not alike: runs differ in {words}", "cannot tell"]
+
+
+def test_rows_whose_recipe_has_other_options_are_compared(tmp_path: Path):
+    """HELLoRA's methods have learning rates of their own, and LoRI's sparse run has a plan in its rule's place."""
+    for seed in range(3):
+        for name, rate in (("lora", 8e-3), ("fft", 1e-3), ("lori-s", 6.4e-2)):
+            more = {"learning_rate": rate, "profile_fraction": 0.1 if name == "lori-s" else 1.0, "rule": name}
+            more["dtype"] = "float32" if name == "fft" else "auto"
+            write_run(tmp_path / f"nano/nano-math/{name}", 0.5 + seed / 9, seed, config=CONFIG | more)
+    write_run(tmp_path / "nano/nano-math/base", 0.1, None, config={"test_hash": "b"})
+    table = result(RECIPES["hellora-table-2"](NANO), tmp_path)
+    assert [row[3] != "–" for row in table.rows if row[0] in ("FFT", "LoRI-S")] == [True, True]
+    (note,) = [note for note in table.notes if "otherwise" in note]
+    assert note.endswith("than LoRA, and not compared with it: as it is on GSM8K (nano-math) in test examples.")
+
+
+def test_seeds_that_any_cell_of_a_table_has_are_wanted_of_all(store: Path):
+    for seed in (8, 9):
+        write_run(store / "nano/nano-math/sieve-all", 0.9, seed)
+    begun = store / "nano/nano-math/sieve-all/seed10"
+    begun.mkdir()
+    told = result(RECIPES["moe-sieve-table-3"](NANO), store).notes
+    assert told[0].startswith("11 seeds a cell;")
+    note = next(note for note in told if note.startswith("Seeds are missing"))
+    assert (
+        "all experts on GSM8K (nano-math) lacks 10 (n = 10); hot 25% on GSM8K (nano-math) lacks 8, 9, 10 (n = 8)"
+        in note
+    )
 
 
 def test_scores_at_several_k_and_across_tasks(tmp_path: Path):

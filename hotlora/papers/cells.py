@@ -1,14 +1,16 @@
 """The runs of a training recipe, a cell a row and column of its table. Reads records alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from ..base.records import Record, read_record
 from ..evaluation.stats import MeanSd, PairedTest, mean_sd, paired_test
 from ..hf.models import NANOS
 from ..routing.plan import ExpertPlan
-from .recipe import Column, Recipe, Row, scored_name
+from .alike import Options, differences, made_with, planned, seed_differences
+from .recipe import Column, Recipe, Row, condition_name, scored_name
 
 BOUNDS = (1.0, 2.0, 3.0)
 """of equivalence, in points"""
@@ -21,6 +23,8 @@ class Cell:
     Attributes:
         values: seed -> score in points (of pass@k the first k's); a model as it is has the seed -1.
         several: k -> mean over seeds, where there are scores at several k.
+        runs: seed -> what its run was made with (`alike.made_with`); of one that is scored apart, with what scores it.
+        plan: what the recipe's row is made with (`alike.planned`); empty for a model as it is.
         percent, seconds: trained parameters in percent of all, and of a run; means over the seeds.
         experts: adapted experts of a layer, mean over layers; None without a plan.
     """
@@ -32,6 +36,18 @@ class Cell:
     percent: float | None = None
     seconds: float | None = None
     experts: float | None = None
+    runs: Mapping[int, Options] = field(default_factory=dict)
+    plan: Options = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For notes."""
+        return f"{self.row.label} on {task_name(self.column)}"
+
+    @cached_property
+    def mixed(self) -> list[str]:
+        """In what its seeds differ that they should have alike."""
+        return seed_differences(self.runs.values())
 
     @property
     def summary(self) -> MeanSd:
@@ -47,9 +63,10 @@ def read_cells(recipe: Recipe, folder: Path) -> dict[tuple[str, str], Cell]:
     """(row, column) -> what is there of its runs; a cell without a run that is done is left out."""
     cells = {}
     for row, column in recipe.places():
-        cell = read_cell(row, column, folder / scored_name(row, column), folder / column.folder / row.name)
+        cell = read_cell(row, column, folder / scored_name(row, column), folder / condition_name(row, column))
         if cell is not None:
-            cells[row.name, column.name] = cell
+            plan = planned(recipe.resolved(row, column)) if row.method else {}
+            cells[row.name, column.name] = replace(cell, plan=plan)
     return cells
 
 
@@ -57,9 +74,11 @@ def read_cell(row: Row, column: Column, scored: Path, trained: Path | None = Non
     """A cell by the folders of its scores and its trainings; None where no score is there."""
     values: dict[int, float] = {}
     passes: dict[int, list[float]] = {}
+    runs = {}
     for seed, record in _records(scored).items():
         for evaluation in (record.get("evaluation") or {}).values():
             values[seed] = 100 * evaluation["accuracy"]
+            runs[seed] = made_with(record)
             for name, value in evaluation.items():
                 if name.startswith("pass@"):
                     passes.setdefault(int(name[5:]), []).append(100 * value)
@@ -67,22 +86,41 @@ def read_cell(row: Row, column: Column, scored: Path, trained: Path | None = Non
         return None
     several = {k: sum(some) / len(some) for k, some in sorted(passes.items())}
     if trained is None:
-        return Cell(row, column, values, several)
-    records = _records(trained).values()
+        return Cell(row, column, values, several, runs=runs)
+    trainings = _records(trained)
+    runs = {seed: {**made_with(trainings[seed]), **run} if seed in trainings else run for seed, run in runs.items()}
+    records = trainings.values()
     percent = _mean([record["parameters"]["percent"] for record in records if record.get("parameters")])
     seconds = _mean([record["training"]["seconds"] for record in records if record.get("training")])
-    return Cell(row, column, values, several, percent, seconds, _experts(trained))
+    return Cell(row, column, values, several, percent, seconds, _experts(trained), runs)
+
+
+def unlike(cell: Cell, reference: Cell) -> str:
+    """Why two rows are not compared: in what their runs, or the seeds of one, differ; empty where they are alike."""
+    if mixed := cell.mixed or reference.mixed:
+        return f"seeds differ in {', '.join(mixed)}"
+    one, other = (next(iter(side.runs.values()), {}) for side in (cell, reference))
+    found = differences(one, other, cell.plan, reference.plan)
+    return f"runs differ in {', '.join(found)}" if found else ""
 
 
 def against(cell: Cell | None, reference: Cell | None) -> PairedTest | None:
-    """A cell minus another over the seeds that both have; None where they share none, or one is not there."""
-    if cell is None or reference is None:
+    """A cell minus another over the seeds that both have; None where they share none, or one is not there, or they
+    were made with other options than their rows'."""
+    if cell is None or reference is None or unlike(cell, reference):
         return None
     seeds = sorted(cell.values.keys() & reference.values.keys())
     if not seeds:
         return None
     ours, theirs = ([side.values[seed] for seed in seeds] for side in (cell, reference))
     return paired_test(ours, theirs, bounds=BOUNDS)
+
+
+def seeds_begun(recipe: Recipe, folder: Path) -> set[int]:
+    """Seeds that a cell of the table has a folder of, whatever became of the run."""
+    places = {name(row, column) for row, column in recipe.places() for name in (condition_name, scored_name)}
+    names = [at.name[4:] for place in places for at in (folder / place).glob("seed*") if at.is_dir()]
+    return {int(name) for name in names if name.isdigit()}
 
 
 def _records(folder: Path) -> dict[int, Record]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluation.stats import sd_ratio
-from .cells import Cell, against, read_cells, task_name
+from .cells import Cell, against, read_cells, task_name, unlike
 from .recipe import Recipe
 from .result import Heading, Result, Shown
 from .settings import LABELS
@@ -117,6 +117,8 @@ def claims_result(recipes: Mapping[str, Recipe], folder: Path) -> Result | None:
 
 def decide(rule: str, cell: Cell, reference: Cell) -> tuple[str, bool | None]:
     """What the runs show, in words, and whether the claim holds; None: they cannot tell."""
+    if reason := unlike(cell, reference):
+        return f"not alike: {reason}", None
     if rule == "spread":
         ratio = sd_ratio(cell.summary, reference.summary)
         if ratio.ratio is None or ratio.interval is None:

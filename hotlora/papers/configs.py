@@ -14,7 +14,7 @@ from ..hf.models import config_file
 from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..report import text
 from ..report.published import MODELS
-from ..runs.methods import METHODS, resolve
+from ..runs.methods import METHODS
 from ..runs.options import RunOptions
 from ..runs.study import shared_experts
 from . import hellora
@@ -76,11 +76,7 @@ class HyperparameterTable(Direct):
     def _options(self, column: int) -> dict[str, RunOptions]:
         """A method's label -> a run's resolved options."""
         place = self.trainings.columns[column]
-        return {
-            row.label: resolve(**{"model": "nano", "data": "", **self.trainings.options(row, place)})
-            for row in self.trainings.rows
-            if row.method
-        }
+        return {row.label: self.trainings.resolved(row, place) for row in self.trainings.rows if row.method}
 
 
 @dataclass(frozen=True, kw_only=True)

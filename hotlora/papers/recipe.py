@@ -8,6 +8,8 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..report.page import STORE
+from ..runs.methods import resolve
+from ..runs.options import RunOptions
 from ..runs.sweep import Condition, Sweep
 from .result import Heading
 
@@ -88,6 +90,10 @@ class Recipe(Heading):
         """The cells that the table has, column by column."""
         for column in self.columns:
             yield from ((row, column) for row in self.rows if not row.only or column.name in row.only)
+
+    def resolved(self, row: Row, column: Column) -> RunOptions:
+        """What a row is trained with in a column, its model and data aside."""
+        return resolve(**{"model": "nano", "data": "", **self.options(row, column)})
 
     def sweep(self) -> Sweep:
         """Every run of the table, in its order."""

@@ -9,7 +9,7 @@ from ..hf.models import NANOS
 from ..report.comparison_table import ends
 from ..report.published import EQUIVALENCE, GREEDY, PAIRS, SEED_SD
 from ..report.text import NONE, p_word, shown
-from .cells import BOUNDS, Cell, Cells, against, read_cell, read_cells, task_name
+from .cells import BOUNDS, Cell, Cells, against, read_cell, read_cells, seeds_begun, task_name, unlike
 from .hellora import PUBLISHED_ACROSS
 from .recipe import Column, Recipe, across_name, scored_name
 from .result import Number, Result, Shown
@@ -26,7 +26,7 @@ def result(recipe: Recipe, folder: Path) -> Result | None:
         return None
     table = {"pairs": _pairs, "spread": _spread, "equivalence": _equivalence}.get(recipe.view, _scores)
     shown = table(recipe, cells)
-    shown.numbers, shown.notes = _numbers(recipe, cells), _missing(recipe, cells)
+    shown.numbers, shown.notes = _numbers(recipe, cells), _notes(recipe, cells, folder)
     if draw := {"curve": curve, "scores": dots}.get(recipe.view):
         shown.figures = {"": draw(recipe, cells)}
     return recipe.over(shown)
@@ -98,7 +98,7 @@ def _spread(recipe: Recipe, cells: Cells) -> Shown:
     for column, last, first in _last_and_first(recipe, cells):
         sds = [shown(cell.summary.sd if cell else None, ".2f") for cell in (first, last)]
         ratios = [NONE, NONE]
-        if first and last:
+        if first and last and not unlike(last, first):
             found = sd_ratio(last.summary, first.summary)
             ratios = [shown(found.ratio, ".2f"), _range(found.interval)]
         *_, published = SEED_SD.get(_key(column), (None,))
@@ -166,20 +166,37 @@ def _numbers(recipe: Recipe, cells: Cells) -> list[dict[str, Number]]:
     return lines
 
 
-def _missing(recipe: Recipe, cells: Cells) -> list[str]:
-    """What the table lacks, in words."""
+def _notes(recipe: Recipe, cells: Cells, folder: Path) -> list[str]:
+    """What a reader must know: whose numbers are beside, what the table lacks, and what is not compared."""
+    wanted = sorted({*recipe.seeds, *seeds_begun(recipe, folder)})
     absent, fewer = [], []
     for row, column in recipe.places():
-        cell, name = cells.get((row.name, column.name)), f"{row.label} on {task_name(column)}"
+        cell = cells.get((row.name, column.name))
         if cell is None:
-            absent.append(name)
-        elif row.method and (lacking := [seed for seed in recipe.seeds if seed not in cell.values]):
-            fewer.append(f"{name} lacks {', '.join(map(str, lacking))}")
-    notes = [f"No run is done of {'; '.join(absent)}."] if absent else []
-    notes += [f"Seeds are missing: {'; '.join(fewer)}."] if fewer else []
-    seeds = f"{len(recipe.seeds)} seeds a cell; mean ± standard deviation over seeds, in points; intervals are 95%"
+            absent.append(f"{row.label} on {task_name(column)}")
+        elif row.method and (lacking := [seed for seed in wanted if seed not in cell.values]):
+            fewer.append(f"{cell.name} lacks {', '.join(map(str, lacking))} (n = {cell.summary.n})")
+    seeds = f"{len(wanted)} seeds a cell; mean ± standard deviation over seeds, in points; intervals are 95%"
     told = "" if recipe.columns[0].model not in NANOS else " Published numbers are of the papers' own models and tasks."
-    return [f"{seeds}.{told}", *notes]
+    notes = [f"{seeds}.{told}"]
+    notes += [f"No run is done of {'; '.join(absent)}."] if absent else []
+    notes += [f"Seeds are missing: {'; '.join(fewer)}."] if fewer else []
+    return notes + _unlike_notes(recipe, cells)
+
+
+def _unlike_notes(recipe: Recipe, cells: Cells) -> list[str]:
+    mixed = [f"{cell.name} in {', '.join(cell.mixed)}" for cell in cells.values() if cell.mixed]
+    notes = [f"Seeds are not alike, and nothing is compared with them: {'; '.join(mixed)}."] if mixed else []
+    otherwise: dict[str, list[str]] = {}
+    for cell in cells.values():
+        reference = cells.get((recipe.reference or "", cell.column.name))
+        if reference is not None and not (cell.mixed or reference.mixed) and (reason := unlike(cell, reference)):
+            why = reason.removeprefix("runs differ ")
+            otherwise.setdefault(reference.row.label, []).append(f"{cell.name} {why}")
+    return notes + [
+        f"Made otherwise than {label}, and not compared with it: {'; '.join(told)}."
+        for label, told in otherwise.items()
+    ]
 
 
 def _score(cell: Cell | None) -> str:
