@@ -191,11 +191,16 @@ def test_set_takes_no_option_that_a_recipe_or_another_flag_says(given: str):
 def test_set_takes_no_option_in_which_rows_differ():
     for name, option in (
         ("hellora-table-5", "placement"), ("hellora-table-7", "fraction"), ("hellora-table-7", "experts_per_layer"),
-        ("moe-sieve-section-6.2", "p"),
+        ("moe-sieve-section-6.2", "p"), ("hellora-table-2", "train_a"), ("hellora-table-3", "train_a"),
+        ("hellora-table-2", "keep"), ("hellora-table-2", "use_dora"), ("hellora-table-5", "train_attention"),
+        ("hellora-table-5", "train_router"), ("moe-sieve-experts-alone", "train_attention"),
+        ("moe-sieve-table-3", "experts_per_layer"), ("hellora-table-2", "experts_per_layer"),
+        ("moe-sieve-table-3", "fraction"), ("hellora-table-3", "p"),
     ):  # fmt: skip
         with pytest.raises(HotLoraError, match=f"--set does not take {option}: the rows of {name} say"):
             find_recipe(name, Setting("nano", options={option: 1}))
     find_recipe("hellora-table-4", Setting("nano", options={"placement": "pure"}))
+    find_recipe("moe-sieve-table-3", Setting("nano", options={"lora_dropout": 0.1, "train_attention": False}))
     sweep = find_recipe("hellora-table-5", Setting("nano", options={"fraction": 0.5}))
     assert {sweep.resolved(condition).fraction for condition in sweep.conditions} == {0.5}
 
@@ -215,7 +220,7 @@ def test_set_takes_an_option_once_by_any_of_its_names():
         ({"test_limit": 0}, "test_limit = 0 is out of range"),
         ({"quantize": 5}, "quantize = 5 is out of range"),
         ({"signal": "nope"}, "signal 'nope' does not exist"),
-        ({"p": 0.5}, "/lora: rule 'all' does not read p"),
+        ({"dense_learning_rate": 0.1}, "/lora: dense_learning_rate, granularity and fresh_a are of LoRI's sparse run"),
     ],
 )
 def test_wrong_values_are_told_before_anything_runs(options: dict, says: str):

@@ -9,7 +9,7 @@ from typing import Any
 from ..base.errors import HotLoraError
 from ..base.options import ALIASES, twice
 from ..hf.models import NANOS
-from ..runs.methods import METHODS, MOE_SIEVE
+from ..runs.methods import METHODS, MOE_SIEVE, PLACEMENTS
 from ..runs.options import BUDGETS, DataOptions, RunOptions
 from ..runs.sweep_runs import SAMPLING
 from .recipe import Column, Recipe, Row
@@ -147,8 +147,7 @@ def recipe(
 
 def check_set(trainings: Recipe, options: Mapping[str, Any]) -> None:
     """HotLoraError: `--set` says which seeds, or what the recipe's rows are, or what no recipe's run has."""
-    differ = {option for row in trainings.rows for option in row.options}
-    of_rows = _OF_ROWS | (differ & {"placement"}) | (set(BUDGETS) if differ & set(BUDGETS) else set())
+    of_rows = _OF_ROWS | _said_by(trainings.rows)
     for given in options:
         option = given.rpartition(".")[2]
         if option in ("seed", "seeds"):
@@ -165,6 +164,20 @@ def check_set(trainings: Recipe, options: Mapping[str, Any]) -> None:
             )
         if option in SAMPLING:
             _check_sampling(trainings, given)
+
+
+def _said_by(rows: Sequence[Row]) -> set[str]:
+    """Options in which rows differ, by their own or by their method's and placement's; any budget where one does."""
+    trained = [row for row in rows if row.method]
+    placed = {name for row in trained if "placement" in row.options for name in ("placement", *PLACEMENTS["pure"])}
+    says = [
+        {**METHODS[row.method or ""], **PLACEMENTS[row.options.get("placement", "full")], **row.options}
+        for row in trained
+    ]
+    names = {name for options in says for name in options}
+    differ = {name for name in names if any(options.get(name) != says[0].get(name) for options in says)}
+    own = {name for row in trained for name in row.options}
+    return placed | differ | (set(BUDGETS) if (differ | own) & set(BUDGETS) else set())
 
 
 def _check_sampling(trainings: Recipe, given: str) -> None:
