@@ -162,6 +162,30 @@ def test_local_files_stand_for_a_task():
     assert {condition.name.split("/")[1] for condition in sweep.conditions} == {"gsm8k-lori"}
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "sources", "says"),
+    [
+        ("hellora-table-4", None, ["gsm8kk"], "--data gsm8kk changes nothing in hellora-table-4: it takes gsm8k"),
+        (
+            "hellora-table-2",
+            None,
+            ["hexphi", "spider"],
+            "--data spider changes .* codealpaca, gsm8k, hexphi, humaneval, ",
+        ),
+        ("hellora-table-4", None, ["gsm8k", "gsm8k-lori"], "--data gsm8k changes nothing"),
+        ("hellora-table-4", "nano", ["gsm8k"], "--data gsm8k changes nothing .* it reads no files: leave it out"),
+        ("moe-sieve-table-4", "nano", ["gsm8k"], "it reads no files: leave it out"),
+        ("moe-sieve-table-1", None, ["gsm8k"], "it reads no files: leave it out"),
+        ("hellora-table-1", None, ["gsm8k"], "it reads no files: leave it out"),
+        ("moe-sieve-table-2", "nano", ["spider"], "on nano it takes all of .*gsm8k.*, or none"),
+        ("hellora-figure-3", None, ["spider"], "--data spider changes nothing in hellora-figure-3: it takes gsm8k"),
+    ],
+)
+def test_files_of_a_task_that_is_not_read_are_refused(name: str, model: str | None, sources: list[str], says: str):
+    with pytest.raises(HotLoraError, match=says):
+        find_recipe(name, Setting(model, dict.fromkeys(sources, "/data")))
+
+
 WRONG = {
     "model": "--set does not take model: give --model MODEL in its place",
     "nano-math.model": "--set does not take nano-math.model: give --model MODEL",

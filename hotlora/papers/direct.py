@@ -26,6 +26,10 @@ class Direct(Heading, ABC):
     def needs(self, tflops: float | None = None) -> list[str]:
         """What it needs before it starts, a line each. Downloads no data and no weights."""
 
+    def reads(self) -> list[str]:
+        """The data that it reads, as `load_examples` takes it."""
+        return []
+
     def files(self, output: Path) -> list[tuple[str, Path, Path]]:
         """(what, where, the file that is there once it is made) of all that it makes in a store."""
         return []

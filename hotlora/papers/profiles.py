@@ -75,6 +75,9 @@ class ProfileRecipe(Direct):
             lines.append("and a warm-up: LoRA on all experts for an epoch of a tenth of the data.")
         return lines
 
+    def reads(self) -> list[str]:
+        return list(self.sources.values())
+
     def files(self, output: Path) -> list[tuple[str, Path, Path]]:
         made = [(f"{m} on {task}", _folder(output, m, task), _STUDY) for m in self.models for task in self.sources]
         if self.warm_up is not None:

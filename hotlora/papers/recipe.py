@@ -91,6 +91,11 @@ class Recipe(Heading):
         for column in self.columns:
             yield from ((row, column) for row in self.rows if not row.only or column.name in row.only)
 
+    def reads(self) -> list[str]:
+        """The data that its runs read, as `load_examples` takes it."""
+        scored = [str(column.scored["data"]) for column in self.columns if column.scored is not None]
+        return [*(column.data for column in self.columns), *scored]
+
     def resolved(self, row: Row, column: Column) -> RunOptions:
         """What a row is trained with in a column, its model and data aside."""
         return resolve(**{"model": "nano", "data": "", **self.options(row, column)})
