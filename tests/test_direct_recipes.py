@@ -291,6 +291,35 @@ def test_the_published_shapes_come_from_configs(tmp_path: Path):
         assert rows[f"{name} (here)"] == rows[f"{name} (paper)"]
 
 
+def test_models_of_one_name_do_not_share_what_a_store_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import OlmoeConfig
+
+    store = tmp_path / "store"
+    for owner, layers in (("a", 2), ("b", 3)):
+        config = OlmoeConfig(num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+        config.save_pretrained(tmp_path / owner / "x")
+    first, second = (Setting(str(tmp_path / owner / "x"), options={}) for owner in "ab")
+    direct("moe-sieve-table-1", first).run(store, print)
+    assert shown("moe-sieve-table-1", store, first).numbers[0]["layers"] == 2
+    with pytest.raises(HotLoraError, match="x.json holds the shape of .*a/x, and .*b/x is asked for: delete the file"):
+        direct("moe-sieve-table-1", second).run(store, pytest.fail)
+    assert direct("moe-sieve-table-1", second).result(store) is None
+    made = {"version": 1, "kind": "bench", "settings": {}, "recipe": {"model": first.model}, "contenders": []}
+    write_json(store / "benches/x/moe-sieve.json", made)
+    with pytest.raises(HotLoraError, match="moe-sieve.json holds a bench of .*a/x, and .*b/x is asked for"):
+        direct("moe-sieve-table-4", second).run(store, pytest.fail)
+    assert direct("moe-sieve-table-4", second).result(store) is None
+
+
+def test_a_config_is_called_by_its_folder(tmp_path: Path):
+    for name in ("olmoe", "mixtral"):
+        tiny_config(name).save_pretrained(tmp_path / name)
+        setting = Setting(str(tmp_path / name / "config.json"))
+        direct("moe-sieve-table-1", setting).run(tmp_path / "store", print)
+        assert shown("moe-sieve-table-1", tmp_path / "store", setting).rows[0][0] == f"{name} (here)"
+    assert {file.stem for file in (tmp_path / "store/configs").iterdir()} == {"olmoe", "mixtral"}
+
+
 # --- benches ----------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.count import parameters_from_config
-from ..base.errors import HotLoraError
 from ..base.files import write_json
 from ..bench.bench import run_bench
 from ..bench.contenders import BenchConfig, Contender
@@ -23,9 +22,9 @@ from ..report.figures import COLD, HOT, INK, WIDTH, Figure, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..report.text import NONE, human_seconds, shown
 from ..runs.methods import counted_options
-from .direct import Direct, Tell
+from .direct import Direct, Tell, holds_another
 from .needs import bench_needs, number_of
-from .recipe import model_folder
+from .recipe import model_folder, model_name
 from .result import Number, Result, Shown
 from .settings import LABELS, OLMOE, QWEN, Setting
 
@@ -84,7 +83,7 @@ class BenchRecipe(Direct):
                 config_file(model), contenders=tuple(self.benches[name]), **{**self.settings, **self.options}
             )
             if file.is_file():
-                _check_same(file, config)
+                _check_same(file, model, config)
             else:
                 missing[model, name, file] = config
         for (model, name, file), config in missing.items():
@@ -96,6 +95,7 @@ class BenchRecipe(Direct):
     def result(self, folder: Path) -> Result | None:
         files = self._results(folder)
         found = {key: read_result(file) for key, file in files.items() if file.is_file()}
+        found = {(model, name): bench for (model, name), bench in found.items() if bench["recipe"]["model"] == model}
         if not found:
             return None
         shown = self.show(found)
@@ -120,9 +120,13 @@ class BenchRecipe(Direct):
         return counts
 
 
-def _check_same(file: Path, config: BenchConfig) -> None:
-    """HotLoraError: the bench there was made with other settings. What the machine decides (auto) may be any."""
-    made = read_result(file)["settings"]
+def _check_same(file: Path, model: str, config: BenchConfig) -> None:
+    """HotLoraError: the bench there is another model's, or was made with other settings. What the machine decides
+    (auto) may be any."""
+    result = read_result(file)
+    made = result["settings"]
+    if result["recipe"]["model"] != model:
+        raise holds_another(file, "a bench of", result["recipe"]["model"], model)
     asked = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
     asked |= {"contenders": list(config.contenders), "fractions": list(config.fractions)}
     if config.layers is None:
@@ -130,10 +134,7 @@ def _check_same(file: Path, config: BenchConfig) -> None:
     del asked["model"]  # its config's file, which may lie elsewhere on another machine
     for name, value in asked.items():
         if made[name] != value:
-            raise HotLoraError(
-                f"{file} holds a bench with {name} {made[name]!r}, and {value!r} is asked for: delete the file, or "
-                "give another --output."
-            )
+            raise holds_another(file, f"a bench with {name}", repr(made[name]), repr(value))
 
 
 def num_layers(config: str) -> int:
@@ -198,7 +199,7 @@ def _cost(found: Mapping[tuple[str, str], Row]) -> Shown:
         timed = [_row(bench, kind) for kind in kinds]
         seconds = [row["seconds"]["step"]["median"] if row else None for row in timed]
         sizes = {"parameters": counts, "bytes": [_BYTES * count for count in counts], "seconds": seconds}
-        lines.append((f"{Path(model).name} (here)", sizes, {}))
+        lines.append((f"{model_name(model)} (here)", sizes, {}))
     lines += [(f"{model} (paper)", cost, SAVED[model]) for model, cost in COST.items()]
     columns = ["", "parameters, all → hot", "saved", "checkpoint", "saved", "time (here of a step)", "saved"]
     table = Shown(columns, notes=[*_COST_NOTES])

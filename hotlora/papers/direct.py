@@ -12,6 +12,13 @@ from .result import Heading, Result
 Tell = Callable[[str], None]
 
 
+def holds_another(file: Path, what: str, made: object, asked: object) -> HotLoraError:
+    """What a store has was made of another model, or with another option."""
+    return HotLoraError(
+        f"{file} holds {what} {made}, and {asked} is asked for: delete the file, or give another --output."
+    )
+
+
 @dataclass(frozen=True)
 class Direct(Heading, ABC):
     """A table or figure made by profiles, benches or configs.

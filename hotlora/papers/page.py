@@ -8,7 +8,7 @@ from ..base.records import find_records
 from ..report.page import has_recipes
 from . import RECIPES
 from .claims import claims_result
-from .recipe import Recipe
+from .recipe import Recipe, model_folder
 from .result import Result, write_results
 from .scores import result
 from .settings import MIXTRAL, OLMOE, QWEN, Setting
@@ -36,7 +36,7 @@ def write_tables(runs: str | os.PathLike[str], output: str | os.PathLike[str]) -
                 preface += (
                     f" {name} is a small model on small tasks: it compares methods, and proves nothing of large models."
                 )
-            folder = output / f"tables-{Path(name).name}"
+            folder = output / f"tables-{model_folder(name)}"
             pages.append(write_results(results, folder, f"The papers' tables on {name}", preface))
     if not pages:
         raise DataError(f"no recipe has a run that is done in {runs}: run `hotlora sweep NAME` first.")

@@ -32,7 +32,7 @@ from . import profile_tables as tables
 from .direct import Direct, Tell
 from .needs import profile_needs
 from .profile_tables import Profiled, WarmUp
-from .recipe import Column
+from .recipe import Column, model_name
 from .result import Result, Shown
 from .settings import HELLORA_TASKS, MIXTRAL, OLMOE, QWEN, STANDS_FOR, Setting, source_of
 
@@ -220,7 +220,7 @@ def _read(output: Path, model: str, tasks: Sequence[str]) -> Profiled | None:
     whole: Study = study(profiles, shared=max(part["model"]["shared"] for part in parts.values()))
     for task, part in parts.items():
         (whole["datasets"][task],) = part["datasets"].values()
-    return Profiled(Path(model).name, whole, profiles)
+    return Profiled(model_name(model), whole, profiles)
 
 
 def _recipe(

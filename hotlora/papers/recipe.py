@@ -142,7 +142,13 @@ def across_name(row: Row, column: Column, other: Column) -> str:
 
 def model_folder(model: str) -> str:
     """The name of the folder of all that a store has of a model."""
-    return _slug(Path(model).name)
+    return _slug(model_name(model))
+
+
+def model_name(model: str) -> str:
+    """Without its owner or folder; a config.json is called by its folder."""
+    path = Path(model)
+    return path.absolute().parent.name if path.name == "config.json" else path.name
 
 
 def _slug(text: str) -> str:
