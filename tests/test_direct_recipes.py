@@ -301,12 +301,14 @@ def test_models_of_one_name_do_not_share_what_a_store_has(tmp_path: Path, monkey
     first, second = (Setting(str(tmp_path / owner / "x"), options={}) for owner in "ab")
     direct("moe-sieve-table-1", first).run(store, print)
     assert shown("moe-sieve-table-1", store, first).numbers[0]["layers"] == 2
-    with pytest.raises(HotLoraError, match="x.json holds the shape of .*a/x, and .*b/x is asked for: delete the file"):
+    with pytest.raises(
+        HotLoraError, match=r"x\.json holds the shape of .*a/x, and .*b/x is asked for: delete the file"
+    ):
         direct("moe-sieve-table-1", second).run(store, pytest.fail)
     assert direct("moe-sieve-table-1", second).result(store) is None
     made = {"version": 1, "kind": "bench", "settings": {}, "recipe": {"model": first.model}, "contenders": []}
     write_json(store / "benches/x/moe-sieve.json", made)
-    with pytest.raises(HotLoraError, match="moe-sieve.json holds a bench of .*a/x, and .*b/x is asked for"):
+    with pytest.raises(HotLoraError, match=r"moe-sieve\.json holds a bench of .*a/x, and .*b/x is asked for"):
         direct("moe-sieve-table-4", second).run(store, pytest.fail)
     assert direct("moe-sieve-table-4", second).result(store) is None
 

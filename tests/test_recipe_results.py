@@ -24,16 +24,16 @@ HOT = [0.89, 0.89, 0.90, 0.86, 0.90, 0.91, 0.91, 0.88]
 
 def write_run(
     folder: Path, accuracy: float, seed: int | None, *, experts: int = 8, config: dict | None = None,
-    **evaluation: float,
+    model: str = "nano", **evaluation: float,
 ) -> None:  # fmt: skip
     record = new_record(
-        name="run", condition="hot", seed=seed or 0, model={"name": "nano", "fingerprint": "x"},
+        name="run", condition="hot", seed=seed or 0, model={"name": model, "fingerprint": "x"},
         data={"name": "nano-math"}, parameters={"trainable": 100, "total": 10000, "percent": 1.0},
         training={"seconds": 12.0}, config=config or {},
         evaluation={
             "nano-math": {"metric": "acc", "accuracy": accuracy, "n": 200, "correct": 200 * accuracy, **evaluation}
         },
-        sweep={"name": STORE, "condition": folder.name},
+        sweep={"name": STORE, "condition": "/".join(folder.parts[-3:])},
     )  # fmt: skip
     at = folder if seed is None else folder / f"seed{seed}"
     write_record(at, record | {"status": "done"})
@@ -248,3 +248,48 @@ def test_the_pages_and_files(store: Path, tmp_path: Path):
     assert "tables.html" in run("report", store, "-o", tmp_path / "again")
     with pytest.raises(DataError, match="no recipe has a run"):
         write_tables(tmp_path / "out", tmp_path / "none")
+
+
+def test_runs_of_a_papers_model_in_the_other_papers_recipe_have_a_page(tmp_path: Path):
+    for method in ("lora", "hellora"):
+        for seed in (0, 1):
+            at = tmp_path / f"Qwen1.5-MoE-A2.7B/gsm8k-lori/{method}"
+            write_run(at, 0.5 + seed / 10, seed, model="Qwen/Qwen1.5-MoE-A2.7B")
+    (page,) = write_tables(tmp_path, tmp_path / "out")
+    assert page.parent.name == "tables-Qwen1.5-MoE-A2.7B"
+    assert {"hellora-table-2.csv", "claims.csv"} <= {path.name for path in page.parent.iterdir()}
+    for seed in (42, 99):
+        write_run(tmp_path / "Qwen1.5-MoE-A2.7B/gsm8k/sieve", 0.5 + seed / 999, seed, model="Qwen/Qwen1.5-MoE-A2.7B")
+    names = {page.parent.name: page for page in write_tables(tmp_path, tmp_path / "out")}
+    assert set(names) == {"tables-papers", "tables-Qwen1.5-MoE-A2.7B"}
+    assert (names["tables-papers"].parent / "moe-sieve-table-3.csv").is_file()
+
+
+def test_a_fully_fine_tuned_model_that_is_scored_has_no_page_of_its_own(store: Path, tmp_path: Path):
+    record = new_record(
+        name="a", condition="a", model={"name": "runs/a/seed0/model", "fingerprint": "x"}, data={"name": "nano-sql"},
+        sweep={"name": STORE, "condition": "a-on-b", "scores": "a"},
+    )  # fmt: skip
+    write_record(store / "nano/nano-math/fft-on-nano-sql/seed0", record | {"status": "done"})
+    assert [page.parent.name for page in write_tables(store, tmp_path / "out")] == ["tables-nano"]
+
+
+def test_no_page_without_a_run_that_is_done(tmp_path: Path):
+    record = new_record(
+        name="a", condition="a", model={"name": "nano", "fingerprint": "x"}, data={"name": "nano-math"},
+        sweep={"name": STORE, "condition": "nano/nano-math/lora"},
+    )  # fmt: skip
+    write_record(tmp_path / "nano/nano-math/lora/seed0", record | {"status": "failed"})
+    with pytest.raises(DataError, match="no recipe has a run that is done"):
+        write_tables(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "tables" not in run("report", tmp_path, "-o", tmp_path / "out")
+
+
+def test_a_broken_record_is_named_and_left_out(store: Path, tmp_path: Path):
+    broken = store / "nano/nano-math/sieve/seed3/run.json"
+    broken.write_text('{"version": 1}')
+    (page,) = write_tables(store, tmp_path / "out")
+    notes = result(RECIPES["moe-sieve-table-3"](NANO), store).notes
+    assert any(note.startswith(f"Left out: {broken} lacks") for note in notes), notes
+    assert any("hot 25% on GSM8K (nano-math) lacks 3 (n = 7)" in note for note in notes) and page.is_file()

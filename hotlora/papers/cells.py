@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from ..base.errors import FileError
 from ..base.records import Record, read_record
 from ..evaluation.stats import MeanSd, PairedTest, mean_sd, paired_test
 from ..hf.models import NANOS
@@ -59,23 +60,31 @@ Cells = Mapping[tuple[str, str], Cell]
 """By the names of row and column."""
 
 
-def read_cells(recipe: Recipe, folder: Path) -> dict[tuple[str, str], Cell]:
-    """(row, column) -> what is there of its runs; a cell without a run that is done is left out."""
+def read_cells(
+    recipe: Recipe, folder: Path, skipped: dict[Path, str] | None = None
+) -> dict[tuple[str, str], Cell]:  # fmt: skip
+    """(row, column) -> what is there of its runs; a cell without a run that is done is left out.
+
+    skipped: gets each record that is broken or foreign, and what is wrong with it, as of `find_records`.
+    """
+    skipped = {} if skipped is None else skipped
     cells = {}
     for row, column in recipe.places():
-        cell = read_cell(row, column, folder / scored_name(row, column), folder / condition_name(row, column))
+        cell = read_cell(row, column, folder / scored_name(row, column), folder / condition_name(row, column), skipped)
         if cell is not None:
             plan = planned(recipe.resolved(row, column)) if row.method else {}
             cells[row.name, column.name] = replace(cell, plan=plan)
     return cells
 
 
-def read_cell(row: Row, column: Column, scored: Path, trained: Path | None = None) -> Cell | None:
+def read_cell(
+    row: Row, column: Column, scored: Path, trained: Path | None, skipped: dict[Path, str]
+) -> Cell | None:  # fmt: skip
     """A cell by the folders of its scores and its trainings; None where no score is there."""
     values: dict[int, float] = {}
     passes: dict[int, list[float]] = {}
     runs = {}
-    for seed, record in _records(scored).items():
+    for seed, record in _records(scored, skipped).items():
         for evaluation in (record.get("evaluation") or {}).values():
             values[seed] = 100 * evaluation["accuracy"]
             runs[seed] = made_with(record)
@@ -87,8 +96,10 @@ def read_cell(row: Row, column: Column, scored: Path, trained: Path | None = Non
     several = {k: sum(some) / len(some) for k, some in sorted(passes.items())}
     if trained is None:
         return Cell(row, column, values, several, runs=runs)
-    trainings = _records(trained)
-    runs = {seed: {**made_with(trainings[seed]), **run} if seed in trainings else run for seed, run in runs.items()}
+    trainings = _records(trained, skipped)
+    for seed in runs.keys() & trainings.keys():  # what scores a model that is trained in full names a folder of its own
+        run = runs[seed]
+        runs[seed] = {**run, **made_with(trainings[seed]), **{n: run[n] for n in ("test_hash",) if n in run}}
     records = trainings.values()
     percent = _mean([record["parameters"]["percent"] for record in records if record.get("parameters")])
     seconds = _mean([record["training"]["seconds"] for record in records if record.get("training")])
@@ -123,12 +134,18 @@ def seeds_begun(recipe: Recipe, folder: Path) -> set[int]:
     return {int(name) for name in names if name.isdigit()}
 
 
-def _records(folder: Path) -> dict[int, Record]:
+def _records(folder: Path, skipped: dict[Path, str]) -> dict[int, Record]:
     """Seed -> record that is done; -1 for a record in the folder itself."""
     seeds = {file.parent.name[4:]: file for file in folder.glob("seed*/run.json")}
     files = {-1: folder / "run.json"} | {int(seed): file for seed, file in seeds.items() if seed.isdigit()}
-    found = {seed: read_record(file) for seed, file in sorted(files.items()) if file.is_file()}
-    return {seed: record for seed, record in found.items() if record["status"] == "done"}
+    found = {}
+    for seed, file in sorted(files.items()):
+        try:
+            if file.is_file() and (record := read_record(file))["status"] == "done":
+                found[seed] = record
+        except FileError as error:
+            skipped[file] = str(error)
+    return found
 
 
 def _experts(folder: Path) -> float | None:

@@ -1,7 +1,7 @@
 """The runs of a training recipe -> its table, ours beside the published numbers. Reads records alone."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..evaluation.stats import Interval, mean_interval, sd_ratio
@@ -21,12 +21,13 @@ def result(recipe: Recipe, folder: Path) -> Result | None:
     if recipe.view == "across":
         shown = _across(recipe, folder)
         return recipe.over(shown) if shown.rows else None
-    cells = read_cells(recipe, folder)
+    skipped: dict[Path, str] = {}
+    cells = read_cells(recipe, folder, skipped)
     if not any(cell.row.method for cell in cells.values()):
         return None
     table = {"pairs": _pairs, "spread": _spread, "equivalence": _equivalence}.get(recipe.view, _scores)
     shown = table(recipe, cells)
-    shown.numbers, shown.notes = _numbers(recipe, cells), _notes(recipe, cells, folder)
+    shown.numbers, shown.notes = _numbers(recipe, cells), _notes(recipe, cells, folder, skipped)
     if draw := {"curve": curve, "scores": dots}.get(recipe.view):
         shown.figures = {"": draw(recipe, cells)}
     return recipe.over(shown)
@@ -124,11 +125,12 @@ def _equivalence(recipe: Recipe, cells: Cells) -> Shown:
 def _across(recipe: Recipe, folder: Path) -> Shown:
     """HELLoRA's table 8: each column's adapters on the others' data, before and after."""
     base, row = recipe.rows
+    skipped: dict[Path, str] = {}
     columns = ["trained on", "scored on", "before", "after", "after − before [95%]", "published: before, after"]
     table = Shown(columns, texts=2)
     for column, other in itertools.permutations(recipe.columns, 2):
-        before = read_cell(base, other, folder / scored_name(base, other))
-        after = read_cell(row, other, folder / across_name(row, column, other))
+        before = read_cell(base, other, folder / scored_name(base, other), None, skipped)
+        after = read_cell(row, other, folder / across_name(row, column, other), None, skipped)
         if before is None or after is None:
             continue
         start = before.values[-1]
@@ -166,7 +168,7 @@ def _numbers(recipe: Recipe, cells: Cells) -> list[dict[str, Number]]:
     return lines
 
 
-def _notes(recipe: Recipe, cells: Cells, folder: Path) -> list[str]:
+def _notes(recipe: Recipe, cells: Cells, folder: Path, skipped: Mapping[Path, str]) -> list[str]:
     """What a reader must know: whose numbers are beside, what the table lacks, and what is not compared."""
     wanted = sorted({*recipe.seeds, *seeds_begun(recipe, folder)})
     absent, fewer = [], []
@@ -181,7 +183,7 @@ def _notes(recipe: Recipe, cells: Cells, folder: Path) -> list[str]:
     notes = [f"{seeds}.{told}"]
     notes += [f"No run is done of {'; '.join(absent)}."] if absent else []
     notes += [f"Seeds are missing: {'; '.join(fewer)}."] if fewer else []
-    return notes + _unlike_notes(recipe, cells)
+    return [*notes, *(f"Left out: {why}." for why in skipped.values()), *_unlike_notes(recipe, cells)]
 
 
 def _unlike_notes(recipe: Recipe, cells: Cells) -> list[str]:
