@@ -411,6 +411,11 @@ def test_costs(tiny_folder: str, tmp_path: Path, in_here: None):
         assert published[f"parameters_{side}"] == pytest.approx(value, rel=0.001), kind
         assert published[f"bytes_{side}"] == pytest.approx(4 * value, rel=0.005)
     assert published["seconds_saved"] == 0.5 and ours["seconds_all"] > 0
+    assert "layers" not in result.notes[0]
+    cut = Setting(tiny_folder, options={**TIMED, "layers": 1})
+    direct("moe-sieve-table-4", cut).run(tmp_path / "cut", print)
+    words = "its first 1 of 2 layers (parameters are counted of all)"
+    assert words in shown("moe-sieve-table-4", tmp_path / "cut", cut).notes[0]
 
 
 def test_a_bench_by_other_options_is_not_taken(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -293,3 +293,42 @@ def test_a_broken_record_is_named_and_left_out(store: Path, tmp_path: Path):
     notes = result(RECIPES["moe-sieve-table-3"](NANO), store).notes
     assert any(note.startswith(f"Left out: {broken} lacks") for note in notes), notes
     assert any("hot 25% on GSM8K (nano-math) lacks 3 (n = 7)" in note for note in notes) and page.is_file()
+
+
+def test_other_tasks_before_and_after_have_the_notes_of_tables(tmp_path: Path):
+    across = RECIPES["hellora-table-8"](NANO)
+    write_run(tmp_path / "nano/nano-sql/base", 0.10, None)
+    write_run(tmp_path / "nano/nano-math/hellora-on-nano-sql", 0.12, 0)
+    table = result(across, tmp_path)
+    assert table.notes[0].startswith("3 seeds a cell;") and table.notes[0].endswith("own models and tasks.")
+    absent = next(note for note in table.notes if note.startswith("No run is done of"))
+    assert absent.count("; ") == 6 and "HELLoRA of GSM8K (nano-math) on SAFE (nano-choice)" in absent
+    assert "Seeds are missing: HELLoRA of GSM8K (nano-math) on HUMAN (nano-sql) lacks 1, 2 (n = 1)." in table.notes
+    write_run(tmp_path / "nano/nano-sql/base", 0.10, None, config={"test_hash": "a"})
+    for seed in range(3):
+        at = tmp_path / "nano/nano-math/hellora-on-nano-sql"
+        write_run(at, 0.12 + seed / 9, seed, config={"test_hash": "b", "adapter": str(seed), "adapter_hash": str(seed)})
+    table = result(across, tmp_path)
+    told = "HELLoRA of GSM8K (nano-math) on HUMAN (nano-sql) in test examples"
+    assert f"Made otherwise than the model as it is, and not compared with it: {told}." in table.notes
+    assert table.rows[0][4] == "–" and numbers(table)[0]["change"] == ""
+
+
+def test_published_numbers_are_of_the_papers_models(tmp_path: Path):
+    def told(name: str, setting: Setting) -> str:
+        recipe = RECIPES[name](setting)
+        column, row = recipe.columns[-1], recipe.rows[-1]
+        for seed in (0, 1):
+            write_run(tmp_path / column.folder / row.name, 0.5, seed)
+            write_run(tmp_path / column.folder / f"{row.name}-scored", 0.5, seed)
+        return result(recipe, tmp_path).notes[0]
+
+    qwen, other = "Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen3-30B-A3B"
+    olmoe = "Published numbers are of allenai/OLMoE-1B-7B-0924."
+    assert told("hellora-table-2", Setting(other)).endswith(olmoe)
+    assert told("moe-sieve-table-3", Setting(qwen)).endswith(olmoe)
+    assert told("hellora-table-3", Setting("a/b")).endswith("Published numbers are of mistralai/Mixtral-8x7B-v0.1.")
+    for name in ("hellora-table-2", "moe-sieve-table-3", "hellora-table-3"):
+        assert "Published" not in told(name, Setting())
+    assert "Published" not in told("hellora-table-2", Setting("allenai/OLMoE-1B-7B-0924"))
+    assert told("hellora-table-2", NANO).endswith("Published numbers are of the papers' own models and tasks.")

@@ -62,7 +62,7 @@ def _told(names: Iterable[str], runs: list[Options]) -> list[str]:
             continue
         word, shown = _WORDS.get(name, name), [str(value) for value in values]
         if name.endswith("_hash"):
-            shown = [str(value[0]) for value in values] if name == "test_hash" else []
+            shown = [str(value[0]) for value in values if value] if name == "test_hash" else []
         shown = list(dict.fromkeys(shown))
         found.append(f"{word} ({' and '.join(shown)})" if len(shown) > 1 else word)
     return found

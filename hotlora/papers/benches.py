@@ -89,7 +89,8 @@ class BenchRecipe(Direct):
         for (model, name, file), config in missing.items():
             tell(f"bench {name} of {model}")
             result = run_bench(config, tell=tell)
-            result["recipe"] = {"model": model, "counts": self.counts(model, config.contenders, config.r)}
+            counts = self.counts(model, config.contenders, config.r)
+            result["recipe"] = {"model": model, "counts": counts, "layers": num_layers(config.model)}
             write_json(file, result)
 
     def result(self, folder: Path) -> Result | None:
@@ -258,8 +259,12 @@ def _arrow(what: str, full: float | None, hot: float | None) -> str:
 
 def _words(key: tuple[str, str], result: Row) -> str:
     settings, rounds = result["settings"], result["settings"]["rounds"]
+    layers, whole = settings["layers"], result["recipe"].get("layers")  # older ones do not say how many it has
+    cut = (
+        f"its first {layers} of {whole} layers (parameters are counted of all), " if whole not in (None, layers) else ""
+    )
     return (
-        f"{key[0]}, bench {key[1]}: {result['environment']['device']}, {settings['dtype']}, {settings['tokens']:,} "
+        f"{key[0]}, bench {key[1]}: {cut}{result['environment']['device']}, {settings['dtype']}, {settings['tokens']:,} "
         f"tokens a step in sequences of {settings['length']}, rank {settings['r']}, {rounds} rounds in turn, random "
         "weights, no dropout, routers skewed to a CV of "
         f"{result['routing']['cv']:.2f}. Ratios are medians over rounds."

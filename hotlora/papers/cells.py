@@ -1,6 +1,6 @@
 """The runs of a training recipe, a cell a row and column of its table. Reads records alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +39,6 @@ class Cell:
     experts: float | None = None
     runs: Mapping[int, Options] = field(default_factory=dict)
     plan: Options = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """For notes."""
-        return f"{self.row.label} on {task_name(self.column)}"
 
     @cached_property
     def mixed(self) -> list[str]:
@@ -127,10 +122,9 @@ def against(cell: Cell | None, reference: Cell | None) -> PairedTest | None:
     return paired_test(ours, theirs, bounds=BOUNDS)
 
 
-def seeds_begun(recipe: Recipe, folder: Path) -> set[int]:
-    """Seeds that a cell of the table has a folder of, whatever became of the run."""
-    places = {name(row, column) for row, column in recipe.places() for name in (condition_name, scored_name)}
-    names = [at.name[4:] for place in places for at in (folder / place).glob("seed*") if at.is_dir()]
+def seeds_begun(folders: Iterable[Path]) -> set[int]:
+    """Seeds that a cell has a folder of, whatever became of the run."""
+    names = [at.name[4:] for folder in folders for at in folder.glob("seed*") if at.is_dir()]
     return {int(name) for name in names if name.isdigit()}
 
 

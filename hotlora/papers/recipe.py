@@ -25,6 +25,7 @@ class Column:
         options: of every run in this column.
         scored: other data than `data` to score by a run of its own (a Condition's options); None: the data's own
             test split, after training.
+        printed_of: the model that the paper's numbers are of.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Column:
     domain: str = "math"
     options: Mapping[str, Any] = field(default_factory=dict)
     scored: Mapping[str, Any] | None = None
+    printed_of: str = ""
 
     @property
     def folder(self) -> str:

@@ -129,7 +129,9 @@ def recipe(
 
     def make(name: str, setting: Setting) -> Recipe:
         paper = "hellora" if name.startswith("hellora") else "moe-sieve"
-        own = {column.data: replace(column, name=column.name.split()[-1]) for column in columns}
+        own: dict[str, Column] = {}  # of several models the first, whose numbers the rows have under a task's own name
+        for column in columns:
+            own.setdefault(column.data, replace(column, name=column.name.split()[-1]))
         placed = [_placed(column, setting) for column in (columns if setting.model is None else own.values())]
         if setting.seeds is not None and setting.seeds < 1:
             raise HotLoraError(f"seeds is {setting.seeds}: it must be 1 or more.")
@@ -199,6 +201,7 @@ def _instead(given: str, flag: str) -> HotLoraError:
 
 def _placed(column: Column, setting: Setting) -> Column:
     model = setting.model or column.model
+    column = replace(column, printed_of=column.model)
     if setting.is_nano:
         return replace(column, model=model, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None, options={})
     scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
