@@ -332,3 +332,24 @@ def test_published_numbers_are_of_the_papers_models(tmp_path: Path):
         assert "Published" not in told(name, Setting())
     assert "Published" not in told("hellora-table-2", Setting("allenai/OLMoE-1B-7B-0924"))
     assert told("hellora-table-2", NANO).endswith("Published numbers are of the papers' own models and tasks.")
+
+
+def test_multiples_of_k_are_claimed_where_they_are_that(tmp_path: Path):
+    def told(recipe_of: Setting, experts: dict[str, int]) -> tuple[list[str], list[str]]:
+        for name, number in experts.items():
+            for seed in range(3):
+                at = tmp_path / RECIPES["hellora-table-7"](recipe_of).columns[0].folder / name
+                write_run(at, 0.2 + seed / 9 + number / 99, seed, experts=number)
+        found = claims_result({claim.recipe: RECIPES[claim.recipe](recipe_of) for claim in CLAIMS}, tmp_path)
+        return [row[1] for row in found.rows if row[0] == "HELLoRA 4.5.3"], found.notes
+
+    both = ["A quarter of K experts is noticeably worse.", "2 K experts bring little over K."]
+    claims, notes = told(NANO, {"hellora-2of64": 1, "hellora": 4, "hellora-16of64": 8})
+    assert claims == both and not any("Left out" in note for note in notes)
+    setting = Setting("Qwen/Qwen3-30B-A3B")  # 8 of 128
+    write_run(tmp_path / "Qwen3-30B-A3B/gsm8k/sieve-all", 0.5, 42)
+    write_run(tmp_path / "Qwen3-30B-A3B/gsm8k/sieve", 0.5, 42)
+    claims, notes = told(setting, {"hellora-2of64": 4, "hellora": 8, "hellora-16of64": 32})
+    assert not claims
+    for claim, numbers in zip(both, ("4 and 8", "8 and 32"), strict=True):
+        assert f'Left out: "{claim}" Its rows adapt {numbers} experts of a layer here.' in notes
