@@ -8,7 +8,7 @@ from scipy import stats
 from test_cli import run
 
 from hotlora.base.errors import DataError
-from hotlora.base.records import new_record, write_record
+from hotlora.base.records import new_record, read_record, write_record
 from hotlora.papers import RECIPES, Setting
 from hotlora.papers.claims import CLAIMS, claims_result, decide
 from hotlora.papers.page import table_results, write_tables
@@ -353,3 +353,20 @@ def test_multiples_of_k_are_claimed_where_they_are_that(tmp_path: Path):
     assert not claims
     for claim, numbers in zip(both, ("4 and 8", "8 and 32"), strict=True):
         assert f'Left out: "{claim}" Its rows adapt {numbers} experts of a layer here.' in notes
+
+
+def test_a_dense_run_before_the_sparse_one_takes_time_too(tmp_path: Path):
+    def seconds() -> str:
+        (row,) = [row for row in numbers(result(RECIPES["hellora-table-2"](NANO), tmp_path)) if row["row"] == "lori-s"]
+        return row["training_seconds"]
+
+    at = tmp_path / "nano/nano-math/lori-s"
+    for seed in (0, 1):
+        write_run(at, 0.5, seed, config=CONFIG | {"mask_hash": str(seed)})
+    note = "Without the dense run's: training_seconds of LoRI-S on GSM8K (nano-math)."
+    assert seconds() == "12.0" and note in result(RECIPES["hellora-table-2"](NANO), tmp_path).notes
+    for seed in (0, 1):
+        record = read_record(at / f"seed{seed}")
+        record["training"]["dense_seconds"] = 30.0 + seed
+        write_record(at / f"seed{seed}", record)
+    assert seconds() == "42.5" and note not in result(RECIPES["hellora-table-2"](NANO), tmp_path).notes

@@ -27,6 +27,7 @@ class Cell:
         runs: seed -> what its run was made with (`alike.made_with`); of one that is scored apart, with what scores it.
         plan: what the recipe's row is made with (`alike.planned`); empty for a model as it is.
         percent, seconds: trained parameters in percent of all, and of a run; means over the seeds.
+        whole_time: whether `seconds` has the dense runs of LoRI's sparse ones.
         experts: adapted experts of a layer, mean over layers; None without a plan.
     """
 
@@ -39,6 +40,7 @@ class Cell:
     experts: float | None = None
     runs: Mapping[int, Options] = field(default_factory=dict)
     plan: Options = field(default_factory=dict)
+    whole_time: bool = True
 
     @cached_property
     def mixed(self) -> list[str]:
@@ -97,8 +99,19 @@ def read_cell(
         runs[seed] = {**run, **made_with(trainings[seed]), **{n: run[n] for n in ("test_hash",) if n in run}}
     records = trainings.values()
     percent = _mean([record["parameters"]["percent"] for record in records if record.get("parameters")])
-    seconds = _mean([record["training"]["seconds"] for record in records if record.get("training")])
-    return Cell(row, column, values, several, percent, seconds, _experts(trained), runs)
+    timed = [record for record in records if record.get("training")]
+    seconds, whole = _mean([training_seconds(record) for record in timed]), not any(map(lacks_dense, timed))
+    return Cell(row, column, values, several, percent, seconds, _experts(trained), runs, whole_time=whole)
+
+
+def training_seconds(record: Record) -> float:
+    """Of a training; of LoRI's sparse run with the dense one before it, where the record has that."""
+    return float(record["training"]["seconds"] + record["training"].get("dense_seconds", 0))
+
+
+def lacks_dense(record: Record) -> bool:
+    """Whether a record is of a sparse run and too old to have its dense run's time."""
+    return bool((record.get("config") or {}).get("mask_hash")) and "dense_seconds" not in record["training"]
 
 
 def unlike(cell: Cell, reference: Cell) -> str:

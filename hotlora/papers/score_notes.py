@@ -46,6 +46,8 @@ def notes(
             continue
         if reason := unlike(cell, reference):
             otherwise.setdefault(other, []).append(f"{name} {reason.removeprefix('runs differ ')}")
+    if dense := [name for name, cell in there.items() if not cell.whole_time]:
+        found.append(f"Without the dense run's: training_seconds of {'; '.join(dense)}.")
     return found + [
         f"Made otherwise than {other}, and not compared with it: {'; '.join(told)}."
         for other, told in otherwise.items()
