@@ -257,6 +257,9 @@ def test_options_that_do_not_exist():
         with pytest.raises(HotLoraError, match=f"{name} has no option '{wrong}': --set takes .*dtype"):
             find_recipe(name, Setting("nano", options={wrong: 1}))
     find_recipe("hellora-figure-3", Setting("nano", options={"learning_rate": 1e-3}))
+    for length in ("max_steps", "epochs"):  # the warm-up has a length of its own
+        with pytest.raises(HotLoraError, match=f"hellora-figure-3 has no option '{length}'"):
+            find_recipe("hellora-figure-3", Setting("nano", options={length: 1}))
 
 
 # --- configs ----------------------------------------------------------------------------------------------------

@@ -223,6 +223,11 @@ def test_each_rule_of_a_claim(rule: str, ours: list[float], theirs: list[float],
     assert decide(rule, a, b)[1] is holds
 
 
+def test_equal_differences_are_told():
+    a, b = (Cell(Row("a", "a"), Column("GSM8K", "nano", "nano-math"), dict.fromkeys(range(3), v), {}) for v in (3.5, 1))
+    assert decide("above", a, b) == ("+2.5, all 3 differences are equal (sd 0): no interval and no test", None)
+
+
 def test_every_claim_has_its_rows_in_its_recipe(store: Path):
     for claim in CLAIMS:
         rows = {row.name for row in RECIPES[claim.recipe](NANO).rows}

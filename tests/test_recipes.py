@@ -106,8 +106,19 @@ def test_how_answers_are_drawn_is_an_option_where_runs_only_score():
     }
     assert {found[name] for name in drawn} == {5}
     for wrong, options in ((Setting("nano"), {"temperature": 0.9}), (Setting(), {"gsm8k-lori.samples": 5})):
-        with pytest.raises(HotLoraError, match=r"--set does not take .*: on (nano-math|gsm8k-lori).* greedily"):
+        with pytest.raises(HotLoraError, match=r"--set does not take .*: on (nano-math|gsm8k).* greedily"):
             find_recipe("hellora-table-2", Setting(wrong.model, options=options))
+
+
+def test_a_task_is_called_as_data_has_it():
+    for given in ("gsm8k.max_steps", "gsm8k-lori.max_steps"):
+        sweep = find_recipe("hellora-table-2", Setting(options={given: 300}))
+        steps = {(c.options["data"], c.options.get("max_steps")) for c in sweep.conditions if c.train and not c.scores}
+        assert steps == {("gsm8k-lori", 300), ("codealpaca-lori", None), ("saferpaca-lori", None)}
+    with pytest.raises(HotLoraError, match=r"gsm8k\.max_steps and gsm8k-lori\.max_steps are one option"):
+        Setting(options={"gsm8k.max_steps": 1, "gsm8k-lori.max_steps": 2})
+    with pytest.raises(HotLoraError, match="whose options are set: it has gsm8k, codealpaca, saferpaca"):
+        find_recipe("hellora-table-2", Setting(options={"spider.max_steps": 1}))
 
 
 def test_a_condition_that_two_recipes_share_is_the_same_run():

@@ -11,7 +11,7 @@ from ..runs.sweep import Sweep, load_sweep
 from . import benches, configs, hellora, moe_sieve, profiles
 from .direct import Direct
 from .recipe import Recipe
-from .settings import EXAMPLE, Setting, check_set
+from .settings import EXAMPLE, Setting, check_set, task_called
 from .studies import STUDIES
 
 __all__ = ["EXAMPLE", "RECIPES", "Direct", "Recipe", "Setting", "find_recipe", "names"]
@@ -54,7 +54,7 @@ def _check_sources(recipe: Recipe | Direct, setting: Setting) -> None:
         others = {other: source for other, source in setting.sources.items() if other != task}
         if RECIPES[recipe.name](replace(setting, sources=others)).reads() == recipe.reads():
             tasks = recipe.tasks if isinstance(recipe, profiles.ProfileRecipe) else recipe.reads()
-            files = {name.partition(":")[0].removesuffix("-lori") for name in tasks if not name.startswith("nano-")}
+            files = {task_called(name) for name in tasks if not name.startswith("nano-")}
             together = "on nano it takes all of" if setting.is_nano else "it takes"
             takes = f"{together} {', '.join(sorted(files))}" if files else "it reads no files: leave it out"
             end = ", or none" if files and setting.is_nano else ""

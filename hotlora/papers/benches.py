@@ -266,8 +266,8 @@ def _words(key: tuple[str, str], result: Row) -> str:
     return (
         f"{key[0]}, bench {key[1]}: {cut}{result['environment']['device']}, {settings['dtype']}, "
         f"{settings['tokens']:,} tokens a step in sequences of {settings['length']}, rank {settings['r']}, "
-        f"{rounds} rounds in turn, random weights, no dropout, routers skewed to a CV of {result['routing']['cv']:.2f}. "
-        "Ratios are medians over rounds."
+        f"{rounds} rounds in turn, random weights, no dropout, routers skewed to a CV of "
+        f"{result['routing']['cv']:.2f}. Ratios are medians over rounds."
     )
 
 

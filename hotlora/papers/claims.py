@@ -148,7 +148,7 @@ def decide(rule: str, cell: Cell, reference: Cell) -> tuple[str, bool | None]:
         return f"ratio {ratio.ratio:.2f} [{low:.2f}, {high:.2f}]", True if high < 1 else False if low > 1 else None
     test = against(cell, reference)
     if test is None or test.interval is None:
-        return test.reason if test else "no seed in common", None
+        return f"{test.mean:+.1f}, {test.reason}" if test else "no seed in common", None
     (low, high), p = test.interval, test.tost[MARGIN]
     agrees, differs = {
         "above": (low > 0, high < 0),

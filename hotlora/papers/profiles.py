@@ -39,7 +39,12 @@ from .settings import HELLORA_TASKS, MIXTRAL, OLMOE, QWEN, STANDS_FOR, Setting, 
 FOLDER = "profiles"
 _STUDY, _PROFILE, _WARMED, _SLICE = "study.json", "profile.safetensors", "warmed-up.safetensors", "profile.safetensors"
 _PROFILING = ("limit", "batch_size", "max_length", "dtype", "device", "quantize")
-_TRAINED = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["cli"]} - {"extend"}
+# The warm-up is an epoch of a tenth of the data.
+_TRAINED = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["cli"]} - {
+    "extend",
+    "max_steps",
+    "epochs",
+}
 _NANO_LIMIT = {"limit": 2000}  # as its trainings
 _HELLORA_TASKS = tuple(column.data for column in HELLORA_TASKS.values())
 # DeepSeek-MoE-16B, the third of MoE-Sieve's models, has code of its own, which hotlora does not run.

@@ -100,7 +100,7 @@ class Setting:
             ours = ALIASES.get(name, name)
             if ours in _FLAGS:
                 raise _instead(given, _FLAGS[ours])
-            if (key := f"{task}{dot}{ours}") in names:
+            if (key := f"{task_called(task)}{dot}{ours}") in names:
                 raise twice(names[key], given)
             names[key] = given
         object.__setattr__(self, "options", {name: self.options[given] for name, given in names.items()})
@@ -111,7 +111,7 @@ class Setting:
 
     def options_on(self, data: str) -> dict[str, Any]:
         """`options` of the runs on one task, which is named as `--data` has it."""
-        task = data.partition(":")[0]
+        task = task_called(data)
         parts = [(name.rpartition("."), value) for name, value in self.options.items()]
         return {name: value for of in ("", task) for (one, _, name), value in parts if one == of}
 
@@ -138,7 +138,7 @@ def recipe(
         known = (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
         further = (seed for seed in itertools.count() if seed not in known)
         seeds = list(itertools.islice(itertools.chain(known, further), setting.seeds or len(known)))
-        tasks = dict.fromkeys(column.data.partition(":")[0] for column in placed)
+        tasks = dict.fromkeys(task_called(column.data) for column in placed)
         if others := sorted({name.rpartition(".")[0] for name in setting.options} - {"", *tasks}):
             raise HotLoraError(f"{name} has no runs on {others[0]}, whose options are set: it has {', '.join(tasks)}.")
         options, scoring = partial(_options, paper, setting), partial(_scoring, setting)
@@ -185,7 +185,7 @@ def _said_by(rows: Sequence[Row]) -> set[str]:
 def _check_sampling(trainings: Recipe, given: str) -> None:
     """Trainings answer greedily: how answers are drawn is for columns that runs of their own score."""
     task, _, option = given.rpartition(".")
-    tasks = {column.data.partition(":")[0]: column.scored is not None for column in trainings.columns}
+    tasks = {task_called(column.data): column.scored is not None for column in trainings.columns}
     if greedy := [name for name, is_drawn in tasks.items() if task in ("", name) and not is_drawn]:
         others = [name for name, is_drawn in tasks.items() if is_drawn]
         mend = f"Give {', '.join(f'{name}.{option}' for name in others)}." if others else "Leave it out."
@@ -208,9 +208,14 @@ def _placed(column: Column, setting: Setting) -> Column:
     return replace(column, model=model, data=source_of(column.data, setting), scored=scored)
 
 
+def task_called(data: str) -> str:
+    """What a user calls a paper's task: gsm8k, whoever's prompt it is in."""
+    return data.partition(":")[0].removesuffix("-lori")
+
+
 def source_of(data: str, setting: Setting) -> str:
     """A task with the user's files for it, as `load_examples` takes it."""
-    source = setting.sources.get(data, setting.sources.get(data.removesuffix("-lori")))
+    source = setting.sources.get(data, setting.sources.get(task_called(data)))
     return data if source is None else f"{data}:{source}"
 
 
