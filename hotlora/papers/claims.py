@@ -24,7 +24,8 @@ VERDICTS = {True: "agrees", False: "differs", None: "cannot tell"}
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper: `row` against `reference` by a rule, in every column of a recipe that has both.
+    """A sentence of a paper: `row` against `reference` by a rule, in every column of a recipe that has both. Where the
+    rule asks for less or more than the sentence, `says` has what is tested in brackets.
 
     Attributes:
         recipe: name of the recipe whose runs decide it.
@@ -52,7 +53,8 @@ CLAIMS = (
     Claim("HELLoRA 4.3", "HELLoRI-D matches or exceeds LoRI-D.", _T2, "hellori-d", "as good", "lori-d"),
     Claim("HELLoRA 4.3", "HELLoRI-S matches or exceeds LoRI-S.", _T2, "hellori-s", "as good", "lori-s"),
     Claim("HELLoRA 1", "HELLoRI-S reaches LoRA's accuracy.", _T2, "hellori-s", "as good", "lora"),
-    Claim("HELLoRA 4.3", "HELLoRI does not overtake HELLoRA.", _T2, "hellori-d", "below", "hellora"),
+    Claim("HELLoRA 4.3", "HELLoRI does not overtake HELLoRA (tested: HELLoRI-D is worse).", _T2, "hellori-d", "below",
+          "hellora"),
     *(
         Claim("HELLoRA 4.5.1", f"{LABELS[name]}: hot in each layer beats {told}.", _T4, f"{name}-{rule}", "below", name)
         for rule, told in (("global", "hot over all layers"), ("cold", "cold"))
@@ -71,10 +73,10 @@ CLAIMS = (
     Claim("MoE-Sieve 6.1", "Random is worse at 25%.", _S61, "sieve-random", "below", "sieve"),
     Claim("MoE-Sieve 6.1", "Random is worse at 12.5%.", _S61, "sieve-random-8of64", "below", "sieve-8of64"),
     Claim("MoE-Sieve 6.1", "Random 25% is worse than hot 12.5%.", _S61, "sieve-random", "below", "sieve-8of64"),
-    Claim("MoE-Sieve 6.2", "Greedy budgets do not improve on the same k in each layer.", "moe-sieve-table-5",
-          "sieve", "as good", "sieve-greedy"),
-    Claim("MoE-Sieve 6.2", "A coverage of 60% is no better than 25%.", "moe-sieve-section-6.2", "sieve", "as good",
-          "sieve-cov60"),
+    Claim("MoE-Sieve 6.2", "Greedy budgets do not improve on the same k in each layer (tested: that is as good).",
+          "moe-sieve-table-5", "sieve", "as good", "sieve-greedy"),
+    Claim("MoE-Sieve 6.2", "A coverage of 60% is no better than 25% (tested: 25% is as good).",
+          "moe-sieve-section-6.2", "sieve", "as good", "sieve-cov60"),
     Claim("MoE-Sieve 7.2", "Half of the experts is as good as all.", "moe-sieve-figure-4", "sieve-32of64", "as good",
           "sieve-all"),
     Claim("MoE-Sieve 7.3", "Cold fillers add noise: at one budget, hot and random experts are worse than hot ones.",
@@ -90,7 +92,8 @@ CLAIMS = (
             ("hot+random", "MoE-Sieve 7.3", "Hot and random are worse than hot"),
         )
     ),
-    Claim("MoE-Sieve 6.2", "Greedy does not improve on uniform, with adapters on experts alone.", _ALONE,
+    Claim("MoE-Sieve 6.2",
+          "Greedy does not improve on uniform, with adapters on experts alone (tested: uniform is as good).", _ALONE,
           "sieve-pure-hot", "as good", "sieve-pure-greedy"),
 )  # fmt: skip
 
