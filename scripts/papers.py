@@ -18,6 +18,7 @@ from hotlora.base.files import write_text
 from hotlora.base.records import Record, find_records
 from hotlora.papers import RECIPES, Recipe, Setting
 from hotlora.papers.benches import BenchRecipe
+from hotlora.papers.cells import lacks_dense, training_seconds
 from hotlora.papers.configs import HyperparameterTable, ShapeTable
 from hotlora.papers.page import table_results, write_tables
 from hotlora.papers.profiles import ProfileRecipe
@@ -69,11 +70,13 @@ def nano(store: str) -> str:
 
 def _runs(store: str, records: dict[Path, Record]) -> str:
     trained = [record for record in records.values() if record.get("training")]
-    seconds = sum(record["training"]["seconds"] for record in trained)
+    seconds = sum(map(training_seconds, trained))
+    without = sum(map(lacks_dense, trained))
+    dense = f" (without the dense runs before {without} of LoRI's sparse ones)" if without else ""
     device = trained[0]["environment"]["device"]
     failed = sum(record["status"] != "done" for record in records.values())
     return (
-        f"{len(records)} runs, {len(trained)} of them trainings that took {human_seconds(seconds)} in all on "
+        f"{len(records)} runs, {len(trained)} of them trainings that took {human_seconds(seconds)} in all{dense} on "
         f"{device} each, two side by side and with other work beside them; {failed} failed. Every run made is in the "
         f"tables ([results/nano/{store}](../results/nano/{store})), and what was not made is named there."
     )

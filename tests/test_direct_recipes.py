@@ -24,7 +24,7 @@ from hotlora.cost.estimate import estimate, meta_model, sized_config
 from hotlora.cost.flops import attention_adapter_flops, expert_adapter_flops, forward_flops
 from hotlora.hf import connection
 from hotlora.hf.models import config_file
-from hotlora.papers import RECIPES, Direct, Recipe, Setting, find_recipe, needs
+from hotlora.papers import RECIPES, Direct, Recipe, Setting, benches, find_recipe, needs
 from hotlora.papers.benches import BenchRecipe
 from hotlora.papers.needs import data_size, sweep_needs
 from hotlora.papers.result import Result, write_results
@@ -137,6 +137,19 @@ def test_the_warm_up(store: Path, counts: dict[str, torch.Tensor]):
     assert shown("hellora-figure-3", store).rows[-1][1] == "11 of 16"
 
 
+def test_a_warm_up_by_other_options_is_not_taken(store: Path):
+    for option, then, now in (("learning_rate", "0.008", 0.05), ("r", "8", 4)):
+        recipe = direct("hellora-figure-3", Setting("nano", options={**SMALL, option: now}))
+        flag = option.replace("_", "-")
+        with pytest.raises(HotLoraError, match=f"nano-math-warm-up holds another run: --{flag} {now} against {then}"):
+            recipe.run(store, pytest.fail)
+
+
+def test_the_warm_up_among_the_records_is_of_its_recipe():
+    folder = Path(__file__).parent.parent / "results/nano/papers"
+    direct("hellora-figure-3", Setting("nano")).run(folder, pytest.fail)
+
+
 def test_five_layers(store: Path, counts: dict[str, torch.Tensor]):
     numbers = shown("hellora-figure-4", store).numbers
     assert [row["layer"] for row in numbers] == [0, 2, 3, 4, 5]
@@ -208,13 +221,9 @@ def test_files_of_the_papers_data_come_before_nanos_tasks(store: Path, tmp_path:
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     setting = Setting("nano", {"gsm8k": str(file)})
-    for name, task in (
-        ("moe-sieve-table-9", "gsm8k"),
-        ("hellora-figure-1", "gsm8k"),
-        ("moe-sieve-table-7", "nano-sql"),
-    ):
+    for name in ("moe-sieve-table-9", "hellora-figure-1"):
         recipe = direct(name, setting)
-        assert [folder.name for _, folder, _ in recipe.state(tmp_path)] == [task]
+        assert [folder.name for _, folder, _ in recipe.state(tmp_path)] == ["gsm8k"]
     recipe = direct("moe-sieve-table-9", setting)
     recipe.run(tmp_path, print)
     assert "nano on gsm8k" in shown("moe-sieve-table-9", tmp_path).notes[0]  # a reader need not know the files
@@ -248,6 +257,9 @@ def test_options_that_do_not_exist():
         with pytest.raises(HotLoraError, match=f"{name} has no option '{wrong}': --set takes .*dtype"):
             find_recipe(name, Setting("nano", options={wrong: 1}))
     find_recipe("hellora-figure-3", Setting("nano", options={"learning_rate": 1e-3}))
+    for length in ("max_steps", "epochs"):  # the warm-up has a length of its own
+        with pytest.raises(HotLoraError, match=f"hellora-figure-3 has no option '{length}'"):
+            find_recipe("hellora-figure-3", Setting("nano", options={length: 1}))
 
 
 # --- configs ----------------------------------------------------------------------------------------------------
@@ -280,6 +292,37 @@ def test_the_published_shapes_come_from_configs(tmp_path: Path):
         recipe.run(tmp_path / "store", print)
         rows = {row[0]: row[1:] for row in recipe.result(tmp_path / "store").rows}
         assert rows[f"{name} (here)"] == rows[f"{name} (paper)"]
+
+
+def test_models_of_one_name_do_not_share_what_a_store_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import OlmoeConfig
+
+    store = tmp_path / "store"
+    for owner, layers in (("a", 2), ("b", 3)):
+        config = OlmoeConfig(num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
+        config.save_pretrained(tmp_path / owner / "x")
+    first, second = (Setting(str(tmp_path / owner / "x"), options={}) for owner in "ab")
+    direct("moe-sieve-table-1", first).run(store, print)
+    assert shown("moe-sieve-table-1", store, first).numbers[0]["layers"] == 2
+    with pytest.raises(
+        HotLoraError, match=r"x\.json holds the shape of .*a/x, and .*b/x is asked for: delete the file"
+    ):
+        direct("moe-sieve-table-1", second).run(store, pytest.fail)
+    assert direct("moe-sieve-table-1", second).result(store) is None
+    made = {"version": 1, "kind": "bench", "settings": {}, "recipe": {"model": first.model}, "contenders": []}
+    write_json(store / "benches/x/moe-sieve.json", made)
+    with pytest.raises(HotLoraError, match=r"moe-sieve\.json holds a bench of .*a/x, and .*b/x is asked for"):
+        direct("moe-sieve-table-4", second).run(store, pytest.fail)
+    assert direct("moe-sieve-table-4", second).result(store) is None
+
+
+def test_a_config_is_called_by_its_folder(tmp_path: Path):
+    for name in ("olmoe", "mixtral"):
+        tiny_config(name).save_pretrained(tmp_path / name)
+        setting = Setting(str(tmp_path / name / "config.json"))
+        direct("moe-sieve-table-1", setting).run(tmp_path / "store", print)
+        assert shown("moe-sieve-table-1", tmp_path / "store", setting).rows[0][0] == f"{name} (here)"
+    assert {file.stem for file in (tmp_path / "store/configs").iterdir()} == {"olmoe", "mixtral"}
 
 
 # --- benches ----------------------------------------------------------------------------------------------------
@@ -371,6 +414,34 @@ def test_costs(tiny_folder: str, tmp_path: Path, in_here: None):
         assert published[f"parameters_{side}"] == pytest.approx(value, rel=0.001), kind
         assert published[f"bytes_{side}"] == pytest.approx(4 * value, rel=0.005)
     assert published["seconds_saved"] == 0.5 and ours["seconds_all"] > 0
+    assert "layers" not in result.notes[0]
+    cut = Setting(tiny_folder, options={**TIMED, "layers": 1})
+    direct("moe-sieve-table-4", cut).run(tmp_path / "cut", print)
+    words = "its first 1 of 2 layers (parameters are counted of all)"
+    assert words in shown("moe-sieve-table-4", tmp_path / "cut", cut).notes[0]
+
+
+def test_a_bench_by_other_options_is_not_taken(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[object] = []
+
+    def run_bench(config, *, tell):
+        made.append(config)
+        resolved = dataclasses.asdict(dataclasses.replace(config, device="cpu", dtype="float32", layers=2, length=16))
+        return {"version": 1, "kind": "bench", "settings": resolved, "contenders": []}
+
+    monkeypatch.setattr(benches, "run_bench", run_bench)
+    recipe = direct("moe-sieve-table-4", Setting(tiny_folder, options={"rounds": 3, "tokens": 32, "length": 16}))
+    recipe.run(tmp_path, print)
+    for options, says in (
+        ({"rounds": 50, "tokens": 32}, "rounds 3, and 50 is asked for: delete the file, or give another --output"),
+        ({"rounds": 3}, "tokens 32, and 8192 is asked for"),
+        ({"rounds": 3, "tokens": 32, "layers": 1}, "layers 2, and 1 is asked for"),
+        ({"rounds": 3, "tokens": 32, "dtype": "float16"}, "dtype 'float32', and 'float16' is asked for"),
+    ):
+        with pytest.raises(HotLoraError, match=f"benches/tiny/moe-sieve.json holds a bench with {says}"):
+            direct("moe-sieve-table-4", Setting(tiny_folder, options={"length": 16, **options})).run(tmp_path, print)
+    recipe.run(tmp_path, pytest.fail)
+    assert len(made) == 1
 
 
 @pytest.mark.slow

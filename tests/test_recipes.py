@@ -74,6 +74,53 @@ def test_a_task_has_options_of_its_own():
         find_recipe("hellora-table-2", Setting("nano", options={"nano-chess.max_steps": 500}))
 
 
+def test_options_of_every_run_are_those_of_runs_that_only_score_too():
+    given = {"dtype": "float16", "device": "cpu", "test_limit": 7, "eval_batch_size": 3, "quantize": 4, "max_steps": 5}
+    for setting in (Setting("nano", options=given), Setting("some/moe", options=given)):
+        for name in ("hellora-table-7", "hellora-table-8"):
+            sweep = find_recipe(name, setting)
+            for condition in sweep.conditions:
+                found = condition.options
+                told = {"dtype": "float16", "device": "cpu", "test_limit": 7, "eval_batch_size": 3}
+                assert {option: found.get(option) for option in told} == told, condition.name
+                assert found.get("quantize") == (None if condition.scores else 4), "adapters bring their base's"
+                assert ("max_steps" in found) == (condition.train and condition.scores is None)
+    sweep = find_recipe("hellora-table-8", Setting("nano", options={"nano-sql.test_limit": 9}))
+    limits = {
+        condition.name: condition.options.get("test_limit") for condition in sweep.conditions if not condition.train
+    }
+    assert limits == {"nano/nano-math/base": None, "nano/nano-sql/base": 9, "nano/nano-choice/base": None}
+    across = {condition.name: condition.options.get("test_limit") for condition in sweep.conditions if condition.scores}
+    assert {name for name, limit in across.items() if limit == 9} == {
+        "nano/nano-math/hellora-on-nano-sql", "nano/nano-choice/hellora-on-nano-sql",
+    }  # fmt: skip
+
+
+def test_how_answers_are_drawn_is_an_option_where_runs_only_score():
+    setting = Setting("some/moe", options={"codealpaca-lori.samples": 5})
+    sweep = find_recipe("hellora-table-2", setting)
+    found = {condition.name: condition.options.get("samples") for condition in sweep.conditions}
+    drawn = {name for name, samples in found.items() if samples}
+    assert drawn == {name for name in found if name.endswith("-scored") and "code" in name} | {
+        "moe/codealpaca-lori/base"
+    }
+    assert {found[name] for name in drawn} == {5}
+    for wrong, options in ((Setting("nano"), {"temperature": 0.9}), (Setting(), {"gsm8k-lori.samples": 5})):
+        with pytest.raises(HotLoraError, match=r"--set does not take .*: on (nano-math|gsm8k).* greedily"):
+            find_recipe("hellora-table-2", Setting(wrong.model, options=options))
+
+
+def test_a_task_is_called_as_data_has_it():
+    for given in ("gsm8k.max_steps", "gsm8k-lori.max_steps"):
+        sweep = find_recipe("hellora-table-2", Setting(options={given: 300}))
+        steps = {(c.options["data"], c.options.get("max_steps")) for c in sweep.conditions if c.train and not c.scores}
+        assert steps == {("gsm8k-lori", 300), ("codealpaca-lori", None), ("saferpaca-lori", None)}
+    with pytest.raises(HotLoraError, match=r"gsm8k\.max_steps and gsm8k-lori\.max_steps are one option"):
+        Setting(options={"gsm8k.max_steps": 1, "gsm8k-lori.max_steps": 2})
+    with pytest.raises(HotLoraError, match="whose options are set: it has gsm8k, codealpaca, saferpaca"):
+        find_recipe("hellora-table-2", Setting(options={"spider.max_steps": 1}))
+
+
 def test_a_condition_that_two_recipes_share_is_the_same_run():
     runs: dict[str, dict] = {}
     for recipe in trainings().values():
@@ -126,6 +173,30 @@ def test_local_files_stand_for_a_task():
     assert {condition.name.split("/")[1] for condition in sweep.conditions} == {"gsm8k-lori"}
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "sources", "says"),
+    [
+        ("hellora-table-4", None, ["gsm8kk"], "--data gsm8kk changes nothing in hellora-table-4: it takes gsm8k"),
+        (
+            "hellora-table-2",
+            None,
+            ["hexphi", "spider"],
+            "--data spider changes .* codealpaca, gsm8k, hexphi, humaneval, ",
+        ),
+        ("hellora-table-4", None, ["gsm8k", "gsm8k-lori"], "--data gsm8k changes nothing"),
+        ("hellora-table-4", "nano", ["gsm8k"], "--data gsm8k changes nothing .* it reads no files: leave it out"),
+        ("moe-sieve-table-4", "nano", ["gsm8k"], "it reads no files: leave it out"),
+        ("moe-sieve-table-1", None, ["gsm8k"], "it reads no files: leave it out"),
+        ("hellora-table-1", None, ["gsm8k"], "it reads no files: leave it out"),
+        ("moe-sieve-table-2", "nano", ["spider"], "on nano it takes all of .*gsm8k.*, or none"),
+        ("hellora-figure-3", None, ["spider"], "--data spider changes nothing in hellora-figure-3: it takes gsm8k"),
+    ],
+)
+def test_files_of_a_task_that_is_not_read_are_refused(name: str, model: str | None, sources: list[str], says: str):
+    with pytest.raises(HotLoraError, match=says):
+        find_recipe(name, Setting(model, dict.fromkeys(sources, "/data")))
+
+
 WRONG = {
     "model": "--set does not take model: give --model MODEL in its place",
     "nano-math.model": "--set does not take nano-math.model: give --model MODEL",
@@ -155,11 +226,16 @@ def test_set_takes_no_option_that_a_recipe_or_another_flag_says(given: str):
 def test_set_takes_no_option_in_which_rows_differ():
     for name, option in (
         ("hellora-table-5", "placement"), ("hellora-table-7", "fraction"), ("hellora-table-7", "experts_per_layer"),
-        ("moe-sieve-section-6.2", "p"),
+        ("moe-sieve-section-6.2", "p"), ("hellora-table-2", "train_a"), ("hellora-table-3", "train_a"),
+        ("hellora-table-2", "keep"), ("hellora-table-2", "use_dora"), ("hellora-table-5", "train_attention"),
+        ("hellora-table-5", "train_router"), ("moe-sieve-experts-alone", "train_attention"),
+        ("moe-sieve-table-3", "experts_per_layer"), ("hellora-table-2", "experts_per_layer"),
+        ("moe-sieve-table-3", "fraction"), ("hellora-table-3", "p"),
     ):  # fmt: skip
         with pytest.raises(HotLoraError, match=f"--set does not take {option}: the rows of {name} say"):
             find_recipe(name, Setting("nano", options={option: 1}))
     find_recipe("hellora-table-4", Setting("nano", options={"placement": "pure"}))
+    find_recipe("moe-sieve-table-3", Setting("nano", options={"lora_dropout": 0.1, "train_attention": False}))
     sweep = find_recipe("hellora-table-5", Setting("nano", options={"fraction": 0.5}))
     assert {sweep.resolved(condition).fraction for condition in sweep.conditions} == {0.5}
 
@@ -179,7 +255,7 @@ def test_set_takes_an_option_once_by_any_of_its_names():
         ({"test_limit": 0}, "test_limit = 0 is out of range"),
         ({"quantize": 5}, "quantize = 5 is out of range"),
         ({"signal": "nope"}, "signal 'nope' does not exist"),
-        ({"p": 0.5}, "/lora: rule 'all' does not read p"),
+        ({"dense_learning_rate": 0.1}, "/lora: dense_learning_rate, granularity and fresh_a are of LoRI's sparse run"),
     ],
 )
 def test_wrong_values_are_told_before_anything_runs(options: dict, says: str):

@@ -146,6 +146,7 @@ def test_lori_s_is_a_dense_run_its_mask_and_a_sparse_run(model_folder, data, tmp
     dense = read_record(tmp_path / "run" / "dense")
     assert dense["config"]["learning_rate"] == 1e-3 and record["config"]["learning_rate"] == 3e-3
     assert record["plan"]["hash"] == dense["plan"]["hash"] and record["condition"] == "hellori-s"
+    assert record["training"]["dense_seconds"] == dense["training"]["seconds"]
     share = record["parameters"]["trainable"] / dense["parameters"]["trainable"]
     assert share == pytest.approx(0.1, abs=0.01)
     mask = SparseMask.load(tmp_path / "run")

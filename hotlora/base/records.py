@@ -55,7 +55,7 @@ _OPTIONAL: dict[str, dict[str, Kind]] = {
     "model": {"test_loss": (int, float)},
     "parameters": {"percent": (int, float), "adapter_bytes": int},
     "training": {
-        **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "seconds"), (int, float)),
+        **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "seconds", "dense_seconds"), (int, float)),
         **dict.fromkeys(("test_loss", "test_loss_before", "best_eval_loss"), (int, float)),
         **dict.fromkeys(("steps", "tokens", "peak_memory_bytes", "best_step"), int),
         "metrics": str,

@@ -33,7 +33,7 @@ def report(
     for folder, why in skipped.items():
         out.print(f"left out: {lines(f'{folder}: {why}')}")
     out.print(f"page: {page}")
-    if has_recipes(records.values()):
+    if has_recipes(record for record in records.values() if record["status"] == "done"):
         from ..papers.page import write_tables  # it brings the trainer along, which a plain report does without
 
         for tables in write_tables(runs, output or runs):

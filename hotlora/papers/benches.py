@@ -16,14 +16,15 @@ from ..base.files import write_json
 from ..bench.bench import run_bench
 from ..bench.contenders import BenchConfig, Contender
 from ..bench.report import read_result
+from ..cost.estimate import sized_config
 from ..hf.models import config_file
 from ..report.figures import COLD, HOT, INK, WIDTH, Figure, style
 from ..report.published import COST, HELLORA_SPEEDUP, SAVED, THROUGHPUT
 from ..report.text import NONE, human_seconds, shown
 from ..runs.methods import counted_options
-from .direct import Direct, Tell
+from .direct import Direct, Tell, holds_another
 from .needs import bench_needs, number_of
-from .recipe import model_folder
+from .recipe import model_folder, model_name
 from .result import Number, Result, Shown
 from .settings import LABELS, OLMOE, QWEN, Setting
 
@@ -76,19 +77,26 @@ class BenchRecipe(Direct):
         return [(f"{model}, {name}", file, file) for (model, name), file in self._results(output).items()]
 
     def run(self, output: Path, tell: Tell) -> None:
+        missing = {}
         for (model, name), file in self._results(output).items():
+            config = BenchConfig(
+                config_file(model), contenders=tuple(self.benches[name]), **{**self.settings, **self.options}
+            )
             if file.is_file():
-                continue
+                _check_same(file, model, config)
+            else:
+                missing[model, name, file] = config
+        for (model, name, file), config in missing.items():
             tell(f"bench {name} of {model}")
-            contenders = tuple(self.benches[name])
-            config = BenchConfig(config_file(model), contenders=contenders, **{**self.settings, **self.options})
             result = run_bench(config, tell=tell)
-            result["recipe"] = {"model": model, "counts": self.counts(model, contenders, config.r)}
+            counts = self.counts(model, config.contenders, config.r)
+            result["recipe"] = {"model": model, "counts": counts, "layers": num_layers(config.model)}
             write_json(file, result)
 
     def result(self, folder: Path) -> Result | None:
         files = self._results(folder)
         found = {key: read_result(file) for key, file in files.items() if file.is_file()}
+        found = {(model, name): bench for (model, name), bench in found.items() if bench["recipe"]["model"] == model}
         if not found:
             return None
         shown = self.show(found)
@@ -111,6 +119,28 @@ class BenchRecipe(Direct):
             options = options if options.get("full") else {**options, "r": r}
             counts[kind] = int(parameters_from_config(file, **options)["trainable"])
         return counts
+
+
+def _check_same(file: Path, model: str, config: BenchConfig) -> None:
+    """HotLoraError: the bench there is another model's, or was made with other settings. What the machine decides
+    (auto) may be any."""
+    result = read_result(file)
+    made = result["settings"]
+    if result["recipe"]["model"] != model:
+        raise holds_another(file, "a bench of", result["recipe"]["model"], model)
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("auto", None)}
+    asked |= {"contenders": list(config.contenders), "fractions": list(config.fractions)}
+    if config.layers is None:
+        asked["layers"] = num_layers(config.model)
+    del asked["model"]  # its config's file, which may lie elsewhere on another machine
+    for name, value in asked.items():
+        if made[name] != value:
+            raise holds_another(file, f"a bench with {name}", repr(made[name]), repr(value))
+
+
+def num_layers(config: str) -> int:
+    """Of a whole model."""
+    return int(sized_config(config).get_text_config().num_hidden_layers)
 
 
 def _throughput(found: Mapping[tuple[str, str], Row]) -> Shown:
@@ -170,7 +200,7 @@ def _cost(found: Mapping[tuple[str, str], Row]) -> Shown:
         timed = [_row(bench, kind) for kind in kinds]
         seconds = [row["seconds"]["step"]["median"] if row else None for row in timed]
         sizes = {"parameters": counts, "bytes": [_BYTES * count for count in counts], "seconds": seconds}
-        lines.append((f"{Path(model).name} (here)", sizes, {}))
+        lines.append((f"{model_name(model)} (here)", sizes, {}))
     lines += [(f"{model} (paper)", cost, SAVED[model]) for model, cost in COST.items()]
     columns = ["", "parameters, all → hot", "saved", "checkpoint", "saved", "time (here of a step)", "saved"]
     table = Shown(columns, notes=[*_COST_NOTES])
@@ -229,10 +259,14 @@ def _arrow(what: str, full: float | None, hot: float | None) -> str:
 
 def _words(key: tuple[str, str], result: Row) -> str:
     settings, rounds = result["settings"], result["settings"]["rounds"]
+    layers, whole = settings["layers"], result["recipe"].get("layers")  # older ones do not say how many it has
+    cut = (
+        f"its first {layers} of {whole} layers (parameters are counted of all), " if whole not in (None, layers) else ""
+    )
     return (
-        f"{key[0]}, bench {key[1]}: {result['environment']['device']}, {settings['dtype']}, {settings['tokens']:,} "
-        f"tokens a step in sequences of {settings['length']}, rank {settings['r']}, {rounds} rounds in turn, random "
-        "weights, no dropout, routers skewed to a CV of "
+        f"{key[0]}, bench {key[1]}: {cut}{result['environment']['device']}, {settings['dtype']}, "
+        f"{settings['tokens']:,} tokens a step in sequences of {settings['length']}, rank {settings['r']}, "
+        f"{rounds} rounds in turn, random weights, no dropout, routers skewed to a CV of "
         f"{result['routing']['cv']:.2f}. Ratios are medians over rounds."
     )
 

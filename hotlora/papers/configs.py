@@ -14,12 +14,12 @@ from ..hf.models import config_file
 from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..report import text
 from ..report.published import MODELS
-from ..runs.methods import METHODS, resolve
+from ..runs.methods import METHODS
 from ..runs.options import RunOptions
 from ..runs.study import shared_experts
 from . import hellora
-from .direct import Direct, Tell
-from .recipe import Recipe, model_folder
+from .direct import Direct, Tell, holds_another
+from .recipe import Recipe, model_folder, model_name
 from .result import Result, Shown
 from .settings import OLMOE, QWEN, Setting, check_set
 
@@ -76,11 +76,7 @@ class HyperparameterTable(Direct):
     def _options(self, column: int) -> dict[str, RunOptions]:
         """A method's label -> a run's resolved options."""
         place = self.trainings.columns[column]
-        return {
-            row.label: resolve(**{"model": "nano", "data": "", **self.trainings.options(row, place)})
-            for row in self.trainings.rows
-            if row.method
-        }
+        return {row.label: self.trainings.resolved(row, place) for row in self.trainings.rows if row.method}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +105,14 @@ class ShapeTable(Direct):
         for model, (what, _, file) in zip(self.models, self.files(output), strict=True):
             if not file.is_file():
                 tell(what)
-                write_json(file, shape(config_file(model)))
+                write_json(file, {"model": model, **shape(config_file(model))})
+            elif (made := read_json(file).get("model", model)) != model:
+                raise holds_another(file, "the shape of", made, model)
 
     def result(self, folder: Path) -> Result | None:
         files = zip(self.models, self.files(folder), strict=True)
         there = {model: read_json(file) for model, (*_, file) in files if file.is_file()}
+        there = {model: found for model, found in there.items() if found.get("model", model) == model}
         if not there:
             return None
         shown = Shown(["", "MoE layers", "routed", "shared", "top-K", "expert / FFN"], notes=[
@@ -121,7 +120,7 @@ class ShapeTable(Direct):
             "intermediate_size; OLMoE's experts are its whole FFN.",
             "DeepSeek-MoE-16B needs code of its own, which hotlora does not run.",
         ])  # fmt: skip
-        lines = [(f"{Path(model).name} (here)", found) for model, found in there.items()]
+        lines = [(f"{model_name(model)} (here)", found) for model, found in there.items()]
         lines += [(f"{name} (paper)", row) for name, row in MODELS.items()]
         for label, found in lines:
             numbers = {key: found[key] for key in (*_NUMBERS, "expert_to_ffn")}

@@ -12,6 +12,13 @@ from .result import Heading, Result
 Tell = Callable[[str], None]
 
 
+def holds_another(file: Path, what: str, made: object, asked: object) -> HotLoraError:
+    """What a store has was made of another model, or with another option."""
+    return HotLoraError(
+        f"{file} holds {what} {made}, and {asked} is asked for: delete the file, or give another --output."
+    )
+
+
 @dataclass(frozen=True)
 class Direct(Heading, ABC):
     """A table or figure made by profiles, benches or configs.
@@ -25,6 +32,10 @@ class Direct(Heading, ABC):
     @abstractmethod
     def needs(self, tflops: float | None = None) -> list[str]:
         """What it needs before it starts, a line each. Downloads no data and no weights."""
+
+    def reads(self) -> list[str]:
+        """The data that it reads, as `load_examples` takes it."""
+        return []
 
     def files(self, output: Path) -> list[tuple[str, Path, Path]]:
         """(what, where, the file that is there once it is made) of all that it makes in a store."""

@@ -20,25 +20,31 @@ from ..routing.profile import RoutingProfile
 from ..routing.study import Study, load_study, study
 from ..runs.folder import data_time, load_base
 from ..runs.methods import resolve
-from ..runs.options import PROFILE_FRACTION
+from ..runs.options import PROFILE_FRACTION, RunOptions
 from ..runs.profiling import profile_data, profile_sample
 from ..runs.study import run_study
 from ..runs.training import run_training
 from ..tasks.data import load_examples
 from ..training.config import TrainConfig
+from ..training.identity import check_same, same_run
 from . import hellora
 from . import profile_tables as tables
 from .direct import Direct, Tell
 from .needs import profile_needs
 from .profile_tables import Profiled, WarmUp
-from .recipe import Column
+from .recipe import Column, model_name
 from .result import Result, Shown
 from .settings import HELLORA_TASKS, MIXTRAL, OLMOE, QWEN, STANDS_FOR, Setting, source_of
 
 FOLDER = "profiles"
 _STUDY, _PROFILE, _WARMED, _SLICE = "study.json", "profile.safetensors", "warmed-up.safetensors", "profile.safetensors"
 _PROFILING = ("limit", "batch_size", "max_length", "dtype", "device", "quantize")
-_TRAINED = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["cli"]} - {"extend"}
+# The warm-up is an epoch of a tenth of the data.
+_TRAINED = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["cli"]} - {
+    "extend",
+    "max_steps",
+    "epochs",
+}
 _NANO_LIMIT = {"limit": 2000}  # as its trainings
 _HELLORA_TASKS = tuple(column.data for column in HELLORA_TASKS.values())
 # DeepSeek-MoE-16B, the third of MoE-Sieve's models, has code of its own, which hotlora does not run.
@@ -74,6 +80,9 @@ class ProfileRecipe(Direct):
             lines.append("and a warm-up: LoRA on all experts for an epoch of a tenth of the data.")
         return lines
 
+    def reads(self) -> list[str]:
+        return list(self.sources.values())
+
     def files(self, output: Path) -> list[tuple[str, Path, Path]]:
         made = [(f"{m} on {task}", _folder(output, m, task), _STUDY) for m in self.models for task in self.sources]
         if self.warm_up is not None:
@@ -81,9 +90,18 @@ class ProfileRecipe(Direct):
         return [(what, folder, folder / file) for what, folder, file in made]
 
     def run(self, output: Path, tell: Tell) -> None:
-        for model in self.models:
-            for task, source in self.sources.items():
-                _profile(model, source, _folder(output, model, task), self._profiling(), tell)
+        made = {
+            _folder(output, model, task): (model, source)
+            for model in self.models for task, source in self.sources.items()
+        }  # fmt: skip
+        there = {folder for folder in made if (folder / _STUDY).is_file()}
+        for folder in there:
+            _check_same(folder, *made[folder], self._profiling())
+        if self.warm_up is not None:
+            self._check_warm_up(output)
+        for folder, (model, source) in made.items():
+            if folder not in there:
+                _profile(model, source, folder, self._profiling(), tell)
         if self.warm_up is not None:
             self._run_warm_up(output, tell)
 
@@ -118,23 +136,37 @@ class ProfileRecipe(Direct):
     def _warm_up_folder(self, output: Path, task: str) -> Path:
         return _folder(output, self.models[0], f"{task}-warm-up")
 
+    def _warm_up_options(self) -> RunOptions:
+        """Its `limit` is of all of the data, of which a tenth is trained on."""
+        assert self.warm_up is not None
+        return dataclasses.replace(
+            resolve(**{**self.warm_up, "model": self.models[0], "data": next(iter(self.sources.values()))}),
+            epochs=1, max_steps=None, rule="all", profile_fraction=1.0, evaluate=False, condition="warm-up",
+        )  # fmt: skip
+
+    def _check_warm_up(self, output: Path) -> None:
+        """HotLoraError: the store holds a warm-up by other options."""
+        folder = self._warm_up_folder(output, next(iter(self.sources)))
+        if not (folder / _WARMED).is_file():
+            return
+        made, asked = read_record(folder)["config"], self._warm_up_options().recorded()
+        # A record that is older than an option of training lacks it: `check_same` takes its default.
+        names = (made.keys() & asked.keys() - {"test_data"}) | {field.name for field in dataclasses.fields(TrainConfig)}
+        old, new = ({name: of[name] for name in names if name in of} for of in (made, asked))
+        check_same(same_run(old), same_run(new), folder)
+
     def _run_warm_up(self, output: Path, tell: Tell) -> None:
         """A tenth of the data by the base, and by the model after an epoch of LoRA on all experts (HELLoRA s4.1)."""
-        assert self.warm_up is not None
         model, (task, source) = self.models[0], next(iter(self.sources.items()))
         folder = self._warm_up_folder(output, task)
         if (folder / _WARMED).is_file():
             return
-        options = resolve(**{**self.warm_up, "model": model, "data": source})
+        options = self._warm_up_options()
         tokenizer = load_tokenizer(model)
         examples = load_examples(source, "train", limit=options.limit, tokenizer=tokenizer)
         number = len(profile_sample(examples, PROFILE_FRACTION))
         tell(f"warm-up of {model} on {number} examples of {task}")
-        training = dataclasses.replace(
-            options, epochs=1, max_steps=None, rule="all", limit=number, profile_fraction=1.0, evaluate=False,
-            condition="warm-up",
-        )  # fmt: skip
-        run_training(training, folder)
+        run_training(dataclasses.replace(options, limit=number), folder)
         some = load_examples(source, "train", limit=number, tokenizer=tokenizer, now=data_time(folder))
         warmed = load_adapter(load_base(model, **options.loading()), folder / "adapter")
         profile = profile_data(
@@ -160,9 +192,6 @@ def _is_there(output: Path, model: str, task: str) -> bool:
 
 def _profile(model: str, source: str, folder: Path, options: Mapping[str, Any], tell: Tell) -> None:
     """The profile and, of one data set, the study, which holds how stable subsamples are."""
-    if (folder / _STUDY).is_file():
-        _check_same(folder, model, source, options)
-        return
     tell(f"profiling {model} on {source}")
     found, profiles = run_study([source], model, tell=tell, **options)
     (profile,) = profiles.values()
@@ -196,7 +225,7 @@ def _read(output: Path, model: str, tasks: Sequence[str]) -> Profiled | None:
     whole: Study = study(profiles, shared=max(part["model"]["shared"] for part in parts.values()))
     for task, part in parts.items():
         (whole["datasets"][task],) = part["datasets"].values()
-    return Profiled(Path(model).name, whole, profiles)
+    return Profiled(model_name(model), whole, profiles)
 
 
 def _recipe(

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..base.errors import HotLoraError
 from ..report.page import STORE
+from ..runs.methods import resolve
+from ..runs.options import RunOptions
 from ..runs.sweep import Condition, Sweep
 from .result import Heading
 
@@ -23,6 +25,7 @@ class Column:
         options: of every run in this column.
         scored: other data than `data` to score by a run of its own (a Condition's options); None: the data's own
             test split, after training.
+        printed_of: the model that the paper's numbers are of.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Column:
     domain: str = "math"
     options: Mapping[str, Any] = field(default_factory=dict)
     scored: Mapping[str, Any] | None = None
+    printed_of: str = ""
 
     @property
     def folder(self) -> str:
@@ -78,6 +82,8 @@ class Recipe(Heading):
     seeds: Sequence[int]
     options: Callable[[Row, Column], Mapping[str, Any]]
     """a run's method and hyperparameters"""
+    scoring: Callable[[Row, Column], Mapping[str, Any]]
+    """what the user says of a run that only scores: the model as it is, or a row's adapters on a column's data"""
     view: str = "scores"
     reference: str | None = None
     across: bool = False
@@ -87,6 +93,15 @@ class Recipe(Heading):
         for column in self.columns:
             yield from ((row, column) for row in self.rows if not row.only or column.name in row.only)
 
+    def reads(self) -> list[str]:
+        """The data that its runs read, as `load_examples` takes it."""
+        scored = [str(column.scored["data"]) for column in self.columns if column.scored is not None]
+        return [*(column.data for column in self.columns), *scored]
+
+    def resolved(self, row: Row, column: Column) -> RunOptions:
+        """What a row is trained with in a column, its model and data aside."""
+        return resolve(**{"model": "nano", "data": "", **self.options(row, column)})
+
     def sweep(self) -> Sweep:
         """Every run of the table, in its order."""
         conditions = [made for row, column in self.places() for made in self._conditions(row, column)]
@@ -94,19 +109,21 @@ class Recipe(Heading):
 
     def _conditions(self, row: Row, column: Column) -> list[Condition]:
         name = condition_name(row, column)
-        at = {"model": column.model, "data": column.data, **column.options}
         if row.method is None:
-            return [Condition(name, {**at, **(column.scored or {})}, train=False)]
-        trained = Condition(name, {**at, **self.options(row, column)})
-        found = [trained]
+            return [Condition(name, self._scored(row, column), train=False)]
+        at = {"model": column.model, "data": column.data, **column.options}
+        found = [Condition(name, {**at, **self.options(row, column)})]
         if column.scored is not None:
-            scored = {"model": column.model, **column.options, **column.scored}
-            found.append(Condition(scored_name(row, column), scored, scores=name))
+            found.append(Condition(scored_name(row, column), self._scored(row, column), scores=name))
         others = [other for other in self.columns if self.across and other.name != column.name]
         for other in others:
-            scored = {"model": other.model, "data": other.data, **other.options, **(other.scored or {})}
-            found.append(Condition(across_name(row, column, other), scored, scores=name))
+            found.append(Condition(across_name(row, column, other), self._scored(row, other), scores=name))
         return found
+
+    def _scored(self, row: Row, column: Column) -> dict[str, Any]:
+        """The options of a run that only scores."""
+        at = {"model": column.model, "data": column.data, **column.options}
+        return {**at, **(column.scored or {}), **self.scoring(row, column)}
 
 
 def condition_name(row: Row, column: Column) -> str:
@@ -127,7 +144,13 @@ def across_name(row: Row, column: Column, other: Column) -> str:
 
 def model_folder(model: str) -> str:
     """The name of the folder of all that a store has of a model."""
-    return _slug(Path(model).name)
+    return _slug(model_name(model))
+
+
+def model_name(model: str) -> str:
+    """Without its owner or folder; a config.json is called by its folder."""
+    path = Path(model)
+    return path.absolute().parent.name if path.name == "config.json" else path.name
 
 
 def _slug(text: str) -> str:

@@ -5,28 +5,42 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..evaluation.stats import Interval, mean_interval, sd_ratio
-from ..hf.models import NANOS
 from ..report.comparison_table import ends
 from ..report.published import EQUIVALENCE, GREEDY, PAIRS, SEED_SD
 from ..report.text import NONE, p_word, shown
-from .cells import BOUNDS, Cell, Cells, against, read_cell, read_cells, task_name
+from .cells import BOUNDS, Cell, Cells, against, read_cell, read_cells, seeds_begun, task_name, unlike
 from .hellora import PUBLISHED_ACROSS
-from .recipe import Column, Recipe, across_name, scored_name
+from .recipe import Column, Recipe, across_name, condition_name, scored_name
 from .result import Number, Result, Shown
 from .score_figures import curve, dots
+from .score_notes import notes
 
 
 def result(recipe: Recipe, folder: Path) -> Result | None:
     """The recipe's table; None where no run of it is done."""
+    skipped: dict[Path, str] = {}
     if recipe.view == "across":
-        shown = _across(recipe, folder)
+        shown = _across(recipe, folder, skipped)
         return recipe.over(shown) if shown.rows else None
-    cells = read_cells(recipe, folder)
+    cells = read_cells(recipe, folder, skipped)
     if not any(cell.row.method for cell in cells.values()):
         return None
     table = {"pairs": _pairs, "spread": _spread, "equivalence": _equivalence}.get(recipe.view, _scores)
     shown = table(recipe, cells)
-    shown.numbers, shown.notes = _numbers(recipe, cells), _missing(recipe, cells)
+    shown.numbers = _numbers(recipe, cells)
+    named = {f"{row.label} on {task_name(column)}": (row.name, column.name) for row, column in recipe.places()}
+    labels = {row.name: row.label for row in recipe.rows}
+    pairs = [
+        (
+            name,
+            cells.get((row, column)),
+            labels.get(recipe.reference or "", ""),
+            cells.get((recipe.reference or "", column)),
+        )
+        for name, (row, column) in named.items()
+    ]
+    folders = [folder / name(*place) for place in recipe.places() for name in (condition_name, scored_name)]
+    shown.notes = notes(recipe, {n: cells.get(key) for n, key in named.items()}, pairs, seeds_begun(folders), skipped)
     if draw := {"curve": curve, "scores": dots}.get(recipe.view):
         shown.figures = {"": draw(recipe, cells)}
     return recipe.over(shown)
@@ -98,7 +112,7 @@ def _spread(recipe: Recipe, cells: Cells) -> Shown:
     for column, last, first in _last_and_first(recipe, cells):
         sds = [shown(cell.summary.sd if cell else None, ".2f") for cell in (first, last)]
         ratios = [NONE, NONE]
-        if first and last:
+        if first and last and not unlike(last, first):
             found = sd_ratio(last.summary, first.summary)
             ratios = [shown(found.ratio, ".2f"), _range(found.interval)]
         *_, published = SEED_SD.get(_key(column), (None,))
@@ -121,29 +135,39 @@ def _equivalence(recipe: Recipe, cells: Cells) -> Shown:
     return table
 
 
-def _across(recipe: Recipe, folder: Path) -> Shown:
+def _across(recipe: Recipe, folder: Path, skipped: dict[Path, str]) -> Shown:
     """HELLoRA's table 8: each column's adapters on the others' data, before and after."""
     base, row = recipe.rows
     columns = ["trained on", "scored on", "before", "after", "after − before [95%]", "published: before, after"]
     table = Shown(columns, texts=2)
+    starts = {
+        other.name: read_cell(base, other, folder / scored_name(base, other), None, skipped) for other in recipe.columns
+    }
+    cells = {f"{base.label} on {task_name(other)}": starts[other.name] for other in recipe.columns}
+    pairs, folders = [], []
     for column, other in itertools.permutations(recipe.columns, 2):
-        before = read_cell(base, other, folder / scored_name(base, other))
-        after = read_cell(row, other, folder / across_name(row, column, other))
+        folders.append(folder / across_name(row, column, other))
+        before, after = starts[other.name], read_cell(row, other, folders[-1], None, skipped)
+        cells[name := f"{row.label} of {task_name(column)} on {task_name(other)}"] = after
+        pairs.append((name, after, "the model as it is", before))
         if before is None or after is None:
             continue
-        start = before.values[-1]
-        changes = [value - start for value in after.values.values()]
-        change = mean_interval(changes) if len(changes) > 1 else None
-        mean = after.summary.mean - start
+        start, change, mean = before.values[-1], None, None
+        if not unlike(after, before):
+            changes = [value - start for value in after.values.values()]
+            change, mean = mean_interval(changes) if len(changes) > 1 else None, after.summary.mean - start
         told = PUBLISHED_ACROSS.get((column.name, other.name))
         table.add(
             [
-                task_name(column), task_name(other), f"{start:.2f}", _score(after), f"{mean:+.2f} {_range(change)}",
+                task_name(column), task_name(other), f"{start:.2f}", _score(after),
+                NONE if mean is None else f"{mean:+.2f} {_range(change)}",
                 f"{_printed(base.published.get(other.name))}, {_printed(told)}",
             ],
             trained_on=column.data, scored_on=other.data, before=start, after=after.summary.mean, n=after.summary.n,
             sd=after.summary.sd, change=mean, **ends("change", change),
         )  # fmt: skip
+    trained = [folder / condition_name(row, column) for column in recipe.columns]
+    table.notes = notes(recipe, cells, pairs, seeds_begun([*folders, *trained]), skipped)
     return table
 
 
@@ -164,22 +188,6 @@ def _numbers(recipe: Recipe, cells: Cells) -> list[dict[str, Number]]:
         line |= {f"published {name}": value for name, value in cell.row.printed.items()}
         lines.append(line)
     return lines
-
-
-def _missing(recipe: Recipe, cells: Cells) -> list[str]:
-    """What the table lacks, in words."""
-    absent, fewer = [], []
-    for row, column in recipe.places():
-        cell, name = cells.get((row.name, column.name)), f"{row.label} on {task_name(column)}"
-        if cell is None:
-            absent.append(name)
-        elif row.method and (lacking := [seed for seed in recipe.seeds if seed not in cell.values]):
-            fewer.append(f"{name} lacks {', '.join(map(str, lacking))}")
-    notes = [f"No run is done of {'; '.join(absent)}."] if absent else []
-    notes += [f"Seeds are missing: {'; '.join(fewer)}."] if fewer else []
-    seeds = f"{len(recipe.seeds)} seeds a cell; mean ± standard deviation over seeds, in points; intervals are 95%"
-    told = "" if recipe.columns[0].model not in NANOS else " Published numbers are of the papers' own models and tasks."
-    return [f"{seeds}.{told}", *notes]
 
 
 def _score(cell: Cell | None) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 from ..base.errors import HotLoraError
 from ..base.options import ALIASES, twice
 from ..hf.models import NANOS
-from ..runs.methods import METHODS, MOE_SIEVE
-from ..runs.options import BUDGETS, RunOptions
+from ..runs.methods import METHODS, MOE_SIEVE, PLACEMENTS
+from ..runs.options import BUDGETS, DataOptions, RunOptions
+from ..runs.sweep_runs import SAMPLING
 from .recipe import Column, Recipe, Row
 
 EXAMPLE = "--set max_steps=300, or on one task --set gsm8k.max_steps=300"
@@ -64,6 +65,13 @@ _SEEDS = "--seeds NUMBER"
 # What a row is: its method, and what only a method's name sets.
 _OF_ROWS = {"method", "preset", "rule", "plan"} | {f.name for f in fields(RunOptions) if not f.metadata["cli"]}
 
+# Of a training's options those that a run that only scores reads, too (`runs.sweep`).
+_SCORING = {
+    "test_data", "test_split", "test_limit", "limit", "max_length", "eval_batch_size", "dtype", "device",
+    "attn_implementation", "offload", "offload_folder", *(field.name for field in fields(DataOptions)),
+}  # fmt: skip
+_OF_BASE = {"on_top_of", "quantize", "quantize_linear"}  # an adapter brings these along from its training
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -92,7 +100,7 @@ class Setting:
             ours = ALIASES.get(name, name)
             if ours in _FLAGS:
                 raise _instead(given, _FLAGS[ours])
-            if (key := f"{task}{dot}{ours}") in names:
+            if (key := f"{task_called(task)}{dot}{ours}") in names:
                 raise twice(names[key], given)
             names[key] = given
         object.__setattr__(self, "options", {name: self.options[given] for name, given in names.items()})
@@ -103,7 +111,7 @@ class Setting:
 
     def options_on(self, data: str) -> dict[str, Any]:
         """`options` of the runs on one task, which is named as `--data` has it."""
-        task = data.partition(":")[0]
+        task = task_called(data)
         parts = [(name.rpartition("."), value) for name, value in self.options.items()]
         return {name: value for of in ("", task) for (one, _, name), value in parts if one == of}
 
@@ -121,26 +129,27 @@ def recipe(
 
     def make(name: str, setting: Setting) -> Recipe:
         paper = "hellora" if name.startswith("hellora") else "moe-sieve"
-        own = {column.data: replace(column, name=column.name.split()[-1]) for column in columns}
+        own: dict[str, Column] = {}  # of several models the first, whose numbers the rows have under a task's own name
+        for column in columns:
+            own.setdefault(column.data, replace(column, name=column.name.split()[-1]))
         placed = [_placed(column, setting) for column in (columns if setting.model is None else own.values())]
         if setting.seeds is not None and setting.seeds < 1:
             raise HotLoraError(f"seeds is {setting.seeds}: it must be 1 or more.")
         known = (NANO_SEEDS if setting.is_nano else SEEDS)[paper]
         further = (seed for seed in itertools.count() if seed not in known)
         seeds = list(itertools.islice(itertools.chain(known, further), setting.seeds or len(known)))
-        tasks = dict.fromkeys(column.data.partition(":")[0] for column in placed)
+        tasks = dict.fromkeys(task_called(column.data) for column in placed)
         if others := sorted({name.rpartition(".")[0] for name in setting.options} - {"", *tasks}):
             raise HotLoraError(f"{name} has no runs on {others[0]}, whose options are set: it has {', '.join(tasks)}.")
-        options = partial(_options, paper, setting)
-        return Recipe(name, title, where, placed, rows, seeds, options, **rest)
+        options, scoring = partial(_options, paper, setting), partial(_scoring, setting)
+        return Recipe(name, title, where, placed, rows, seeds, options, scoring, **rest)
 
     return make
 
 
 def check_set(trainings: Recipe, options: Mapping[str, Any]) -> None:
     """HotLoraError: `--set` says which seeds, or what the recipe's rows are, or what no recipe's run has."""
-    differ = {option for row in trainings.rows for option in row.options}
-    of_rows = _OF_ROWS | (differ & {"placement"}) | (set(BUDGETS) if differ & set(BUDGETS) else set())
+    of_rows = _OF_ROWS | _said_by(trainings.rows)
     for given in options:
         option = given.rpartition(".")[2]
         if option in ("seed", "seeds"):
@@ -155,6 +164,35 @@ def check_set(trainings: Recipe, options: Mapping[str, Any]) -> None:
                 f"--set does not take {given}: a recipe's runs are not trained on. Give max_steps or epochs, and "
                 "another --output."
             )
+        if option in SAMPLING:
+            _check_sampling(trainings, given)
+
+
+def _said_by(rows: Sequence[Row]) -> set[str]:
+    """Options in which rows differ, by their own or by their method's and placement's; any budget where one does."""
+    trained = [row for row in rows if row.method]
+    placed = {name for row in trained if "placement" in row.options for name in ("placement", *PLACEMENTS["pure"])}
+    says = [
+        {**METHODS[row.method or ""], **PLACEMENTS[row.options.get("placement", "full")], **row.options}
+        for row in trained
+    ]
+    names = {name for options in says for name in options}
+    differ = {name for name in names if any(options.get(name) != says[0].get(name) for options in says)}
+    own = {name for row in trained for name in row.options}
+    return placed | differ | (set(BUDGETS) if (differ | own) & set(BUDGETS) else set())
+
+
+def _check_sampling(trainings: Recipe, given: str) -> None:
+    """Trainings answer greedily: how answers are drawn is for columns that runs of their own score."""
+    task, _, option = given.rpartition(".")
+    tasks = {task_called(column.data): column.scored is not None for column in trainings.columns}
+    if greedy := [name for name, is_drawn in tasks.items() if task in ("", name) and not is_drawn]:
+        others = [name for name, is_drawn in tasks.items() if is_drawn]
+        mend = f"Give {', '.join(f'{name}.{option}' for name in others)}." if others else "Leave it out."
+        raise HotLoraError(
+            f"--set does not take {given}: on {', '.join(greedy)} the trainings of {trainings.name} answer greedily. "
+            f"{mend}"
+        )
 
 
 def _instead(given: str, flag: str) -> HotLoraError:
@@ -163,15 +201,21 @@ def _instead(given: str, flag: str) -> HotLoraError:
 
 def _placed(column: Column, setting: Setting) -> Column:
     model = setting.model or column.model
+    column = replace(column, printed_of=column.model)
     if setting.is_nano:
         return replace(column, model=model, data=STANDS_FOR[column.data.removesuffix("-lori")], scored=None, options={})
     scored = column.scored and {**column.scored, "data": source_of(column.scored["data"], setting)}
     return replace(column, model=model, data=source_of(column.data, setting), scored=scored)
 
 
+def task_called(data: str) -> str:
+    """What a user calls a paper's task: gsm8k, whoever's prompt it is in."""
+    return data.partition(":")[0].removesuffix("-lori")
+
+
 def source_of(data: str, setting: Setting) -> str:
     """A task with the user's files for it, as `load_examples` takes it."""
-    source = setting.sources.get(data, setting.sources.get(data.removesuffix("-lori")))
+    source = setting.sources.get(data, setting.sources.get(task_called(data)))
     return data if source is None else f"{data}:{source}"
 
 
@@ -187,4 +231,10 @@ def _options(paper: str, setting: Setting, row: Row, column: Column) -> dict[str
         given = {"preset": f"{row.method}-{column.domain}"}
     else:
         given = {"method": row.method, **MOE_SIEVE}
-    return {**given, **row.options, **setting.options_on(column.data)}
+    own = {name: value for name, value in setting.options_on(column.data).items() if name not in SAMPLING}
+    return {**given, **row.options, **own}
+
+
+def _scoring(setting: Setting, row: Row, column: Column) -> dict[str, Any]:
+    read = _SCORING | (_OF_BASE if row.method is None else set()) | (set(SAMPLING) if column.scored else set())
+    return {name: value for name, value in setting.options_on(column.data).items() if name in read}

@@ -34,7 +34,7 @@ def run_method(
     With `warmup` "lora", LoRA on all experts is trained for an epoch of a tenth of the data, and that model is profiled
     in place of the base (HELLoRA s4.1): `output`/warmup gets the run, and `run.json` how far the hot experts moved.
     With `keep` and no `mask` (LoRI-S), a dense run in `output`/dense comes first, and its mask becomes
-    `output`/mask.safetensors.
+    `output`/mask.safetensors; `run.json` has its time, too.
 
     begin: as `run_training` takes it, for each of the trainings.
 
@@ -48,12 +48,14 @@ def run_method(
         check_share(options.keep, options.granularity)
         _dense(options)
     check_run(options)
-    warmed = None
+    warmed, dense_seconds = None, None
     if options.warmup == "lora":
         profile, warmed = _warm_up(options, output / "warmup", progress, begin)
         options = replace(options, profile=profile, warmup="none")
     if options.keep is not None and options.mask is None:
         mask = _drawn(options, output, progress, begin)
+        if (output / "dense" / "run.json").is_file():
+            dense_seconds = read_record(output / "dense")["training"]["seconds"]
         without: dict[str, Any] = dict.fromkeys((*BUDGETS, "plan_seed", "profile"))
         options = replace(
             options, **without, mask=mask, plan=output / "dense" / "plan.json",
@@ -62,10 +64,13 @@ def run_method(
         if options.fresh_a:
             options = replace(options, a_seed=SparseMask.load(mask).a_seed + 1)
     record = run_training(options, output, progress=progress, begin=begin)
-    if warmed is not None and "warmup" not in record:
-        record["warmup"] = warmed
-        if is_main():
-            write_record(output, record)
+    before = dict(record)
+    if warmed is not None:
+        record = {"warmup": warmed} | record
+    if dense_seconds is not None:
+        record["training"] = {"dense_seconds": dense_seconds} | record["training"]
+    if record != before and is_main():
+        write_record(output, record)
     return record
 
 

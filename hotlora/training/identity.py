@@ -35,6 +35,8 @@ _HASHES = {
 """hash -> (what it is of, the option that changes it wherever it differs itself)"""
 _BEFORE = {"profile_until": 1.0}
 """what runs that were begun before there was an option did, where that is not its default"""
+DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)} | _BEFORE
+"""of options of training, for the records of runs that were begun before there was one"""
 _IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice
 LENGTH = ("epochs", "max_steps", "early_stopping_patience")
 """Options that say where a training ends."""
@@ -47,9 +49,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path, *, extend
     extend: the length may be another.
     """
     new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
-    # A run that was begun before there was an option had its default.
-    defaults = {field.name: field.default for field in fields(TrainConfig)} | _BEFORE
-    old = {name: value for name, value in defaults.items() if name in new} | dict(old)
+    old = {name: value for name, value in DEFAULTS.items() if name in new} | dict(old)
     beside = differences(*({n: v for n, v in options.items() if n not in LENGTH} for options in (old, new)))
     if found := beside if extend else differences(old, new):
         or_longer = "" if beside else ", or --extend to train this one on"
