@@ -146,6 +146,12 @@ def part(record: Record, name: str) -> Mapping[str, Any]:
     return record.get(name) or {}
 
 
+def model_name(record: Record) -> str:
+    """What a run is of: the name of its model, or of the one whose full fine-tuning it scores."""
+    name: str = part(record, "sweep").get("model") or record["model"]["name"]
+    return name
+
+
 def held_out_loss(record: Record) -> float | None:
     """The held-out loss after training."""
     loss: float | None = part(record, "training").get("test_loss")
