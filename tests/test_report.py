@@ -332,6 +332,30 @@ def test_held_out_losses_of_different_rows_are_not_set_against_each_other(tmp_pa
     assert "different rows" not in text and "−0.0500" in text
 
 
+def test_scores_of_other_protocols_are_marked_and_not_subtracted(tmp_path):
+    """lm-eval's few-shot scores, drawn answers and vLLM's stand in the greedy table by their names alone."""
+    write_runs(tmp_path, conditions=("base", "all", "hot"))
+    for name, config in (
+        ("harness", {"harness": "lm-eval 0.4.9", "num_fewshot": 5}),
+        ("own", {"harness": "lm-eval 0.4.9", "num_fewshot": None}),
+        ("drawn", {"sampling": {"samples": 20, "temperature": 0.2, "top_p": 0.95, "seed": 0}}),
+        ("vllm", {"engine": "vllm", "max_new_tokens": 9}),
+    ):
+        shutil.copytree(tmp_path / "nano-math" / "base-0", tmp_path / "nano-math" / name)
+        change(tmp_path / "nano-math" / name, config=config)
+    (section,) = read_sections(find_records(tmp_path))
+    shown = {row.name: row.cells["difference"] for row in table_rows(section, "nano-math")}
+    for name in (
+        "base (lm-eval 0.4.9, 5 few-shot examples)", "base (lm-eval 0.4.9, the task's own few-shot examples)",
+        "base (20 samples, temperature 0.2, top_p 0.95)", "base (vllm, at most 9 tokens)",
+    ):  # fmt: skip
+        assert shown[name] == "–", name
+    assert shown["base"] != "–" and shown["hot 25%"] != "–"
+    text = html.unescape(write_report(tmp_path, tmp_path / "out").read_text())
+    assert "exact match on 200 test examples; exact match on 200 test examples (20 samples, temperature 0.2" in text
+    assert "exact match on 200 test examples (lm-eval 0.4.9, 5 few-shot examples)" in text
+
+
 def test_no_runs(tmp_path):
     with pytest.raises(DataError, match=r"no run\.json"):
         write_report(tmp_path, tmp_path / "out")

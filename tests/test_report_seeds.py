@@ -152,6 +152,18 @@ def test_held_out_losses_are_compared_seed_by_seed(runs):
     assert "has a held-out loss of 0.4165, and LoRA on all experts of 0.5150" in text and "That is better" in text
 
 
+def test_other_ways_of_scoring_are_no_seeds_of_one_condition(runs):
+    for seed in SEEDS:
+        shutil.copytree(runs / "nano-math" / f"hot-{seed}", runs / "nano-math" / f"drawn-{seed}")
+        sampling = {"samples": 20, "temperature": 0.2, "top_p": 1.0, "seed": 0}
+        change(runs / "nano-math" / f"drawn-{seed}", config={"adapter": "a", "sampling": sampling})
+    section = section_of(runs)
+    rows = {row.name: row for row in seeds_rows(section, "nano-math", list(section.records))}
+    assert rows["hot 25%"].cells["seeds"] == rows["hot 25% (20 samples, temperature 0.2)"].cells["seeds"] == "4"
+    assert rows["hot 25%"].cells["difference"] != "–"
+    assert rows["hot 25% (20 samples, temperature 0.2)"].cells["difference"] == "–"
+
+
 def row_of(runs, name="hot 25%"):
     section = section_of(runs)
     return next(row for row in seeds_rows(section, "nano-math", list(section.records)) if row.name == name)

@@ -62,6 +62,12 @@ def told_way(record: Record) -> str:
     return ", ".join(told)
 
 
+def named(record: Record) -> str:
+    """The run's name, and how its answers were got where that is to be told."""
+    told = told_way(record)
+    return f"{record['name']} ({told})" if told else str(record["name"])
+
+
 def measured(record: Record, task: str | None) -> dict[str, Any]:
     """How a record's score on a task was measured, or, for None, its held-out loss."""
     config = part(record, "config")

@@ -19,6 +19,7 @@ from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
 from .figures import Figure
+from .measured import told_way
 from .over_seeds import repeated, seeds_summary
 from .rows import against_all, covered, run_names
 from .sections import Records, Section, part, read_sections
@@ -249,9 +250,13 @@ def _others(records: Records, hot: Record, task: str) -> str:
 
 
 def _metric(section: Section, table: Shown) -> str:
-    results = (part(section.records[folder], "evaluation").get(table.task) for folder in table.folders)
-    metrics = dict.fromkeys((result["metric"], result["n"]) for result in results if result)
-    return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics)
+    told: dict[str, None] = {}
+    for record in (section.records[folder] for folder in table.folders):
+        if result := part(record, "evaluation").get(table.task):
+            way = told_way(record)
+            metric = f"{result['metric'].replace('_', ' ')} on {result['n']} test examples"
+            told[metric + (f" ({way})" if way else "")] = None
+    return "; ".join(told)
 
 
 def _slug(text: str, taken: set[str], name: str) -> str:
