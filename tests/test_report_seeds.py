@@ -164,6 +164,27 @@ def test_other_ways_of_scoring_are_no_seeds_of_one_condition(runs):
     assert rows["hot 25% (20 samples, temperature 0.2)"].cells["difference"] == "–"
 
 
+def test_seeds_on_other_test_examples_are_not_paired(runs, tmp_path):
+    """All experts on 100 examples, hot ones on 1,000 others: no difference, and no word of better."""
+    for seed in SEEDS:
+        for condition, n, right, test in (("all", 100, 40 + seed, "t"), ("hot", 1000, 700 + 3 * seed, "u")):
+            run = runs / "nano-math" / f"{condition}-{seed}"
+            result = {"metric": "exact_match", "accuracy": right / n, "n": n, "correct": right}
+            change(run, evaluation={"nano-math": result}, config__test_hash=test * 64)
+    section = section_of(runs)
+    row = next(r for r in seeds_rows(section, "nano-math", list(section.records)) if r.name == "hot 25%")
+    assert row.cells["difference"] == "–" and seeds_summary(section, "nano-math", list(section.records)) == ""
+    text = write_report(runs, tmp_path / "out").read_text()
+    assert text.count("hot 25%: no difference on nano-math") == 1 and "beyond what chance" not in text
+
+
+def test_a_reference_of_other_weights_is_none(runs):
+    for seed in SEEDS:
+        change(runs / "nano-math" / f"all-{seed}", model__fingerprint="olmoe-0")
+    row = row_of(runs)
+    assert row.cells["difference"] == "–"
+
+
 def row_of(runs, name="hot 25%"):
     section = section_of(runs)
     return next(row for row in seeds_rows(section, "nano-math", list(section.records)) if row.name == name)

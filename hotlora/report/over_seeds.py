@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.records import Record
 from ..evaluation.stats import Interval, PairedTest, mean_interval, mean_sd, paired_test
-from .measured import measured_apart, named, way_of
+from .measured import apart, named, way_of
 from .rows import COLUMNS, OWN_ROWS, Row, covered, score_of, signed, trained_text
 from .sections import (
     Records,
@@ -164,12 +164,12 @@ def _distance(section: Section, group: Repeated, other: Repeated) -> tuple[bool,
 
 
 def _pairs(section: Section, task: str, group: Repeated, other: Repeated) -> list[tuple[float, float]]:
-    """Both conditions' scores of each seed that both have, measured alike."""
+    """Both conditions' scores of each seed that both have, of the same weights and training data, measured alike."""
     pairs = []
     for seed in group.runs.keys() & other.runs.keys():
         one, two = (section.records[each.runs[seed]] for each in (group, other))
         a, b = (score_of(section, record, task) for record in (one, two))
-        if a is None or b is None or measured_apart(one, two, None if section.by_loss else task):
+        if a is None or b is None or apart(one, two, None if section.by_loss else task):
             continue
         pairs.append((a, b))
     return pairs

@@ -1,7 +1,7 @@
 """Run records -> a row of text for each run. Loads no model."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from ..base.records import Record, read_results
 from ..evaluation.stats import Difference, paired_difference, proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
-from .measured import measured_apart, named
+from .measured import apart, named
 from .sections import (
     Records,
     Section,
@@ -120,7 +120,8 @@ def reference_of(
 ) -> tuple[Path, Record] | None:
     """The run on all experts with this run's seed. Of several the one among `folders` whose options are nearest.
 
-    None: no such run that was measured alike, it is one itself, or one of the two has no score.
+    None: it is one itself, one of the two has no score, or no such run is of the same weights and training data and
+    was measured alike, which is noted.
     """
     record = section.records[folder]
     if record["condition"] == "all" or score_of(section, record, task) is None:
@@ -130,10 +131,21 @@ def reference_of(
         for other, reference in section.records.items()
         if reference["condition"] == "all" and reference["seed"] == record["seed"] and other != folder
         and score_of(section, reference, task) is not None
-        and not measured_apart(record, reference, None if section.by_loss else task)
     ]  # fmt: skip
+    scored = None if section.by_loss else task
+    alike = [(other, reference) for other, reference in others if not apart(record, reference, scored)]
+    if others and not alike:
+        note_apart(section, named(record), task, [apart(record, reference, scored) for _, reference in others])
     within = section.records if folders is None else folders
-    return min(others, key=lambda item: (item[0] not in within, distance(record, item[1])), default=None)
+    return min(alike, key=lambda item: (item[0] not in within, distance(record, item[1])), default=None)
+
+
+def note_apart(section: Section, name: str, task: str, differs: Iterable[Iterable[str]]) -> None:
+    """Says why a run has no difference to any on all experts: what is other in each of those."""
+    words = dict.fromkeys(word for some in differs for word in some)
+    section.note(
+        f"{name}: no difference on {task} to a run on all experts, for those are not comparable ({', '.join(words)})."
+    )
 
 
 def against_all(
