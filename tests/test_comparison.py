@@ -562,6 +562,25 @@ def test_examples_pair_by_what_they_ask(tmp_path: Path):
         compare_examples(a, write_results(tmp_path / "c", [1], ids="q"))
 
 
+def test_answers_that_others_judged_are_not_paired(tmp_path: Path):
+    """The same prompts by other unit tests or distractors."""
+    a = write_results(tmp_path / "a", A_RIGHT, config={"test_hash": "t" * 64, "scorer_hash": "a" * 64})
+    b = write_results(tmp_path / "b", B_RIGHT, config={"test_hash": "t" * 64, "scorer_hash": "b" * 64})
+    with pytest.raises(DataError, match=r"nothing of the two runs can be paired: gsm8k: .* were judged by others"):
+        compare_examples(a, b)
+    for config in ({"test_hash": "t" * 64}, {"test_hash": "u" * 64, "scorer_hash": "b" * 64}):
+        write_results(tmp_path / str(len(config)), B_RIGHT, config=config)
+        (task,) = compare_examples(a, tmp_path / str(len(config))).tasks
+        assert task.n == 10 and task.notes == ()
+
+
+def test_other_ways_of_answering_are_told(tmp_path: Path):
+    a = write_results(tmp_path / "a", A_RIGHT)
+    b = write_results(tmp_path / "b", B_RIGHT, config={"engine": "vllm", "sampling": {"samples": 1, "temperature": 1}})
+    (task,) = compare_examples(a, b).tasks
+    assert task.notes == ("gsm8k: measured otherwise (engine, sampling), so not the models alone differ.",)
+
+
 def test_several_answers_an_example_have_no_mcnemar(tmp_path: Path):
     a = write_results(tmp_path / "a", [0.5, 1, 0.25, 0.75, 1.0, 0.5], metric="pass@1")
     b = write_results(tmp_path / "b", [0.0, 0.5, 0, 0.25, 0.5, 0], metric="pass@1")

@@ -185,6 +185,15 @@ def test_a_reference_of_other_weights_is_none(runs):
     assert row.cells["difference"] == "–"
 
 
+def test_runs_that_other_tests_judged_are_no_seeds_of_one_condition(runs):
+    for seed in (1, 2, 3):  # seed 0 is from before that was noted
+        change(runs / "nano-math" / f"hot-{seed}", config__scorer_hash="a" * 64)
+    assert row_of(runs).cells["seeds"] == "4"
+    change(runs / "nano-math" / "hot-3", config__scorer_hash="b" * 64)
+    groups = [group for group in repeated(section_of(runs).records) if group.condition == "hot"]
+    assert sorted(map(sorted, (group.runs for group in groups))) == [[0], [1, 2], [3]]
+
+
 def row_of(runs, name="hot 25%"):
     section = section_of(runs)
     return next(row for row in seeds_rows(section, "nano-math", list(section.records)) if row.name == name)

@@ -480,7 +480,7 @@ def test_a_task_without_a_scorer_has_a_held_out_loss_in_every_condition(
     sweep = make_sweep(
         Condition("base", train=False), Condition("hot"), Condition("again", scores="hot"),
         model=str(model_folder), data=f"mbpp:{tmp_path}",
-        options={"max_steps": 2, "batch_size": 2, "r": 2, "max_length": 256, "train_on": train_on, "learning_rate": 0.1},
+        options={"train_on": train_on, "max_steps": 2, "batch_size": 2, "r": 2, "max_length": 256},
     )  # fmt: skip
     found = {job.name: job.function(**job.arguments) for job in sweep_jobs(sweep, tmp_path / "out")}
     losses = {name: record["training"]["test_loss"] for name, record in found.items() if record is not None}

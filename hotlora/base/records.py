@@ -50,7 +50,7 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
 }
 # Those that may be there, or null.
 _OPTIONAL: dict[str, dict[str, Kind]] = {
-    "config": {"test_hash": str, "test_data": str},
+    "config": {"test_hash": str, "test_data": str, "scorer_hash": str},
     "data": {"train": int, "test": int},
     "model": {"test_loss": (int, float)},
     "parameters": {"percent": (int, float), "adapter_bytes": int},

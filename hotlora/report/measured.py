@@ -13,7 +13,7 @@ from .sections import is_trained, part
 LOSS = "held-out loss"
 """the metric where no run was scored on a task; lower is better"""
 
-_WORDS = {
+WORDS = {
     "fingerprint": "model", "data_hash": "training data", "test_hash": "test data", "n": "number of test examples",
     "scorer_hash": "what judges the answers", "metric": "metric", "harness": "harness",
     "num_fewshot": "few-shot examples", "engine": "engine", "sampling": "sampling",
@@ -107,7 +107,7 @@ def _made(record: Record) -> dict[str, Any]:
 
 
 def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    return [word for name, word in _WORDS.items() if name in a and name in b and not _alike(name, a[name], b[name])]
+    return [word for name, word in WORDS.items() if name in a and name in b and not _alike(name, a[name], b[name])]
 
 
 def _alike(name: str, a: Any, b: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -55,6 +55,7 @@ def repeated(records: Records) -> list[Repeated]:
     found: dict[tuple[Any, ...], list[Path]] = {}
     for folder, record in records.items():
         found.setdefault(_key(record, options), []).append(folder)
+    found = dict(_by_scorer(found, records))
     groups = [_by_seed(folders, records) for folders in found.values()]
     if all(len(runs) < 2 for runs, _ in groups):
         return []
@@ -114,6 +115,19 @@ def _key(record: Record, options: Sequence[str]) -> tuple[Any, ...]:
     if not is_trained(record):
         return (*own, None if sweep else config.get("adapter"))
     return (*own, *(option_text(record, name) for name in options))
+
+
+def _by_scorer(
+    found: Mapping[tuple[Any, ...], Sequence[Path]], records: Records
+) -> Iterator[tuple[tuple[Any, ...], list[Path]]]:
+    """Apart where the runs of one key were judged by different tests or choices; older runs do not say."""
+    for key, folders in found.items():
+        hashes = {folder: part(records[folder], "config").get("scorer_hash") for folder in folders}
+        if len({*hashes.values()} - {None}) < 2:
+            yield key, [*folders]
+            continue
+        for value in dict.fromkeys(hashes.values()):
+            yield (*key, value), [folder for folder in folders if hashes[folder] == value]
 
 
 def _by_seed(folders: Sequence[Path], records: Records) -> tuple[dict[int, Path], tuple[Path, ...]]:

@@ -35,7 +35,7 @@ from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, task_of, trained_parts
+from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, trained_parts
 from ..tasks.own import own_task
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize
@@ -109,6 +109,7 @@ def run_evaluation(
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
     identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
+    identity |= {"scorer_hash": judged} if (judged := scorer_hash(task, test)) else {}
     identity |= {"merge": True} if options.merge else {}
     identity |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens is not None else {}
     parts = trained_parts(options.train_on, test) if is_own else None
@@ -310,6 +311,7 @@ def run_generations(
         "data": data, "test_hash": data_hash(test), "generations": str(generations),
         "generations_hash": sha256_file(Path(generations)), "allow_missing": allow_missing,
     }  # fmt: skip
+    options |= {"scorer_hash": judged} if (judged := scorer_hash(task, test)) else {}
     if output is not None and (done := finished(Path(output), options)) is not None:
         return done, None
     record = new_record(
