@@ -20,8 +20,11 @@ WORDS = {
     "max_new_tokens": "tokens of an answer", "max_length": "tokens of an example", "train_on": "what carries loss",
     "chat_template": "chat template",
 }  # fmt: skip
-# Of a training "assistant" may be said of its training rows alone: each test row may have one answer.
-_EITHER = ("assistant", "last")
+
+
+def may_carry(train_on: str) -> tuple[str, ...]:
+    """What carries a test row's loss in a training: its rows may have several answers where each test row has one."""
+    return ("assistant", "last") if train_on == "assistant" else (train_on,)
 
 
 def way_of(record: Record) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def measured(record: Record, task: str | None) -> dict[str, Any]:
     found = {name: value for name, value in found.items() if value is not None}
     if by_tokens and "test_hash" in found:  # a record without hashes says nothing of how its rows were read
         parts = config.get("train_on") or "last"
-        found["train_on"] = _EITHER if parts == "assistant" and is_trained(record) else (parts,)
+        found["train_on"] = may_carry(parts) if is_trained(record) else (parts,)
     if "chat_template" in config and (task is None or not is_trained(record)):  # a task's own prompts have none
         found["chat_template"] = config["chat_template"]
     return found if task is None else found | way_of(record)
