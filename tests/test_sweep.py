@@ -490,6 +490,30 @@ def test_a_task_without_a_scorer_has_a_held_out_loss_in_every_condition(
     assert rows["base"].against.test.n == rows["again"].against.test.n == 1
 
 
+def test_scores_of_a_fully_trained_model_are_one_condition_of_one_table(model_folder: Path, tmp_path: Path):
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(12)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = {"data": str(tmp_path / "held.jsonl"), "test_data": str(tmp_path / "held.jsonl")}
+    sweep = make_sweep(
+        Condition("fft", {**held, "method": "fft"}), Condition("hot", held),
+        Condition("fft-again", held, scores="fft"), Condition("hot-again", held, scores="hot"),
+        model=str(model_folder), seeds=(0, 1),
+        options={"max_steps": 1, "batch_size": 2, "r": 2, "max_length": 64},
+    )  # fmt: skip
+    for job in sweep_jobs(sweep, tmp_path / "out"):
+        first = job.function(**job.arguments)
+        if job.function is score_adapter:
+            assert job.function(**job.arguments) == first, "done is left alone"
+    (table,) = compare_runs(tmp_path / "out", "hot").tables
+    found = {row.condition: row for row in table.rows}
+    assert table.model == str(model_folder) and found["fft-again"].against.seeds == (0, 1)
+    assert found["fft-again"].values == pytest.approx(found["fft"].values, rel=1e-5)
+    records = find_records(tmp_path / "out")
+    (section,) = read_sections(records)
+    assert len(section.records) == len(records) == 8
+    assert {record["condition"] for record in records.values()} == {"fft", "hot", "adapter"}, "and no base"
+
+
 def test_rows_of_a_task_that_are_held_out_are_scored_so_in_every_condition(model_folder: Path, tmp_path: Path):
     """A task's own file has one split; the training holds out some of its rows, and has their loss alone."""
     rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}\n#### {i + 1}"} for i in range(24)]

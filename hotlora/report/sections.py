@@ -83,7 +83,7 @@ def read_sections(records: Records) -> list[Section]:
     groups: dict[tuple[str, str], dict[Path, Record]] = {}
     for folder, record in records.items():
         if record["condition"] != "base":
-            groups.setdefault((record["model"]["name"], record["data"]["name"]), {})[folder] = record
+            groups.setdefault((model_name(record), record["data"]["name"]), {})[folder] = record
     for folder, record in records.items():
         if record["condition"] == "base":
             model, own = record["model"]["name"], record["data"]["name"]
@@ -139,6 +139,11 @@ def option_text(record: Record, name: str) -> str:
 def distance(a: Record, b: Record) -> tuple[bool, int]:
     """How far two runs' options are from each other, beside which experts they adapt."""
     return adapted(a) != adapted(b), len(differing([a, b]))
+
+
+def same_options(a: Record, b: Record) -> bool:
+    """Whether two runs differ in which experts they adapt alone, and not in how."""
+    return adapted(a) == adapted(b) and all(option_text(a, name) == option_text(b, name) for name in differing([a, b]))
 
 
 def part(record: Record, name: str) -> Mapping[str, Any]:

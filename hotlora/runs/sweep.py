@@ -206,6 +206,8 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
                 at = folder / f"seed{seed}"
                 trained = next(job for job in jobs if (job.name, job.seed) == (condition.scores, seed))
                 mark = {"sweep": {**kept["sweep"], "scores": condition.scores}}
+                if trained.arguments["options"].full:  # the record's own model is what that run left, one a seed
+                    mark["sweep"]["model"] = options.model
                 stored = {name: own[name] for name in ("quantize", "quantize_linear", "keep_hot") if name in own}
                 arguments = _scoring(options, given, at, mark, stored) | {"trained": trained.folder, "seed": seed}
                 jobs.append(Job(condition.name, at, score_adapter, arguments, trained, seed))

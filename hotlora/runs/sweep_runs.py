@@ -39,11 +39,13 @@ def score_adapter(
     kept: Mapping[str, Any], options: EvalOptions, output: Path, trained: Path, seed: int, **arguments: Any
 ) -> Record:
     """The adapter, or the model, that the run in `trained` left, on other data."""
+    marks = {**kept, "seed": seed}
     if (trained / "model").is_dir():
         options = replace(options, model=str(trained / "model"), on_top_of=())  # they are in it
+        marks |= {name: read_record(trained)[name] for name in ("name", "condition")}  # it is no base
     else:
         options = replace(options, adapter=trained / "adapter")
-    return _mark(_scored(options, output, **arguments), output, {**kept, "seed": seed})
+    return _mark(_scored(options, output, **arguments), output, marks)
 
 
 def _scored(
