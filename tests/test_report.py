@@ -398,6 +398,19 @@ def test_where_no_run_on_all_experts_is_comparable_that_is_noted(tmp_path, chang
     )
 
 
+@pytest.mark.parametrize("other", [{"config__learning_rate": 1.0}, {"config__test_hash": "e" * 64}], ids=str)
+def test_the_summary_quotes_random_experts_at_the_hot_runs_options(tmp_path, other):
+    """The one that comes last in the folder has another learning rate, or other test examples."""
+    write_runs(tmp_path, conditions=("all", "hot", "random"))
+    shutil.copytree(tmp_path / "nano-math" / "random-0", tmp_path / "nano-math" / "random-z")
+    for name, correct in (("all-0", 120), ("hot-0", 100), ("random-0", 78), ("random-z", 2)):
+        give(tmp_path / "nano-math" / name, correct, **{"config__test_hash": "a" * 64})
+    change(tmp_path / "nano-math" / "random-z", **other)
+    assert "With as many experts, 39.0% with random ones." in write_report(tmp_path, tmp_path / "out").read_text()
+    shutil.rmtree(tmp_path / "nano-math" / "random-0")
+    assert "With as many experts" not in write_report(tmp_path, tmp_path / "out").read_text()
+
+
 def test_no_runs(tmp_path):
     with pytest.raises(DataError, match=r"no run\.json"):
         write_report(tmp_path, tmp_path / "out")

@@ -19,10 +19,10 @@ from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
 from .figures import Figure
-from .measured import told_way
+from .measured import apart, told_way
 from .over_seeds import repeated, seeds_summary
 from .rows import against_all, covered, run_names
-from .sections import Records, Section, part, read_sections
+from .sections import Records, Section, part, read_sections, same_options
 from .tables import Shown, conditions_table, section_tables
 from .text import human_seconds
 
@@ -236,13 +236,14 @@ def _summary(section: Section, table: Shown) -> str:
 
 
 def _others(records: Records, hot: Record, task: str) -> str:
-    """Random and cold experts beside a hot run of the same seed and as many parameters."""
+    """Random and cold experts beside a hot run of the same seed, options and number of parameters."""
     found = {
         record["condition"]: f"{record['evaluation'][task]['accuracy']:.1%}"
         for record in records.values()
         if record["condition"] in ("random", "cold") and record["seed"] == hot["seed"]
         and task in part(record, "evaluation")
         and part(record, "parameters").get("trainable") == part(hot, "parameters").get("trainable")
+        and same_options(record, hot) and not apart(record, hot, task)
     }  # fmt: skip
     if not found:
         return ""
