@@ -13,7 +13,7 @@ from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import Record, write_record
-from hotlora.evaluation.generate import answer_batches
+from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.score import evaluate_task, response_loss
 from hotlora.tasks import TASKS, Example, Task, get_task
 from hotlora.tasks.data import data_hash, load_examples, scorer_hash
@@ -238,6 +238,25 @@ def test_a_test_file_that_was_replaced_in_place_is_another_evaluation(tmp_path: 
     of_old = {name: value for name, value in first["config"].items() if name != "scorer_hash"}
     write_record(tmp_path / "out", first | {"config": of_old})
     assert evaluated("pass")["started"] == first["started"], "an older record does not hold it"
+
+
+def test_a_seed_alone_draws_nothing(model, tmp_path: Path):
+    choice = [Example("p", " x", ("x", "y"), 0)]
+    first, again = (
+        evaluate_task(model, TOKENIZER, get_task("nano-choice"), choice, sampling=Sampling(seed=seed))
+        for seed in (0, 5)
+    )
+    assert first.results == again.results
+    with pytest.raises(DataError, match="nothing is drawn"):
+        evaluate_task(model, TOKENIZER, get_task("nano-choice"), choice, sampling=Sampling(temperature=1.0))
+    save_tiny_model(tmp_path / "model")
+    scored = {"output": tmp_path / "out", "limit": 2, "max_new_tokens": 2}
+    record, _ = run_evaluation(str(tmp_path / "model"), "nano-math", **scored, sampling=Sampling(seed=5))
+    assert "sampling" not in record["config"]
+    of_old = record["config"] | {"sampling": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "seed": 5}}
+    write_record(tmp_path / "out", record | {"config": of_old})
+    again, _ = run_evaluation(str(tmp_path / "model"), "nano-math", **scored, sampling=Sampling(seed=5))
+    assert again["config"] == of_old, "done already"
 
 
 def test_nothing_to_evaluate(model):
