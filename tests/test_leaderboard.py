@@ -556,7 +556,7 @@ def test_as_many_runs_by_one_scorer_as_by_another_have_no_protocol(runs: Path, t
     for seed in range(6):
         write_run(runs, "one", seed, 0.5)
         write_run(runs, "two", seed, 0.5)
-    with pytest.raises(DataError, match="as many runs follow one protocol as another .what judges the answers"):
+    with pytest.raises(DataError, match=r"as many runs follow one protocol as another .what judges the answers"):
         leaderboard(runs)
     edit(runs / "two" / "seed0", lambda r: r["config"].update(scorer_hash="c" * 64))
     board = leaderboard(runs)
