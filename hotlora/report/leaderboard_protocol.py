@@ -353,7 +353,7 @@ def _equal(name: str, protocol: Protocol, board: Protocol) -> bool:
     if name == "scorer_hash":  # older runs do not say
         return ours is None or asked is None or ours == asked
     if name == "train_on" and "steps" not in protocol:  # a model as it is
-        return ours in may_carry(asked)
+        return ours in may_carry(str(asked))
     if name != "loss_before":
         return bool(json.dumps(ours) == json.dumps(asked))
     if not isinstance(asked, int | float):  # no run that founded the board has it

@@ -59,7 +59,7 @@ def told_way(record: Record) -> str:
     if drawn := way["sampling"]:
         samples = drawn.get("samples", 1)
         told.append(f"{samples} sample{'s' if samples != 1 else ''}")
-        told += [f"{name} {drawn[name]:g}" for name in ("temperature", "top_p") if drawn.get(name) not in (None, 1.0)]
+        told += [f"{name} {drawn[name]}" for name in ("temperature", "top_p") if drawn.get(name) not in (None, 1.0)]
     if way["max_new_tokens"] is not None:
         told.append(f"at most {way['max_new_tokens']} tokens")
     return ", ".join(told)

@@ -116,7 +116,7 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
         results = [own[task] for own in scored]
         if all(result["metric"] == "token_accuracy" for result in results):
             continue  # of texts: `losses` has them
-        differs = measured_apart(*records, task)
+        differs = measured_apart(records[0], records[1], task)
         if WORDS["scorer_hash"] in differs and WORDS["test_hash"] not in differs:
             left_out.append(
                 f"{task}: the answers to the same prompts were judged by others (tests, choices or databases), so they "
