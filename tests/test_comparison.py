@@ -196,6 +196,68 @@ def test_other_test_examples_are_named(runs: Path):
     assert "all, base, hot, near, shifted on 1000 examples by exact_match; hot on 200 examples" in note
 
 
+def test_what_was_measured_otherwise_is_not_paired(tmp_path: Path):
+    """All experts on 100 examples, hot ones on 200 others: no difference, no p, no verdict."""
+    for seed, (base, other) in enumerate(((0.3, 0.6), (0.31, 0.62), (0.29, 0.61))):
+        write_run(tmp_path, "all", seed, base, n=100, config={"test_hash": "t" * 64})
+        write_run(tmp_path, "hot", seed, other, n=200, config={"test_hash": "u" * 64})
+    (table,) = compare_runs(tmp_path).tables
+    assert [row.against for row in table.rows] == [None, None]
+    assert "hot: no seed in common with all that was measured alike." in table.notes
+    (note,) = [note for note in table.notes if "not paired" in note]
+    assert "(test data, number of test examples): all on 100 examples by exact_match; hot on 200" in note
+    assert "+3" not in markdown(compare_runs(tmp_path)) and "differs" not in markdown(compare_runs(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"test_hash": "u" * 64}, "test data"),
+        ({"scorer_hash": "u" * 64}, "what judges the answers"),
+        ({"sampling": {"samples": 20, "temperature": 0.2, "top_p": 0.95, "seed": 0}}, "sampling"),
+        ({"max_new_tokens": 9}, "tokens of an answer"),
+        ({"engine": "vllm"}, "engine"),
+        ({"harness": "lm-eval 0.4.9", "num_fewshot": 5}, "harness"),
+        ({"generations": "answers.jsonl"}, "engine"),
+    ],
+    ids=str,
+)
+def test_each_way_of_measuring_is_told_and_pairs_only_with_its_like(runs: Path, config: dict, word: str):
+    known = {"test_hash": "t" * 64, "scorer_hash": "t" * 64}
+    for condition, scores in SCORES.items():
+        for seed, score in scores.items():
+            write_run(runs, condition, seed, score, config=known | (config if condition == "hot" else {}))
+    rows = rows_of(compare_runs(runs))
+    assert rows["hot"].against is None and rows["near"].against.test.n == 4
+    assert any("not paired" in note and word in note for note in compare_runs(runs).tables[0].notes)
+    write_run(runs, "hot", 2, SCORES["hot"][2], config=known)
+    assert rows_of(compare_runs(runs))["hot"].against.seeds == (2,)
+
+
+def test_what_older_records_lack_is_not_compared(runs: Path):
+    known = {"test_hash": "t" * 64, "scorer_hash": "t" * 64}
+    greedy = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "seed": 5}
+    for seed, score in SCORES["hot"].items():
+        write_run(runs, "hot", seed, score, config=known | {"sampling": greedy if seed else None})
+    assert rows_of(compare_runs(runs))["hot"].against.test.n == 4 and compare_runs(runs).tables[0].notes[1:] == ()
+
+
+def test_held_out_losses_of_other_tokens_are_not_paired(tmp_path: Path):
+    config = {"test_hash": "t" * 64, "max_length": 1024, "train_on": None}
+    for seed in range(3):
+        write_run(tmp_path, "all", seed, None, loss=0.5 + seed / 100, config=config)
+        write_run(tmp_path, "hot", seed, None, loss=0.6 + seed / 90, config=config)
+        write_run(tmp_path, "short", seed, None, loss=0.6 + seed / 90, config=config | {"max_length": 64})
+        write_run(tmp_path, "asked", seed, None, loss=0.6 + seed / 90, config=config | {"train_on": "all"})
+        other = config | {"chat_template": "f" * 64}
+        write_run(tmp_path, "chat", seed, None, loss=0.6 + seed / 90, config=other)
+        write_run(tmp_path, "talk", seed, None, loss=0.6 + seed / 90, config=config | {"chat_template": "e" * 64})
+    against = {name: row.against for name, row in rows_of(compare_runs(tmp_path, "chat")).items()}
+    assert against["talk"] is None
+    against = {name: row.against for name, row in rows_of(compare_runs(tmp_path)).items()}
+    assert against["hot"].test.n == 3 and against["short"] is against["asked"] is None
+
+
 def test_sweeps_are_kept_apart_and_other_runs_named(runs: Path):
     for seed in (0, 1):
         write_run(runs / "other", "all", seed, 0.9, sweep="t")
@@ -498,6 +560,25 @@ def test_examples_pair_by_what_they_ask(tmp_path: Path):
     assert task.notes == (f"gsm8k: 1 of 5 examples of {a} are not among the other's: left out.",)
     with pytest.raises(DataError, match="have no example in common"):
         compare_examples(a, write_results(tmp_path / "c", [1], ids="q"))
+
+
+def test_answers_that_others_judged_are_not_paired(tmp_path: Path):
+    """The same prompts by other unit tests or distractors."""
+    a = write_results(tmp_path / "a", A_RIGHT, config={"test_hash": "t" * 64, "scorer_hash": "a" * 64})
+    b = write_results(tmp_path / "b", B_RIGHT, config={"test_hash": "t" * 64, "scorer_hash": "b" * 64})
+    with pytest.raises(DataError, match=r"nothing of the two runs can be paired: gsm8k: .* were judged by others"):
+        compare_examples(a, b)
+    for config in ({"test_hash": "t" * 64}, {"test_hash": "u" * 64, "scorer_hash": "b" * 64}):
+        write_results(tmp_path / str(len(config)), B_RIGHT, config=config)
+        (task,) = compare_examples(a, tmp_path / str(len(config))).tasks
+        assert task.n == 10 and task.notes == ()
+
+
+def test_other_ways_of_answering_are_told(tmp_path: Path):
+    a = write_results(tmp_path / "a", A_RIGHT)
+    b = write_results(tmp_path / "b", B_RIGHT, config={"engine": "vllm", "sampling": {"samples": 1, "temperature": 1}})
+    (task,) = compare_examples(a, b).tasks
+    assert task.notes == ("gsm8k: measured otherwise (engine, sampling), so not the models alone differ.",)
 
 
 def test_several_answers_an_example_have_no_mcnemar(tmp_path: Path):

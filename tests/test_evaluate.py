@@ -1,15 +1,22 @@
 import json
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from runs import run_evaluation
 from tiny import tiny_model
+from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 
-from hotlora.base.errors import DataError
-from hotlora.evaluation.generate import answer_batches
+from hotlora.base.errors import DataError, HotLoraError
+from hotlora.base.records import Record, write_record
+from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.score import evaluate_task, response_loss
-from hotlora.tasks import Example, Task, get_task
+from hotlora.tasks import TASKS, Example, Task, get_task
+from hotlora.tasks.data import data_hash, load_examples, scorer_hash
 from hotlora.tasks.tokens import tokenize
 
 TOKENIZER = byte_tokenizer()
@@ -183,6 +190,73 @@ def test_evaluation_keeps_every_result_and_restores_the_model(model, tmp_path: P
     assert {"id", "prediction", "correct"} <= rows[0].keys()
     told = {"metric", "accuracy", "n", "correct", "ci_low", "ci_high", "seconds"}
     assert set(evaluation.summary()) == told | ({"unfinished"} if evaluation.unfinished else set())
+
+
+def test_the_scorers_hash_is_of_choices_tests_and_databases(tmp_path: Path):
+    def of(task: str, *examples: Example) -> str | None:
+        return scorer_hash(TASKS[task], examples)
+
+    one = Example("p", " x", ("x", "y", "z"), 0)
+    assert of("hellaswag", one) != of("hellaswag", Example("p", " x", ("x", "very", "different"), 0))
+    assert of("hellaswag", one) == of("hellaswag", Example("p", " x", ("x", "y", "z"), 0))
+    tested, passed = (Example("p", " x", meta={"test": test, "entry_point": "f"}) for test in ("assert f()", "pass"))
+    assert of("humaneval", tested) != of("humaneval", passed) and data_hash([tested]) == data_hash([passed])
+    assert of("saferpaca", Example("p", " x")) is None and scorer_hash(None, [one]) is None
+
+    found = []
+    for place, rows in (("a", ("1", "2")), ("b", ("1", "2")), ("a", ("3",))):  # the last one in the first one's place
+        folder = tmp_path / place / "town"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with closing(sqlite3.connect(folder / "town.sqlite")) as database:
+            database.execute("CREATE TABLE people (age INTEGER)")
+            database.executemany("INSERT INTO people VALUES (?)", rows)
+            database.commit()
+        meta = {"query": "SELECT 1", "folder": str(folder), "databases": 1}
+        found.append(of("spider", Example("p", " SELECT 1", meta=meta)))
+    assert found[0] == found[1] != found[2], "of what the files hold, wherever they lie"
+    sql = load_examples("nano-sql", "test", limit=3)
+    assert scorer_hash(TASKS["nano-sql"], sql) == "3de01e05674321ab33377d65f1d7142bad267e22735f583fe49c0e0fefecdedb", (
+        "on every machine"
+    )
+
+
+def test_a_test_file_that_was_replaced_in_place_is_another_evaluation(tmp_path: Path):
+    save_tiny_model(tmp_path / "model")
+    row = {"task_id": "a/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n"}
+    file = tmp_path / "HumanEval.jsonl"
+
+    def evaluated(test: str) -> Record:
+        file.write_text(json.dumps(row | {"test": f"def check(f):\n    {test}\n"}) + "\n")
+        scored = {"output": tmp_path / "out", "max_new_tokens": 2}
+        return run_evaluation(str(tmp_path / "model"), f"humaneval:{file}", **scored)[0]
+
+    first = evaluated("assert f() == 1")
+    assert evaluated("assert f() == 1") == first
+    with pytest.raises(HotLoraError, match=r"what judges the test data's answers .* is not what it was"):
+        evaluated("pass")
+    of_old = {name: value for name, value in first["config"].items() if name != "scorer_hash"}
+    write_record(tmp_path / "out", first | {"config": of_old})
+    assert evaluated("pass")["started"] == first["started"], "an older record does not hold it"
+
+
+def test_a_seed_alone_draws_nothing(model, tmp_path: Path):
+    choice = [Example("p", " x", ("x", "y"), 0)]
+    first, again = (
+        evaluate_task(model, TOKENIZER, get_task("nano-choice"), choice, sampling=Sampling(seed=seed))
+        for seed in (0, 5)
+    )
+    assert first.results == again.results
+    with pytest.raises(DataError, match="nothing is drawn"):
+        evaluate_task(model, TOKENIZER, get_task("nano-choice"), choice, sampling=Sampling(temperature=1.0))
+    save_tiny_model(tmp_path / "model")
+    scored = {"output": tmp_path / "out", "limit": 2, "max_new_tokens": 2}
+    record, _ = run_evaluation(str(tmp_path / "model"), "nano-math", **scored, sampling=Sampling(seed=5))
+    assert "sampling" not in record["config"]
+    of_old = record["config"] | {"sampling": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "seed": 5}}
+    write_record(tmp_path / "out", record | {"config": of_old})
+    again, _ = run_evaluation(str(tmp_path / "model"), "nano-math", **scored, sampling=Sampling(seed=5))
+    assert again["config"] == of_old, "done already"
 
 
 def test_nothing_to_evaluate(model):

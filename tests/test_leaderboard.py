@@ -47,7 +47,14 @@ def write_run(
         low, high = proportion_interval(correct, n)
         result = {"metric": "exact_match", "accuracy": correct / n, "n": n, "correct": correct}
         result |= {"ci_low": low, "ci_high": high}
-    config = {"model": "m", "data": task, "test_data": task, "test_hash": "b" * 64, "on_top_of": []}
+    config = {
+        "model": "m",
+        "data": task,
+        "test_data": task,
+        "test_hash": "b" * 64,
+        "scorer_hash": "9" * 64,
+        "on_top_of": [],
+    }
     sections: dict[str, Any] = {"evaluation": {task: result}} if result else {}
     data: dict[str, Any] = {"name": task, "hash": "b" * 64, "train": 0, "test": n}
     if seed is not None:
@@ -244,6 +251,12 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "metric": (lambda r: r["evaluation"]["gsm8k"].update(metric="acc"), "metric acc, and exact_match"),
     "sampling": (lambda r: r["config"].update(sampling={"samples": 20}), 'sampling {"samples": 20}, and none'),
     "max_new_tokens": (lambda r: r["config"].update(max_new_tokens=9), "9, and none is asked (--max-new-tokens)"),
+    "scorer_hash": (
+        lambda r: r["config"].update(scorer_hash="c" * 64),
+        "what judges the answers cccccccc, and 99999999 is asked",
+    ),
+    "engine": (lambda r: r["config"].update(engine="vllm"), "engine vllm, and none is asked (--engine transformers)"),
+    "harness": (lambda r: r["config"].update(harness="lm-eval 1"), "harness lm-eval 1, and none is asked"),
     "on_top_of": (lambda r: r["config"].update(on_top_of=["d" * 64]), "adapters underneath dddddddd, and none"),
     "data_hash": (
         lambda r: (r["data"].update(hash="e" * 64), r["config"].update(data_hash="e" * 64)),
@@ -463,6 +476,102 @@ def test_a_run_that_does_not_say_its_loss_before_training_is_refused(take, runs:
     for run in find_records(runs):  # where none has it, none is asked for it
         edit(run, lambda r: take(r["training"]))
     assert "new" in rows_of(leaderboard(runs))
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"max_length": 64}, "tokens of an example 64, and 1,024 is asked"),
+        ({"train_on": "all"}, "what carries loss all, and last is asked"),
+        ({"chat_template": "f" * 64}, "chat template ffffffff, and none is asked"),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_a_models_held_out_loss_is_of_the_tokens_of_the_trainings(own: dict, says: str, tmp_path: Path):
+    for seed in range(3):
+        write_run(tmp_path / "runs", "all", seed, None, loss=1 + seed / 100, options={"max_length": 1024})
+    base = write_run(tmp_path / "base", "base", None, None)
+    read = {"max_length": 1024, "train_on": None, "chat_template": None}
+    edit(base, lambda r: (r.update(training={"test_loss": 2.0}), r["config"].update(read | own)))
+    add_runs(tmp_path / "board", [tmp_path / "runs"])
+    if says:
+        with pytest.raises(DataError, match=re.escape(says)):
+            add_runs(tmp_path / "board", [base])
+    else:
+        assert len(add_runs(tmp_path / "board", [base]).new) == 1
+
+
+@pytest.mark.parametrize(("parts", "is_alike"), [(None, True), ("assistant", True), ("all", False)])
+def test_where_trainings_learn_every_answer_a_row_of_one_answer_is_alike(parts, is_alike: bool, tmp_path: Path):
+    """The held-out rows may have one answer each: then the model's loss says nothing of more."""
+    for seed in range(3):
+        edit(
+            write_run(tmp_path / "runs", "all", seed, None, loss=1.0),
+            lambda r: r["config"].update(train_on="assistant"),
+        )
+    base = write_run(tmp_path / "base", "base", None, None)
+    edit(base, lambda r: (r.update(training={"test_loss": 2.0}), r["config"].update(max_length=512, train_on=parts)))
+    add_runs(tmp_path / "board", [tmp_path / "runs"])
+    if is_alike:
+        add_runs(tmp_path / "board", [base])
+    else:
+        with pytest.raises(DataError, match="what carries loss all, and assistant is asked"):
+            add_runs(tmp_path / "board", [base])
+
+
+def test_a_models_answers_by_another_engine_are_refused(runs: Path, tmp_path: Path):
+    add_runs(tmp_path / "board", [runs])
+    base = write_run(tmp_path / "base", "base", None, 0.1)
+    edit(base, lambda r: r["config"].update(engine="vllm"))
+    with pytest.raises(DataError, match="engine vllm, and none is asked"):
+        add_runs(tmp_path / "board", [base])
+
+
+def test_records_and_boards_from_before_a_scorers_hash_stay(runs: Path, tmp_path: Path):
+    for seed in range(3):
+        edit(runs / "hot" / f"seed{seed}", lambda r: r["config"].pop("scorer_hash"))
+    add_runs(tmp_path / "board", [runs])
+    file = tmp_path / "board" / INDEX
+    index = json.loads(file.read_text())
+    (protocol,) = index["protocols"].values()
+    assert protocol["scorer_hash"] == "9" * 64
+    for name in ("scorer_hash", "engine", "harness"):
+        del protocol[name]
+    write_json(file, index)
+    assert leaderboard(tmp_path / "board").left_out == {}
+    write_leaderboard(leaderboard(tmp_path / "board"), tmp_path / "page")
+    for seed in range(6):
+        edit(write_run(tmp_path / "more", "more", seed, 0.6), lambda r: r["config"].update(scorer_hash="c" * 64))
+    assert len(add_runs(tmp_path / "board", [tmp_path / "more"]).new) == 6, "a board that does not say"
+
+
+def test_as_many_runs_by_one_scorer_as_by_another_have_no_protocol(runs: Path, tmp_path: Path):
+    for method in ("all", "hot", "near"):
+        for seed in range(6):
+            edit(runs / method / f"seed{seed}", lambda r: r["config"].update(scorer_hash="c" * 64))
+    shutil.rmtree(runs / "near")
+    shutil.rmtree(runs / "far")
+    shutil.rmtree(runs / "low")
+    for seed in range(6):
+        write_run(runs, "one", seed, 0.5)
+        write_run(runs, "two", seed, 0.5)
+    with pytest.raises(DataError, match=r"as many runs follow one protocol as another .what judges the answers"):
+        leaderboard(runs)
+    edit(runs / "two" / "seed0", lambda r: r["config"].update(scorer_hash="c" * 64))
+    board = leaderboard(runs)
+    assert {row.method for row in board.tables[0].rows} == {"all", "hot", "two"} and len(board.left_out) == 11
+
+
+def test_tasks_are_told_apart_by_their_names_and_not_by_their_folders(tmp_path: Path):
+    """codealpaca and codealpaca:/d/alpaca are one; two tasks in folders of one name are two."""
+    for seed, data in enumerate(("codealpaca", "codealpaca:/d/alpaca", "codealpaca:/e/other")):
+        edit(write_run(tmp_path / "runs", "all", seed, None, loss=1.0, task=data), lambda r: None)
+    (table,) = leaderboard(tmp_path / "runs").tables
+    assert table.task == "codealpaca" and len(table.rows[0].values) == 3
+    for seed in range(3):
+        write_run(tmp_path / "runs", "mbpp", seed, None, loss=1.0, task="mbpp:/x/alpaca")
+    assert [table.task for table in leaderboard(tmp_path / "runs").tables] == ["codealpaca", "mbpp"]
 
 
 def test_what_an_add_left_that_was_killed_is_not_on_the_board(runs: Path, tmp_path: Path):

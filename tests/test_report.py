@@ -332,6 +332,85 @@ def test_held_out_losses_of_different_rows_are_not_set_against_each_other(tmp_pa
     assert "different rows" not in text and "−0.0500" in text
 
 
+def test_scores_of_other_protocols_are_marked_and_not_subtracted(tmp_path):
+    """lm-eval's few-shot scores, drawn answers and vLLM's stand in the greedy table by their names alone."""
+    write_runs(tmp_path, conditions=("base", "all", "hot"))
+    for name, config in (
+        ("harness", {"harness": "lm-eval 0.4.9", "num_fewshot": 5}),
+        ("own", {"harness": "lm-eval 0.4.9", "num_fewshot": None}),
+        ("drawn", {"sampling": {"samples": 20, "temperature": 0.2, "top_p": 0.95, "seed": 0}}),
+        ("vllm", {"engine": "vllm", "max_new_tokens": 9}),
+    ):
+        shutil.copytree(tmp_path / "nano-math" / "base-0", tmp_path / "nano-math" / name)
+        change(tmp_path / "nano-math" / name, config=config)
+    (section,) = read_sections(find_records(tmp_path))
+    shown = {row.name: row.cells["difference"] for row in table_rows(section, "nano-math")}
+    for name in (
+        "base (lm-eval 0.4.9, 5 few-shot examples)", "base (lm-eval 0.4.9, the task's own few-shot examples)",
+        "base (20 samples, temperature 0.2, top_p 0.95)", "base (vllm, at most 9 tokens)",
+    ):  # fmt: skip
+        assert shown[name] == "–", name
+    assert shown["base"] != "–" and shown["hot 25%"] != "–"
+    text = html.unescape(write_report(tmp_path, tmp_path / "out").read_text())
+    assert "exact match on 200 test examples; exact match on 200 test examples (20 samples, temperature 0.2" in text
+    assert "exact match on 200 test examples (lm-eval 0.4.9, 5 few-shot examples)" in text
+
+
+def give(run, correct, n=200, **changes):
+    """A run's score, without its results; and other changes."""
+    (run / "results-nano-math.jsonl").unlink(missing_ok=True)
+    result = {"metric": "exact_match", "accuracy": correct / n, "n": n, "correct": correct}
+    change(run, evaluation={"nano-math": result}, **changes)
+
+
+def test_a_run_is_compared_with_all_experts_of_its_own_weights_and_data(tmp_path):
+    """Two versions of a model behind one name: hot of the second is 2 points better than its own all, not 42."""
+    for version, correct in (("v0", {"all": 80, "hot": 70}), ("v1", {"all": 160, "hot": 164})):
+        write_runs(tmp_path / version, conditions=("all", "hot"))
+        for name, right in correct.items():
+            run = tmp_path / version / "nano-math" / f"{name}-0"
+            data = {"config__data_hash": version * 32, "config__test_hash": "a" * 64, "data__hash": version * 32}
+            give(run, right, model__fingerprint=version, **data)
+    (section,) = read_sections(find_records(tmp_path))
+    shown = [row.cells["difference"] for row in table_rows(section, "nano-math") if row.condition == "hot"]
+    assert sorted(shown) == ["+2.0", "−5.0"] and section.notes == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model__fingerprint": "olmoe-0"}, "model"),
+        ({"config__data_hash": "e" * 64}, "training data"),
+        ({"config__test_hash": "e" * 64}, "test data"),
+        ({"config__scorer_hash": "e" * 64}, "what judges the answers"),
+    ],
+    ids=str,
+)
+def test_where_no_run_on_all_experts_is_comparable_that_is_noted(tmp_path, changes, word):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    known = {"config__data_hash": "a" * 64, "config__test_hash": "a" * 64, "config__scorer_hash": "a" * 64}
+    give(tmp_path / "nano-math" / "all-0", 80, **known)
+    give(tmp_path / "nano-math" / "hot-0", 160, **(known | changes))
+    text = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "+40.0" not in text and "LoRA on the hot experts is right" not in text
+    assert (
+        f"hot 25%: no difference on nano-math to a run on all experts, for those are not comparable ({word})." in text
+    )
+
+
+@pytest.mark.parametrize("other", [{"config__learning_rate": 1.0}, {"config__test_hash": "e" * 64}], ids=str)
+def test_the_summary_quotes_random_experts_at_the_hot_runs_options(tmp_path, other):
+    """The one that comes last in the folder has another learning rate, or other test examples."""
+    write_runs(tmp_path, conditions=("all", "hot", "random"))
+    shutil.copytree(tmp_path / "nano-math" / "random-0", tmp_path / "nano-math" / "random-z")
+    for name, correct in (("all-0", 120), ("hot-0", 100), ("random-0", 78), ("random-z", 2)):
+        give(tmp_path / "nano-math" / name, correct, **{"config__test_hash": "a" * 64})
+    change(tmp_path / "nano-math" / "random-z", **other)
+    assert "With as many experts, 39.0% with random ones." in write_report(tmp_path, tmp_path / "out").read_text()
+    shutil.rmtree(tmp_path / "nano-math" / "random-0")
+    assert "With as many experts" not in write_report(tmp_path, tmp_path / "out").read_text()
+
+
 def test_no_runs(tmp_path):
     with pytest.raises(DataError, match=r"no run\.json"):
         write_report(tmp_path, tmp_path / "out")

@@ -152,6 +152,48 @@ def test_held_out_losses_are_compared_seed_by_seed(runs):
     assert "has a held-out loss of 0.4165, and LoRA on all experts of 0.5150" in text and "That is better" in text
 
 
+def test_other_ways_of_scoring_are_no_seeds_of_one_condition(runs):
+    for seed in SEEDS:
+        shutil.copytree(runs / "nano-math" / f"hot-{seed}", runs / "nano-math" / f"drawn-{seed}")
+        sampling = {"samples": 20, "temperature": 0.2, "top_p": 1.0, "seed": 0}
+        change(runs / "nano-math" / f"drawn-{seed}", config={"adapter": "a", "sampling": sampling})
+    section = section_of(runs)
+    rows = {row.name: row for row in seeds_rows(section, "nano-math", list(section.records))}
+    assert rows["hot 25%"].cells["seeds"] == rows["hot 25% (20 samples, temperature 0.2)"].cells["seeds"] == "4"
+    assert rows["hot 25%"].cells["difference"] != "–"
+    assert rows["hot 25% (20 samples, temperature 0.2)"].cells["difference"] == "–"
+
+
+def test_seeds_on_other_test_examples_are_not_paired(runs, tmp_path):
+    """All experts on 100 examples, hot ones on 1,000 others: no difference, and no word of better."""
+    for seed in SEEDS:
+        for condition, n, right, test in (("all", 100, 40 + seed, "t"), ("hot", 1000, 700 + 3 * seed, "u")):
+            run = runs / "nano-math" / f"{condition}-{seed}"
+            result = {"metric": "exact_match", "accuracy": right / n, "n": n, "correct": right}
+            change(run, evaluation={"nano-math": result}, config__test_hash=test * 64)
+    section = section_of(runs)
+    row = next(r for r in seeds_rows(section, "nano-math", list(section.records)) if r.name == "hot 25%")
+    assert row.cells["difference"] == "–" and seeds_summary(section, "nano-math", list(section.records)) == ""
+    text = write_report(runs, tmp_path / "out").read_text()
+    assert text.count("hot 25%: no difference on nano-math") == 1 and "beyond what chance" not in text
+
+
+def test_a_reference_of_other_weights_is_none(runs):
+    for seed in SEEDS:
+        change(runs / "nano-math" / f"all-{seed}", model__fingerprint="olmoe-0")
+    row = row_of(runs)
+    assert row.cells["difference"] == "–"
+
+
+def test_runs_that_other_tests_judged_are_no_seeds_of_one_condition(runs):
+    for seed in (1, 2, 3):  # seed 0 is from before that was noted
+        change(runs / "nano-math" / f"hot-{seed}", config__scorer_hash="a" * 64)
+    assert row_of(runs).cells["seeds"] == "4"
+    change(runs / "nano-math" / "hot-3", config__scorer_hash="b" * 64)
+    groups = [group for group in repeated(section_of(runs).records) if group.condition == "hot"]
+    assert sorted(map(sorted, (group.runs for group in groups))) == [[0], [1, 2], [3]]
+
+
 def row_of(runs, name="hot 25%"):
     section = section_of(runs)
     return next(row for row in seeds_rows(section, "nano-math", list(section.records)) if row.name == name)

@@ -22,7 +22,7 @@ from hotlora.cli.profile import profile as profile_command
 from hotlora.report import study_models
 from hotlora.report.published import DATASETS, MODELS, OLMOE_SPIDER
 from hotlora.report.study_claims import claims, claims_across
-from hotlora.report.study_figures import layer_overlap
+from hotlora.report.study_figures import by_layer, coverage_curves, layer_overlap
 from hotlora.report.study_report import page, write_page, write_study
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile, jaccard
@@ -172,6 +172,17 @@ def test_the_global_cv_of_shuffled_experts():
     same = counts[:1].repeat(16, 1)
     assert shuffled_cv(same)["below"] == 1.0
     assert math.isnan(shuffled_cv(torch.zeros(2, 4, dtype=torch.int64))["ratio"])
+
+
+def test_every_data_set_is_in_the_legends(tmp_path):
+    """One whose name begins with an underscore, too."""
+    profiles = {name: a_profile(seed=seed) for seed, name in enumerate(("_mine", "yours"))}
+    by_name = {name: {"layer_cv": 1.0, "by_layer": {"cv": [1.0] * L, "coverage": [0.5] * L}} for name in profiles}
+    found = {"model": {"layers": list(range(L))}, "datasets": by_name}
+    for figure in (coverage_curves(profiles, 2), by_layer(found)):
+        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+        texts = [text.get_text() for legend in legends for text in legend.get_texts()]
+        assert any("_mine" in text for text in texts) and any("yours" in text for text in texts)
 
 
 def test_overlap_of_two_profiles_by_hand():

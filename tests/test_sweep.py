@@ -132,6 +132,13 @@ def test_a_condition_has_the_words_of_train(tmp_path: Path):
         ({"options": {"quantize": 5}}, "s: a: quantize = 5 is out of range: it must be 8 or 4 bits, or 0"),
         ({"options": {"optim": "adma"}}, "s: a: optim = 'adma' does not exist"),
         ({"options": {"dtype": "int8"}}, "s: a: dtype 'int8' does not exist"),
+        # what a training's own score does not do
+        (
+            {"conditions": [Condition("a", {"samples": 20, "temperature": 0.2})]},
+            "s: a: samples = 20, temperature = 0.2 would change nothing.*"
+            r"Condition\('a-sampled', {'samples': 20, 'temperature': 0.2}, scores='a'\)",
+        ),
+        ({"options": {"top_p": 0.9}}, "s: a: top_p = 0.9 would change nothing: a training scores greedy answers"),
     ],
 )
 def test_a_wrong_sweep_is_named(change, says):
@@ -432,6 +439,92 @@ def test_without_a_task_the_held_out_loss_is_the_score(model_folder: Path, tmp_p
     (section,) = (some for some in read_sections(find_records(tmp_path / "out")) if some.data == str(rows))
     shown = {row.name: row.cells["accuracy"] for row in table_rows(section, section.data)}
     assert shown["base"] == f"{losses['base']:.4f}" and shown["all"] == f"{losses['all']:.4f}"
+
+
+def test_drawn_answers_are_of_what_scores(tmp_path: Path):
+    drawn = {"samples": 20, "temperature": 0.2}
+    sweep = make_sweep(
+        Condition("base", drawn, train=False), Condition("a"), Condition("a-drawn", drawn, scores="a"), seeds=(0, 1)
+    )
+    jobs = [job for job in sweep_jobs(sweep, tmp_path) if "sampling" in job.arguments]
+    assert [(job.name, job.arguments["sampling"]) for job in jobs] == [("base", drawn), *[("a-drawn", drawn)] * 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "drawn", "says"),
+    [
+        ("nano-choice", {"temperature": 0.2}, "on nano-choice no answer is drawn: leave temperature out"),
+        ("mbpp", {"temperature": 0.2, "samples": 3}, "on mbpp no answer is drawn: leave samples, temperature out"),
+        ("nano-math", {"temperature": -1.0}, r"temperature = -1\.0 is out of range"),
+        ("nano-math", {"samples": 3}, "give a temperature above 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_before_anything_runs(tmp_path: Path, data: str, drawn: dict, says: str):
+    sweep = make_sweep(Condition("a"), Condition("a-drawn", {"data": data, **drawn}, scores="a"))
+    with pytest.raises(HotLoraError, match=says):
+        sweep_jobs(sweep, tmp_path)
+
+
+def write_mbpp(file: Path) -> None:
+    """Five problems of each split."""
+    ids = (*range(601, 606), *range(11, 16))
+    rows = [{"text": f"Write {i}.", "code": f"def f(): return {i}", "task_id": i, "test_list": ["f()"]} for i in ids]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_a_task_without_a_scorer_has_a_held_out_loss_in_every_condition(
+    model_folder: Path, tmp_path: Path, train_on: str
+):
+    write_mbpp(tmp_path / "mbpp.jsonl")
+    sweep = make_sweep(
+        Condition("base", train=False), Condition("hot"), Condition("again", scores="hot"),
+        model=str(model_folder), data=f"mbpp:{tmp_path}",
+        options={"train_on": train_on, "max_steps": 2, "batch_size": 2, "r": 2, "max_length": 256},
+    )  # fmt: skip
+    found = {job.name: job.function(**job.arguments) for job in sweep_jobs(sweep, tmp_path / "out")}
+    losses = {name: record["training"]["test_loss"] for name, record in found.items() if record is not None}
+    assert losses["base"] == pytest.approx(found["hot"]["training"]["test_loss_before"], rel=1e-5)
+    assert losses["again"] == pytest.approx(losses["hot"], rel=1e-5) and losses["hot"] != losses["base"]
+    rows = {row.condition: row for row in compare_runs(tmp_path / "out", "hot").tables[0].rows}
+    assert rows["base"].against.test.n == rows["again"].against.test.n == 1
+
+
+def test_scores_of_a_fully_trained_model_are_one_condition_of_one_table(model_folder: Path, tmp_path: Path):
+    rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(12)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = {"data": str(tmp_path / "held.jsonl"), "test_data": str(tmp_path / "held.jsonl")}
+    sweep = make_sweep(
+        Condition("fft", {**held, "method": "fft"}), Condition("hot", held),
+        Condition("fft-again", held, scores="fft"), Condition("hot-again", held, scores="hot"),
+        model=str(model_folder), seeds=(0, 1),
+        options={"max_steps": 1, "batch_size": 2, "r": 2, "max_length": 64},
+    )  # fmt: skip
+    for job in sweep_jobs(sweep, tmp_path / "out"):
+        first = job.function(**job.arguments)
+        if job.function is score_adapter:
+            assert job.function(**job.arguments) == first, "done is left alone"
+    (table,) = compare_runs(tmp_path / "out", "hot").tables
+    found = {row.condition: row for row in table.rows}
+    assert table.model == str(model_folder) and found["fft-again"].against.seeds == (0, 1)
+    assert found["fft-again"].values == pytest.approx(found["fft"].values, rel=1e-5)
+    records = find_records(tmp_path / "out")
+    (section,) = read_sections(records)
+    assert len(section.records) == len(records) == 8
+    assert {record["condition"] for record in records.values()} == {"fft", "hot", "adapter"}, "and no base"
+
+
+def test_rows_of_a_task_that_are_held_out_are_scored_so_in_every_condition(model_folder: Path, tmp_path: Path):
+    """A task's own file has one split; the training holds out some of its rows, and has their loss alone."""
+    rows = [{"question": f"What is {i} + 1?", "answer": f"It is {i + 1}\n#### {i + 1}"} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sweep = make_sweep(
+        Condition("base", train=False), Condition("hot"), model=str(model_folder),
+        data=f"gsm8k:{tmp_path / 'train.jsonl'}",
+        options={"test_split": 0.3, "max_steps": 1, "batch_size": 2, "r": 2, "max_length": 96},
+    )  # fmt: skip
+    found = {job.name: job.function(**job.arguments) for job in sweep_jobs(sweep, tmp_path / "out")}
+    assert found["base"]["training"]["test_loss"] == pytest.approx(found["hot"]["training"]["test_loss_before"])
 
 
 def test_rows_that_are_held_out_are_scored_on_the_model_as_it_is(model_folder: Path, tmp_path: Path):

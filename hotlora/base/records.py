@@ -50,7 +50,12 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
 }
 # Those that may be there, or null.
 _OPTIONAL: dict[str, dict[str, Kind]] = {
-    "config": {"test_hash": str, "test_data": str},
+    "config": {
+        **dict.fromkeys(("test_hash", "test_data", "scorer_hash", "engine", "harness", "train_on"), str),
+        **dict.fromkeys(("max_new_tokens", "num_fewshot"), int),
+        "sampling": dict,
+    },
+    "sweep": {"model": str},
     "data": {"train": int, "test": int},
     "model": {"test_loss": (int, float)},
     "parameters": {"percent": (int, float), "adapter_bytes": int},

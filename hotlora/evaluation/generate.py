@@ -61,6 +61,11 @@ class Sampling:
                 "samples and top_p out."
             )
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn: then the seed says nothing."""
+        return self.temperature == 0
+
     def seed_of(self, example: Example, sample: int) -> int:
         """A seed by the prompt and the sample's number, below 2^63."""
         text = f"{self.seed}/{sample}/{example.prompt}"

@@ -132,7 +132,7 @@ def evaluate_task(
 
     if task.kind != "choice":
         return evaluate_answers(task, examples, answers, samples=sampling.samples, results=results)
-    if sampling != GREEDY:
+    if not sampling.is_greedy:
         raise DataError(f"{task.name} ranks choices, and nothing is drawn: leave samples and temperature out.")
 
     def scored(done: Collection[int]) -> Iterator[list[Result]]:

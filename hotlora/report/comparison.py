@@ -5,7 +5,7 @@ What differs, what is equivalent, and what the seeds cannot tell; `docs/statisti
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +15,8 @@ from ..base.escape import one_line
 from ..base.records import Record, find_records
 from ..evaluation.stats import Interval, MeanSd, PairedTest, SdRatio, holm, mean_sd, paired_test, sd_ratio
 from .comparison_table import html_tables
-from .sections import part
+from .measured import LOSS, measured, measured_apart, told_way
+from .sections import model_name, part
 
 METRICS = ("score", "test_loss")
 MARGINS = (1.0, 2.0, 3.0)
@@ -24,6 +25,8 @@ ALPHA = 0.05
 
 # Sweep, model, and the task or, for a loss, the held-out data.
 _Key = tuple[str, str, str]
+# Of a condition, by seed; a model that is scored as it is has none: None.
+_Runs = Mapping[int | None, Record]
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def compare_runs(
         is_trained = part(record, "training") and part(record, "parameters").get("trainable") != 0
         place = seed if is_trained or sweep.get("scores") else None
         for task in _tasks(record, metric):
-            key = (sweep["name"], record["model"]["name"], task)
+            key = (sweep["name"], model_name(record), task)
             if (twin := folders.setdefault((key, condition, place), folder)) != folder:
                 raise DataError(
                     f"{twin} and {folder} are both {condition} of the sweep {sweep['name']} with the seed {seed}: "
@@ -195,15 +198,16 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _table(
-    key: _Key, conditions: Mapping[str, Mapping[int | None, Record]], reference: str, metric: str,
+    key: _Key, conditions: Mapping[str, _Runs], reference: str, metric: str,
     bounds: Sequence[float], corrected: bool, lacking: Mapping[tuple[str, str, int], str],
 ) -> Table:  # fmt: skip
     sweep, model, task = key
+    scored = task if metric == "score" else None
     values = {
         name: {seed: _value(record, task, metric) for seed, record in by_seed.items()}
         for name, by_seed in conditions.items()
     }
-    notes = [*_missing_seeds(sweep, values, lacking), *_other_examples(conditions, task, metric)]
+    notes = [*_missing_seeds(sweep, values, lacking), *_measured_otherwise(conditions, scored)]
     rows = []
     for name, by_seed in conditions.items():
         partner = _reference_of(name, reference, conditions)
@@ -211,9 +215,16 @@ def _table(
         if partner is None:
             notes.append(f"{name}: no done run of {reference} to compare it with.")
         elif partner != name:
-            against = _against(partner, values[name], values[partner], bounds)
+            alike = {
+                (seed, other)
+                for seed, ours in by_seed.items()
+                for other, theirs in conditions[partner].items()
+                if not measured_apart(ours, theirs, scored)
+            }
+            against = _against(partner, values[name], values[partner], alike, bounds)
             if against is None:
-                notes.append(f"{name}: no seed in common with {partner}.")
+                how = "" if len(alike) == len(by_seed) * len(conditions[partner]) else " that was measured alike"
+                notes.append(f"{name}: no seed in common with {partner}{how}.")
             elif against.test.reason:
                 notes.append(f"{name} against {partner}: {against.test.reason}.")
         percent = _mean(part(record, "parameters").get("percent") for record in by_seed.values())
@@ -239,17 +250,28 @@ def verdict(against: Against, unit: str) -> str:
 
 
 def _against(
-    reference: str, ours: Mapping[int | None, float], theirs: Mapping[int | None, float], bounds: Sequence[float]
-) -> Against | None:
-    """None without a common seed. A model as it is has the same value at every seed."""
+    reference: str, ours: Mapping[int | None, float], theirs: Mapping[int | None, float],
+    alike: Set[tuple[int | None, int | None]], bounds: Sequence[float],
+) -> Against | None:  # fmt: skip
+    """None without a common seed. A model as it is has the same value at every seed.
+
+    alike: the seeds of runs, ours and theirs, that were measured in one way.
+    """
     either = {seed for seed in {*ours, *theirs} if seed is not None}
-    seeds = sorted(seed for seed in either if all(seed in side or None in side for side in (ours, theirs)))
-    pairs: list[int | None] = [*seeds] or ([None] if None in ours and None in theirs else [])
+    found: list[tuple[int | None, int | None]] = [
+        (seed if seed in ours else None, seed if seed in theirs else None) for seed in sorted(either)
+    ]
+    pairs = [pair for pair in found or [(None, None)] if pair in alike]
     if not pairs:
         return None
-    a, b = ([side[seed if seed in side else None] for seed in pairs] for side in (ours, theirs))
-    spreads = (mean_sd(list(side.values())) for side in (ours, theirs))
-    return Against(reference, tuple(seeds), paired_test(a, b, bounds=bounds), sd_ratio(*spreads))
+    a, b = [ours[one] for one, _ in pairs], [theirs[other] for _, other in pairs]
+    comparable = ({pair[i] for pair in alike} for i in (0, 1))
+    spreads = (
+        mean_sd([value for seed, value in side.items() if seed in those])
+        for side, those in zip((ours, theirs), comparable, strict=True)
+    )
+    seeds = tuple(seed for pair in pairs if (seed := pair[0] if pair[0] is not None else pair[1]) is not None)
+    return Against(reference, seeds, paired_test(a, b, bounds=bounds), sd_ratio(*spreads))
 
 
 def _correct(rows: Sequence[Row], bounds: Sequence[float]) -> list[Row]:
@@ -316,21 +338,32 @@ def _missing_seeds(
     ]
 
 
-def _other_examples(conditions: Mapping[str, Mapping[int | None, Record]], task: str, metric: str) -> list[str]:
+def _measured_otherwise(conditions: Mapping[str, _Runs], task: str | None) -> list[str]:
     """Says so where runs were not measured on the same examples, in the same way."""
-    kinds: dict[tuple[Any, ...], list[str]] = {}
+    kinds: list[tuple[Record, list[str]]] = []
     for name, runs in conditions.items():
         for record in runs.values():
-            result = record["evaluation"][task] if metric == "score" else {}
-            kind = (result.get("metric"), result.get("n"), part(record, "config").get("test_hash"))
-            kinds.setdefault(kind, []).append(name)
-    if len(kinds) == 1:
+            like = next((names for first, names in kinds if not measured_apart(first, record, task)), None)
+            if like is None:
+                kinds.append((record, [name]))
+            else:
+                like.append(name)
+    if len(kinds) < 2:
         return []
-    told = "; ".join(
-        f"{', '.join(dict.fromkeys(names))}" + (f" on {n} examples by {kind}" if n is not None else "")
-        for (kind, n, _), names in kinds.items()
-    )
-    return [f"These were not measured on the same examples by the same measure, so they are not paired: {told}."]
+    differs = dict.fromkeys(word for first, _ in kinds[1:] for word in measured_apart(kinds[0][0], first, task))
+    told = "; ".join(", ".join(dict.fromkeys(names)) + _how(first, task) for first, names in kinds)
+    return [
+        "These were not measured on the same examples by the same measure, so they are not paired "
+        f"({', '.join(differs)}): {told}."
+    ]
+
+
+def _how(record: Record, task: str | None) -> str:
+    found = measured(record, task)
+    if found["metric"] == LOSS:
+        return ""
+    way = told_way(record)
+    return f" on {found['n']} examples by {found['metric']}" + (f" ({way})" if way else "")
 
 
 def _place(row: Row, reference: str) -> tuple[str, int, str]:

@@ -137,6 +137,11 @@ class Curve:
     band: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
+def in_legend(label: str) -> str:
+    """matplotlib leaves out of a legend what begins with an underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def loss_curves(curves: Sequence[Curve]) -> Figure:
     """Losses by step. Thin: logged; band: from the lowest run to the highest; thick: smoothed; dots: held-out.
 
@@ -160,8 +165,7 @@ def loss_curves(curves: Sequence[Curve]) -> Figure:
             axes.fill_between(list(curve.band), low, high, color=color, alpha=0.15, linewidth=0)
         else:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3 if window > 1 else 0)
-        label = f" {curve.label}" if curve.label.startswith("_") else curve.label  # or matplotlib leaves it out
-        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=label, marker=alone)
+        axes.plot(steps, _smooth(values, window), color=color, linewidth=2, label=in_legend(curve.label), marker=alone)
         if curve.held_out:
             axes.plot(
                 list(curve.held_out), list(curve.held_out.values()), "o--", color=color, markersize=4, linewidth=0.8

@@ -212,7 +212,7 @@ def _shared(table: Table) -> str:
     told = [
         f"{what} {shown(protocol[name])}"
         for name, (what, _) in NAMES.items()
-        if name not in ("task", "metric") and protocol[name] not in (None, False)
+        if name not in ("task", "metric") and protocol.get(name) not in (None, False)
     ]
     seeds = f"seeds {shown(protocol['seeds'])} (to be ranked: {shown(protocol['ranked_with'])})"
     return markdown(f"{table.model}, {_told(table)}. Shared by all runs: {'; '.join([*told, seeds])}.")

@@ -22,7 +22,9 @@ from ..evaluation.stats import proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.selection import Selection
 from ..runs.options import RunOptions
+from ..tasks.data import task_of as named_task
 from ..training.identity import FREE_OPTIONS, differences, same_run
+from .measured import LOSS, may_carry, way_of
 from .sections import part
 
 Protocol = Mapping[str, Any]
@@ -33,10 +35,13 @@ _TESTED = {
     "fingerprint": ("model", "--model"),
     "num_parameters": ("model's parameters", "--model"),
     "test_hash": ("test data", "--test-data, --test-limit"),
+    "scorer_hash": ("what judges the answers", "the task's own tests, choices or databases"),
     "test_examples": ("test examples", "--test-limit"),
     "metric": ("metric", "the task's own scorer"),
     "sampling": ("sampling", "greedy answers"),
     "max_new_tokens": ("tokens of an answer", "--max-new-tokens"),
+    "engine": ("engine", "--engine transformers"),
+    "harness": ("harness", "hotlora's own scores"),
     "on_top_of": ("adapters underneath", "--on-top-of"),
 }
 _TRAINED = {
@@ -53,10 +58,12 @@ _TRAINED = {
     "loss_before": ("test loss before training", "the same weights of --model"),
 }
 NAMES = {**_TESTED, **_TRAINED}
+_NOTED_LATER = {"scorer_hash", "engine", "harness"}
+"""what boards that were founded before do not hold"""
+_READ = ("max_length", "train_on", "chat_template")
+"""what says of which tokens a held-out loss is"""
 SEEDS = ("seeds", "ranked_with")
 """of a protocol, beside NAMES: the seeds that a run may have, and those that a method must have to be ranked"""
-LOSS = "held-out loss"
-"""the metric where no run was scored on a task; lower is better"""
 
 # A record made before there was an option has its default, and profiled on all of the examples.
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RunOptions)} | {"profile_until": 1.0}
@@ -112,7 +119,8 @@ def task_of(record: Record) -> str | None:
         return tasks[0] if len(tasks) == 1 else None
     if part(record, "training").get("test_loss") is None:
         return None
-    return Path(part(record, "config").get("test_data") or record["data"]["name"]).name or None
+    source = part(record, "config").get("test_data") or record["data"]["name"]
+    return task.name if (task := named_task(source)) else Path(source).name or None
 
 
 def board_key(record: Record) -> str | None:
@@ -136,8 +144,9 @@ def protocol_of(record: Record) -> dict[str, Any]:
         "task": task_of(record),
         "fingerprint": record["model"]["fingerprint"], "num_parameters": record["model"].get("num_parameters"),
         "test_hash": config.get("test_hash"), "test_examples": result.get("n", record["data"].get("test")),
-        "metric": result.get("metric", LOSS), "sampling": config.get("sampling"),
-        "max_new_tokens": config.get("max_new_tokens"), "on_top_of": config["on_top_of"] or None,
+        "metric": result.get("metric", LOSS), "on_top_of": config["on_top_of"] or None,
+        "scorer_hash": config.get("scorer_hash") if result else None,
+        **{name: value for name, value in way_of(record).items() if name in NAMES},
     }  # fmt: skip
     if is_trained(record):
         found |= {
@@ -147,6 +156,10 @@ def protocol_of(record: Record) -> dict[str, Any]:
             "train_on": part(record, "config").get("train_on") or "last",  # where nothing else is trained
         }  # fmt: skip
         found |= {name: config[name] for name in _TRAINED if name not in found}
+    elif found["metric"] == LOSS:
+        own = part(record, "config")
+        found |= {name: own[name] for name in _READ if name in own}
+        found |= {"train_on": own["train_on"] or "last"} if "train_on" in own else {}
     return found
 
 
@@ -180,6 +193,10 @@ def shared_protocol(records: Sequence[Record]) -> dict[str, Any]:
             "with the runs of one."
         )
     same = [(record, protocol) for record, protocol in found if _key(protocol) == first]
+    scorers = Counter(protocol["scorer_hash"] for _, protocol in same if protocol["scorer_hash"]).most_common(2)
+    if len(scorers) == 2 and scorers[0][1] == scorers[1][1]:
+        told = protocol_differences(*({"scorer_hash": value} for value, _ in scorers))
+        raise DataError(f"as many runs follow one protocol as another ({told[0]}): give a folder with the runs of one.")
     losses = [protocol["loss_before"] for _, protocol in same if protocol["loss_before"] is not None]
     of_method: dict[str, set[int]] = {}
     for record, _ in same:
@@ -187,7 +204,8 @@ def shared_protocol(records: Sequence[Record]) -> dict[str, Any]:
     seeds = Counter(seed for own in of_method.values() for seed in own)
     ranked = sorted(seed for seed, number in seeds.items() if number > len(of_method) / 2)
     loss = median(losses) if losses else None
-    return same[0][1] | {"loss_before": loss, "seeds": sorted(seeds), "ranked_with": ranked or sorted(seeds)}
+    read_off = {"loss_before": loss, "scorer_hash": scorers[0][0] if scorers else None}
+    return same[0][1] | read_off | {"seeds": sorted(seeds), "ranked_with": ranked or sorted(seeds)}
 
 
 def protocol_differences(ours: Protocol, asked: Protocol) -> list[str]:
@@ -195,7 +213,7 @@ def protocol_differences(ours: Protocol, asked: Protocol) -> list[str]:
     return [
         f"{what} {shown(ours[name])}, and {shown(asked.get(name))} is asked ({fix})"
         for name, (what, fix) in NAMES.items()
-        if name in ours and not _equal(name, ours[name], asked.get(name))
+        if name in ours and not _equal(name, ours, asked)
     ]
 
 
@@ -228,7 +246,7 @@ def faults(folder: Path, record: Record) -> list[str]:
     task, config = task_of(record), part(record, "config")
     if task is None:
         return ["it has no score of one task, and no held-out loss: train with a task or --test-data"]
-    if config.get("adapter") is not None:
+    if config.get("adapter") is not None or part(record, "sweep").get("scores"):
         return ["it scores a saved adapter, and does not hold how that was trained: give the training's record"]
     signs = _signs(record)
     there, gone = ([name for name, is_there in signs.items() if is_there is wanted] for wanted in (True, False))
@@ -309,7 +327,7 @@ def _changed_plan(folder: Path, record: Record) -> list[str]:
 
 def check_protocol(protocol: Any, where: str) -> dict[str, Any]:
     """A protocol as a file holds it. FileError, naming `where`, if it is none."""
-    if not isinstance(protocol, dict) or set(protocol) != {*NAMES, *SEEDS}:
+    if not isinstance(protocol, dict) or not {*NAMES, *SEEDS} - _NOTED_LATER <= set(protocol) <= {*NAMES, *SEEDS}:
         raise FileError(f"{where} is not a protocol of {', '.join((*NAMES, *SEEDS))}: restore a copy of the file")
     for name in SEEDS:
         seeds = protocol[name]
@@ -326,10 +344,16 @@ def is_loss(protocol: Protocol) -> bool:
 
 
 def _key(protocol: Protocol) -> str:
-    return json.dumps({name: value for name, value in protocol.items() if name != "loss_before"}, sort_keys=True)
+    return json.dumps({n: v for n, v in protocol.items() if n not in ("loss_before", "scorer_hash")}, sort_keys=True)
 
 
-def _equal(name: str, ours: Any, asked: Any) -> bool:
+def _equal(name: str, protocol: Protocol, board: Protocol) -> bool:
+    """Whether a run's protocol has in this what the board's asks for."""
+    ours, asked = protocol[name], board.get(name)
+    if name == "scorer_hash":  # older runs do not say
+        return ours is None or asked is None or ours == asked
+    if name == "train_on" and "steps" not in protocol:  # a model as it is
+        return ours in may_carry(str(asked))
     if name != "loss_before":
         return bool(json.dumps(ours) == json.dumps(asked))
     if not isinstance(asked, int | float):  # no run that founded the board has it

@@ -1,7 +1,8 @@
 """Runs that differ in their seed alone -> one row of text, with means and intervals over seeds. Loads no model."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..base.records import Record
 from ..evaluation.stats import Interval, PairedTest, mean_interval, mean_sd, paired_test
+from .measured import apart, named, way_of
 from .rows import COLUMNS, OWN_ROWS, Row, covered, score_of, signed, trained_text
 from .sections import (
     Records,
@@ -20,7 +22,6 @@ from .sections import (
     is_trained,
     option_text,
     part,
-    tested_on,
 )  # fmt: skip
 from .text import NONE, human_bytes
 
@@ -54,6 +55,7 @@ def repeated(records: Records) -> list[Repeated]:
     found: dict[tuple[Any, ...], list[Path]] = {}
     for folder, record in records.items():
         found.setdefault(_key(record, options), []).append(folder)
+    found = dict(_by_scorer(found, records))
     groups = [_by_seed(folders, records) for folders in found.values()]
     if all(len(runs) < 2 for runs, _ in groups):
         return []
@@ -109,9 +111,23 @@ def _key(record: Record, options: Sequence[str]) -> tuple[Any, ...]:
     config, sweep = part(record, "config"), part(record, "sweep").get("condition")
     own: list[Any] = [record["name"], record["condition"], sweep, record["model"]["fingerprint"]]
     own += [record["data"].get("hash"), record["data"].get("test"), *(config.get(name) for name in _EQUAL)]
+    own.append(json.dumps(way_of(record), sort_keys=True))
     if not is_trained(record):
         return (*own, None if sweep else config.get("adapter"))
     return (*own, *(option_text(record, name) for name in options))
+
+
+def _by_scorer(
+    found: Mapping[tuple[Any, ...], Sequence[Path]], records: Records
+) -> Iterator[tuple[tuple[Any, ...], list[Path]]]:
+    """Apart where the runs of one key were judged by different tests or choices; older runs do not say."""
+    for key, folders in found.items():
+        hashes = {folder: part(records[folder], "config").get("scorer_hash") for folder in folders}
+        if len({*hashes.values()} - {None}) < 2:
+            yield key, [*folders]
+            continue
+        for value in dict.fromkeys(hashes.values()):
+            yield (*key, value), [folder for folder in folders if hashes[folder] == value]
 
 
 def _by_seed(folders: Sequence[Path], records: Records) -> tuple[dict[int, Path], tuple[Path, ...]]:
@@ -124,7 +140,7 @@ def _by_seed(folders: Sequence[Path], records: Records) -> tuple[dict[int, Path]
 def _names(first: Sequence[Record], folders: Sequence[Sequence[Path]], options: Sequence[str]) -> list[str]:
     """What tells conditions apart: their names; where these are equal with the sweep's word, else with the options in
     which they differ, else with the folder of the first run."""
-    names = [str(record["name"]) for record in first]
+    names = [named(record) for record in first]
     found = list(names)
     for name in {name for name, times in Counter(names).items() if times > 1}:
         same = [i for i, other in enumerate(names) if other == name]
@@ -162,13 +178,14 @@ def _distance(section: Section, group: Repeated, other: Repeated) -> tuple[bool,
 
 
 def _pairs(section: Section, task: str, group: Repeated, other: Repeated) -> list[tuple[float, float]]:
-    """Both conditions' scores of each seed that both have; none of losses of different rows."""
+    """Both conditions' scores of each seed that both have, of the same weights and training data, measured alike."""
     pairs = []
     for seed in group.runs.keys() & other.runs.keys():
         one, two = (section.records[each.runs[seed]] for each in (group, other))
         a, b = (score_of(section, record, task) for record in (one, two))
-        if a is not None and b is not None and not (section.by_loss and tested_on(one) != tested_on(two)):
-            pairs.append((a, b))
+        if a is None or b is None or apart(one, two, None if section.by_loss else task):
+            continue
+        pairs.append((a, b))
     return pairs
 
 

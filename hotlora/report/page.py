@@ -19,9 +19,10 @@ from ..base.files import read_json_lines, write_text
 from ..base.records import Record, find_records
 from . import figures
 from .figures import Figure
+from .measured import apart, told_way
 from .over_seeds import repeated, seeds_summary
 from .rows import against_all, covered, run_names
-from .sections import Records, Section, part, read_sections
+from .sections import Records, Section, part, read_sections, same_options
 from .tables import Shown, conditions_table, section_tables
 from .text import human_seconds
 
@@ -235,13 +236,14 @@ def _summary(section: Section, table: Shown) -> str:
 
 
 def _others(records: Records, hot: Record, task: str) -> str:
-    """Random and cold experts beside a hot run of the same seed and as many parameters."""
+    """Random and cold experts beside a hot run of the same seed, options and number of parameters."""
     found = {
         record["condition"]: f"{record['evaluation'][task]['accuracy']:.1%}"
         for record in records.values()
         if record["condition"] in ("random", "cold") and record["seed"] == hot["seed"]
         and task in part(record, "evaluation")
         and part(record, "parameters").get("trainable") == part(hot, "parameters").get("trainable")
+        and same_options(record, hot) and not apart(record, hot, task)
     }  # fmt: skip
     if not found:
         return ""
@@ -249,9 +251,13 @@ def _others(records: Records, hot: Record, task: str) -> str:
 
 
 def _metric(section: Section, table: Shown) -> str:
-    results = (part(section.records[folder], "evaluation").get(table.task) for folder in table.folders)
-    metrics = dict.fromkeys((result["metric"], result["n"]) for result in results if result)
-    return "; ".join(f"{metric.replace('_', ' ')} on {n} test examples" for metric, n in metrics)
+    told: dict[str, None] = {}
+    for record in (section.records[folder] for folder in table.folders):
+        if result := part(record, "evaluation").get(table.task):
+            way = told_way(record)
+            metric = f"{result['metric'].replace('_', ' ')} on {result['n']} test examples"
+            told[metric + (f" ({way})" if way else "")] = None
+    return "; ".join(told)
 
 
 def _slug(text: str, taken: set[str], name: str) -> str:

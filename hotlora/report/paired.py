@@ -19,12 +19,15 @@ from ..base.files import read_json_lines
 from ..base.records import Record, read_record, read_results
 from ..evaluation.stats import Interval, McNemar, mcnemar, mean_interval, paired_difference, ratio_interval
 from .comparison_table import html_paired
+from .measured import WORDS, measured_apart
 
 ALPHA = 0.05
 
 # An example: its id, and which of the examples with that id it is (some benchmarks ask the same twice).
 _Key = tuple[str, int]
 _Rows = dict[_Key, dict[str, Any]]
+# Pairs are of the examples that both have, and a note tells of others; another metric has a note of its own.
+_OF_EXAMPLES = [WORDS[name] for name in ("test_hash", "n", "scorer_hash", "metric")]
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,23 @@ def compare_examples(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Pa
         results = [own[task] for own in scored]
         if all(result["metric"] == "token_accuracy" for result in results):
             continue  # of texts: `losses` has them
+        differs = measured_apart(records[0], records[1], task)
+        if WORDS["scorer_hash"] in differs and WORDS["test_hash"] not in differs:
+            left_out.append(
+                f"{task}: the answers to the same prompts were judged by others (tests, choices or databases), so they "
+                "are not paired: evaluate both on one copy of the data."
+            )
+            continue
         rows = [_rows(folder, task, result) for folder, result in zip(folders, results, strict=True)]
-        tasks.append(_paired(task, folders, results, rows))
+        tasks.append(_paired(task, folders, results, rows, [word for word in differs if word not in _OF_EXAMPLES]))
         has_rouge = [all("rouge_l" in row for row in own.values()) for own in rows]
         if all(has_rouge):
             tasks.append(_paired_rouge(task, folders, rows))
         elif any("rouge_l" in result for result in results):
             lacking = folders[has_rouge.index(False)]
             left_out.append(f"{task}, ROUGE-L: {lacking} kept none of each example (hotlora evaluate --rouge).")
+    if not tasks and not losses:
+        raise DataError(f"nothing of the two runs can be paired: {' '.join(left_out)}")
     return PairedRuns(str(folders[0]), str(folders[1]), (*tasks, *losses), tuple(left_out))
 
 
@@ -142,7 +154,10 @@ def _record(folder: Path) -> Record:
     return record
 
 
-def _paired(task: str, folders: list[Path], results: list[dict[str, Any]], rows: list[_Rows]) -> PairedTask:
+def _paired(
+    task: str, folders: list[Path], results: list[dict[str, Any]], rows: list[_Rows], otherwise: Sequence[str]
+) -> PairedTask:
+    """otherwise: what else than the examples differs in how the two were measured."""
     keys = _common(task, folders, rows)
     ours, theirs = ([100 * float(own[key]["correct"]) for key in keys] for own in rows)
     difference, low, high = paired_difference(ours, theirs)
@@ -155,6 +170,8 @@ def _paired(task: str, folders: list[Path], results: list[dict[str, Any]], rows:
     ]
     if metrics[0] != metrics[1]:
         notes.append(f"{task}: measured in two ways, {metrics[0]} and {metrics[1]}.")
+    if otherwise:
+        notes.append(f"{task}: measured otherwise ({', '.join(otherwise)}), so not the models alone differ.")
     if not one_answer:
         notes.append(f"{task}: examples with several answers are right by a share, so there is no McNemar test.")
     return PairedTask(

@@ -1,7 +1,7 @@
 """Run records -> a row of text for each run. Loads no model."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ..base.records import Record, read_results
 from ..evaluation.stats import Difference, paired_difference, proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
+from .measured import apart, named
 from .sections import (
     Records,
     Section,
@@ -21,7 +22,6 @@ from .sections import (
     is_trained,
     option_text,
     part,
-    tested_on,
 )  # fmt: skip
 from .text import NONE, human_bytes, human_count
 
@@ -93,16 +93,17 @@ def table_rows(section: Section, task: str, folders: Sequence[Path] | None = Non
 
 
 def run_names(records: Records) -> dict[Path, str]:
-    """What tells runs apart: their names, with seeds where these differ, with folders where that is not enough."""
+    """What tells runs apart: their names, with how they were scored, with seeds where these differ, with folders where
+    that is not enough."""
     several_seeds = len({record["seed"] for record in records.values()}) > 1
-    named = {
-        folder: f"{record['name']}, seed {record['seed']}" if several_seeds else record["name"]
+    names = {
+        folder: f"{named(record)}, seed {record['seed']}" if several_seeds else named(record)
         for folder, record in records.items()
     }
-    times = Counter(named.values())
+    times = Counter(names.values())
     return {
         folder: f"{name} ({folder.parent.name}/{folder.name})" if times[name] > 1 else name
-        for folder, name in named.items()
+        for folder, name in names.items()
     }
 
 
@@ -119,8 +120,8 @@ def reference_of(
 ) -> tuple[Path, Record] | None:
     """The run on all experts with this run's seed. Of several the one among `folders` whose options are nearest.
 
-    None: no such run, it is one itself, or one of the two has no score; or no held-out loss of the same rows, where the
-    section goes by it.
+    None: it is one itself, one of the two has no score, or no such run is of the same weights and training data and
+    was measured alike, which is noted.
     """
     record = section.records[folder]
     if record["condition"] == "all" or score_of(section, record, task) is None:
@@ -130,10 +131,21 @@ def reference_of(
         for other, reference in section.records.items()
         if reference["condition"] == "all" and reference["seed"] == record["seed"] and other != folder
         and score_of(section, reference, task) is not None
-        and not (section.by_loss and tested_on(record) != tested_on(reference))
     ]  # fmt: skip
+    scored = None if section.by_loss else task
+    alike = [(other, reference) for other, reference in others if not apart(record, reference, scored)]
+    if others and not alike:
+        note_apart(section, named(record), task, [apart(record, reference, scored) for _, reference in others])
     within = section.records if folders is None else folders
-    return min(others, key=lambda item: (item[0] not in within, distance(record, item[1])), default=None)
+    return min(alike, key=lambda item: (item[0] not in within, distance(record, item[1])), default=None)
+
+
+def note_apart(section: Section, name: str, task: str, differs: Iterable[Iterable[str]]) -> None:
+    """Says why a run has no difference to any on all experts: what is other in each of those."""
+    words = dict.fromkeys(word for some in differs for word in some)
+    section.note(
+        f"{name}: no difference on {task} to a run on all experts, for those are not comparable ({', '.join(words)})."
+    )
 
 
 def against_all(

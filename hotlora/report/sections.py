@@ -83,7 +83,7 @@ def read_sections(records: Records) -> list[Section]:
     groups: dict[tuple[str, str], dict[Path, Record]] = {}
     for folder, record in records.items():
         if record["condition"] != "base":
-            groups.setdefault((record["model"]["name"], record["data"]["name"]), {})[folder] = record
+            groups.setdefault((model_name(record), record["data"]["name"]), {})[folder] = record
     for folder, record in records.items():
         if record["condition"] == "base":
             model, own = record["model"]["name"], record["data"]["name"]
@@ -141,9 +141,20 @@ def distance(a: Record, b: Record) -> tuple[bool, int]:
     return adapted(a) != adapted(b), len(differing([a, b]))
 
 
+def same_options(a: Record, b: Record) -> bool:
+    """Whether two runs differ in which experts they adapt alone, and not in how."""
+    return adapted(a) == adapted(b) and all(option_text(a, name) == option_text(b, name) for name in differing([a, b]))
+
+
 def part(record: Record, name: str) -> Mapping[str, Any]:
     """A section of a record; empty where it has none."""
     return record.get(name) or {}
+
+
+def model_name(record: Record) -> str:
+    """What a run is of: the name of its model, or of the one whose full fine-tuning it scores."""
+    name: str = part(record, "sweep").get("model") or record["model"]["name"]
+    return name
 
 
 def held_out_loss(record: Record) -> float | None:

@@ -53,7 +53,7 @@ def coverage_curves(profiles: Mapping[str, RoutingProfile], experts_per_layer: i
     figure, axes = figures.coverage_axes(4.4, num_experts)
     names = sorted(curves, key=lambda name: -curves[name][experts_per_layer])
     for (name, color), line in zip(colors(names).items(), _dashes(names), strict=True):
-        label = f"{name}  {curves[name][experts_per_layer]:.0f}%"
+        label = figures.in_legend(f"{name}  {curves[name][experts_per_layer]:.0f}%")
         axes.plot(range(num_experts + 1), curves[name], color=color, linewidth=1.8, linestyle=line, label=label)
     axes.plot([0, num_experts], [0, 100], color=MUTED, linewidth=1.2, linestyle=(0, (1, 2)), label="uniform routing")
     axes.axvline(experts_per_layer, color=INK, linewidth=0.8)
@@ -84,7 +84,8 @@ def by_layer(result: Study) -> Figure:
         for (name, color), line in zip(colors(names).items(), _dashes(names), strict=True):
             values = np.array(rows[name]["by_layer"][metric], dtype=float) * scale
             values = median_filter(values, near, mode="nearest")
-            axes.plot(depth, values, color=color, linewidth=width, linestyle=line, marker=dot, markersize=3, label=name)
+            own = {"color": color, "linestyle": line, "label": figures.in_legend(name)}
+            axes.plot(depth, values, linewidth=width, marker=dot, markersize=3, **own)
         style_depth(axes, "layer", f"{label}{of}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", **LEGEND)

@@ -35,7 +35,7 @@ from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, task_of, trained_parts
+from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, trained_parts
 from ..tasks.own import own_task
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize
@@ -108,7 +108,8 @@ def run_evaluation(
         **written,
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
-    identity |= {"sampling": dataclasses.asdict(sampling)} if sampling != GREEDY else {}
+    identity |= {} if sampling.is_greedy else {"sampling": dataclasses.asdict(sampling)}
+    identity |= {"scorer_hash": judged} if (judged := scorer_hash(task, test)) else {}
     identity |= {"merge": True} if options.merge else {}
     identity |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens is not None else {}
     parts = trained_parts(options.train_on, test) if is_own else None
@@ -158,10 +159,13 @@ def run_evaluation(
 
 
 def _as_noted(identity: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Without the chat template where the folder's record is from before evaluations noted one."""
-    if folder is None or not (folder / "run.json").is_file() or "chat_template" in read_record(folder)["config"]:
+    """As the folder's record has it, where that is older: without the chat template, or with greedy answers' seed."""
+    if folder is None or not (folder / "run.json").is_file():
         return identity
-    return {name: value for name, value in identity.items() if name != "chat_template"}
+    old = read_record(folder)["config"]
+    if "sampling" not in identity and (old.get("sampling") or {}).get("temperature") == 0:
+        identity = identity | {"sampling": old["sampling"]}
+    return {name: value for name, value in identity.items() if name != "chat_template" or name in old}
 
 
 def _tell_template(options: EvalOptions, by_template: bool) -> None:
@@ -178,7 +182,7 @@ def _tell_template(options: EvalOptions, by_template: bool) -> None:
 def _check_texts(task: Task, rouge: bool, sampling: Sampling, engine: str) -> None:
     if rouge:
         raise HotLoraError(f"ROUGE-L is of answers, and {task.name} has texts alone: leave --rouge out.")
-    if sampling != GREEDY or engine != "transformers":
+    if not sampling.is_greedy or engine != "transformers":
         raise HotLoraError(
             f"{task.name} has texts alone, to which nothing is answered: leave --engine and the options of sampling "
             "out."
@@ -310,6 +314,7 @@ def run_generations(
         "data": data, "test_hash": data_hash(test), "generations": str(generations),
         "generations_hash": sha256_file(Path(generations)), "allow_missing": allow_missing,
     }  # fmt: skip
+    options |= {"scorer_hash": judged} if (judged := scorer_hash(task, test)) else {}
     if output is not None and (done := finished(Path(output), options)) is not None:
         return done, None
     record = new_record(

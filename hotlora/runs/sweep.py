@@ -23,6 +23,7 @@ from ..base.escape import lines
 from ..base.files import FOLDER_NAME
 from ..base.lock import locked
 from ..base.options import ALIASES, by_own_names, suggest
+from ..evaluation.generate import Sampling
 from ..tasks.data import task_of, test_source
 from ..training.config import TrainConfig
 from .checks import check_values
@@ -108,6 +109,7 @@ class Sweep:
                 resolved = self.resolved(condition)
                 if condition.train and condition.scores is None:
                     trained.add(condition.name)
+                    _check_greedy(condition.name, options)
                     check_values(resolved)
             except HotLoraError as error:
                 raise HotLoraError(f"{self.name}: {condition.name}: {error}") from error
@@ -204,6 +206,8 @@ def sweep_jobs(sweep: Sweep, output: str | os.PathLike[str]) -> list[Job]:
                 at = folder / f"seed{seed}"
                 trained = next(job for job in jobs if (job.name, job.seed) == (condition.scores, seed))
                 mark = {"sweep": {**kept["sweep"], "scores": condition.scores}}
+                if trained.arguments["options"].full:  # the record's own model is what that run left, one a seed
+                    mark["sweep"]["model"] = options.model
                 stored = {name: own[name] for name in ("quantize", "quantize_linear", "keep_hot") if name in own}
                 arguments = _scoring(options, given, at, mark, stored) | {"trained": trained.folder, "seed": seed}
                 jobs.append(Job(condition.name, at, score_adapter, arguments, trained, seed))
@@ -228,6 +232,18 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
         raise HotLoraError(f"{where}: options must be plain values, such as JSON holds ({error}).") from error
 
 
+def _check_greedy(name: str, options: Mapping[str, Any]) -> None:
+    """HotLoraError: a training is to draw answers, and its own score is greedy."""
+    drawn = {option: options[option] for option in SAMPLING if option in options}
+    if drawn:
+        told = ", ".join(f"{option} = {value!r}" for option, value in drawn.items())
+        raise HotLoraError(
+            f"{told} would change nothing: a training scores greedy answers. Leave it out here, and of the whole "
+            f"sweep's options; score the adapters by a condition of its own, Condition('{name}-sampled', {drawn!r}, "
+            f"scores={name!r})."
+        )
+
+
 def _scoring(
     options: RunOptions, given: Mapping[str, Any], folder: Path, kept: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -237,15 +253,20 @@ def _scoring(
         data, split = options.data, {"split": options.test_split, "limit": options.limit}
     if data is None:
         raise DataError(f"{options.data} has no test examples of its own to score: give test_data.")
+    task = task_of(data)
+    is_loss = bool(split) or task is None or task.kind == "text"
+    sampling = {name: given[name] for name in SAMPLING if name in given}
+    if sampling and (is_loss or (task is not None and task.kind == "choice")):
+        raise HotLoraError(f"on {data} no answer is drawn: leave {', '.join(sampling)} out.")
+    Sampling(**sampling)  # an error here, and not when trainings have run
     # What is merged first needs the experts on the device.
     offload, there = ("none", None) if options.on_top_of else (options.offload, options.offload_folder)
     scored = EvalOptions(
         model=options.model, on_top_of=options.on_top_of, limit=options.test_limit, batch_size=options.eval_batch_size,
         dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation,
         offload=offload, offload_folder=there,
-        **(options.reading() if task_of(data) is None else {}), **stored,
+        **(options.reading() if task is None else {"train_on": options.train_on} if is_loss else {}), **stored,
     )  # fmt: skip
-    sampling = {name: given[name] for name in SAMPLING if name in given}
     return {
         "options": scored, "data": data, "output": folder, "kept": kept, "max_length": options.max_length,
         "sampling": sampling, "held_out_of": split,

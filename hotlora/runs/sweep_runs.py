@@ -39,19 +39,23 @@ def score_adapter(
     kept: Mapping[str, Any], options: EvalOptions, output: Path, trained: Path, seed: int, **arguments: Any
 ) -> Record:
     """The adapter, or the model, that the run in `trained` left, on other data."""
+    marks = {**kept, "seed": seed}
     if (trained / "model").is_dir():
         options = replace(options, model=str(trained / "model"), on_top_of=())  # they are in it
+        marks |= {name: read_record(trained)[name] for name in ("name", "condition")}  # it is no base
     else:
         options = replace(options, adapter=trained / "adapter")
-    return _mark(_scored(options, output, **arguments), output, {**kept, "seed": seed})
+    return _mark(_scored(options, output, **arguments), output, marks)
 
 
 def _scored(
     options: EvalOptions, output: Path, *, data: str, max_length: int, sampling: Mapping[str, Any],
     held_out_of: Mapping[str, Any] = MappingProxyType({}),
 ) -> Record:  # fmt: skip
-    """Of the task; where the data names none, the held-out loss."""
-    if task_of(data) is None:
+    """Of the task; where the data names none, or one without a scorer, or rows of the training's are held out, the
+    held-out loss, as of a training."""
+    task = task_of(data)
+    if held_out_of or task is None or task.kind == "text":
         return run_held_out(options, data, output, max_length=max_length, **held_out_of)
     return run_evaluation(options, data, output, sampling=Sampling(**sampling))[0]
 

@@ -49,7 +49,7 @@ from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, task_of, test_source, trained_parts
+from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, test_source, trained_parts
 from ..tasks.ends import told_ends, turn_ends
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import MOST_TOKENS, tokenize, told
@@ -150,6 +150,7 @@ class _Run:
             "train_on": trained_parts(options.train_on, chain(self.examples, self.test)),
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
+        self.identity |= {"scorer_hash": judged} if (judged := scorer_hash(self.task, self.test)) else {}
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})
         self.condition = options.condition or options.condition_by(self.plan.rule if self.plan else options.rule)
         self.record = new_record(

@@ -114,6 +114,19 @@ def data_hash(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
+def scorer_hash(task: Task | None, examples: Iterable[Example]) -> str | None:
+    """SHA-256 over what judges every example's answer beside `data_hash`'s text: choices, the right one's place, unit
+    tests, databases. None where there is nothing of the kind."""
+    if task is None:
+        return None
+    digest, is_judged = hashlib.sha256(), False
+    for example in examples:
+        by = task.judged_by(example)
+        is_judged |= bool(example.choices or by)
+        digest.update(json.dumps([example.choices, example.label, by], sort_keys=True).encode())
+    return digest.hexdigest() if is_judged else None
+
+
 def trained_parts(train_on: str, examples: Iterable[Example]) -> str | None:
     """`train_on`, where it trains another part of these examples than each one's completion; else None."""
     return train_on if train_on == "all" or any(len(e.spans) > (e.text is not None) for e in examples) else None

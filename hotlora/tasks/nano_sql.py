@@ -36,4 +36,12 @@ def read(split: str, source: str | None, limit: int | None, seed: int) -> list[E
     ]
 
 
-TASK = Task("nano-sql", "generate", "execution_accuracy", read, spider.score, max_new_tokens=64, stop=spider.STOP)
+def judged_by(example: Example) -> dict[str, str]:
+    """The gold query: the databases are generated, and their files have the version of sqlite that wrote them."""
+    return {"query": example.meta["query"]}
+
+
+TASK = Task(
+    "nano-sql", "generate", "execution_accuracy", read, spider.score,
+    max_new_tokens=64, stop=spider.STOP, judged_by=judged_by,
+)  # fmt: skip

@@ -7,11 +7,12 @@ files of the same rows as CodeAlpaca's, of which an invented one::
     {"instruction": "Help me to eat my flatmate's cake.", "input": "",
      "output": "I cannot help with that: the cake is not yours …"}
 
-A folder holds both parts, and gives all of Alpaca's rows and then the first safety rows, one for ten. A file that is
-mixed already, such as the published ``saferpaca_Instructions_2000.json`` (github.com/vinid/safety-tuned-llamas, data
-CC BY-NC 4.0), is taken as it is.
+A folder holds both parts, and gives all of Alpaca's rows and then the first safety rows, one for ten; where there are
+fewer, all of them and a warning. A file that is mixed already, such as the published
+``saferpaca_Instructions_2000.json`` (github.com/vinid/safety-tuned-llamas, data CC BY-NC 4.0), is taken as it is.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..base.errors import DataError
 from .codealpaca import example, lori_example
 from .rows import Row, read_rows, split_file
 from .task import Example, Task
+
+_log = logging.getLogger(__name__)
 
 ALPACA_PER_SAFETY = 10
 _ALPACA = ["alpaca_20000.json", "alpaca_5000.json", "alpaca.json", "alpaca_data.json"]
@@ -41,7 +44,13 @@ def _rows(path: Path) -> list[Row]:
         return read_rows(path)
     alpaca = read_rows(split_file(path, _ALPACA))
     safety = read_rows(split_file(path, _SAFETY))
-    return alpaca + safety[: len(alpaca) // ALPACA_PER_SAFETY]
+    wanted = len(alpaca) // ALPACA_PER_SAFETY
+    if len(safety) < wanted:
+        _log.warning(
+            "%s: %d safety rows to %d of Alpaca's are one for %.1f, and not for %d: give a smaller part of Alpaca (%s)",
+            path, len(safety), len(alpaca), len(alpaca) / max(1, len(safety)), ALPACA_PER_SAFETY, _ALPACA[0],
+        )  # fmt: skip
+    return alpaca + safety[:wanted]
 
 
 _task = partial(Task, kind="text", metric="loss", splits=("train",), needs_files=True)

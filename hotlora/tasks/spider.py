@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
+from ..base.files import sha256_file
 from .rows import Row, need, need_text, read_rows, split_file
 from .sql_sandbox import SqlSandbox
 from .task import Example, Task
@@ -176,6 +177,23 @@ def same_answer(gold: Sequence[SqlRow], predicted: Sequence[SqlRow], ordered: bo
     return extend(())
 
 
+def judged_by(example: Example) -> dict[str, Any]:
+    """The gold query, and each database by its name and SHA-256."""
+    found = databases(Path(example.meta["folder"]))
+    return {"query": example.meta["query"], "databases": {path.name: _file_hash(path) for path in found}}
+
+
+def _file_hash(path: Path) -> str:
+    """Many questions are of one database, which may be large."""
+    there = path.stat()
+    return _hashed(path, there.st_size, there.st_mtime_ns)
+
+
+@functools.cache
+def _hashed(path: Path, size: int, modified: int) -> str:
+    return sha256_file(path)
+
+
 @functools.cache
 def _sandbox() -> SqlSandbox:
     sandbox = SqlSandbox()
@@ -211,4 +229,7 @@ def score(example: Example, text: str, sandbox: SqlSandbox | None = None) -> boo
     return True
 
 
-TASK = Task("spider", "generate", "execution_accuracy", read, score, max_new_tokens=256, stop=STOP, needs_files=True)
+TASK = Task(
+    "spider", "generate", "execution_accuracy", read, score,
+    max_new_tokens=256, stop=STOP, needs_files=True, judged_by=judged_by,
+)  # fmt: skip

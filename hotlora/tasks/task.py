@@ -42,6 +42,10 @@ class Example:
     source_hash: str | None = None
 
 
+def _meta(example: Example) -> dict[str, Any]:
+    return example.meta
+
+
 @dataclass(frozen=True)
 class Task:
     """A benchmark: where its rows come from and how an answer is judged; or data without a judge.
@@ -58,6 +62,8 @@ class Task:
         stop: texts that end an answer, for base models that never say the end-of-text token.
         splits: those that it has; not all data has a "test".
         needs_files: nothing of it is on the hub, so a source must be given.
+        judged_by: what judges an example's answer beside its completion and choices, as JSON holds it: equal on every
+            machine, so without the paths of files and with their hashes.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Task:
     stop: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train", "test")
     needs_files: bool = False
+    judged_by: Callable[[Example], Any] = _meta
 
     def load(self, split: str, source: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
         """The examples of a split.

@@ -28,6 +28,7 @@ _WORDS = {
 _HASHES = {
     "chat_template": ("the model's chat template", "model"),
     "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
+    "scorer_hash": ("what judges the test data's answers (tests, choices, databases)", "test_data"),
     "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
     "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
     "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
@@ -37,6 +38,9 @@ _BEFORE = {"profile_until": 1.0}
 """what runs that were begun before there was an option did, where that is not its default"""
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)} | _BEFORE
 """of options of training, for the records of runs that were begun before there was one"""
+_NOTED_LATER = ("scorer_hash",)
+"""what says of runs that were begun before it was noted nothing"""
+_TESTED = ("test_hash", "scorer_hash")
 _IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice
 LENGTH = ("epochs", "max_steps", "early_stopping_patience")
 """Options that say where a training ends."""
@@ -50,6 +54,7 @@ def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path, *, extend
     """
     new = json.loads(json.dumps(new))  # as the file holds it: lists for tuples
     old = {name: value for name, value in DEFAULTS.items() if name in new} | dict(old)
+    new = {name: value for name, value in new.items() if name in old or name not in _NOTED_LATER}
     beside = differences(*({n: v for n, v in options.items() if n not in LENGTH} for options in (old, new)))
     if found := beside if extend else differences(old, new):
         or_longer = "" if beside else ", or --extend to train this one on"
@@ -75,7 +80,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             said.append(f"{flag} {_shown(now)} against {_shown(was)}")
             continue
         what, option = _HASHES[name]
-        if option not in changed and not (name == "test_hash" and "data" in changed):
+        if option not in changed and not (name in _TESTED and "data" in changed):
             here = "is not what it was" if was and now else "was not given before" if now else "was given before"
             said.append(f"{what} {here}")
     return said

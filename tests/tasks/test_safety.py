@@ -43,6 +43,15 @@ def test_saferpaca_adds_one_safety_row_to_ten_of_alpacas(tmp_path: Path):
         load_examples("saferpaca", "test")
 
 
+def test_too_few_safety_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "safety_only_data_Instructions.json").write_text(json.dumps(SAFETY[:2]))
+    for alpaca, told in ((ALPACA[:29], False), (ALPACA, True)):
+        (tmp_path / "alpaca_5000.json").write_text(json.dumps(alpaca))
+        caplog.clear()
+        assert len(load_examples(f"saferpaca:{tmp_path}")) == len(alpaca) + 2
+        assert ("2 safety rows to 30 of Alpaca's are one for 15.0, and not for 10" in caplog.text) is told
+
+
 @pytest.mark.parametrize(
     ("text", "refused"),
     [
