@@ -327,6 +327,17 @@ def test_only_the_end_that_a_tokenizer_adds_is_taken_from_a_prompt():
         assert row["completion_mask"] == [0] * len(ids) + [1, 1] and row["input_ids"][: len(ids)] == ids
 
 
+def test_batches_of_long_rows_have_fewer():
+    tokenizer = byte_tokenizer()
+    rows = tokenize([Example("p" * n, "c") for n in (20_000, 6_000, 9_000, 5_000, 30, 20)], tokenizer, 32_768)
+    shapes = [tuple(batch["input_ids"].shape) for batch in batches(rows, tokenizer, 3)]
+    assert [number for number, _ in shapes] == [1, 1, 2, 2] and [max(1, 2**14 // width) for _, width in shapes[:3]] == [
+        1,
+        1,
+        2,
+    ]
+
+
 def test_batches_hold_every_example_once():
     tokenizer = byte_tokenizer()
     dataset = tokenize([Example("p" * (1 + i % 5), "c" * (1 + i % 3)) for i in range(11)], tokenizer, 64)

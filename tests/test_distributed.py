@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
-from hotlora.base.processes import _hint_at_one_process, sharding, shared_out, start, summed
+from hotlora.base.processes import _hint_at_one_process, launched_device, sharding, shared_out, start, summed
 from hotlora.cli.main import app
 from hotlora.routing.profile import RoutingProfile
 from hotlora.training.identity import same_run
@@ -325,6 +325,20 @@ def test_a_run_is_the_same_whoever_has_its_examples():
     assert same_run(options) == {"learning_rate": 1.0, "examples_per_step": 8}
     assert same_run({**options, "batch_size": 1, "processes": 4}) == same_run(options)
     assert same_run({**options, "processes": 4}) != same_run(options)
+
+
+def test_a_script_that_loads_before_it_joins_the_others_takes_its_own_gpu(monkeypatch, caplog):
+    """TRL joins them in SFTConfig, after the model is loaded and profiled: all would be on the first GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert launched_device() == torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each process its own alone
+    assert launched_device() == torch.device("cuda:0")
+    assert list(shared_out([1, 2])) == [(1, True), (2, True)]
+    assert "4 processes were launched and have not joined" in caplog.text and "PartialState()" in caplog.text
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launched_device() is None
 
 
 def test_accelerate_that_starts_one_process_on_a_cpu_is_hinted_at(monkeypatch, caplog):

@@ -149,6 +149,15 @@ def test_without_the_file_a_conversation_still_stops(chatml: str, rows: str, run
         file.write_text(told)
 
 
+def test_what_is_exported_merged_or_combined_needs_no_gpu(chatml: str, run: Path, tmp_path: Path, monkeypatch):
+    """A base that trained in 4 bits, or offloaded, may not fit one as it is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for format in ("merged", "peft"):
+        export_saved(chatml, run / "adapter", tmp_path / format, format=format)
+    combine_saved(chatml, [run / "adapter"] * 2, tmp_path / "combined")
+
+
 def test_what_is_saved_says_so(chatml: str, rows: str, run: Path, tmp_path: Path):
     both = ids_of(chatml)
     export_saved(chatml, run / "adapter", tmp_path / "vllm", format="vllm", drop_router=True)

@@ -21,6 +21,7 @@ from hotlora.bench.worker import Worker, _peak_allocated
 from hotlora.cost import memory
 from hotlora.cost.activations import SavedBytes, autocast
 from hotlora.cost.estimate import coverage_at, estimate, sized_config
+from hotlora.hf import forward
 from hotlora.hf.models import load_model
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
@@ -264,7 +265,7 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_in_chunks_is_within_10_percent(dtype, write, monkeypatch):
     config = tiny_config("olmoe", vocab_size=16384, hidden_size=32)
-    for module in (labelled_loss, memory):
+    for module in (forward, labelled_loss, memory):
         monkeypatch.setattr(module, "LOGITS", 2**18)
     peak, coverage = measured_peak(config, dtype=dtype)
     options = {"r": 8, "dtype": dtype, "fraction": 0.25, "coverage": coverage}

@@ -194,6 +194,16 @@ def test_merged_is_a_checkpoint_and_leaves_the_model_as_it_was(family, tmp_path)
 # The files
 
 
+def test_layers_that_transformers_does_not_load_are_not_promised(tmp_path, caplog):
+    """glm4_moe's checkpoints have a layer that predicts a second token, with which engines draft."""
+    model = adapted("glm4_moe", train_router=False)
+    assert model.get_base_model().config.num_nextn_predict_layers == 1
+    export_adapter(model, tmp_path / "merged", format="merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert "(num_nextn_predict_layers) are not in" in caplog.text
+    assert_same(logits(base_of(tmp_path / "merged", "glm4_moe")), logits(model))
+
+
 @pytest.mark.parametrize("format", ["vllm", "sglang"])
 def test_keys_and_cold_experts(format, tmp_path):
     model = adapted("olmoe", layers=[0], train_router=False)
@@ -562,6 +572,25 @@ def test_an_imported_adapter_is_one_of_ours(tmp_path):
     assert trained and all("lora_" in name for name in trained)
     export_adapter(model, tmp_path / "out", format="vllm")
     assert_same(logits(read_vllm(tmp_path / "out", zoo_model("olmoe"))), expected)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("dropout", "experts"), [(0.1, []), (0.0, ["mlp.experts.down_proj"])])
+def test_an_imported_adapter_trains_on_as_in_peft(use_rslora, dropout, experts, tmp_path):
+    """With its scaling in B, AdamW would move the weights by as much less."""
+    config = LoraConfig(
+        r=3, lora_alpha=24, lora_dropout=dropout, use_rslora=use_rslora, target_modules=["q_proj"],
+        target_parameters=experts,
+    )  # fmt: skip
+    plain = get_peft_model(zoo_model("olmoe"), config)
+    fill(plain)
+    plain.save_pretrained(tmp_path)
+    model = import_adapter(zoo_model("olmoe"), tmp_path, is_trainable=True)
+    ours = model.peft_config["default"]
+    assert (ours.r, ours.lora_alpha, ours.lora_dropout, ours.use_rslora) == (3, 24, dropout, use_rslora)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default.weight"
+    mine, theirs = (dict(its.named_parameters())[key] for its in (model, plain))
+    assert mine.requires_grad and torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe"])

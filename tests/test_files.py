@@ -4,12 +4,14 @@ import errno
 import hashlib
 import json
 import math
+import os
 
 import pytest
 from safetensors import SafetensorError
 
 from hotlora.base.errors import FileError
 from hotlora.base.files import (
+    atomic_folder,
     atomic_path,
     file_in,
     is_full,
@@ -29,6 +31,23 @@ def test_atomic_path_replaces_on_success_and_makes_folders(tmp_path):
             temporary.write_text(text)
         assert target.read_text() == text
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows flushes no folders")
+def test_what_is_renamed_into_place_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Else a power cut leaves the name with half of its content, or with none."""
+    did = []
+    for name in ("fsync", "replace", "rename"):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, plain=plain: (did.append(name), plain(*given))[1])
+    with atomic_path(tmp_path / "x.txt") as temporary:
+        temporary.write_text("text")
+    assert did == ["fsync", "replace", "fsync"], "the content, then the name"
+    did.clear()
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inside").mkdir(parents=True)
+        (temporary / "inside" / "x.txt").write_text("text")
+    assert did == ["fsync"] * 3 + ["rename"] + ["fsync"], "the file and both folders, then the name"
 
 
 def test_atomic_path_leaves_the_old_file_on_failure(tmp_path):

@@ -21,7 +21,7 @@ from hotlora.base.errors import DataError
 from hotlora.tasks import Example
 from hotlora.tasks.data import data_hash, load_examples, trained_parts
 from hotlora.tasks.in_memory import save_rows
-from hotlora.tasks.rows import folder_rows, hub_rows
+from hotlora.tasks.rows import folder_rows, hub_rows, read_rows
 from hotlora.tasks.stored import StoredExamples
 from hotlora.tasks.tokens import tokenize, told
 
@@ -405,6 +405,26 @@ def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):
         assert load_examples(str(path), tokenizer=tokenizer_of(CHATML))[0].text == WRITTEN
     path = save_rows(pyarrow.table({"text": ["a"], "at": [datetime(2026, 1, 2)]}), tmp_path / "arrow" / "data.jsonl")
     assert json.loads(path.read_text()) == {"text": "a", "at": "2026-01-02 00:00:00"}
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets writes values of mixed types since version 5")
+def test_values_of_mixed_types_in_parquet_are_those_that_were_written(tmp_path: Path):
+    """`datasets` keeps them as JSON in strings: a schema of a tool must not be shown to a model as a text."""
+
+    def tool(name: str, **properties: dict) -> dict:
+        return {"function": {"name": name, "parameters": {"properties": properties}}}
+
+    def called(**arguments: object) -> list[dict]:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    rows = [
+        {"messages": called(city="Bern"), "tools": [tool("a", city={"type": "string"})]},
+        {"messages": called(n=3), "tools": [tool("b", n={"type": "integer", "minimum": 3})]},
+    ]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(path)
+    assert [row.values for row in read_rows(path)] == rows
 
 
 def test_columns_of_parquet(tmp_path: Path):

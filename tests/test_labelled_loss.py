@@ -7,11 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from test_train import CONFIG, TOKENIZER, adapted, dataset
 from tiny import tiny_model
 from torch import nn
 from zoo import zoo_model
 
+from hotlora.evaluation import score
+from hotlora.evaluation.score import response_loss
+from hotlora.hf import forward
 from hotlora.hf.forward import TEXTS, logits_are_the_heads
 from hotlora.training import labelled_loss
 from hotlora.training.labelled_loss import chunked_loss
@@ -19,7 +23,8 @@ from hotlora.training.sft_trainer import CpuTrainer, make_trainer
 
 
 def small(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
-    monkeypatch.setattr(labelled_loss, "LOGITS", logits)
+    for module in (forward, labelled_loss, score):
+        monkeypatch.setattr(module, "LOGITS", logits)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 100])
@@ -59,7 +64,7 @@ def test_a_step_in_chunks_is_a_step_with_all_logits(
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(77))
         loss.backward()
         found.append((loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
-    assert trainer.labelled_loss._are_the_heads is True
+    assert forward._plain_heads[trainer.model] is True
     (loss, gradients), (in_chunks, chunked) = found
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(in_chunks, loss, rtol=bound / 10, atol=0)
@@ -84,6 +89,24 @@ def test_logits_that_a_family_scales_are_not_taken_in_chunks(family: str, plain:
     if family == "granitemoe":
         model.config.logits_scaling = model.logits_scaling = 8.0
     assert logits_are_the_heads(model, TOKENIZER(TEXTS[0])["input_ids"]) is plain
+
+
+@pytest.mark.parametrize("scaling", [None, 8.0])
+def test_a_held_out_loss_holds_no_more_logits_than_a_step(monkeypatch: pytest.MonkeyPatch, scaling: float | None):
+    """64 rows of 2,048 tokens and 150,000 words would be 40 GB, and their copy as much again."""
+    model = zoo_model("olmoe" if scaling is None else "granitemoe", vocab_size=259)
+    if scaling is not None:
+        model.config.logits_scaling = model.logits_scaling = scaling
+    rows = Dataset.from_dict(dataset()[:6])
+    whole, seen = [], []
+    expected = response_loss(model, TOKENIZER, rows, rows=whole)
+    small(monkeypatch, 259 * 5)
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out[..., 0].numel()))
+    chunked = []
+    assert response_loss(model, TOKENIZER, rows, rows=chunked) == pytest.approx(expected, rel=1e-5)
+    handle.remove()
+    assert [(row.tokens, row.right) for row in chunked] == [(row.tokens, row.right) for row in whole]
+    assert scaling is not None or max(seen) <= 6, "the probe and one position of each row, then five labels at a time"
 
 
 def test_the_auxiliary_loss_is_each_processs_own():

@@ -151,6 +151,21 @@ def test_a_config_from_elsewhere_is_pushed_as_it_is(there: Hub, run: Path, tmp_p
     assert json.loads(there.files["lab/odd"]["adapter_config.json"]) == config
 
 
+def test_a_base_of_the_hubs_cache_is_named_as_on_the_hub(there: Hub, run: Path, tmp_path: Path):
+    """Its folder there is a commit's hash, by which nobody finds the base."""
+    base = tmp_path / "hub" / "models--lab--big-moe" / "snapshots" / ("0d7c" * 10)
+    shutil.copytree(run.parent / "model", base)
+    shutil.copytree(run, tmp_path / "run")
+    record, config = tmp_path / "run" / "run.json", tmp_path / "run" / "adapter" / "adapter_config.json"
+    for file in (record, config):
+        file.write_text(file.read_text().replace(str(run.parent / "model"), str(base)))
+    write_card(tmp_path / "run")
+    push(tmp_path / "run", "lab/of-cached")
+    assert json.loads(there.files["lab/of-cached"]["adapter_config.json"])["base_model_name_or_path"] == "lab/big-moe"
+    card = ModelCard(there.files["lab/of-cached"]["README.md"].decode())
+    assert card.data.base_model == "lab/big-moe" and "0d7c0d7c" not in str(card)
+
+
 def test_a_merged_model_is_pushed_without_where_its_adapters_lay(there: Hub, run: Path, tmp_path: Path):
     export_saved(str(run.parent / "model"), run / "adapter", tmp_path / "merged", format="merged")
     kept = json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -19,6 +19,7 @@ from zoo import families, zoo_model
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
 from hotlora.evaluation.score import response_loss
+from hotlora.hf import forward
 from hotlora.tasks import Example
 from hotlora.tasks.tokens import IGNORE, batches, tokenize
 from hotlora.training import checkpoints, labelled_loss
@@ -132,7 +133,8 @@ def test_training_and_held_out_loss_in_every_family(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(loss, plain, rtol=1e-4, atol=0)
     model.get_output_embeddings().requires_grad_(False)
     with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr(labelled_loss, "LOGITS", 1)
+        for module in (forward, labelled_loss):
+            patch.setattr(module, "LOGITS", 1)
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), plain, rtol=1e-4, atol=0)
     rows = Dataset.from_dict(dataset()[:4])
     (held_out,) = batches(rows, TOKENIZER, 4)

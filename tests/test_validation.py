@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import run_method, run_options, run_training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 
@@ -96,7 +96,8 @@ def test_the_best_weights_are_kept(model_folder, data, tmp_path):
     losses = {row["step"]: row["eval_loss"] for row in metrics(tmp_path / "run") if "eval_loss" in row}
     best = min(losses, key=losses.__getitem__)
     assert best < 30 and losses[30] > losses[best], "or this shows nothing"
-    assert record["training"]["best_step"] == best and record["training"]["test_loss"] == losses[best]
+    assert record["training"]["best_step"] == record["training"]["weights_step"] == best
+    assert record["training"]["test_loss"] == losses[best]
     assert held_out_loss(tmp_path / "run", data) == pytest.approx(losses[best], rel=1e-6)
     assert [path.name for path in (tmp_path / "run").glob("best-*")] == [f"best-{best}.safetensors"]
 
@@ -120,6 +121,20 @@ def test_the_best_weights_of_the_checkpoint_before_stay(tmp_path, monkeypatch):
                 (tmp_path / "checkpoints" / f"checkpoint-{saved}").mkdir(parents=True)
             held.on_save(arguments, state, None)
             assert {path.name for path in tmp_path.glob("best-*")} == {f"best-{n}.safetensors" for n in needed}
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_bytes(b"half")])
+def test_a_run_whose_best_weights_are_lost_ends_with_its_last(tmp_path, caplog, harm):
+    """After a power cut, say: a rerun cannot bring them back, and it may not leave --load-best out."""
+    rows = [{"step": 1, "eval_loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
+    model, held = torch.nn.Linear(2, 2), Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows, keep_best=True)
+    save_file({name: torch.zeros_like(p) for name, p in model.named_parameters()}, tmp_path / "best-1.safetensors")
+    last = model.weight.clone()
+    harm(tmp_path / "best-1.safetensors")
+    assert held.restore(model) is False and torch.equal(model.weight, last)
+    assert "cannot be read" in caplog.text and "those of the last step, 2" in caplog.text
+    save_file({name: torch.zeros_like(p) for name, p in model.named_parameters()}, tmp_path / "best-1.safetensors")
+    assert held.restore(model) is True and not model.weight.any()
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):

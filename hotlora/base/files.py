@@ -39,7 +39,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside_made(Path(path)) as temporary:
         try:
             yield temporary
+            flush(temporary)
             os.replace(temporary, path)
+            flush(Path(path).parent)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -51,10 +53,28 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _beside_made(Path(path)) as temporary:
         try:
             yield temporary
+            for inside in (*temporary.rglob("*"), temporary):
+                flush(inside)
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
+            flush(Path(path).parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk: after a power cut a name may be there whose
+    content was in memory alone."""
+    if os.name == "nt":  # has no way to flush a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

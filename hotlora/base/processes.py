@@ -42,7 +42,7 @@ def start(device: str | torch.device = "auto") -> None:
     """
     if not dist.is_available() or dist.is_initialized():
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _num_launched() < 2:
         _hint_at_one_process()
         return
     from accelerate import PartialState
@@ -62,6 +62,10 @@ def _hint_at_one_process() -> None:
             "accelerate launch has started one process, as it does on a CPU whatever --num_processes says; for N of "
             "them: torchrun --nproc-per-node N"
         )
+
+
+def _num_launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def num_processes() -> int:
@@ -90,6 +94,16 @@ def own_device() -> torch.device | None:
     if _are_many() and dist.get_backend() != "gloo":
         return torch.device("cuda", torch.cuda.current_device())
     return None
+
+
+def launched_device() -> torch.device | None:
+    """The GPU that is this process's where a launcher has started several, be it that they have not joined yet: a
+    script of one's own loads its model before accelerate or TRL joins them."""
+    if (own := own_device()) is not None:
+        return own
+    if _num_launched() < 2 or "LOCAL_RANK" not in os.environ or (dist.is_available() and dist.is_initialized()):
+        return None
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def device_of(model: Any) -> torch.device:
@@ -129,6 +143,11 @@ def shared_out(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     is another's, with False.
     """
     many, items = num_processes(), iter(items)
+    if many == 1 and _num_launched() > 1:
+        _log.warning(
+            "%d processes were launched and have not joined, so that each does all of this work: make "
+            "accelerate.PartialState() first.", _num_launched(),
+        )  # fmt: skip
     while turn := list(islice(items, many)):
         is_mine = rank() < len(turn)
         yield turn[rank() if is_mine else 0], is_mine

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from ..adapter.linears import LINEAR_SCALE_BYTES
 from ..adapter.quantized import BLOCK, SCALE_BYTES
 from ..base.errors import HotLoraError
+from ..hf.forward import LOGITS
 from ..training.activation_offloading import check_activation_offloading
-from ..training.labelled_loss import LOGITS
 
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU

@@ -20,14 +20,13 @@ from ..base.errors import DataError, FileError
 from ..base.files import append_to, atomic_path
 from ..base.processes import all_objects, device_of, num_processes, rank, shared_out
 from ..base.records import read_results
-from ..hf.forward import inference, logits_at
+from ..hf.forward import LOGITS, head_for_chunks, hidden_at, inference, logits_at
 from ..tasks import Example, Task
-from ..tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, longest_first, pad
+from ..tasks.tokens import IGNORE, MOST_TOKENS, batch_places, batches, encode_completion, encode_prompt, pad
 from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, track
 from .stats import pass_at_k, proportion_interval, ratio_interval
 
 KS = (1, 5, 10)  # of pass@k, where every example has that many answers
-_CHUNK = 2048  # tokens whose float32 logits are held at once
 _JUDGES = min(4, os.cpu_count() or 1)  # answers judged at once: each may wait for a process of its own
 
 Result = dict[str, Any]
@@ -341,10 +340,13 @@ def response_loss(
     *,
     batch_size: int = 32,
     progress: bool = False,
+    most_tokens: int = MOST_TOKENS,
     share_out: bool = False,
     rows: list[RowLoss] | None = None,
 ) -> float:
     """Mean negative log-likelihood (nats) over all response tokens of a tokenized data set, each once.
+
+    batch_size, most_tokens: of a batch, as `tasks.tokens.batches` takes them.
 
     rows: gets what each row of `dataset` came to, in its order.
 
@@ -352,12 +354,12 @@ def response_loss(
     mean of all.
     """
     found: list[tuple[int, float, list[RowLoss]]] = []  # batch, its loss, its rows
-    all_batches = batches(dataset, tokenizer, batch_size)
+    all_batches = batches(dataset, tokenizer, batch_size, most_tokens)
     turns = shared_out(all_batches) if share_out else ((batch, True) for batch in all_batches)
     many = num_processes() if share_out else 1
-    num_turns = -(-len(dataset) // (batch_size * many)) if batch_size > 0 else None
+    places = batch_places(dataset, batch_size, most_tokens)
     with inference(model):
-        for turn, (batch, is_mine) in enumerate(track(turns, "loss", progress, num_turns)):
+        for turn, (batch, is_mine) in enumerate(track(turns, "loss", progress, -(-len(places) // many))):
             each = _row_losses(model, batch)
             if is_mine:
                 loss = torch.tensor([row.loss for row in each], dtype=torch.float64).sum().item()
@@ -369,7 +371,7 @@ def response_loss(
         raise DataError("The data has no response tokens, so it has no loss; check its completions.")
     if rows is not None:
         read = [row for *_, each in found for row in each]
-        by_place = dict(zip(longest_first(dataset), read, strict=True))
+        by_place = dict(zip((place for batch in places for place in batch), read, strict=True))
         rows.extend(by_place[place] for place in range(len(read)))
     return total / num_tokens
 
@@ -427,17 +429,24 @@ def _by_token(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     """Of each position where some row has a label next, `[B, positions]` on the CPU: the labels' log-probabilities
     (float64, 0 where there is none), whether the label is the likeliest token, and whether there is one.
 
-    The LM head runs only there, and float32 logits are held a chunk at a time.
+    The LM head runs only there, a chunk at a time where all logits are too many.
     """
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     positions = (labels != IGNORE).any(0).nonzero()[:, 0]
-    logits = logits_at(model, batch, positions).logits  # [B, positions, V]
-    labels = labels[:, positions].to(logits.device)
+    labels = labels[:, positions]
+    if (head := head_for_chunks(model, labels, batch["input_ids"][0].tolist())) is None:
+        given, logits_of = logits_at(model, batch, positions).logits, lambda logits: logits
+    else:
+        given, logits_of = hidden_at(model, batch, positions, head)[1], head
+    labels = labels.to(given.device)
     found = labels != IGNORE
-    chunks = list(zip(logits[found].split(_CHUNK), labels[found].split(_CHUNK), strict=True))
-    parts = [-torch.nn.functional.cross_entropy(some.float(), target, reduction="none") for some, target in chunks]
-    is_label = [some.argmax(-1) == target for some, target in chunks]
+    parts, is_label = [], []
+    rows = max(1, LOGITS // model.config.get_text_config().vocab_size)
+    for some, target in zip(given[found].split(rows), labels[found].split(rows), strict=True):
+        logits = logits_of(some)
+        parts.append(-torch.nn.functional.cross_entropy(logits.float(), target, reduction="none"))
+        is_label.append(logits.argmax(-1) == target)
     # Summed on the CPU: not every device has float64.
     values, is_right = torch.zeros(labels.shape, dtype=torch.float64), torch.zeros(labels.shape, dtype=torch.bool)
     found = found.cpu()

@@ -8,6 +8,7 @@ sequences apart are installed.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..base.errors import HotLoraError, ModelError
 from ..base.precision import say_if_slow
-from ..base.processes import device_of
+from ..base.processes import device_of, is_sharded
 
 # Mean relative changes of the logits. In bfloat16 the order of sums changes them by less than 0.01, as a rule. A text
 # that sees another changes by 0.2 and more, windows that are shifted change it by 0.1. Packing is refused for it, so
@@ -58,6 +59,23 @@ def hidden_at(model: Any, inputs: Mapping[str, Any], positions: Tensor, head: nn
         handle.remove()
     (hidden,) = given
     return outputs, hidden if hidden.shape[1] == len(positions) else hidden[:, positions]
+
+
+LOGITS = 2**24
+"""Logits that are there at a time: 64 MB in float32. One label's are made at once, however many."""
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def head_for_chunks(model: Any, labels_BP: Tensor, ids: Sequence[int]) -> nn.Module | None:
+    """The LM head, where the logits of `labels_BP` are too many to hold and can be had in chunks.
+
+    ids: a text, to try once whether the family's logits are its head's.
+    """
+    if labels_BP.numel() * model.config.get_text_config().vocab_size <= LOGITS or is_sharded(model):
+        return None
+    if model not in _plain_heads:
+        _plain_heads[model] = logits_are_the_heads(model, ids)
+    return model.get_output_embeddings() if _plain_heads[model] else None
 
 
 def logits_are_the_heads(model: Any, ids: Sequence[int]) -> bool:

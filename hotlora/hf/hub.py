@@ -98,6 +98,14 @@ def _check_links(folder: Path, files: list[Path]) -> None:
             raise FileError(f"{file} is a link to {found}, which would be pushed: delete it, or copy the file there.")
 
 
+def public_name(path: str) -> str:
+    """What a file or folder may be called elsewhere: without where it lies; of the Hub's own cache, the model."""
+    found = Path(path).expanduser().resolve()
+    if found.parent.name == "snapshots" and found.parent.parent.name.startswith(("models--", "datasets--")):
+        return found.parent.parent.name.partition("--")[2].replace("--", "/")
+    return found.name
+
+
 def _shared(file: Path) -> bytes | None:
     """A config without where things lie on this machine; None of other files."""
     if file.name not in _CONFIGS:
@@ -110,7 +118,7 @@ def _shared(file: Path) -> bytes | None:
         return json.dumps(config, indent=2).encode()
     base, below = config.get("base_model_name_or_path"), config.get("on_top_of")
     if isinstance(base, str) and os.path.exists(os.path.expanduser(base)):
-        config["base_model_name_or_path"] = Path(base).expanduser().resolve().name
+        config["base_model_name_or_path"] = public_name(base)
     if isinstance(below, list):
         config["on_top_of"] = [{**entry, "path": None} for entry in below if isinstance(entry, dict)]
     return json.dumps(config, indent=2).encode()

@@ -64,6 +64,8 @@ NAMES = {
     "transformers.core_model_loading:Concatenate": _PACKED,
     "transformers:PreTrainedModel._keep_in_fp32_modules": "hf.linears quantizes what a family keeps in float32",
     "transformers:PreTrainedModel._keep_in_fp32_modules_strict": "hf.linears quantizes what a family keeps in float32",
+    "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected": "adapter.formats: a merged checkpoint's config "
+    "names layers that are not in it",
     "transformers.initialization:no_init_weights": "bench draws every weight of a model twice",
     "transformers.modeling_utils#_is_hf_initialized": "bench draws every weight of a model twice",
     "transformers:PreTrainedModel.initialize_weights": "bench cannot make a model of random weights",

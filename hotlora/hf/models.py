@@ -22,7 +22,7 @@ from transformers import (
 
 from ..base.errors import FileError, HotLoraError, ModelError
 from ..base.precision import in_float32, say_once
-from ..base.processes import own_device
+from ..base.processes import launched_device
 from .connection import unreachable
 from .moe_layers import moe_layers
 from .stored import Failure, check_complete, check_format, quantization_in
@@ -54,7 +54,8 @@ def load_model(
         name_or_path: a local folder, a name on the Hub, or "nano" for the embedded model.
         dtype: "auto" is the checkpoint's own on an accelerator and float32 on the CPU, where half precision is slower;
             by far where the CPU has no instructions for it, which is said then.
-        device: "auto" is cuda if there is one, else the CPU.
+        device: "auto" is cuda if there is one, else the CPU. Of several processes that were launched each takes its own
+            GPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
         attn_implementation: as transformers takes it; None: its choice.
@@ -69,7 +70,7 @@ def load_model(
     source = model_source(name_or_path)
     target = checked_device(device)
     if target.type == "cuda" and target.index is None:
-        target = own_device() or target
+        target = launched_device() or target
     is_left_to_us, failure = dtype == "auto" and target.type == "cpu", None
     dtype = torch.float32 if is_left_to_us else dtype
     try:

@@ -14,6 +14,7 @@ from ..base.errors import DataError
 from ..base.escape import markdown, one_line
 from ..base.files import atomic_path, read_json, write_text
 from ..base.records import Record, read_record
+from ..hf.hub import public_name
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .figures import heat_map
@@ -194,10 +195,12 @@ for SGLang.{more} `hotlora verify --engine sglang` says whether it applies every
 
 
 def _head(model: str, kind: str, **results: Any) -> str:
-    is_on_hub = _HUB_ID.fullmatch(model) is not None and _can_be_on_hub(model) and not _exists(model)
+    name = _shared(model)
+    may_be = _HUB_ID.fullmatch(name) is not None and _can_be_on_hub(name)
+    is_on_hub = may_be and (not _exists(model) if name == model else "/" in name)  # or in the Hub's cache here
     tags = ["hotlora", "mixture-of-experts", *(["lora"] if kind == "adapter" else [])]
     return ModelCardData(
-        base_model=model if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
+        base_model=name if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation", tags=tags, **results,
     ).to_yaml()  # fmt: skip
 
@@ -290,4 +293,4 @@ def _shared(name: str) -> str:
     if colon and ("/" in files or "\\" in files):  # a task with its files; openai/gsm8k:main is on the Hub
         return task
     is_local = name.startswith((".", "/", "~")) or _exists(name) or name.count("/") > 1
-    return Path(name).name if is_local or Path(name).suffix in (".jsonl", ".json", ".txt", ".csv") else name
+    return public_name(name) if is_local or Path(name).suffix in (".jsonl", ".json", ".txt", ".csv") else name

@@ -43,6 +43,7 @@ def export_saved(
         on_top_of: saved adapters that are merged into the model, in this order, before; those that the adapter was
             trained on top of are merged by themselves.
         dtype: "auto" is the base checkpoint's own; sums are made in float32 at least.
+        device: "auto" is the CPU: a base that trained in 4 bits, or offloaded, may not fit a GPU as it is written.
         offload, offload_folder: as in training: a model that is larger than the memory is merged in a mapped file.
 
     Raises:
@@ -69,10 +70,8 @@ def export_saved(
     tokenizer = load_tokenizer(model)
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     writes_base = format == "merged" or merge_router or merge_attention
-    if device == "auto" and not writes_base and offload == "none":  # nothing of the base is written, or computed
-        device = "cpu"
     base = load_base(
-        model, on_top_of, dtype=own, device=device, quantize=0 if writes_base else None, offload=offload,
+        model, on_top_of, dtype=own, device=_device(device), quantize=0 if writes_base else None, offload=offload,
         offload_folder=offload_folder, adapter=adapter,
     )  # fmt: skip
     adapted = load_adapter(base, adapter)
@@ -109,7 +108,7 @@ def combine_saved(
     """One adapter out of several tasks', by `add_weighted_adapter`: what LoRI calls merging (its section 4.3).
 
     Args:
-        on_top_of: as `export_saved` takes it; all adapters must have been trained on top of the same ones.
+        on_top_of, device: as `export_saved` takes them; all adapters must have been trained on top of the same ones.
         weights: of each adapter; None: 1.0 each.
         how, density: a combination_type of `add_weighted_adapter`, and what share of each factor it keeps.
         seed: of DARE's draws.
@@ -129,10 +128,13 @@ def combine_saved(
     check_combined([saved_config(folder) for folder in adapters], how, density)  # before a model is loaded
     check_adapters(model, adapters, device=device)
     check_writable(output)
-    combined: Any = load_base(model, on_top_of, adapter=adapters[0], device=device)
+    combined: Any = load_base(
+        model, on_top_of, dtype=checkpoint_dtype(model), adapter=adapters[0], device=_device(device)
+    )
     for name, folder in zip(names, adapters, strict=True):
         combined = load_adapter(combined, folder, name)
-    with torch.random.fork_rng():
+    own = combined.device
+    with torch.random.fork_rng([own] if own.type == "cuda" else []):
         torch.manual_seed(seed)
         combined.add_weighted_adapter(names, weights, "default", combination_type=how, density=density)
     with atomic_folder(output) as beside, quiet():
@@ -143,6 +145,10 @@ def combine_saved(
         save_stop_tokens(combined.get_base_model(), ends, beside)
         (beside / "README.md").unlink(missing_ok=True)  # PEFT's blank form, with a path of this machine
     return output
+
+
+def _device(asked: str) -> str:
+    return "cpu" if asked == "auto" else asked
 
 
 def shared_experts(adapters: Sequence[str | Path]) -> list[str]:

@@ -66,7 +66,10 @@ class LoadOptions(Options):
     dtype: str = option(
         "float32, bfloat16 or float16; auto: the checkpoint's own on a GPU, float32 on the CPU.", "auto"
     )
-    device: str = option("cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU.", "auto", resume=None)
+    device: str = option(
+        "cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU; to export, merge or combine the CPU.", "auto",
+        resume=None,
+    )  # fmt: skip
     attn_implementation: str | None = option("eager, sdpa, flash_attention_2, … (default: transformers' choice).", None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]); 0: make those of a checkpoint in "
@@ -148,7 +151,9 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
     limit: int | None = option("Use at most so many examples, the same ones for every seed.", None, resume=None)
     test_limit: int | None = option("The same for the held-out data.", None, resume=None)
     evaluate: bool = option("Score a task after training.", True)
-    eval_batch_size: int = option("Examples that are scored at a time.", 64, resume=None)
+    eval_batch_size: int = option(
+        "Examples that are scored at a time; a held-out loss takes no more tokens than a step has.", 64, resume=None
+    )
     condition: str | None = option(
         "The record's name for it (default: the rule, or the method).", None, cli=False, resume=None
     )

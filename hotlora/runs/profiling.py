@@ -19,7 +19,7 @@ from ..routing.until import asked, is_settled, profile_until, told_stability
 from ..tasks import Example
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash
-from ..tasks.tokens import batches, tokenize
+from ..tasks.tokens import batch_places, batches, tokenize
 from .options import RunOptions
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Watching:
             "saliency": self.saliency, "progress": progress, "source": source, "share_out": True,
         }  # fmt: skip
         if self.until == 1:
-            total = -(-len(dataset) // batch_size)
+            total = len(batch_places(dataset, batch_size))
             return profile_routing(model, batches(dataset, tokenizer, batch_size), total=total, **shared)
         return profile_until(
             model, lambda places: batches(dataset.select(places), tokenizer, batch_size), len(dataset),

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, test_source, trained_parts
 from ..tasks.ends import told_ends, turn_ends
 from ..tasks.split import drawn, held_out
-from ..tasks.tokens import tokenize, told
+from ..tasks.tokens import MOST_TOKENS, tokenize, told
 from ..training.checkpoints import last_complete
 from ..training.config import TrainConfig
 from ..training.rank_growth import RankGrowth, allocated
@@ -213,7 +214,7 @@ class _Run:
         if is_main():
             write_record(self.output, record)
         scoring: dict[str, Any] = {"batch_size": options.eval_batch_size, "progress": self.progress}
-        before = self.held and response_loss(model, self.tokenizer, self.held, share_out=True, **scoring)
+        before = self.held and self._loss_of_held_out(model, progress=self.progress)
         if before:
             self._check_base(before)
             if is_main():
@@ -221,7 +222,7 @@ class _Run:
         result = train(
             model, self.tokenizer, self.dataset, options, self.output,
             identity={**self.identity, "plan_hash": self.plan.hash if self.plan else None},
-            held_out_loss=self._held_out_loss(model) if options.eval_steps is not None else None,
+            held_out_loss=partial(self._loss_of_held_out, model) if options.eval_steps is not None else None,
             held_out_score=self._held_out_score(model) if options.eval_steps is not None else None,
             callbacks=[callback for callback in (moving, growing) if callback is not None], progress=self.progress,
         )  # fmt: skip
@@ -246,7 +247,7 @@ class _Run:
 
         if self.held is not None:
             each: list[RowLoss] = []
-            after = response_loss(model, self.tokenizer, self.held, share_out=True, rows=each, **scoring)
+            after = self._loss_of_held_out(model, progress=self.progress, rows=each)
             record["training"] |= {"test_loss_before": before, "test_loss": after}
             if (self.task is None or self.task.kind == "text") and is_main():
                 record["training"]["losses"] = write_losses(self.output, self.test, self.held, each)
@@ -254,10 +255,14 @@ class _Run:
             evaluation = _evaluate(model, self.tokenizer, self.task, self.test, **scoring)
             record["evaluation"] = save_evaluation(evaluation, self.output)
 
-    def _held_out_loss(self, model: Any) -> Callable[[], float]:
-        held, size = self.held, self.options.eval_batch_size
-        assert held is not None
-        return lambda: response_loss(model, self.tokenizer, held, share_out=True, batch_size=size)
+    def _loss_of_held_out(self, model: Any, **given: Any) -> float:
+        """In batches of no more tokens than a step has, so that it fits where training does."""
+        assert self.held is not None
+        options = self.options
+        return response_loss(
+            model, self.tokenizer, self.held, batch_size=options.eval_batch_size, share_out=True,
+            most_tokens=min(MOST_TOKENS, options.batch_size * options.max_length), **given,
+        )  # fmt: skip
 
     def _held_out_score(self, model: Any) -> Callable[[], dict[str, float]] | None:
         """Of a task that has a scorer."""

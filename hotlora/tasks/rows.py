@@ -161,12 +161,23 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(path)
         if twice := given_twice(file.schema_arrow.names):
             raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
+        decoded = _json_decoder(file.schema_arrow)
         for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
-                yield Row(f"{path} row {number}", without_filling(row))
+                yield Row(f"{path} row {number}", without_filling(decoded(row)))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
+
+
+def _json_decoder(schema: Any) -> Callable[[dict], dict]:
+    """What gives the values of Arrow's JSON columns, strings until then: `datasets` has them where types are mixed, as
+    in the schemas of several tools."""
+    from datasets import Features
+
+    if not any("arrow.json" in str(column.type) for column in schema):
+        return lambda row: row
+    return Features.from_arrow_schema(schema).decode_example
 
 
 def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import FileError, HotLoraError
-from ..base.files import JSON_ERRORS, atomic_path, full_disk, is_full, read_json, sha256_file, write_json
+from ..base.files import JSON_ERRORS, atomic_path, flush, full_disk, is_full, read_json, sha256_file, write_json
 
 _MARK = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -22,6 +22,8 @@ def mark_complete(checkpoint: Path) -> None:
     """Writes, last of all, a mark with every file's size and SHA-256: a checkpoint without it was cut short."""
     files = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     files.pop(_MARK, None)
+    for path in (*files.values(), checkpoint):
+        flush(path)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         hashes = dict(zip(files, pool.map(sha256_file, files.values()), strict=True))
     sizes = {name: path.stat().st_size for name, path in files.items()}

@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.processes import is_sharded
-from ..hf.forward import hidden_at, logits_are_the_heads, logits_at
+from ..hf.forward import LOGITS, head_for_chunks, hidden_at, logits_at
 from ..tasks.tokens import IGNORE
-
-LOGITS = 2**24
-"""Logits that are there at a time: 64 MB in float32. One label's are made at once, however many."""
 
 
 class LabelledLoss:
@@ -29,7 +25,6 @@ class LabelledLoss:
 
     def __init__(self, model: Any, ids: Sequence[int]):
         self.model, self.ids = model, ids
-        self._are_the_heads: bool | None = None
 
     def __call__(self, model: Any, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Any, Tensor, Tensor]:
         """The model's outputs, the sum in nats, and how many labels there are.
@@ -41,22 +36,14 @@ class LabelledLoss:
         positions = (labels != IGNORE).any(0).nonzero()[:, 0]
         labels = labels[:, positions]
         found = labels != IGNORE
-        if (head := self._head_for_chunks(labels)) is not None:
+        head = head_for_chunks(self.model, labels, self.ids)
+        if head is not None and not any(weight.requires_grad for weight in head.parameters()):
             outputs, hidden = hidden_at(model, inputs, positions, head)
             loss = chunked_loss(head, hidden[found], labels[found])
         else:
             outputs = logits_at(model, inputs, positions)
             loss = torch.nn.functional.cross_entropy(outputs.logits[found].float(), labels[found], reduction="sum")
         return outputs, loss, found.sum()
-
-    def _head_for_chunks(self, labels_BP: Tensor) -> nn.Module | None:
-        """The LM head, where these logits are too many to hold and can be had in chunks."""
-        if labels_BP.numel() * self.model.config.get_text_config().vocab_size <= LOGITS or is_sharded(self.model):
-            return None
-        if self._are_the_heads is None:
-            self._are_the_heads = logits_are_the_heads(self.model, self.ids)
-        head: nn.Module | None = self.model.get_output_embeddings() if self._are_the_heads else None
-        return None if head is None or any(weight.requires_grad for weight in head.parameters()) else head
 
 
 def chunked_loss(head: nn.Module, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:

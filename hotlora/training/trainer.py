@@ -48,6 +48,7 @@ class TrainResult:
         metrics: the JSON lines file with step, loss, learning_rate, grad_norm, tokens, epoch and seconds, and eval_loss
             where it was taken.
         best_step, best_eval_loss: of the lowest held-out loss, where there were any.
+        weights_step: the step whose weights the model has at the end.
         extended: `step` and `max_steps` of each time that the run was given another length: the step after which that
             was, and the steps that it had until then.
     """
@@ -63,6 +64,7 @@ class TrainResult:
     metrics: Path
     best_step: int | None = None
     best_eval_loss: float | None = None
+    weights_step: int | None = None
     extended: list[dict[str, int]] = field(default_factory=list)
 
 
@@ -174,8 +176,7 @@ def _train(
         trainer.configs, trainer.validation, trainer.extended = configs, validation, extended
         with dense_mixer(model) if config.dense_mixer else nullcontext():
             _run(trainer, checkpoint, stopping, callbacks)
-        if validation is not None:
-            validation.restore(model)
+        has_best = validation is None or validation.restore(model)
     finally:
         configs.restore()
 
@@ -189,12 +190,13 @@ def _train(
     if not rows:
         raise HotLoraError(f"{metrics} holds no steps though training ended: delete {output} and train again.")
     tokens, seconds = rows[-1]["tokens"], rows[-1]["seconds"]
+    best = validation.best_step if validation else None
     return TrainResult(
         steps=rows[-1]["step"], loss_first=rows[0]["loss"], loss_last=rows[-1]["loss"], tokens=tokens,
         seconds=seconds, tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         peak_memory_bytes=peak_memory_bytes(), resumed_from=start, metrics=metrics,
-        best_step=validation.best_step if validation else None,
-        best_eval_loss=validation.found[validation.best_step] if validation and validation.best_step else None,
+        best_step=best, best_eval_loss=validation.found[best] if validation and best is not None else None,
+        weights_step=best if best is not None and config.load_best and has_best else rows[-1]["step"],
         extended=extended,
     )  # fmt: skip
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..base.errors import FileError
 from ..base.files import atomic_path
 from ..base.processes import is_main, wait_for_all
 from ..base.signals import say
@@ -99,18 +99,25 @@ class Validation(TrainerCallback):
                 if _NAME.fullmatch(file.name) and file not in needed:
                     file.unlink()
 
-    def restore(self, model: nn.Module) -> None:
-        """Gives the model its weights after the best step. FileError: their file is gone."""
+    def restore(self, model: nn.Module) -> bool:
+        """Gives the model its weights after the best step, if they are wanted and others. Where their file is gone or
+        broken, which nobody can mend, those of the last step stay; that is said, and False."""
         wait_for_all()
         if not self.keep_best or self.best_step is None or self.best_step == max(self.found):
-            return
+            return True
         file = self._file(self.best_step)
-        if not file.is_file():
-            raise FileError(f"{file} is gone, which held the best weights: leave --load-best out, or train again.")
-        best = load_file(file)
+        try:
+            best = load_file(file)
+        except (OSError, SafetensorError) as error:
+            _log.warning(
+                "%s, with the weights of the lowest held-out loss, cannot be read (%s): the adapter has those of the "
+                "last step, %d.", file, error, max(self.found),
+            )  # fmt: skip
+            return False
         with torch.no_grad():
             for name, parameter in _trained(model).items():
                 parameter.copy_(best[name].to(parameter.device))
+        return True
 
     def _file(self, step: int | None) -> Path:
         return self.folder / f"best-{step}.safetensors"

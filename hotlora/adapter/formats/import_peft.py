@@ -4,11 +4,12 @@ Shape suffixes: E experts, R rank.
 """
 
 import copy
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -38,7 +39,9 @@ def import_adapter(
 
     PEFT adapts all experts: those whose update is zero are left out of the plan (rule "imported"). Where
     PEFT has one A for gate and up, each gets its own copy. Modules that a HotLoRA adapter holds together,
-    such as q, k, v and o, are all adapted if one of them was, the others with an update of zero.
+    such as q, k, v and o, are all adapted if one of them was, the others with an update of zero; they train, too.
+    lora_alpha, its scaling and lora_dropout are the adapter's own, so that it trains on as it would have in PEFT;
+    where patterns give a module another scaling, B has what that is off by.
 
     Args:
         base_model: a plain model; wrapped in place, as in PEFT.
@@ -93,17 +96,20 @@ def import_adapter(
     )
     found = [pair for _, factors in experts.values() for pair in factors.values()]
     found += [*linears.values(), *routers.values()]
-    r = max((A.shape[-2] for A, _ in found), default=1)
+    r = max((pair.A.shape[-2] for pair in found), default=1)
+    alpha = as_saved.lora_alpha or r
     hot_config = HotLoraConfig(
         plan=plan,
         r=r,
-        lora_alpha=r,  # the scaling is folded into B
+        lora_alpha=alpha,
+        lora_dropout=as_saved.lora_dropout,
+        use_rslora=as_saved.use_rslora,
         train_attention=any(path in linears for path in attention),
         train_router=bool(routers),
         train_shared=any(path in linears for layer in layers for path in layer.shared),
         inference_mode=not is_trainable,
     )
-    state = _hot_state(layers, experts, {**linears, **routers}, r)
+    state = _hot_state(layers, experts, {**linears, **routers}, r, _scaling(as_saved, alpha, r))
     with unchanged_on_error(base_model):
         with quiet():
             model = cast(PeftModel, get_peft_model(cast(Any, base_model), hot_config, adapter_name=adapter_name))
@@ -117,6 +123,14 @@ def import_adapter(
             raise FileError(f"{folder / WEIGHTS_FILE} does not fit this model: {problem}") from error
         assert not loaded.unexpected_keys, loaded.unexpected_keys
     return model if is_trainable else model.eval()
+
+
+class _Pair(NamedTuple):
+    """A `[..., R, in]` and B `[..., out, R]` as they are saved, and what PEFT multiplies their product by."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
 
 
 _OF_GATE_OR_UP = re.compile(r"\b(gate_proj|up_proj|w1|w3)\b")
@@ -145,7 +159,10 @@ def _read_plain_config(folder: Path) -> LoraConfig:
         )
     if data.get("bias", "none") != "none":
         raise FileError(f"{file} has bias {data['bias']!r}, which a hotlora adapter does not hold.")
-    names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules")
+    names = (
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters",
+        "target_modules",
+    )  # fmt: skip
     try:
         config = LoraConfig(**{name: data[name] for name in names if data.get(name) is not None})
         check_kinds(config, LoraConfig().to_dict())
@@ -170,7 +187,7 @@ def _pairs(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, 
 def _read_experts(
     model: nn.Module, layer: MoELayer, config: LoraConfig, as_saved: LoraConfig,
     pairs: dict[str, tuple[Tensor, Tensor]], folder: Path,
-) -> tuple[tuple[int, ...], dict[str, tuple[Tensor, Tensor]]]:  # fmt: skip
+) -> tuple[tuple[int, ...], dict[str, _Pair]]:  # fmt: skip
     """A layer's experts with an update, ascending, and their factors by projection; takes them out of `pairs`.
 
     config: as PEFT has converted it, with twice the rank and alpha where it has put gate and up together: no scaling by
@@ -182,7 +199,7 @@ def _read_experts(
     names = [name for name in present if _is_target(f"{layer.experts}.{name}", targets)]
     if joined := not names:  # there was a pair for each expert: no parameter is named, and all are there
         names = present
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    factors: dict[str, _Pair] = {}
     for depth, name in enumerate(names):
         path = layer.experts + ".base_layer" * (len(names) - 1 - depth)
         if path not in pairs:
@@ -191,11 +208,11 @@ def _read_experts(
         by_root = config.use_rslora and not joined and not was_named and name == "gate_up_proj"
         scaling = as_saved if by_root else config
         factors |= _read_parameter(module, layer, name, pairs.pop(path), scaling, folder, joined or by_root)
-    changed = [(A.any(-1) & B.any(1)).any(1) for A, B in factors.values()]
+    changed = [(pair.A.any(-1) & pair.B.any(1)).any(1) for pair in factors.values()]
     if not changed:
         return (), {}
     ids = torch.stack(changed).any(0).nonzero().flatten().tolist()
-    return tuple(ids), {name: (A[ids], B[ids]) for name, (A, B) in factors.items()}
+    return tuple(ids), {name: _Pair(A[ids], B[ids], scaling) for name, (A, B, scaling) in factors.items()}
 
 
 def _is_target(name: str, targets: Sequence[str]) -> bool:
@@ -204,8 +221,8 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 def _read_parameter(
     module: Any, layer: MoELayer, name: str, pair: tuple[Tensor, Tensor], config: LoraConfig, folder: Path, joined: bool
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Projection -> A `[E, R, in]` and B `[E, out, R]` of one parameter, the scaling in B.
+) -> dict[str, _Pair]:
+    """Projection -> A `[E, R, in]` and B `[E, out, R]` of one parameter.
 
     joined: PEFT has put gate and up together, at twice the rank that their scaling goes by.
     """
@@ -221,47 +238,53 @@ def _read_parameter(
     target = f"{layer.experts}.{name}"
     if name != "gate_up_proj":
         return {name.removesuffix("_proj"): _scaled((A_E, B_E), config, target)}
-    if not joined:
-        A_E, B_E = _scaled((A_E, B_E), config, target)
+    scaling = _scaled((A_E, B_E), config, target).scaling
     B_gate, B_up = (part.transpose(1, 2) for part in ExpertsView(module).split(B_E.transpose(1, 2)))
     gate, up, half = (A_E, B_gate), (A_E, B_up), r // 2
     if r % 2 == 0 and not B_gate[..., half:].any() and not B_up[..., :half].any():
         # Two adapters that were fused, block-diagonal: as export_adapter writes them, and PEFT itself.
         gate, up = (A_E[:, :half], B_gate[..., :half]), (A_E[:, half:], B_up[..., half:])
     if joined:
-        gate, up = _scaled(gate, config, target), _scaled(up, config, target)
-    return {"gate": gate, "up": up}
+        return {"gate": _scaled(gate, config, target), "up": _scaled(up, config, target)}
+    return {"gate": _Pair(*gate, scaling), "up": _Pair(*up, scaling)}
 
 
-def _scaled(pair: tuple[Tensor, Tensor], config: LoraConfig, name: str) -> tuple[Tensor, Tensor]:
-    """The pair with the scaling that PEFT gives it in B."""
-    A, B = pair
+def _scaled(pair: tuple[Tensor, Tensor], config: LoraConfig, name: str) -> _Pair:
+    """The pair with the scaling that PEFT gives it."""
     patterns = config.alpha_pattern or {}
     alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
-    r = A.shape[-2]
-    return A, (B.double() * alpha / (r**0.5 if config.use_rslora else r)).to(B.dtype)
+    return _Pair(*pair, _scaling(config, alpha, pair[0].shape[-2]))
+
+
+def _scaling(config: LoraConfig, alpha: float, r: int) -> float:
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
 
 
 def _hot_state(
     layers: list[MoELayer],
-    experts: dict[int, tuple[tuple[int, ...], dict[str, tuple[Tensor, Tensor]]]],
-    linears: dict[str, tuple[Tensor, Tensor]],
+    experts: dict[int, tuple[tuple[int, ...], dict[str, _Pair]]],
+    linears: dict[str, _Pair],
     r: int,
+    scaling: float,
 ) -> dict[str, Tensor]:
-    """The tensors of a HotLoRA adapter of rank r, by the keys that it saves."""
+    """The tensors of a HotLoRA adapter of rank r and one scaling, by the keys that it saves."""
+
+    def at_its_rank(pair: _Pair) -> tuple[Tensor, Tensor]:
+        return at_rank(pair.A, pair.B, r, pair.scaling / scaling)
+
     state: dict[str, Tensor] = {}
     for layer in layers:
         ids, factors = experts[layer.layer]
         if not ids:
             continue
-        padded = {name: at_rank(A, B, r, 1) for name, (A, B) in factors.items()}
+        padded = {name: at_its_rank(pair) for name, pair in factors.items()}
         gate_up = [padded[name] for name in ("gate", "up") if name in padded]
         if gate_up:
             state[f"{layer.experts}.lora_A_gate_up"] = torch.cat([A for A, _ in gate_up], 1)
             state[f"{layer.experts}.lora_B_gate_up"] = torch.cat([B for _, B in gate_up], 1)
         if "down" in padded:
             state[f"{layer.experts}.lora_A_down"], state[f"{layer.experts}.lora_B_down"] = padded["down"]
-    for path, (A, B) in linears.items():
-        A, B = at_rank(A, B, r, 1)
+    for path, pair in linears.items():
+        A, B = at_its_rank(pair)
         state |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
     return state

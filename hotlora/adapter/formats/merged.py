@@ -1,5 +1,6 @@
 """A whole checkpoint of the model with an adapter, or a part of it, folded in."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from ...base.files import read_json, write_json
 from ...base.quiet import quiet
 from ..mergeable import MergeableLayer
 from .shared import without_adapters
+
+_log = logging.getLogger(__name__)
+_FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
 def save_checkpoint(
@@ -26,6 +30,7 @@ def save_checkpoint(
     with _merged(layers, adapter, restores), without_adapters(base), quiet():
         base.save_pretrained(folder)
     _add_old_names(base.config, folder / "config.json")
+    _take_back_lost_layers(base, folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -39,6 +44,23 @@ def _add_old_names(config: Any, file: Path) -> None:
     rope = saved.get("rope_parameters") or {}
     old |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     write_json(file, {**old, **saved})
+
+
+def _take_back_lost_layers(base: Any, file: Path) -> None:
+    """Layers that predict further tokens are in published checkpoints, but transformers loads them for few families, so
+    that they are not saved: engines, which draft with them, must not look for them."""
+    saved = read_json(file)
+    parts = [part for part in (saved, saved.get("text_config")) if isinstance(part, dict)]
+    said = [(part, name) for part in parts for name in _FURTHER if isinstance(part.get(name), int) and part[name] > 0]
+    if not said or not base._keys_to_ignore_on_load_unexpected:
+        return
+    for part, name in said:
+        part[name] = 0
+    write_json(file, saved)
+    _log.warning(
+        "the layers that predict further tokens (%s) are not in %s, since transformers does not load them: an engine "
+        "cannot draft with them.", said[0][1], file.parent,
+    )  # fmt: skip
 
 
 @contextmanager
