@@ -33,6 +33,7 @@ from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
 from ..hf.models import load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
+from ..hf.weights import model_hash
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, trained_parts
@@ -348,6 +349,7 @@ class _Scored:
             "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
             **({"attn_implementation": attention} if (attention := self.options.attn_implementation) else {}),
+            **({"model_hash": found} if (found := model_hash(self.options.model)) else {}),
         }  # fmt: skip
 
     def record(self, identity: dict[str, Any], data: dict[str, Any]) -> Record:
