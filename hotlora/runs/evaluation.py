@@ -18,7 +18,7 @@ from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record
 from ..evaluation.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluation.generations import read_generations, score_generations
-from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version
+from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version, read_hashes
 from ..evaluation.rouge import rouge_each, rouge_l, rouge_scorer
 from ..evaluation.score import (
     Evaluation,
@@ -254,7 +254,7 @@ def run_harness(
         num_fewshot: examples in the prompt; None: the task's own number.
 
     Raises:
-        HotLoraError: lm-eval is not installed, `output` holds other work, or lm-eval has no such task.
+        HotLoraError: lm-eval is not installed, `output` holds other work, lm-eval has no such task, or files are not there.
     """
     version = lm_eval_version()
     check_sizes(limit=options.limit)
@@ -263,7 +263,7 @@ def run_harness(
     identity = {
         "model": options.model, "harness": f"lm-eval {version}", "tasks": list(tasks), "num_fewshot": num_fewshot,
         "limit": options.limit, "include_path": str(include_path) if include_path else None, "merge": options.merge,
-        **scored.identity(),
+        **read_hashes(tasks, include_path), **scored.identity(),
     }  # fmt: skip
     identity |= {"keep_hot": True} if scored.keep else {}
     folder = Path(output) if output else None

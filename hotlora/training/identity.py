@@ -28,13 +28,13 @@ _WORDS = {
 }  # fmt: skip
 _HASHES = {
     "chat_template": ("the model's chat template", "model"),
-    "model_hash": ("the model's weights, config or tokenizer (--model)", "model"),
+    "model_hash": ("the model (its weights, config or tokenizer)", "model"),
     "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
     "scorer_hash": ("what judges the test data's answers (tests, choices, databases)", "test_data"),
     "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
     "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
     "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
-    "tasks_hash": ("the rows of --tasks", "tasks"), "include_hash": ("the files of --include-path", "include_path"),
+    "tasks_hash": ("what --tasks reads", "tasks"), "include_hash": ("what is in --include-path", "include_path"),
 }  # fmt: skip
 """hash -> (what it is of, the option that changes it wherever it differs itself)"""
 _PLACES = {
