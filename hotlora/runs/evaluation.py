@@ -29,8 +29,8 @@ from ..evaluation.score import (
     response_scores,
     write_losses,
 )
-from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
-from ..hf.models import load_tokenizer, model_source, structure
+from ..evaluation.vllm_engine import check_vllm, length_needed, load_engine, vllm_answers
+from ..hf.models import load_config, load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..hf.weights import model_hash
@@ -132,7 +132,7 @@ def run_evaluation(
         else:
             model = scored.load(record)
             if is_own:
-                rows = tokenize(test, tokenizer, context_length(model, tokenizer) or _LONG)
+                rows = tokenize(test, tokenizer, context_length(model.config, tokenizer) or _LONG)
                 each: list[RowLoss] = []
                 found = response_scores(
                     model, tokenizer, rows, batch_size=options.batch_size, progress=progress, rows=each
@@ -444,7 +444,8 @@ def _by_vllm(
             base = str(out) if merge else str(out / "base") if router or attention else base
             lora = None if merge else out / "adapter" if router or attention else out
         ends = saved_stop_tokens(options.adapter) if options.adapter is not None else []
-        loaded, request = load_engine(base, lora, dtype=options.dtype)
+        needed = length_needed(load_config(model), tokenizer, test, task.max_new_tokens)
+        loaded, request = load_engine(base, lora, dtype=options.dtype, max_model_len=needed)
 
         def answers(done: Collection[int]) -> Iterator[list[Answer]]:
             return vllm_answers(
