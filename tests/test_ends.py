@@ -236,7 +236,9 @@ def test_vllm_has_room_for_the_longest_request_alone(monkeypatch: pytest.MonkeyP
             engines.append(given)
 
         def generate(self, prompts: list, given: list, **_: Any) -> list:
-            self.longest = max(len(p["prompt_token_ids"]) + g["max_tokens"] for p, g in zip(prompts, given, strict=True))
+            self.longest = max(
+                len(p["prompt_token_ids"]) + g["max_tokens"] for p, g in zip(prompts, given, strict=True)
+            )
             assert engines[-1].get("max_model_len", self.longest) == self.longest
             return [SimpleNamespace(outputs=[SimpleNamespace(text="aa", finish_reason="stop")]) for _ in prompts]
 

@@ -249,7 +249,7 @@ def test_edited_tasks_and_rows_are_another_evaluation(folder: Path, monkeypatch:
     assert evaluated(moved, folder / "local") == first
     local = folder / "moved" / "test.jsonl"
     local.write_text(local.read_text().replace("What is", "How much is"))
-    with pytest.raises(HotLoraError, match="--tasks .* against"):
+    with pytest.raises(HotLoraError, match=r"--tasks .* against"):
         evaluated(moved, folder / "local")
     with pytest.raises(DataError, match=r"no is not a folder: give the one that holds your tasks' configs"):
         evaluated(("own",), folder / "other", folder / "no")

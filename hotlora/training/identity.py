@@ -42,7 +42,7 @@ _PLACES = {
     "scores": ("scores_hash",), "adapter": ("adapter_hash",), "generations": ("generations_hash",),
     "tasks": ("tasks_hash",), "include_path": ("include_hash",),
 }  # fmt: skip
-"""what names files or a folder -> the hash of what is there, the first that a run has: with the same it may have moved"""
+"""what names files -> the hash of what is there, the first that a run has: where it is equal, the place is no matter"""
 _BEFORE = {"profile_until": 1.0}
 """what runs that were begun before there was an option did, where that is not its default"""
 _NOTED_LATER = ("scorer_hash", "model_hash", "tasks_hash", "include_hash")
@@ -102,7 +102,7 @@ def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool
     if noted is None or not old.get(noted) or old[noted] != new.get(noted):
         return False
     was, now = old.get(name), new.get(name)
-    if name == "tasks":
+    if isinstance(was, list) and isinstance(now, list):  # of lm-eval
         return [task.partition(":")[0] for task in was] == [task.partition(":")[0] for task in now]
     return isinstance(was, str) and isinstance(now, str) and task_of(was) is task_of(now)
 

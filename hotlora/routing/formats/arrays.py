@@ -144,8 +144,8 @@ def routed(arrays: Mapping[str, Stored]) -> tuple[list[Blocks], tuple[int, ...] 
     file = next(iter(arrays.values())).file
     layers = by_layer(
         arrays, file,
-        'expert ids [tokens, layers, k]; counts [layers, experts] with --model CONFIG, or as JSON, {"counts": [[...], ...]}; '
-        "or expert ids [tokens, k] for each layer",
+        "expert ids [tokens, layers, k]; counts [layers, experts] with --model CONFIG, or as JSON, "
+        '{"counts": [[...], ...]}; or expert ids [tokens, k] for each layer',
     )  # fmt: skip
     if len(shapes) > 1:
         raise DataError(f"{file}: layers have {sorted(shapes)} expert ids: each must have [tokens, k] of the same")
