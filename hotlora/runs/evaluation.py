@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..adapter.formats.export import not_applied
-from ..adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
+from ..adapter.load import CONFIG_FILE, WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
 from ..adapter.quantize import ExpertsQuantization, experts_in
 from ..adapter.stored import quantized_parameters
 from ..base.errors import DataError, HotLoraError
@@ -348,6 +348,7 @@ class _Scored:
             **({"quantize_linear": self.stored.linear} if self.stored and self.stored.linear else {}),
             "adapter": str(adapter) if adapter else None,
             "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
+            **({"adapter_config_hash": sha256_file(Path(adapter) / CONFIG_FILE)} if adapter else {}),
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
             **({"attn_implementation": attention} if (attention := self.options.attn_implementation) else {}),
             **({"model_hash": found} if (found := model_hash(self.options.model)) else {}),

@@ -32,7 +32,8 @@ _HASHES = {
     "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
     "scorer_hash": ("what judges the test data's answers (tests, choices, databases)", "test_data"),
     "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
-    "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
+    "adapter_config_hash": ("the adapter's config", "adapter"), "adapter_hash": ("--adapter", "adapter"),
+    "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None),
     "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
     "tasks_hash": ("what --tasks reads", "tasks"), "include_hash": ("what is in --include-path", "include_path"),
 }  # fmt: skip
@@ -45,7 +46,7 @@ _PLACES = {
 """what names files -> the hash of what is there, the first that a run has: where it is equal, the place is no matter"""
 _BEFORE = {"profile_until": 1.0}
 """what runs that were begun before there was an option did, where that is not its default"""
-_NOTED_LATER = ("scorer_hash", "model_hash", "tasks_hash", "include_hash")
+_NOTED_LATER = ("scorer_hash", "model_hash", "adapter_config_hash", "tasks_hash", "include_hash")
 """what says of runs that were begun before it was noted nothing"""
 _TESTED = ("test_hash", "scorer_hash")
 _IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice

@@ -18,7 +18,8 @@ from .tables import is_counts, read_counts, read_tables
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _FORMS = (
     "counts as JSON or an array, counts of each example, ESFT's expert scores or summary.json, REAP-style saliency, "
-    "routed experts of vLLM or SGLang (.npy, .npz, .safetensors, .json, .jsonl) or router_logits: docs/import.md has each"
+    "routed experts of vLLM or SGLang (.npy, .npz, .safetensors, .json, .jsonl) or router_logits: docs/import.md has "
+    "each"
 )
 
 
