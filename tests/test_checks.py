@@ -176,3 +176,33 @@ def test_another_run_is_told_in_the_command_lines_words():
     assert differences(before, {**before, "sampling": {"samples": 4, "seed": 0}}) == ["--samples 4 against 2"]
     hexes = re.compile(r"\b[0-9a-f]{8,}\b")
     assert not hexes.search(" ".join(differences(dict.fromkeys(before), {**before, "data_hash": "f" * 64})))
+
+
+def test_what_lies_elsewhere_with_the_same_hash_is_no_difference():
+    """But the name of a task, which says how answers are judged."""
+    for name, noted in (
+        ("adapter", "adapter_hash"), ("data", "data_hash"), ("data", "test_hash"), ("test_data", "test_hash"),
+        ("scores", "scores_hash"), ("generations", "generations_hash"), ("model", "model_hash"),
+        ("include_path", "include_hash"),
+    ):  # fmt: skip
+        flag = name.replace("_", "-")
+        before, now = {name: "/old/x", noted: "h"}, {name: "/new/x", noted: "h"}
+        assert differences(before, now) == []
+        assert differences(before, now | {noted: "i"}) == [f"--{flag} /new/x against /old/x"]
+        assert differences({name: "/old/x"}, {name: "/new/x"}) == [f"--{flag} /new/x against /old/x"]
+        assert differences(before, {name: None, noted: "h"}) == [f"--{flag} none against /old/x"]
+    read = {"data_hash": "h", "test_hash": "i"}
+    assert differences({"data": "gsm8k:/old", **read}, {"data": "gsm8k", **read}) == []
+    for other in ("boolq:/old", "/old"):
+        assert differences({"data": "gsm8k:/old", **read}, {"data": other, **read}) == [
+            f"--data {other} against gsm8k:/old"
+        ]
+    # What judges the answers is told where the place is no difference any more.
+    judged = {"data": "spider:/new", **read, "scorer_hash": "k"}
+    assert differences({**judged, "data": "spider:/old", "scorer_hash": "j"}, judged) == [
+        "what judges the test data's answers (tests, choices, databases) is not what it was"
+    ]
+    tasks = {"tasks": ["gsm8k:/old", "arc_easy"], "tasks_hash": ["h", None]}
+    assert differences(tasks, {**tasks, "tasks": ["gsm8k:/new", "arc_easy"]}) == []
+    for change in ({"tasks": ["gsm8k:/new", "piqa"]}, {"tasks": ["gsm8k:/new", "arc_easy"], "tasks_hash": ["i", None]}):
+        assert len(differences(tasks, {**tasks, **change})) == 1

@@ -227,6 +227,29 @@ def test_vllm_is_told(chatml: str, rows: str, monkeypatch: pytest.MonkeyPatch):
     assert [given["stop_token_ids"] for given in params] == [[7]]
 
 
+def test_vllm_has_room_for_the_longest_request_alone(monkeypatch: pytest.MonkeyPatch):
+    """A model's window is 128k tokens, whose KV cache a small card has no room for."""
+    engines: list[dict[str, Any]] = []
+
+    class Engine:
+        def __init__(self, **given: Any) -> None:
+            engines.append(given)
+
+        def generate(self, prompts: list, given: list, **_: Any) -> list:
+            self.longest = max(
+                len(p["prompt_token_ids"]) + g["max_tokens"] for p, g in zip(prompts, given, strict=True)
+            )
+            assert engines[-1].get("max_model_len", self.longest) == self.longest
+            return [SimpleNamespace(outputs=[SimpleNamespace(text="aa", finish_reason="stop")]) for _ in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **given: given, LLM=Engine))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=None))
+    run_evaluation("nano", "nano-math", limit=4, engine="vllm", max_new_tokens=9)
+    assert 20 < engines[-1]["max_model_len"] < 100
+    run_evaluation("nano", "nano-math", limit=4, engine="vllm", max_new_tokens=500)
+    assert "max_model_len" not in engines[-1], "nano's window is 512"
+
+
 def test_a_file_that_is_none(run: Path, tmp_path: Path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["<|im_end|>"]}')
     with pytest.raises(FileError, match=r"eos_token_id is .*it must be a token id"):

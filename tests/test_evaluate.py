@@ -2,19 +2,24 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from runs import run_evaluation
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from tiny_files import save_tiny_model
+from tiny_files import save_tiny_model, write_sums
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import Record, write_record
 from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.score import evaluate_task, response_loss
+from hotlora.hf.weights import model_hash
+from hotlora.runs.evaluation import run_held_out
+from hotlora.runs.options import EvalOptions
 from hotlora.tasks import TASKS, Example, Task, get_task
 from hotlora.tasks.data import data_hash, load_examples, scorer_hash
 from hotlora.tasks.tokens import tokenize
@@ -257,6 +262,74 @@ def test_a_seed_alone_draws_nothing(model, tmp_path: Path):
     write_record(tmp_path / "out", record | {"config": of_old})
     again, _ = run_evaluation(str(tmp_path / "model"), "nano-math", **scored, sampling=Sampling(seed=5))
     assert again["config"] == of_old, "done already"
+
+
+def scored_again(model: Path, data: str, out: Path, **options) -> Record:
+    return run_evaluation(str(model), data, out, limit=4, batch_size=2, **options)[0]
+
+
+def double_weights(model: Path) -> None:
+    file = model / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_other_weights_at_the_same_place_are_another_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model, out = tmp_path / "model", tmp_path / "out"
+    save_tiny_model(model)
+    first = scored_again(model, "nano-math", out)
+    assert scored_again(model, "nano-math", out) == first
+    assert f"{out} is done already, with the same options: nothing is run again" in caplog.text
+    double_weights(model)
+    with pytest.raises(HotLoraError, match=r"the model \(its weights, config or tokenizer\) is not what it was"):
+        scored_again(model, "nano-math", out)
+    write_record(out, first | {"status": "running"})  # killed before its end: no answers of two models in one file
+    with pytest.raises(HotLoraError, match=r"the model \(its weights"):
+        scored_again(model, "nano-math", out)
+    of_old = {name: value for name, value in first["config"].items() if name != "model_hash"}
+    write_record(out, first | {"config": of_old})
+    assert scored_again(model, "nano-math", out)["started"] == first["started"], "an older record does not hold it"
+    held = partial(run_held_out, EvalOptions(model=str(model), limit=2), write_sums(tmp_path / "sums.jsonl"))
+    assert held(tmp_path / "held") == held(tmp_path / "held")
+    double_weights(model)
+    with pytest.raises(HotLoraError, match=r"the model \(its weights"):
+        held(tmp_path / "held")
+
+
+def test_an_evaluation_goes_on_where_its_files_lie_elsewhere(tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    save_tiny_model(old / "model")
+    sums = Path(write_sums(old / "sums.jsonl"))
+    first = scored_again(old / "model", str(sums), old / "out")
+    old.rename(new)
+    assert scored_again(new / "model", str(new / "sums.jsonl"), new / "out") == first
+    sums = new / "sums.jsonl"
+    sums.write_text(sums.read_text().replace("make", "give"))
+    with pytest.raises(HotLoraError, match=r"--data .*/new/sums.jsonl against .*/old/sums.jsonl"):
+        scored_again(new / "model", str(sums), new / "out")
+
+
+def test_a_models_hash_is_of_its_files_and_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tmp_path / "model"
+    save_tiny_model(model)
+    hashes = [model_hash(model)]
+    for file in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        data = bytearray((model / file).read_bytes())
+        data[-3] ^= 1
+        (model / file).write_bytes(data)
+        hashes.append(model_hash(model))
+    (model / "README.md").write_text("of nothing")
+    shutil.copytree(model, tmp_path / "copy")
+    assert model_hash(tmp_path / "copy") == model_hash(model) == hashes[-1] and len(set(hashes)) == 4
+    with open(model / "model-2.safetensors", "wb") as large:
+        large.truncate(2**36)  # 64 GiB, of which no block is on the disk
+        hashes.append(model_hash(model))
+        large.seek(2**35 + 12345)
+        large.write(b"\1" * 2**22)  # an expert
+    assert model_hash(model) not in hashes
+
+    cache = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(cache))
+    assert model_hash("a/b") == "c0ffee"
 
 
 def test_nothing_to_evaluate(model):

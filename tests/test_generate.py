@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     fill(adapted, seed=1, scale=0.5)
     adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
     return str(folder / "model"), folder / "adapter"
+
+
+def test_an_adapter_that_was_moved_is_the_same_and_one_with_another_scale_is_not(
+    saved: tuple[str, Path], tmp_path: Path
+):
+    model, adapter = saved
+    first = run_evaluation(model, "nano-math", tmp_path / "out", adapter=adapter, limit=3)[0]
+    moved = tmp_path / "moved"
+    shutil.copytree(adapter, moved)
+    assert run_evaluation(model, "nano-math", tmp_path / "out", adapter=moved, limit=3) == (first, None)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3 * config["lora_alpha"]}))
+    with pytest.raises(HotLoraError, match="the adapter's config is not what it was"):
+        run_evaluation(model, "nano-math", tmp_path / "out", adapter=moved, limit=3)
 
 
 def test_merged_for_the_evaluation_says_the_same(saved: tuple[str, Path], tmp_path: Path):

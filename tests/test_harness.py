@@ -1,4 +1,4 @@
-"""lm-eval on models in memory, with its data from local files; skipped where lm-eval is not installed."""
+"""lm-eval on models in memory, with its data from local files; mostly skipped where lm-eval is not installed."""
 
 import json
 import random
@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 from published import ABSENT, DATA
 from tiny import fill, tiny_model, tiny_plan
+from tiny_files import save_tiny_model
 from tiny_tokenizer import byte_tokenizer
 from zoo import zoo_model
 
 from hotlora import HotLoraConfig
 from hotlora.base.errors import DataError, HotLoraError
-from hotlora.base.records import read_record
+from hotlora.base.records import Record, read_record, write_record
 from hotlora.cli import main as cli
 from hotlora.evaluation.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
-from hotlora.evaluation.score import example_id
+from hotlora.evaluation.score import Evaluation, example_id
+from hotlora.runs import evaluation
+from hotlora.runs.options import EvalOptions
 from hotlora.tasks import get_task, gsm8k, hellaswag
 from hotlora.tasks.rows import Row
 
@@ -202,6 +205,54 @@ def test_the_command_keeps_a_record(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert "--limit 2 against 3" in call(*words[:-1], 2)
     assert "leave the engine and the sampling out" in call(*words, "--samples", 2, "--temperature", 1)
     assert "Give --harness lm-eval with --tasks" in call("--model", model, "--data", "gsm8k")
+
+
+def test_edited_tasks_and_rows_are_another_evaluation(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """lm-eval itself is left out: what was there decides before it is asked."""
+    asked = []
+
+    def ask(*_, **__):
+        asked.append(1)
+        (folder / "own" / "__pycache__").mkdir(exist_ok=True)
+        (folder / "own" / "__pycache__" / "utils.pyc").write_text(str(asked))
+        return {}, [Evaluation("own", "acc", 1.0, 1, 1, 0.2, 1.0, [{"index": 0, "id": "x", "correct": True}], 0.1)]
+
+    monkeypatch.setattr(evaluation, "lm_eval_version", lambda: "0")
+    monkeypatch.setattr(evaluation, "evaluate_by_lm_eval", ask)
+    model = save_tiny_model(folder / "model")
+    (folder / "own" / "data").mkdir(parents=True)
+    task, rows = folder / "own" / "own.yaml", folder / "own" / "data" / "rows.jsonl"
+    task.write_text("task: own\n")
+    rows.write_text("{}\n")
+
+    def evaluated(tasks: tuple[str, ...], out: Path, own: Path | None = None) -> Record:
+        return evaluation.run_harness(EvalOptions(model=model), [*tasks], out, include_path=own)
+
+    for out in (folder / "out", folder / "own" / "out", folder / "own"):
+        first = evaluated(("own",), out, folder / "own")
+        assert evaluated(("own",), out, folder / "own") == first
+        for file in (task, rows):
+            before = file.read_text()
+            file.write_text(before + "\n")
+            with pytest.raises(HotLoraError, match="what is in --include-path is not what it was"):
+                evaluated(("own",), out, folder / "own")
+            file.write_text(before)
+        config = {name: value for name, value in first["config"].items() if name != "include_hash"}
+        write_record(out, first | {"config": config})
+        assert evaluated(("own",), out, folder / "own")["started"] == first["started"], "an older record"
+        write_record(out, first)
+    assert len(asked) == 3
+
+    first = evaluated((f"gsm8k:{folder}/gsm8k", "arc_easy"), folder / "local")
+    (folder / "gsm8k").rename(folder / "moved")
+    moved = (f"gsm8k:{folder}/moved", "arc_easy")
+    assert evaluated(moved, folder / "local") == first
+    local = folder / "moved" / "test.jsonl"
+    local.write_text(local.read_text().replace("What is", "How much is"))
+    with pytest.raises(HotLoraError, match=r"--tasks .* against"):
+        evaluated(moved, folder / "local")
+    with pytest.raises(DataError, match=r"no is not a folder: give the one that holds your tasks' configs"):
+        evaluated(("own",), folder / "other", folder / "no")
 
 
 @harness

@@ -244,6 +244,53 @@ def test_dense_layers_of_a_router_that_chooses_one_expert_are_left_out(tmp_path:
     assert import_profile(tmp_path / "a.npy", num_experts=8).counts[:, 0].tolist() == [50, 50]
 
 
+def top_1_with_dense_layers(folder: Path) -> Path:
+    config = zoo_config("qwen3_moe")
+    config.num_hidden_layers, config.num_experts_per_tok, config.decoder_sparse_step = 4, 1, 2
+    config.mlp_only_layers = []
+    config.save_pretrained(folder)
+    assert known_of(folder).layers == (1, 3)
+    return folder
+
+
+def test_dense_layers_of_a_model_that_chooses_one_expert_are_left_out(tmp_path: Path):
+    model = top_1_with_dense_layers(tmp_path / "model")
+    num_experts = known_of(model).num_experts
+    array = distinct(50, 4, 1, num_experts).astype(np.int32)
+    array[:, 3] = 0  # an MoE layer, of which one expert has it all
+    np.save(tmp_path / "wrong.npy", array)
+    array[:, ::2] = 0
+    np.save(tmp_path / "all.npy", array)
+    np.save(tmp_path / "moe.npy", array[:, 1::2])
+    np.savez(tmp_path / "named.npz", **{f"layer{layer}": array[:, layer] for layer in range(4)})
+    for name in ("all.npy", "moe.npy", "named.npz"):
+        found = import_profile(tmp_path / name, model=model)
+        assert found.layers == (1, 3) and found.num_tokens == 50
+        assert torch.equal(found.counts, slowly(array[:, 1::2], num_experts)), name
+    with pytest.raises(DataError, match=r"has layers 0 to 3, and the MoE layers of .* are 1, 3"):
+        import_profile(tmp_path / "wrong.npy", model=model)
+
+
+def test_counts_of_the_model_as_an_array(tmp_path: Path):
+    """A sum over an engine's counts, whose dense layers have zeros."""
+    model = top_1_with_dense_layers(tmp_path / "model")
+    counts = slowly(distinct(50, 2, 1, known_of(model).num_experts), known_of(model).num_experts).numpy()
+    whole = np.insert(counts, [0, 1], 0, axis=0)
+    np.save(tmp_path / "counts3.npy", counts)  # a number in the name makes no layer of it
+    np.savez(tmp_path / "all.npz", logical_count=whole.astype(np.int32))
+    save_file({"counts": torch.from_numpy(whole)}, tmp_path / "all.safetensors")
+    for name in ("counts3.npy", "all.npz", "all.safetensors"):
+        found = import_profile(tmp_path / name, model=model)
+        assert found.layers == (1, 3) and found.num_tokens == 50 and (found.counts.numpy() == counts).all()
+    whole[0, 1] = 50
+    np.save(tmp_path / "wrong.npy", whole)
+    with pytest.raises(DataError, match=r"has layers 0 to 1, 3, and the MoE layers of .* are 1, 3"):
+        import_profile(tmp_path / "wrong.npy", model=model)
+    np.save(tmp_path / "a.npy", counts)
+    with pytest.raises(DataError, match=r'counts \[layers, experts\] with --model CONFIG, or as JSON, {"counts": '):
+        import_profile(tmp_path / "a.npy", num_experts=known_of(model).num_experts)
+
+
 def test_a_models_dense_layers_may_be_in_the_array_or_not(tmp_path: Path):
     config = zoo_config("deepseek_v2")
     config.num_hidden_layers, config.first_k_dense_replace, config.mlp_layer_types = 4, 1, None

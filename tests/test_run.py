@@ -87,7 +87,7 @@ def test_a_run_on_a_file_with_a_shared_profile(model_folder: str, tmp_path: Path
     assert record["profile"] == {
         "path": "../profile.safetensors", "hash": profile.hash, "num_tokens": profile.num_tokens
     }  # fmt: skip
-    assert (record["name"], "evaluation" in record) == ("cold 38%", False) and record["training"]["test_loss"] > 0
+    assert (record["name"], "evaluation" in record) == ("cold 37.5%", False) and record["training"]["test_loss"] > 0
     plan = json.loads((tmp_path / "cold" / "plan.json").read_text())
     assert all(len(ids) == 3 for ids in plan["experts"].values())
     by_plan = run_training(model_folder, str(file), tmp_path / "p", config=CONFIG, plan=tmp_path / "cold" / "plan.json")
@@ -125,7 +125,7 @@ def test_a_run_profiles_until_its_experts_are_settled(model_folder: str, tmp_pat
         run_training(*named, tmp_path / "old", config=config)
     assert run_training(*named, tmp_path / "old", config=config, profile_fraction=0.1)["status"] == "done"
 
-    assert not caplog.records
+    assert all("is done already" in told.getMessage() for told in caplog.records)
     run_training(*named, tmp_path / "few", config=config, profile_until=0.9999, profile_fraction=0.25)
     assert "on all 75 examples" in caplog.text and "short of profile_until = 0.9999" in caplog.text
     assert "give a larger --profile-fraction to read more." in caplog.text

@@ -27,6 +27,9 @@ from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.runs.export import export_saved
 from hotlora.runs.folder import load_base
 from hotlora.runs.methods import METHODS
+from hotlora.runs.training import _describe
+from hotlora.tasks.data import data_hash, load_examples
+from hotlora.tasks.split import drawn
 from hotlora.tasks.tokens import batches, tokenize
 from hotlora.training.config import TrainConfig
 from hotlora.training.reprofile import Reprofiling
@@ -196,6 +199,30 @@ def test_a_warm_up_comes_before_the_profile(model_folder, data, tmp_path):
         run_method(model_folder, data, tmp_path / "other", config=CONFIG, warmup="fft")
     with pytest.raises(HotLoraError, match="there to make a profile"):
         run_method(model_folder, data, tmp_path / "other", config=CONFIG, warmup="lora", plan=tmp_path / "run")
+
+
+@pytest.mark.parametrize("limit", [None, 70])
+def test_a_warm_up_has_rows_of_the_training_alone(limit, model_folder, tmp_path):
+    """`--limit` draws them: of all rows the warm-up's would be others."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}", "completion": f" {i + 1}"}) + "\n" for i in range(400)))
+    run = tmp_path / "run"
+    run_method(model_folder, str(file), run, method="hellora", **SHORT, warmup="lora", limit=limit)
+    rows = load_examples(str(file), "train", limit=limit, tokenizer=TOKENIZER)
+    record, warm = read_record(run / "warmup"), RoutingProfile.load(run / "warmup" / "warm-profile.safetensors")
+    assert record["data"]["train"] == 64
+    assert record["data"]["hash"] == warm.source["data_hash"] == data_hash(drawn(rows, 64))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [((6, 6), "12.5%"), ((12, 12), "25%"), ((3, 3), "6.25%"), ((6, 12), "19%"), ((16, 16), "33%"), ((48, 48), "")],
+)
+def test_a_run_is_named_by_the_share_of_its_plan(numbers, told):
+    """Where layers differ, it is a rule's own number, of which each seed has another."""
+    experts = {layer: tuple(range(number)) for layer, number in enumerate(numbers)}
+    plan = ExpertPlan(experts=experts, num_experts=48, rule="hot", params={}, profile_hash=None)
+    assert _describe("hot", plan) == f"hot {told}".strip()
 
 
 def test_a_task_on_top_of_another(model_folder, data, tmp_path):

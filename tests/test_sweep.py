@@ -14,11 +14,11 @@ import torch
 import typer
 from rich.console import Console
 from runs import run_training
-from tiny_files import save_tiny_model
+from tiny_files import save_tiny_model, write_sums
 from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
-from hotlora.base.records import find_records, read_record
+from hotlora.base.records import Record, find_records, read_record
 from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.report.comparison import compare_runs
 from hotlora.report.rows import table_rows
@@ -439,6 +439,33 @@ def test_without_a_task_the_held_out_loss_is_the_score(model_folder: Path, tmp_p
     (section,) = (some for some in read_sections(find_records(tmp_path / "out")) if some.data == str(rows))
     shown = {row.name: row.cells["accuracy"] for row in table_rows(section, section.data)}
     assert shown["base"] == f"{losses['base']:.4f}" and shown["all"] == f"{losses['all']:.4f}"
+
+
+def test_a_sweep_whose_folder_and_data_were_moved_goes_on(model_folder: Path, tmp_path: Path):
+    """Adapters and whole models that it scores lie elsewhere then, and are the same."""
+
+    def done(place: Path) -> dict[str, Record]:
+        sweep = make_sweep(
+            Condition("base", train=False), Condition("hot"), Condition("whole", {"method": "fft"}),
+            Condition("hot-again", scores="hot"), Condition("whole-again", scores="whole"),
+            model=str(model_folder), data=str(place / "rows.jsonl"), options={"test_data": str(place / "rows.jsonl")},
+            config=TrainConfig(max_steps=1, batch_size=4, r=2, max_length=64),
+        )  # fmt: skip
+        return {job.name: job.function(**job.arguments) for job in sweep_jobs(sweep, place / "out")}
+
+    (tmp_path / "old").mkdir()
+    write_sums(tmp_path / "old" / "rows.jsonl")
+    before = done(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    after = done(tmp_path / "new")
+    del before[f"profile of {tmp_path}/old/rows.jsonl"], after[f"profile of {tmp_path}/new/rows.jsonl"]
+    assert after == before and len(after) == 5
+    file = tmp_path / "new/out/whole/seed0/model/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(HotLoraError, match=r"holds another run: --model .*new/.* against .*old/"):
+        done(tmp_path / "new")
 
 
 def test_drawn_answers_are_of_what_scores(tmp_path: Path):

@@ -113,7 +113,7 @@ def answer_batches(
     """
     check_batches(examples, batch_size)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
-    window = context_length(model, tokenizer)
+    window = context_length(model.config, tokenizer)
     if window is not None and (long := sum(len(prompt) > window for prompt in prompts)):
         _log.warning("%d of %d prompts are longer than the model's window of %d tokens.", long, len(prompts), window)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -174,9 +174,9 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
-def context_length(model: Any, tokenizer: Any) -> int | None:
+def context_length(config: Any, tokenizer: Any) -> int | None:
     """Tokens that the model reads at most, looked for where lm-eval does; None where nothing tells."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
         if (length := getattr(config, name, None)) is not None:
             return int(length)

@@ -3,6 +3,7 @@
 lm-eval is an extra: ``pip install hotlora[eval]``.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError, HotLoraError
-from ..base.files import write_text
+from ..base.files import sha256_file, visible_files, write_text
 from ..base.precision import say_if_slow
 from ..hf.forward import TEXTS, padding_matters
 from ..tasks import Example, hellaswag
@@ -105,16 +106,7 @@ def write_local_task(name: str, source: str | Path, folder: Path) -> Path:
     """
     import lm_eval
 
-    if name not in LOCAL:
-        raise DataError(
-            f"{name} cannot be read from {source} for lm-eval; {' and '.join(LOCAL)} can. Others read the hub, or "
-            "configs of your own (--include-path)."
-        )
-    source = Path(source).expanduser()
-    if not source.is_dir():
-        raise DataError(f"{source} is not a folder; lm-eval's {name} needs the folder with its published files.")
-    parts = {"gsm8k": _gsm8k_rows, "hellaswag": _hellaswag_rows}[name](source)
-    files = {}
+    parts, files = _local_rows(name, source), {}
     for split, rows in parts.items():
         files[split] = str(folder / f"{name}-{split}.jsonl")
         write_text(files[split], "".join(json.dumps(row) + "\n" for row in rows))
@@ -128,6 +120,48 @@ def write_local_task(name: str, source: str | Path, folder: Path) -> Path:
     path = folder / f"{name}.yaml"
     write_text(path, json.dumps(config))  # YAML holds all of JSON
     return path
+
+
+def read_hashes(tasks: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
+    """Of what `evaluate_by_lm_eval` reads from files of one's own: `tasks_hash`, a SHA-256 of each task's local rows,
+    None of others; and `include_hash`, of the names and contents of all files in `include_path`, but for what runs and
+    Python wrote there, and hidden ones. Neither where nothing is read.
+
+    DataError: local files that are not there, or an `include_path` that is no folder.
+    """
+    found: dict[str, Any] = {}
+    named = [task.partition(":") for task in tasks]
+    if any(source for _, _, source in named):
+        found["tasks_hash"] = [_rows_hash(name, source) if source else None for name, _, source in named]
+    if include_path is None:
+        return found
+    folder, digest = Path(include_path).expanduser(), hashlib.sha256()
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: give the one that holds your tasks' configs (--include-path).")
+    files = visible_files(folder)
+    written = {file.parent for file in files if file.name == "run.json"} - {folder}
+    for file in files:
+        is_result = file.parent == folder and (file.name == "run.json" or file.name.startswith("results-"))
+        if not is_result and file.parent.name != "__pycache__" and written.isdisjoint(file.parents):
+            digest.update(f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n".encode())
+    return found | {"include_hash": digest.hexdigest()}
+
+
+def _rows_hash(name: str, source: str) -> str:
+    return hashlib.sha256(json.dumps(_local_rows(name, source)).encode()).hexdigest()
+
+
+def _local_rows(name: str, source: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows that lm-eval's task `name` is to read, by split. DataError: as `write_local_task`."""
+    if name not in LOCAL:
+        raise DataError(
+            f"{name} cannot be read from {source} for lm-eval; {' and '.join(LOCAL)} can. Others read the hub, or "
+            "configs of your own (--include-path)."
+        )
+    source = Path(source).expanduser()
+    if not source.is_dir():
+        raise DataError(f"{source} is not a folder; lm-eval's {name} needs the folder with its published files.")
+    return {"gsm8k": _gsm8k_rows, "hellaswag": _hellaswag_rows}[name](source)
 
 
 def _named(task: str, folder: Path) -> str:

@@ -139,7 +139,7 @@ def evaluate_task(
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt))
         groups = [sorted(group) for group in _groups(order, batch_size)]
         groups = [picked for picked in groups if not set(picked).issubset(done)]
-        window = context_length(model, tokenizer)
+        window = context_length(model.config, tokenizer)
         encoded = {i: _encoded(i, examples[i], tokenizer, window) for picked in groups for i in picked}
         for picked in track(groups, "scoring", progress):
             found = _scores(model, tokenizer, {i: encoded[i] for i in picked}, batch_size)
@@ -149,7 +149,7 @@ def evaluate_task(
     if evaluation.cut:
         _log.warning(
             "%d of %d examples are longer than the model's window of %d tokens: their prompts were cut on the left.",
-            evaluation.cut, len(examples), context_length(model, tokenizer),
+            evaluation.cut, len(examples), context_length(model.config, tokenizer),
         )  # fmt: skip
     return evaluation
 

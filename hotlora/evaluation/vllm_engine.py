@@ -16,7 +16,7 @@ from ..base.files import read_json
 from ..tasks import Example
 from ..tasks.ends import turn_ends
 from ..tasks.tokens import encode_prompt
-from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
+from .generate import GREEDY, Answer, Sampling, check_batches, context_length, cut, track
 
 _AT_ONCE = 512  # answers given to the engine together: so many are lost at most where it is stopped
 
@@ -32,25 +32,36 @@ def check_vllm() -> None:
         ) from error
 
 
-def load_engine(model: str, adapter: str | Path | None = None, *, dtype: str = "auto") -> tuple[Any, Any]:
+def length_needed(config: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int) -> int | None:
+    """Tokens of the longest prompt and its answer; None where the model's window is shorter, or is not known."""
+    window = context_length(config, tokenizer)
+    needed = max((len(encode_prompt(example, tokenizer)) for example in examples), default=0) + max_new_tokens
+    return needed if window is not None and needed <= window else None
+
+
+def load_engine(
+    model: str, adapter: str | Path | None = None, *, dtype: str = "auto", max_model_len: int | None = None
+) -> tuple[Any, Any]:
     """A vLLM engine and the request for its adapter, which is None without one.
 
     Args:
         model: a folder or a hub id.
         adapter: the folder of an adapter that was exported in the format "vllm".
+        max_model_len: tokens of the longest request, for which vLLM must have room to start at all; None: the model's
+            window, of which a small card has no room.
     """
     check_vllm()
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
+    given: dict[str, Any] = {"model": model, "dtype": dtype}
+    given |= {"max_model_len": max_model_len} if max_model_len is not None else {}
     if adapter is None:
-        return LLM(model=model, dtype=dtype), None
+        return LLM(**given), None
     rank = read_json(Path(adapter) / CONFIG_FILE)["r"]
     room = room_for(rank)
     # The last option: a pair of matrices for each expert is read as such where the family's experts are fused, too.
-    engine = LLM(
-        model=model, dtype=dtype, enable_lora=True, max_loras=1, max_lora_rank=room, enable_mixed_moe_lora_format=True
-    )
+    engine = LLM(**given, enable_lora=True, max_loras=1, max_lora_rank=room, enable_mixed_moe_lora_format=True)
     return engine, LoRARequest("hotlora", 1, str(adapter))
 
 

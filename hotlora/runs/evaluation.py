@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..adapter.formats.export import not_applied
-from ..adapter.load import WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
+from ..adapter.load import CONFIG_FILE, WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
 from ..adapter.quantize import ExpertsQuantization, experts_in
 from ..adapter.stored import quantized_parameters
 from ..base.errors import DataError, HotLoraError
@@ -18,7 +18,7 @@ from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record
 from ..evaluation.generate import GREEDY, Answer, Sampling, context_length
 from ..evaluation.generations import read_generations, score_generations
-from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version
+from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version, read_hashes
 from ..evaluation.rouge import rouge_each, rouge_l, rouge_scorer
 from ..evaluation.score import (
     Evaluation,
@@ -29,10 +29,11 @@ from ..evaluation.score import (
     response_scores,
     write_losses,
 )
-from ..evaluation.vllm_engine import check_vllm, load_engine, vllm_answers
-from ..hf.models import load_tokenizer, model_source, structure
+from ..evaluation.vllm_engine import check_vllm, length_needed, load_engine, vllm_answers
+from ..hf.models import load_config, load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
+from ..hf.weights import model_hash
 from ..tasks import Example, Task
 from ..tasks.chat import template_source
 from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, trained_parts
@@ -131,7 +132,7 @@ def run_evaluation(
         else:
             model = scored.load(record)
             if is_own:
-                rows = tokenize(test, tokenizer, context_length(model, tokenizer) or _LONG)
+                rows = tokenize(test, tokenizer, context_length(model.config, tokenizer) or _LONG)
                 each: list[RowLoss] = []
                 found = response_scores(
                     model, tokenizer, rows, batch_size=options.batch_size, progress=progress, rows=each
@@ -256,7 +257,8 @@ def run_harness(
         num_fewshot: examples in the prompt; None: the task's own number.
 
     Raises:
-        HotLoraError: lm-eval is not installed, `output` holds other work, or lm-eval has no such task.
+        HotLoraError: lm-eval is not installed, `output` holds other work, lm-eval has no such task, or a file
+            is not there.
     """
     version = lm_eval_version()
     check_sizes(limit=options.limit)
@@ -265,7 +267,7 @@ def run_harness(
     identity = {
         "model": options.model, "harness": f"lm-eval {version}", "tasks": list(tasks), "num_fewshot": num_fewshot,
         "limit": options.limit, "include_path": str(include_path) if include_path else None, "merge": options.merge,
-        **scored.identity(),
+        **read_hashes(tasks, include_path), **scored.identity(),
     }  # fmt: skip
     identity |= {"keep_hot": True} if scored.keep else {}
     folder = Path(output) if output else None
@@ -349,8 +351,10 @@ class _Scored:
             **({"quantize_linear": self.stored.linear} if self.stored and self.stored.linear else {}),
             "adapter": str(adapter) if adapter else None,
             "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
+            **({"adapter_config_hash": sha256_file(Path(adapter) / CONFIG_FILE)} if adapter else {}),
             "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
             **({"attn_implementation": attention} if (attention := self.options.attn_implementation) else {}),
+            **({"model_hash": found} if (found := model_hash(self.options.model)) else {}),
         }  # fmt: skip
 
     def record(self, identity: dict[str, Any], data: dict[str, Any]) -> Record:
@@ -445,7 +449,8 @@ def _by_vllm(
             base = str(out) if merge else str(out / "base") if router or attention else base
             lora = None if merge else out / "adapter" if router or attention else out
         ends = saved_stop_tokens(options.adapter) if options.adapter is not None else []
-        loaded, request = load_engine(base, lora, dtype=options.dtype)
+        needed = length_needed(load_config(model), tokenizer, test, task.max_new_tokens)
+        loaded, request = load_engine(base, lora, dtype=options.dtype, max_model_len=needed)
 
         def answers(done: Collection[int]) -> Iterator[list[Answer]]:
             return vllm_answers(

@@ -172,7 +172,7 @@ def finished(
     elif longer is not None:
         check_extension(output, longer)
     if done:
-        _log.info("%s is done already", output)
+        _log.warning("%s is done already, with the same options: nothing is run again", output)
     return record if done else None
 
 

@@ -17,7 +17,7 @@ from ..hf.models import load_tokenizer
 from ..routing.plan import select_experts
 from ..routing.profile import RoutingProfile, jaccard
 from ..tasks.data import load_examples
-from ..tasks.split import held_out
+from ..tasks.split import drawn, held_out
 from ..training.identity import check_same
 from .checks import check_run
 from .folder import data_time, load_base
@@ -125,18 +125,20 @@ def _warm_up(
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(data, "train", limit=options.limit, tell=False, **read)  # the training tells
     number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
+    # Of the rows that the training has, where it has not all.
+    limit, sample = (number, None) if options.limit is None else (options.limit, number)
     others = ("plan_seed", "max_steps", "mask")
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, *others))
     warming = replace(
         options, **without,
-        warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=number, profile_fraction=1.0,
+        warmup="none", rule="all", signal="count", epochs=1, extend=False, limit=limit, profile_fraction=1.0,
         profile_until=None,
         **WARM_UP,
         eval_steps=None, load_best=False, early_stopping_patience=None,
         keep_hot=False, test_limit=None, evaluate=False, condition="warm-up",
     )  # fmt: skip
-    run_training(warming, output, progress=progress, begin=begin)
-    some = load_examples(data, "train", limit=number, now=data_time(output), tell=False, **read)
+    run_training(warming, output, progress=progress, begin=begin, sample=sample)
+    some = drawn(load_examples(data, "train", limit=limit, now=data_time(output), tell=False, **read), sample)
     some = some if options.test_split is None else held_out(some, options.test_split)[0]
     if not file.is_file():
         warmed = profile_data(

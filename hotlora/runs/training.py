@@ -72,8 +72,9 @@ _NAMES = ("model", "data", "test_data", "scores")  # of files and folders, which
 
 
 def run_training(
-    options: RunOptions, output: str | Path, *, progress: bool = False, begin: Callable[[], None] = lambda: None
-) -> Record:
+    options: RunOptions, output: str | Path, *, progress: bool = False, begin: Callable[[], None] = lambda: None,
+    sample: int | None = None,
+) -> Record:  # fmt: skip
     """Profile, select, train, evaluate: everything lands in `output`, and its `run.json` tells what happened.
 
     `output` gets profile.safetensors (unless `options.profile` names one to share), plan.json, checkpoints/,
@@ -81,6 +82,7 @@ def run_training(
     before a training in some methods (`warmup`, `keep`, …) are `stages.run_method`'s.
 
     begin: called before the model is loaded, when options and data have been found right and there is work to do.
+    sample: at most so many of the rows that `options.limit` leaves.
 
     Several processes that torchrun or `accelerate launch` started call this with the same arguments and do it
     together; `processes.sharding` has how the model is spread over them.
@@ -96,7 +98,7 @@ def run_training(
         options = replace(options, dtype="float32")
     output, progress = Path(output), progress and is_main()
     check_run(options)
-    run = _Run(options, output, progress)
+    run = _Run(options, output, progress, sample)
     if (done := finished(output, run.identity, longer=options if options.extend else None)) is not None:
         return done
     run.read_base_loss()
@@ -115,12 +117,12 @@ def run_training(
 class _Run:
     """One training, from its data to its record."""
 
-    def __init__(self, options: RunOptions, output: Path, progress: bool) -> None:
+    def __init__(self, options: RunOptions, output: Path, progress: bool, sample: int | None) -> None:
         self.options, self.output, self.progress = options, output, progress
         self.tokenizer = load_tokenizer(options.model)
         now = data_time(output)
         read: dict[str, Any] = {"tokenizer": self.tokenizer, "now": now, **options.reading()}
-        self.examples = load_examples(options.data, "train", limit=options.limit, **read)
+        self.examples = drawn(load_examples(options.data, "train", limit=options.limit, **read), sample)
         source = test_source(options.data, options.test_data)
         self.task = task_of(source) if source is not None else None
         self.test: Sequence[Example] = []
@@ -428,6 +430,9 @@ def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str, end
 
 
 def _describe(condition: str, plan: ExpertPlan) -> str:
-    """`hot 25%`: the share of all experts that the plan keeps."""
+    """`hot 12.5%`: the share of all experts that the plan keeps."""
     kept = sum(map(len, plan.experts.values())) / (plan.num_experts * len(plan.experts))
-    return condition if kept == 1 else f"{condition} {kept:.0%}"
+    # Of a share that was given no digit is lost; of a rule's own, with others in each seed, whole percents are enough.
+    percent = 100 * kept
+    is_given = len(set(map(len, plan.experts.values()))) == 1 and math.isclose(float(f"{percent:g}"), percent)
+    return condition if kept == 1 else f"{condition} {percent:g}%" if is_given else f"{condition} {percent:.0f}%"

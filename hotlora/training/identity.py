@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import HotLoraError
+from ..tasks.data import task_of
 from .config import TrainConfig
 
 # Changing these changes nothing of what is learned, so a run may go on under others.
@@ -27,18 +28,27 @@ _WORDS = {
 }  # fmt: skip
 _HASHES = {
     "chat_template": ("the model's chat template", "model"),
+    "model_hash": ("the model (its weights, config or tokenizer)", "model"),
     "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
     "scorer_hash": ("what judges the test data's answers (tests, choices, databases)", "test_data"),
     "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),
-    "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None), "adapter_hash": ("--adapter", "adapter"),
+    "adapter_config_hash": ("the adapter's config", "adapter"), "adapter_hash": ("--adapter", "adapter"),
+    "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None),
     "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
+    "tasks_hash": ("what --tasks reads", "tasks"), "include_hash": ("what is in --include-path", "include_path"),
 }  # fmt: skip
 """hash -> (what it is of, the option that changes it wherever it differs itself)"""
+_PLACES = {
+    "model": ("model_hash",), "data": ("data_hash", "test_hash"), "test_data": ("test_hash",),
+    "scores": ("scores_hash",), "adapter": ("adapter_hash",), "generations": ("generations_hash",),
+    "tasks": ("tasks_hash",), "include_path": ("include_hash",),
+}  # fmt: skip
+"""what names files -> the hash of what is there, the first that a run has: where it is equal, the place is no matter"""
 _BEFORE = {"profile_until": 1.0}
 """what runs that were begun before there was an option did, where that is not its default"""
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)} | _BEFORE
 """of options of training, for the records of runs that were begun before there was one"""
-_NOTED_LATER = ("scorer_hash",)
+_NOTED_LATER = ("scorer_hash", "model_hash", "adapter_config_hash", "tasks_hash", "include_hash")
 """what says of runs that were begun before it was noted nothing"""
 _TESTED = ("test_hash", "scorer_hash")
 _IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice
@@ -68,6 +78,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between a run's options and those given now, in the command line's words: `--r 8 against 4`."""
     old, new = _flat(old), _flat(new)
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changed = [name for name in changed if not _is_moved(name, old, new)]
     said = []
     for name in changed:
         was, now = old.get(name), new.get(name)
@@ -86,6 +97,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two paths lead to the same files, for the same task: which one decides how answers are judged, too."""
+    noted = next((hash for hash in _PLACES.get(name, ()) if hash in old or hash in new), None)
+    if noted is None or not old.get(noted) or old[noted] != new.get(noted):
+        return False
+    was, now = old.get(name), new.get(name)
+    if isinstance(was, list) and isinstance(now, list):  # of lm-eval
+        return [task.partition(":")[0] for task in was] == [task.partition(":")[0] for task in now]
+    return isinstance(was, str) and isinstance(now, str) and task_of(was) is task_of(now)
+
+
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of options (how answers are drawn) among the others."""
     inner = [(key, item) for value in options.values() if isinstance(value, Mapping) for key, item in value.items()]
@@ -96,7 +118,7 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"{text[:20]}...{text[-37:]}"  # of paths the ends differ
 
 
 def same_run(options: Mapping[str, Any], free: tuple[str, ...] = FREE_OPTIONS) -> dict[str, Any]:

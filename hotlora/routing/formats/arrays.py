@@ -142,7 +142,11 @@ def routed(arrays: Mapping[str, Stored]) -> tuple[list[Blocks], tuple[int, ...] 
     if all(len(shape) == 3 for shape in shapes):
         return [Blocks(array.shape, array.rows) for array in arrays.values()], None
     file = next(iter(arrays.values())).file
-    layers = by_layer(arrays, file, "expert ids [tokens, layers, k], or [tokens, k] for each layer")
+    layers = by_layer(
+        arrays, file,
+        "expert ids [tokens, layers, k]; counts [layers, experts] with --model CONFIG, or as JSON, "
+        '{"counts": [[...], ...]}; or expert ids [tokens, k] for each layer',
+    )  # fmt: skip
     if len(shapes) > 1:
         raise DataError(f"{file}: layers have {sorted(shapes)} expert ids: each must have [tokens, k] of the same")
     ((num_tokens, top_k),) = shapes

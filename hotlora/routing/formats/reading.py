@@ -13,12 +13,13 @@ from . import arrays, esft
 from .found import Found, Known, together, whole
 from .logits import MASK, read_logits
 from .routed import counted
-from .tables import read_tables
+from .tables import is_counts, read_counts, read_tables
 
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _FORMS = (
-    "counts as JSON, counts of each example, ESFT's expert scores or summary.json, REAP-style saliency, routed experts "
-    "of vLLM or SGLang (.npy, .npz, .safetensors, .json, .jsonl) or router_logits: docs/import.md has each"
+    "counts as JSON or an array, counts of each example, ESFT's expert scores or summary.json, REAP-style saliency, "
+    "routed experts of vLLM or SGLang (.npy, .npz, .safetensors, .json, .jsonl) or router_logits: docs/import.md has "
+    "each"
 )
 
 
@@ -128,5 +129,7 @@ def _arrays(stored: list[arrays.Stored], file: Path, known: Known) -> Found:
         )
     if is_float == {True}:
         return read_logits(by_name, file, known)
+    if len(numbers) == 1 and is_counts((array := next(iter(numbers.values()))).shape, known):
+        return read_counts(array.rows(0, array.shape[0]), file, known)
     blocks, layers = arrays.routed(numbers)
     return counted(iter(blocks), layers, file, known)

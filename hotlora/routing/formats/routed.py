@@ -33,8 +33,10 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
         yield from (block for block in blocks if block.num_tokens)
 
     total = tally(parts(), num_layers, top_k, num_experts, file)
-    if top_k == 1 and known.layers is None:  # zeros of a dense layer are expert 0 to `tally`
+    if top_k == 1:  # zeros of a dense layer are expert 0 to `tally`
         is_dense = (total.counts[:, 1:].sum(axis=1) == 0) & (total.counts[:, 0] > 0)
+        if known.layers is not None:
+            is_dense &= ~np.isin(_decoder_indices(num_layers, layers, known), known.layers)
         if not is_dense.all():
             total.empty[is_dense] += total.counts[is_dense, 0]
             total.counts[is_dense] = 0
@@ -62,31 +64,28 @@ def counted(blocks: Iterator[Blocks], layers: tuple[int, ...] | None, file: Path
     return Found("routed experts", indices, table, num_tokens, top_k, skipped=int(empty[0]), ignored=tuple(ignored))
 
 
+def _decoder_indices(number: int, layers: tuple[int, ...] | None, known: Known) -> tuple[int, ...]:
+    """Of the array's layers: servers write a layer for each decoder layer, dense ones too, or for MoE layers alone."""
+    if known.layers is not None and (layers or tuple(range(number))) == tuple(range(len(known.layers))):
+        return known.layers
+    return layers or tuple(range(number))
+
+
 def _places(
     number: int, layers: tuple[int, ...] | None, empty: Any, num_tokens: int, file: Path, known: Known
 ) -> tuple[list[int], tuple[int, ...]]:
-    """(the array's layers that count, their decoder indices): servers write a layer for each decoder layer, dense ones
-    too, or for MoE layers alone."""
+    """(the array's layers that count, their decoder indices)"""
     routed = [place for place in range(number) if empty[place] < num_tokens]
     if not routed:
         raise DataError(f"{file}: no layer has experts: all ids are 0 or -1")
-    if layers is not None:
-        places, indices = list(range(number)), layers
-        if known.layers is not None and layers == tuple(range(len(known.layers))):
-            indices = known.layers
-    elif known.layers is None:
-        return routed, tuple(routed)
-    elif number == len(known.layers):
-        return list(range(number)), known.layers
-    else:
-        places, indices = list(range(number)), tuple(range(number))
+    indices = _decoder_indices(number, layers, known)
     if known.layers is None:
         return routed, tuple(indices[place] for place in routed)
-    if layers is None and number != known.num_hidden_layers:
+    if layers is None and number not in (len(known.layers), known.num_hidden_layers):
         raise DataError(
             f"{file} has {number} layers, and {known.name} has {len(known.layers)} MoE layers ({spans(known.layers)}) "
             f"of {known.num_hidden_layers}: one of the two numbers must be the file's"
         )
-    kept = [place for place in places if indices[place] in known.layers]
+    kept = [place for place in range(number) if indices[place] in known.layers]
     check_layers(sorted({indices[place] for place in (*kept, *routed)}), file, known)
     return kept, tuple(indices[place] for place in kept)

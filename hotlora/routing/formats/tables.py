@@ -47,6 +47,23 @@ def read_tables(data: Mapping[str, Any], file: Path, known: Known) -> Found | No
     return None
 
 
+def is_counts(shape: Sequence[int], known: Known) -> bool:
+    """Whether an integer array is the model's [L, E], with its dense layers or without: no token has E experts."""
+    if known.layers is None or known.num_experts in (None, known.num_experts_per_tok):
+        return False
+    return tuple(shape) in {(number, known.num_experts) for number in (len(known.layers), known.num_hidden_layers)}
+
+
+def read_counts(array: np.ndarray[Any, Any], file: Path, known: Known) -> Found:
+    """Of an array that `is_counts`."""
+    assert known.layers is not None
+    layers = known.layers if len(array) == len(known.layers) else tuple(range(len(array)))
+    # As in routed experts, a dense layer has zeros; any other is told to be none of the model's.
+    kept = [row for row, layer in enumerate(layers) if layer in known.layers or array[row].any()]
+    data = {"counts": array[kept].tolist(), "layers": [layers[row] for row in kept]}
+    return _counts(data, file, known, "counts")
+
+
 def _counts(data: Mapping[str, Any], file: Path, known: Known, form: str) -> Found:
     given = {name: data[name] for name in _COUNTS if name in data}
     if len(given) > 1:
