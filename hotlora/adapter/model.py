@@ -19,7 +19,7 @@ from ..routing.plan import ExpertPlan
 from .combine import check_how, check_weights, combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
-from .factors import SeededFactor, SparseFactor
+from .factors import SeededFactor, SparseFactor, take_values
 from .mergeable import check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .parallel import UNMERGED
@@ -90,7 +90,7 @@ class HotLoraModel(LoraModel):
         pairs = zip(factor_slots(self.model, "default"), factor_slots(self.model, "ref"), strict=True)
         for source, target in pairs:
             if isinstance(sparse := source.held[source.key], SparseFactor):
-                target.held[target.key].load_state_dict(sparse.state_dict())
+                take_values(target.held[target.key], sparse)
 
     def _hold_factors(self, config: HotLoraConfig, adapter_name: str) -> None:
         """A from its seed, and of B the kept entries alone, where the config says so."""
