@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import ParamWrapper
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
@@ -128,6 +128,22 @@ def test_combined_by_cat_is_the_weighted_sum_of_the_updates_on_the_union_of_the_
         torch.testing.assert_close(weight, base[name] + update, rtol=1e-4, atol=1e-5)
         changed += bool(update.any())
     assert changed == 2 * (4 + 1 + 3 + 2)  # attention, router, shared and both expert weights, in two layers
+
+
+@pytest.mark.parametrize("how", ["cat", "linear"])
+def test_combined_on_a_bf16_base_is_as_on_a_float32_one(how):
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = tiny_model(FAMILY).to(dtype)
+        model = get_peft_model(base, HotLoraConfig(plan=tiny_plan(base, PLANS["x"]), r=4), adapter_name="x")
+        model.add_adapter("y", HotLoraConfig(plan=tiny_plan(base, PLANS["y"]), r=4))
+        fill(model, 1, "x")
+        fill(model, 2, "y")
+        model.add_weighted_adapter(["x", "y"], [0.7, -0.4], "both", how)
+        made.append(get_peft_model_state_dict(model, adapter_name="both"))
+    assert made[0].keys() == made[1].keys()
+    for key, tensor in made[0].items():
+        assert made[1][key].dtype == torch.float32 and torch.equal(made[1][key], tensor), key
 
 
 def test_combined_by_linear_is_pefts_linear_for_every_matrix():

@@ -191,6 +191,7 @@ class HotLoraModel(LoraModel):
         with unchanged_on_error(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
+            self._cast_adapter_dtype(adapter_name)  # out of the base's: sums are not rounded to that
             for module in self.model.modules():
                 if isinstance(module, LoraLayer) and adapter_name in module.r:
                     combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how, density)

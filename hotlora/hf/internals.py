@@ -93,6 +93,7 @@ NAMES = {
     "peft.helpers:DoraCaching": _DORA,
     "peft.tuners.tuners_utils:BaseTunerLayer": _LAYER,
     "peft.tuners.tuners_utils:check_adapters_to_merge": "adapter.mergeable does not know which adapters to merge",
+    "peft:LoraModel._cast_adapter_dtype": _SUMS,
     "peft:LoraModel._check_merge_allowed": _TUNER,
     "peft:LoraModel._create_new_module": _TUNER,
     "peft:LoraModel._prepare_adapter_config": _TUNER,
