@@ -60,6 +60,17 @@ def test_peft_loads_what_was_saved(tmp_path):
     assert torch.equal(logits(second), expected)
 
 
+@pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained])
+def test_what_is_loaded_on_a_bf16_base_is_frozen(load, tmp_path):
+    """PEFT casts it to float32 by putting new parameters in place of the experts'."""
+    adapted().save_pretrained(tmp_path)
+    model = load(tiny_model(FAMILY).to(torch.bfloat16), tmp_path)
+    model.load_adapter(tmp_path, "y")
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert {p.dtype for p in factors.values()} == {torch.float32}
+    assert not [name for name, p in factors.items() if p.requires_grad]
+
+
 def test_peft_finds_the_base_by_itself(tmp_path):
     base = tiny_model(FAMILY)
     base.save_pretrained(tmp_path / "base")

@@ -49,6 +49,14 @@ class HotLoraModel(LoraModel):
         if isinstance(config, HotLoraConfig) and adapter_name == "ref" and self.peft_config.get("default") is config:
             self._copy_to_reference()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's puts new parameters in place of a ParameterDict's, which would train where the old ones did not."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+
     def _use_routed_layer(self) -> None:
         """The experts' own forward is ours from here on, since FSDP and expert parallelism go through that one."""
         before = self.model.config._experts_implementation
