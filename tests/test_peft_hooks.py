@@ -36,6 +36,7 @@ def logits(model):
 CHANGED = {
     "peft.config.PeftConfigMixin.from_peft_type",
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__",
+    "peft.peft_model.PeftModel.save_pretrained",
     "peft.tuners.lora.model.LoraModel._remap_adapter_state_dict_for_load",
     "peft.tuners.lora.model.LoraModel._remove_adapter_name_from_key",
     "peft.tuners.lora.model.LoraModel.inject_adapter",
@@ -123,6 +124,19 @@ def test_hotswap_is_refused_with_the_reason(options, tmp_path):
 def test_lorafa_is_refused_with_the_reason(options, reason):
     with pytest.raises(HotLoraError, match=rf"takes the A and B of Linears.*{reason}.*train_a=False"):
         create_lorafa_optimizer(adapted(**options), r=4, lora_alpha=8, lr=0.1)
+
+
+def test_a_conversion_at_save_is_refused_before_anything_is_written(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "initial")
+    config = (tmp_path / "initial" / "adapter_config.json").read_bytes()
+    for options in ({}, {"selected_adapters": ["default"]}):
+        with pytest.raises(HotLoraError, match="path_initial_model_for_weight_conversion=.* leave it out"):
+            model.save_pretrained(
+                tmp_path / "saved", path_initial_model_for_weight_conversion=str(tmp_path / "initial"), **options
+            )
+    assert not (tmp_path / "saved").exists()
+    assert (tmp_path / "initial" / "adapter_config.json").read_bytes() == config
 
 
 def test_lorafa_takes_routers_and_attention():

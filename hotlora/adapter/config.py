@@ -231,10 +231,12 @@ class HotLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT calls it when the weights are written: their hash, and that of a frozen A, go beside the options, so
-        that loading knows them again."""
+        that loading knows them again. transformers calls it before, when older weights may lie there: only PEFT gives
+        an auto_mapping_dict."""
+        are_written = "auto_mapping_dict" in kwargs
         super().save_pretrained(save_directory, **kwargs)
         weights, file = (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
-        more = {WEIGHTS_HASH: sha256_file(weights)} if weights.is_file() else {}
+        more = {WEIGHTS_HASH: sha256_file(weights)} if are_written and weights.is_file() else {}
         if self._a_hash is not None:
             more[A_HASH] = self._a_hash
         if self._is_ours():

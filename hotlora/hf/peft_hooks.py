@@ -5,11 +5,12 @@ hands on to PEFT's own what is not hotlora's. tests/test_peft_hooks.py holds eve
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.optimizers import lorafa
 from peft.tuners.lora import LoraModel
@@ -44,6 +45,7 @@ def install(
     _inject_by(config_class, tuner_class)
     _name_sparse_factors(config_class)
     _keep_names(config_class, before_loading)
+    _refuse_conversion_at_save(config_class)
     _refuse_hotswap(config_class)
     _refuse_lorafa()
 
@@ -119,6 +121,26 @@ def _keep_names(
         return adapter_state_dict
 
     transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = convert
+
+
+def _refuse_conversion_at_save(config_class: type[LoraConfig]) -> None:
+    """`save_pretrained` can save what an adapter adds to its initial one (PiSSA, OLoRA, ...), at twice the rank: it
+    joins the A and B of Linears, and knows nothing of a plan's ranks."""
+    original: Any = PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        names = given.get("selected_adapters") or self.peft_config
+        are_ours = any(isinstance(self.peft_config.get(name), config_class) for name in names)
+        if are_ours and (path := given.get("path_initial_model_for_weight_conversion")) is not None:
+            raise HotLoraError(
+                f"path_initial_model_for_weight_conversion={path!r} is not supported with a HotLoraConfig, whose "
+                "factors start as LoRA's and change no weight of the base: leave it out."
+            )
+        return original(self, *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _refuse_hotswap(config_class: type[LoraConfig]) -> None:
