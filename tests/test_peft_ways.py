@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from apart import apart
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
@@ -325,6 +326,31 @@ def test_merged_in_place_and_taken_out_again():
     model.unmerge_adapter()
     torch.testing.assert_close(dict(model.named_parameters()), before)
     torch.testing.assert_close(logits(model), alone)
+
+
+def merged_while_spread() -> list[str]:
+    """In a process of its own, for torch's process group is the process's."""
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.fsdp import fully_shard
+
+    model = two_adapters()
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    said = []
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        try:
+            merge()
+        except HotLoraError as error:
+            said.append(str(error))
+    said += [f"{path} is merged" for path, module in model.named_modules() if getattr(module, "merged_adapters", ())]
+    destroy_process_group()
+    return said
+
+
+def test_nothing_is_merged_into_experts_that_are_spread_over_processes():
+    said = apart(merged_while_spread)
+    assert len(said) == 2 and all("spread over processes (FSDP2" in message for message in said)
 
 
 # Where PEFT's conversion for transformers 5 sends an adapter (peft#3711)
