@@ -41,6 +41,7 @@ CHANGED = {
     "peft.tuners.lora.model.LoraModel._remove_adapter_name_from_key",
     "peft.tuners.lora.model.LoraModel.inject_adapter",
     "peft.utils.hotswap.check_hotswap_configs_compatible",
+    "peft.utils.transformers_weight_conversion.build_peft_weight_mapping",
     "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
 }
 """All of hotlora/hf/peft_hooks.py."""

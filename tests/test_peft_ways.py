@@ -14,7 +14,7 @@ from peft.tuners.lora import ParamWrapper
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
-from zoo import zoo_model
+from zoo import families, zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.experts import HotLoraExperts
@@ -103,6 +103,30 @@ def test_transformers_own_add_adapter():
     assert torch.equal(logits(model), logits(adapted()))
     model.disable_adapters()
     assert torch.equal(logits(model), base)
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers refuses this PEFT")
+@pytest.mark.parametrize("adapter_name", ["default", "of_a_task"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    # Whose checkpoints have names that are renamed to others that are renamed again; and DoRA's, of every kind of layer.
+    [("laguna", {}), ("mistral_large4", {}), ("deepseek_ocr2", {}), (FAMILY, {"use_dora": True}),
+     ("inkling_text", {"use_dora": True})],
+)  # fmt: skip
+def test_transformers_own_load_adapter_loses_nothing(family, options, adapter_name, tmp_path):
+    if family not in families():
+        pytest.skip("this transformers does not have the family")
+    base = zoo_model(family)
+    model = get_peft_model(base, HotLoraConfig(plan=tiny_plan(base), r=4, **options))
+    fill(model, 0)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = zoo_model(family)
+    again.load_adapter(str(tmp_path), adapter_name)
+    found = get_peft_model_state_dict(again, adapter_name=adapter_name, save_embedding_layers=False)
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    assert found.keys() == saved.keys()
+    assert not [key for key, tensor in saved.items() if not torch.equal(found[key], tensor)]
 
 
 # Several adapters

@@ -106,6 +106,10 @@ NAMES = {
     "peft.optimizers.lorafa:LoraFAOptimizer": "hf.peft_hooks: LoRA-FA's optimizer trains experts wrongly",
     "peft.utils.hotswap:check_hotswap_configs_compatible": "hf.peft_hooks: hotswap_adapter loads a part of an adapter",
     "peft.utils.other:get_pattern_key": "adapter.formats.import_peft reads wrong ranks",
+    "peft.utils.transformers_weight_conversion:WeightRenaming": "hf.peft_hooks: transformers' own load_adapter loses "
+    "tensors",
+    "peft.utils.transformers_weight_conversion:build_peft_weight_mapping": "hf.peft_hooks: transformers' own "
+    "load_adapter loses tensors",
     "peft.utils.transformers_weight_conversion:convert_peft_adapter_state_dict_for_transformers": "hf.peft_hooks and "
     "adapter.formats: some families' adapters lose tensors",
     "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers": "adapter.formats.import_peft does"

@@ -45,6 +45,7 @@ def install(
     _inject_by(config_class, tuner_class)
     _name_sparse_factors(config_class)
     _keep_names(config_class, before_loading)
+    _keep_names_in_transformers(config_class)
     _refuse_conversion_at_save(config_class)
     _refuse_hotswap(config_class)
     _refuse_lorafa()
@@ -121,6 +122,25 @@ def _keep_names(
         return adapter_state_dict
 
     transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = convert
+
+
+def _keep_names_in_transformers(config_class: type[LoraConfig]) -> None:
+    """The same where transformers loads an adapter by itself (`model.load_adapter`, `from_pretrained` of an adapter):
+    it takes the renamings from PEFT, and does the rest. Of those ours need what is of an adapter alone."""
+    original = transformers_weight_conversion.build_peft_weight_mapping
+    renaming = transformers_weight_conversion.WeightRenaming
+
+    @functools.wraps(original)
+    def build(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
+        found = original(weight_conversions, adapter_name, peft_config=peft_config)
+        if not isinstance(peft_config, config_class):
+            return found
+        of_the_model = {id(conversion) for conversion in weight_conversions or ()}
+        kept = [its for its in found if isinstance(its, renaming) and id(its) not in of_the_model]
+        # DoRA's of a Linear, which PEFT saves without the last part of its name, and appends in its own loading alone.
+        return [*kept, renaming(rf"(lora_magnitude_vector\.{re.escape(adapter_name)})$", r"\1.weight")]
+
+    transformers_weight_conversion.build_peft_weight_mapping = build
 
 
 def _refuse_conversion_at_save(config_class: type[LoraConfig]) -> None:
