@@ -214,7 +214,7 @@ def test_combined_by_linear_is_pefts_linear_for_every_matrix():
     torch.testing.assert_close(ours.get_delta_weight("both"), theirs.get_delta_weight("both"))
 
 
-def combined_by_peft(sources, weights, how):
+def combined_by_peft(sources, weights, how, **options):
     """A, B of one Linear that PEFT alone has combined. sources: adapter -> its A and B."""
     A, B = next(iter(sources.values()))
     plain = nn.Sequential(nn.Linear(A.shape[1], B.shape[0], bias=False))
@@ -226,20 +226,23 @@ def combined_by_peft(sources, weights, how):
             plain = get_peft_model(plain, config, name)
         linear = plain.base_model.model[0]
         linear.lora_A[name].weight.data, linear.lora_B[name].weight.data = A.detach().clone(), B.detach().clone()
-    plain.add_weighted_adapter(list(sources), [weights[name] for name in sources], "both", how, density=0.3)
+    plain.add_weighted_adapter(list(sources), [weights[name] for name in sources], "both", how, density=0.3, **options)
     return linear.lora_A["both"].weight, linear.lora_B["both"].weight
 
 
-@pytest.mark.parametrize("how", ["ties", "magnitude_prune"])
-def test_combined_by_pruned_sums_is_pefts_own_for_every_matrix_of_an_expert(how):
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [("ties", {}), ("ties", {"majority_sign_method": "frequency"}), ("magnitude_prune", {})],
+)
+def test_combined_by_pruned_sums_is_pefts_own_for_every_matrix_of_an_expert(how, options):
     model, weights = two_adapters(), {"x": 0.7, "y": -0.4}
-    model.add_weighted_adapter(["x", "y"], list(weights.values()), "both", how, density=0.3)
+    model.add_weighted_adapter(["x", "y"], list(weights.values()), "both", how, density=0.3, **options)
     layer = model.get_base_model().model.layers[0].mlp.experts
     each = {name: layer.factor_pairs(name) for name in weights}
     for key, ours in layer.factor_pairs("both").items():
         zeros = [torch.zeros_like(factor) for factor in ours]  # of one adapter alone PEFT makes "linear"
         sources = {name: pairs.get(key, zeros) for name, pairs in each.items()}
-        torch.testing.assert_close(ours, combined_by_peft(sources, weights, how))
+        torch.testing.assert_close(ours, combined_by_peft(sources, weights, how, **options))
     assert len(layer.factor_pairs("both")) == 3 * 3
 
 
@@ -300,6 +303,13 @@ def test_two_active_adapters_add_up_and_the_combined_one_can_be_saved(tmp_path):
         (["x", "y"], {"combination_type": "ties", "density": 1.0}, "density=1.0 must be above 0 and below 1"),
         (["x", "y"], {"density": 0.2}, "density=0.2 is of ties, dare_linear"),
         (["x", "y"], {"combination_type": "ties", "density": "x"}, "density=x must be above 0"),
+        (["x", "y"], {"svd_rank": 4}, "no use of svd_rank .* leave it out"),
+        (["x", "y"], {"majority_sign_method": "total"}, "'total' is of ties, dare_ties, and combination_type is 'cat'"),
+        (
+            ["x", "y"],
+            {"combination_type": "ties", "majority_sign_method": "sum"},
+            "'sum' does not exist: give total or frequency",
+        ),
         (["x", "y"], {"weights": [float("nan"), 1.0]}, "must be finite numbers, and nan is none"),
         (["x", "y"], {"combination_type": "linear"}, r"one rank, and these have \[4, 2\]"),
     ],

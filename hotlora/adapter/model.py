@@ -168,6 +168,7 @@ class HotLoraModel(LoraModel):
         adapter_name: str,
         combination_type: str | None = None,
         density: float | None = None,
+        majority_sign_method: str | None = None,
         **kwargs: Any,
     ) -> None:
         """PEFT's, for adapters of several tasks whose plans differ: the new plan is the union of theirs.
@@ -175,15 +176,22 @@ class HotLoraModel(LoraModel):
         combination_type: "cat" (the default) adds the updates exactly, with the sum of the ranks; "linear" adds the
         factors, at one rank that all must share; "ties", "dare_linear", "dare_ties" and "magnitude_prune" are PEFT's
         sums of factors of which the share `density` (0.5) is kept, DARE's drawn by torch's seed. An expert that one of
-        them leaves out gets the others' part.
+        them leaves out gets the others' part. majority_sign_method: of "ties" and "dare_ties", "total" (the default) or
+        "frequency". PEFT's svd_* options are not taken.
         """
         configs = [self.peft_config.get(name) for name in adapters]
         hot = [config for config in configs if isinstance(config, HotLoraConfig)]
         if not hot:
             options: dict[str, Any] = {} if combination_type is None else {"combination_type": combination_type}
             options |= {} if density is None else {"density": density}
+            options |= {} if majority_sign_method is None else {"majority_sign_method": majority_sign_method}
             super().add_weighted_adapter(adapters, weights, adapter_name, **options, **kwargs)
             return
+        if kwargs:
+            raise HotLoraError(
+                f"add_weighted_adapter makes no use of {', '.join(kwargs)} with adapters of a HotLoraConfig: leave it "
+                "out. It takes combination_type, density and majority_sign_method."
+            )
         if len(hot) < len(adapters) or len(weights) != len(adapters):
             names = [name for name, config in self.peft_config.items() if isinstance(config, HotLoraConfig)]
             raise HotLoraError(
@@ -193,7 +201,7 @@ class HotLoraModel(LoraModel):
         if adapter_name in self.peft_config:
             raise HotLoraError(f"the model already has an adapter {adapter_name!r}: give another adapter_name.")
         how = combination_type or "cat"
-        check_how(how, density)
+        check_how(how, density, majority_sign_method)
         check_weights(weights)
         config = _combined_config(hot, how)
         with unchanged_on_error(self):
@@ -202,7 +210,8 @@ class HotLoraModel(LoraModel):
             self._cast_adapter_dtype(adapter_name)  # out of the base's: sums are not rounded to that
             for module in self.model.modules():
                 if isinstance(module, LoraLayer) and adapter_name in module.r:
-                    combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how, density)
+                    shares = dict(zip(adapters, weights, strict=True))
+                    combine(module, shares, adapter_name, how, density, majority_sign_method)
                     for factor in (f for pair in factor_pairs(module, adapter_name).values() for f in pair):
                         factor.requires_grad_(False)
 
