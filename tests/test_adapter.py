@@ -489,6 +489,9 @@ def test_two_plans_on_one_base(tmp_path):
     assert both.get_base_model().model.layers[1].mlp.experts.expert_ids == {"a": (3,)}
     with pytest.raises(HotLoraError, match="adapter_names"):
         both(**tiny_batch(), adapter_names=["a", "a"])
+    with pytest.raises(HotLoraError, match="adapter_names"):
+        both.generate(input_ids=tiny_batch()["input_ids"], adapter_names=["a", "a"], max_new_tokens=2)
+    assert torch.equal(logits(both), expected["a"])  # PEFT's hooks have not stayed
 
 
 def test_add_adapter_and_train_the_second():

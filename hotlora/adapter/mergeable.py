@@ -14,6 +14,7 @@ from ..base.errors import HotLoraError
 from .factors import Slot
 
 T = TypeVar("T")
+UNMIXED = "adapter_names: several adapters in a batch are not supported. Use set_adapter."
 
 
 class MergeableLayer(nn.Module, LoraLayer):
@@ -59,7 +60,7 @@ class MergeableLayer(nn.Module, LoraLayer):
     def _active_here(self, adapter_names: list[str] | None) -> list[str]:
         """Active adapters that have weights in this layer; none while the adapters are disabled or merged."""
         if adapter_names is not None:
-            raise HotLoraError("adapter_names: several adapters in a batch are not supported. Use set_adapter.")
+            raise HotLoraError(UNMIXED)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

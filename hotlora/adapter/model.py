@@ -5,6 +5,8 @@ own `lora.Linear`; the planned experts and the routers get the layers in `expert
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -20,7 +22,7 @@ from .combine import check_how, check_weights, combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor, take_values
-from .mergeable import check_adapter_name, factor_slots
+from .mergeable import UNMIXED, check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .parallel import UNMERGED
 from .quantize import noted_quantization
@@ -56,6 +58,15 @@ class HotLoraModel(LoraModel):
         for name, parameter in self.model.named_parameters():
             if name in frozen:
                 parameter.requires_grad_(False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT puts its hooks on before a layer can refuse, and an error leaves them there."""
+        if kwargs.get("adapter_names") is not None:
+            if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
+                raise HotLoraError(UNMIXED)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def _use_routed_layer(self) -> None:
         """The experts' own forward is ours from here on, since FSDP and expert parallelism go through that one."""

@@ -97,6 +97,7 @@ NAMES = {
     "ones train",
     "peft:LoraModel._check_merge_allowed": _TUNER,
     "peft:LoraModel._create_new_module": _TUNER,
+    "peft:LoraModel._enable_peft_forward_hooks": "adapter.model: a model that has refused adapter_names refuses all",
     "peft:LoraModel._prepare_adapter_config": _TUNER,
     "peft:LoraModel._replace_module": _TUNER,
     "peft:LoraModel._unload_and_optionally_merge": _TUNER,
