@@ -15,7 +15,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.model import HotLoraModel
 from hotlora.base.errors import HotLoraError
-from hotlora.hf.peft_hooks import without_adapter_name
+from hotlora.hf.peft_hooks import key_of_today
 
 
 def config_for(model, experts=None, **options):
@@ -97,9 +97,9 @@ def test_saved_configs_are_read_as_what_they_are(tmp_path):
 def test_no_key_holds_the_adapters_name(key, name):
     plain = key.format("")
     assert LoraModel._remove_adapter_name_from_key(key.format(f".{name}"), name) == plain
-    assert without_adapter_name(plain) == plain
+    assert key_of_today(plain) == plain
     deep = "rank_8" in key or "weight.values" in key
-    assert without_adapter_name(key.format(f".{name}")) == (plain if deep else key.format(f".{name}"))
+    assert key_of_today(key.format(f".{name}")) == (plain if deep else key.format(f".{name}"))
 
 
 @pytest.mark.parametrize("options", [{}, {"train_a": False}])

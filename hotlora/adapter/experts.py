@@ -166,9 +166,9 @@ class HotLoraExperts(HotExperts):
 
     adapter_layer_names = (
         *("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down"),
-        *("lora_magnitude_gate_up", "lora_magnitude_down"),
+        *("lora_magnitude_vector_gate_up", "lora_magnitude_vector_down"),
     )
-    lora_magnitude_down: nn.ParameterDict
+    lora_magnitude_vector_down: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
@@ -327,7 +327,7 @@ class HotLoraExperts(HotExperts):
 
     def _dora_scales(self, adapter: str, group: _Group) -> tuple[Tensor, ...]:
         """Magnitude over norm: `[N, P*F]` and `[N, D]`, or none. The norm carries no gradient (DoRA, section 4.3)."""
-        if adapter not in self.lora_magnitude_down:
+        if adapter not in self.lora_magnitude_vector_down:
             return ()
         both_norms = self._once((adapter, group), lambda: self._norms(adapter, group))
         up, down = (

@@ -291,7 +291,7 @@ def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict
         factor.restore(next(iter(state_dict.values())).device)
     if empty:
         config.check_a(frozen_a(factor_slots(model, adapter_name)))
-    config.note_loaded({peft_hooks.without_adapter_name(key): tensor for key, tensor in state_dict.items()})
+    config.note_loaded({peft_hooks.key_of_today(key): tensor for key, tensor in state_dict.items()})
 
 
 peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading)

@@ -24,9 +24,19 @@ _SPARSE = re.compile(r"\.lora_\w+\..*(\.values|\.kept)$")
 _SPARSE_UNDER_A_NAME = re.compile(r"(\.lora_\w+)\.[^.]+(\.\w+\.(?:values|kept))$")
 
 
-def without_adapter_name(key: str) -> str:
+# DoRA's of experts and routers in older adapters. TRL knows one by "lora_magnitude_vector", and keeps it in float32
+# where it casts the rest of an adapter to bf16.
+_OLD_MAGNITUDES = (
+    (r"\.lora_magnitude_(gate_up|down)", r".lora_magnitude_vector_\1"),
+    (r"\.lora_magnitude\.", r".lora_magnitude_vectors."),
+)
+
+
+def key_of_today(key: str) -> str:
     """A tensor's key as it is saved today. Older adapters hold the name that they were saved under in the keys of
-    sparse factors of routers, and of experts with ranks of their own."""
+    sparse factors of routers, and of experts with ranks of their own, and have other names of DoRA's magnitudes."""
+    for old, new in _OLD_MAGNITUDES:
+        key = re.sub(old, new, key)
     return _SPARSE_UNDER_A_NAME.sub(r"\1\2", key)
 
 
@@ -98,7 +108,7 @@ def _name_sparse_factors(config_class: type[LoraConfig]) -> None:
     @functools.wraps(remap)
     def remap_for_load(cls: Any, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> Any:
         if isinstance(config, config_class):
-            state_dict = {without_adapter_name(key): tensor for key, tensor in state_dict.items()}
+            state_dict = {key_of_today(key): tensor for key, tensor in state_dict.items()}
         return remap(cls, model, config, adapter_name, state_dict)
 
     LoraModel._remove_adapter_name_from_key = classmethod(remove_adapter_name)  # type: ignore[method-assign, assignment]
@@ -138,7 +148,8 @@ def _keep_names_in_transformers(config_class: type[LoraConfig]) -> None:
         of_the_model = {id(conversion) for conversion in weight_conversions or ()}
         kept = [its for its in found if isinstance(its, renaming) and id(its) not in of_the_model]
         # DoRA's of a Linear, which PEFT saves without the last part of its name, and appends in its own loading alone.
-        return [*kept, renaming(rf"(lora_magnitude_vector\.{re.escape(adapter_name)})$", r"\1.weight")]
+        last_part = (rf"(lora_magnitude_vector\.{re.escape(adapter_name)})$", r"\1.weight")
+        return [*kept, *(renaming(*names) for names in (last_part, *_OLD_MAGNITUDES))]
 
     transformers_weight_conversion.build_peft_weight_mapping = build
 
