@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from apart import apart
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
@@ -326,6 +327,22 @@ def test_a_copied_model_is_independent():
     expected = logits(model)
     fill(model, 5)
     assert torch.equal(logits(twin), expected) and not torch.equal(logits(model), expected)
+
+
+def logits_of_pickled(file):
+    """With the adapter, and without it."""
+    model = torch.load(file, weights_only=False)
+    with model.disable_adapter():
+        base = logits(model)
+    return logits(model).numpy(), base.numpy()
+
+
+def test_a_pickled_model_is_read_by_another_process(tmp_path):
+    model = adapted()
+    torch.save(model, tmp_path / "model.pt")
+    tuned, base = map(torch.from_numpy, apart(logits_of_pickled, tmp_path / "model.pt"))
+    torch.testing.assert_close(tuned, logits(model))
+    torch.testing.assert_close(base, logits(tiny_model()))
 
 
 def test_load_errors(tmp_path):

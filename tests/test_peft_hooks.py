@@ -132,7 +132,7 @@ def test_a_conversion_at_save_is_refused_before_anything_is_written(tmp_path):
     model.save_pretrained(tmp_path / "initial")
     config = (tmp_path / "initial" / "adapter_config.json").read_bytes()
     for options in ({}, {"selected_adapters": ["default"]}):
-        with pytest.raises(HotLoraError, match="path_initial_model_for_weight_conversion=.* leave it out"):
+        with pytest.raises(HotLoraError, match=r"path_initial_model_for_weight_conversion=.* leave it out"):
             model.save_pretrained(
                 tmp_path / "saved", path_initial_model_for_weight_conversion=str(tmp_path / "initial"), **options
             )

@@ -109,7 +109,7 @@ def test_transformers_own_add_adapter():
 @pytest.mark.parametrize("adapter_name", ["default", "of_a_task"])
 @pytest.mark.parametrize(
     ("family", "options"),
-    # Whose checkpoints have names that are renamed to others that are renamed again; and DoRA's, of every kind of layer.
+    # Whose checkpoints' names are renamed to others that are renamed again; and DoRA's, of every kind of layer.
     [("laguna", {}), ("mistral_large4", {}), ("deepseek_ocr2", {}), (FAMILY, {"use_dora": True}),
      ("inkling_text", {"use_dora": True})],
 )  # fmt: skip

@@ -93,8 +93,8 @@ NAMES = {
     "peft.helpers:DoraCaching": _DORA,
     "peft.tuners.tuners_utils:BaseTunerLayer": _LAYER,
     "peft.tuners.tuners_utils:check_adapters_to_merge": "adapter.mergeable does not know which adapters to merge",
-    "peft:LoraModel._cast_adapter_dtype": "adapter.model: combined adapters are rounded to the base's dtype, and loaded "
-    "ones train",
+    "peft:LoraModel._cast_adapter_dtype": "adapter.model: combined adapters are rounded to the base's dtype, and "
+    "loaded ones train",
     "peft:LoraModel._check_merge_allowed": _TUNER,
     "peft:LoraModel._create_new_module": _TUNER,
     "peft:LoraModel._enable_peft_forward_hooks": "adapter.model: a model that has refused adapter_names refuses all",
