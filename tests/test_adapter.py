@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from zoo import zoo_model
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.experts import HotExperts, HotLoraExperts
+from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.load import load_adapter
+from hotlora.adapter.mergeable import MergeableLayer
 from hotlora.adapter.parallel import ParallelAdapters
 from hotlora.adapter.raw_weights import HotLoraRouter
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
@@ -451,6 +454,42 @@ def test_merge_and_unmerge_in_place():
     model.merge_adapter()
     with model.disable_adapter():  # takes the update out first, as PEFT's Linear does
         torch.testing.assert_close(logits(model), logits(tiny_model("qwen2_moe")), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_gets_its_very_weights_back(dtype):
+    """TRL merges and unmerges for vLLM at every step."""
+    model = adapted(model=tiny_model("qwen2_moe").to(dtype))
+    model.add_adapter("second", HotLoraConfig(plan=tiny_plan(model.get_base_model()), r=4))
+    fill(model, 2, "second")
+    ours = [(path, m) for path, m in model.named_modules() if isinstance(m, MergeableLayer)]
+    before = {f"{path}.{name}": p.clone() for path, m in ours for name, p in m.base_layer.named_parameters()}
+    for names in (["default"], ["default", "second"], ["second"]):
+        model.merge_adapter(names)
+        assert not any(torch.equal(before[f"{path}.{n}"], p) for path, m in ours for n, p in own_parameters(m))
+        model.unmerge_adapter()
+        assert all(torch.equal(before[f"{path}.{n}"], p) for path, m in ours for n, p in own_parameters(m))
+        assert not any(m.replaced for _, m in ours)
+
+
+def own_parameters(layer):
+    return list(layer.base_layer.named_parameters())
+
+
+def test_merging_for_good_holds_no_second_copy(monkeypatch, tmp_path):
+    layers, kept, merge = weakref.WeakSet(), [], MergeableLayer.merge
+
+    def counted(self, *args, **kwargs):
+        layers.add(self)
+        merge(self, *args, **kwargs)
+        kept.append(sum(bool(layer.replaced) for layer in layers))
+
+    monkeypatch.setattr(MergeableLayer, "merge", counted)
+    for restores in (True, False):
+        model = adapted(model=tiny_model().to(torch.bfloat16))
+        export_adapter(model, tmp_path / str(restores), format="merged", restores=restores)
+    adapted(model=tiny_model().to(torch.bfloat16)).merge_and_unload()
+    assert len(kept) == 3 * 4 and max(kept) == 1
 
 
 def test_merging_a_bf16_model_rounds_once():
