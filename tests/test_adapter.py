@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
@@ -636,6 +636,28 @@ def test_a_plan_that_does_not_fit_leaves_the_model_alone(changes, options, messa
         get_peft_model(model, HotLoraConfig(plan=tiny_plan(model) | changes, **options))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert [p.requires_grad for p in model.parameters()] == grads
+
+
+def test_a_model_with_a_classifiers_head_needs_its_task():
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(tiny_config("qwen2_moe", num_labels=1, pad_token_id=0))
+    plan, before = tiny_plan(base), [name for name, _ in base.named_parameters()]
+    with pytest.raises(ModelError, match=r"is a Qwen2MoeForSequenceClassification: give task_type='SEQ_CLS'"):
+        get_peft_model(base, HotLoraConfig(plan=plan, r=4))
+    assert [name for name, _ in base.named_parameters()] == before
+    model = get_peft_model(base, HotLoraConfig(plan=plan, r=4, task_type="SEQ_CLS"))
+    model(**tiny_batch()).logits.sum().backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any("score" in name for name in trained) and any("experts.lora_B_down" in name for name in trained)
+
+
+def test_a_copy_of_data_parallel_says_how_to_start():
+    """Which is what transformers' Trainer makes where it sees several GPUs."""
+    layer, hidden = adapted().get_base_model().model.layers[0].mlp, torch.zeros(3, 32)
+    for module, inputs in ((layer.gate, [hidden]), (layer.experts, [hidden, *layer.gate(hidden)[:0:-1]])):
+        module(*inputs)
+        with pytest.raises(HotLoraError, match=r"nn.DataParallel.* start the script with `torchrun"):
+            module._replicate_for_data_parallel()(*inputs)
 
 
 def test_counting_needs_an_adapter():

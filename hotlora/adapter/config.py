@@ -51,6 +51,8 @@ _UNSUPPORTED: dict[str, Any] = {
     "layers_to_transform": None,
     "layer_replication": None,
 }
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+"""transformers' heads that write no text, and PEFT's task_type for them"""
 
 
 class _Bound(set[str]):
@@ -303,8 +305,10 @@ class HotLoraConfig(LoraConfig):
 
         Raises:
             PlanError: the plan is for another model or names a layer that is not there, or nothing would
-            train. ModelError: the model is not supported, or some of its weights are offloaded.
+            train. ModelError: the model is not supported, has a head for another task_type, or some of its weights are
+            offloaded.
         """
+        self._check_task(model)
         check_in_memory(model)
         plan = ExpertPlan.from_dict(self.plan)
         layers = {layer.layer: layer for layer in moe_layers(model)}
@@ -346,6 +350,16 @@ class HotLoraConfig(LoraConfig):
                     f"{kind.__name__}). Unload it, use a fresh base model, or plan other layers."
                 )
         self.target_modules = _Bound(targets)  # type: ignore[assignment]
+
+    def _check_task(self, model: nn.Module) -> None:
+        """ModelError where PEFT's wrapper for models that write text would trip over one that does not."""
+        kind = type(model).__name__
+        task = next((task for head, task in _TASKS.items() if kind.endswith(head)), None)
+        if task is not None and self.task_type == "CAUSAL_LM":
+            raise ModelError(
+                f"task_type='CAUSAL_LM', a HotLoraConfig's default, is for models that write text, and this one is a "
+                f"{kind}: give task_type={task!r}, with which its head trains, too."
+            )
 
     def _layer_class(self, path: str) -> "type[MergeableLayer] | None":
         """Ours for what `bind` has found at `path`; None where PEFT's own Linear does."""

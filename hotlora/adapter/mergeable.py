@@ -14,6 +14,11 @@ from ..base.errors import HotLoraError
 from .factors import Slot
 
 T = TypeVar("T")
+REPLICA = (
+    "the model is copied to several GPUs in one process (nn.DataParallel, as transformers' Trainer does where it sees more "
+    "than one), and adapters on experts cannot be: start the script with `torchrun --nproc-per-node N` or `accelerate "
+    "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+)
 UNMIXED = "adapter_names: several adapters in a batch are not supported. Use set_adapter."
 
 
@@ -59,6 +64,8 @@ class MergeableLayer(nn.Module, LoraLayer):
 
     def _active_here(self, adapter_names: list[str] | None) -> list[str]:
         """Active adapters that have weights in this layer; none while the adapters are disabled or merged."""
+        if getattr(self, "_is_replica", False):  # torch's word for a copy of DataParallel's, which has no parameters
+            raise HotLoraError(REPLICA)
         if adapter_names is not None:
             raise HotLoraError(UNMIXED)
         if self.disable_adapters:
