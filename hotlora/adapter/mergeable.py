@@ -15,9 +15,9 @@ from .factors import Slot
 
 T = TypeVar("T")
 REPLICA = (
-    "the model is copied to several GPUs in one process (nn.DataParallel, as transformers' Trainer does where it sees more "
-    "than one), and adapters on experts cannot be: start the script with `torchrun --nproc-per-node N` or `accelerate "
-    "launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+    "the model is copied to several GPUs in one process (nn.DataParallel, as transformers' Trainer does where it sees "
+    "more than one), and adapters on experts cannot be: start the script with `torchrun --nproc-per-node N` or "
+    "`accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
 )
 UNMIXED = "adapter_names: several adapters in a batch are not supported. Use set_adapter."
 

@@ -115,6 +115,7 @@ NAMES = {
     "adapter.formats: some families' adapters lose tensors",
     "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers": "adapter.formats.import_peft does"
     " not read adapters of transformers 4",
+    "torch.nn.modules.module#_is_replica": "adapter.mergeable: a model under nn.DataParallel fails by a stack trace",
     "torch.nn:Module._apply": "adapter.factors rounds a frozen A with the model",
     "torch:ops.mkldnn._is_mkldnn_bf16_supported": "base.precision takes every CPU for a slow one",
     "torch:ops.mkldnn._is_mkldnn_fp16_supported": "base.precision takes every CPU for a slow one",
