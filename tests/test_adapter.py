@@ -3,21 +3,25 @@
 import copy
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from apart import apart
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.count import count_parameters
 from hotlora.adapter.experts import HotExperts, HotLoraExperts
+from hotlora.adapter.formats.export import export_adapter
 from hotlora.adapter.load import load_adapter
+from hotlora.adapter.mergeable import MergeableLayer
 from hotlora.adapter.parallel import ParallelAdapters
 from hotlora.adapter.raw_weights import HotLoraRouter
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
@@ -328,6 +332,22 @@ def test_a_copied_model_is_independent():
     assert torch.equal(logits(twin), expected) and not torch.equal(logits(model), expected)
 
 
+def logits_of_pickled(file):
+    """With the adapter, and without it."""
+    model = torch.load(file, weights_only=False)
+    with model.disable_adapter():
+        base = logits(model)
+    return logits(model).numpy(), base.numpy()
+
+
+def test_a_pickled_model_is_read_by_another_process(tmp_path):
+    model = adapted()
+    torch.save(model, tmp_path / "model.pt")
+    tuned, base = map(torch.from_numpy, apart(logits_of_pickled, tmp_path / "model.pt"))
+    torch.testing.assert_close(tuned, logits(model))
+    torch.testing.assert_close(base, logits(tiny_model()))
+
+
 def test_load_errors(tmp_path):
     adapted().save_pretrained(tmp_path / "good")
     weights = "adapter_model.safetensors"
@@ -436,6 +456,42 @@ def test_merge_and_unmerge_in_place():
         torch.testing.assert_close(logits(model), logits(tiny_model("qwen2_moe")), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_gets_its_very_weights_back(dtype):
+    """TRL merges and unmerges for vLLM at every step."""
+    model = adapted(model=tiny_model("qwen2_moe").to(dtype))
+    model.add_adapter("second", HotLoraConfig(plan=tiny_plan(model.get_base_model()), r=4))
+    fill(model, 2, "second")
+    ours = [(path, m) for path, m in model.named_modules() if isinstance(m, MergeableLayer)]
+    before = {f"{path}.{name}": p.clone() for path, m in ours for name, p in m.base_layer.named_parameters()}
+    for names in (["default"], ["default", "second"], ["second"]):
+        model.merge_adapter(names)
+        assert not any(torch.equal(before[f"{path}.{n}"], p) for path, m in ours for n, p in own_parameters(m))
+        model.unmerge_adapter()
+        assert all(torch.equal(before[f"{path}.{n}"], p) for path, m in ours for n, p in own_parameters(m))
+        assert not any(m.replaced for _, m in ours)
+
+
+def own_parameters(layer):
+    return list(layer.base_layer.named_parameters())
+
+
+def test_merging_for_good_holds_no_second_copy(monkeypatch, tmp_path):
+    layers, kept, merge = weakref.WeakSet(), [], MergeableLayer.merge
+
+    def counted(self, *args, **kwargs):
+        layers.add(self)
+        merge(self, *args, **kwargs)
+        kept.append(sum(bool(layer.replaced) for layer in layers))
+
+    monkeypatch.setattr(MergeableLayer, "merge", counted)
+    for restores in (True, False):
+        model = adapted(model=tiny_model().to(torch.bfloat16))
+        export_adapter(model, tmp_path / str(restores), format="merged", restores=restores)
+    adapted(model=tiny_model().to(torch.bfloat16)).merge_and_unload()
+    assert len(kept) == 3 * 4 and max(kept) == 1
+
+
 def test_merging_a_bf16_model_rounds_once():
     model = adapted(model=tiny_model().to(torch.bfloat16))
     layer = model.get_base_model().model.layers[0].mlp.experts
@@ -489,6 +545,9 @@ def test_two_plans_on_one_base(tmp_path):
     assert both.get_base_model().model.layers[1].mlp.experts.expert_ids == {"a": (3,)}
     with pytest.raises(HotLoraError, match="adapter_names"):
         both(**tiny_batch(), adapter_names=["a", "a"])
+    with pytest.raises(HotLoraError, match="adapter_names"):
+        both.generate(input_ids=tiny_batch()["input_ids"], adapter_names=["a", "a"], max_new_tokens=2)
+    assert torch.equal(logits(both), expected["a"])  # PEFT's hooks have not stayed
 
 
 def test_add_adapter_and_train_the_second():
@@ -577,6 +636,28 @@ def test_a_plan_that_does_not_fit_leaves_the_model_alone(changes, options, messa
         get_peft_model(model, HotLoraConfig(plan=tiny_plan(model) | changes, **options))
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert [p.requires_grad for p in model.parameters()] == grads
+
+
+def test_a_model_with_a_classifiers_head_needs_its_task():
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(tiny_config("qwen2_moe", num_labels=1, pad_token_id=0))
+    plan, before = tiny_plan(base), [name for name, _ in base.named_parameters()]
+    with pytest.raises(ModelError, match=r"is a Qwen2MoeForSequenceClassification: give task_type='SEQ_CLS'"):
+        get_peft_model(base, HotLoraConfig(plan=plan, r=4))
+    assert [name for name, _ in base.named_parameters()] == before
+    model = get_peft_model(base, HotLoraConfig(plan=plan, r=4, task_type="SEQ_CLS"))
+    model(**tiny_batch()).logits.sum().backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert any("score" in name for name in trained) and any("experts.lora_B_down" in name for name in trained)
+
+
+def test_a_copy_of_data_parallel_says_how_to_start():
+    """Which is what transformers' Trainer makes where it sees several GPUs."""
+    layer, hidden = adapted().get_base_model().model.layers[0].mlp, torch.zeros(3, 32)
+    for module, inputs in ((layer.gate, [hidden]), (layer.experts, [hidden, *layer.gate(hidden)[:0:-1]])):
+        module(*inputs)
+        with pytest.raises(HotLoraError, match=r"nn.DataParallel.* start the script with `torchrun"):
+            module._replicate_for_data_parallel()(*inputs)
 
 
 def test_counting_needs_an_adapter():

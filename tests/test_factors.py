@@ -4,14 +4,17 @@ import copy
 import json
 import re
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from peft.helpers import DoraCaching
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from zoo import zoo_model
 
 from hotlora.adapter import factors
@@ -184,7 +187,7 @@ def dora_by_hand(model):
         if isinstance(module, HotLoraExperts):
             base, ids = module.base_layer, list(module.expert_ids["default"])
             up_name = "gate_up_proj" if base.has_gate else "up_proj"
-            magnitudes = module.lora_magnitude_gate_up["default"], module.lora_magnitude_down["default"]
+            magnitudes = module.lora_magnitude_vector_gate_up["default"], module.lora_magnitude_vector_down["default"]
             ups, downs = plain[f"{name}.{up_name}"], plain[f"{name}.down_proj"]
             if base.is_transposed:
                 ups, downs = ups.transpose(1, 2), downs.transpose(1, 2)
@@ -196,10 +199,39 @@ def dora_by_hand(model):
             weights |= {f"{name}.{up_name}": ups, f"{name}.down_proj": downs}
         elif isinstance(module, HotLoraWeights):
             for key, path in module._weights.items():
-                weights[f"{name}.{path}"] = normed(plain[f"{name}.{path}"], module.lora_magnitude["default"][key])
+                weights[f"{name}.{path}"] = normed(
+                    plain[f"{name}.{path}"], module.lora_magnitude_vectors["default"][key]
+                )
         elif isinstance(module, LoraLinear):
             weights[f"{name}.weight"] = normed(plain[f"{name}.weight"], module.lora_magnitude_vector["default"].weight)
     return weights
+
+
+@pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained, None], ids=["ours", "PEFT", "transformers"])
+@pytest.mark.parametrize("ranks", [None, RANKS])
+def test_dora_of_older_adapters_is_loaded(ranks, load, tmp_path):
+    """Whose magnitudes had other names; by every name TRL knows one by, they stay float32 in its trainers."""
+    model = adapted(use_dora=True, ranks=ranks)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "magnitude" in name}
+    assert all("lora_magnitude_vector" in name for name in trained)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained} >= {"experts", "gate", "q_proj"}
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    names = {"lora_magnitude_vector_": "lora_magnitude_", "lora_magnitude_vectors.": "lora_magnitude."}
+    old = {re.sub("lora_magnitude_vector(_|s.)", lambda new: names[new[0]], key): t for key, t in tensors.items()}
+    assert len(old.keys() - tensors.keys()) == (2 * (3 + 2) + 2 if ranks else 2 * 2 + 2)
+    save_file(old, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["weights_sha256"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded = tiny_model()
+    if load is not None:
+        loaded = load(loaded, tmp_path)
+    elif Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip("transformers refuses this PEFT")
+    else:
+        loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

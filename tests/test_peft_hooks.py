@@ -15,7 +15,7 @@ from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
 from hotlora.adapter.model import HotLoraModel
 from hotlora.base.errors import HotLoraError
-from hotlora.hf.peft_hooks import without_adapter_name
+from hotlora.hf.peft_hooks import key_of_today
 
 
 def config_for(model, experts=None, **options):
@@ -36,10 +36,12 @@ def logits(model):
 CHANGED = {
     "peft.config.PeftConfigMixin.from_peft_type",
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__",
+    "peft.peft_model.PeftModel.save_pretrained",
     "peft.tuners.lora.model.LoraModel._remap_adapter_state_dict_for_load",
     "peft.tuners.lora.model.LoraModel._remove_adapter_name_from_key",
     "peft.tuners.lora.model.LoraModel.inject_adapter",
     "peft.utils.hotswap.check_hotswap_configs_compatible",
+    "peft.utils.transformers_weight_conversion.build_peft_weight_mapping",
     "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
 }
 """All of hotlora/hf/peft_hooks.py."""
@@ -95,9 +97,9 @@ def test_saved_configs_are_read_as_what_they_are(tmp_path):
 def test_no_key_holds_the_adapters_name(key, name):
     plain = key.format("")
     assert LoraModel._remove_adapter_name_from_key(key.format(f".{name}"), name) == plain
-    assert without_adapter_name(plain) == plain
+    assert key_of_today(plain) == plain
     deep = "rank_8" in key or "weight.values" in key
-    assert without_adapter_name(key.format(f".{name}")) == (plain if deep else key.format(f".{name}"))
+    assert key_of_today(key.format(f".{name}")) == (plain if deep else key.format(f".{name}"))
 
 
 @pytest.mark.parametrize("options", [{}, {"train_a": False}])
@@ -123,6 +125,19 @@ def test_hotswap_is_refused_with_the_reason(options, tmp_path):
 def test_lorafa_is_refused_with_the_reason(options, reason):
     with pytest.raises(HotLoraError, match=rf"takes the A and B of Linears.*{reason}.*train_a=False"):
         create_lorafa_optimizer(adapted(**options), r=4, lora_alpha=8, lr=0.1)
+
+
+def test_a_conversion_at_save_is_refused_before_anything_is_written(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "initial")
+    config = (tmp_path / "initial" / "adapter_config.json").read_bytes()
+    for options in ({}, {"selected_adapters": ["default"]}):
+        with pytest.raises(HotLoraError, match=r"path_initial_model_for_weight_conversion=.* leave it out"):
+            model.save_pretrained(
+                tmp_path / "saved", path_initial_model_for_weight_conversion=str(tmp_path / "initial"), **options
+            )
+    assert not (tmp_path / "saved").exists()
+    assert (tmp_path / "initial" / "adapter_config.json").read_bytes() == config
 
 
 def test_lorafa_takes_routers_and_attention():

@@ -6,14 +6,15 @@ import numpy as np
 import peft
 import pytest
 import torch
+from apart import apart
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import ParamWrapper
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
-from zoo import zoo_model
+from zoo import families, zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.experts import HotLoraExperts
@@ -60,6 +61,17 @@ def test_peft_loads_what_was_saved(tmp_path):
     assert torch.equal(logits(second), expected)
 
 
+@pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained])
+def test_what_is_loaded_on_a_bf16_base_is_frozen(load, tmp_path):
+    """PEFT casts it to float32 by putting new parameters in place of the experts'."""
+    adapted().save_pretrained(tmp_path)
+    model = load(tiny_model(FAMILY).to(torch.bfloat16), tmp_path)
+    model.load_adapter(tmp_path, "y")
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert {p.dtype for p in factors.values()} == {torch.float32}
+    assert not [name for name, p in factors.items() if p.requires_grad]
+
+
 def test_peft_finds_the_base_by_itself(tmp_path):
     base = tiny_model(FAMILY)
     base.save_pretrained(tmp_path / "base")
@@ -91,6 +103,30 @@ def test_transformers_own_add_adapter():
     assert torch.equal(logits(model), logits(adapted()))
     model.disable_adapters()
     assert torch.equal(logits(model), base)
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers refuses this PEFT")
+@pytest.mark.parametrize("adapter_name", ["default", "of_a_task"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    # Whose checkpoints' names are renamed to others that are renamed again; and DoRA's, of every kind of layer.
+    [("laguna", {}), ("mistral_large4", {}), ("deepseek_ocr2", {}), (FAMILY, {"use_dora": True}),
+     ("inkling_text", {"use_dora": True})],
+)  # fmt: skip
+def test_transformers_own_load_adapter_loses_nothing(family, options, adapter_name, tmp_path):
+    if family not in families():
+        pytest.skip("this transformers does not have the family")
+    base = zoo_model(family)
+    model = get_peft_model(base, HotLoraConfig(plan=tiny_plan(base), r=4, **options))
+    fill(model, 0)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = zoo_model(family)
+    again.load_adapter(str(tmp_path), adapter_name)
+    found = get_peft_model_state_dict(again, adapter_name=adapter_name, save_embedding_layers=False)
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    assert found.keys() == saved.keys()
+    assert not [key for key, tensor in saved.items() if not torch.equal(found[key], tensor)]
 
 
 # Several adapters
@@ -130,6 +166,22 @@ def test_combined_by_cat_is_the_weighted_sum_of_the_updates_on_the_union_of_the_
     assert changed == 2 * (4 + 1 + 3 + 2)  # attention, router, shared and both expert weights, in two layers
 
 
+@pytest.mark.parametrize("how", ["cat", "linear"])
+def test_combined_on_a_bf16_base_is_as_on_a_float32_one(how):
+    made = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = tiny_model(FAMILY).to(dtype)
+        model = get_peft_model(base, HotLoraConfig(plan=tiny_plan(base, PLANS["x"]), r=4), adapter_name="x")
+        model.add_adapter("y", HotLoraConfig(plan=tiny_plan(base, PLANS["y"]), r=4))
+        fill(model, 1, "x")
+        fill(model, 2, "y")
+        model.add_weighted_adapter(["x", "y"], [0.7, -0.4], "both", how)
+        made.append(get_peft_model_state_dict(model, adapter_name="both"))
+    assert made[0].keys() == made[1].keys()
+    for key, tensor in made[0].items():
+        assert made[1][key].dtype == torch.float32 and torch.equal(made[1][key], tensor), key
+
+
 def test_combined_by_linear_is_pefts_linear_for_every_matrix():
     model, weights = two_adapters(), (0.7, -0.4)
     model.add_weighted_adapter(["x", "y"], list(weights), "both", "linear")
@@ -162,7 +214,7 @@ def test_combined_by_linear_is_pefts_linear_for_every_matrix():
     torch.testing.assert_close(ours.get_delta_weight("both"), theirs.get_delta_weight("both"))
 
 
-def combined_by_peft(sources, weights, how):
+def combined_by_peft(sources, weights, how, **options):
     """A, B of one Linear that PEFT alone has combined. sources: adapter -> its A and B."""
     A, B = next(iter(sources.values()))
     plain = nn.Sequential(nn.Linear(A.shape[1], B.shape[0], bias=False))
@@ -174,20 +226,23 @@ def combined_by_peft(sources, weights, how):
             plain = get_peft_model(plain, config, name)
         linear = plain.base_model.model[0]
         linear.lora_A[name].weight.data, linear.lora_B[name].weight.data = A.detach().clone(), B.detach().clone()
-    plain.add_weighted_adapter(list(sources), [weights[name] for name in sources], "both", how, density=0.3)
+    plain.add_weighted_adapter(list(sources), [weights[name] for name in sources], "both", how, density=0.3, **options)
     return linear.lora_A["both"].weight, linear.lora_B["both"].weight
 
 
-@pytest.mark.parametrize("how", ["ties", "magnitude_prune"])
-def test_combined_by_pruned_sums_is_pefts_own_for_every_matrix_of_an_expert(how):
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [("ties", {}), ("ties", {"majority_sign_method": "frequency"}), ("magnitude_prune", {})],
+)
+def test_combined_by_pruned_sums_is_pefts_own_for_every_matrix_of_an_expert(how, options):
     model, weights = two_adapters(), {"x": 0.7, "y": -0.4}
-    model.add_weighted_adapter(["x", "y"], list(weights.values()), "both", how, density=0.3)
+    model.add_weighted_adapter(["x", "y"], list(weights.values()), "both", how, density=0.3, **options)
     layer = model.get_base_model().model.layers[0].mlp.experts
     each = {name: layer.factor_pairs(name) for name in weights}
     for key, ours in layer.factor_pairs("both").items():
         zeros = [torch.zeros_like(factor) for factor in ours]  # of one adapter alone PEFT makes "linear"
         sources = {name: pairs.get(key, zeros) for name, pairs in each.items()}
-        torch.testing.assert_close(ours, combined_by_peft(sources, weights, how))
+        torch.testing.assert_close(ours, combined_by_peft(sources, weights, how, **options))
     assert len(layer.factor_pairs("both")) == 3 * 3
 
 
@@ -248,6 +303,13 @@ def test_two_active_adapters_add_up_and_the_combined_one_can_be_saved(tmp_path):
         (["x", "y"], {"combination_type": "ties", "density": 1.0}, "density=1.0 must be above 0 and below 1"),
         (["x", "y"], {"density": 0.2}, "density=0.2 is of ties, dare_linear"),
         (["x", "y"], {"combination_type": "ties", "density": "x"}, "density=x must be above 0"),
+        (["x", "y"], {"svd_rank": 4}, "no use of svd_rank .* leave it out"),
+        (["x", "y"], {"majority_sign_method": "total"}, "'total' is of ties, dare_ties, and combination_type is 'cat'"),
+        (
+            ["x", "y"],
+            {"combination_type": "ties", "majority_sign_method": "sum"},
+            "'sum' does not exist: give total or frequency",
+        ),
         (["x", "y"], {"weights": [float("nan"), 1.0]}, "must be finite numbers, and nan is none"),
         (["x", "y"], {"combination_type": "linear"}, r"one rank, and these have \[4, 2\]"),
     ],
@@ -298,6 +360,31 @@ def test_merged_in_place_and_taken_out_again():
     model.unmerge_adapter()
     torch.testing.assert_close(dict(model.named_parameters()), before)
     torch.testing.assert_close(logits(model), alone)
+
+
+def merged_while_spread() -> list[str]:
+    """In a process of its own, for torch's process group is the process's."""
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.fsdp import fully_shard
+
+    model = two_adapters()
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    said = []
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        try:
+            merge()
+        except HotLoraError as error:
+            said.append(str(error))
+    said += [f"{path} is merged" for path, module in model.named_modules() if getattr(module, "merged_adapters", ())]
+    destroy_process_group()
+    return said
+
+
+def test_nothing_is_merged_into_experts_that_are_spread_over_processes():
+    said = apart(merged_while_spread)
+    assert len(said) == 2 and all("spread over processes (FSDP2" in message for message in said)
 
 
 # Where PEFT's conversion for transformers 5 sends an adapter (peft#3711)

@@ -1,5 +1,6 @@
 """The trainers that users have: TRL's three and transformers' own take a HotLoraConfig as any other adapter."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,27 @@ def test_dpo_on_a_trained_adapter_compares_with_what_it_was(way: str, tmp_path: 
     assert not torch.allclose(reference, log_probs(trainer.model, batch), atol=1e-2)
 
 
+@pytest.mark.parametrize("way", ["plain", "sparse B"])
+def test_on_a_bf16_base_the_reference_is_the_adapter_bit_for_bit(way: str, tmp_path: Path):
+    """PEFT casts "ref" to float32 only after it has been filled."""
+    options: dict[str, Any] = {} if way == "plain" else {"train_a": False}
+    if way == "sparse B":
+        options["mask"] = draw_mask(peft.get_peft_model(base_model(), config_for(base_model(), **DENSE)), keep=0.5)
+    base = base_model().to(torch.bfloat16)
+    model = peft.get_peft_model(base, config_for(base, **options))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.requires_grad else None
+    trainer = dpo(model, tmp_path, learning_rate=0.0, max_steps=1, router_aux_loss_coef=0.0)
+    default, reference = (adapter_tensors(trainer.model, name) for name in ("default", "ref"))
+    assert default.keys() == reference.keys()
+    for key, tensor in default.items():
+        assert tensor.dtype == reference[key].dtype and torch.equal(tensor, reference[key]), key
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses == pytest.approx([math.log(2)], abs=1e-6)
+
+
 def test_grpo_generates_with_the_adapter(tmp_path: Path):
     base = base_model()
     torch.manual_seed(0)
@@ -277,6 +299,10 @@ def test_transformers_own_add_adapter(tmp_path: Path):
     again = base_model()
     again.load_adapter(str(tmp_path))
     assert torch.equal(logits(again), tuned)
+    for parameter in model.parameters():  # transformers writes the config first, while the old weights lie there
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.requires_grad else None
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(hotlora.load_adapter(base_model(), tmp_path)), logits(model))
 
 
 def test_a_model_prepared_for_quantized_training_takes_the_adapter(tmp_path: Path):

@@ -16,10 +16,14 @@ from .mergeable import MergeableLayer
 _PRUNED = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude_prune": magnitude_prune}
 """PEFT's sums of factors of which a share (the density) is kept"""
 DENSITY = 0.5
+_WITH_SIGNS = ("ties", "dare_ties")
+_SIGN_METHODS = ("total", "frequency")
+"""How those elect the sign that counts; PEFT's default is the first."""
 
 
-def check_how(how: str, density: float | None) -> None:
-    """HotLoraError: no such combination_type, or a density that it has no use for or that is out of range."""
+def check_how(how: str, density: float | None, sign_method: str | None = None) -> None:
+    """HotLoraError: no such combination_type, or a density or majority_sign_method that it has no use for or that is
+    out of range."""
     known = ("cat", "linear", *_PRUNED)
     if how not in known:
         raise HotLoraError(f"combination_type={how!r} is not supported on experts: give {', '.join(known)}.")
@@ -27,6 +31,12 @@ def check_how(how: str, density: float | None) -> None:
         raise HotLoraError(f"density={density} is of {', '.join(_PRUNED)}, and combination_type is {how!r}.")
     if density is not None and not (isinstance(density, Real) and 0 < density < 1):
         raise HotLoraError(f"density={density} must be above 0 and below 1: the share of each factor that is kept.")
+    if sign_method is not None and how not in _WITH_SIGNS:
+        raise HotLoraError(
+            f"majority_sign_method={sign_method!r} is of {', '.join(_WITH_SIGNS)}, and combination_type is {how!r}."
+        )
+    if sign_method not in (None, *_SIGN_METHODS):
+        raise HotLoraError(f"majority_sign_method={sign_method!r} does not exist: give {' or '.join(_SIGN_METHODS)}.")
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -36,7 +46,12 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 def combine(
-    module: LoraLayer, weights: dict[str, float], adapter_name: str, how: str, density: float | None = None
+    module: LoraLayer,
+    weights: dict[str, float],
+    adapter_name: str,
+    how: str,
+    density: float | None = None,
+    sign_method: str | None = None,
 ) -> None:
     """Fills the new adapter's factors in one layer from those of the others that are there."""
     sources = {name: factor_pairs(module, name) for name in weights if name in module.r}
@@ -54,11 +69,14 @@ def combine(
                 start = end
         elif found:  # as PEFT has it: each factor takes the root of the weight, and A its sign
             signed = [math.copysign(abs(scale) ** 0.5, scale) for scale in scales]
-            A.detach().copy_(_summed([pair[0] for pair in found.values()], signed, how, density))
-            B.detach().copy_(_summed([pair[1] for pair in found.values()], [*map(abs, signed)], how, density))
+            As, Bs = zip(*found.values(), strict=True)
+            A.detach().copy_(_summed(As, signed, how, density, sign_method))
+            B.detach().copy_(_summed(Bs, [*map(abs, signed)], how, density, sign_method))
 
 
-def _summed(factors: list[Tensor], weights: list[float], how: str, density: float | None) -> Tensor:
+def _summed(
+    factors: Sequence[Tensor], weights: list[float], how: str, density: float | None, sign_method: str | None
+) -> Tensor:
     factors = [factor.detach() for factor in factors]
     of_each = torch.tensor(weights, device=factors[0].device)
     if how == "linear":
@@ -68,7 +86,8 @@ def _summed(factors: list[Tensor], weights: list[float], how: str, density: floa
         raise HotLoraError(
             f"density={share:g} keeps none of the {factors[0].numel():,} values of a factor: give a larger one."
         )
-    found: Tensor = _PRUNED[how](factors, of_each, share)
+    options = {"majority_sign_method": sign_method or _SIGN_METHODS[0]} if how in _WITH_SIGNS else {}
+    found: Tensor = _PRUNED[how](factors, of_each, share, **options)
     return found
 
 

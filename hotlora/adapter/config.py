@@ -51,6 +51,8 @@ _UNSUPPORTED: dict[str, Any] = {
     "layers_to_transform": None,
     "layer_replication": None,
 }
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+"""transformers' heads that write no text, and PEFT's task_type for them"""
 
 
 class _Bound(set[str]):
@@ -231,10 +233,12 @@ class HotLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT calls it when the weights are written: their hash, and that of a frozen A, go beside the options, so
-        that loading knows them again."""
+        that loading knows them again. transformers calls it before, when older weights may lie there: only PEFT gives
+        an auto_mapping_dict."""
+        are_written = "auto_mapping_dict" in kwargs
         super().save_pretrained(save_directory, **kwargs)
         weights, file = (Path(save_directory) / name for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
-        more = {WEIGHTS_HASH: sha256_file(weights)} if weights.is_file() else {}
+        more = {WEIGHTS_HASH: sha256_file(weights)} if are_written and weights.is_file() else {}
         if self._a_hash is not None:
             more[A_HASH] = self._a_hash
         if self._is_ours():
@@ -301,8 +305,10 @@ class HotLoraConfig(LoraConfig):
 
         Raises:
             PlanError: the plan is for another model or names a layer that is not there, or nothing would
-            train. ModelError: the model is not supported, or some of its weights are offloaded.
+            train. ModelError: the model is not supported, has a head for another task_type, or some of its weights are
+            offloaded.
         """
+        self._check_task(model)
         check_in_memory(model)
         plan = ExpertPlan.from_dict(self.plan)
         layers = {layer.layer: layer for layer in moe_layers(model)}
@@ -344,6 +350,16 @@ class HotLoraConfig(LoraConfig):
                     f"{kind.__name__}). Unload it, use a fresh base model, or plan other layers."
                 )
         self.target_modules = _Bound(targets)  # type: ignore[assignment]
+
+    def _check_task(self, model: nn.Module) -> None:
+        """ModelError where PEFT's wrapper for models that write text would trip over one that does not."""
+        kind = type(model).__name__
+        task = next((task for head, task in _TASKS.items() if kind.endswith(head)), None)
+        if task is not None and self.task_type == "CAUSAL_LM":
+            raise ModelError(
+                f"task_type='CAUSAL_LM', a HotLoraConfig's default, is for models that write text, and this one is a "
+                f"{kind}: give task_type={task!r}, with which its head trains, too."
+            )
 
     def _layer_class(self, path: str) -> "type[MergeableLayer] | None":
         """Ours for what `bind` has found at `path`; None where PEFT's own Linear does."""

@@ -15,7 +15,7 @@ from ..base.errors import HotLoraError, PlanError
 from ..hf.experts_view import ExpertsView
 from ..layer.function import routed_experts, updates_on
 from ..layer.updates import Full, LowRank, Update
-from .factors import FactorDict, Slot, at_least_float32, factor_values, low_rank_products, new_factor
+from .factors import FactorDict, Slot, at_least_float32, factor_values, low_rank_products, new_factor, take_values
 from .mergeable import MergeableLayer
 
 
@@ -69,14 +69,12 @@ class HotExperts(MergeableLayer):
         """What a merge adds: `[N, P*F, D]`, gate rows before up rows, and `[N, D, F]`, in float32 at least."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def copy_adapter(self, source: str, target: str) -> None:
         """Gives `target`, of the same plan and ranks, the values of `source`."""
         for name in self.adapter_layer_names:
             held = getattr(self, name)
             if source in held:
-                for ours, theirs in zip(_tensors(held[target]), _tensors(held[source]), strict=True):
-                    ours.copy_(theirs)
+                take_values(held[target], held[source])
 
     def _deltas(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice, Tensor]]:
         deltas = self.view.own_layout(*self.get_delta_weight(adapter))
@@ -168,9 +166,9 @@ class HotLoraExperts(HotExperts):
 
     adapter_layer_names = (
         *("lora_A_gate_up", "lora_B_gate_up", "lora_A_down", "lora_B_down"),
-        *("lora_magnitude_gate_up", "lora_magnitude_down"),
+        *("lora_magnitude_vector_gate_up", "lora_magnitude_vector_down"),
     )
-    lora_magnitude_down: nn.ParameterDict
+    lora_magnitude_vector_down: nn.ParameterDict
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
@@ -329,7 +327,7 @@ class HotLoraExperts(HotExperts):
 
     def _dora_scales(self, adapter: str, group: _Group) -> tuple[Tensor, ...]:
         """Magnitude over norm: `[N, P*F]` and `[N, D]`, or none. The norm carries no gradient (DoRA, section 4.3)."""
-        if adapter not in self.lora_magnitude_down:
+        if adapter not in self.lora_magnitude_vector_down:
             return ()
         both_norms = self._once((adapter, group), lambda: self._norms(adapter, group))
         up, down = (
@@ -409,13 +407,6 @@ def _padded(tensors: Sequence[Tensor], r: int, parts: int) -> list[Tensor]:
         pad(B_down, (0, missing)),
         *scales,
     ]
-
-
-def _tensors(held: Any) -> list[Tensor]:
-    """The parameters and saved buffers of one adapter's entry."""
-    if isinstance(held, Tensor):
-        return [held]
-    return list(held.state_dict(keep_vars=True).values())
 
 
 def _not_dense(option: str, path: str) -> HotLoraError:

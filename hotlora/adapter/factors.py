@@ -144,6 +144,18 @@ def factor_dtype(held: Any) -> torch.dtype:
     return held.values.dtype if isinstance(held, SparseFactor) else factor_values(held).dtype
 
 
+def take_values(held: Any, source: Any) -> None:
+    """Gives one adapter's entry the values of another's, in their dtype: PEFT casts a new adapter from the base's dtype
+    to float32 after it is put on, and values that are copied before would be rounded."""
+    for ours, theirs in zip(_tensors(held), _tensors(source), strict=True):
+        ours.data = theirs.detach().clone()
+
+
+def _tensors(held: Any) -> list[Tensor]:
+    """The parameters and saved buffers of an entry."""
+    return [held] if isinstance(held, Tensor) else list(held.state_dict(keep_vars=True).values())
+
+
 def new_factor(shape: tuple[int, ...], device: torch.device, is_zero: bool = False) -> nn.Parameter:
     """kaiming_uniform_(a=sqrt(5)) of every matrix by itself, as PEFT's Linear.
 

@@ -19,7 +19,7 @@ from ..base.files import read_json, sha256_file
 from ..base.quiet import quiet
 from ..base.unchanged import unchanged_on_error
 from ..hf.models import load_model as load_model
-from ..hf.peft_hooks import without_adapter_name
+from ..hf.peft_hooks import key_of_today
 from ..hf.stopping import add_stop_tokens, saved_stop_tokens
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
@@ -55,7 +55,7 @@ def load_adapter(
     check_ground(config.on_top_of, base_model)
     weights, ends = read_weights(folder / WEIGHTS_FILE, saved_hash), saved_stop_tokens(folder)
     config._source = {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
-    weights = {without_adapter_name(key): tensor for key, tensor in weights.items()}
+    weights = {key_of_today(key): tensor for key, tensor in weights.items()}
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         raise HotLoraError(
             f"the model already has an adapter {adapter_name!r}: give another adapter_name, or delete it."

@@ -14,6 +14,12 @@ from ..base.errors import HotLoraError
 from .factors import Slot
 
 T = TypeVar("T")
+REPLICA = (
+    "the model is copied to several GPUs in one process (nn.DataParallel, as transformers' Trainer does where it sees "
+    "more than one), and adapters on experts cannot be: start the script with `torchrun --nproc-per-node N` or "
+    "`accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+)
+UNMIXED = "adapter_names: several adapters in a batch are not supported. Use set_adapter."
 
 
 class MergeableLayer(nn.Module, LoraLayer):
@@ -25,7 +31,7 @@ class MergeableLayer(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.replaced: dict[str, list[Tensor]] = {}
-        """adapter -> what a merge has overwritten, where it cannot be subtracted again"""
+        """adapter -> what a merge has overwritten, where subtracting would not give it back"""
         self._cached: dict[Hashable, object] = {}
         self._prepare()
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
@@ -58,8 +64,10 @@ class MergeableLayer(nn.Module, LoraLayer):
 
     def _active_here(self, adapter_names: list[str] | None) -> list[str]:
         """Active adapters that have weights in this layer; none while the adapters are disabled or merged."""
+        if getattr(self, "_is_replica", False):  # torch's word for a copy of DataParallel's, which has no parameters
+            raise HotLoraError(REPLICA)
         if adapter_names is not None:
-            raise HotLoraError("adapter_names: several adapters in a batch are not supported. Use set_adapter.")
+            raise HotLoraError(UNMIXED)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -95,17 +103,20 @@ class MergeableLayer(nn.Module, LoraLayer):
             )
         deltas = {name: list(self._deltas(name)) for name in names}  # all of them of the base as it is
         for name in names:
-            if self._replaces(name):
-                self.replaced[name] = [weight.data[rows].clone() for weight, rows, _ in deltas[name]]
-            its = deltas.pop(name)
+            its, before = deltas.pop(name), None
+            # In 16 bits each merge and unmerge would round the base anew, and TRL merges at every step for vLLM.
+            if self._replaces(name) or any(weight.itemsize <= 2 for weight, _, _ in its):
+                before = [weight.data[rows].clone() for weight, rows, _ in its]
             # By itself it is the very weights that were trained, and not the base's plus a rounded difference.
             updated = (self._merged_values(name) if len(names) == 1 else None) or self._sums(its)
             self._write(name, updated, safe_merge)
+            if before is not None:
+                self.replaced[name] = before
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes merged updates out again, up to the rounding of the base weights' dtype."""
+        """Takes merged updates out again: bit for bit of weights in 16 bits, and up to the rounding of others."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             before = self.replaced.pop(name, None)

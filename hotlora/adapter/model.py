@@ -5,6 +5,8 @@ own `lora.Linear`; the planned experts and the routers get the layers in `expert
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -19,8 +21,8 @@ from ..routing.plan import ExpertPlan
 from .combine import check_how, check_weights, combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
-from .factors import SeededFactor, SparseFactor
-from .mergeable import check_adapter_name, factor_slots
+from .factors import SeededFactor, SparseFactor, take_values
+from .mergeable import UNMIXED, check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .parallel import UNMERGED
 from .quantize import noted_quantization
@@ -48,6 +50,23 @@ class HotLoraModel(LoraModel):
             self._use_routed_layer()
         if isinstance(config, HotLoraConfig) and adapter_name == "ref" and self.peft_config.get("default") is config:
             self._copy_to_reference()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's puts new parameters in place of a ParameterDict's, which would train where the old ones did not."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT puts its hooks on before a layer can refuse, and an error leaves them there."""
+        if kwargs.get("adapter_names") is not None:
+            if any(isinstance(config, HotLoraConfig) for config in self.peft_config.values()):
+                raise HotLoraError(UNMIXED)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def _use_routed_layer(self) -> None:
         """The experts' own forward is ours from here on, since FSDP and expert parallelism go through that one."""
@@ -90,7 +109,7 @@ class HotLoraModel(LoraModel):
         pairs = zip(factor_slots(self.model, "default"), factor_slots(self.model, "ref"), strict=True)
         for source, target in pairs:
             if isinstance(sparse := source.held[source.key], SparseFactor):
-                target.held[target.key].load_state_dict(sparse.state_dict())
+                take_values(target.held[target.key], sparse)
 
     def _hold_factors(self, config: HotLoraConfig, adapter_name: str) -> None:
         """A from its seed, and of B the kept entries alone, where the config says so."""
@@ -160,6 +179,7 @@ class HotLoraModel(LoraModel):
         adapter_name: str,
         combination_type: str | None = None,
         density: float | None = None,
+        majority_sign_method: str | None = None,
         **kwargs: Any,
     ) -> None:
         """PEFT's, for adapters of several tasks whose plans differ: the new plan is the union of theirs.
@@ -167,15 +187,22 @@ class HotLoraModel(LoraModel):
         combination_type: "cat" (the default) adds the updates exactly, with the sum of the ranks; "linear" adds the
         factors, at one rank that all must share; "ties", "dare_linear", "dare_ties" and "magnitude_prune" are PEFT's
         sums of factors of which the share `density` (0.5) is kept, DARE's drawn by torch's seed. An expert that one of
-        them leaves out gets the others' part.
+        them leaves out gets the others' part. majority_sign_method: of "ties" and "dare_ties", "total" (the default) or
+        "frequency". PEFT's svd_* options are not taken.
         """
         configs = [self.peft_config.get(name) for name in adapters]
         hot = [config for config in configs if isinstance(config, HotLoraConfig)]
         if not hot:
             options: dict[str, Any] = {} if combination_type is None else {"combination_type": combination_type}
             options |= {} if density is None else {"density": density}
+            options |= {} if majority_sign_method is None else {"majority_sign_method": majority_sign_method}
             super().add_weighted_adapter(adapters, weights, adapter_name, **options, **kwargs)
             return
+        if kwargs:
+            raise HotLoraError(
+                f"add_weighted_adapter makes no use of {', '.join(kwargs)} with adapters of a HotLoraConfig: leave it "
+                "out. It takes combination_type, density and majority_sign_method."
+            )
         if len(hot) < len(adapters) or len(weights) != len(adapters):
             names = [name for name, config in self.peft_config.items() if isinstance(config, HotLoraConfig)]
             raise HotLoraError(
@@ -185,15 +212,17 @@ class HotLoraModel(LoraModel):
         if adapter_name in self.peft_config:
             raise HotLoraError(f"the model already has an adapter {adapter_name!r}: give another adapter_name.")
         how = combination_type or "cat"
-        check_how(how, density)
+        check_how(how, density, majority_sign_method)
         check_weights(weights)
         config = _combined_config(hot, how)
         with unchanged_on_error(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
+            self._cast_adapter_dtype(adapter_name)  # out of the base's: sums are not rounded to that
             for module in self.model.modules():
                 if isinstance(module, LoraLayer) and adapter_name in module.r:
-                    combine(module, dict(zip(adapters, weights, strict=True)), adapter_name, how, density)
+                    shares = dict(zip(adapters, weights, strict=True))
+                    combine(module, shares, adapter_name, how, density, majority_sign_method)
                     for factor in (f for pair in factor_pairs(module, adapter_name).values() for f in pair):
                         factor.requires_grad_(False)
 
@@ -262,7 +291,7 @@ def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict
         factor.restore(next(iter(state_dict.values())).device)
     if empty:
         config.check_a(frozen_a(factor_slots(model, adapter_name)))
-    config.note_loaded({peft_hooks.without_adapter_name(key): tensor for key, tensor in state_dict.items()})
+    config.note_loaded({peft_hooks.key_of_today(key): tensor for key, tensor in state_dict.items()})
 
 
 peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading)

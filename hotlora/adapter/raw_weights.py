@@ -21,12 +21,12 @@ class HotLoraWeights(MergeableLayer):
     weight's dtype, and dropout does not apply. With `use_dora` each row of the sum has a magnitude of its own.
     """
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_magnitude")
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_magnitude_vectors")
 
     def _prepare(self) -> None:
         self._weights: dict[str, str] = {}
         """name among the factors -> path of the parameter in the base layer"""
-        self.lora_magnitude = nn.ModuleDict()
+        self.lora_magnitude_vectors = nn.ModuleDict()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         path = kwargs["target_name"]
@@ -45,7 +45,7 @@ class HotLoraWeights(MergeableLayer):
         self._add_adapter(adapter_name, r, lora_alpha, config)
         if config.use_dora:
             magnitudes = {name: nn.Parameter(self._norms(adapter_name, name)) for name in self._weights}
-            self.lora_magnitude[adapter_name] = nn.ParameterDict(magnitudes)
+            self.lora_magnitude_vectors[adapter_name] = nn.ParameterDict(magnitudes)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
@@ -78,11 +78,11 @@ class HotLoraWeights(MergeableLayer):
     def _delta(self, adapter: str, name: str) -> Tensor:
         """What is added to the weight, in float32 at least."""
         delta = self._low_rank(adapter, name)
-        if adapter not in self.lora_magnitude:
+        if adapter not in self.lora_magnitude_vectors:
             return delta
         weight = self.get_base_layer().get_parameter(self._weights[name]).to(delta.dtype)
         norms = self._once((adapter, name), lambda: self._norms(adapter, name))
-        scale = cast(Any, self.lora_magnitude[adapter])[name] / norms
+        scale = cast(Any, self.lora_magnitude_vectors[adapter])[name] / norms
         return scale.unsqueeze(-1) * (weight + delta) - weight
 
     def _low_rank(self, adapter: str, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..base.errors import HotLoraError
 from ..base.sizes import size_words
+from ..hf.experts_view import ExpertsView
 from ..hf.moe_layers import moe_layers, unwrap
 from ..layer.function import use_routed_layer
 from .linears import linear_bits
@@ -59,7 +60,14 @@ def quantized_parameters(model: nn.Module) -> int:
 
 def check_mergeable(model: nn.Module) -> None:
     """HotLoraError if experts or linear layers of `model` are quantized, since requantizing would round a merged update
-    away, or wait on the host for a GPU."""
+    away, or wait on the host for a GPU, or are spread over processes."""
+    views = map(ExpertsView, experts_modules(model).values())
+    if any(view.is_spread or view.is_expert_parallel for view in views):
+        raise HotLoraError(
+            "an adapter cannot be merged into experts that are spread over processes (FSDP2, expert parallelism): save "
+            "the adapter with save_pretrained, load the base model whole, in one process, put the adapter on it with "
+            "hotlora.load_adapter, and merge there."
+        )
     if any(isinstance(module, OffloadedExperts) for module in model.modules()):
         raise HotLoraError(
             "an adapter cannot be merged into experts that are offloaded from a GPU: load the base model without "

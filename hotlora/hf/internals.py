@@ -94,8 +94,11 @@ NAMES = {
     "peft.helpers:DoraCaching": _DORA,
     "peft.tuners.tuners_utils:BaseTunerLayer": _LAYER,
     "peft.tuners.tuners_utils:check_adapters_to_merge": "adapter.mergeable does not know which adapters to merge",
+    "peft:LoraModel._cast_adapter_dtype": "adapter.model: combined adapters are rounded to the base's dtype, and "
+    "loaded ones train",
     "peft:LoraModel._check_merge_allowed": _TUNER,
     "peft:LoraModel._create_new_module": _TUNER,
+    "peft:LoraModel._enable_peft_forward_hooks": "adapter.model: a model that has refused adapter_names refuses all",
     "peft:LoraModel._prepare_adapter_config": _TUNER,
     "peft:LoraModel._replace_module": _TUNER,
     "peft:LoraModel._unload_and_optionally_merge": _TUNER,
@@ -105,10 +108,15 @@ NAMES = {
     "peft.optimizers.lorafa:LoraFAOptimizer": "hf.peft_hooks: LoRA-FA's optimizer trains experts wrongly",
     "peft.utils.hotswap:check_hotswap_configs_compatible": "hf.peft_hooks: hotswap_adapter loads a part of an adapter",
     "peft.utils.other:get_pattern_key": "adapter.formats.import_peft reads wrong ranks",
+    "peft.utils.transformers_weight_conversion:WeightRenaming": "hf.peft_hooks: transformers' own load_adapter loses "
+    "tensors",
+    "peft.utils.transformers_weight_conversion:build_peft_weight_mapping": "hf.peft_hooks: transformers' own "
+    "load_adapter loses tensors",
     "peft.utils.transformers_weight_conversion:convert_peft_adapter_state_dict_for_transformers": "hf.peft_hooks and "
     "adapter.formats: some families' adapters lose tensors",
     "peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers": "adapter.formats.import_peft does"
     " not read adapters of transformers 4",
+    "torch.nn.modules.module#_is_replica": "adapter.mergeable: a model under nn.DataParallel fails by a stack trace",
     "torch.nn:Module._apply": "adapter.factors rounds a frozen A with the model",
     "torch:ops.mkldnn._is_mkldnn_bf16_supported": "base.precision takes every CPU for a slow one",
     "torch:ops.mkldnn._is_mkldnn_fp16_supported": "base.precision takes every CPU for a slow one",

@@ -5,11 +5,12 @@ hands on to PEFT's own what is not hotlora's. tests/test_peft_hooks.py holds eve
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.optimizers import lorafa
 from peft.tuners.lora import LoraModel
@@ -23,9 +24,19 @@ _SPARSE = re.compile(r"\.lora_\w+\..*(\.values|\.kept)$")
 _SPARSE_UNDER_A_NAME = re.compile(r"(\.lora_\w+)\.[^.]+(\.\w+\.(?:values|kept))$")
 
 
-def without_adapter_name(key: str) -> str:
+# DoRA's of experts and routers in older adapters. TRL knows one by "lora_magnitude_vector", and keeps it in float32
+# where it casts the rest of an adapter to bf16.
+_OLD_MAGNITUDES = (
+    (r"\.lora_magnitude_(gate_up|down)", r".lora_magnitude_vector_\1"),
+    (r"\.lora_magnitude\.", r".lora_magnitude_vectors."),
+)
+
+
+def key_of_today(key: str) -> str:
     """A tensor's key as it is saved today. Older adapters hold the name that they were saved under in the keys of
-    sparse factors of routers, and of experts with ranks of their own."""
+    sparse factors of routers, and of experts with ranks of their own, and have other names of DoRA's magnitudes."""
+    for old, new in _OLD_MAGNITUDES:
+        key = re.sub(old, new, key)
     return _SPARSE_UNDER_A_NAME.sub(r"\1\2", key)
 
 
@@ -44,6 +55,8 @@ def install(
     _inject_by(config_class, tuner_class)
     _name_sparse_factors(config_class)
     _keep_names(config_class, before_loading)
+    _keep_names_in_transformers(config_class)
+    _refuse_conversion_at_save(config_class)
     _refuse_hotswap(config_class)
     _refuse_lorafa()
 
@@ -95,7 +108,7 @@ def _name_sparse_factors(config_class: type[LoraConfig]) -> None:
     @functools.wraps(remap)
     def remap_for_load(cls: Any, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> Any:
         if isinstance(config, config_class):
-            state_dict = {without_adapter_name(key): tensor for key, tensor in state_dict.items()}
+            state_dict = {key_of_today(key): tensor for key, tensor in state_dict.items()}
         return remap(cls, model, config, adapter_name, state_dict)
 
     LoraModel._remove_adapter_name_from_key = classmethod(remove_adapter_name)  # type: ignore[method-assign, assignment]
@@ -119,6 +132,46 @@ def _keep_names(
         return adapter_state_dict
 
     transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = convert
+
+
+def _keep_names_in_transformers(config_class: type[LoraConfig]) -> None:
+    """The same where transformers loads an adapter by itself (`model.load_adapter`, `from_pretrained` of an adapter):
+    it takes the renamings from PEFT, and does the rest. Of those ours need what is of an adapter alone."""
+    original = transformers_weight_conversion.build_peft_weight_mapping
+    renaming = transformers_weight_conversion.WeightRenaming
+
+    @functools.wraps(original)
+    def build(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
+        found = original(weight_conversions, adapter_name, peft_config=peft_config)
+        if not isinstance(peft_config, config_class):
+            return found
+        of_the_model = {id(conversion) for conversion in weight_conversions or ()}
+        kept = [its for its in found if isinstance(its, renaming) and id(its) not in of_the_model]
+        # DoRA's of a Linear, which PEFT saves without the last part of its name, and appends in its own loading alone.
+        last_part = (rf"(lora_magnitude_vector\.{re.escape(adapter_name)})$", r"\1.weight")
+        return [*kept, *(renaming(*names) for names in (last_part, *_OLD_MAGNITUDES))]
+
+    transformers_weight_conversion.build_peft_weight_mapping = build
+
+
+def _refuse_conversion_at_save(config_class: type[LoraConfig]) -> None:
+    """`save_pretrained` can save what an adapter adds to its initial one (PiSSA, OLoRA, ...), at twice the rank: it
+    joins the A and B of Linears, and knows nothing of a plan's ranks."""
+    original: Any = PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        names = given.get("selected_adapters") or self.peft_config
+        are_ours = any(isinstance(self.peft_config.get(name), config_class) for name in names)
+        if are_ours and (path := given.get("path_initial_model_for_weight_conversion")) is not None:
+            raise HotLoraError(
+                f"path_initial_model_for_weight_conversion={path!r} is not supported with a HotLoraConfig, whose "
+                "factors start as LoRA's and change no weight of the base: leave it out."
+            )
+        return original(self, *args, **kwargs)
+
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _refuse_hotswap(config_class: type[LoraConfig]) -> None:

@@ -17,13 +17,14 @@ F expert width, P = 2 projections into an expert (gate and up), or 1 where exper
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.errors import HotLoraError
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
 from . import cpu, gpu
@@ -75,7 +76,7 @@ IMPLEMENTATION = "hotlora"
 
 def use_routed_layer(model: Any) -> None:
     """Makes `routed_experts` the forward of a transformers model's experts, as `set_experts_implementation` does."""
-    internal("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS").register(IMPLEMENTATION, _forward_of_experts)
+    _register()
     model.set_experts_implementation(IMPLEMENTATION)
 
 
@@ -92,6 +93,14 @@ def updates_on(experts: Any, updates: Sequence[Update]) -> Iterator[None]:
 def _forward_of_experts(experts: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
     updates = getattr(experts, "hotlora_updates", ())
     return routed_experts(experts, hidden_TD, top_k_index_TK, top_k_weights_TK, updates)
+
+
+def _register() -> None:
+    internal("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS").register(IMPLEMENTATION, _forward_of_experts)
+
+
+with suppress(HotLoraError):  # which is told where the layer is asked for
+    _register()  # a pickled model has the name in its config, and is read back by processes that ask for nothing
 
 
 @dataclass(frozen=True)

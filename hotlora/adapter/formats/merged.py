@@ -71,14 +71,14 @@ def _merged(layers: list[Any], adapter: str, restores: bool) -> Iterator[None]:
     try:
         for layer in layers:
             layer.merge(adapter_names=[adapter])
+            if isinstance(layer, MergeableLayer):  # of all layers it would be a second copy
+                layer.replaced.clear()
         yield
     finally:
         for weight, rows, data in kept:
             weight.data[rows] = data
         for layer in layers:
             layer.merged_adapters.clear()
-            if isinstance(layer, MergeableLayer):
-                layer.replaced.clear()
 
 
 def _touched(layer: Any, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
