@@ -109,7 +109,8 @@ def test_seeds_by_other_options_are_told_and_not_compared(store: Path):
     recipe = RECIPES["moe-sieve-table-3"](NANO)
     for seed in range(8):
         write_run(store / "nano/nano-math/sieve-all", ALL[seed], seed, config=CONFIG | {"seed": seed})
-        more = {"seed": seed, "plan_hash": str(seed), "save_steps": seed}
+        more = {"seed": seed, "plan_hash": str(seed), "save_steps": seed, "adapter_hash": f"a{seed}"}
+        more |= {"adapter_config_hash": f"c{seed}", "model_hash": f"m{seed}"}  # as a scored model's of its own training
         write_run(store / "nano/nano-math/sieve", HOT[seed], seed, config=CONFIG | more)
     alike = result(recipe, store)
     assert not [note for note in alike.notes if "alike" in note or "otherwise" in note]

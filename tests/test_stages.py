@@ -212,6 +212,10 @@ def test_a_warm_up_has_rows_of_the_training_alone(limit, model_folder, tmp_path)
     record, warm = read_record(run / "warmup"), RoutingProfile.load(run / "warmup" / "warm-profile.safetensors")
     assert record["data"]["train"] == 64
     assert record["data"]["hash"] == warm.source["data_hash"] == data_hash(drawn(rows, 64))
+    # One that was begun when they were drawn from all rows is not another run.
+    before = load_examples(str(file), "train", limit=64, tokenizer=TOKENIZER)
+    write_record(run / "warmup", record | {"config": record["config"] | {"data_hash": data_hash(before)}})
+    run_method(model_folder, str(file), run, method="hellora", **SHORT, warmup="lora", limit=limit)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,16 @@ def test_a_run_whose_best_weights_are_lost_ends_with_its_last(tmp_path, caplog, 
     assert held.restore(model) is True and not model.weight.any()
 
 
+def test_the_best_weights_of_an_older_dora_run_have_names_of_then(tmp_path):
+    model = torch.nn.ModuleDict({"experts": torch.nn.Module()})
+    held_down = torch.nn.ParameterDict({"default": torch.nn.Parameter(torch.ones(2))})
+    model["experts"].lora_magnitude_vector_down = held_down
+    rows = [{"step": 1, "eval_loss": 1.0}, {"step": 2, "eval_loss": 2.0}]
+    save_file({"experts.lora_magnitude_down.default": torch.full((2,), 3.0)}, tmp_path / "best-1.safetensors")
+    held = Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows, keep_best=True)
+    assert held.restore(model) and held_down["default"].tolist() == [3.0, 3.0]
+
+
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     rows = [{"step": step, "eval_loss": loss} for step, loss in enumerate([math.nan, 2.0, 1.0, math.nan, 1.5], start=1)]
     assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows).best_step == 3

@@ -104,8 +104,10 @@ class MergeableLayer(nn.Module, LoraLayer):
         deltas = {name: list(self._deltas(name)) for name in names}  # all of them of the base as it is
         for name in names:
             its, before = deltas.pop(name), None
-            # In 16 bits each merge and unmerge would round the base anew, and TRL merges at every step for vLLM.
-            if self._replaces(name) or any(weight.itemsize <= 2 for weight, _, _ in its):
+            # In 16 bits each merge and unmerge would round the base anew, and TRL merges at every step for vLLM. Who
+            # merges an adapter that does not train serves it, and has no need of a copy.
+            trains = any(parameter.requires_grad for parameter in self.parameters())
+            if self._replaces(name) or (trains and any(weight.itemsize <= 2 for weight, _, _ in its)):
                 before = [weight.data[rows].clone() for weight, rows, _ in its]
             # By itself it is the very weights that were trained, and not the base's plus a rounded difference.
             updated = (self._merged_values(name) if len(names) == 1 else None) or self._sums(its)
@@ -116,7 +118,8 @@ class MergeableLayer(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes merged updates out again: bit for bit of weights in 16 bits, and up to the rounding of others."""
+        """Takes merged updates out again: bit for bit of weights in 16 bits whose adapter trains, and up to the
+        rounding of others."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             before = self.replaced.pop(name, None)

@@ -122,10 +122,15 @@ def write_local_task(name: str, source: str | Path, folder: Path) -> Path:
     return path
 
 
+_READ = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".txt")
+_MOST_READ = 2**26
+"""bytes: a task's rows may be larger, and so may be what has nothing to do with it"""
+
+
 def read_hashes(tasks: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
     """Of what `evaluate_by_lm_eval` reads from files of one's own: `tasks_hash`, a SHA-256 of each task's local rows,
-    None of others; and `include_hash`, of the names and contents of all files in `include_path`, but for what runs and
-    Python wrote there, and hidden ones. Neither where nothing is read.
+    None of others; and `include_hash`, of configs, code and small files of rows in `include_path`, but for what runs
+    wrote there, and hidden ones. Neither where nothing is read.
 
     DataError: local files that are not there, or an `include_path` that is no folder.
     """
@@ -142,7 +147,8 @@ def read_hashes(tasks: Sequence[str], include_path: str | Path | None = None) ->
     written = {file.parent for file in files if file.name == "run.json"} - {folder}
     for file in files:
         is_result = file.parent == folder and (file.name == "run.json" or file.name.startswith("results-"))
-        if not is_result and file.parent.name != "__pycache__" and written.isdisjoint(file.parents):
+        is_read = file.suffix in _READ and file.stat().st_size <= _MOST_READ
+        if is_read and not is_result and written.isdisjoint(file.parents):
             digest.update(f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n".encode())
     return found | {"include_hash": digest.hexdigest()}
 

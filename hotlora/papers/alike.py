@@ -11,7 +11,8 @@ Options = Mapping[str, Any]
 
 # Hashes say what the files hold that these name; the others go with a seed, or with what is scored.
 _NOT_HELD = {
-    "data", "test_data", "scores", "adapter", "adapter_hash", "seed", "a_seed", "profile_hash", "plan_hash", "mask_hash"
+    "data", "test_data", "scores", "adapter", "adapter_hash", "adapter_config_hash", "model_hash", "seed", "a_seed",
+    "profile_hash", "plan_hash", "mask_hash",
 }  # fmt: skip
 # What a row is; and LoRI's sparse run has its dense run's plan in place of a rule and a profile.
 _OF_ROWS = {"rule", "signal", *BUDGETS, "plan_seed", "profile_fraction", "profile_until"}

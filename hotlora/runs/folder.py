@@ -172,7 +172,8 @@ def finished(
     elif longer is not None:
         check_extension(output, longer)
     if done:
-        _log.warning("%s is done already, with the same options: nothing is run again", output)
+        if is_main():
+            _log.warning("%s is done already: nothing of it is run again", output)
     return record if done else None
 
 

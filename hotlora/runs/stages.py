@@ -16,7 +16,7 @@ from ..base.records import Record, read_record, write_record
 from ..hf.models import load_tokenizer
 from ..routing.plan import select_experts
 from ..routing.profile import RoutingProfile, jaccard
-from ..tasks.data import load_examples
+from ..tasks.data import data_hash, load_examples
 from ..tasks.split import drawn, held_out
 from ..training.identity import check_same
 from .checks import check_run
@@ -125,8 +125,13 @@ def _warm_up(
     read = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(data, "train", limit=options.limit, tell=False, **read)  # the training tells
     number = len(profile_sample(examples, options.profile_fraction or PROFILE_FRACTION))
-    # Of the rows that the training has, where it has not all.
+    # Of the rows that the training has, where it has not all; one that was begun before that goes on with its own.
     limit, sample = (number, None) if options.limit is None else (options.limit, number)
+    if sample is not None and (output / "run.json").is_file():
+        of_all = load_examples(data, "train", limit=number, tell=False, **read)
+        of_all = of_all if options.test_split is None else held_out(of_all, options.test_split)[0]
+        if read_record(output)["config"].get("data_hash") == data_hash(of_all):
+            limit, sample = number, None
     others = ("plan_seed", "max_steps", "mask")
     without: dict[str, Any] = dict.fromkeys((*BUDGETS, *others))
     warming = replace(

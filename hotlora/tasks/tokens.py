@@ -270,11 +270,11 @@ def batch_places(dataset: Dataset, batch_size: int, most_tokens: int = MOST_TOKE
         raise DataError(f"A batch size of {batch_size} is out of range; give at least 1.")
     lengths = token_lengths(dataset)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # a stable sort: the same order every time
-    groups = []
-    while order:
-        rows = max(1, min(batch_size, most_tokens // max(1, lengths[order[0]])))
-        groups.append(order[:rows])
-        del order[:rows]
+    groups, start = [], 0
+    while start < len(order):
+        rows = max(1, min(batch_size, most_tokens // max(1, lengths[order[start]])))
+        groups.append(order[start : start + rows])
+        start += rows
     return groups
 
 

@@ -28,7 +28,7 @@ _WORDS = {
 }  # fmt: skip
 _HASHES = {
     "chat_template": ("the model's chat template", "model"),
-    "model_hash": ("the model (its weights, config or tokenizer)", "model"),
+    "model_hash": ("the model (its weights, config or tokenizer; of the Hub its commit)", "model"),
     "data_hash": ("the training data (--data)", "data"), "test_hash": ("the test data", "test_data"),
     "scorer_hash": ("what judges the test data's answers (tests, choices, databases)", "test_data"),
     "profile_hash": ("--profile", None), "plan_hash": ("the plan (--plan, or the rule's)", "rule"),

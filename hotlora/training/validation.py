@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ..base.files import atomic_path
 from ..base.processes import is_main, wait_for_all
 from ..base.signals import say
+from ..hf.peft_hooks import key_of_today
 from . import checkpoints
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Validation(TrainerCallback):
             return True
         file = self._file(self.best_step)
         try:
-            best = load_file(file)
+            best = {key_of_today(name): tensor for name, tensor in load_file(file).items()}
         except (OSError, SafetensorError) as error:
             _log.warning(
                 "%s, with the weights of the lowest held-out loss, cannot be read (%s): the adapter has those of the "
