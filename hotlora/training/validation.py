@@ -108,15 +108,17 @@ class Validation(TrainerCallback):
             return True
         file = self._file(self.best_step)
         try:
-            best = {key_of_today(name): tensor for name, tensor in load_file(file).items()}
+            best = load_file(file)
         except (OSError, SafetensorError) as error:
             _log.warning(
                 "%s, with the weights of the lowest held-out loss, cannot be read (%s): the adapter has those of the "
                 "last step, %d.", file, error, max(self.found),
             )  # fmt: skip
             return False
+        trained = _trained(model)
+        best = {name if name in trained else key_of_today(name): tensor for name, tensor in best.items()}
         with torch.no_grad():
-            for name, parameter in _trained(model).items():
+            for name, parameter in trained.items():
                 parameter.copy_(best[name].to(parameter.device))
         return True
 
