@@ -420,11 +420,15 @@ def test_values_of_mixed_types_in_parquet_are_those_that_were_written(tmp_path: 
 
     rows = [
         {"messages": called(city="Bern"), "tools": [tool("a", city={"type": "string"})]},
-        {"messages": called(n=3), "tools": [tool("b", n={"type": "integer", "minimum": 3})]},
+        {"messages": called(n=None), "tools": [tool("b", n={"type": "integer", "default": None})]},
     ]
-    path = tmp_path / "rows.parquet"
-    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(path)
-    assert [row.values for row in read_rows(path)] == rows
+    path, made = tmp_path / "rows.parquet", datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    made.to_parquet(path)
+    assert [row.values for row in read_rows(path)] == rows, "a null too is one that was written"
+    made.save_to_disk(tmp_path / "saved")
+    assert [row.values for row in folder_rows(tmp_path / "saved", "train")] == rows
+    save_rows(made, tmp_path / "rows.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
 
 
 def test_columns_of_parquet(tmp_path: Path):

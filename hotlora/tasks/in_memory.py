@@ -45,13 +45,13 @@ def save_rows(data: Any, path: Path, *, replace: bool = False) -> Path:
         raise DataError("data is one row, a dictionary: give a list of rows, [data].")
     if isinstance(data, Mapping):
         raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
-    digest, number = hashlib.sha256(), 0
+    digest, number, features = hashlib.sha256(), 0, getattr(data, "features", None)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for number, row in enumerate(data, start=1):
             if not isinstance(row, Mapping):
                 raise DataError(f"row {number} of the data is a {type(row).__name__}: give dictionaries.")
             try:
-                line = json.dumps(without_filling(dict(row)), default=_plain).encode() + b"\n"
+                line = json.dumps(without_filling(dict(row), features), default=_plain).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"row {number} of the data holds what JSON cannot: {error}: leave it out.") from error
             digest.update(line)

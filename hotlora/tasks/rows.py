@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from ..base.errors import DataError
 from ..base.files import (
@@ -139,7 +139,7 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(found)}: give {folder}/SPLIT.")
         found = found[split]
     for number, row in enumerate(found, start=1):
-        yield Row(f"{folder} row {number}", without_filling(row))
+        yield Row(f"{folder} row {number}", without_filling(row, found.features))
 
 
 def check_characters(rows: Sequence[Row]) -> None:
@@ -161,23 +161,23 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(path)
         if twice := given_twice(file.schema_arrow.names):
             raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
-        decoded = _json_decoder(file.schema_arrow)
+        features = _json_features(file.schema_arrow)
         for batch in file.iter_batches(1000):
             for row in batch.to_pylist():
                 number += 1
-                yield Row(f"{path} row {number}", without_filling(decoded(row)))
+                row = row if features is None else features.decode_example(row)
+                yield Row(f"{path} row {number}", without_filling(row, features))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
 
 
-def _json_decoder(schema: Any) -> Callable[[dict], dict]:
-    """What gives the values of Arrow's JSON columns, strings until then: `datasets` has them where types are mixed, as
-    in the schemas of several tools."""
+def _json_features(schema: Any) -> Any:
+    """What decodes Arrow's JSON columns, strings until then, None where there are none: `datasets` has them where types
+    are mixed, as in the schemas of several tools."""
     from datasets import Features
 
-    if not any("arrow.json" in str(column.type) for column in schema):
-        return lambda row: row
-    return Features.from_arrow_schema(schema).decode_example
+    has_json = any("arrow.json" in str(column.type) for column in schema)
+    return Features.from_arrow_schema(schema) if has_json else None
 
 
 def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
@@ -321,7 +321,7 @@ def _placed(rows: Iterable[dict[str, Any]], where: str) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
-            yield Row(f"{where} row {number}", without_filling(row))
+            yield Row(f"{where} row {number}", without_filling(row, getattr(rows, "features", None)))
     except Exception as error:  # of the network, of `datasets`, of Arrow
         raise DataError(
             f"{where} cannot be read to its end, after row {number} ({type(error).__name__}: {error}): the Hub or its "
@@ -331,15 +331,22 @@ def _placed(rows: Iterable[dict[str, Any]], where: str) -> Iterator[Row]:
         raise DataError(f"{where} holds no rows; give a part with at least one.")
 
 
-def without_filling(row: dict[str, Any]) -> dict[str, Any]:
-    """Arrow gives all objects of a column the same keys, None where a row had none: a template would write them."""
+def without_filling(row: dict[str, Any], features: Any = None) -> dict[str, Any]:
+    """Arrow gives all objects of a column the same keys, None where a row had none: a template would write them.
 
-    def cleaned(value: Any) -> Any:
+    features: those of `datasets`, by which values of mixed types are JSON: there a null is one that was written.
+    """
+
+    def cleaned(value: Any, feature: Any) -> Any:
+        if type(feature).__name__ == "Json":
+            return value
         if isinstance(value, dict):
-            return {key: cleaned(item) for key, item in value.items() if item is not None}
-        return [cleaned(item) for item in value] if isinstance(value, list) else value
+            its = feature if isinstance(feature, Mapping) else {}
+            return {key: cleaned(item, its.get(key)) for key, item in value.items() if item is not None}
+        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        return [cleaned(item, inner) for item in value] if isinstance(value, list) else value
 
-    return cleaned(row)
+    return cast(dict[str, Any], cleaned(row, features))
 
 
 def split_file(folder: Path, names: Sequence[str]) -> Path:

@@ -69,7 +69,7 @@ class ProgressLines(TrainerCallback):
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
-            self.held_out = f", {_held_out(logs)}"
+            self.held_out = f", {_held_out(logs)} after step {state.global_step}"
         step, total, now = state.global_step, state.max_steps, time.perf_counter()
         if step * 10 // total == self.told_step * 10 // total and now - self.told_at < _QUIET:
             return
