@@ -386,6 +386,9 @@ def test_what_is_trained_in_one_line(tmp_path: Path):
     num = sum(map(len, dataset["input_ids"]))
     assert line.startswith("4 rows (2 messages, by the chat template; 1 prompt + completion, as they are; 1 text, as")
     assert f", {num:,} tokens, " in line and "(every answer); the longest has 100; 1 cut" in line
+    assert line.endswith(f"(--max-length {max(dataset['length'])} would cut none)") and max(dataset["length"]) > 200
+    whole = tokenize(rows, tokenizer, max(dataset["length"]))
+    assert "cut" not in told(rows, whole, "assistant")
 
 
 def test_rows_in_memory_are_kept_beside_the_run(tmp_path: Path):

@@ -44,6 +44,7 @@ def data(
         out.print_json(data={
             "data": source, "rows": len(examples), "left_out": len(examples) - len(dataset),
             "cut": sum(dataset["cut"]), "tokens": sum(lengths), "trained_tokens": sum(trained), "lengths": lengths,
+            "uncut_lengths": list(dataset["length"]),
         })  # fmt: skip
         return
     for row in dataset.select(range(min(rows, len(dataset)))):
@@ -53,7 +54,7 @@ def data(
         out.print(_shown(row["input_ids"], row["completion_mask"], tokenizer))
     if rows:
         out.rule(style="dim")
-    out.print(_histogram(lengths), end="")
+    out.print(_histogram(list(dataset["length"])), end="")  # before they are cut: to choose --max-length by
     out.print(f"{source}: {told(examples, dataset, options.train_on)}")
 
 

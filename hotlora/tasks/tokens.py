@@ -21,7 +21,13 @@ _log = logging.getLogger(__name__)
 
 _AT_A_TIME = 250  # examples: a tokenizer takes a hundred times a text's memory while it works
 _SCHEMA = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "completion_mask": pa.list_(pa.int8()), "cut": pa.bool_(), "index": pa.int64()}
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "completion_mask": pa.list_(pa.int8()),
+        "cut": pa.bool_(),
+        "length": pa.int64(),
+        "index": pa.int64(),
+    }
 )
 IGNORE = -100  # the label of a token without loss
 _ANCHORS = ("\n", ":", "a", "1", ")", "é")  # texts to tokenize a completion behind; one must not join with it
@@ -97,7 +103,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
 
     Returns:
         A data set with `input_ids`, `completion_mask` (1 where there is loss; the end-of-text token has some), `cut`
-        (whether the example was cut) and `index` (its place among `examples`).
+        (whether the example was cut), `length` (its tokens before that) and `index` (its place among `examples`).
 
     Raises:
         DataError: no examples, a tokenizer without an end-of-text token, nothing with loss left in any example; or a
@@ -138,6 +144,7 @@ def _token_tables(
             rows["input_ids"].append(ids[:max_length])
             rows["completion_mask"].append(mask[:max_length])
             rows["cut"].append(len(ids) > max_length)
+            rows["length"].append(len(ids))
             rows["index"].append(index)
         yield pa.table(rows, schema=_SCHEMA)
 
@@ -160,7 +167,9 @@ def told(examples: Sequence[Example], dataset: Dataset, train_on: str) -> str:
         f"longest has {max(lengths):,}"
     )
     cut, left_out = pc.sum(dataset.data["cut"]).as_py(), len(examples) - len(dataset)
-    text += f"; {cut:,} cut" if cut else ""
+    if cut:
+        most = pc.max(dataset.data["length"]).as_py()
+        text += f"; {cut:,} cut" + ("" if left_out else f" (--max-length {most} would cut none)")
     return text + (f"; {left_out:,} left out, whose loss is all cut" if left_out else "")
 
 
