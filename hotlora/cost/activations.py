@@ -231,7 +231,8 @@ class _CudaAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        batch, heads, length, _ = q.shape
+        out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # as kernels have it: no copy comes after
         # A mask of bools becomes one that is added, for each layer anew.
         masks = [] if mask is None else [q.new_empty(mask.shape) if mask.dtype == torch.bool else mask]
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *masks)
