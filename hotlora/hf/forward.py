@@ -75,7 +75,7 @@ def head_for_chunks(model: Any, labels_BP: Tensor, ids: Sequence[int]) -> nn.Mod
         return None
     if model not in _plain_heads:
         _plain_heads[model] = logits_are_the_heads(model, ids)
-        # torch 2.10 (2.13 does not) would hand on what autocast has cast without gradients: the step would train none of it.
+        # torch 2.10 (2.13 does not) hands on what autocast has cast without gradients: the step would train none of it.
         torch.clear_autocast_cache()
     return model.get_output_embeddings() if _plain_heads[model] else None
 
