@@ -327,6 +327,24 @@ def test_a_models_hash_is_of_its_files_and_cheap(tmp_path: Path, monkeypatch: py
         large.write(b"\1" * 2**22)  # an expert
     assert model_hash(model) not in hashes
 
+    def changed(file: Path, place: int) -> str | None:
+        with open(file, "r+b") as stream:
+            stream.seek(place)
+            stream.write(b"\1")
+        return model_hash(model)
+
+    (model / "model-2.safetensors").unlink()
+    (model / "small.safetensors").write_bytes(bytes(2**24))
+    before = model_hash(model)
+    assert changed(model / "small.safetensors", 2**23 + 7777) != before, "a file of 16 MB is read whole"
+    header = {"large": {"data_offsets": [0, 2**27]}, "norm": {"data_offsets": [2**27, 2**27 + 8192]}}
+    text = json.dumps(header).encode()
+    with open(model / "large.safetensors", "wb") as large:
+        large.write(len(text).to_bytes(8, "little") + text)
+        large.truncate(8 + len(text) + 2**27 + 8192)
+    before = model_hash(model)
+    assert changed(model / "large.safetensors", 8 + len(text) + 2**27 + 5000) != before, "so is a small tensor"
+
     cache = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(cache))
     assert model_hash("a/b") == "c0ffee"

@@ -10,10 +10,13 @@ from typing import BinaryIO
 import huggingface_hub
 
 from ..base.errors import FileError
+from ..base.files import sha256_file
 from .models import model_source
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_BESIDE = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+_FILES = (
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"),
+    *("*.safetensors", "pytorch_model*.bin"),
+)
 _BLOCK = 4096
 _SMALL_FILE, _SMALL_TENSOR = 2**26, 2**20  # bytes that are read in whole
 _FURTHEST = 2**22
@@ -32,33 +35,32 @@ def model_hash(name_or_path: str | Path) -> str | None:
     if not folder.is_dir():
         cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
         return Path(cached).parent.name if isinstance(cached, str) else None
-    read = []
-    for patterns, is_whole in ((_BESIDE, True), (_WEIGHTS, False)):
-        for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
-            found = file.stat()
-            read.append((file, found.st_size, found.st_mtime_ns, is_whole))
-    return _hash(tuple(read))
+    files = sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
+    stats = [file.stat() for file in files]
+    return _hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
 
 
 @functools.lru_cache(maxsize=16)
-def _hash(files: tuple[tuple[Path, int, int, bool], ...]) -> str:
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Of files by their sizes and times: a sweep scores one model many times."""
     digest = hashlib.sha256()
-    for file, _, _, is_whole in files:
-        _add(digest, file, is_whole)
+    for file, size, _ in files:
+        digest.update(f"{file.name} {size}\n".encode())
+        if size <= _SMALL_FILE:
+            digest.update(sha256_file(file).encode())
+        else:
+            _add_parts(digest, file, size)
     return digest.hexdigest()
 
 
-def _add(digest: "hashlib._Hash", file: Path, is_whole: bool) -> None:
+def _add_parts(digest: "hashlib._Hash", file: Path, size: int) -> None:
     try:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as stream:
-            for start, end in [(0, size)] if is_whole or size <= _SMALL_FILE else _parts(stream, file, size):
-                step, block = (_FURTHEST, _BLOCK) if end - start > _SMALL_TENSOR and not is_whole else (2**20, 2**20)
-                for place in range(start, end, step):
+            for start, end in _parts(stream, file, size):
+                is_whole = end - start <= _SMALL_TENSOR
+                for place in (start,) if is_whole else range(start, end, _FURTHEST):
                     stream.seek(place)
-                    digest.update(stream.read(min(block, end - place)))
+                    digest.update(stream.read(end - start if is_whole else min(_BLOCK, end - place)))
     except OSError as error:
         raise FileError(f"{file} cannot be read ({error.strerror}): check the path") from error
 
