@@ -10,8 +10,8 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.tasks import Example
-from hotlora.tasks.data import data_hash, load_examples, task_of, test_source
+from hotlora.tasks import Example, task_of
+from hotlora.tasks.data import data_hash, load_examples, test_source
 from hotlora.tasks.rows import without_filling
 from hotlora.tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, tokenize
 

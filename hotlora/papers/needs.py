@@ -26,7 +26,8 @@ from ..routing.profile import experts_kept
 from ..runs.options import RunOptions
 from ..runs.sweep import Sweep, sweep_jobs
 from ..runs.sweep_runs import make_profile
-from ..tasks.data import load_examples, task_of
+from ..tasks import task_of
+from ..tasks.data import load_examples
 from ..training.config import TrainConfig
 
 GPU_RATE = 100e12

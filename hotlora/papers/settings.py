@@ -188,10 +188,10 @@ def _check_sampling(trainings: Recipe, given: str) -> None:
     tasks = {task_called(column.data): column.scored is not None for column in trainings.columns}
     if greedy := [name for name, is_drawn in tasks.items() if task in ("", name) and not is_drawn]:
         others = [name for name, is_drawn in tasks.items() if is_drawn]
-        mend = f"Give {', '.join(f'{name}.{option}' for name in others)}." if others else "Leave it out."
+        fix = f"Give {', '.join(f'{name}.{option}' for name in others)}." if others else "Leave it out."
         raise HotLoraError(
             f"--set does not take {given}: on {', '.join(greedy)} the trainings of {trainings.name} answer greedily. "
-            f"{mend}"
+            f"{fix}"
         )
 
 

@@ -22,7 +22,7 @@ from ..evaluation.stats import proportion_interval
 from ..routing.plan import ExpertPlan
 from ..routing.selection import Selection
 from ..runs.options import RunOptions
-from ..tasks.data import task_of as named_task
+from ..tasks import task_of as named_task
 from ..training.identity import FREE_OPTIONS, differences, same_run
 from .measured import LOSS, may_carry, way_of
 from .sections import part

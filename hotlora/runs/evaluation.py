@@ -34,9 +34,9 @@ from ..hf.models import load_config, load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..hf.weights import model_hash
-from ..tasks import Example, Task
+from ..tasks import Example, Task, task_of
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, trained_parts
+from ..tasks.data import data_hash, load_examples, scorer_hash, trained_parts
 from ..tasks.own import own_task
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize

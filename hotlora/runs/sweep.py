@@ -24,7 +24,8 @@ from ..base.files import FOLDER_NAME
 from ..base.lock import locked
 from ..base.options import ALIASES, by_own_names, suggest
 from ..evaluation.generate import Sampling
-from ..tasks.data import task_of, test_source
+from ..tasks import task_of
+from ..tasks.data import test_source
 from ..training.config import TrainConfig
 from .checks import check_values
 from .methods import resolve

@@ -12,8 +12,9 @@ from ..base.records import Record, new_record, read_record, write_record
 from ..evaluation.generate import Sampling
 from ..hf.models import load_tokenizer, vocab_size
 from ..routing.profile import RoutingProfile
+from ..tasks import task_of
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, task_of
+from ..tasks.data import data_hash, load_examples
 from ..tasks.tokens import tokenize
 from .evaluation import run_evaluation, run_held_out
 from .folder import load_base

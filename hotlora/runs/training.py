@@ -47,9 +47,9 @@ from ..hf.moe_layers import fingerprint
 from ..hf.stopping import add_stop_tokens, save_stop_tokens
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
-from ..tasks import Example, Task
+from ..tasks import Example, Task, task_of
 from ..tasks.chat import template_source
-from ..tasks.data import data_hash, load_examples, scorer_hash, task_of, test_source, trained_parts
+from ..tasks.data import data_hash, load_examples, scorer_hash, test_source, trained_parts
 from ..tasks.ends import told_ends, turn_ends
 from ..tasks.split import drawn, held_out
 from ..tasks.tokens import MOST_TOKENS, tokenize, told

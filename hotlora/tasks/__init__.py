@@ -25,7 +25,7 @@ from . import (
 )
 from .task import Example, Task
 
-__all__ = ["TASKS", "Example", "Task", "get_task"]
+__all__ = ["TASKS", "Example", "Task", "get_task", "task_of"]
 
 _PUBLISHED = (
     gsm8k,
@@ -51,3 +51,8 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise DataError(f"There is no task {name!r}; the tasks are {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def task_of(source: str) -> Task | None:
+    """The task that `source` names: its name, or its name and local files, `gsm8k:data/gsm8k`. Else None."""
+    return TASKS.get(source.partition(":")[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..base.errors import DataError
 from ..base.files import read_json, visible_files
-from . import TASKS, Example, Task, codealpaca, gsm8k
+from . import TASKS, Example, Task, codealpaca, gsm8k, task_of
 from .chat import ChatTemplate, Notes
 from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
 from .messages import LOSS_MARKS, Conversation, as_plain_text, is_empty, read_conversation, trained_turns
@@ -23,11 +23,6 @@ from .task import TRAINED
 _log = logging.getLogger(__name__)
 
 _CHAT_FILE = ".chat.json"  # beside FILE.jsonl, for all its rows
-
-
-def task_of(source: str) -> Task | None:
-    """The task that `source` names: its name, or its name and local files, `gsm8k:data/gsm8k`. Else None."""
-    return TASKS.get(source.partition(":")[0])
 
 
 def load_examples(

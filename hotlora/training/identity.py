@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import HotLoraError
-from ..tasks import TASKS
+from ..tasks import task_of
 from .config import TrainConfig
 
 # Changing these changes nothing of what is learned, so a run may go on under others.
@@ -105,12 +105,7 @@ def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool
     was, now = old.get(name), new.get(name)
     if isinstance(was, list) and isinstance(now, list):  # of lm-eval
         return [task.partition(":")[0] for task in was] == [task.partition(":")[0] for task in now]
-    return isinstance(was, str) and isinstance(now, str) and _task(was) is _task(now)
-
-
-def _task(source: str) -> Any:
-    """As `tasks.data.task_of` tells it, which a page of runs has no time to import."""
-    return TASKS.get(source.partition(":")[0])
+    return isinstance(was, str) and isinstance(now, str) and task_of(was) is task_of(now)
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

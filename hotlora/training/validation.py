@@ -102,7 +102,7 @@ class Validation(TrainerCallback):
 
     def restore(self, model: nn.Module) -> bool:
         """Gives the model its weights after the best step, if they are wanted and others. Where their file is gone or
-        broken, which nobody can mend, those of the last step stay; that is said, and False."""
+        broken, those of the last step stay; that is said, and False."""
         wait_for_all()
         if not self.keep_best or self.best_step is None or self.best_step == max(self.found):
             return True
