@@ -324,7 +324,8 @@ def test_the_peak_of_loading(written, tmp_path):
     asked = [f"{tiny}:{write_large(tmp_path / kind, kind)}:{bits}" for kind, (tiny, bits) in kinds.items()]
     script = Path(__file__).parent / "loading_memory.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes at once: by itself glibc keeps 3 to 14%
     told = subprocess.run([sys.executable, script, *asked], capture_output=True, text=True, check=True, env=environment)
-    for line, size, most in zip(told.stdout.splitlines()[-3:], (220e6, 205e6, 114e6), (0.05, 1.1, 1.1), strict=True):
+    for line, size, most in zip(told.stdout.splitlines()[-3:], (220e6, 205e6, 114e6), (0.05, 1.05, 1.05), strict=True):
         found = json.loads(line)
         assert found["model"] == pytest.approx(size, rel=0.05) and found["most"] < most * found["model"], found
