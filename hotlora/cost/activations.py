@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import HotLoraConfig
 from ..adapter.count import weights_beside_experts
@@ -27,6 +27,8 @@ from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
 from ..hf.models import auto_class
 from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
+from ..hf.sinks import NAME as SINKS
+from ..hf.sinks import default_attention
 
 _PROBED = (64, 192)  # tokens
 
@@ -149,14 +151,18 @@ class Rest:
 
 
 def rest_of_step(
-    config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype, device: str
-) -> Rest:
+    config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype, device: str,
+    attn_implementation: str | None = None,
+) -> Rest:  # fmt: skip
     """What all but the routed experts keep, by running the adapted decoder on tensors that have shapes only.
 
     device: cuda or cpu, whose kernels attention takes.
     """
+    attention = attn_implementation or default_attention(config)
+    if attention not in (None, "eager", "sdpa", SINKS):  # kernels that need a GPU, or their library
+        attention = _KERNELS
     with torch.device("meta"), quiet():
-        base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         of_base = _numbers(base)
         model = get_peft_model(base, lora).train()
     with FakeTensorMode(), quiet():
@@ -242,6 +248,18 @@ class _CudaAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+def _attention_of_kernels(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **_: Any
+) -> tuple[Tensor, None]:
+    return cast(Tensor, _CudaAttention.apply(query, key, value, None)).transpose(1, 2), None
+
+
+# In the place of flash_attention_2, flex_attention, …: rows are unpadded before, or a mask takes next to nothing.
+_KERNELS = "hotlora_estimated"
+AttentionInterface.register(_KERNELS, _attention_of_kernels)
+AttentionMaskInterface.register(_KERNELS, lambda *given, **_: None)
 
 
 @contextmanager

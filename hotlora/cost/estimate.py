@@ -96,6 +96,7 @@ def step_of(
     perft_adapters: int = 1,
     perft_top_k: int = 1,
     padded: bool = False,
+    attn_implementation: str | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cuda",
 ) -> Step:
@@ -107,6 +108,7 @@ def step_of(
         experts_per_layer, fraction: the budget, as for `select_experts`, or "top_k": the router's K; none means all.
         coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
         padded: the rows of a batch are of several lengths, and not packed: attention has a mask, and keeps more.
+        attn_implementation: as `hotlora.load_model` takes it.
         dtype: of the base, and of what is computed; auto: as `train` has it, the config's own on a GPU and float32 on
             the CPU. Adapters are float32.
         device: cuda or cpu, what the step is for: its short-lived workspace differs. It need not be here: without
@@ -144,7 +146,7 @@ def step_of(
     try:
         on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
         row = expert_row_bytes(meta, lora, coverage, compute, on)
-        rest = rest_of_step(cut, lora, batch_size, max_length, compute, device.type)
+        rest = rest_of_step(cut, lora, batch_size, max_length, compute, device.type, attn_implementation)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(

@@ -35,6 +35,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _OF_STEP = (
     "batch_size", "max_length", "r", "train_attention", "train_router", "train_shared", "train_a", "share_a",
     "normalize_moe_lora", "grow_every", "perft", "perft_adapters", "perft_top_k", "dtype",
+    "attn_implementation",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from ..base.precision import in_float32, say_once
 from ..base.processes import launched_device
 from .connection import unreachable
 from .moe_layers import moe_layers
+from .sinks import default_attention
 from .stored import Failure, check_complete, check_format, quantization_in
 
 _NANO_FOLDER = Path(__file__).parents[1] / "nano"
@@ -58,7 +59,7 @@ def load_model(
             GPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
-        attn_implementation: as transformers takes it; None: its choice.
+        attn_implementation: as transformers takes it; None: its choice, but `sinks.NAME` for families with sinks.
         dequantize: make the experts of a checkpoint in MXFP4 (gpt-oss) or block FP8 dense; by default they stay as they
             are stored, and adapters train on them.
         distributed_config: transformers' DistributedConfig: how the weights, which are frozen then, are spread over
@@ -89,7 +90,7 @@ def load_model(
                 dtype=dtype,
                 trust_remote_code=False,
                 quantization_config=stored,
-                attn_implementation=attn_implementation,
+                attn_implementation=attn_implementation or default_attention(config),
                 output_loading_info=True,
                 **({"distributed_config": distributed_config} if distributed_config else {"device_map": {"": target}}),
             )
