@@ -1,11 +1,13 @@
 """`hotlora.train`, `profile`, `evaluate`, `export_adapter`: what the commands do. Imports nothing heavy."""
 
+import gc
 import inspect
 import logging
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields, replace
@@ -134,7 +136,7 @@ def train(
         if preflight:
             _check_memory(chosen, progress)
 
-    with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
+    with _memory_given_back(), _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
         start(chosen.device)
         for option, file in kept.items() if is_main() else ():
             save_rows({"data": data, "test_data": test_data}[option], file, replace=not is_begun(folder))
@@ -431,6 +433,24 @@ def _ctrl_c_as_ever() -> Iterator[None]:
         if is_usual and stopped.code == 130:
             raise KeyboardInterrupt(stopped.message) from None
         raise
+
+
+@contextmanager
+def _memory_given_back() -> Iterator[None]:
+    """What was loaded inside goes: models have cycles, which Python clears late, and a notebook keeps the frames of its
+    last error. On a GPU the next cell's model would find no room, whatever its options."""
+    try:
+        yield
+    except (HotLoraError, KeyboardInterrupt, MemoryError, RuntimeError) as error:  # torch's for memory is of the last
+        each: BaseException | None = error
+        while each is not None:
+            traceback.clear_frames(each.__traceback__)
+            each = each.__cause__ or each.__context__
+        raise
+    finally:
+        gc.collect()
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def _tell(text: str) -> None:

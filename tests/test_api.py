@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +26,11 @@ import hotlora
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.options import ALIASES
 from hotlora.base.records import read_record, write_record
+from hotlora.runs import training
 from hotlora.runs.folder import is_begun
 from hotlora.runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from hotlora.runs.options import EvalOptions, ProfileOptions, RunOptions
+from hotlora.training import trainer
 
 ROOT = Path(hotlora.__file__).parents[1]
 SHORT: dict[str, Any] = {
@@ -137,23 +140,53 @@ def test_what_is_told(rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only that one gets signals")
-def test_ctrl_c_leaves_the_session_alive_and_the_run_to_go_on_with(rows: Path, tmp_path: Path):
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_leaves_the_session_alive_and_the_run_to_go_on_with(times: int, rows: Path, tmp_path: Path):
     folder, many = tmp_path / "run", {**SHORT, "max_steps": 400}
     metrics = folder / "metrics.jsonl"
 
     def press() -> None:
         while not (metrics.is_file() and metrics.stat().st_size):  # in the middle of training
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
 
+    says = r"checkpoint-\d+ is whole: rerun" if times == 1 else ""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         threading.Thread(target=press, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt, match=r"checkpoint-\d+ is whole: rerun"):
+        with pytest.raises(KeyboardInterrupt, match=says):
             hotlora.train("nano", rows, folder, progress=False, evaluate=False, **many)
     finally:
         signal.signal(signal.SIGINT, before)
     assert read_record(folder)["status"] == "failed"
+
+
+@pytest.mark.parametrize("ends", ["whole", "without memory"])
+def test_no_model_is_left_by_a_training(ends: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU the next cell's model would find no room: models have cycles, and a notebook keeps its last error."""
+    models, load = [], training.load_base
+
+    def loaded(*given: Any, **options: Any) -> Any:
+        models.append(weakref.ref(model := load(*given, **options)))
+        return model
+
+    def no_room(*given: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "load_base", loaded)
+    kept: BaseException | None = None
+    if ends == "whole":
+        hotlora.train("nano", rows, tmp_path / "run", progress=False, **SHORT)
+    else:
+        monkeypatch.setattr(trainer, "_run", no_room)
+        try:
+            hotlora.train("nano", rows, tmp_path / "run", progress=False, **SHORT)
+        except (HotLoraError, RuntimeError) as error:
+            kept = error
+        assert kept is not None and kept.__traceback__ is not None
+    assert models and not any(model() for model in models)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ TRAIN = "train --model {folder}/model --data {folder}/rows.jsonl -o {out} --no-p
         ("--profile {folder}/other-profile.safetensors", "other-profile.safetensors is the profile of olmoe-"),
         ("--report-to dvclive", "report_to = 'dvclive' needs a package that is not installed"),
         ("--report-to nothing", "report_to = 'nothing' does not exist"),
-        ("--device cuda:99", "device 'cuda:99' does not exist"),
+        ("--device cuda:1", "a training runs on the first GPU that its process sees. Set CUDA_VISIBLE_DEVICES=1"),
         ("--dtype int8", "dtype 'int8' does not exist"),
         ("--dtype float8_e4m3fn", "'float8_e4m3fn' does not exist: give auto, float32, bfloat16, float16 or float64"),
         ("--quantize 3", "quantize = 3 is out of range: it must be 8 or 4 bits, or 0"),

@@ -25,6 +25,7 @@ from hotlora.cost.activations import SavedBytes, autocast
 from hotlora.cost.estimate import coverage_at, estimate, sized_config, step_of
 from hotlora.hf import forward
 from hotlora.hf.models import load_model
+from hotlora.hf.sinks import default_attention
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 from hotlora.routing.profiler import profile_routing
@@ -265,17 +266,17 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
-def test_scores_that_attention_makes_are_counted(family, checkpointing, write, monkeypatch):
-    """gpt_oss has no fused kernel, and a CPU's needs a v of the width of q and k: the backward pass of one layer makes
-    several tensors of the size of all scores, far more than its experts' rows."""
+@pytest.mark.parametrize("family,attention", [("gpt_oss", "eager"), ("gpt_oss", None), ("deepseek_v3", None)])
+def test_scores_that_attention_makes_are_counted(family, attention, checkpointing, write, monkeypatch):
+    """A CPU's fused kernel needs a v of the width of q and k: without one, or where eager attention is asked for, the
+    backward pass of one layer makes several tensors of the size of all scores, far more than its experts' rows."""
     monkeypatch.setattr(sys.modules[__name__], "LENGTH", 512)
     config = copy.deepcopy(zoo_model(family).config)
     config.update({"num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 128, "hidden_size": 128})
     config.update({"num_key_value_heads": 16 if family == "deepseek_v3" else 4})
     if family == "gpt_oss":
         config.update({"layer_types": ["full_attention"] * 2})
-    options = {"dtype": "bfloat16", "gradient_checkpointing": checkpointing}
+    options = {"dtype": "bfloat16", "gradient_checkpointing": checkpointing, "attn_implementation": attention}
     peak, coverage = measured_peak(config, **options)
     options |= {"r": 8, "fraction": 0.25, "coverage": coverage, "device": "cpu"}
     found = estimate(write(config), batch_size=1, max_length=512, **options)["memory"]
@@ -334,11 +335,13 @@ def test_the_loss_in_chunks_is_within_10_percent(dtype, write, monkeypatch):
 
 def measured_peak(
     config, *, dtype="float32", r=8, quantize=None, keep_hot=False, quantize_linear=None, gradient_checkpointing=False,
-    optim="adamw_torch_fused", gradient_accumulation_steps=1, grow_every=None, dense_mixer=False, **perft,
+    optim="adamw_torch_fused", gradient_accumulation_steps=1, grow_every=None, dense_mixer=False,
+    attn_implementation=None, **perft,
 ):  # fmt: skip
     """Bytes, and the share of the routing that the adapted experts got."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    attention = attn_implementation or default_attention(config)
+    base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     ids = torch.randint(3, config.vocab_size, (1, LENGTH))
     profile = profile_routing(base, [{"input_ids": ids}])
     plan = select_experts(profile, rule="hot", fraction=0.25)

@@ -21,6 +21,7 @@ DOCUMENTED = {
     "accelerate.utils", "safetensors.torch", "torch.distributed", "torch.distributed.tensor", "torch.nn.functional",
     "torch.overrides", "torch.utils.tensorboard", "transformers.distributed",
     "transformers.integrations:TensorBoardCallback", "transformers.integrations:WandbCallback",
+    "transformers.integrations.sdpa_attention", "transformers.masking_utils:sdpa_mask",
     "transformers.quantizers", "transformers.utils.logging",
     "transformers.utils.quantization_config", "peft.tuners.lora:LoraLayer", "peft.tuners.lora:LoraModel",
     "peft.utils:CONFIG_NAME", "peft.utils:SAFETENSORS_WEIGHTS_NAME", "peft.utils:get_peft_model_state_dict",

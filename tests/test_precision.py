@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
-from hotlora.base.precision import cpu_dtype, is_fast_on_cpu
+from hotlora.base.precision import cpu_dtype, is_fast_on_cpu, say_if_slow, say_once
 from hotlora.bench.bench import _resolved
 from hotlora.bench.contenders import BenchConfig
 from hotlora.bench.worker import matrix_rate
@@ -87,3 +87,16 @@ def test_which_dtypes_are_fast():
     for name in HALF:
         dtype = getattr(torch, name)
         assert cpu_dtype(dtype) == (dtype if is_fast_on_cpu(dtype) else torch.float32)
+
+
+def test_a_gpu_that_emulates_bfloat16_is_told(monkeypatch, caplog):
+    """A T4's compute capability is 7.5, and torch says there that bfloat16 is supported."""
+    said = []
+    for capability in ((7, 5), (8, 0)):
+        for dtype in (torch.bfloat16, torch.float16):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            say_once.cache_clear()
+            caplog.clear()
+            say_if_slow(torch.device("cuda"), dtype)
+            said.append("--dtype float16" in caplog.text)
+    assert said == [True, False, False, False]

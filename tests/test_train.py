@@ -1,6 +1,8 @@
 import json
+import math
 import pickle
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,17 @@ from runs import run_training
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from zoo import families, zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, HotLoraError
+from hotlora.base.precision import say_once
 from hotlora.evaluation.score import response_loss
 from hotlora.hf import forward
 from hotlora.tasks import Example
 from hotlora.tasks.tokens import IGNORE, batches, tokenize
-from hotlora.training import checkpoints, labelled_loss
+from hotlora.training import checkpoints, labelled_loss, sft_trainer
 from hotlora.training.config import TrainConfig
 from hotlora.training.sft_trainer import make_trainer
 from hotlora.training.trainer import train
@@ -301,3 +304,44 @@ def test_metrics_after_a_kill(tmp_path: Path):
     assert checkpoints.read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
     checkpoints.write_metrics(path, checkpoints.read_metrics(path, 2))
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_process_that_sees_two_gpus_trains_on_one(tmp_path: Path, monkeypatch, caplog):
+    """transformers would spread the model over both (nn.DataParallel), and TRL ends there."""
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: self._n_gpu or 2))  # 0 is a CPU's
+    say_once.cache_clear()
+    trainer = make_trainer(adapted(), TOKENIZER, dataset(), replace(CONFIG, max_steps=1), tmp_path)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == CONFIG.batch_size
+    assert "2 GPUs are here, and one of them trains. For all: torchrun --nproc-per-node 2" in caplog.text
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("on", "dtype"), [("cuda", "float16"), ("cuda", "bfloat16"), ("cuda", "float32"), ("cpu", "float16")]
+)
+def test_half_precision_on_a_gpu_has_autocast_and_float16_loss_scaling(on, dtype, tmp_path: Path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def config(**options: Any) -> None:
+        raise Asked(options)
+
+    monkeypatch.setattr(sft_trainer, "SFTConfig", config)
+    monkeypatch.setattr(sft_trainer, "device_of", lambda model: torch.device(on))
+    monkeypatch.setattr(sft_trainer, "say_if_slow", lambda device, dtype: None)
+    with pytest.raises(Asked) as asked:
+        make_trainer(adapted().to(getattr(torch, dtype)), TOKENIZER, dataset(), CONFIG, tmp_path)
+    told = asked.value.args[0]
+    assert told["fp16"] == (dtype == "float16" and on == "cuda") and told["bf16"] == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_of_a_step_that_loss_scaling_skips_only_the_gradients_may_be_infinite(skipped, tmp_path: Path, monkeypatch):
+    trainer = make_trainer(adapted(), TOKENIZER, dataset(), CONFIG, tmp_path)
+    trainer.batches = []
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda self: skipped))
+    with pytest.raises(HotLoraError, match="the loss is nan"):
+        trainer.log({"loss": math.nan, "grad_norm": math.nan})
+    with nullcontext() if skipped else pytest.raises(HotLoraError, match="the norm of the gradients is inf"):
+        trainer.log({"loss": 1.0, "grad_norm": math.inf})

@@ -1,7 +1,8 @@
-"""Which dtypes this CPU multiplies matrices in at speed.
+"""Which dtypes this CPU or GPU multiplies matrices in at speed.
 
 Most desktops have no instructions for bfloat16 (AVX2 alone), and few CPUs have any for float16. There torch's products
-in them take up to a hundred times float32's time, and torch does not say so.
+in them take up to a hundred times float32's time, and torch does not say so. Nor does it say it of GPUs below compute
+capability 8.0 (T4, V100, RTX 20), which have units for float16 and emulate bfloat16; `is_bf16_supported()` is True.
 """
 
 import logging
@@ -52,10 +53,15 @@ def say_once(message: str) -> None:
         _log.warning(message)
 
 
-def say_if_slow(device_type: str, dtype: torch.dtype) -> None:
-    """Says once what a model in `dtype` costs on this CPU."""
-    if device_type == "cpu":
+def say_if_slow(device: torch.device, dtype: torch.dtype) -> None:
+    """Says once what a model in `dtype` costs on this CPU or GPU."""
+    if device.type == "cpu":
         say_once(slowness(dtype))
+    elif device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        say_once(
+            "this GPU has no instructions for bfloat16, the model's dtype, and emulates it: --dtype float16 is several "
+            "times faster, and is trained with loss scaling."
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

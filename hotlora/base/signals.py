@@ -17,7 +17,8 @@ NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 def on_stop(handler: Callable[[str], None]) -> Iterator[None]:
     """Calls `handler` with "SIGTERM" or "Ctrl-C" at the first of these signals, while inside.
 
-    A second Ctrl-C ends the process at once. A second SIGTERM changes nothing, nor does a second Ctrl-C under
+    A second Ctrl-C ends the process at once; where the first would have been a KeyboardInterrupt, as in a notebook, the
+    second is one, and the session goes on. A second SIGTERM changes nothing, nor does a second Ctrl-C under
     torchrun: launchers pass on what the process has got already. In a thread, which gets no signals, nothing changes,
     nor where a signal is ignored, as Ctrl-C is in a shell's background job.
     """
@@ -27,11 +28,13 @@ def on_stop(handler: Callable[[str], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in NAMES}
     watched = [number for number in NAMES if before[number] is not signal.SIG_IGN]
     launched = "WORLD_SIZE" in os.environ
+    in_python = before[signal.SIGINT] is signal.default_int_handler
+    second = signal.default_int_handler if in_python else signal.SIG_DFL
 
     def first(number: int, frame: Any) -> None:
         for each in watched:
             at_once = each == signal.SIGINT and not launched
-            signal.signal(each, signal.SIG_DFL if at_once else lambda number, frame: None)
+            signal.signal(each, second if at_once else lambda number, frame: None)
         handler(NAMES[signal.Signals(number)])
 
     for number in watched:

@@ -22,6 +22,8 @@ CARDS = (
     Machine("L40S", 48e9, 362e12, 864e9, PCIE_4, PCIE_4, _OURS),
     H100,
 )
+T4 = Machine("T4", 16e9, 65e12, 320e9, PCIE_4 / 2, PCIE_4 / 2, {"torch": H200_SHARES["torch"]})
+"""Its products are in float16."""
 CPU = Machine("a CPU", 0.0, 1e12, 50e9, DISK / 0.8, DISK / 0.8, {"torch": 0.5})
 """For comparing ways on the same one; assumed."""
 
@@ -32,7 +34,7 @@ TYPICAL = CARDS[2]
 
 def card_named(name: str) -> Machine | None:
     """By what CUDA calls it, as "NVIDIA GeForce RTX 4090"; None: it is not among these."""
-    return next((card for card in (*CARDS, H200) if card.name.removesuffix(" SXM") in name), None)
+    return next((card for card in (*CARDS, H200, T4) if card.name.removesuffix(" SXM") in name), None)
 
 
 def card_of_size(size: float) -> Machine:

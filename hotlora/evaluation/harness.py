@@ -71,7 +71,7 @@ def evaluate_by_lm_eval(
     from lm_eval.tasks import TaskManager
 
     if not isinstance(model, LM):
-        say_if_slow(model.device.type, model.dtype)
+        say_if_slow(model.device, model.dtype)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, _calm():
         names = [_named(task, Path(temporary)) for task in tasks]

@@ -198,7 +198,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; then each module's own flag again, for frozen parts may differ from the whole."""
     training = [module for module in model.modules() if module.training]
     weights = next(model.parameters())
-    say_if_slow(weights.device.type, weights.dtype)
+    say_if_slow(weights.device, weights.dtype)
     model.eval()
     try:
         with torch.no_grad():

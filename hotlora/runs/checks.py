@@ -1,6 +1,7 @@
 """What is wrong with a run's options, told before a model is loaded, which may take long: by its config alone."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def check_run(options: RunOptions) -> None:
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     check_report_to(options.report_to)
+    if re.fullmatch(r"cuda:[1-9]\d*", options.device):
+        raise HotLoraError(
+            f"device is {options.device}: a training runs on the first GPU that its process sees. Set "
+            f"CUDA_VISIBLE_DEVICES={options.device[5:]} before it starts, and leave device out."
+        )
     check_activation_offloading(options.activation_offloading, device := checked_device(options.device))
     if options.offload != "none" and device.type != "cpu" and (what := needs_experts_there(options)):
         raise HotLoraError(f"{what} needs the experts on the device: leave out --offload, or that.")

@@ -67,8 +67,8 @@ class LoadOptions(Options):
         "float32, bfloat16 or float16; auto: the checkpoint's own on a GPU, float32 on the CPU.", "auto"
     )
     device: str = option(
-        "cpu, cuda, cuda:1, …; auto: cuda if there is one, else the CPU; to export, merge or combine the CPU.", "auto",
-        resume=None,
+        "cpu, cuda, cuda:1 (not to train: CUDA_VISIBLE_DEVICES=1), …; auto: cuda if there is one, else the CPU; to "
+        "export, merge or combine the CPU.", "auto", resume=None,
     )  # fmt: skip
     attn_implementation: str | None = option(
         "eager, sdpa, flash_attention_2, … (default: transformers' choice; with sinks, as in gpt-oss, hotlora_sinks).",

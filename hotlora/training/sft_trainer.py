@@ -15,8 +15,8 @@ from trl import SFTConfig, SFTTrainer
 
 from ..adapter.linears import own_dtype_kept
 from ..base.errors import FileError, HotLoraError
-from ..base.precision import say_if_slow
-from ..base.processes import device_of, is_sharded, wants_checkpointing
+from ..base.precision import say_if_slow, say_once
+from ..base.processes import device_of, is_sharded, num_processes, wants_checkpointing
 from ..base.quiet import quiet
 from ..base.signals import say
 from ..hf.forward import TEXTS
@@ -51,7 +51,7 @@ def make_trainer(
     dtype = model.get_input_embeddings().weight.dtype
     bf16 = dtype == torch.bfloat16
     check_activation_offloading(config.activation_offloading, device_of(model))
-    say_if_slow(device_of(model).type, dtype)
+    say_if_slow(device_of(model), dtype)
     recomputes, sharded = config.gradient_checkpointing or wants_checkpointing(), is_sharded(model)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: recomputes}
     arguments = SFTConfig(
@@ -76,6 +76,7 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
         bf16=bf16,  # autocast follows the base model: adapters are float32 on it
+        fp16=dtype == torch.float16 and not on_cpu,  # with loss scaling, which Accelerate has for GPUs alone
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         # TRL's None would mean the model's own coefficient: on.
@@ -98,6 +99,7 @@ def make_trainer(
         ddp_broadcast_buffers=False,  # a frozen A is one, and the same everywhere
         save_only_model=sharded,
     )
+    _train_on_one_gpu(arguments)
     with quiet(), own_dtype_kept(model):
         trainer = (CpuTrainer if on_cpu else Trainer)(
             model=model,
@@ -116,6 +118,17 @@ def make_trainer(
     if recomputes:
         trainer.add_callback(_KeepRouting())
     return trainer
+
+
+def _train_on_one_gpu(arguments: SFTConfig) -> None:
+    """A process by itself trains on the GPU that its model is on, as a training over several asks for a launcher:
+    transformers would copy the model to all GPUs that it sees (nn.DataParallel), which TRL refuses."""
+    if num_processes() == 1 and (gpus := arguments.n_gpu) > 1:
+        arguments._n_gpu = 1
+        say_once(
+            f"{gpus} GPUs are here, and one of them trains. For all: torchrun --nproc-per-node {gpus} -m hotlora train "
+            "…, or in a notebook accelerate's notebook_launcher."
+        )
 
 
 class Trainer(SFTTrainer):
@@ -154,7 +167,9 @@ class Trainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Every process has the same numbers here, since they are logged.
-        wrong = guard.not_finite(logs) if "loss" in logs and not self.accelerator.optimizer_step_was_skipped else None
+        # A step that loss scaling skips, since its scaled gradients overflow, is none; a loss is never scaled here.
+        counted = {"loss"} if self.accelerator.optimizer_step_was_skipped else {"loss", "grad_norm"}
+        wrong = guard.not_finite({name: logs[name] for name in counted & logs.keys()}) if "loss" in logs else None
         if wrong:
             self._end(f"{wrong}, in the batch of")
         if self.validation is not None and "loss" in logs and self.state.global_step in self.validation.found:
