@@ -57,6 +57,7 @@ PROFILING_MARK = "<!-- made by scripts/docs.py from benchmarks/profiling -->"
 IMPORT_MARK = "<!-- made by scripts/docs.py from benchmarks/import -->"
 OWN_DATA_MARK = "<!-- made by scripts/docs.py from benchmarks/own_data -->"
 METHODS_MARK = "<!-- made by scripts/docs.py from benchmarks/methods -->"
+SINKS_MARK = "<!-- made by scripts/docs.py from benchmarks/sinks -->"
 EXPERTS_MARK = "<!-- made by scripts/docs.py from benchmarks/experts -->"
 UNTIL_MARK = "<!-- made by scripts/docs.py from results/profile_until.json -->"
 BOARD = ROOT / "results" / "nano" / "papers-longer"
@@ -277,6 +278,28 @@ def methods_table() -> str:
     )
 
 
+def sinks_table() -> str:
+    """Attention with sinks, fused beside eager, from attention_sinks.py."""
+    lines = []
+    for file in sorted((ROOT / "benchmarks" / "sinks").glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        lines += [
+            f"One row, {result['dtype'].removeprefix('torch.')}, {result['environment']['device']}; medians of "
+            f"{result['rounds']} rounds (`{result['command']}`).",
+            "",
+            "| tokens | a token sees | eager, s | fused, s | fused over eager | eager keeps, MB | fused keeps, MB |",
+            "|---:|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in result["rows"]:
+            seconds, kept = row["seconds"], row["kept"]
+            lines.append(
+                f"| {row['tokens']:,} | {'all before it' if row['sees'] == 'all' else 'a window'} | "
+                f"{seconds['eager']:.2f} | {seconds['fused']:.2f} | {row['fused_over_eager']:.2f} | "
+                f"{kept['eager'] / 1e6:,.0f} | {kept['fused'] / 1e6:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def stored_experts_table() -> str:
     """Experts in few bits or in a file beside bfloat16, from experts_elsewhere.py and larger_than_memory.py."""
     folder = ROOT / "benchmarks" / "experts"
@@ -377,6 +400,7 @@ def main() -> None:
     of_method = filled(of_method, AUTO_MARK, auto_table(studies / "auto_k"))
     of_method = filled(of_method, UNTIL_MARK, until_tables())
     of_method = filled(of_method, EXPERTS_MARK, stored_experts_table())
+    of_method = filled(of_method, SINKS_MARK, sinks_table())
     of_speed = filled(speed.read_text(encoding="utf-8"), SPEED_MARK, speed_tables(ROOT / "benchmarks"))
     of_speed = filled(of_speed, GPU_MARK, gpu_tables())
     of_speed = filled(of_speed, METHODS_MARK, methods_table())

@@ -70,7 +70,7 @@ NAMES = {
     "transformers.initialization:no_init_weights": "bench draws every weight of a model twice",
     "transformers.modeling_utils#_is_hf_initialized": "bench draws every weight of a model twice",
     "transformers:PreTrainedModel.initialize_weights": "bench cannot make a model of random weights",
-    "transformers:TrainingArguments._n_gpu": "a process that sees several GPUs ends before its first step",
+    "transformers:TrainingArguments#_n_gpu": "a process that sees several GPUs ends before its first step",
     "trl:SFTTrainer._load_from_checkpoint": _RESUME,
     "trl:SFTTrainer._issue_warnings_after_load": _RESUME,
     "trl:SFTTrainer._load_optimizer_and_scheduler": _RESUME,
