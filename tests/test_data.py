@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from published import ABSENT, DATA
 from tiny_tokenizer import byte_tokenizer
 from transformers import ByT5Tokenizer
@@ -362,3 +363,15 @@ def test_the_published_train_file_needs_no_task():
     examples = load_examples(str(REAL), limit=20)
     assert len(examples) == 20 and examples == load_examples(f"gsm8k:{REAL}", limit=20)
     assert tokenize(examples, byte_tokenizer(), 4096)["cut"][:] == [False] * 20
+
+
+def test_rows_in_memory_and_paths_are_what_a_file_of_them_is(tmp_path: Path):
+    rows = [{"prompt": f"{i} and", "completion": f" {i}"} for i in range(6)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = list(load_examples(str(file), limit=4, seed=1))
+    assert len(expected) == 4
+    for source in (rows, iter(rows), file, Dataset.from_list(rows)):
+        assert list(load_examples(source, limit=4, seed=1)) == expected
+    with pytest.raises(DataError, match="row 1 of the data is a int"):
+        load_examples([1])

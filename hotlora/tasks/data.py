@@ -3,10 +3,12 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..base.errors import DataError
@@ -14,6 +16,7 @@ from ..base.files import read_json, visible_files
 from . import TASKS, Example, Task, codealpaca, gsm8k, task_of
 from .chat import ChatTemplate, Notes
 from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
+from .in_memory import save_rows
 from .messages import LOSS_MARKS, Conversation, as_plain_text, is_empty, read_conversation, trained_turns
 from .rows import SUFFIXES, Row, folder_rows, hub_rows, iter_rows, need_text
 from .split import drawn
@@ -26,7 +29,7 @@ _CHAT_FILE = ".chat.json"  # beside FILE.jsonl, for all its rows
 
 
 def load_examples(
-    source: str,
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
@@ -47,7 +50,7 @@ def load_examples(
         source: a task's name (`nano-math`), a task and its local files (`spider:/data/spider`); a file (JSON lines,
             JSON, CSV, Parquet) or a folder of them; or a Hub id (`openai/gsm8k`), with a configuration, a split and a
             part of it if need be (`openai/gsm8k:main:train[:1000]`). `formats.detect` has what a row may hold. A file
-            is one split, whatever `split` says.
+            is one split, whatever `split` says. Or rows in memory, as `save_rows` takes them.
         split: "train" or "test"; for a Hub id, any split it has.
         limit: at most so many examples, drawn by `seed` and left in their order; a generated task draws anew.
         tokenizer: whose chat template turns conversations into text.
@@ -71,6 +74,15 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise DataError(f"A limit of {limit} examples leaves none; give at least 1.")
+    if not isinstance(source, str | os.PathLike):
+        with TemporaryDirectory(prefix="hotlora-rows-") as folder:
+            file = save_rows(source, Path(folder) / "rows.jsonl")
+            return load_examples(
+                file, split, limit, seed, tokenizer, tools=tools, chat_template_kwargs=chat_template_kwargs, now=now,
+                train_on=train_on, columns=columns, apply_chat_template=apply_chat_template, tell=tell,
+                tell_unread=tell_unread,
+            )  # fmt: skip
+    source = os.fspath(source)
     if train_on not in TRAINED:
         raise DataError(f"train_on = {train_on!r} does not exist: choose one of {', '.join(TRAINED)}.")
     task = task_of(source)
