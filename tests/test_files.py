@@ -5,10 +5,13 @@ import hashlib
 import json
 import math
 import os
+from contextlib import nullcontext
 
 import pytest
 from safetensors import SafetensorError
+from windows import as_windows, in_use
 
+from hotlora.base import files
 from hotlora.base.errors import FileError
 from hotlora.base.files import (
     atomic_folder,
@@ -58,6 +61,65 @@ def test_atomic_path_leaves_the_old_file_on_failure(tmp_path):
         raise RuntimeError("stop")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def _folder(path, text):
+    path.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (path / name).write_text(text)
+
+
+def _texts(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("refused", [None, "old", "new"])
+def test_a_folder_is_whole_where_a_file_of_the_old_one_cannot_be_deleted(tmp_path, monkeypatch, refused):
+    """Windows refuses to delete what is in use, and mostly to rename its folder."""
+    folder = tmp_path / "folder"
+    _folder(folder, "old")
+    unlink, rename = os.unlink, os.rename
+
+    def unlink_but_b(path, **more):
+        in_use() if str(path).endswith("b.txt") else unlink(path, **more)
+
+    def rename_but_refused(source, target):
+        is_refused = source == folder if refused == "old" else (source / "b.txt").read_text() == refused
+        in_use() if is_refused else rename(source, target)
+
+    monkeypatch.setattr(os, "unlink", unlink_but_b)
+    monkeypatch.setattr(os, "rename", rename_but_refused)
+    with pytest.raises(FileError, match="used by another process") if refused else nullcontext():
+        with atomic_folder(folder) as temporary:
+            _folder(temporary, "new")
+    assert _texts(folder) == dict.fromkeys(("a.txt", "b.txt"), "old" if refused else "new")
+
+
+def test_a_folder_replaces_no_file_and_no_link(tmp_path):
+    """What a link points to is somebody's."""
+    _folder(tmp_path / "elsewhere", "theirs")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("text")
+    for name in ("link", "file"):
+        with pytest.raises(FileError, match="cannot be written"), atomic_folder(tmp_path / name) as temporary:
+            temporary.mkdir()
+    assert (tmp_path / "file").read_text() == "text" and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "file", "link"]
+
+
+def test_on_windows_a_rename_waits_for_who_reads_the_file(tmp_path, monkeypatch):
+    """A scanner for viruses opens each new file for some milliseconds."""
+    as_windows(monkeypatch, files)
+    waited, refuse, replace = [], [in_use] * 2, os.replace
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (refuse.pop() if refuse else replace)(*paths))
+    with atomic_path(tmp_path / "x.txt") as temporary:
+        temporary.write_text("text")
+    assert (tmp_path / "x.txt").read_text() == "text" and waited == [0.1, 0.2]
+    monkeypatch.setattr(files.os, "replace", in_use)
+    with pytest.raises(FileError, match="used by another process"), atomic_path(tmp_path / "x.txt") as temporary:
+        temporary.write_text("other")
+    assert (tmp_path / "x.txt").read_text() == "text" and sum(waited) == pytest.approx(2.3)
 
 
 @pytest.mark.parametrize(

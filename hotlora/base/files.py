@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -40,7 +41,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             flush(temporary)
-            os.replace(temporary, path)
+            _patiently(os.replace, temporary, path)
             flush(Path(path).parent)
         finally:
             with suppress(OSError):
@@ -50,16 +51,35 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The same for a folder: yields a new name beside `path`, whose folder replaces `path`'s on success."""
-    with _beside_made(Path(path)) as temporary:
+    path = Path(path)
+    with _beside_made(path) as temporary:
+        old = _beside(path)
         try:
             yield temporary
             for inside in (*temporary.rglob("*"), temporary):
                 flush(inside)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.rename(path)
-            flush(Path(path).parent)
+            if path.is_dir() and not path.is_symlink():
+                # Whole, or not at all: deleting stops at the first file that Windows refuses, as one is in use.
+                _patiently(os.rename, path, old)
+            try:
+                _patiently(os.rename, temporary, path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+            flush(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _patiently(rename: Callable[[Path, Path], None], source: Path, target: str | os.PathLike[str]) -> None:
+    """Windows refuses while another program reads either, as one that looks for viruses does: soon it has ended."""
+    for seconds in (0.1, 0.2, 0.5, 1.2) if os.name == "nt" else ():
+        with suppress(PermissionError):
+            return rename(source, Path(target))
+        time.sleep(seconds)
+    rename(source, Path(target))
 
 
 def flush(path: Path) -> None:
