@@ -1,6 +1,7 @@
 """What a run left, used: loaded, answering, chatting, described by its card."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -47,6 +48,26 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(model, tokenizer):
     with torch.no_grad():
         return model(**tokenizer(PROMPT, return_tensors="pt")).logits
+
+
+def test_pipes_and_files_are_utf8_whatever_the_code_page(tmp_path):
+    """Windows gives them the country's."""
+    words = [sys.executable, "-m", "hotlora"]
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "é →", "completion": " 漢字 ✓"}) + "\n")
+    told = subprocess.run([*words, "data", rows, "--model", "nano"], env=env, capture_output=True, timeout=300)
+    assert told.returncode == 0, told.stderr.decode()
+    assert "é →" in told.stdout.decode("utf-8") and "漢字 ✓" in told.stdout.decode("utf-8")
+
+    def generate(*given, piped=b""):
+        command = [*words, "generate", "--model", "nano", "--raw", "--max-new-tokens", "8", *given]
+        return subprocess.run(command, env=env, input=piped, capture_output=True, timeout=300)
+
+    prompt = "Question: 漢字 ="
+    assert generate(prompt).stdout == generate(piped=prompt.encode()).stdout != b""
+    told = generate(piped=b"\xff")
+    assert told.returncode == 1 and b"The prompt is no valid UTF-8" in told.stderr, told.stderr.decode()
 
 
 @pytest.mark.parametrize("part", ["", "adapter"])

@@ -1,6 +1,8 @@
 """The command line: each command is one call into the library. Heavy imports wait until a command runs."""
 
+import codecs
 import dataclasses
+import io
 import logging
 import os
 import sys
@@ -131,6 +133,7 @@ app.command()(bench)
 
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 1, never a traceback."""
+    _in_utf8()
     if not sys.stderr.isatty():  # other libraries' bars would fill a log
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
@@ -162,6 +165,14 @@ def main() -> None:
         if not ended.code:
             _leave()
         raise
+
+
+def _in_utf8() -> None:
+    """On Windows what is piped or goes to a file is in the code page of the country, which lacks most characters."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            if codecs.lookup(stream.encoding).name != "utf-8":
+                stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def _leave() -> None:
