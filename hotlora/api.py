@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, fields, replace
 from functools import cache, wraps
 from pathlib import Path
@@ -199,7 +199,7 @@ def profile(
     if output is not None:
         check_writable(file_in(output, "profile.safetensors"))
     bars = nullcontext() if progress else without_bars()
-    with _ctrl_c_as_ever(), bars, TemporaryDirectory() as temporary:
+    with _ctrl_c_as_ever(), bars, TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         start(chosen.device)
         check_adapters(
             chosen.model, (), dtype=chosen.dtype, device=chosen.device, attn_implementation=chosen.attn_implementation
@@ -283,7 +283,7 @@ def evaluate(
 
     found, named = find(os.fspath(run), model), _named(data)
     chosen = EvalOptions(model=found.model, adapter=found.adapter, **options)
-    with nullcontext() if progress else without_bars(), TemporaryDirectory() as temporary:
+    with nullcontext() if progress else without_bars(), TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary if output is None else output)
         is_folder, is_kept = folder.exists(), (folder / "data.jsonl").exists()
         source = (
@@ -296,9 +296,10 @@ def evaluate(
             )  # fmt: skip
         except HotLoraError:
             if named is _ROWS and not is_kept:  # refused: leave nothing that the call with other options would meet
-                (folder / "data.jsonl").unlink()
-                if not is_folder and not any(folder.iterdir()):
-                    folder.rmdir()
+                with suppress(OSError):  # Windows deletes no file that is open; what was refused is to be told
+                    (folder / "data.jsonl").unlink()
+                    if not is_folder and not any(folder.iterdir()):
+                        folder.rmdir()
             raise
     ((task, result),) = record["evaluation"].items()
     kept = {name: str(folder / result[name]) for name in ("results", "losses") if name in result}

@@ -100,10 +100,12 @@ class HotExperts(MergeableLayer):
         return self.view.weights_of(ids)
 
     def _sent(self, numbers: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
-        """int64 or float64, on the device, sent there once. Not a buffer: buffers made on meta are lost with it."""
+        """int64 or float64 (float32 on mps, which has no other), on the device, sent there once. Not a buffer: buffers
+        made on meta are lost with it."""
         key = (numbers, device)
         if key not in self._on_device:
-            kind = torch.int64 if isinstance(numbers[0], int) else torch.float64
+            floats = torch.float32 if device.type == "mps" else torch.float64
+            kind = torch.int64 if isinstance(numbers[0], int) else floats
             with torch.inference_mode(False):  # a tensor born in inference mode could not be used in training later
                 self._on_device[key] = torch.tensor(numbers, dtype=kind, device=device)
         return self._on_device[key]

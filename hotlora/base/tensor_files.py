@@ -43,7 +43,8 @@ def load_tensors(
                 raise FileError(f"{file} is a safetensors file, but not a {what}: {fix}")
             if head.get("version") != version:
                 raise FileError(f"{file} has version {head.get('version')!r}, this hotlora reads {version!r}: {fix}")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+            # Copied out of the map: Windows replaces no file that is mapped, as a profile may be while it is in use.
+            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}
             text = head["json"]
         # Older files have none.
         if head.get("sha256", found := digest_of(tensors, text)) != found:

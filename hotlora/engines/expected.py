@@ -58,7 +58,8 @@ def log_probs(model: nn.Module, texts_PS: Tensor, tokens_PSC: Tensor) -> Tensor:
     with inference(model):
         logits_PSV = _logits(model, texts_PS)
     tokens = tokens_PSC.to(logits_PSV.device)
-    return (logits_PSV.gather(-1, tokens) - logits_PSV.logsumexp(-1, keepdim=True)).double().cpu()
+    found = logits_PSV.gather(-1, tokens) - logits_PSV.logsumexp(-1, keepdim=True)
+    return found.cpu().double()  # in this order: mps has no float64
 
 
 def _logits(model: nn.Module, texts_PS: Tensor) -> Tensor:

@@ -451,7 +451,7 @@ def _by_token(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     values, is_right = torch.zeros(labels.shape, dtype=torch.float64), torch.zeros(labels.shape, dtype=torch.bool)
     found = found.cpu()
     if parts:
-        values[found], is_right[found] = torch.cat(parts).double().cpu(), torch.cat(is_label).cpu()
+        values[found], is_right[found] = torch.cat(parts).cpu().double(), torch.cat(is_label).cpu()
     return values, is_right, found
 
 

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -75,7 +76,7 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"A limit of {limit} examples leaves none; give at least 1.")
     if not isinstance(source, str | os.PathLike):
-        with TemporaryDirectory(prefix="hotlora-rows-") as folder:
+        with TemporaryDirectory(prefix="hotlora-rows-", ignore_cleanup_errors=True) as folder:
             file = save_rows(source, Path(folder) / "rows.jsonl")
             return load_examples(
                 file, split, limit, seed, tokenizer, tools=tools, chat_template_kwargs=chat_template_kwargs, now=now,
@@ -99,7 +100,8 @@ def load_examples(
             tokenizer, shared, apply_chat_template, train_on, {} if columns is None else read_columns(columns),
             now or datetime.now(),
         )  # fmt: skip
-        examples = StoredExamples.write(_trained(reader.example(row), train_on) for row in _rows(source, split))
+        with closing(_rows(source, split)) as rows:  # a row may be refused, and Windows deletes no file that is open
+            examples = StoredExamples.write(_trained(reader.example(row), train_on) for row in rows)
         if tell:
             reader.tell(source, tell_unread)
     return drawn(examples, limit, seed)
@@ -139,7 +141,7 @@ def trained_parts(train_on: str, examples: Iterable[Example]) -> str | None:
     return train_on if train_on == "all" or any(len(e.spans) > (e.text is not None) for e in examples) else None
 
 
-def _rows(source: str, split: str) -> Iterable[Row]:
+def _rows(source: str, split: str) -> Generator[Row]:
     if not source.strip():  # a variable of the shell that is not set; as a path it would be the folder that one is in
         raise DataError("the data's name is empty: give a file, a folder, a Hub id or a task.")
     path = Path(source).expanduser()

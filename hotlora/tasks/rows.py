@@ -8,7 +8,7 @@ import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -49,7 +49,7 @@ def read_rows(path: str | Path) -> list[Row]:
     return list(iter_rows(path))
 
 
-def iter_rows(path: str | Path) -> Iterator[Row]:
+def iter_rows(path: str | Path) -> Generator[Row]:
     """Reads JSON lines, or one JSON list of objects (either may be gzipped), a CSV or TSV table with a line of names,
     or a Parquet file. Of JSON lines and Parquet only some rows are in memory at a time.
 
@@ -85,7 +85,7 @@ def _parse_text(path: Path) -> Iterator[Row]:
         yield from _parse_list(path, file.read()) if first.lstrip().startswith("[") else _parse_lines(path, file)
 
 
-def folder_rows(folder: Path, split: str) -> Iterator[Row]:
+def folder_rows(folder: Path, split: str) -> Generator[Row]:
     """The rows of the files in a folder, or if it has none in the folders inside, by name; of those that are called
     after splits (train.jsonl, data/test-00000.parquet), `split`'s.
 
@@ -260,7 +260,7 @@ def _why(error: Exception) -> str:
     return str(error)
 
 
-def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:
+def hub_rows(name: str, split: str, config: str | None = None) -> Generator[Row]:
     """The rows of a data set on the Hugging Face Hub, or in its local cache, one after the other.
 
     Of a part `[a:b]` of a split that is not in the cache no more is read than that; a whole split, and any other part,

@@ -1,0 +1,85 @@
+"""Windows and macOS, where there are none: what they refuse is refused here, and what they lack is taken away."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+from windows import refuse_what_is_open
+
+import hotlora
+from hotlora.adapter.experts import HotExperts
+from hotlora.base.errors import DataError
+from hotlora.base.tensor_files import load_tensors, save_tensors
+from hotlora.engines.expected import log_probs, tokens_asked
+from hotlora.evaluation.score import _by_token
+from hotlora.tasks.data import load_examples
+
+BAD_ROWS = [{"prompt": "a", "completion": " b"}] * 3000 + [{"prompt": "a", "completion": 3}]
+
+
+def test_what_is_scored_becomes_float64_on_the_cpu(monkeypatch):
+    """A Mac's GPU (mps) has no float64."""
+    cpu, double = Tensor.cpu, Tensor.double
+    brought = []
+
+    def bring(tensor):
+        brought.append(cpu(tensor))
+        return brought[-1]
+
+    def widen(tensor):
+        assert any(tensor is one for one in brought), "a tensor of the device"
+        return double(tensor)
+
+    model, texts = tiny_model("olmoe"), torch.tensor([[1, 2, 3, 4]])
+    tokens = tokens_asked(model, texts)
+    monkeypatch.setattr(Tensor, "cpu", bring)
+    monkeypatch.setattr(Tensor, "double", widen)
+    assert log_probs(model, texts, tokens).dtype == torch.float64
+    found, _, _ = _by_token(model, {"input_ids": texts, "labels": texts})
+    assert found.dtype == torch.float64 and found.shape == (1, 3)
+
+
+def test_the_scalings_of_experts_are_float32_on_a_macs_gpu(monkeypatch):
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda numbers, dtype, device: (made(numbers, dtype=dtype), device))
+    for device, dtype in (("mps", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)):
+        sent, there = HotExperts._sent(SimpleNamespace(_on_device={}), (0.5, 2.0), torch.device(device))
+        assert sent.dtype == dtype and there.type == device
+
+
+def test_a_file_is_written_again_while_what_was_read_of_it_is_in_use(tmp_path, monkeypatch):
+    refuse_what_is_open(monkeypatch)
+    file, kind = tmp_path / "profile.safetensors", {"format": "x", "version": "1"}
+    save_tensors(file, {"counts": torch.arange(4096)}, {}, **kind)
+    tensors, _ = load_tensors(file, **kind, what="x", fix="make it")
+    save_tensors(file, {"counts": torch.zeros(4096)}, {}, **kind)
+    assert torch.equal(tensors["counts"], torch.arange(4096))
+
+
+def test_a_row_that_is_refused_leaves_no_file_open(tmp_path, monkeypatch):
+    """Else the error is that of the file, which cannot be deleted, instead of the row's."""
+    refuse_what_is_open(monkeypatch)
+    with pytest.raises(DataError, match="line 3001"):
+        load_examples(BAD_ROWS)
+    with pytest.raises(DataError, match="line 3001"):
+        hotlora.evaluate("nano", BAD_ROWS, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="line 3001"):
+        hotlora.profile("nano", BAD_ROWS, progress=False)
+
+
+def test_what_cannot_be_deleted_hides_no_error(tmp_path, monkeypatch):
+    """As while a scanner for viruses reads it."""
+    refuse_what_is_open(monkeypatch)
+    held = []
+
+    def hold(_, source, *__, **___):
+        held.append(open(source))
+        raise DataError("the row is wrong")
+
+    monkeypatch.setattr("hotlora.runs.evaluation.run_evaluation", hold)
+    with pytest.raises(DataError, match="the row is wrong"):
+        hotlora.evaluate("nano", BAD_ROWS, tmp_path / "out", progress=False)
+    held[0].close()
