@@ -14,6 +14,9 @@ from hotlora.base.errors import DataError
 from hotlora.base.tensor_files import load_tensors, save_tensors
 from hotlora.engines.expected import log_probs, tokens_asked
 from hotlora.evaluation.score import _by_token
+from hotlora.report import card
+from hotlora.report.leaderboard_protocol import method_of
+from hotlora.runs.study import names_of
 from hotlora.tasks.data import load_examples
 
 BAD_ROWS = [{"prompt": "a", "completion": " b"}] * 3000 + [{"prompt": "a", "completion": 3}]
@@ -83,3 +86,26 @@ def test_what_cannot_be_deleted_hides_no_error(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="the row is wrong"):
         hotlora.evaluate("nano", BAD_ROWS, tmp_path / "out", progress=False)
     held[0].close()
+
+
+def test_a_drives_letter_is_no_task():
+    assert names_of(["C:/data/rows.jsonl", "gsm8k:D:/gsm8k", "openai/math:main"]) == ["rows", "gsm8k", "math"]
+    for data, method in (("C:/rows.jsonl", "hot"), ("gsm8k:C:/rows", "rows/hot"), ("openai/rows:main", "hot")):
+        record = {"condition": "rows/hot", "data": {"name": data}, "model": {"name": "nano"}}
+        assert method_of(record) == method
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("C:\\Users\\me\\rows.jsonl", "rows.jsonl"),
+        ("C:\\Users\\me\\model", "model"),
+        ("C:/model", "model"),
+        ("gsm8k:C:\\Users\\me\\gsm8k", "gsm8k"),
+        ("gsm8k:/home/me/gsm8k", "gsm8k"),
+        ("openai/gsm8k:main", "openai/gsm8k:main"),
+        ("allenai/OLMoE-1B-7B-0924", "allenai/OLMoE-1B-7B-0924"),
+    ],
+)
+def test_a_card_tells_a_path_of_windows_by_its_last_name(name, told):
+    assert card._shared(name) == told

@@ -17,6 +17,7 @@ from ..base.records import Record, read_record
 from ..hf.hub import public_name
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
+from ..tasks import without_parts
 from .figures import heat_map
 from .text import human_bytes, loss_word
 
@@ -289,8 +290,9 @@ def _exists(name: str) -> bool:
 
 def _shared(name: str) -> str:
     """A file or folder without where it lies on this machine, which is nobody else's business."""
-    task, colon, files = name.partition(":")
-    if colon and ("/" in files or "\\" in files):  # a task with its files; openai/gsm8k:main is on the Hub
+    name = name.replace("\\", "/")  # of Windows
+    task = without_parts(name)
+    if "/" in name[len(task) :]:  # a task with its files; openai/gsm8k:main is on the Hub
         return task
-    is_local = name.startswith((".", "/", "~")) or _exists(name) or name.count("/") > 1
+    is_local = name.startswith((".", "/", "~")) or name[1:2] == ":" or _exists(name) or name.count("/") > 1
     return public_name(name) if is_local or Path(name).suffix in (".jsonl", ".json", ".txt", ".csv") else name

@@ -23,6 +23,7 @@ from ..routing.plan import ExpertPlan
 from ..routing.selection import Selection
 from ..runs.options import RunOptions
 from ..tasks import task_of as named_task
+from ..tasks import without_parts
 from ..training.identity import FREE_OPTIONS, differences, same_run
 from .measured import LOSS, may_carry, way_of
 from .sections import part
@@ -97,7 +98,7 @@ def _signs(record: Record) -> dict[str, bool]:
 def method_of(record: Record) -> str:
     """The condition, without folders of its path that name the model or the task: nano/nano-math/hot is hot."""
     condition = part(record, "sweep").get("condition") or record["condition"]
-    data = record["data"]["name"].partition(":")[0]
+    data = without_parts(record["data"]["name"])
     places = {Path(record["model"]["name"]).name, Path(data).name, Path(data).stem, *part(record, "evaluation")}
     parts = PurePosixPath(condition).parts
     while len(parts) > 1 and parts[0] in places:

@@ -14,7 +14,7 @@ from ..hf.moe_layers import moe_layers, unwrap
 from ..routing.profile import RoutingProfile
 from ..routing.profiler import profile_examples
 from ..routing.study import Study, study
-from ..tasks import Example
+from ..tasks import Example, without_parts
 from ..tasks.data import data_hash, load_examples
 from ..tasks.tokens import batches, tokenize
 from .checks import check_adapters, check_sizes
@@ -123,7 +123,7 @@ def names_of(sources: Sequence[str]) -> list[str]:
             path = Path(source).expanduser().resolve()
             path = path.parent if path.name == _PROFILE else path
         else:
-            path = Path(source.partition(":")[0])
+            path = Path(without_parts(source))
         names.append(path.name.partition(".")[0] or "data")
     if twice := {name for name in names if names.count(name) > 1}:
         name = min(twice)

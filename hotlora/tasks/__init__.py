@@ -56,3 +56,9 @@ def get_task(name: str) -> Task:
 def task_of(source: str) -> Task | None:
     """The task that `source` names: its name, or its name and local files, `gsm8k:data/gsm8k`. Else None."""
     return TASKS.get(source.partition(":")[0])
+
+
+def without_parts(source: str) -> str:
+    """A source without what its colon adds: a task's local files, a Hub id's configuration. The colon behind a drive's
+    letter, C:/rows.jsonl, adds nothing."""
+    return source if source[1:2] == ":" else source.partition(":")[0]
