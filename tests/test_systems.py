@@ -1,12 +1,15 @@
 """Windows and macOS, where there are none: what they refuse is refused here, and what they lack is taken away."""
 
+import logging
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor
-from windows import refuse_what_is_open
+from windows import as_windows, refuse_what_is_open
 
 import hotlora
 from hotlora.adapter.experts import HotExperts
@@ -16,6 +19,7 @@ from hotlora.engines.expected import log_probs, tokens_asked
 from hotlora.evaluation.score import _by_token
 from hotlora.report import card
 from hotlora.report.leaderboard_protocol import method_of
+from hotlora.runs import worker_pool
 from hotlora.runs.study import names_of
 from hotlora.tasks.data import load_examples
 
@@ -109,3 +113,59 @@ def test_a_drives_letter_is_no_task():
 )
 def test_a_card_tells_a_path_of_windows_by_its_last_name(name, told):
     assert card._shared(name) == told
+
+
+class Console:
+    """sys.stdout of a console on Windows, after another file took its descriptor."""
+
+    def write(self, text=""):
+        raise OSError(6, "The handle is invalid")
+
+    flush = write
+
+
+def test_a_workers_output_goes_to_its_log_in_a_console(tmp_path, monkeypatch):
+    console = Console()
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(sys, "stderr", console)
+    log = logging.getLogger("test_systems")
+    for name in ("first", "second"):
+        with pytest.raises(RuntimeError, match="the run's own"), worker_pool._output_to(tmp_path / f"{name}.txt"):
+            if not log.handlers:
+                log.addHandler(logging.StreamHandler())
+            print(f"{name} ✓")
+            print(f"{name} error", file=sys.stderr)
+            os.write(1, b"of C\n")
+            log.warning("logged")
+            raise RuntimeError("the run's own")
+        assert sys.stdout is console and sys.stderr is console
+        told = (tmp_path / f"{name}.txt").read_text("utf-8")
+        assert told == f"{name} ✓\n{name} error\nof C\nlogged\n"
+    log.handlers.clear()
+
+
+@pytest.mark.parametrize(
+    ("system", "error", "is_ended"),
+    [("posix", KeyboardInterrupt, True), ("nt", KeyboardInterrupt, False), ("nt", RuntimeError, True)],
+)
+def test_ctrl_c_kills_no_worker_on_windows(tmp_path, monkeypatch, system, error, is_ended):
+    """There `terminate` ends a process at once; Ctrl-C in the console reaches all of them."""
+    if system == "nt":
+        as_windows(monkeypatch, worker_pool)
+    did = []
+    worker = SimpleNamespace(job=None, connection=0, process=SimpleNamespace(terminate=lambda: did.append("terminate")))
+    worker.start = lambda job: setattr(worker, "job", job) or setattr(job, "status", "running")
+    worker.end = lambda: did.append("end")
+
+    def idle(workers, processes):
+        workers.append(worker)
+        return worker
+
+    def wait(connections):
+        raise error
+
+    monkeypatch.setattr(worker_pool, "_idle", idle)
+    monkeypatch.setattr(worker_pool, "wait", wait)
+    with pytest.raises(error):
+        worker_pool.run_jobs([worker_pool.Job("a", tmp_path, print)], 1, print)
+    assert did == (["terminate", "end"] if is_ended else ["end"])

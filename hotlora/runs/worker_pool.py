@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -78,10 +78,12 @@ def run_jobs(jobs: Sequence[Job], processes: int, ended: Callable[[Job], None]) 
                     worker.end()
                 ended(job)
     except BaseException as error:  # also Ctrl-C in Python, and what `ended` raises
-        if isinstance(error, Stopped | KeyboardInterrupt) and any(worker.job for worker in workers):
+        is_asked = isinstance(error, Stopped | KeyboardInterrupt)
+        if is_asked and any(worker.job for worker in workers):
             say(f"waiting at most {PATIENCE} s for what runs to save a checkpoint")
-        for worker in workers:  # a training saves a checkpoint, and ends
-            worker.process.terminate()
+        if not (is_asked and os.name == "nt"):  # there Ctrl-C has reached them, too, and this would kill them
+            for worker in workers:  # a training saves a checkpoint, and ends
+                worker.process.terminate()
         raise
     finally:
         for worker in workers:
@@ -221,15 +223,20 @@ def _end_with_parent() -> None:
 def _output_to(path: Path) -> Iterator[None]:
     """Sends stdout and stderr, those of C libraries too, to the end of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [os.dup(1), os.dup(2)]
+    kept, before = [os.dup(1), os.dup(2)], [sys.stdout, sys.stderr]
     with append_to(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # New ones: on Windows those of a console write to it, wherever the descriptors lead. They are not closed, as a
+    # logger that was made inside keeps them.
+    sys.stdout, sys.stderr = (open(number, "a", 1, "utf-8", "backslashreplace", closefd=False) for number in (1, 2))
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr, *before):
+            with suppress(OSError, ValueError):  # no error but the run's
+                stream.flush()
+        sys.stdout, sys.stderr = before
         for number, descriptor in zip((1, 2), kept, strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
