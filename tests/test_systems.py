@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+import tempfile
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,10 @@ from torch import Tensor
 from windows import as_windows, refuse_what_is_open
 
 import hotlora
+from hotlora.adapter import offload
 from hotlora.adapter.experts import HotExperts
-from hotlora.base.errors import DataError
+from hotlora.base import lock
+from hotlora.base.errors import DataError, FileError
 from hotlora.base.tensor_files import load_tensors, save_tensors
 from hotlora.engines.expected import log_probs, tokens_asked
 from hotlora.evaluation.score import _by_token
@@ -21,6 +25,7 @@ from hotlora.report import card
 from hotlora.report.leaderboard_protocol import method_of
 from hotlora.runs import worker_pool
 from hotlora.runs.study import names_of
+from hotlora.tasks import python_sandbox, stored
 from hotlora.tasks.data import load_examples
 
 BAD_ROWS = [{"prompt": "a", "completion": " b"}] * 3000 + [{"prompt": "a", "completion": 3}]
@@ -169,3 +174,47 @@ def test_ctrl_c_kills_no_worker_on_windows(tmp_path, monkeypatch, system, error,
     with pytest.raises(error):
         worker_pool.run_jobs([worker_pool.Job("a", tmp_path, print)], 1, print)
     assert did == (["terminate", "end"] if is_ended else ["end"])
+
+
+def test_windows_offloads_to_no_file(tmp_path, monkeypatch):
+    as_windows(monkeypatch, offload)
+    with pytest.raises(FileError, match=r"Windows deletes no file that is mapped.*--quantize 4"):
+        offload.MappedFolder(tmp_path)
+
+
+def test_leftovers_go_where_there_are_no_locks(tmp_path, monkeypatch):
+    """Windows: what is old and not in use."""
+    refuse_what_is_open(monkeypatch)
+    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(stored, "fcntl", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = ["old", "open", "new"]
+    for name in names:
+        rows = tmp_path / f"hotlora-rows-{name}" / "rows.arrow"
+        rows.parent.mkdir()
+        half = tmp_path / "run" / f".0123456789ab-{name}"
+        half.parent.mkdir(exist_ok=True)
+        for file in (rows, half):
+            file.write_text("text")
+            if name != "new":
+                os.utime(file, (time.time() - 200_000,) * 2)
+    with open(tmp_path / "hotlora-rows-open" / "rows.arrow"), open(tmp_path / "run" / ".0123456789ab-open"):
+        stored._remove_leftovers()
+        with lock.locked(tmp_path / "run"):
+            assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+                ".0123456789ab-new", ".0123456789ab-open",
+            ]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hotlora-rows-new", "hotlora-rows-open", "run"]
+    with lock.locked(tmp_path / "not" / "there"):
+        pass
+
+
+def test_a_mac_has_limits_alone_and_says_what_they_leave_open(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    for level in ("namespaces", "bubblewrap"):
+        with pytest.raises(python_sandbox._NoSuchLevelError, match="it needs Linux"):
+            python_sandbox._run("x = 1", level, 10, 512)
+    done = python_sandbox.subprocess.CompletedProcess([], 0, b'{"passed": true, "error": null}', b"")
+    monkeypatch.setattr(python_sandbox.subprocess, "run", lambda *_, **__: done)
+    assert python_sandbox.sandbox_level.__wrapped__() == "limits"
+    assert "can read and write what you can, and take all memory: namespaces: it needs Linux" in caplog.text

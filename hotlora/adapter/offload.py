@@ -38,11 +38,17 @@ class MappedFolder:
     """Where tensors go that are to be read from disk. Its files have no name: nothing is left behind, however the
     process ends. A folder that is not there is made for as long as a file is written.
 
-    FileError: no folder, or none in which it could be made.
+    FileError: no folder, or none in which it could be made; Windows.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        if os.name == "nt":
+            raise FileError(
+                f"offload_folder {self.folder} cannot be used: Windows deletes no file that is mapped, so the experts' "
+                "would stay. Store them in fewer bits (--quantize 4), or run this in WSL; for a GPU, --offload without "
+                "--offload-folder keeps them in RAM."
+            )
         there = self.folder if self.folder.exists() else self.folder.parent
         if not there.is_dir():  # where no disk is mounted, another one would fill up
             why = "is a file" if there.is_file() else "does not exist"

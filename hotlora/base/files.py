@@ -160,12 +160,13 @@ def full_disk(path: Path) -> str:
     )
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, min_age: float = 0) -> None:
     """Deletes what processes that were killed had half written beside files of `folder`. Nobody else may be writing
-    there."""
+    there, or not for `min_age` seconds at one of them."""
     for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(OSError):  # just gone; on Windows, in use
+            if _TEMPORARY.fullmatch(path.name) and (not min_age or time.time() - path.stat().st_mtime > min_age):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def append_to(path: str | os.PathLike[str], mode: str = "a", buffering: int = -1) -> IO[Any]:

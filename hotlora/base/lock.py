@@ -17,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
+_DAY = 24 * 3600
 _log = logging.getLogger(__name__)
 _held: dict[Path, int] = {}
 """folder -> the process that locked it: a fork inherits this dict, and not the lock"""
@@ -32,6 +33,8 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     lock is a link.
     """
     folder = Path(folder).absolute()
+    if fcntl is None and folder.is_dir():
+        remove_leftovers(folder, _DAY)
     if fcntl is None or os.environ.get("RANK", "0") != "0" or _held.get(folder) == os.getpid():
         yield
         return

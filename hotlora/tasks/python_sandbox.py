@@ -94,10 +94,13 @@ def sandbox_level() -> Level:
             reasons.append(f"{level}: {result.error}")
             continue
         if level == "limits":
+            on_linux = sys.platform == "linux"
             _log.warning(
-                "Python that a model wrote runs with limits alone, and can read and write what you can: %s. "
-                "Use a machine that holds nothing of value, or install bubblewrap.",
+                "Python that a model wrote runs with limits alone, and can read and write what you can%s: %s. "
+                "Use a machine that holds nothing of value, or %s.",
+                "" if on_linux else ", and take all memory",
                 "; ".join(reasons),
+                "install bubblewrap" if on_linux else "Linux",
             )
         return level
     raise HotLoraError(
@@ -109,6 +112,8 @@ def sandbox_level() -> Level:
 def _run(program: str, level: Level, timeout_s: float, memory_mb: int) -> PythonResult:
     if os.name != "posix":
         raise _NoSuchLevelError("it needs a POSIX system")
+    if level != "limits" and sys.platform != "linux":
+        raise _NoSuchLevelError("it needs Linux")
     with tempfile.TemporaryDirectory(prefix="hotlora-", ignore_cleanup_errors=True) as folder:
         try:
             # -I: nothing of the user's environment or folders is imported.

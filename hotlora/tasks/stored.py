@@ -9,7 +9,7 @@ import time
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, overload
@@ -69,14 +69,13 @@ def _remove(folder: str, owner: int) -> None:
 
 
 def _remove_leftovers() -> None:
-    """Deletes what processes that were killed left: files whose lock nobody holds."""
-    if fcntl is None:
-        return
+    """Deletes what processes that were killed left: files whose lock nobody holds. Windows, without locks, deletes none
+    that is in use, also when its own process ends."""
     for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_FILE}"):
-        with suppress(OSError):  # another user's, or just gone
+        with suppress(OSError):  # another user's, or just gone, or in use
             if time.time() - file.stat().st_mtime > _MIN_AGE:
-                with open(file, "rb") as opened:
-                    if _lock(opened):
+                with nullcontext() if fcntl is None else open(file, "rb") as opened:
+                    if opened is None or _lock(opened):
                         file.unlink()
                         file.parent.rmdir()
 
