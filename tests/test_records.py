@@ -98,6 +98,7 @@ def test_sections_that_a_run_does_not_have_may_be_absent_or_null():
 
 
 def test_environment_and_memory():
+    assert environment("mps")["device"].endswith(", mps"), "no CPU, and no GPU that CUDA sees"
     found = environment()
     assert set(found) == {"hotlora", "torch", "transformers", "peft", "trl", "python", "device", "git"}
     assert found["python"] == platform.python_version() and found["device"]

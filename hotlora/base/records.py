@@ -79,9 +79,13 @@ Record = dict[str, Any]
 
 
 def new_record(
-    *, name: str, condition: str, model: Mapping[str, Any], data: Mapping[str, Any], seed: int = 0, **sections: Any
-) -> Record:
-    """A record with status "running", the time in UTC and the environment; `sections` are added as given."""
+    *, name: str, condition: str, model: Mapping[str, Any], data: Mapping[str, Any], seed: int = 0,
+    device: str = "auto", **sections: Any,
+) -> Record:  # fmt: skip
+    """A record with status "running", the time in UTC and the environment; `sections` are added as given.
+
+    device: as the command is given it.
+    """
     record = {
         "version": VERSION,
         "name": name,
@@ -93,7 +97,7 @@ def new_record(
         "model": dict(model),
         "data": dict(data),
         **sections,
-        "environment": environment(),
+        "environment": environment(device),
     }
     return validate(record, "the new record")
 
@@ -183,20 +187,23 @@ def validate(record: Mapping[str, Any], where: str) -> Record:
     return dict(record)
 
 
-def environment() -> dict[str, Any]:
-    """Versions of what computes the numbers, and the device: the first GPU's name, or the CPU's."""
+def environment(device: str = "auto") -> dict[str, Any]:
+    """Versions of what computes the numbers, and the device: the first GPU's name, or the CPU's; a Mac's GPU, which is
+    taken if it is asked for alone, by its name in torch."""
     versions: dict[str, str | None] = {}
     for package in ("hotlora", "torch", "transformers", "peft", "trl"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # hotlora, run from a checkout that is not installed
             versions[package] = None
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    if device.startswith("mps"):
+        name = f"{_cpu_name()}, mps"
+    elif torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
     else:
         threads = torch.get_num_threads()
-        device = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    return versions | {"python": platform.python_version(), "device": device, "git": _commit()}
+        name = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return versions | {"python": platform.python_version(), "device": name, "git": _commit()}
 
 
 def reset_peak_memory() -> None:

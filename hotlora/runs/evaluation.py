@@ -360,7 +360,9 @@ class _Scored:
     def record(self, identity: dict[str, Any], data: dict[str, Any]) -> Record:
         condition = "adapter" if self.options.adapter else "base"
         model = {"name": self.options.model, "fingerprint": ""}
-        return new_record(name=condition, condition=condition, config=identity, model=model, data=data)
+        return new_record(
+            name=condition, condition=condition, device=self.options.device, config=identity, model=model, data=data
+        )
 
     def load(self, record: Record) -> Any:
         """The model with its adapter, or with the adapter folded into it; the record says what it is."""

@@ -126,7 +126,7 @@ def keep_failure(job: Job) -> None:
             data, condition = options.data, options.condition or options.rule
         record = new_record(
             name=job.name, condition=condition, seed=job.seed or 0,
-            model={"name": options.model, "fingerprint": ""}, data={"name": data},
+            device=options.device, model={"name": options.model, "fingerprint": ""}, data={"name": data},
         )  # fmt: skip
     if record["status"] != "done":  # a run with other options, which is left as it is
         write_record(job.folder, {**record, **arguments["kept"], "status": "failed", "error": job.error})

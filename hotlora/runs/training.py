@@ -157,7 +157,7 @@ class _Run:
         self.condition = options.condition or options.condition_by(self.plan.rule if self.plan else options.rule)
         self.record = new_record(
             name=self.condition, condition=self.condition, seed=options.seed, config=self.identity,
-            model={"name": options.model, "fingerprint": ""},
+            device=options.device, model={"name": options.model, "fingerprint": ""},
             data={
                 "name": options.data, "hash": self.identity["data_hash"],
                 "train": len(self.examples), "test": len(self.test),
