@@ -18,6 +18,7 @@ from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from tiny import fill, tiny_batch, tiny_model
+from transformers import AutoModelForCausalLM
 
 
 def facts(folder: str) -> dict[str, Any]:
@@ -48,6 +49,22 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     after = _held(modules)
     assert after.keys() >= before.keys()
     return found, {name: _where(value) for name, value in after.items() if value is not before.get(name)}
+
+
+def loaded(folder: str, way: str) -> str:
+    """Whether an adapter loads where nobody has imported hotlora, and whether it has been imported by then; or the
+    error."""
+    assert "hotlora" not in sys.modules
+    warnings.simplefilter("ignore")
+    try:
+        base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+        if way == "peft":
+            PeftModel.from_pretrained(base, f"{folder}/adapter")
+        else:
+            base.load_adapter(f"{folder}/adapter")
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+    return f"loaded {'hotlora' in sys.modules}"
 
 
 def _held(modules: list[ModuleType]) -> dict[str, Any]:
