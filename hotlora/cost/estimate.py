@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -90,7 +91,7 @@ def _once(function: Callable[_P, Step]) -> Callable[_P, Step]:
         given.apply_defaults()
         # The file may be another one by now. 4 and 4.0 are equal, and one of them is refused.
         content = model_from_config(given.arguments.pop("config")).config.to_json_string(use_diff=False)
-        key = (content, repr(given.arguments), torch.cuda.is_available())
+        key = (content, repr(given.arguments), torch.cuda.is_available(), os.environ.get("HOTLORA_KERNELS", ""))
         if key not in found:
             found[key] = function(*args, **kwargs)
         return found[key]
