@@ -734,6 +734,8 @@ def test_a_gpus_product_makes_a_block_of_experts_dense_at_a_time(monkeypatch, ke
             torch.testing.assert_close(got[s], x[s] @ (whole[expert] if transposed else whole[expert].T))
     for a, b in ((0, 5), (1, 3), (2, 5), (0, 1)):
         assert torch.equal(some(a, b), whole[a:b])
+    for ids in ((4, 0), (1, 2, 2), (3,)):
+        assert torch.equal(holder.chosen(torch.tensor(ids)), whole[list(ids)])
 
 
 @pytest.mark.parametrize(
