@@ -67,7 +67,12 @@ def inputs_without(expert: int, dtype: torch.dtype):
     return make_inputs(dtype, index=scores.topk(K).indices)
 
 
-def test_the_device_is_asked_once_for_both_passes_and_only_experts_with_rows_are_multiplied(reads):
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0)])
+def test_the_device_is_asked_once_for_both_passes_and_only_experts_with_rows_are_multiplied(
+    capability, reads, monkeypatch
+):
+    monkeypatch.setattr(gpu, "capability", lambda device: capability)
+    monkeypatch.setenv("HOTLORA_KERNELS", "torch")
     experts, factors = make_experts(torch.float32), make_factors(HOT, 8, torch.float32)
     hidden, index, weights = inputs_without(EMPTY, torch.float32)
     assert EMPTY not in index and len(index.unique()) == E - 1

@@ -317,13 +317,18 @@ def _spans(ends: list[int]) -> list[tuple[int, int]]:
     return list(pairwise([0, *ends]))
 
 
+def _is_one_kernel(of_gpu: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product is, on a GPU of this compute capability."""
+    return of_gpu[0] in _TORCH_HAS_A_KERNEL and dtype == torch.bfloat16
+
+
 def _grouped_mm_takes(x_SI: Tensor, *lengths: int) -> bool:
     """float64 is refused, and so is any stride or size (`lengths`) that is no multiple of 16 bytes, in forward or
-    backward."""
+    backward. On a GPU whose kernel is a loop it would ask the device each time."""
     if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if (of_gpu := capability(x_SI.device)) is not None:
-        if of_gpu < (8, 0):
+        if not _is_one_kernel(of_gpu, x_SI.dtype):
             return False
     elif x_SI.device.type != "cpu":
         return False
@@ -344,8 +349,7 @@ def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
     if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if (of_gpu := capability(x.device)) is not None:
-        has_a_kernel = of_gpu[0] in _TORCH_HAS_A_KERNEL and x.dtype == torch.bfloat16
-        if of_gpu[0] < 8 or (not chosen and not is_thin and has_a_kernel):
+        if of_gpu[0] < 8 or (not chosen and not is_thin and _is_one_kernel(of_gpu, x.dtype)):
             return False
     elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
         return False
