@@ -2,8 +2,10 @@
 T4; without Triton all but bfloat16 on 9 and 10): what they compute, how often the device is asked, and which experts
 are made dense; by torch's operations on the CPU."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hotlora.adapter import packed, quantized
 from hotlora.adapter.packed import PackedExperts
 from hotlora.adapter.quantized import QuantizedExperts
+from hotlora.base import precision
 from hotlora.hf.experts_view import FrozenWeight
 from hotlora.layer import gpu
 
@@ -212,3 +215,18 @@ def test_of_many_rows_experts_without_one_stay_as_they_are(make, bound, made, re
         for _ in range(2):
             torch.testing.assert_close(product(), expected)
         assert len(reads) == 1 and sum(made) == 2 * 4 and len(made) == (2 if bound == 2**28 else 4)
+
+
+def test_kernels_that_such_a_card_cannot_have_are_missed_once(monkeypatch, caplog):
+    precision.say_once.cache_clear()
+    hidden = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    for chosen in ("triton", "triton", "fused"):
+        monkeypatch.setenv("HOTLORA_KERNELS", chosen)
+        with caplog.at_level(logging.WARNING, "hotlora"):
+            assert not gpu.use_kernels(hidden) and not gpu.use_fused(hidden)
+    said = [
+        f"HOTLORA_KERNELS is {chosen}, but this GPU's compute capability is 7.5 and hotlora's kernels need 8.0: "
+        "torch's products are used."
+        for chosen in ("triton", "fused")
+    ]
+    assert [record.getMessage() for record in caplog.records] == said

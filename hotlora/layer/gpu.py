@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.errors import HotLoraError
+from ..base.precision import say_once
 from ..hf.experts_view import FrozenWeight
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
@@ -349,6 +350,11 @@ def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
     if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if (of_gpu := capability(x.device)) is not None:
+        if of_gpu[0] < 8 and chosen:
+            say_once(
+                f"HOTLORA_KERNELS is {chosen}, but this GPU's compute capability is {of_gpu[0]}.{of_gpu[1]} and "
+                "hotlora's kernels need 8.0: torch's products are used."
+            )
         if of_gpu[0] < 8 or (not chosen and not is_thin and _is_one_kernel(of_gpu, x.dtype)):
             return False
     elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
