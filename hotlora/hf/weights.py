@@ -24,17 +24,23 @@ _FURTHEST = 2**22
 
 
 def model_hash(name_or_path: str | Path) -> str | None:
+    """`folder_hash`; of a name on the Hub the commit in its cache, None where there is none: the network is not asked."""
+    if found := folder_hash(name_or_path):
+        return found
+    cached = huggingface_hub.try_to_load_from_cache(model_source(name_or_path), "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def folder_hash(name_or_path: str | Path) -> str | None:
     """Of a folder a SHA-256 over its config and tokenizer, and over its weights: files of up to 64 MB in whole; of
     larger ones all tensors of up to 1 MB (norms, routers), and evenly spaced blocks of the others, one of each expert at
     least. The same for a copy of it, another wherever a matrix was changed. 60 GB cost about 100 MB, in 20,000 reads.
 
-    Of a name on the Hub the commit in its cache, None where there is none: the network is not asked.
+    None of a name on the Hub.
     """
-    source = model_source(name_or_path)
-    folder = Path(source)
+    folder = Path(model_source(name_or_path))
     if not folder.is_dir():
-        cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
-        return Path(cached).parent.name if isinstance(cached, str) else None
+        return None
     files = sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
     stats = [file.stat() for file in files]
     return _hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
