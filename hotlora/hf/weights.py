@@ -24,7 +24,7 @@ _FURTHEST = 2**22
 
 
 def model_hash(name_or_path: str | Path) -> str | None:
-    """`folder_hash`; of a name on the Hub the commit in its cache, None where there is none: the network is not asked."""
+    """`folder_hash`; of a name on the Hub the commit in its cache, or None: the network is not asked."""
     if found := folder_hash(name_or_path):
         return found
     cached = huggingface_hub.try_to_load_from_cache(model_source(name_or_path), "config.json")
@@ -33,8 +33,8 @@ def model_hash(name_or_path: str | Path) -> str | None:
 
 def folder_hash(name_or_path: str | Path) -> str | None:
     """Of a folder a SHA-256 over its config and tokenizer, and over its weights: files of up to 64 MB in whole; of
-    larger ones all tensors of up to 1 MB (norms, routers), and evenly spaced blocks of the others, one of each expert at
-    least. The same for a copy of it, another wherever a matrix was changed. 60 GB cost about 100 MB, in 20,000 reads.
+    larger ones all tensors of up to 1 MB (norms, routers), and evenly spaced blocks of the others, at least one of each
+    expert. The same for a copy of it, another wherever a matrix was changed. 60 GB cost about 100 MB, in 20,000 reads.
 
     None of a name on the Hub.
     """
