@@ -92,6 +92,8 @@ NAMES = {
     "peft.tuners.lora:LoraLayer._active_adapter": _LAYER,
     "peft.tuners.lora:dora": _DORA,
     "peft.tuners.lora.dora:DoraLinearLayer": _DORA,
+    "peft.tuners.lora.dora:DoraLinearLayer._cache_store": "answers by DoRA take as much memory again as attention's "
+    "weights",
     "peft.helpers:DoraCaching": _DORA,
     "peft.tuners.tuners_utils:BaseTunerLayer": _LAYER,
     "peft.tuners.tuners_utils:check_adapters_to_merge": "adapter.mergeable does not know which adapters to merge",

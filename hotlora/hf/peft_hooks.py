@@ -7,13 +7,16 @@ hands on to PEFT's own what is not hotlora's. tests/test_peft_hooks.py holds eve
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
+from peft.helpers import DoraCaching
 from peft.optimizers import lorafa
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils import hotswap, transformers_weight_conversion
 from torch import Tensor, nn
 
@@ -59,6 +62,24 @@ def install(
     _refuse_conversion_at_save(config_class)
     _refuse_hotswap(config_class)
     _refuse_lorafa()
+
+
+@contextmanager
+def dora_norms_kept() -> Iterator[None]:
+    """PEFT's `DoraCaching`, which keeps B A of every adapted Linear beside the norms, as large as its weight; here the
+    norms alone: once PEFT has those, it reads nothing of B A."""
+    original: Any = DoraLinearLayer._cache_store
+
+    @functools.wraps(original)
+    def store(self: Any, key: str, value: Any) -> None:
+        original(self, key, value.new_empty(0) if key.startswith("lora-weight") else value)
+
+    with DoraCaching():
+        DoraLinearLayer._cache_store = store  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            DoraLinearLayer._cache_store = original  # type: ignore[method-assign]
 
 
 def _read_saved_configs(from_saved: Callable[[dict[str, Any]], LoraConfig]) -> None:

@@ -4,17 +4,19 @@ Every page that pairs, subtracts or ranks asks here. What a record does not hold
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.records import Record
+from ..base.records import SAME_LOSS, Record
 from .sections import is_trained, part
 
 LOSS = "held-out loss"
 """the metric where no run was scored on a task; lower is better"""
 
 WORDS = {
-    "fingerprint": "model", "data_hash": "training data", "test_hash": "test data", "n": "number of test examples",
+    "fingerprint": "model", "model_hash": "model", "data_hash": "training data", "test_hash": "test data",
+    "n": "number of test examples",
     "scorer_hash": "what judges the answers", "metric": "metric", "harness": "harness",
     "num_fewshot": "few-shot examples", "engine": "engine", "sampling": "sampling",
     "max_new_tokens": "tokens of an answer", "max_length": "tokens of an example", "train_on": "what carries loss",
@@ -100,12 +102,30 @@ def measured_apart(a: Record, b: Record, task: str | None) -> list[str]:
 def apart(a: Record, b: Record, task: str | None) -> list[str]:
     """Why one run's score says nothing of the other's, in words: other weights, other training data, or measured
     otherwise. Which experts, and with which options, is not among it."""
-    return _apart(_made(a) | measured(a, task), _made(b) | measured(b, task))
+    found = _apart(_made(a) | measured(a, task), _made(b) | measured(b, task))
+    return list(dict.fromkeys([*(["model"] if _began_apart(a, b) else []), *found]))
+
+
+def base_hash(record: Record) -> str | None:
+    """The hash of the base's files, by which weights of one shape are told apart; None where the record has none, where
+    what it scores is itself what was trained, and of the Hub's commit, which a README changes, too."""
+    found: str | None = part(record, "config").get("model_hash")
+    is_commit = found is not None and len(found) < 64
+    return None if is_commit or part(record, "sweep").get("model") else found
+
+
+def _began_apart(a: Record, b: Record) -> bool:
+    """Whether two trainings' losses before the first step, of the same rows, are not those of one model."""
+    one, two = (part(record, "training").get("test_loss_before") for record in (a, b))
+    beneath = (part(record, "config").get("on_top_of") or [] for record in (a, b))
+    if one is None or two is None or len({*map(tuple, beneath)}) > 1 or measured_apart(a, b, None):
+        return False
+    return not math.isclose(one, two, rel_tol=SAME_LOSS)
 
 
 def _made(record: Record) -> dict[str, Any]:
     data = part(record, "config").get("data_hash") or (part(record, "data").get("hash") if is_trained(record) else None)
-    found = {"fingerprint": record["model"]["fingerprint"], "data_hash": data}
+    found = {"fingerprint": record["model"]["fingerprint"], "model_hash": base_hash(record), "data_hash": data}
     return {name: value for name, value in found.items() if value}
 
 
