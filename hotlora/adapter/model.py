@@ -5,10 +5,12 @@ own `lora.Linear`; the planned experts and the routers get the layers in `expert
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -27,6 +29,14 @@ from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, mis
 from .parallel import UNMERGED
 from .quantize import noted_quantization
 from .stored import check_mergeable, is_plain, warn_if_experts_unquantized
+
+# Of a config, besides the plan's experts and ranks: what an adapter's tensors are for, and how they are scaled. The
+# rest acts in training alone, or notes where the adapter was made.
+_DECIDE = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", *_SWITCHES, "train_a", "a_seed",
+    "mask", "train_full_experts", "share_a", "perft", "perft_adapters", "perft_top_k", "modules_to_save",
+    "trainable_token_indices",
+)  # fmt: skip
 
 
 class HotLoraModel(LoraModel):
@@ -294,4 +304,25 @@ def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict
     config.note_loaded({peft_hooks.key_of_today(key): tensor for key, tensor in state_dict.items()})
 
 
-peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading)
+def _before_loading_again(model: PeftModel, adapter_name: str, saved: PeftConfig, path: str) -> None:
+    """HotLoraError: the saved tensors mean something else in the adapter that has the name. PlanError: as `bind`."""
+    there = model.peft_config[adapter_name]
+    assert isinstance(there, HotLoraConfig)
+    if isinstance(saved, HotLoraConfig):
+        its, new = (json.loads(json.dumps(config.to_dict(), default=sorted)) for config in (there, saved))
+        told = [f"{name}={new[name]!r} and not {its[name]!r}" for name in _DECIDE if new[name] != its[name]]
+        told += [f"other {name}" for name in ("experts", "ranks") if new["plan"][name] != its["plan"][name]]
+        if there._a_hash is not None and saved._saved_a_hash not in (None, there._a_hash):
+            told.append("another frozen A")
+    else:
+        told = ["no HotLoraConfig"]
+    if told:
+        raise HotLoraError(
+            f"the model already has an adapter {adapter_name!r}, and the one in {path} has {', '.join(told)}: PEFT "
+            "would put its tensors into the one that is there. Give another adapter_name, or delete_adapter"
+            f"({adapter_name!r}) first; of PeftModel.from_pretrained leave out config."
+        )
+    check_ground(saved.on_top_of, model)
+
+
+peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading, _before_loading_again)
