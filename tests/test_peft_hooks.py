@@ -126,7 +126,9 @@ def test_transformers_hotswap_is_refused_with_the_reason(there, how, tmp_path):
         model.enable_peft_hotswap(check_compiled="ignore")
     model.load_adapter(str(tmp_path / there), adapter_name="one")
     before = logits(model)
-    with pytest.raises(HotLoraError, match=r"load_adapter's hotswap is not supported with a HotLoraConfig.*set_adapter"):
+    with pytest.raises(
+        HotLoraError, match=r"load_adapter's hotswap is not supported with a HotLoraConfig.*set_adapter"
+    ):
         model.load_adapter(str(tmp_path / "hot"), adapter_name="one", **how)
     with pytest.raises(ValueError, match="already exists"):
         model.load_adapter(str(tmp_path / "hot"), adapter_name="one", hotswap=False)
