@@ -368,6 +368,7 @@ def _before_loading_again(model: PeftModel, adapter_name: str, saved: PeftConfig
             "would put its tensors into the one that is there. Give another adapter_name, or delete_adapter"
             f"({adapter_name!r}) first; of PeftModel.from_pretrained leave out config."
         )
+    assert isinstance(saved, HotLoraConfig)
     check_ground(saved.on_top_of, model)
 
 
