@@ -32,7 +32,8 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     assert "hotlora" not in sys.modules
     found = facts(folder)
     assert "hotlora" not in sys.modules
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]
+    ours = ("transformers.integrations.peft", "transformers.modeling_utils")
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft" or name in ours]
     before = _held(modules)
     for name in (
         "adapter",
@@ -186,9 +187,14 @@ def files(folder: Path) -> dict[str, Any]:
     found["loaded second"] = _logits(loaded)
     hotswap_adapter(loaded, str(folder / "first"), "y")
     found["swapped"] = _logits(loaded)
+    loaded.load_adapter(folder / "second", "y", token=False)
+    found["loaded over another"] = _logits(loaded)
     of_transformers = tiny_model("mixtral")
     of_transformers.load_adapter(str(folder / "second"))
     found["loaded by transformers"] = _logits(of_transformers)
+    found["loaded twice"] = _message(lambda: of_transformers.load_adapter(str(folder / "first"), "default"))
+    of_transformers.load_adapter(str(folder / "first"), "default", hotswap=True)
+    found["swapped by transformers"] = _logits(of_transformers)
     return found
 
 

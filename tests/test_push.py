@@ -21,7 +21,7 @@ from hotlora.base.files import read_json
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.hf.hub import _user, check_push, push
-from hotlora.report.card import write_card
+from hotlora.report.card import write_card, write_export_card
 from hotlora.runs.export import export_saved
 
 WHAT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "experts.png"}
@@ -246,6 +246,29 @@ def test_what_is_exported_has_a_card_that_says_who_loads_it(run: Path, tmp_path:
     if served:
         with pytest.raises(HotLoraError, match="holds a base and an adapter that belong together: push"):
             push(out, "mine")
+        assert "It needs the base beside it" in card.text
+    if format == "peft":
+        code = card.text.partition("```python\n")[2].partition("```")[0]
+        compile(code, "card", "exec")
+        assert "base_model = AutoModelForCausalLM.from_pretrained('model')" in code
+        assert (out / "tokenizer.json").read_bytes() == (run / "adapter" / "tokenizer.json").read_bytes()
     assert "secret-project" not in card.content and "rows.jsonl" in card.text
     loss = read_record(run)["training"].get("test_loss")
     assert ("## Results" in card.text) is (format != "combined") and loss is None
+
+
+@pytest.mark.parametrize("how", ["merge_router", "drop_router"])
+def test_a_card_says_what_became_of_the_routers(run: Path, tmp_path: Path, how: str):
+    """No results where it is another model than the one that was scored, and no base that it does not fit."""
+    for format in ("vllm", "sglang"):
+        folder = tmp_path / format
+        export_saved(str(run.parent / "model"), run / "adapter", folder, format=format, **{how: True})
+        dropped = how == "drop_router"
+        card = ModelCard.load(write_export_card(folder, format, "lab/moe", [run / "adapter"], None, dropped))
+        assert card.data.base_model == ("lab/moe" if dropped else None)
+        assert ("was left out (`--drop-router`)" in card.text) == dropped == ("## Results" not in card.text)
+        if not dropped:
+            assert ModelCard.load(folder / "base" / "README.md").data.base_model == "lab/moe"
+    hotlora.export_adapter(hotlora.load_adapter(run), tmp_path / "python", format="vllm", **{how: True})
+    (card,) = (tmp_path / "python" / ("" if dropped else "adapter")).glob("README.md")
+    assert ("--drop-router" in card.read_text()) == dropped

@@ -457,6 +457,16 @@ def test_one_section_a_task_and_base_joins_each(tmp_path):
     assert page.images == 8 and len(list((tmp_path / "out").glob("*.png"))) == 8
 
 
+def test_a_model_by_its_folder_from_the_root_is_the_same_model(tmp_path, monkeypatch):
+    """An adapter notes it so, and what scores the adapter takes it from there."""
+    write_runs(tmp_path, conditions=("base", "all", "hot"))
+    for run, name in (("base", "bases/moe"), ("all", "bases/moe"), ("hot", f"{tmp_path}/bases/moe")):
+        change(tmp_path / "nano-math" / f"{run}-0", model__name=name)
+    monkeypatch.chdir(tmp_path)
+    (section,) = read_sections(find_records(tmp_path))
+    assert section.model == "bases/moe" and len(section.records) == 3
+
+
 def test_several_seeds_are_told_apart_and_compared_within_a_seed(tmp_path):
     for seed in (0, 1):
         write_runs(tmp_path, conditions=("all", "hot"), seed=seed)

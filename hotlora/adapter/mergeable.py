@@ -41,6 +41,7 @@ class MergeableLayer(nn.Module, LoraLayer):
 
     def _add_adapter(self, adapter: str, r: int, lora_alpha: int, config: LoraConfig) -> None:
         """What PEFT keeps of every adapter, once its factors are in place."""
+        self._cached.clear()  # of another adapter that had the name
         self.r[adapter] = r
         self.lora_alpha[adapter] = lora_alpha
         self.use_dora[adapter] = config.use_dora
@@ -78,6 +79,10 @@ class MergeableLayer(nn.Module, LoraLayer):
         if mode:
             self._cached.clear()
         return super().train(mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._cached.clear()
+        super().delete_adapter(adapter_name)
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, once for each key while PEFT's `DoraCaching` is on, outside training; as PEFT's own DoRA layers."""

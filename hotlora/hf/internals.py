@@ -39,6 +39,8 @@ NAMES = {
     "torch:_C._accelerator_setAllocatorSettings": _PINNED,
     "transformers:PreTrainedConfig._experts_implementation": "adapter.model does not give a model its own forward of "
     "experts back when the adapter is unloaded",
+    "transformers.integrations.peft#_hotswap_enabled": "hf.peft_hooks: transformers' load_adapter swaps a part of an "
+    "adapter, after enable_peft_hotswap",
     "transformers.core_model_loading:revert_weight_conversion": "adapter.formats names experts as transformers does, "
     "and not as servers read them",
     "transformers.integrations:INTEGRATION_TO_CALLBACK": "--report-to is not checked before training",

@@ -1,6 +1,7 @@
 """What every kind of run shares: the base model it starts from, its folder, its record."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -28,7 +29,7 @@ from ..base.processes import described as described_error
 from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
 from ..evaluation.score import Evaluation
-from ..hf.models import checked_device, load_config, load_model
+from ..hf.models import NANOS, checked_device, load_config, load_model
 from ..training import checkpoints
 from ..training.config import TrainConfig
 from ..training.extend import check_extension, ends_elsewhere
@@ -129,6 +130,13 @@ def hashes_underneath(on_top_of: Sequence[str | Path]) -> dict[str, list[str]]:
         "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
         "on_top_of_options_hash": [saved_options_hash(folder) for folder in on_top_of],
     }
+
+
+def named_base(model: str) -> str:
+    """What an adapter notes as its base: a folder from the root, for it may be loaded from anywhere; else as the user
+    calls it, for the embedded model's folder is another one on every machine."""
+    folder = Path(model).expanduser()
+    return os.path.abspath(folder) if model not in NANOS and folder.is_dir() else model
 
 
 def check_has_no_perft(adapters: Sequence[str | Path]) -> None:

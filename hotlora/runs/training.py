@@ -60,7 +60,9 @@ from ..training.rank_growth import RankGrowth, allocated
 from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
 from .checks import check_made_on, check_run, select
-from .folder import data_time, finished, hashes_underneath, load_base, recorded, save_evaluation, underneath
+from .folder import (
+    data_time, finished, hashes_underneath, load_base, named_base, recorded, save_evaluation, underneath,
+)  # fmt: skip
 from .options import RunOptions
 from .profiling import Watching, profile_data, profile_sample, profile_source
 
@@ -418,8 +420,7 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str, ends: Sequence[int]) -> int:
     """Saves the adapter, and its tokenizer beside it, and the generation config with the tokens that end an answer,
     where the tokenizer does not tell; returns the size of its weights in bytes."""
-    # As the user calls it: the embedded model's folder is another one on every machine.
-    model.peft_config["default"].base_model_name_or_path = model_name
+    model.peft_config["default"].base_model_name_or_path = named_base(model_name)
     with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
         if is_main():  # each process has all of the adapter, whatever of the base
             ours = {name: value for name, value in model.state_dict().items() if "lora_" in name}
