@@ -20,6 +20,7 @@ from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.talk import answer, prompt_ids
 from hotlora.hf import hub
 from hotlora.report.card import PICTURE, card_text, write_card
+from hotlora.runs import load
 from hotlora.runs.export import combine_saved
 from hotlora.runs.load import find
 from hotlora.tasks import Example
@@ -59,6 +60,22 @@ def test_a_run_or_its_adapter_alone_is_enough(run: Path, part: str):
     merged, _ = hotlora.load(run / part, merge=True)
     assert not hasattr(merged, "peft_config")
     torch.testing.assert_close(logits(merged, tokenizer), logits(by_hand, tokenizer), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_on_a_gpu_a_run_is_loaded_in_what_it_was_trained_in(run: Path, part: str, tmp_path: Path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    record["config"]["dtype"] = "float16"
+    write_record(tmp_path / "run", record)
+    loaded, load_base = [], load.load_base
+    monkeypatch.setattr(load, "load_base", lambda *given, **options: loaded.append(options) or load_base(*given))
+    for device, asked, expected in (
+        ("cpu", "auto", "auto"), ("cuda", "auto", "float16"), ("cuda", "float32", "float32"),
+    ):  # fmt: skip
+        monkeypatch.setattr(load, "checked_device", torch.device)
+        hotlora.load(tmp_path / "run" / part, device=device, dtype=asked)
+        assert loaded[-1]["dtype"] == expected
 
 
 def test_load_adapter_takes_paths_too(run: Path, tmp_path: Path):

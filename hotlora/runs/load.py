@@ -16,7 +16,7 @@ from ..base.files import read_json, read_json_lines
 from ..base.quiet import quiet
 from ..base.records import read_record
 from ..hf.hub import adapter_on_hub, can_be_on_hub
-from ..hf.models import NANOS, load_tokenizer
+from ..hf.models import NANOS, checked_device, load_tokenizer
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .folder import adapter_in, check_has_no_perft, load_base
@@ -32,6 +32,8 @@ class Found:
     """Where the tokenizer lies."""
     is_chat: bool | None
     """Whether a run was trained on conversations, which its chat template wrote; None: nothing tells."""
+    dtype: str
+    """What a run was asked to train in; auto: nothing tells."""
 
 
 def find(path: str | Path, model: str | None = None) -> Found:
@@ -41,13 +43,14 @@ def find(path: str | Path, model: str | None = None) -> Found:
 
     FileError: a folder with neither; an adapter that notes no base, one that is gone, or a revision of one.
     """
-    folder, is_chat = _local(path), None
+    folder = _local(path)
     if not folder.exists() and folder.parent.is_dir() and str(path) not in NANOS:
         raise FileError(f"{path} does not exist: give a run's folder, an adapter's, or a model.")
-    if folder.name in ("adapter", "model") and (folder.parent / "run.json").is_file():
-        is_chat = "chat_template" in read_record(folder.parent).get("config", {})
-    if (folder / "run.json").is_file():
-        is_chat = "chat_template" in read_record(folder).get("config", {})
+    within = folder.parent if folder.name in ("adapter", "model") else folder
+    run = next((at for at in (folder, within) if (at / "run.json").is_file()), None)
+    config = {} if run is None else read_record(run).get("config", {})
+    is_chat, dtype = None if run is None else "chat_template" in config, config.get("dtype", "auto")
+    if run == folder:
         there = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
         if not there:
             raise FileError(f"{folder} is a run without an adapter or model: it has not been trained to its end.")
@@ -55,13 +58,13 @@ def find(path: str | Path, model: str | None = None) -> Found:
     if (folder / CONFIG_FILE).is_file():
         base = model or _noted_base(folder / CONFIG_FILE)
         own = (folder / "tokenizer_config.json").is_file()
-        return Found(base, folder, str(folder) if own else base, is_chat)
+        return Found(base, folder, str(folder) if own else base, is_chat, dtype)
     if model is not None:
         raise HotLoraError(f"{path} is no adapter, so there is nothing to load onto {model}: leave one of them out.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileError(f"{folder} holds no run, adapter or model: give the folder that a training wrote.")
     name = str(folder) if folder.is_dir() else str(path)
-    return Found(name, None, name, is_chat)
+    return Found(name, None, name, is_chat, dtype)
 
 
 def _local(path: str | Path) -> Path:
@@ -99,7 +102,7 @@ def load(
     Args:
         model: the base, where it is not at the place that the adapter notes.
         merge: fold the adapter into the weights, in memory: faster, and rounded to their dtype.
-        dtype, device: as `load_model` takes them.
+        dtype, device: as `load_model` takes them; on a GPU "auto" is what the run was trained in.
         offload, offload_folder: as in training: none, cold or all.
 
     Raises:
@@ -107,6 +110,8 @@ def load(
         model. HotLoraError: an option that does not exist, or merging into quantized experts.
     """
     found = find(path, model)
+    if dtype == "auto" and checked_device(device).type != "cpu":  # where half precision is slower
+        dtype = found.dtype
     tokenizer = load_tokenizer(found.tokenizer)
     loading: Any = {"dtype": dtype, "device": device, "offload": offload, "offload_folder": offload_folder}
     if found.adapter is None:

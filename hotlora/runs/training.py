@@ -61,8 +61,15 @@ from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
 from .checks import check_made_on, check_run, select
 from .folder import (
-    data_time, finished, hashes_underneath, load_base, named_base, recorded, save_evaluation, underneath,
-)  # fmt: skip
+    data_time,
+    finished,
+    hashes_underneath,
+    load_base,
+    named_base,
+    recorded,
+    save_evaluation,
+    underneath,
+)
 from .options import RunOptions
 from .profiling import Watching, profile_data, profile_sample, profile_source
 
