@@ -126,13 +126,15 @@ class MergeableLayer(nn.Module, LoraLayer):
         """Takes merged updates out again: bit for bit of weights in 16 bits whose adapter trains, and up to the
         rounding of others."""
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            before = self.replaced.pop(name, None)
+            name = self.merged_adapters[-1]
+            before = self.replaced.get(name)
             if before is None:
                 self._write(name, self._sums([(weight, rows, -d) for weight, rows, d in self._deltas(name)]), False)
             else:
                 for (weight, rows), old in zip(self.merge_targets(name), before, strict=True):
-                    weight.data[rows] = old
+                    weight.data[rows] = old.to(weight)  # `model.float()` and `.cuda()` do not take it along
+            self.merged_adapters.pop()  # only now: after an error the layer is still merged
+            self.replaced.pop(name, None)
 
     def merge_targets(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
         """(parameter, rows) of `_deltas`, without working out the deltas."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.records import SAME_LOSS, Record
+from ..tasks import task_of
 from .sections import is_trained, part
 
 LOSS = "held-out loss"
@@ -18,6 +19,7 @@ WORDS = {
     "fingerprint": "model", "model_hash": "model", "data_hash": "training data", "test_hash": "test data",
     "n": "number of test examples",
     "scorer_hash": "what judges the answers", "metric": "metric", "harness": "harness",
+    "tasks_hash": "rows of the harness's task", "include_hash": "files in --include-path",
     "num_fewshot": "few-shot examples", "engine": "engine", "sampling": "sampling",
     "max_new_tokens": "tokens of an answer", "max_length": "tokens of an example", "train_on": "what carries loss",
     "chat_template": "chat template",
@@ -33,13 +35,15 @@ def way_of(record: Record) -> dict[str, Any]:
     """How answers were got, on whatever task: None where it is as hotlora has it by itself."""
     config = part(record, "config")
     harness = config.get("harness")
+    task, given = task_of(str(config.get("data"))), config.get("max_new_tokens")
+    own = task and task.max_new_tokens  # of people's own rows it depends on them, and is not known here
     engine = "given answers" if config.get("generations") is not None else config.get("engine")
     return {
         "harness": harness,
         "num_fewshot": None if harness is None else config.get("num_fewshot"),
         "engine": None if engine == "transformers" else engine,
         "sampling": sampling_of(config),
-        "max_new_tokens": config.get("max_new_tokens"),
+        "max_new_tokens": None if given == own else given,
     }
 
 
@@ -80,6 +84,7 @@ def measured(record: Record, task: str | None) -> dict[str, Any]:
     if task is not None:
         result = record["evaluation"][task]
         found |= {"metric": result["metric"], "n": result["n"], "scorer_hash": config.get("scorer_hash")}
+        found |= _own_files(config, task)
         by_tokens = result["metric"] == "token_accuracy"
     else:
         found |= {"metric": LOSS, "max_length": config.get("max_length")}
@@ -92,6 +97,13 @@ def measured(record: Record, task: str | None) -> dict[str, Any]:
     if "chat_template" in config and (task is None or not is_trained(record)):  # a task's own prompts have none
         found["chat_template"] = config["chat_template"]
     return found if task is None else found | way_of(record)
+
+
+def _own_files(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Hashes of what the harness read of one's own files: a task's local rows, else all that is beside its config."""
+    names = (str(name).partition(":")[0] for name in config.get("tasks") or ())
+    rows = dict(zip(names, config.get("tasks_hash") or (), strict=False)).get(task)
+    return {"include_hash": config.get("include_hash")} if rows is None else {"tasks_hash": rows}
 
 
 def measured_apart(a: Record, b: Record, task: str | None) -> list[str]:
