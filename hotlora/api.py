@@ -397,7 +397,7 @@ def export_adapter(
     Args:
         model: a `PeftModel` with a HotLoRA adapter.
         output: a folder that is not there yet, or is empty.
-        tokenizer: saved beside a checkpoint (merged, merge_router, merge_attention).
+        tokenizer: saved beside a checkpoint (merged, merge_router, merge_attention), and a plain PEFT adapter (peft).
 
     Returns:
         `output`.
@@ -419,7 +419,7 @@ def export_adapter(
     base = base_name(adapted, adapter_name) or "its base model"
     source = adapted.base_model.entry_of(adapter_name).get("path")
     room = room_of(adapted.get_base_model(), format, folder, adapted.get_base_model().dtype)
-    write_export_card(folder, format, base, [source] if source else [], room)
+    write_export_card(folder, format, base, [source] if source else [], room, drop_router)
     return folder
 
 

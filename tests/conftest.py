@@ -1,10 +1,12 @@
 """Slow and GPU tests are listed as skipped unless asked for. What tests take can be recorded. A command, called."""
 
+import functools
 import gc
 import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: each worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("COLUMNS", None)  # xdist hands on its terminal's width, and the commands' console would keep it
 
+import jinja2
 import pytest
 import torch
+from interpreter import patch_once
 
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once()
+# PEFT compiles the same template of a model card for each adapter that is saved: a tenth of a short training.
+jinja2.Environment.compile = functools.lru_cache(maxsize=64)(jinja2.Environment.compile)  # type: ignore[method-assign]
 
 SLOWEST = 25  # that are recorded
 
@@ -52,9 +61,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="gpu: needs a CUDA device"))
 
 
@@ -62,6 +71,14 @@ def pytest_collection_finish() -> None:
     """What is imported stays. Looked through at each collection, these half a million objects cost a tenth of all."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """So does what a file's tests have imported, for those of the next files."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        pytest_collection_finish()
 
 
 def pytest_sessionfinish() -> None:

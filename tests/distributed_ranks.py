@@ -6,6 +6,7 @@ Each scenario is a function below. It runs in forked children, so that torch is 
 FOLDER/SCENARIO-PROCESSES; what a child prints to stderr goes there, too. Prints one JSON object of exit codes.
 """
 
+import gc
 import json
 import os
 import signal
@@ -330,6 +331,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     if not (folder / "model").exists():
         prepare(folder)
+    gc.freeze()  # else each child collects, and so copies, what was imported
     codes = {}
     for job in sys.argv[2:]:
         scenario, _, many = job.partition(":")

@@ -18,6 +18,7 @@ from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from tiny import fill, tiny_batch, tiny_model
+from transformers import AutoModelForCausalLM
 
 
 def facts(folder: str) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     assert "hotlora" not in sys.modules
     found = facts(folder)
     assert "hotlora" not in sys.modules
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]
+    ours = ("transformers.integrations.peft", "transformers.modeling_utils")
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft" or name in ours]
     before = _held(modules)
     for name in (
         "adapter",
@@ -48,6 +50,22 @@ def facts_and_changes(folder: str) -> tuple[dict[str, Any], dict[str, str]]:
     after = _held(modules)
     assert after.keys() >= before.keys()
     return found, {name: _where(value) for name, value in after.items() if value is not before.get(name)}
+
+
+def loaded(folder: str, way: str) -> str:
+    """Whether an adapter loads where nobody has imported hotlora, and whether it has been imported by then; or the
+    error."""
+    assert "hotlora" not in sys.modules
+    warnings.simplefilter("ignore")
+    try:
+        base = AutoModelForCausalLM.from_pretrained(f"{folder}/base")
+        if way == "peft":
+            PeftModel.from_pretrained(base, f"{folder}/adapter")
+        else:
+            base.load_adapter(f"{folder}/adapter")
+    except Exception as error:
+        return f"{type(error).__name__} {error}"
+    return f"loaded {'hotlora' in sys.modules}"
 
 
 def _held(modules: list[ModuleType]) -> dict[str, Any]:
@@ -169,9 +187,14 @@ def files(folder: Path) -> dict[str, Any]:
     found["loaded second"] = _logits(loaded)
     hotswap_adapter(loaded, str(folder / "first"), "y")
     found["swapped"] = _logits(loaded)
+    loaded.load_adapter(folder / "second", "y", token=False)
+    found["loaded over another"] = _logits(loaded)
     of_transformers = tiny_model("mixtral")
     of_transformers.load_adapter(str(folder / "second"))
     found["loaded by transformers"] = _logits(of_transformers)
+    found["loaded twice"] = _message(lambda: of_transformers.load_adapter(str(folder / "first"), "default"))
+    of_transformers.load_adapter(str(folder / "first"), "default", hotswap=True)
+    found["swapped by transformers"] = _logits(of_transformers)
     return found
 
 

@@ -7,12 +7,15 @@ weights lie in the model's own layout is written down here by family.
 import copy
 import json
 import re
-import subprocess
 import sys
 import tempfile
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
+from apart import apart
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 # Experts' weights [E, in, out] in place of [E, out, in].
@@ -173,41 +176,32 @@ def read_gguf(folder, base):
     return model
 
 
-PLAIN_PEFT = """
-import sys, warnings
-sys.path.insert(0, sys.argv[1])
-import json, torch, zoo
-from functools import cache
-from peft import PeftModel
-from safetensors.torch import save_file
-from zoo import zoo_model
-from readers import logits
-zoo.families = cache(zoo.families)
-found = {}
-for name, family, folder in json.loads(open(sys.argv[2]).read()):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            warnings.filterwarnings("error", message=".*unexpected keys.*")
-            model = PeftModel.from_pretrained(zoo_model(family), folder)
-        found[name] = logits(model)
-    except Exception as error:
-        print(f"{name}: {type(error).__name__}: {error}"[:600], file=sys.stderr)
-assert not any(module.split(".")[0] == "hotlora" for module in sys.modules)
-save_file(found, sys.argv[3])
-"""
-
-
 def plain_peft_logits(folders, tmp_path):
     """name -> logits of `(family, folder)`, loaded by plain PEFT in a process of its own that never saw hotlora;
     and what it said of those that it could not load."""
-    cases, output = tmp_path / "cases.json", tmp_path / "logits.safetensors"
-    cases.write_text(json.dumps([(name, family, str(folder)) for name, (family, folder) in folders.items()]))
-    command = [sys.executable, "-c", PLAIN_PEFT, str(Path(__file__).parent), str(cases), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return load_file(output), done.stderr
+    output = tmp_path / "logits.safetensors"
+    said = apart(_plain_peft_logits, [(name, *case) for name, case in folders.items()], output)
+    return load_file(output), said
+
+
+def _plain_peft_logits(cases, output):
+    import zoo
+
+    zoo.families = cache(zoo.families)
+    found, said = {}, []
+    for name, family, folder in cases:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                warnings.filterwarnings("error", message=".*unexpected keys.*")
+                model = PeftModel.from_pretrained(zoo.zoo_model(family), folder)
+            found[name] = logits(model)
+        except Exception as error:
+            said.append(f"{name}: {type(error).__name__}: {error}"[:600])
+    assert not any(module.split(".")[0] == "hotlora" for module in sys.modules)
+    save_file(found, output)
+    return "\n".join(said)
 
 
 def logits(model):

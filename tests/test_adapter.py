@@ -472,6 +472,33 @@ def test_a_model_in_16_bits_gets_its_very_weights_back(dtype):
         assert not any(m.replaced for _, m in ours)
 
 
+def test_a_model_that_was_merged_in_another_dtype_gets_its_weights_back():
+    """As where it is merged, cast for an engine or an evaluation, and trained further."""
+    model = adapted(model=tiny_model("qwen2_moe").to(torch.bfloat16))
+    ours = [m for m in model.modules() if isinstance(m, MergeableLayer)]
+    before = [p.float() for m in ours for _, p in own_parameters(m)]
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    after = [p for m in ours for _, p in own_parameters(m)]
+    assert all(p.dtype == torch.float32 and torch.equal(p, old) for p, old in zip(after, before, strict=True))
+    assert not any(m.merged or m.replaced for m in ours)
+
+
+def test_a_layer_that_could_not_be_unmerged_is_merged_still(monkeypatch):
+    model = adapted(model=tiny_model().to(torch.bfloat16))
+    layer = model.get_base_model().model.layers[0].mlp.experts
+    before = [p.clone() for _, p in own_parameters(layer)]
+    layer.merge()
+    with monkeypatch.context() as context:
+        context.setattr(layer, "merge_targets", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            layer.unmerge()
+    assert layer.merged
+    layer.unmerge()
+    assert all(torch.equal(p, old) for (_, p), old in zip(own_parameters(layer), before, strict=True))
+
+
 def own_parameters(layer):
     return list(layer.base_layer.named_parameters())
 

@@ -216,6 +216,9 @@ def test_what_was_measured_otherwise_is_not_paired(tmp_path: Path):
         ({"scorer_hash": "u" * 64}, "what judges the answers"),
         ({"sampling": {"samples": 20, "temperature": 0.2, "top_p": 0.95, "seed": 0}}, "sampling"),
         ({"max_new_tokens": 9}, "tokens of an answer"),
+        ({"data": "gsm8k:/here", "max_new_tokens": 512}, "tokens of an answer"),
+        ({"tasks": ["piqa", "gsm8k:/edited"], "tasks_hash": [None, "u" * 64]}, "rows of the harness's task"),
+        ({"tasks": ["gsm8k"], "include_hash": "u" * 64}, "files in --include-path"),
         ({"engine": "vllm"}, "engine"),
         ({"harness": "lm-eval 0.4.9", "num_fewshot": 5}, "harness"),
         ({"generations": "answers.jsonl"}, "engine"),
@@ -223,7 +226,8 @@ def test_what_was_measured_otherwise_is_not_paired(tmp_path: Path):
     ids=str,
 )
 def test_each_way_of_measuring_is_told_and_pairs_only_with_its_like(runs: Path, config: dict, word: str):
-    known = {"test_hash": "t" * 64, "scorer_hash": "t" * 64}
+    known = {"test_hash": "t" * 64, "scorer_hash": "t" * 64, "include_hash": "t" * 64}
+    known |= {"tasks": ["gsm8k:/here"], "tasks_hash": ["t" * 64]} if "tasks_hash" in config else {}
     for condition, scores in SCORES.items():
         for seed, score in scores.items():
             write_run(runs, condition, seed, score, config=known | (config if condition == "hot" else {}))
@@ -240,6 +244,22 @@ def test_what_older_records_lack_is_not_compared(runs: Path):
     for seed, score in SCORES["hot"].items():
         write_run(runs, "hot", seed, score, config=known | {"sampling": greedy if seed else None})
     assert rows_of(compare_runs(runs))["hot"].against.test.n == 4 and compare_runs(runs).tables[0].notes[1:] == ()
+
+
+def test_the_tasks_own_length_of_an_answer_is_no_other_way(runs: Path):
+    for seed, score in SCORES["hot"].items():
+        write_run(runs, "hot", seed, score, config={"data": "gsm8k:/here", "max_new_tokens": 256})
+    assert rows_of(compare_runs(runs))["hot"].against.test.n == 4 and compare_runs(runs).tables[0].notes[1:] == ()
+
+
+def test_files_of_other_tasks_of_the_harness_are_not_compared(runs: Path):
+    """Where the rows of a task itself are known, what else is there is not asked."""
+    for condition, scores in SCORES.items():
+        own = "u" if condition == "hot" else "t"
+        config = {"tasks": ["gsm8k:/here", "hellaswag:/here"], "tasks_hash": ["t" * 64, own * 64], "include_hash": own}
+        for seed, score in scores.items():
+            write_run(runs, condition, seed, score, config=config)
+    assert rows_of(compare_runs(runs))["hot"].against.test.n == 4
 
 
 def test_held_out_losses_of_other_tokens_are_not_paired(tmp_path: Path):

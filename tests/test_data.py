@@ -12,8 +12,8 @@ from transformers import ByT5Tokenizer
 
 from hotlora.base.errors import DataError
 from hotlora.tasks import Example, task_of
+from hotlora.tasks.arrow import without_filling
 from hotlora.tasks.data import data_hash, load_examples, test_source
-from hotlora.tasks.rows import without_filling
 from hotlora.tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, tokenize
 
 test_source.__test__ = False  # type: ignore[attr-defined]

@@ -344,6 +344,15 @@ def test_a_models_hash_is_of_its_files_and_cheap(tmp_path: Path, monkeypatch: py
         large.truncate(8 + len(text) + 2**27 + 8192)
     before = model_hash(model)
     assert changed(model / "large.safetensors", 8 + len(text) + 2**27 + 5000) != before, "so is a small tensor"
+    expert = 2**27 // 64  # 2 MiB: of 64 experts in one tensor each is looked at
+    header = {"experts": {"data_offsets": [0, 2**27], "shape": [64, 1024, 1024]}}
+    text = json.dumps(header).encode()
+    with open(model / "large.safetensors", "wb") as large:
+        large.write(len(text).to_bytes(8, "little") + text)
+        large.truncate(8 + len(text) + 2**27)
+    for number in (1, 62, 63):
+        before = model_hash(model)
+        assert changed(model / "large.safetensors", 8 + len(text) + number * expert + 100) != before, number
 
     cache = tmp_path / "models--a--b" / "snapshots" / "c0ffee" / "config.json"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(cache))

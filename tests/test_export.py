@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from functools import cache
 
 import pytest
 import torch
@@ -18,8 +17,7 @@ from readers import (
     write_adapter,
 )
 from safetensors.torch import load_file
-from zoo import families
-from zoo import zoo_model as build
+from zoo import families, zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.formats.export import export_adapter
@@ -60,13 +58,6 @@ RAW_SHARED = {"inkling_mm_model", "inkling_text"}
 # Does not generate left to right.
 NOT_ADAPTED = {"diffusion_gemma"}
 
-_build = cache(build)
-_families = cache(families)
-
-
-def zoo_model(family, **options):
-    return copy.deepcopy(_build(family, **options))
-
 
 def adapted(family="olmoe", model=None, experts=PLANNED, layers=None, **config):
     """A tiny model with a random adapter. `layers`: the decoder indices whose experts are planned; None: all."""
@@ -99,7 +90,7 @@ def assert_same(found, expected, other=None):
 
 
 def base_of(folder, family):
-    cls = getattr(transformers, _families()[family])
+    cls = getattr(transformers, families()[family])
     return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
 

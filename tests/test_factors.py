@@ -11,6 +11,7 @@ from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from peft.helpers import DoraCaching
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors.torch import load_file, save_file
 from tiny import fill, tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
@@ -27,6 +28,7 @@ from hotlora.adapter.load import load_adapter
 from hotlora.adapter.mask import SparseMask, draw_mask
 from hotlora.adapter.raw_weights import HotLoraWeights
 from hotlora.base.errors import FileError, HotLoraError, PlanError
+from hotlora.evaluation.generate import generation
 from hotlora.evaluation.talk import answer
 from hotlora.hf.experts_view import ExpertsView
 from hotlora.hf.moe_layers import moe_layers
@@ -308,6 +310,24 @@ def test_dora_norms_are_worked_out_once_for_a_batch_of_answers(monkeypatch):
     assert len(made) == len({id(layer) for layer in made}) >= 4
     fill(model, 1, scale=0.5)
     assert answer(model, tokenizer, "1 + 1 =", max_new_tokens=4) != said, "of the new weights"
+
+
+def test_answers_keep_dora_norms_and_nothing_as_large_as_a_weight():
+    model = adapted(use_dora=True)
+    layers = [module for module in model.modules() if isinstance(module, DoraLinearLayer)]
+    expected = logits(model)
+    with generation(model):
+        assert torch.equal(logits(model), expected) and torch.equal(logits(model), expected)
+        kept = {key.rpartition("-")[0]: 0 for layer in layers for key in layer._dora_cache}
+        for layer in layers:
+            for key, value in layer._dora_cache.items():
+                kept[key.rpartition("-")[0]] += value.untyped_storage().nbytes()
+    assert kept["weight-norm"] == sum(4 * layer.weight.numel() for layer in layers) > 0
+    assert kept["lora-weight"] == 0
+    assert not any(layer._dora_cache for layer in layers)
+    with DoraCaching():  # PEFT's own is as it was
+        logits(model)
+        assert all(value.numel() for layer in layers for value in layer._dora_cache.values())
 
 
 def test_dora_twice_is_merged_at_once_or_not_at_all():

@@ -5,6 +5,7 @@ Built from the package itself (zoo.py), so a transformers with a new family fail
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ SKIPS = ("zaya",)
 """families whose router may send a token to no expert"""
 NOISY, BY_TABLE = ("phimoe",), ("deepseek_v4",)
 """families whose router is noisy in training, and whose first MoE layer chooses by a table of tokens"""
+
+
+@cache
+def plain(family):
+    """For those who only look."""
+    return zoo_model(family)
 
 
 def plan_for(model, wanted=(1, 3, 6)):
@@ -64,7 +71,7 @@ def test_no_family_is_forgotten():
 def test_profile_and_zero_B(family):
     """A profile counts what every run of the experts is given, and no padding: tokens x K a run, but for those that
     are sent to none. With B = 0 the logits are the base's, bit for bit."""
-    model, layers, given = zoo_model(family), moe_layers(zoo_model(family)), {}
+    model, layers, given = zoo_model(family), moe_layers(plain(family)), {}
     for layer in layers:
         model.get_submodule(layer.experts).register_forward_pre_hook(
             lambda _, args, kwargs, i=layer.layer: given.setdefault(i, []).append((*args, *kwargs.values())[1:3]),
@@ -201,8 +208,8 @@ def test_output_and_every_gradient_equal_plain_code(family):
 @every_family
 def test_what_is_adapted(family):
     """Each MoE layer's experts, router and shared experts, each decoder layer's attention, and nothing else."""
-    model = zoo_model(family)
-    layers, attention = moe_layers(model), attention_modules(model)
+    base = plain(family)
+    layers, attention = moe_layers(base), attention_modules(base)
     meant = {path for layer in layers for path in (layer.experts, layer.router, *layer.shared)} | set(attention)
     model = adapted(family)
     assert set(model.base_model.targeted_module_names) == meant
@@ -212,7 +219,6 @@ def test_what_is_adapted(family):
     assert bool(counts["shared"]) == any(layer.shared for layer in layers)
     assert not any("vis" in path or "audio" in path or "expert_gate" in path for path in meant)
     # By their names, which most families share, and without what finds them.
-    base = zoo_model(family)
     shared = r".*shared_(experts?|mlp)\.(gate|up|down|input|output)\w*"
     named = re.compile(rf"\.layers\.\d+\.(self_attn\.[qkvo]_proj(\.linear)?|{shared})$")
     linears = {path for path, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -230,12 +236,12 @@ def test_parameters_are_counted_from_the_config_alone(family, tmp_path):
 
 @every_family
 def test_save_load_merge_switch_and_disable(family, tmp_path):
-    base = logits(zoo_model(family))
+    base = logits(plain(family))
     model = adapted(family)
     first = logits(model)
     assert not torch.equal(first, base)
     model.save_pretrained(tmp_path / "a")
-    other = adapted(family, seed=1, plan=plan_for(zoo_model(family), (0, 7)), r=2, train_router=False)
+    other = adapted(family, seed=1, plan=plan_for(plain(family), (0, 7)), r=2, train_router=False)
     second = logits(other)
     other.save_pretrained(tmp_path / "b")
 
@@ -299,7 +305,7 @@ def test_gradient_checkpointing_changes_nothing(family):
 @pytest.mark.parametrize("kind", ["dora", "frozen A, sparse B", "full experts", "ranks"])
 def test_other_ways_to_adapt_train_and_merge(family, kind):
     """What `test_factors` shows exactly on four layouts, on every family: gradients flow, merged equals unmerged."""
-    plan, options = plan_for(zoo_model(family)), {}
+    plan, options = plan_for(plain(family)), {}
     if kind == "dora":
         options = {"use_dora": True}
     elif kind == "full experts":

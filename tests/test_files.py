@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from contextlib import nullcontext
 
 import pytest
@@ -51,6 +52,46 @@ def test_what_is_renamed_into_place_is_on_the_disk_before(tmp_path, monkeypatch)
         (temporary / "inside").mkdir(parents=True)
         (temporary / "inside" / "x.txt").write_text("text")
     assert did == ["fsync"] * 3 + ["rename"] + ["fsync"], "the file and both folders, then the name"
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOTSUP", "ENOSYS", "EBADF", "EACCES", "EPERM", "EIO", "ENOSPC"])
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.skipif(os.name == "nt", reason="Windows flushes no folders")
+def test_a_folder_that_cannot_be_flushed_does_not_undo_a_write(call, code, tmp_path, monkeypatch):
+    """A folder without the right to read, network and FUSE file systems; a disk that fails is still told."""
+    plain = getattr(os, call)
+
+    def refused(asked, *given):
+        is_folder = stat.S_ISDIR((os.fstat if call == "fsync" else os.stat)(asked).st_mode)
+        if is_folder:
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        return plain(asked, *given)
+
+    monkeypatch.setattr(os, call, refused)
+    with pytest.raises(FileError, match="cannot be written") if code in ("EIO", "ENOSPC") else nullcontext():
+        write_json(tmp_path / "run.json", {})
+    assert (tmp_path / "run.json").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "is_told"), [("EINVAL", False), ("ENOTSUP", False), ("ENOSYS", False), ("EACCES", True)]
+)
+@pytest.mark.skipif(os.name == "nt", reason="Windows flushes no folders")
+def test_a_file_that_cannot_be_flushed(code, is_told, tmp_path, monkeypatch):
+    def refused(_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(FileError, match="cannot be written") if is_told else nullcontext():
+        write_json(tmp_path / "run.json", {})
+    assert (tmp_path / "run.json").exists() is not is_told
+
+
+def test_a_link_inside_a_folder_need_not_lead_anywhere(tmp_path):
+    with atomic_folder(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "link").symlink_to("nowhere")
+    assert (tmp_path / "folder" / "link").is_symlink()
 
 
 def test_atomic_path_leaves_the_old_file_on_failure(tmp_path):

@@ -21,7 +21,7 @@ from hotlora.base.errors import DataError
 from hotlora.tasks import Example
 from hotlora.tasks.data import data_hash, load_examples, trained_parts
 from hotlora.tasks.in_memory import save_rows
-from hotlora.tasks.rows import folder_rows, hub_rows, read_rows
+from hotlora.tasks.rows import arrow_rows, dataset_rows, folder_rows, hub_rows, read_rows
 from hotlora.tasks.stored import StoredExamples
 from hotlora.tasks.tokens import tokenize, told
 
@@ -432,6 +432,72 @@ def test_values_of_mixed_types_in_parquet_are_those_that_were_written(tmp_path: 
     assert [row.values for row in folder_rows(tmp_path / "saved", "train")] == rows
     save_rows(made, tmp_path / "rows.jsonl")
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+
+
+def _json_table(cells: list[str | None], **columns: pyarrow.Array) -> pyarrow.Table:
+    """The cells as text, in a list and in a struct, in columns of Arrow's JSON."""
+    kind = datasets.Json()
+    features = datasets.Features({"json": kind, "listed": datasets.List(kind), "inside": {"level": kind, "more": kind}})
+    inside = [{"level": cell, "more": None} for cell in cells]
+    table = pyarrow.table({"json": cells, "listed": [[cell] for cell in cells], "inside": inside})
+    table = table.cast(features.arrow_schema)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets has columns of JSON since version 5")
+def test_numbers_in_columns_of_json_are_those_that_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`datasets` gives 0.7000000000000001, 3.0000000000000004e-05, an error, and again an error."""
+    assert repr(next(arrow_rows([_json_table(["NaN"])], "")).values["json"]) == "nan"
+    cells = ['{"level":0.7}', "3e-05", "18446744073709551616", '{"n":null,"s":"7"}', None]
+    values = [{"level": 0.7}, 3e-05, 2**64, {"n": None, "s": "7"}, None]
+    rows = [{"json": value, "listed": [value], "inside": {"level": value}} for value in values[:-1]]
+    rows.append({"listed": [None], "inside": {}})
+    table = _json_table(cells)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert [row.values for row in read_rows(tmp_path / "rows.parquet")] == rows
+    made = Dataset(table)
+    made.save_to_disk(tmp_path / "saved")
+    assert [row.values for row in folder_rows(tmp_path / "saved", "train")] == rows
+    for number, data in enumerate((made, made.to_iterable_dataset(), table)):
+        path = save_rows(data, tmp_path / f"{number}.jsonl")
+        assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    fewer = made.with_format(columns=["json"]).select([1, 0])
+    assert [row.values for row in dataset_rows(fewer, "fewer")] == [{"json": 3e-05}, {"json": {"level": 0.7}}]
+    changed = made.select([0]).with_transform(lambda batch: {"changed": [str(cell) for cell in batch["json"]]})
+    assert "level" in next(dataset_rows(changed, "changed")).values["changed"], "a transform takes decoded values"
+    # From the Hub, whole and as a stream.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "cache" / "owner___name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    pyarrow.parquet.write_table(table, tmp_path / "owner" / "name" / "train.parquet")
+    assert [row.values for row in hub_rows("owner/name[1:4]", "train")] == rows[1:4]
+    assert [row.values for row in hub_rows("owner/name", "train")] == rows
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets has columns of JSON since version 5")
+def test_a_column_of_json_beside_others(tmp_path: Path):
+    """Of which `datasets` need not know each type."""
+    counts = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(_json_table(["0.7"], counts=counts), tmp_path / "rows.parquet")
+    (row,) = read_rows(tmp_path / "rows.parquet")
+    assert row.values == {"json": 0.7, "listed": [0.7], "inside": {"level": 0.7}, "counts": [("a", 1)]}
+    for cell, message in (
+        (
+            '{"a": ',
+            r"row 2 is not valid JSON \(Expecting value at column 7\); a column of JSON holds '\{\"a\": '",
+        ),
+        ('{"a": 1, "a": 2}', r"rows.parquet row 2: the key 'a' is given twice"),
+        (r'"\ud83d"', r"rows.parquet row 2: holds half a character"),
+    ):
+        pyarrow.parquet.write_table(_json_table(["1", cell]), tmp_path / "rows.parquet")
+        with pytest.raises(DataError, match=message):
+            read_rows(tmp_path / "rows.parquet")
+    Dataset(_json_table(["1", "{"])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"saved row 2 is not valid JSON"):
+        list(folder_rows(tmp_path / "saved", "train"))
 
 
 def test_columns_of_parquet(tmp_path: Path):

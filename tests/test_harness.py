@@ -16,7 +16,7 @@ from hotlora import HotLoraConfig
 from hotlora.base.errors import DataError, HotLoraError
 from hotlora.base.records import Record, read_record, write_record
 from hotlora.cli import main as cli
-from hotlora.evaluation.harness import evaluate_by_lm_eval, lm_eval_version, write_local_task
+from hotlora.evaluation.harness import evaluate_by_lm_eval, lm_eval_version, read_hashes, write_local_task
 from hotlora.evaluation.score import Evaluation, example_id
 from hotlora.runs import evaluation
 from hotlora.runs.options import EvalOptions
@@ -224,6 +224,9 @@ def test_edited_tasks_and_rows_are_another_evaluation(folder: Path, monkeypatch:
     task, rows = folder / "own" / "own.yaml", folder / "own" / "data" / "rows.jsonl"
     task.write_text("task: own\n")
     rows.write_text("{}\n")
+    packed = [rows.with_suffix(end) for end in (".parquet", ".arrow", ".tsv", ".jsonl.gz", ".jsonl.zst")]
+    for file in packed:
+        file.write_text("rows")
 
     def evaluated(tasks: tuple[str, ...], out: Path, own: Path | None = None) -> Record:
         return evaluation.run_harness(EvalOptions(model=model), [*tasks], out, include_path=own)
@@ -231,12 +234,14 @@ def test_edited_tasks_and_rows_are_another_evaluation(folder: Path, monkeypatch:
     for out in (folder / "out", folder / "own" / "out", folder / "own"):
         first = evaluated(("own",), out, folder / "own")
         assert evaluated(("own",), out, folder / "own") == first
-        for file in (task, rows):
+        for file in (task, rows, *packed):
             before = file.read_text()
             file.write_text(before + "\n")
             with pytest.raises(HotLoraError, match="what is in --include-path is not what it was"):
                 evaluated(("own",), out, folder / "own")
             file.write_text(before)
+        (folder / "own" / "notes.txt").write_text(str(out))
+        assert evaluated(("own",), out, folder / "own") == first, "nothing reads notes"
         config = {name: value for name, value in first["config"].items() if name != "include_hash"}
         write_record(out, first | {"config": config})
         assert evaluated(("own",), out, folder / "own")["started"] == first["started"], "an older record"
@@ -253,6 +258,22 @@ def test_edited_tasks_and_rows_are_another_evaluation(folder: Path, monkeypatch:
         evaluated(moved, folder / "local")
     with pytest.raises(DataError, match=r"no is not a folder: give the one that holds your tasks' configs"):
         evaluated(("own",), folder / "other", folder / "no")
+
+
+def test_rows_of_text_and_large_files_are_read(tmp_path: Path):
+    config, notes, large = tmp_path / "own.yaml", tmp_path / "notes.txt", tmp_path / "rows.jsonl"
+    for reads in ("dataset_path: text", "data_files: rows/*.txt"):
+        config.write_text(f"task: own\n{reads}\n")
+        before = read_hashes(["own"], tmp_path)
+        notes.write_text(reads)
+        assert read_hashes(["own"], tmp_path) != before, reads
+    with open(large, "wb") as file:
+        file.truncate(2**26 + 1)  # a hole, which takes no place
+    before = read_hashes(["own"], tmp_path)
+    with open(large, "r+b") as file:
+        file.seek(2**25 + 5000)
+        file.write(b"x")
+    assert read_hashes(["own"], tmp_path) != before, "as long as it was"
 
 
 @harness

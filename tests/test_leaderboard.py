@@ -221,6 +221,10 @@ def test_a_model_as_it_is_is_shown_first_and_not_ranked(runs: Path):
     row = board.tables[0].rows[0]
     assert (row.method, row.budget, row.trained, row.overall.rank) == ("base", None, 0, None)
     assert row.values == {None: 10.0} and row.interval is None and row.note == "not trained, and not ranked"
+    record = read_record(runs / "base")
+    write_record(runs / "base", record | {"config": record["config"] | {"quantize": 4}})
+    (row,) = (row for row in leaderboard(runs).tables[0].rows if row.method == "base")
+    assert row.note == "not trained, and not ranked; experts in 4 bits"
     shutil.rmtree(runs / "base")
     write_run(runs, "base", None, 0.1, n=200)
     assert "test examples 200, and 1,000 is asked (--test-limit)" in leaderboard(runs).left_out[runs / "base"]

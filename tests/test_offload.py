@@ -447,6 +447,8 @@ def test_packed_experts_on_the_host(bits, is_transposed):
     for _ in range(2):
         assert torch.equal(there.dequantize(), plain.dequantize()) and torch.equal(there.some(2, 5), plain.some(2, 5))
         assert torch.equal(other.expert(4), plain.expert(4))
+        ids = torch.tensor([5, 1, 4])
+        assert torch.equal(there.chosen(ids), plain.chosen(ids))
     ours, theirs = there.coded(), plain.coded()
     assert torch.equal(ours.packed, theirs.packed) and torch.equal(ours.scales, theirs.scales)
 

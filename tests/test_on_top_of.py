@@ -3,6 +3,7 @@ wherever they are used, or the use is refused."""
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -14,7 +15,7 @@ from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
 from hotlora.adapter.config import HotLoraConfig
-from hotlora.adapter.load import load_adapter, saved_config
+from hotlora.adapter.load import load_adapter, saved_config, saved_options_hash
 from hotlora.adapter.mask import draw_mask
 from hotlora.base.errors import FileError, HotLoraError, PlanError
 from hotlora.base.files import read_json, sha256_file, write_json
@@ -55,7 +56,9 @@ def test_it_is_recorded_and_a_base_without_it_is_refused(saved):
     model, first, second, expected = saved
     assert saved_config(first).on_top_of == []
     digest = sha256_file(Path(first) / WEIGHTS)
-    assert saved_config(second).on_top_of == [{"path": first, "weights_sha256": digest}]
+    assert saved_config(second).on_top_of == [
+        {"path": first, "weights_sha256": digest, "options_sha256": saved_options_hash(first)}
+    ]
     base = load_model(model)
     before = logits(base)
     with pytest.raises(PlanError, match=r"on top of .*first.*merge_and_unload"):
@@ -138,6 +141,51 @@ def test_one_that_is_gone_or_changed_is_named(saved, tmp_path, monkeypatch):
         run_evaluation(model, "nano-choice", adapter="second", limit=2)
 
 
+def rescale(adapter: Path, lora_alpha: int) -> None:
+    config = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", config | {"lora_alpha": lora_alpha})
+
+
+def test_one_of_the_same_weights_with_another_lora_alpha_is_another(saved, tmp_path, monkeypatch):
+    model = saved[0]
+    first = tmp_path / "first"
+    shutil.copytree(saved[1], first)
+    adapter_on(load_base(model, [first]), tmp_path / "second", 1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.completion}) + "\n" for e in EXAMPLES))
+    score = partial(run_evaluation, model, str(rows), tmp_path / "scored", on_top_of=[first], limit=2, max_new_tokens=2)
+    train = partial(run_training, model, str(rows), tmp_path / "run", config=CONFIG, on_top_of=[first])
+    done = score()[0], train()
+    write_json(
+        first / "adapter_config.json", read_json(first / "adapter_config.json") | {"base_model_name_or_path": "x"}
+    )
+    assert (score()[0], train()) == done, "a path in it is no matter"
+    base = load_base(model, [first])
+    rescale(first, 40)
+    for again in (score, train):
+        with pytest.raises(
+            HotLoraError, match=r"the options of the adapters underneath \(lora_alpha, .*is not what it"
+        ):
+            again()
+    for record in ("scored", "run"):
+        text = read_json(tmp_path / record / "run.json")
+        del text["config"]["on_top_of_options_hash"]
+        write_json(tmp_path / record / "run.json", text)
+    assert score()[0]["seconds"] == done[0]["seconds"] and train()["seconds"] == done[1]["seconds"], "as older ones are"
+
+    with pytest.raises(FileError, match=r"second was trained on top of .*first, and that has another lora_alpha"):
+        load_base(model, adapter=tmp_path / "second")
+    with pytest.raises(FileError, match=r"on top of .*first"):
+        load_base(model, [first], adapter=tmp_path / "second")
+    with pytest.raises(PlanError, match=r"on top of .*first"):
+        load_adapter(load_base(model, [first]), tmp_path / "second")
+    load_adapter(base, tmp_path / "second")
+    config = read_json(tmp_path / "second" / "adapter_config.json")
+    del config["on_top_of"][0]["options_sha256"]
+    write_json(tmp_path / "second" / "adapter_config.json", config)
+    load_adapter(load_base(model, adapter=tmp_path / "second"), tmp_path / "second")  # as older ones are
+
+
 def test_the_experts_that_tasks_share_are_told(saved, tmp_path):
     model, first, _, _ = saved
     base = load_model(model)
@@ -205,7 +253,9 @@ def test_one_merged_by_merge_adapter_is_noted_at_unload(saved):
     base = adapted.unload()
     assert torch.equal(logits(base), expected)
     digest = sha256_file(Path(first) / WEIGHTS)
-    assert base.config.hotlora_merged == [{"path": first, "weights_sha256": digest}]
+    assert base.config.hotlora_merged == [
+        {"path": first, "weights_sha256": digest, "options_sha256": saved_options_hash(first)}
+    ]
     load_adapter(base, second)
     adapted = load_adapter(load_model(model), first)
     adapted.merge_adapter()

@@ -109,6 +109,19 @@ def test_several_files_are_a_folder(tmp_path: Path, name: str):
             CliRunner().invoke(app, ["train", "--model", "nano", *words], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "verify"])
+def test_several_adapters_are_combined_first(command: str):
+    for words in (
+        ["--adapter", "a", "--adapter", "b"],
+        ["--adapter=a", "-a" if command == "verify" else "--adapter", "b"],
+    ):
+        with pytest.raises(HotLoraError, match="--adapter is given twice: give one; `hotlora combine` makes one"):
+            CliRunner().invoke(app, [command, *words], catch_exceptions=False)
+    with pytest.raises(HotLoraError, match="nowhere/at/all"):  # a prompt may have such words
+        words = ["generate", "--adapter", "nowhere/at/all", "--", "--adapter"]
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

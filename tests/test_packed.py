@@ -71,6 +71,7 @@ def test_weights_are_those_that_transformers_makes_dense(written, kind, dtype, t
         assert (holder.shape, holder.dtype, holder.device) == (dense.shape, dense.dtype, dense.device)
         assert torch.equal(holder.dequantize(), dense)
         assert torch.equal(holder.expert(3), dense[3]) and torch.equal(holder.some(2, 5), dense[2:5])
+        assert torch.equal(holder.chosen(torch.tensor([3, 0, 3])), dense[[3, 0, 3]])
         assert holder.numel() == dense.numel() and holder.nbytes < dense.numel() * (0.6 if kind == "mxfp4" else 1.1)
     rest = dict(model.named_parameters())
     assert rest.keys() == expected.keys()

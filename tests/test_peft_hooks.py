@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from apart import apart
-from peft import LoraConfig, LoraModel, PeftConfig, get_peft_model
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from peft.utils.hotswap import hotswap_adapter
 from plain_peft import facts, facts_and_changes
@@ -13,7 +13,7 @@ from tiny import fill, tiny_batch, tiny_model, tiny_plan
 import hotlora
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.adapter.load import load_adapter
-from hotlora.adapter.model import HotLoraModel
+from hotlora.adapter.model import _DECIDE, HotLoraModel
 from hotlora.base.errors import HotLoraError
 from hotlora.hf.peft_hooks import key_of_today
 
@@ -36,6 +36,7 @@ def logits(model):
 CHANGED = {
     "peft.config.PeftConfigMixin.from_peft_type",
     "peft.optimizers.lorafa.LoraFAOptimizer.__init__",
+    "peft.peft_model.PeftModel.load_adapter",
     "peft.peft_model.PeftModel.save_pretrained",
     "peft.tuners.lora.model.LoraModel._remap_adapter_state_dict_for_load",
     "peft.tuners.lora.model.LoraModel._remove_adapter_name_from_key",
@@ -43,6 +44,7 @@ CHANGED = {
     "peft.utils.hotswap.check_hotswap_configs_compatible",
     "peft.utils.transformers_weight_conversion.build_peft_weight_mapping",
     "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
+    "transformers.modeling_utils.PreTrainedModel.load_adapter",
 }
 """All of hotlora/hf/peft_hooks.py."""
 
@@ -111,6 +113,79 @@ def test_hotswap_is_refused_with_the_reason(options, tmp_path):
     with pytest.raises(HotLoraError, match=r"hotswap_adapter is not supported with a HotLoraConfig.*set_adapter"):
         hotswap_adapter(loaded, str(tmp_path), "default")
     assert torch.equal(logits(loaded), before)
+
+
+@pytest.mark.parametrize("how", [{"hotswap": True}, {}])
+@pytest.mark.parametrize("there", ["hot", "plain"])
+def test_transformers_hotswap_is_refused_with_the_reason(there, how, tmp_path):
+    adapted(1).save_pretrained(tmp_path / "hot")
+    plain = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), plain).save_pretrained(tmp_path / "plain")
+    model = tiny_model()
+    if not how:
+        model.enable_peft_hotswap(check_compiled="ignore")
+    model.load_adapter(str(tmp_path / there), adapter_name="one")
+    before = logits(model)
+    with pytest.raises(
+        HotLoraError, match=r"load_adapter's hotswap is not supported with a HotLoraConfig.*set_adapter"
+    ):
+        model.load_adapter(str(tmp_path / "hot"), adapter_name="one", **how)
+    with pytest.raises(ValueError, match="already exists"):
+        model.load_adapter(str(tmp_path / "hot"), adapter_name="one", hotswap=False)
+    assert torch.equal(logits(model), before)
+
+
+OTHERS = [
+    ({"experts": {0: [0, 2, 7], 1: [1, 3, 6]}}, "other experts"),
+    ({"lora_alpha": 16}, "lora_alpha=16 and not 8"),
+    ({"r": 8}, "r=8 and not 4"),
+    ({"train_a": False, "a_seed": 3}, "train_a=False and not True, a_seed=3 and not None"),
+    ({"use_rslora": True}, "use_rslora=True and not False"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), OTHERS)
+def test_another_adapter_is_not_loaded_into_one_that_has_the_name(options, reason, tmp_path):
+    adapted(1, **options).save_pretrained(tmp_path)
+    model = adapted(2)
+    before = logits(model)
+    with pytest.raises(HotLoraError, match=rf"already has an adapter 'default'.*{reason}.*another adapter_name"):
+        model.load_adapter(tmp_path, "default")
+    with pytest.raises(HotLoraError, match="leave out config"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path, config=config_for(tiny_model()))
+    assert torch.equal(logits(model), before)
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(adapted(1, **options)))
+
+
+def test_a_plain_adapter_is_not_loaded_into_a_hot_one(tmp_path):
+    plain = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), plain).save_pretrained(tmp_path)
+    with pytest.raises(HotLoraError, match=r"has no HotLoraConfig.*delete_adapter\('default'\)"):
+        adapted(2).load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"train_a": False, "a_seed": 3}, {"use_dora": True}, {"modules_to_save": ["lm_head"]},
+        {"lora_dropout": 0.1}, {"rank_pattern": {"q_proj": 2}}, {"trainable_token_indices": [3, 4]},
+    ],
+)  # fmt: skip
+def test_other_weights_of_the_same_adapter_are_loaded_again(options, tmp_path):
+    """As a training loop does; dropout, and where the plan came from, decide nothing of what the weights mean."""
+    saved = adapted(1, **options)
+    saved.save_pretrained(tmp_path)
+    model = adapted(2, **options | ({"lora_dropout": 0.3} if "lora_dropout" in options else {}))
+    model.peft_config["default"].plan["rule"] = "edited"
+    assert not model.load_adapter(tmp_path, "default").unexpected_keys
+    assert torch.equal(logits(model.eval()), logits(saved))
+
+
+def test_what_decides_is_known_of_every_option():
+    in_training = {"lora_dropout", "task_type", "normalize_moe_lora", "base_quantization", "on_top_of", "plan"}
+    assert set(HotLoraConfig.__annotations__) - set(_DECIDE) == in_training
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hotlora.base.files import read_json
 from hotlora.base.records import read_record
 from hotlora.cli.main import app
 from hotlora.hf.hub import _user, check_push, push
-from hotlora.report.card import write_card
+from hotlora.report.card import write_card, write_export_card
 from hotlora.runs.export import export_saved
 
 WHAT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "experts.png"}
@@ -177,21 +177,34 @@ def test_a_merged_model_is_pushed_without_where_its_adapters_lay(there: Hub, run
     ]
 
 
+# One after the other, as far as the first that fails.
+COMMANDS = """
+import json, sys
+from hotlora.cli.main import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["hotlora", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
 def test_the_commands(there: Hub, run: Path, tmp_path: Path):
     """In a process of its own, by HF_ENDPOINT: train with --push-to-hub, then push a run that has ended."""
     given = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment = {**given, "HF_ENDPOINT": there.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "COLUMNS": "200"}
     environment["HF_HUB_DISABLE_XET"] = "1"
-    words = [sys.executable, "-m", "hotlora"]
     options = ["--max-steps", "1", "--r", "2", "--max-length", "64", "-o", tmp_path / "run", "--push-to-hub", "lab/new"]
     model, data = run.parent / "model", run.parent / "rows.jsonl"
-    command = [*words, "train", "-m", model, "-d", data, *options, "--no-hub-private-repo"]
+    train = ["train", "-m", model, "-d", data, *options, "--no-hub-private-repo"]
+    commands = [list(map(str, words)) for words in (train, ["push", run, "mine"])]
+    command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert there.commits["lab/new"] == 1
     assert f"pushed: {there.url}/lab/new" in done.stderr and there.repos["lab/new"] == "public"
-    done = subprocess.run([*words, "push", run, "mine"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
     assert f"pushed: {there.url}/ada/mine (private)" in done.stdout
     assert {"README.md", "experts.png"} <= set(there.files["lab/new"]) == set(there.files["ada/mine"])
 
@@ -233,6 +246,29 @@ def test_what_is_exported_has_a_card_that_says_who_loads_it(run: Path, tmp_path:
     if served:
         with pytest.raises(HotLoraError, match="holds a base and an adapter that belong together: push"):
             push(out, "mine")
+        assert "It needs the base beside it" in card.text
+    if format == "peft":
+        code = card.text.partition("```python\n")[2].partition("```")[0]
+        compile(code, "card", "exec")
+        assert "base_model = AutoModelForCausalLM.from_pretrained('model')" in code
+        assert (out / "tokenizer.json").read_bytes() == (run / "adapter" / "tokenizer.json").read_bytes()
     assert "secret-project" not in card.content and "rows.jsonl" in card.text
     loss = read_record(run)["training"].get("test_loss")
     assert ("## Results" in card.text) is (format != "combined") and loss is None
+
+
+@pytest.mark.parametrize("how", ["merge_router", "drop_router"])
+def test_a_card_says_what_became_of_the_routers(run: Path, tmp_path: Path, how: str):
+    """No results where it is another model than the one that was scored, and no base that it does not fit."""
+    for format in ("vllm", "sglang"):
+        folder = tmp_path / format
+        export_saved(str(run.parent / "model"), run / "adapter", folder, format=format, **{how: True})
+        dropped = how == "drop_router"
+        card = ModelCard.load(write_export_card(folder, format, "lab/moe", [run / "adapter"], None, dropped))
+        assert card.data.base_model == ("lab/moe" if dropped else None)
+        assert ("was left out (`--drop-router`)" in card.text) == dropped == ("## Results" not in card.text)
+        if not dropped:
+            assert ModelCard.load(folder / "base" / "README.md").data.base_model == "lab/moe"
+    hotlora.export_adapter(hotlora.load_adapter(run), tmp_path / "python", format="vllm", **{how: True})
+    (card,) = (tmp_path / "python" / ("" if dropped else "adapter")).glob("README.md")
+    assert ("--drop-router" in card.read_text()) == dropped

@@ -721,8 +721,9 @@ def test_a_gpus_product_makes_a_block_of_experts_dense_at_a_time(monkeypatch, ke
     x = random_weight(sum(sizes) + 2, 24 if transposed else 16, seed=1)
     rows, experts = rows_of(gpu, sizes, 2)
     made: list[int] = []
-    some = holder.some
+    some, chosen = holder.some, holder.chosen
     monkeypatch.setattr(holder, "some", lambda a, b: made.append(b - a) or some(a, b))
+    monkeypatch.setattr(holder, "chosen", lambda ids: made.append(len(ids)) or chosen(ids))
     monkeypatch.setattr(holder, "dequantize", None)
     for bound, most in ((2 * 24 * 16 * 4, 2), (1, 1)):
         made.clear()
@@ -734,6 +735,8 @@ def test_a_gpus_product_makes_a_block_of_experts_dense_at_a_time(monkeypatch, ke
             torch.testing.assert_close(got[s], x[s] @ (whole[expert] if transposed else whole[expert].T))
     for a, b in ((0, 5), (1, 3), (2, 5), (0, 1)):
         assert torch.equal(some(a, b), whole[a:b])
+    for ids in ((4, 0), (1, 2, 2), (3,)):
+        assert torch.equal(chosen(torch.tensor(ids)), whole[list(ids)])
 
 
 @pytest.mark.parametrize(

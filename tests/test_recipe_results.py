@@ -301,6 +301,14 @@ def test_a_broken_record_is_named_and_left_out(store: Path, tmp_path: Path):
     assert any("hot 25% on GSM8K (nano-math) lacks 3 (n = 7)" in note for note in notes) and page.is_file()
 
 
+def test_a_broken_plan_is_named_and_the_tables_are_written(store: Path, tmp_path: Path):
+    broken = store / "nano/nano-math/sieve/seed0/plan.json"
+    broken.write_text('{"version": 1')
+    assert [page.is_file() for page in write_tables(store, tmp_path / "out")] == [True]
+    notes = result(RECIPES["moe-sieve-table-3"](NANO), store).notes
+    assert any(note.startswith(f"Left out: {broken}") for note in notes), notes
+
+
 def test_other_tasks_before_and_after_have_the_notes_of_tables(tmp_path: Path):
     across = RECIPES["hellora-table-8"](NANO)
     write_run(tmp_path / "nano/nano-sql/base", 0.10, None)

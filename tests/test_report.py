@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hotlora.base.errors import DataError, FileError
 from hotlora.base.records import find_records, new_record, write_record
+from hotlora.report.measured import apart
 from hotlora.report.page import conditions_table, write_report
 from hotlora.report.rows import table_rows
 from hotlora.report.sections import read_sections
@@ -380,6 +381,8 @@ def test_a_run_is_compared_with_all_experts_of_its_own_weights_and_data(tmp_path
     ("changes", "word"),
     [
         ({"model__fingerprint": "olmoe-0"}, "model"),
+        ({"config__model_hash": "e" * 64}, "model"),  # of the same shapes
+        ({"training__test_loss_before": 2.1}, "model"),
         ({"config__data_hash": "e" * 64}, "training data"),
         ({"config__test_hash": "e" * 64}, "test data"),
         ({"config__scorer_hash": "e" * 64}, "what judges the answers"),
@@ -388,7 +391,8 @@ def test_a_run_is_compared_with_all_experts_of_its_own_weights_and_data(tmp_path
 )
 def test_where_no_run_on_all_experts_is_comparable_that_is_noted(tmp_path, changes, word):
     write_runs(tmp_path, conditions=("all", "hot"))
-    known = {"config__data_hash": "a" * 64, "config__test_hash": "a" * 64, "config__scorer_hash": "a" * 64}
+    known = {f"config__{name}_hash": "a" * 64 for name in ("data", "test", "scorer", "model")}
+    known |= {"training__test_loss_before": 2.0}
     give(tmp_path / "nano-math" / "all-0", 80, **known)
     give(tmp_path / "nano-math" / "hot-0", 160, **(known | changes))
     text = write_report(tmp_path, tmp_path / "out").read_text()
@@ -396,6 +400,25 @@ def test_where_no_run_on_all_experts_is_comparable_that_is_noted(tmp_path, chang
     assert (
         f"hot 25%: no difference on nano-math to a run on all experts, for those are not comparable ({word})." in text
     )
+
+
+def test_what_precision_and_what_was_trained_itself_change_is_no_other_model(tmp_path):
+    write_runs(tmp_path, conditions=("all", "hot"))
+    known = {f"config__{name}_hash": "a" * 64 for name in ("data", "test", "model")}
+    for run, loss in (("all-0", 2.0), ("hot-0", 2.02)):
+        give(tmp_path / "nano-math" / run, 80, **known, training__test_loss_before=loss)
+    records = find_records(tmp_path)
+    hot, every = (records[tmp_path / "nano-math" / run] for run in ("hot-0", "all-0"))
+    assert apart(hot, every, "nano-math") == []
+    whole = {
+        **hot,
+        "sweep": {"name": "s", "condition": "fft", "model": "m"},
+    }  # a fine-tuned model
+    whole["config"] = hot["config"] | {"model_hash": "b" * 64}
+    assert apart(whole, every, "nano-math") == []
+    beneath = {**hot, "training": hot["training"] | {"test_loss_before": 1.0}}
+    beneath["config"] = hot["config"] | {"on_top_of": ["c" * 64]}
+    assert apart(beneath, every, "nano-math") == [], "an option"
 
 
 @pytest.mark.parametrize("other", [{"config__learning_rate": 1.0}, {"config__test_hash": "e" * 64}], ids=str)
@@ -432,6 +455,16 @@ def test_one_section_a_task_and_base_joins_each(tmp_path):
     assert [table_rows(s, s.data)[0].cells["accuracy"][:4] for s in sections] == ["10.0", "20.0"]
     page = Page(write_report(tmp_path, tmp_path / "out").read_text())
     assert page.images == 8 and len(list((tmp_path / "out").glob("*.png"))) == 8
+
+
+def test_a_model_by_its_folder_from_the_root_is_the_same_model(tmp_path, monkeypatch):
+    """An adapter notes it so, and what scores the adapter takes it from there."""
+    write_runs(tmp_path, conditions=("base", "all", "hot"))
+    for run, name in (("base", "bases/moe"), ("all", "bases/moe"), ("hot", f"{tmp_path}/bases/moe")):
+        change(tmp_path / "nano-math" / f"{run}-0", model__name=name)
+    monkeypatch.chdir(tmp_path)
+    (section,) = read_sections(find_records(tmp_path))
+    assert section.model == "bases/moe" and len(section.records) == 3
 
 
 def test_several_seeds_are_told_apart_and_compared_within_a_seed(tmp_path):

@@ -185,6 +185,35 @@ def test_a_reference_of_other_weights_is_none(runs):
     assert row.cells["difference"] == "–"
 
 
+def test_seeds_of_other_weights_of_the_same_shapes_are_told_apart(runs):
+    """As they are where a folder's weights were replaced amid a sweep."""
+    change(runs / "nano-math" / "hot-0", config__model_hash="a" * 64)
+    assert row_of(runs).cells["seeds"] == "4", "the others are from before that was noted"
+    for seed in SEEDS:
+        change(runs / "nano-math" / f"hot-{seed}", config__model_hash="ab"[seed > 1] * 64)
+    groups = [group for group in repeated(section_of(runs).records) if group.condition == "hot"]
+    assert sorted(map(sorted, (group.runs for group in groups))) == [[0, 1], [2, 3]]
+    for seed in SEEDS:
+        change(runs / "nano-math" / f"hot-{seed}", config__model_hash="a" * 64)
+        change(runs / "nano-math" / f"all-{seed}", config__model_hash="b" * 64)
+    assert row_of(runs).cells["difference"] == "–"
+    for seed in SEEDS:  # of the Hub two commits, which may differ in a README
+        change(runs / "nano-math" / f"hot-{seed}", config__model_hash="a" * 40)
+    assert row_of(runs).cells["difference"] != "–"
+
+
+def test_a_condition_is_one_whatever_digits_its_share_was_named_with(runs):
+    for seed in SEEDS:
+        name = "hot 12.5%" if seed > 1 else "hot 12%"
+        plan = json.loads((runs / "nano-math" / f"hot-{seed}" / "run.json").read_text())["plan"]
+        change(runs / "nano-math" / f"hot-{seed}", name=name, plan=plan | {"params": {"experts_per_layer": 2}})
+    groups = [group for group in repeated(section_of(runs).records) if group.condition == "hot"]
+    assert [len(group.runs) for group in groups] == [4]
+    change(runs / "nano-math" / "hot-3", plan=plan | {"params": {"experts_per_layer": 3}})
+    groups = [group for group in repeated(section_of(runs).records) if group.condition == "hot"]
+    assert sorted(len(group.runs) for group in groups) == [1, 3]
+
+
 def test_runs_that_other_tests_judged_are_no_seeds_of_one_condition(runs):
     for seed in (1, 2, 3):  # seed 0 is from before that was noted
         change(runs / "nano-math" / f"hot-{seed}", config__scorer_hash="a" * 64)

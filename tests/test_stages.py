@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from runs import run_evaluation, run_method, run_training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_run import CONFIG, EXAMPLES, TOKENIZER
 from tiny import fill, tiny_model, tiny_plan
 
@@ -22,6 +22,7 @@ from hotlora.base.files import read_json, sha256_file, write_json
 from hotlora.base.records import read_record, write_record
 from hotlora.cli.train import print_run
 from hotlora.hf.models import load_model
+from hotlora.hf.weights import model_hash
 from hotlora.routing.plan import ExpertPlan
 from hotlora.routing.profile import RoutingProfile, jaccard
 from hotlora.runs.export import export_saved
@@ -68,7 +69,7 @@ def logits(model):
 
 
 def test_a_run_does_not_go_on_upon_other_weights(model_folder, data, tmp_path):
-    """They have no hash: it is the held-out loss before training that tells."""
+    """The model's hash tells; where the record has none, of the Hub or older, the held-out loss before training."""
     model, output = tmp_path / "model", tmp_path / "run"
     shutil.copytree(model_folder, model)
     rows = Path(data).read_text().splitlines()
@@ -76,13 +77,44 @@ def test_a_run_does_not_go_on_upon_other_weights(model_folder, data, tmp_path):
     options = {"test_data": str(tmp_path / "test.jsonl"), "config": replace(CONFIG, max_steps=4)}
     record = run_training(str(model), data, output, **options)
     assert record["model"]["test_loss"] == record["training"]["test_loss_before"]
+    assert record["config"]["model_hash"] == model_hash(model)
     write_record(output, {**record, "status": "failed"})
     again = run_training(str(model), data, output, **options)
     assert again["training"]["resumed_from"] == 4 and again["training"]["test_loss"] == record["training"]["test_loss"]
     write_record(output, {**again, "status": "failed"})
     tiny_model("olmoe", seed=1, vocab_size=259, max_position_embeddings=512).save_pretrained(model)
+    with pytest.raises(HotLoraError, match=r"the model \(its weights, .*\) is not what it was"):
+        run_training(str(model), data, output, **options)
+    for file in (output / "run.json", output / "train.json"):
+        without_model_hash(file)
     with pytest.raises(HotLoraError, match=r"are not those that the run in .* was begun on: its held-out loss before"):
         run_training(str(model), data, output, **options)
+
+
+def without_model_hash(file: Path) -> None:
+    """As before a training noted it."""
+    text = read_json(file)
+    options = text.get("config", text)
+    del options["model_hash"]
+    write_json(file, text)
+
+
+def test_a_run_without_held_out_data_does_not_go_on_upon_other_weights_either(model_folder, data, tmp_path):
+    model, output = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model_folder, model)
+    record = run_training(str(model), data, output, config=replace(CONFIG, max_steps=2))
+    shutil.move(model, tmp_path / "moved")
+    moved = run_training(str(tmp_path / "moved"), data, output, config=replace(CONFIG, max_steps=2))
+    assert moved == record, "the same weights, elsewhere"
+    shutil.move(tmp_path / "moved", model)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor / 2 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    for config in (replace(CONFIG, max_steps=2), replace(CONFIG, max_steps=4, extend=True)):
+        with pytest.raises(HotLoraError, match=r"the model \(its weights, .*\) is not what it was"):
+            run_training(str(model), data, output, config=config)
+    for file in (output / "run.json", output / "train.json"):
+        without_model_hash(file)
+    assert run_training(str(model), data, output, config=replace(CONFIG, max_steps=2))["seconds"] == record["seconds"]
 
 
 # test_rank_growth has dr-lora, whose saved tensors are not those that it trained, and test_perft what is never merged.

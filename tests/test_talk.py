@@ -4,14 +4,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from runs import run_method
+from tiny_files import save_tiny_model, write_sums
 from transformers.utils.logging import disable_progress_bar
 
 import hotlora
@@ -19,7 +19,10 @@ from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.base.records import read_record, write_record
 from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.talk import answer, prompt_ids
+from hotlora.hf import hub
 from hotlora.report.card import PICTURE, card_text, write_card
+from hotlora.runs import load
+from hotlora.runs.export import combine_saved
 from hotlora.runs.load import find
 from hotlora.tasks import Example
 
@@ -80,6 +83,22 @@ def test_a_run_or_its_adapter_alone_is_enough(run: Path, part: str):
     torch.testing.assert_close(logits(merged, tokenizer), logits(by_hand, tokenizer), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_on_a_gpu_a_run_is_loaded_in_what_it_was_trained_in(run: Path, part: str, tmp_path: Path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    record["config"]["dtype"] = "float16"
+    write_record(tmp_path / "run", record)
+    loaded, load_base = [], load.load_base
+    monkeypatch.setattr(load, "load_base", lambda *given, **options: loaded.append(options) or load_base(*given))
+    for device, asked, expected in (
+        ("cpu", "auto", "auto"), ("cuda", "auto", "float16"), ("cuda", "float32", "float32"),
+    ):  # fmt: skip
+        monkeypatch.setattr(load, "checked_device", torch.device)
+        hotlora.load(tmp_path / "run" / part, device=device, dtype=asked)
+        assert loaded[-1]["dtype"] == expected
+
+
 def test_load_adapter_takes_paths_too(run: Path, tmp_path: Path):
     tokenizer = hotlora.load_tokenizer("nano")
     by_hand = logits(hotlora.load_adapter(hotlora.load_model("nano"), run / "adapter"), tokenizer)
@@ -128,13 +147,68 @@ def test_what_is_not_there_is_told(run: Path, tmp_path: Path):
     (tmp_path / "alone").mkdir()
     for noted, error, message in (
         (None, FileError, "notes no base model"),
-        ("gone/away/far", HotLoraError, "gone/away"),
+        ("gone/away/far", FileError, r"adapter_config.json notes the base gone/away/far, which is not there: give"),
+        ("/gone", FileError, "notes the base /gone, which is not there"),
     ):
         (tmp_path / "alone" / "adapter_config.json").write_text(
             json.dumps({**config, "base_model_name_or_path": noted})
         )
         with pytest.raises(error, match=message):
             hotlora.load(tmp_path / "alone")
+    revised = {**config, "revision": "step1000", "base_model_name_or_path": "lab/moe"}
+    (tmp_path / "alone" / "adapter_config.json").write_text(json.dumps(revised))
+    with pytest.raises(FileError, match=r"notes revision 'step1000' of lab/moe.*download lab/moe --revision step1000"):
+        find(tmp_path / "alone")
+    assert find(tmp_path / "alone", "elsewhere").model == "elsewhere"
+
+
+def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_tiny_model(tmp_path / "bases" / "olmoe")
+    write_sums(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    run_method("bases/olmoe", "rows.jsonl", Path("run"), max_steps=1, r=2, max_length=64)
+    combine_saved("bases/olmoe", ["run/adapter", "run/adapter"], "both")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for adapter in ("../run", "../both"):
+        assert find(adapter).model == str(tmp_path / "bases" / "olmoe")
+
+
+def test_an_adapter_on_the_hub_is_loaded_by_its_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of the Hub's cache, without a network; what is no adapter there is a model, as before."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, folder in (("mine", run / "adapter"), ("moe", None)):
+        there = tmp_path / f"models--lab--{name}"
+        (there / "refs").mkdir(parents=True)
+        (there / "refs" / "main").write_text("0d7c" * 10)
+        if folder is not None:
+            shutil.copytree(folder, there / "snapshots" / ("0d7c" * 10))
+    model, tokenizer = hotlora.load("lab/mine")
+    assert torch.equal(logits(model, tokenizer), logits(*hotlora.load(run)))
+    onto = hotlora.load_adapter(hotlora.load_model("nano"), "lab/mine")
+    assert torch.equal(logits(onto, tokenizer), logits(model, tokenizer))
+    assert find("lab/mine").model == "nano" and find("lab/mine", "x/y").model == "x/y"
+    assert find("lab/moe").adapter is None and find("lab/other").adapter is None
+    with pytest.raises(HotLoraError, match="is no adapter, so there is nothing to load onto x"):
+        find("lab/other", "x")
+
+
+def test_an_adapter_is_downloaded_or_told_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: f"{tmp_path}/{file}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
+    assert hub.adapter_on_hub("lab/mine") == tmp_path
+
+    def fail(name: str, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(HotLoraError, match=r"lab/mine could not be downloaded \(no space left\): hf download lab/mine"):
+        hub.adapter_on_hub("lab/mine")
+    monkeypatch.setattr(hub, "unreachable", lambda: "no network")
+    assert hub.adapter_on_hub("lab/mine") is None and hub.adapter_on_hub("a/b/c") is None
 
 
 def test_an_answer_is_what_evaluation_writes(run: Path):
@@ -339,9 +413,3 @@ def test_an_adapter_of_another_model_is_refused(run: Path, tmp_path: Path):
     byte_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(PlanError):
         hotlora.load(run, model=str(tmp_path / "other"))
-
-
-def test_a_card_needs_no_model():
-    code = "import sys, hotlora.report.card; print(sorted({'trl', 'peft'} & sys.modules.keys()))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "[]"

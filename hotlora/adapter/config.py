@@ -22,7 +22,7 @@ from .factors import SeededFactor, Slot
 from .loaded import Digests, digests, is_as_loaded
 from .mask import SparseMask
 from .mergeable import MergeableLayer
-from .on_top_of import NO_FILE, Entry
+from .on_top_of import NO_FILE, Entry, options_hash
 from .parallel import KINDS, ParallelAdapters
 from .raw_weights import HotLoraRouter, HotLoraWeights
 
@@ -386,7 +386,7 @@ def from_saved(saved: dict[str, Any]) -> HotLoraConfig:
     others = ("target_modules", "target_parameters", WEIGHTS_HASH, A_HASH)
     config = HotLoraConfig(**{name: value for name, value in saved.items() if name not in others})
     config._saved_a_hash = saved.get(A_HASH)
-    config._source["weights_sha256"] = saved.get(WEIGHTS_HASH)
+    config._source |= {"weights_sha256": saved.get(WEIGHTS_HASH), "options_sha256": options_hash(saved)}
     return config
 
 

@@ -24,7 +24,7 @@ from ..hf.stopping import add_stop_tokens, saved_stop_tokens
 from ..routing.plan import ExpertPlan
 from .config import A_HASH, WEIGHTS_HASH, HotLoraConfig, from_saved
 from .mergeable import check_adapter_name
-from .on_top_of import check_entries, check_ground
+from .on_top_of import check_entries, check_ground, options_hash
 from .packed import NAMES
 from .quantize import ExpertsQuantization, experts_in
 
@@ -54,7 +54,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     check_ground(config.on_top_of, base_model)
     weights, ends = read_weights(folder / WEIGHTS_FILE, saved_hash), saved_stop_tokens(folder)
-    config._source = {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
+    config._source |= {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
     weights = {key_of_today(key): tensor for key, tensor in weights.items()}
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         raise HotLoraError(
@@ -121,6 +121,11 @@ def saved_config(path: str | Path) -> HotLoraConfig:
     """The config of a saved adapter, without its weights. FileError, PlanError: as `load_adapter`."""
     folder = Path(path).expanduser()
     return _config(folder / CONFIG_FILE, _read_config(folder))
+
+
+def saved_options_hash(path: str | Path) -> str:
+    """`on_top_of.options_hash` of a saved adapter: with other options the same weights are another adapter."""
+    return options_hash(_read_config(Path(path).expanduser()))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class MergeableLayer(nn.Module, LoraLayer):
 
     def _add_adapter(self, adapter: str, r: int, lora_alpha: int, config: LoraConfig) -> None:
         """What PEFT keeps of every adapter, once its factors are in place."""
+        self._cached.clear()  # of another adapter that had the name
         self.r[adapter] = r
         self.lora_alpha[adapter] = lora_alpha
         self.use_dora[adapter] = config.use_dora
@@ -78,6 +79,10 @@ class MergeableLayer(nn.Module, LoraLayer):
         if mode:
             self._cached.clear()
         return super().train(mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._cached.clear()
+        super().delete_adapter(adapter_name)
 
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, once for each key while PEFT's `DoraCaching` is on, outside training; as PEFT's own DoRA layers."""
@@ -121,13 +126,15 @@ class MergeableLayer(nn.Module, LoraLayer):
         """Takes merged updates out again: bit for bit of weights in 16 bits whose adapter trains, and up to the
         rounding of others."""
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            before = self.replaced.pop(name, None)
+            name = self.merged_adapters[-1]
+            before = self.replaced.get(name)
             if before is None:
                 self._write(name, self._sums([(weight, rows, -d) for weight, rows, d in self._deltas(name)]), False)
             else:
                 for (weight, rows), old in zip(self.merge_targets(name), before, strict=True):
-                    weight.data[rows] = old
+                    weight.data[rows] = old.to(weight)  # `model.float()` and `.cuda()` do not take it along
+            self.merged_adapters.pop()  # only now: after an error the layer is still merged
+            self.replaced.pop(name, None)
 
     def merge_targets(self, adapter: str) -> Iterator[tuple[Tensor, list[int] | slice]]:
         """(parameter, rows) of `_deltas`, without working out the deltas."""

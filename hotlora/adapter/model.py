@@ -5,10 +5,12 @@ own `lora.Linear`; the planned experts and the routers get the layers in `expert
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -22,11 +24,19 @@ from .combine import check_how, check_weights, combine, factor_pairs
 from .config import _SWITCHES, HotLoraConfig, from_saved, frozen_a
 from .experts import HotExperts
 from .factors import SeededFactor, SparseFactor, take_values
-from .mergeable import UNMIXED, check_adapter_name, factor_slots
+from .mergeable import UNMIXED, MergeableLayer, check_adapter_name, factor_slots
 from .on_top_of import NO_FILE, Entry, check_ground, described, merged_into, missing, note_merged
 from .parallel import UNMERGED
 from .quantize import noted_quantization
 from .stored import check_mergeable, is_plain, warn_if_experts_unquantized
+
+# Of a config, besides the plan's experts and ranks: what an adapter's tensors are for, and how they are scaled. The
+# rest acts in training alone, or notes where the adapter was made.
+_DECIDE = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", *_SWITCHES, "train_a", "a_seed",
+    "mask", "train_full_experts", "share_a", "perft", "perft_adapters", "perft_top_k", "modules_to_save",
+    "trainable_token_indices",
+)  # fmt: skip
 
 
 class HotLoraModel(LoraModel):
@@ -75,9 +85,45 @@ class HotLoraModel(LoraModel):
             self._implementation_before = before
             use_routed_layer(self.model)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's. In place of the active adapter each layer takes its own first one, and plans leave layers out: all
+        take the same here. Nothing trains that did not before."""
+        active = [name for name in self.active_adapters if name != adapter_name]
+        was_active = adapter_name in self.active_adapters
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        super().delete_adapter(adapter_name)
+        if was_active:
+            self.set_adapter(active or sorted(self.peft_config)[:1])
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's. HotLoraError: a name that no adapter has; a layer would go on with an active adapter, since it has
+        none of those that are merged."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self._check_names(names)
+        merged = {*names, *self._merged()}
+        for path, layer in self.model.named_modules():
+            if not isinstance(layer, LoraLayer) or not merged.isdisjoint(layer.scaling):
+                continue
+            if others := [name for name in self.active_adapters if name in layer.scaling]:
+                raise HotLoraError(
+                    f"{others} are active, and {path} has no part of {names}: it would go on with what is active. "
+                    f"Call model.base_model.set_adapter({names!r}) first."
+                )
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_names(self, names: list[str]) -> None:
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise HotLoraError(
+                f"adapter_names={names!r} must be a list of the model's adapters, {[*self.peft_config]}, and "
+                f"{unknown[0]!r} is none of them."
+            )
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         """PEFT's, for merge_and_unload and unload; the model's config then names all that is merged in."""
         asked = kwargs.get("adapter_names") or (args[2] if len(args) > 2 else None) or self.active_adapters
+        self._check_names(asked if merge else [])
         names = dict.fromkeys([*self._merged(), *(asked if merge else [])])
         entries = [self.entry_of(name) for name in names]
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
@@ -240,6 +286,12 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
             "adapters with use_dora, train_full_experts or perft are no sums of low-rank updates, so they cannot be "
             "combined: merge_and_unload() them one after another, but for perft, which cannot be merged."
         )
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if any(getattr(config, name) for config in configs):
+            raise HotLoraError(
+                f"an adapter with {name} cannot be combined: it has whole weights beside its low-rank updates, which "
+                "have no weighted sum here. merge_and_unload() it, and train the others on top of it."
+            )
     grounds = [config.on_top_of or [] for config in configs]
     if any(missing(a, b) for a in grounds for b in grounds):
         names = "; ".join(described(ground) or "the base alone" for ground in grounds)
@@ -270,8 +322,9 @@ def _combined_config(configs: list[HotLoraConfig], how: str) -> HotLoraConfig:
     bases = [config.base_quantization for config in configs]
     base = bases[0] if all(found == bases[0] for found in bases) else None
     return HotLoraConfig(
-        plan=union, r=r, lora_alpha=r, inference_mode=True, base_quantization=base, on_top_of=grounds[0], **switches
-    )
+        plan=union, r=r, lora_alpha=r, inference_mode=True, task_type=configs[0].task_type, base_quantization=base,
+        on_top_of=grounds[0], **switches,
+    )  # fmt: skip
 
 
 def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
@@ -286,6 +339,9 @@ def _ranks(config: HotLoraConfig, plan: ExpertPlan) -> set[int]:
 def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Notes what is loaded, and draws a frozen A that PEFT left without values (low_cpu_mem_usage): it is not
     among it."""
+    for module in model.modules():
+        if isinstance(module, MergeableLayer):
+            module._cached.clear()
     empty = [factor for factor in frozen_a(factor_slots(model, adapter_name)) if factor.values.device.type == "meta"]
     for factor in empty:
         factor.restore(next(iter(state_dict.values())).device)
@@ -294,4 +350,26 @@ def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict
     config.note_loaded({peft_hooks.key_of_today(key): tensor for key, tensor in state_dict.items()})
 
 
-peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading)
+def _before_loading_again(model: PeftModel, adapter_name: str, saved: PeftConfig, path: str) -> None:
+    """HotLoraError: the saved tensors mean something else in the adapter that has the name. PlanError: as `bind`."""
+    there = model.peft_config[adapter_name]
+    assert isinstance(there, HotLoraConfig)
+    if isinstance(saved, HotLoraConfig):
+        its, new = (json.loads(json.dumps(config.to_dict(), default=sorted)) for config in (there, saved))
+        told = [f"{name}={new[name]!r} and not {its[name]!r}" for name in _DECIDE if new[name] != its[name]]
+        told += [f"other {name}" for name in ("experts", "ranks") if new["plan"][name] != its["plan"][name]]
+        if there._a_hash is not None and saved._saved_a_hash not in (None, there._a_hash):
+            told.append("another frozen A")
+    else:
+        told = ["no HotLoraConfig"]
+    if told:
+        raise HotLoraError(
+            f"the model already has an adapter {adapter_name!r}, and the one in {path} has {', '.join(told)}: PEFT "
+            "would put its tensors into the one that is there. Give another adapter_name, or delete_adapter"
+            f"({adapter_name!r}) first; of PeftModel.from_pretrained leave out config."
+        )
+    assert isinstance(saved, HotLoraConfig)
+    check_ground(saved.on_top_of, model)
+
+
+peft_hooks.install(HotLoraConfig, HotLoraModel, from_saved, _before_loading, _before_loading_again)

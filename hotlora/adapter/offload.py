@@ -309,6 +309,11 @@ class OffloadedExperts(nn.Module):
         dense: Tensor = self._here().some(start, stop)
         return dense
 
+    def chosen(self, ids: Tensor) -> Tensor:
+        """Of the experts in `ids`."""
+        dense: Tensor = self._here().chosen(ids)
+        return dense
+
     def expert(self, number: int) -> Tensor:
         """Of one expert."""
         dense: Tensor = self._here().expert(number)

@@ -4,7 +4,9 @@ An adapter is a difference to the weights that it was trained on. One that was t
 too, and is refused on a base that lacks what the note names.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +18,18 @@ MERGED = "hotlora_merged"
 """Key in a model's config: a list of `Entry`, in the order of merging."""
 
 Entry = dict[str, str | None]
-"""`path` of the adapter's folder and `weights_sha256` of its file; both None for an adapter that came from no file."""
+"""`path` of the adapter's folder, `weights_sha256` of its file and `options_sha256` (`options_hash`; older ones have
+none); None for an adapter that came from no file."""
 NO_FILE: Entry = {"path": None, "weights_sha256": None}
+HASHES = ("weights_sha256", "options_sha256")
+_OF_UPDATE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "normalize_moe_lora")
+
+
+def options_hash(saved: Mapping[str, Any]) -> str:
+    """Of a saved adapter's config a SHA-256 over what says how much its weights add, and to which experts. Paths, which
+    a push to the Hub takes out, and options of which a later PEFT has more are not in it."""
+    told = {name: saved.get(name) or None for name in _OF_UPDATE} | {"experts": saved["plan"].get("experts")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def merged_into(model: nn.Module) -> list[Entry]:
@@ -58,16 +70,20 @@ def merged_for_now(model: nn.Module, entries: Sequence[Entry]) -> Iterator[None]
 
 def missing(needed: Sequence[Entry], there: Sequence[Entry]) -> list[Entry]:
     """Those of `needed` that are not `there`. An adapter that came from no file may be any."""
-    left = [entry["weights_sha256"] for entry in there]
+    left = list(there)
     absent = []
     for entry in sorted(needed, key=lambda entry: entry["weights_sha256"] is None):  # the known ones first
-        digest = entry["weights_sha256"]
-        fitting = [found for found in left if found in (digest, None) or digest is None]
-        if fitting:
-            left.remove(digest if digest in fitting else fitting[0])
+        if fitting := [found for found in left if _may_be(entry, found)]:
+            known = [found for found in fitting if found["weights_sha256"] == entry["weights_sha256"]]
+            left.remove((known or fitting)[0])
         else:
             absent.append(entry)
     return absent
+
+
+def _may_be(a: Entry, b: Entry) -> bool:
+    """Whether both can be of one adapter: what one of them does not tell is no difference."""
+    return all(None in (pair := (a.get(name), b.get(name))) or pair[0] == pair[1] for name in HASHES)
 
 
 def check_ground(on_top_of: Sequence[Entry] | None, model: nn.Module) -> None:
@@ -91,7 +107,7 @@ def check_entries(name: str, entries: Any) -> None:
         isinstance(entries, list)
         and all(
             isinstance(entry, dict)
-            and entry.keys() == {"path", "weights_sha256"}
+            and {"path", "weights_sha256"} <= entry.keys() <= {"path", *HASHES}
             and all(value is None or isinstance(value, str) for value in entry.values())
             for entry in entries
         )

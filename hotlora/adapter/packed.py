@@ -86,17 +86,25 @@ class PackedExperts(nn.Module):
     @torch.no_grad()
     def some(self, start: int, stop: int) -> Tensor:
         """Dense weights of the experts from `start` to `stop`, `[stop - start, ., .]` in `dtype`."""
+        return self._dense(self.packed[start:stop], self.scales[start:stop])
+
+    @torch.no_grad()
+    def chosen(self, ids: Tensor) -> Tensor:
+        """Dense weights of the experts in `ids` (int64, on the device), `[len(ids), ., .]` in `dtype`."""
+        return self._dense(self.packed[ids], self.scales[ids])
+
+    def _dense(self, packed: Tensor, scales: Tensor) -> Tensor:
         step = max(1, _MOST_AT_ONCE // self.shape[1:].numel())
-        parts = [self._decoded(a, min(a + step, stop)) for a in range(start, stop, step)]
+        parts = [self._decoded(*both) for both in zip(packed.split(step), scales.split(step), strict=True)]
         dense = parts[0] if len(parts) == 1 else torch.cat(parts)
         return dense.transpose(1, 2) if self.is_transposed else dense
 
-    def _decoded(self, start: int, stop: int) -> Tensor:
-        """`[stop - start, rows, columns]`"""
-        scales = scale_values(self.scales[start:stop])
+    def _decoded(self, packed: Tensor, scales: Tensor) -> Tensor:
+        """`[n, rows, columns]`"""
+        scales = scale_values(scales)
         # A number of two bits times a power of two is exact in bfloat16, too, whose exponents are float32's.
         is_exact = self.bits == 4 and self.scales.dtype == torch.uint8 and self.dtype == torch.bfloat16
-        values = decoded(self.packed[start:stop], self.bits, torch.bfloat16 if is_exact else torch.float32)
+        values = decoded(packed, self.bits, torch.bfloat16 if is_exact else torch.float32)
         values.unflatten(2, self._blocks[2:]).unflatten(1, self._blocks[:2]).mul_(
             scales.to(values.dtype)[:, :, None, :, None]
         )

@@ -43,6 +43,8 @@ class QuantizedExperts(nn.Module):
     """`[n, ., .]`: the weights of the experts that are left as they were; n may be 0. It carries the dtype."""
     _kept_index: Tensor
     _cold_index: Tensor
+    _place_index: Tensor
+    """Of each expert, where it is: in `packed`, or after all that is there in `kept`."""
     stored = ("packed", "scale_bits")
     """What is large, a row for each of `stored_ids`."""
     is_dense = False
@@ -56,7 +58,12 @@ class QuantizedExperts(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scale_bits", scale_bits)
         self.register_buffer("kept", kept)
-        for name, ids in (("_kept_index", self.kept_ids), ("_cold_index", self.stored_ids)):
+        ids_by_place = (*self.stored_ids, *self.kept_ids)
+        place_of = {expert: place for place, expert in enumerate(ids_by_place)}
+        places = [place_of[expert] for expert in range(shape[0])]
+        for name, ids in (
+            ("_kept_index", self.kept_ids), ("_cold_index", self.stored_ids), ("_place_index", places)
+        ):  # fmt: skip
             index = torch.tensor(ids, dtype=torch.int64, device=packed.device)
             self.register_buffer(name, index, persistent=False)
 
@@ -123,6 +130,15 @@ class QuantizedExperts(nn.Module):
             dense.index_copy_(0, self._cold_index[some] - start, self._dense(some))
         return dense
 
+    @torch.no_grad()
+    def chosen(self, ids: Tensor) -> Tensor:
+        """Dense weights of the experts in `ids` (int64, on the device), `[len(ids), ., .]` in `dtype`."""
+        place, num_cold = self._place_index[ids], len(self.stored_ids)
+        if not self.kept_ids:
+            return self._dense(place)
+        cold, kept = self._dense(place.clamp(max=num_cold - 1)), self.kept[(place - num_cold).clamp(min=0)]
+        return torch.where((place < num_cold).view(-1, 1, 1), cold, kept, out=cold)
+
     def coded(self) -> Coded:
         """As a kernel decodes it."""
         _, rows, columns = self.shape
@@ -148,7 +164,7 @@ class QuantizedExperts(nn.Module):
             return dense[: self.shape[1:].numel()].view(self.shape[1:])
         return self._dense(slice(place, place + 1))[0]
 
-    def _dense(self, places: slice) -> Tensor:
+    def _dense(self, places: slice | Tensor) -> Tensor:
         """Of the quantized experts that lie there."""
         packed, scales = self.packed[places], _floats(self.scale_bits[places])
         # bitsandbytes has no float64.

@@ -21,6 +21,9 @@ FOLDER_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z
 """A name that may be a folder's, or one inside another, and leads nowhere else."""
 _NUMBERS = re.compile(r"\[\n\s*((?:-?[\d.eE+-]+,\s*)*-?[\d.eE+-]+)\n\s*\]")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_UNFLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""what file systems answer that cannot flush"""
 # safetensors and torch put what the system says into errors of their own.
 _FULL_TEXT = re.compile(
     r"os error (27|28|122)\b|No space left|inline_container.*unexpected pos|PytorchStreamWriter failed|iostream error"
@@ -84,17 +87,20 @@ def _patiently(rename: Callable[[Path, Path], None], source: Path, target: str |
 
 def flush(path: Path) -> None:
     """Waits until a file's content, or a folder's names, are on the disk: after a power cut a name may be there whose
-    content was in memory alone."""
-    if os.name == "nt":  # has no way to flush a folder
+    content was in memory alone. Where the system has no way to do so, what is written stays written."""
+    if os.name == "nt" or path.is_symlink():  # Windows flushes no folders; a link has no content
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot
+        # A folder that may be written need not be readable, and file systems refuse to flush folders in many ways.
+        is_lost = error.errno in _LOST if path.is_dir() else error.errno not in _UNFLUSHED
+        if is_lost:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

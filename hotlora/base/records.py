@@ -52,6 +52,7 @@ _SECTIONS: dict[str, dict[str, Kind]] = {
 _OPTIONAL: dict[str, dict[str, Kind]] = {
     "config": {
         **dict.fromkeys(("test_hash", "test_data", "scorer_hash", "engine", "harness", "train_on"), str),
+        **dict.fromkeys(("tasks", "tasks_hash"), list),
         **dict.fromkeys(("max_new_tokens", "num_fewshot"), int),
         "sampling": dict,
     },

@@ -75,7 +75,7 @@ def export(
         merge_attention=merge_attention, dtype=dtype, **given,
     )  # fmt: skip
     room = served_room(model, output, format=format, dtype=dtype)
-    card = _describe(output, format, model, [adapter], room)
+    card = _describe(output, format, model, [adapter], room, drop_router)
     out.print(f"{format}: {output}")
     out.print(f"how to use it: {card}")
     if format != "merged":
@@ -139,10 +139,17 @@ def push(
     out.print(f"pushed: {address}{' (private)' if private else ''}")
 
 
-def _describe(output: Path, format: str, model: str, adapters: list[Path], room: "Room | None" = None) -> Path:
+def _describe(
+    output: Path,
+    format: str,
+    model: str,
+    adapters: list[Path],
+    room: "Room | None" = None,
+    dropped_router: bool = False,
+) -> Path:
     from ..report.card import write_export_card
 
-    return write_export_card(output, format, model, adapters, room)
+    return write_export_card(output, format, model, adapters, room, dropped_router)
 
 
 def _tell_of_quantization(adapter: Path) -> None:

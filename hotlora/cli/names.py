@@ -18,11 +18,15 @@ def with_dashes(words: list[str]) -> list[str]:
 
 
 def check_once(words: list[str]) -> None:
-    """HotLoraError where data are named twice: of an option given twice the last one counts, and here it would be a
-    part of the rows."""
+    """HotLoraError where data or an adapter are named twice: of an option given twice the last one counts, and here it
+    would be a part of what was meant."""
+    words = words[: words.index("--")] if "--" in words else words
     for flags in (("--data", "-d"), ("--test-data",)):
         if sum(word.partition("=")[0] in flags for word in words) > 1:
             raise HotLoraError(f"{flags[0]} is given twice: give one file, or a folder with all of the files.")
+    adapter = ("--adapter", "-a") if words[0] == "verify" else ("--adapter",)
+    if sum(word.partition("=")[0] in adapter for word in words) > 1:
+        raise HotLoraError("--adapter is given twice: give one; `hotlora combine` makes one adapter of several.")
 
 
 class Commands(TyperGroup):
@@ -30,7 +34,7 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         words = with_dashes(args)
-        if words[:1] in (["train"], ["evaluate"]):
+        if words[:1] and words[0] in ("train", "evaluate", "generate", "verify"):
             check_once(words)
         return super().parse_args(ctx, words)
 

@@ -21,6 +21,10 @@ from ..runs.options import RunOptions
 class _Console(Console):
     """Prints words as they are: a path keeps its brackets and is not broken at the end of a line; tables are fitted."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.width = None  # type: ignore[assignment]  # COLUMNS is read when a table is fitted, not at import
+
     def print(self, *objects: Any, **options: Any) -> None:
         if all(isinstance(shown, str | Text) for shown in objects):
             options = {"soft_wrap": True, "markup": False, "highlight": False} | options

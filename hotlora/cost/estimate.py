@@ -4,11 +4,15 @@
 """
 
 import copy
+import functools
+import inspect
 import math
+import os
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ParamSpec, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -34,6 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _LAYER = re.compile(r"(.*\.layers\.\d+)\.")
 _STORAGE = tuple(field.name for field in fields(Storage))
+_P = ParamSpec("_P")
 
 
 def estimate(config: str | Path, *, flops_per_second: float | None = None, **options: Any) -> dict[str, Any]:
@@ -75,6 +80,26 @@ def split(options: dict[str, Any]) -> tuple[Storage, dict[str, Any]]:
     return Storage(**stored), {name: value for name, value in options.items() if name not in _STORAGE}
 
 
+def _once(function: Callable[_P, Step]) -> Callable[_P, Step]:
+    """The same step is not found out twice: `--fit`, the check before a run and each run of a sweep ask for it."""
+    found: dict[tuple[str | bool, ...], Step] = {}
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def once(*args: _P.args, **kwargs: _P.kwargs) -> Step:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        # The file may be another one by now. 4 and 4.0 are equal, and one of them is refused.
+        content = model_from_config(given.arguments.pop("config")).config.to_json_string(use_diff=False)
+        key = (content, repr(given.arguments), torch.cuda.is_available(), os.environ.get("HOTLORA_KERNELS", ""))
+        if key not in found:
+            found[key] = function(*args, **kwargs)
+        return found[key]
+
+    return once
+
+
+@_once
 def step_of(
     config: str | Path,
     *,

@@ -15,7 +15,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from peft.helpers import DoraCaching
 from peft.tuners.lora.dora import DoraLinearLayer
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -23,6 +22,7 @@ from ..adapter.mergeable import MergeableLayer
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
 from ..hf.forward import inference, padding_matters
+from ..hf.peft_hooks import dora_norms_kept
 from ..hf.stopping import stop_tokens
 from ..tasks import Example
 from ..tasks.ends import turn_ends
@@ -194,7 +194,7 @@ def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:
 @contextmanager
 def generation(model: Any) -> Iterator[None]:
     """What tokens are generated in: the model as it is, whose DoRA norms are thus worked out once and not for each."""
-    with inference(model), _without_generation_config(model), DoraCaching():
+    with inference(model), _without_generation_config(model), dora_norms_kept():
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -122,15 +123,20 @@ def write_local_task(name: str, source: str | Path, folder: Path) -> Path:
     return path
 
 
-_READ = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".txt")
-_MOST_READ = 2**26
-"""bytes: a task's rows may be larger, and so may be what has nothing to do with it"""
+_CONFIGS = (".yaml", ".yml", ".py")
+_ROWS = (
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow"),
+    *(".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip"),
+)
+_TEXTS = re.compile(rb"\.txt\b|\btext\b")
+"""how a config or code says that a .txt holds rows: by its name, or as what `datasets` reads (`dataset_path: text`)"""
 
 
 def read_hashes(tasks: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
     """Of what `evaluate_by_lm_eval` reads from files of one's own: `tasks_hash`, a SHA-256 of each task's local rows,
-    None of others; and `include_hash`, of configs, code and small files of rows in `include_path`, but for what runs
-    wrote there, and hidden ones. Neither where nothing is read.
+    None of others; and `include_hash`, of configs, code and files of rows in `include_path`, but for what runs wrote
+    there, and hidden ones. Neither where nothing is read. Files are read whole, a second for each GB: a row that was
+    edited may be anywhere, and as long as it was.
 
     DataError: local files that are not there, or an `include_path` that is no folder.
     """
@@ -145,10 +151,11 @@ def read_hashes(tasks: Sequence[str], include_path: str | Path | None = None) ->
         raise DataError(f"{folder} is not a folder: give the one that holds your tasks' configs (--include-path).")
     files = visible_files(folder)
     written = {file.parent for file in files if file.name == "run.json"} - {folder}
+    configs = b"".join(file.read_bytes() for file in files if file.suffix in _CONFIGS)
+    read = (*_CONFIGS, *_ROWS, *([".txt"] if _TEXTS.search(configs) else []))  # else they are notes
     for file in files:
         is_result = file.parent == folder and (file.name == "run.json" or file.name.startswith("results-"))
-        is_read = file.suffix in _READ and file.stat().st_size <= _MOST_READ
-        if is_read and not is_result and written.isdisjoint(file.parents):
+        if file.suffix in read and not is_result and written.isdisjoint(file.parents):
             digest.update(f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n".encode())
     return found | {"include_hash": digest.hexdigest()}
 

@@ -30,7 +30,7 @@ class FrozenWeight:
 
     value: Any
     """A Tensor; or what has its `shape`, `dtype`, `expert(e)` and `dequantize()`, and where it is not `is_dense`,
-    `some(start, stop)` and `coded()`."""
+    `some(start, stop)`, `chosen(ids)` and `coded()`."""
     is_transposed: bool
     """`[E, inputs, outputs]` rather than `[E, outputs, inputs]`."""
 
@@ -68,6 +68,11 @@ class FrozenWeight:
     def some(self, start: int, stop: int) -> Tensor:
         """`[stop - start, inputs, outputs]` of some experts; quantized ones are dense for as long as they are held."""
         weight: Tensor = self.value[start:stop] if isinstance(self.value, Tensor) else self.value.some(start, stop)
+        return weight if self.is_transposed else weight.transpose(1, 2)
+
+    def chosen(self, ids: Tensor) -> Tensor:
+        """`[len(ids), inputs, outputs]` of the experts in `ids`, int64; the host need not know which."""
+        weight: Tensor = self.value[ids] if isinstance(self.value, Tensor) else self.value.chosen(ids)
         return weight if self.is_transposed else weight.transpose(1, 2)
 
     def all(self) -> Tensor:

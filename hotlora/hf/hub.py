@@ -1,4 +1,4 @@
-"""Pushing what was trained to the Hub, through huggingface_hub."""
+"""Pushing what was trained to the Hub, and an adapter back from it, through huggingface_hub."""
 
 import functools
 import json
@@ -14,8 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import FileError, HotLoraError
 from ..base.files import read_json, visible_files
+from .connection import unreachable
 
 _CONFIGS = ("adapter_config.json", "config.json")
+_OF_AN_ADAPTER = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _MERGED = "hotlora_merged"  # of a config: the adapters that were merged into the model (`adapter.on_top_of`)
 
 
@@ -75,6 +77,37 @@ def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> st
             + shlex.join(["hotlora", "push", str(path), name])
         ) from error
     return str(repo)
+
+
+def can_be_on_hub(name: str) -> bool:
+    """Whether this is the form of a repository's name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def adapter_on_hub(name: str) -> Path | None:
+    """Where an adapter of the Hub lies here, in the Hub's cache, downloaded if need be; None: the name is of none, or
+    the Hub cannot be asked."""
+    if not can_be_on_hub(name):
+        return None
+    try:
+        config = huggingface_hub.try_to_load_from_cache(name, _CONFIGS[0])
+        if config is None and not unreachable():
+            config = huggingface_hub.hf_hub_download(name, _CONFIGS[0])
+        if not isinstance(config, str):  # a model: the cache knows that it has no such file
+            return None
+    except Exception:  # no such file, no connection: what takes it for a model tells
+        return None
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_OF_AN_ADAPTER))
+    except Exception as error:
+        raise HotLoraError(
+            f"the adapter {name} could not be downloaded ({_reason(error)}): hf download {name} --local-dir FOLDER, "
+            "and give that."
+        ) from error
 
 
 def _trained(path: Path) -> Path:

@@ -39,6 +39,8 @@ NAMES = {
     "torch:_C._accelerator_setAllocatorSettings": _PINNED,
     "transformers:PreTrainedConfig._experts_implementation": "adapter.model does not give a model its own forward of "
     "experts back when the adapter is unloaded",
+    "transformers.integrations.peft#_hotswap_enabled": "hf.peft_hooks: transformers' load_adapter swaps a part of an "
+    "adapter, after enable_peft_hotswap",
     "transformers.core_model_loading:revert_weight_conversion": "adapter.formats names experts as transformers does, "
     "and not as servers read them",
     "transformers.integrations:INTEGRATION_TO_CALLBACK": "--report-to is not checked before training",
@@ -92,6 +94,8 @@ NAMES = {
     "peft.tuners.lora:LoraLayer._active_adapter": _LAYER,
     "peft.tuners.lora:dora": _DORA,
     "peft.tuners.lora.dora:DoraLinearLayer": _DORA,
+    "peft.tuners.lora.dora:DoraLinearLayer._cache_store": "answers by DoRA take as much memory again as attention's "
+    "weights",
     "peft.helpers:DoraCaching": _DORA,
     "peft.tuners.tuners_utils:BaseTunerLayer": _LAYER,
     "peft.tuners.tuners_utils:check_adapters_to_merge": "adapter.mergeable does not know which adapters to merge",

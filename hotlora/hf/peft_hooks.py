@@ -1,4 +1,5 @@
-"""All that hotlora changes in PEFT, so that PEFT's own ways take a HotLoraConfig. Plain PEFT goes on as without it.
+"""All that hotlora changes in PEFT, so that PEFT's own ways take a HotLoraConfig. Plain PEFT goes on as without it. Of
+transformers it is `load_adapter`, which swaps adapters by itself.
 
 PEFT's tables of configs and tuners stay as they are, and a plain LoraConfig gets a plain LoraModel: each function here
 hands on to PEFT's own what is not hotlora's. tests/test_peft_hooks.py holds every one of them to that.
@@ -7,15 +8,19 @@ hands on to PEFT's own what is not hotlora's. tests/test_peft_hooks.py holds eve
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
+from peft.helpers import DoraCaching
 from peft.optimizers import lorafa
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils import hotswap, transformers_weight_conversion
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..base.errors import HotLoraError, PlanError
 from ..base.unchanged import unchanged_on_error
@@ -45,11 +50,13 @@ def install(
     tuner_class: type[LoraModel],
     from_saved: Callable[[dict[str, Any]], LoraConfig],
     before_loading: Callable[[nn.Module, Any, str, dict[str, Tensor]], None],
+    before_loading_again: Callable[[PeftModel, str, PeftConfig, str], None],
 ) -> None:
     """Called once, when `hotlora.adapter` is imported.
 
     config_class, tuner_class: hotlora's. from_saved: makes a config of a saved one, as a dict. before_loading(model,
     config, adapter_name, state_dict): called before PEFT loads tensors into an adapter of such a config.
+    before_loading_again(model, adapter_name, saved_config, path): the same where the model had the adapter already.
     """
     _read_saved_configs(from_saved)
     _inject_by(config_class, tuner_class)
@@ -57,8 +64,27 @@ def install(
     _keep_names(config_class, before_loading)
     _keep_names_in_transformers(config_class)
     _refuse_conversion_at_save(config_class)
+    _check_loading_again(config_class, before_loading_again)
     _refuse_hotswap(config_class)
     _refuse_lorafa()
+
+
+@contextmanager
+def dora_norms_kept() -> Iterator[None]:
+    """PEFT's `DoraCaching`, which keeps B A of every adapted Linear beside the norms, as large as its weight; here the
+    norms alone: once PEFT has those, it reads nothing of B A."""
+    original: Any = DoraLinearLayer._cache_store
+
+    @functools.wraps(original)
+    def store(self: Any, key: str, value: Any) -> None:
+        original(self, key, value.new_empty(0) if key.startswith("lora-weight") else value)
+
+    with DoraCaching():
+        DoraLinearLayer._cache_store = store  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            DoraLinearLayer._cache_store = original  # type: ignore[method-assign]
 
 
 def _read_saved_configs(from_saved: Callable[[dict[str, Any]], LoraConfig]) -> None:
@@ -174,21 +200,59 @@ def _refuse_conversion_at_save(config_class: type[LoraConfig]) -> None:
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-def _refuse_hotswap(config_class: type[LoraConfig]) -> None:
-    """`hotswap_adapter` checks first that two configs go together; ours never do, for it looks for Linears alone."""
-    original = hotswap.check_hotswap_configs_compatible
+def _check_loading_again(
+    config_class: type[LoraConfig], before_loading_again: Callable[[PeftModel, str, PeftConfig, str], None]
+) -> None:
+    """PEFT reads no config where the name is taken: the tensors go into the adapter that is there."""
+    original: Any = PeftModel.load_adapter
 
     @functools.wraps(original)
-    def check(config0: Any, config1: Any) -> None:
-        if isinstance(config0, config_class) or isinstance(config1, config_class):
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        name, path = given["adapter_name"], str(given["model_id"])
+        if isinstance(self.peft_config.get(name), config_class):
+            saved = PeftConfig.from_pretrained(path, **given.get("kwargs", {}))
+            before_loading_again(self, name, saved, path)
+        return original(self, *args, **kwargs)
+
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+
+
+def _refuse_hotswap(config_class: type[LoraConfig]) -> None:
+    """It looks for Linears alone. PEFT's `hotswap_adapter` checks first that two configs go together; transformers'
+    `load_adapter(hotswap=True)`, or after `enable_peft_hotswap`, checks nothing."""
+    check: Any = hotswap.check_hotswap_configs_compatible
+    load: Any = PreTrainedModel.load_adapter
+
+    def refuse(call: str, *configs: Any) -> None:
+        if any(isinstance(config, config_class) for config in configs):
             raise HotLoraError(
-                "hotswap_adapter is not supported with a HotLoraConfig: it replaces the matrices of Linears, and two "
+                f"{call} is not supported with a HotLoraConfig: it replaces the matrices of Linears, and two "
                 "plans may name other experts. Load the adapter under another name (hotlora.load_adapter(model, path, "
                 "adapter_name)), call set_adapter, and delete_adapter the old one."
             )
-        original(config0, config1)
 
-    hotswap.check_hotswap_configs_compatible = check
+    @functools.wraps(check)
+    def check_configs(config0: Any, config1: Any) -> None:
+        refuse("hotswap_adapter", config0, config1)
+        check(config0, config1)
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(load).bind(self, *args, **kwargs).arguments
+        name, swaps = given.get("adapter_name"), given.get("hotswap", "auto")
+        there = getattr(self, "peft_config", {}).get(name)
+        if swaps == "auto":
+            swaps = getattr(self, "_hotswap_enabled", False)
+        if swaps and there is not None:
+            config, path = given.get("peft_config"), given.get("peft_model_id")
+            if config is None and path is not None and not isinstance(there, config_class):
+                config = PeftConfig.from_pretrained(path, **(given.get("adapter_kwargs") or {}))
+            refuse("load_adapter's hotswap", there, config)
+        return load(self, *args, **kwargs)
+
+    hotswap.check_hotswap_configs_compatible = check_configs
+    PreTrainedModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
 def _refuse_lorafa() -> None:

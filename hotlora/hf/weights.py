@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import huggingface_hub
 
@@ -20,21 +20,27 @@ _FILES = (
 _BLOCK = 4096
 _SMALL_FILE, _SMALL_TENSOR = 2**26, 2**20  # bytes that are read in whole
 _FURTHEST = 2**22
-"""bytes from a block to the next: less than an expert has in a checkpoint of gigabytes"""
+"""bytes from a block to the next, at most: in a tensor of experts each has a block of its own, however small it is"""
 
 
 def model_hash(name_or_path: str | Path) -> str | None:
-    """Of a folder a SHA-256 over its config and tokenizer, and over its weights: files of up to 64 MB in whole; of
-    larger ones all tensors of up to 1 MB (norms, routers), and evenly spaced blocks of the others. The same for a copy
-    of it, another wherever a matrix was changed. 60 GB cost about 100 MB, in 20,000 reads.
+    """`folder_hash`; of a name on the Hub the commit in its cache, or None: the network is not asked."""
+    if found := folder_hash(name_or_path):
+        return found
+    cached = huggingface_hub.try_to_load_from_cache(model_source(name_or_path), "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
-    Of a name on the Hub the commit in its cache, None where there is none: the network is not asked.
+
+def folder_hash(name_or_path: str | Path) -> str | None:
+    """Of a folder a SHA-256 over its config and tokenizer, and over its weights: files of up to 64 MB in whole; of
+    larger ones all tensors of up to 1 MB (norms, routers), and evenly spaced blocks of the others, at least one of each
+    expert. The same for a copy of it, another wherever a matrix was changed. 60 GB cost about 100 MB, in 20,000 reads.
+
+    None of a name on the Hub.
     """
-    source = model_source(name_or_path)
-    folder = Path(source)
+    folder = Path(model_source(name_or_path))
     if not folder.is_dir():
-        cached = huggingface_hub.try_to_load_from_cache(source, "config.json")
-        return Path(cached).parent.name if isinstance(cached, str) else None
+        return None
     files = sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
     stats = [file.stat() for file in files]
     return _hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
@@ -56,27 +62,38 @@ def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
 def _add_parts(digest: "hashlib._Hash", file: Path, size: int) -> None:
     try:
         with open(file, "rb") as stream:
-            for start, end in _parts(stream, file, size):
+            for start, end, step in _parts(stream, file, size):
                 is_whole = end - start <= _SMALL_TENSOR
-                for place in (start,) if is_whole else range(start, end, _FURTHEST):
+                for place in (start,) if is_whole else range(start, end, step):
                     stream.seek(place)
                     digest.update(stream.read(end - start if is_whole else min(_BLOCK, end - place)))
     except OSError as error:
         raise FileError(f"{file} cannot be read ({error.strerror}): check the path") from error
 
 
-def _parts(stream: BinaryIO, file: Path, size: int) -> Iterator[tuple[int, int]]:
-    """Where each tensor is, by a safetensors file's header, which is the first part; all of other files."""
+def _parts(stream: BinaryIO, file: Path, size: int) -> Iterator[tuple[int, int, int]]:
+    """Where each tensor begins and ends, by a safetensors file's header, which is the first part, and how far apart its
+    blocks are; all of other files."""
+    whole = 0, size, _FURTHEST
     if file.suffix != ".safetensors":
-        yield 0, size
+        yield whole
         return
     try:
         begin = 8 + int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(min(begin - 8, size)))
-        places = sorted(its["data_offsets"] for name, its in header.items() if name != "__metadata__")
+        tensors = [its for name, its in header.items() if name != "__metadata__"]
+        places = sorted((*its["data_offsets"], _step(its)) for its in tensors)
     except (ValueError, KeyError, TypeError, AttributeError):  # broken: loading tells it
-        yield 0, size
+        yield whole
         return
-    yield 0, begin
-    for start, end in places:
-        yield begin + start, begin + end
+    yield 0, begin, _FURTHEST
+    for start, end, step in places:
+        yield begin + start, begin + end, step
+
+
+def _step(tensor: Mapping[str, Any]) -> int:
+    """Of experts in one tensor `[E, …]` at most the bytes of an expert, so that another in its place is seen."""
+    start, end = tensor["data_offsets"]
+    shape = tensor.get("shape", ())
+    experts = shape[0] if len(shape) > 2 else 1
+    return min(_FURTHEST, max(_BLOCK, (end - start) // max(1, experts)))

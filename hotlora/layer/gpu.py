@@ -2,9 +2,12 @@
 be asked for.
 
 The base's products are torch's grouped ones where torch has one kernel for them, and ours (`kernels`, in Triton)
-elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; without
-Triton cold experts get factors of zeros. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all;
+elsewhere. The low-rank ones are ours wherever Triton is, since its kernels skip experts that have no factors; torch's
+need factors of zeros for cold experts. `HOTLORA_KERNELS=torch` or `=triton` in the environment chooses for all;
 `=fused` takes `kernels.fused` for the layers that it covers, which has not been timed on a GPU yet.
+
+Where there is neither, experts are multiplied one after another, those alone that have rows and factors: the device is
+asked once a layer where their rows end, for both passes.
 
 In a compiled graph each product is one operation.
 
@@ -13,7 +16,9 @@ Shape suffixes: E experts, K experts per token, S rows (assignments), N hot expe
 
 import importlib.util
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.errors import HotLoraError
+from ..base.precision import say_once
 from ..hf.experts_view import FrozenWeight
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
@@ -31,6 +37,9 @@ _TORCH_HAS_A_KERNEL = (9, 10)
 
 BLOCK_BYTES = 2**28
 """Of weights that are quantized or packed: at most so much is dense at once, or one expert."""
+
+OnHost = Callable[[Tensor], list[int]]
+"""What reads a device's numbers, for which the host waits until the device has done all that it was told."""
 
 
 def seeded(seed: Any) -> Any:
@@ -58,17 +67,30 @@ class Rows:
         if is_partial:
             self.elsewhere_S1 = (self.expert_S >= num_experts).unsqueeze(1)
             self.expert_S = self.expert_S.clamp(max=num_experts - 1)
+        self._read: dict[Tensor, list[int]] = {}
+
+    def on_host(self, numbers: Tensor) -> list[int]:
+        """Read once, for all products of both passes."""
+        if numbers not in self._read:
+            self._read[numbers] = numbers.tolist()
+        return self._read[numbers]
+
+    @cached_property
+    def filled_first_E(self) -> Tensor:
+        """All experts, those that have rows before the others."""
+        sizes_E = self.ends_E.diff(prepend=self.ends_E.new_zeros(1))
+        return torch.argsort(sizes_E.clamp(max=1), descending=True, stable=True)
 
     def product(self, x_SI: Tensor, weight: FrozenWeight) -> Tensor:
         """Each row times its expert's weights `[S, O]`; zeros in rows of no expert here."""
         x_SI = self._here(x_SI)
         if weight.is_held and not torch.compiler.is_compiling():
-            return self._here(_held_product(x_SI, weight, self.ends_E))
-        return self._here(_call(grouped_linear, x_SI, weight.all().transpose(1, 2), self.ends_E))
+            return self._here(_held_product(self, x_SI, weight))
+        return self._here(_call(grouped_linear, x_SI, weight.all().transpose(1, 2), self.ends_E, on_host=self.on_host))
 
     def outer(self, out_EOI: Tensor, y_SO: Tensor, x_SI: Tensor) -> None:
         """Sets `out` to the sum of y x^T over each expert's rows."""
-        out_EOI.copy_(_call(grouped_outer, y_SO.contiguous(), x_SI, self.ends_E))
+        out_EOI.copy_(_call(grouped_outer, y_SO.contiguous(), x_SI, self.ends_E, on_host=self.on_host))
 
     def add_bias(self, y_SO: Tensor, bias_EO: Tensor) -> None:
         """Adds to each row its expert's row of `bias`, in place."""
@@ -86,7 +108,7 @@ class Rows:
         """Adds to `sums` the sum over each expert's rows."""
         y_SO = y_SO.to(sums_EO.dtype).contiguous()
         ones_S8 = y_SO.new_ones(y_SO.shape[0], 8)  # torch's grouped product takes rows of 16 bytes and more
-        sums_EO += _call(grouped_outer, y_SO, ones_S8, self.ends_E)[:, :, 0]
+        sums_EO += _call(grouped_outer, y_SO, ones_S8, self.ends_E, on_host=self.on_host)[:, :, 0]
 
     def placed(self, all_S: Tensor | None, some_S: Tensor, num_rows: int) -> Tensor:
         """All rows in the places that the router gave them: gathered, since a scatter writes row by row."""
@@ -104,6 +126,7 @@ class Hot:
 
     def __init__(self, rows: Rows, update: Any) -> None:
         self.dtype, self.ids_N, self.is_partial = update.dtype, update.expert_ids_N, rows.is_partial
+        self.on_host = rows.on_host
         self.token_S, self.expert_S, self.ends_E = rows.token_S, rows.expert_S, rows.ends_E
         slot_N = torch.arange(len(self.ids_N), dtype=torch.int32, device=self.ids_N.device)
         self.slot_E = torch.full_like(rows.ends_E, -1).index_copy_(0, self.ids_N, slot_N)
@@ -130,7 +153,8 @@ class Hot:
         """`[S, O]`: scaling * weight[n] @ x in hot rows, zero in others. scaling: one, or each expert's `[N]`."""
         if isinstance(scaling, Tensor):
             return (self.product(x_SI, weight_NOI) * self.by_rows(scaling, self.dtype)).to(self.dtype)
-        return _call(hot_linear, x_SI, weight_NOI, self.ends_E, self.slot_E, scaling, self.is_partial)
+        rows = (self.ends_E, self.slot_E, self.ids_N)
+        return _call(hot_linear, x_SI, weight_NOI, *rows, scaling, self.is_partial, on_host=self.on_host)
 
     def by_rows(self, scaling_N: Tensor, dtype: torch.dtype) -> Tensor:
         """`[S, 1]`: of each hot row its expert's, in float32 at least."""
@@ -152,7 +176,8 @@ class Hot:
 
     def outer(self, out_NOI: Tensor, y_SO: Tensor, x_SI: Tensor) -> None:
         """Sets `out` to the sum of y x^T over each hot expert's rows."""
-        out_NOI.copy_(_call(hot_outer, y_SO.to(self.dtype), x_SI.to(self.dtype), self.ends_E, self.ids_N))
+        y_SO, x_SI = y_SO.to(self.dtype), x_SI.to(self.dtype)
+        out_NOI.copy_(_call(hot_outer, y_SO, x_SI, self.ends_E, self.ids_N, on_host=self.on_host))
 
     def dropout(self, p: float, source: Any) -> "Dropout":
         return Dropout(self, p, source)
@@ -173,59 +198,87 @@ class Dropout:
         return _call(dropped, x_SI.to(self.dtype), self.p, self.seed, self.place_S)
 
 
-def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, on_host: OnHost = Tensor.tolist) -> Tensor:
     """`y[s] = weight[expert of s] @ x[s]`, `[S, O]`; rows past the last expert hold anything."""
     if use_kernels(x_SI):
         return _gemm().grouped_gemm(x_SI, weight_EOI, ends_E)
-    if _grouped_mm_takes(x_SI, weight_EOI):
+    if _grouped_mm_takes(x_SI, x_SI.stride(0), max(weight_EOI.stride()[1:]), *weight_EOI.shape[1:]):
         return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
-    y_SO = x_SI.new_zeros(x_SI.shape[0], weight_EOI.shape[1])
-    for (a, b), weight in zip(_slices(ends_E), weight_EOI.unbind(), strict=True):
-        torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
+    y_SO = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
+    for (a, b), weight in zip(_spans(on_host(ends_E)), weight_EOI.unbind(), strict=True):
+        if a < b:
+            torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
     return y_SO
 
 
-def _held_product(x_SI: Tensor, weight: FrozenWeight, ends_E: Tensor) -> Tensor:
+def _held_product(rows: Rows, x_SI: Tensor, weight: FrozenWeight) -> Tensor:
     """`grouped_linear` of weights that are quantized or packed: `BLOCK_BYTES` of them are dense at once, or a tile."""
+    ends_E, num_experts = rows.ends_E, len(rows.ends_E)
     if use_fused(x_SI) and x_SI.dtype == weight.dtype:
         from .kernels.coded_gemm import coded_gemm  # which needs Triton
 
         # The parameter is [E, I, O] where `is_transposed`; and may be held the other way round.
         return coded_gemm(x_SI, weight.value.coded(), ends_E, weight.is_transposed != weight.value.is_transposed)
-    num_experts = len(ends_E)
     step = max(1, BLOCK_BYTES // (weight.value.shape[1:].numel() * weight.dtype.itemsize))
-    if step >= num_experts:
+    if 0 < len(x_SI) < num_experts:  # of a generation's step: each row's own weights, whose number is known beforehand
+        parts = zip(x_SI.unsqueeze(1).split(step), rows.expert_S.split(step), strict=True)
+        return torch.cat([torch.bmm(x_n1I, weight.chosen(expert_n)) for x_n1I, expert_n in parts]).squeeze(1)
+    is_ours = use_kernels(x_SI)
+    if step >= num_experts and (is_ours or _grouped_mm_takes(x_SI, x_SI.stride(0), *weight.value.shape[1:])):
         return grouped_linear(x_SI, weight.all().transpose(1, 2), ends_E)
     y_SO = x_SI.new_zeros(x_SI.shape[0], weight.num_outputs)
-    ends = None if use_kernels(x_SI) else [0, *ends_E.tolist()]  # ours need not know which rows are an expert's
-    for a in range(0, num_experts, step):
-        b = min(a + step, num_experts)
-        if ends is None:
+    if is_ours:  # which need not know which rows are an expert's
+        for a in range(0, num_experts, step):
+            b = min(a + step, num_experts)
             slot_E = torch.arange(-a, num_experts - a, dtype=torch.int32, device=x_SI.device)
             slot_E = slot_E.masked_fill(slot_E >= b - a, -1).clamp(min=-1)
             _gemm().grouped_gemm(x_SI, weight.some(a, b).transpose(1, 2), ends_E, slot_E, add_to_SO=y_SO)
-        elif ends[a] < ends[b]:
-            rows = slice(ends[a], ends[b])
-            y_SO[rows] = grouped_linear(x_SI[rows], weight.some(a, b).transpose(1, 2), ends_E[a:b] - ends[a])
+        return y_SO
+    spans = _spans(rows.on_host(ends_E))
+    filled = [expert for expert, (a, b) in enumerate(spans) if a < b]
+    for place in range(0, len(filled), step):
+        its = filled[place : place + step]
+        first, last, start, stop = its[0], its[-1], spans[its[0]][0], spans[its[-1]][1]
+        if last - first < len(its):
+            dense, its_ends = weight.some(first, last + 1), ends_E[first : last + 1] - start
+        else:
+            ids = rows.filled_first_E[place : place + len(its)]
+            dense, its_ends = weight.chosen(ids), ends_E.index_select(0, ids) - start
+        read = {its_ends: [spans[expert][1] - start for expert in its]}  # what is known need not be asked for
+        y_SO[start:stop] = grouped_linear(x_SI[start:stop], dense.transpose(1, 2), its_ends, read.__getitem__)
     return y_SO
 
 
-def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, on_host: OnHost = Tensor.tolist) -> Tensor:
     """`[E, O, I]`: the sum of y[s] x[s]^T over each expert's rows; rows past the last expert take no part."""
     if use_kernels(x_SI):
         return _gemm().grouped_outer(y_SO, x_SI, ends_E)
-    if _grouped_mm_takes(x_SI, y_SO.unsqueeze(0)):
+    if _grouped_mm_takes(x_SI, x_SI.stride(0), max(y_SO.stride()), *y_SO.shape):
         return F.grouped_mm(y_SO.T, x_SI, offs=ends_E)
-    return torch.stack([y_SO[a:b].T @ x_SI[a:b] for a, b in _slices(ends_E)])
+    return _outer(y_SO, x_SI, _spans(on_host(ends_E)))
 
 
 def hot_linear(
-    x_SI: Tensor, weight_NOI: Tensor, ends_E: Tensor, slot_E: Tensor, scaling: float, is_partial: bool
+    x_SI: Tensor,
+    weight_NOI: Tensor,
+    ends_E: Tensor,
+    slot_E: Tensor,
+    ids_N: Tensor,
+    scaling: float,
+    is_partial: bool,
+    on_host: OnHost = Tensor.tolist,
 ) -> Tensor:
     """`[S, O]`: scaling * weight[slot of s's expert] @ x[s]; zeros where that is -1, and past the last expert, where
-    there are rows past it (`is_partial`)."""
+    there are rows past it (`is_partial`). ids: the experts of the slots."""
     if use_kernels(x_SI, is_thin=True):
         return _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
+    if not _grouped_mm_takes(x_SI, *weight_NOI.shape[1:]):
+        y_SO, spans = x_SI.new_zeros(x_SI.shape[0], weight_NOI.shape[1]), _spans(on_host(ends_E))
+        for expert, weight in zip(on_host(ids_N), weight_NOI.unbind(), strict=True):
+            a, b = spans[expert]
+            if a < b:
+                torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
+        return y_SO if scaling == 1 else y_SO.mul_(scaling)
     weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
     y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
     if not is_partial:
@@ -234,11 +287,23 @@ def hot_linear(
     return y_SO.masked_fill(row_S1 >= ends_E[-1], 0)
 
 
-def hot_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, ids_N: Tensor) -> Tensor:
+def hot_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, ids_N: Tensor, on_host: OnHost = Tensor.tolist) -> Tensor:
     """`[N, O, I]`: `grouped_outer` of the experts in `ids`."""
     if use_kernels(x_SI, is_thin=True):
         return _gemm().grouped_outer(y_SO, x_SI, ends_E, ids_N)
+    if not _grouped_mm_takes(x_SI, x_SI.shape[1], *y_SO.shape):
+        spans = _spans(on_host(ends_E))
+        return _outer(y_SO, x_SI, [spans[expert] for expert in on_host(ids_N)])
     return grouped_outer(y_SO.contiguous(), x_SI.contiguous(), ends_E).index_select(0, ids_N)
+
+
+def _outer(y_SO: Tensor, x_SI: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """`[n, O, I]`: the sum of y[s] x[s]^T over the rows of each span."""
+    sum_nOI = x_SI.new_zeros(len(spans), y_SO.shape[1], x_SI.shape[1])
+    for (a, b), sum_OI in zip(spans, sum_nOI.unbind(), strict=True):
+        if a < b:
+            torch.mm(y_SO[a:b].T, x_SI[a:b], out=sum_OI)
+    return sum_nOI
 
 
 def dropped(x_SI: Tensor, p: float, seed: Any, place_S: Tensor) -> Tensor:
@@ -248,22 +313,27 @@ def dropped(x_SI: Tensor, p: float, seed: Any, place_S: Tensor) -> Tensor:
     return (x_SI * mask_SI.index_select(0, place_S)) / (1 - p)
 
 
-def _slices(ends_E: Tensor) -> list[tuple[int, int]]:
-    ends = ends_E.tolist()
-    return list(zip([0, *ends], ends, strict=False))
+def _spans(ends: list[int]) -> list[tuple[int, int]]:
+    """Of each expert the first row and the last one + 1."""
+    return list(pairwise([0, *ends]))
 
 
-def _grouped_mm_takes(x_SI: Tensor, weight_EOI: Tensor) -> bool:
-    """float64 is refused, and so is any stride that is no multiple of 16 bytes, in forward or backward."""
+def _is_one_kernel(of_gpu: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product is, on a GPU of this compute capability."""
+    return of_gpu[0] in _TORCH_HAS_A_KERNEL and dtype == torch.bfloat16
+
+
+def _grouped_mm_takes(x_SI: Tensor, *lengths: int) -> bool:
+    """float64 is refused, and so is any stride or size (`lengths`) that is no multiple of 16 bytes, in forward or
+    backward. On a GPU whose kernel is a loop it would ask the device each time."""
     if x_SI.shape[0] == 0 or x_SI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if (of_gpu := capability(x_SI.device)) is not None:
-        if of_gpu < (8, 0):
+        if not _is_one_kernel(of_gpu, x_SI.dtype):
             return False
     elif x_SI.device.type != "cpu":
         return False
-    step = 16 // x_SI.element_size()
-    return all(n % step == 0 for n in (x_SI.stride(0), max(weight_EOI.stride()[1:]), *weight_EOI.shape[1:]))
+    return all(length % (16 // x_SI.element_size()) == 0 for length in lengths)
 
 
 def use_fused(x: Tensor) -> bool:
@@ -280,8 +350,12 @@ def use_kernels(x: Tensor, is_thin: bool = False) -> bool:
     if chosen == "torch" or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if (of_gpu := capability(x.device)) is not None:
-        has_a_kernel = of_gpu[0] in _TORCH_HAS_A_KERNEL and x.dtype == torch.bfloat16
-        if of_gpu[0] < 8 or (not chosen and not is_thin and has_a_kernel):
+        if of_gpu[0] < 8 and chosen:
+            say_once(
+                f"HOTLORA_KERNELS is {chosen}, but this GPU's compute capability is {of_gpu[0]}.{of_gpu[1]} and "
+                "hotlora's kernels need 8.0: torch's products are used."
+            )
+        if of_gpu[0] < 8 or (not chosen and not is_thin and _is_one_kernel(of_gpu, x.dtype)):
             return False
     elif x.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1" or not chosen:
         return False
@@ -310,14 +384,16 @@ def _gemm() -> Any:
 _SCHEMAS: dict[Any, str] = {
     grouped_linear: "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
     grouped_outer: "(Tensor y, Tensor x, Tensor ends) -> Tensor",
-    hot_linear: "(Tensor x, Tensor weight, Tensor ends, Tensor slot, float scaling, bool partial) -> Tensor",
+    hot_linear: (
+        "(Tensor x, Tensor weight, Tensor ends, Tensor slot, Tensor ids, float scaling, bool partial) -> Tensor"
+    ),
     hot_outer: "(Tensor y, Tensor x, Tensor ends, Tensor ids) -> Tensor",
     dropped: "(Tensor x, float p, Tensor seed, Tensor place) -> Tensor",
 }
 _SHAPES: dict[Any, Any] = {
     grouped_linear: lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
     grouped_outer: lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]),
-    hot_linear: lambda x, weight, ends, slot, scaling, partial: x.new_empty(x.shape[0], weight.shape[1]),
+    hot_linear: lambda x, weight, ends, slot, ids, scaling, partial: x.new_empty(x.shape[0], weight.shape[1]),
     hot_outer: lambda y, x, ends, ids: x.new_empty(len(ids), y.shape[1], x.shape[1]),
     dropped: lambda x, p, seed, place: torch.empty_like(x),
 }
@@ -329,6 +405,6 @@ for _function, _operation in _OPERATIONS.items():
     _operation.register_fake(_SHAPES[_function])
 
 
-def _call(function: Any, *args: Any) -> Tensor:
-    """As an operation of the graph, where one is made."""
-    return (_OPERATIONS[function] if torch.compiler.is_compiling() else function)(*args)
+def _call(function: Any, *args: Any, **outside: Any) -> Tensor:
+    """As an operation of the graph, where one is made. outside: what it is given where none is."""
+    return _OPERATIONS[function](*args) if torch.compiler.is_compiling() else function(*args, **outside)

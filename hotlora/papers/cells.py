@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from ..base.errors import FileError
+from ..base.errors import FileError, HotLoraError
 from ..base.records import Record, read_record
 from ..evaluation.stats import MeanSd, PairedTest, mean_sd, paired_test
 from ..hf.models import NANOS
@@ -101,7 +101,7 @@ def read_cell(
     percent = _mean([record["parameters"]["percent"] for record in records if record.get("parameters")])
     timed = [record for record in records if record.get("training")]
     seconds, whole = _mean([training_seconds(record) for record in timed]), not any(map(lacks_dense, timed))
-    return Cell(row, column, values, several, percent, seconds, _experts(trained), runs, whole_time=whole)
+    return Cell(row, column, values, several, percent, seconds, _experts(trained, skipped), runs, whole_time=whole)
 
 
 def training_seconds(record: Record) -> float:
@@ -155,10 +155,14 @@ def _records(folder: Path, skipped: dict[Path, str]) -> dict[int, Record]:
     return found
 
 
-def _experts(folder: Path) -> float | None:
-    """Experts that the first plan of the runs in `folder` keeps of a layer, mean over layers."""
+def _experts(folder: Path, skipped: dict[Path, str]) -> float | None:
+    """Experts that the first whole plan of the runs in `folder` keeps of a layer, mean over layers."""
     for file in sorted(folder.glob("seed*/plan.json")):
-        experts = ExpertPlan.load(file).experts
+        try:
+            experts = ExpertPlan.load(file).experts
+        except HotLoraError as error:
+            skipped[file] = str(error)
+            continue
         return sum(map(len, experts.values())) / len(experts)
     return None
 

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..base.errors import DataError
 from ..base.escape import markdown, one_line
 from ..base.files import atomic_path, read_json, write_text
 from ..base.records import Record, read_record
-from ..hf.hub import public_name
+from ..hf.hub import can_be_on_hub, public_name
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from ..tasks import without_parts
@@ -98,11 +96,13 @@ def write_export_card(
     model: str,
     adapters: Sequence[str | os.PathLike[str]],
     room: "Room | None" = None,
+    dropped_router: bool = False,
 ) -> Path:
     """Writes README.md into what `export_saved` or `combine_saved` made of adapters of runs, or of adapters alone;
     returns its path.
 
     format: vllm, sglang, sglang-shared, peft, gguf, mlx, merged, or combined. room: what it takes on a server.
+    dropped_router: what the adapters learned for routers was left out.
     """
     folder = Path(folder)
     runs = [Path(adapter).parent for adapter in adapters]
@@ -112,11 +112,19 @@ def write_export_card(
     place = folder / "adapter" if into_base else folder
     base = "../base" if into_base else _shared(model)
     made = f"{Path(_shared(model)).name}, {_MADE[format]}"
-    text = [f"---\n{_head(model, kind)}\n---", f"# {markdown(made)}", _origin(records, model, format), "## Use"]
-    text.append(_export_usage(format, one_line(base), place))
+    head = _head(model, kind, has_base=not into_base)
+    text = [f"---\n{head}\n---", f"# {markdown(made)}", _origin(records, model, format)]
+    if into_base:
+        text.append("It needs the base beside it, into which a part of the adapter was folded, not the original model.")
+    if dropped_router:
+        text.append(
+            "What it learned for the routers was left out (`--drop-router`), and all the rest was trained with that: "
+            "its answers are not those of the adapter as it was trained. Evaluate it before you use it."
+        )
+    text += ["## Use", _export_usage(format, one_line(base), place)]
     if kind == "adapter":
         text.append(size_told(place, room))
-    if len(records) == 1:
+    if len(records) == 1 and not dropped_router:
         text += [
             "## Results",
             "Of the adapter as it was trained, before it was written in this form.",
@@ -170,9 +178,13 @@ for mlx-lm."""
     if format == "peft":
         return f"""```python
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # onto {base}; hotlora is not needed
-```"""
+base_model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # hotlora is not needed
+```
+
+PEFT loads several such adapters into one model only if they adapt the same places: routers, shared experts, layers."""
     if format == "vllm":
         from ..adapter.formats.vllm import room_for
 
@@ -195,14 +207,16 @@ every update."""
 for SGLang.{more} `hotlora verify --engine sglang` says whether it applies every update."""
 
 
-def _head(model: str, kind: str, **results: Any) -> str:
+def _head(model: str, kind: str, *, has_base: bool = True, **results: Any) -> str:
     name = _shared(model)
-    may_be = _HUB_ID.fullmatch(name) is not None and _can_be_on_hub(name)
-    is_on_hub = may_be and (not _exists(model) if name == model else "/" in name)  # or in the Hub's cache here
+    may_be = _HUB_ID.fullmatch(name) is not None and can_be_on_hub(name)
+    is_on_hub = (
+        has_base and may_be and (not _exists(model) if name == model else "/" in name)
+    )  # or in the Hub's cache here
     tags = ["hotlora", "mixture-of-experts", *(["lora"] if kind == "adapter" else [])]
     return ModelCardData(
-        base_model=name if is_on_hub else None, library_name="peft" if kind == "adapter" else "transformers",
-        pipeline_tag="text-generation", tags=tags, **results,
+        base_model=name if has_base and is_on_hub else None, pipeline_tag="text-generation", tags=tags,
+        library_name="peft" if kind == "adapter" else "transformers", **results,
     ).to_yaml()  # fmt: skip
 
 
@@ -241,8 +255,9 @@ import hotlora
 model, tokenizer = hotlora.load("PATH/TO/THIS/FOLDER")  # onto {model}; or hotlora.load(…, model="PATH/TO/BASE")
 ```
 
-or `hotlora chat FOLDER`. Plain PEFT does not know its layers on experts: `hotlora export --format peft` writes an
-adapter that it loads, `--format vllm` and `--format sglang` what servers load, `hotlora merge` a plain checkpoint."""
+or `hotlora chat FOLDER`; of an adapter on the Hub its name does in place of the folder. Plain PEFT does not know its
+layers on experts: `hotlora export --format peft` writes an adapter that it loads, `--format vllm` and `--format sglang`
+what servers load, `hotlora merge` a plain checkpoint."""
 
 
 def _results(record: Record) -> str:
@@ -274,14 +289,6 @@ def _cell(value: Any) -> str:
 def _code(text: str) -> str:
     """As code within a line, which no backtick ends."""
     return f"`{one_line(text).replace('`', chr(39))}`"
-
-
-def _can_be_on_hub(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _exists(name: str) -> bool:

@@ -155,6 +155,8 @@ def _row(method: str, entries: Sequence[Entry], protocol: Mapping[str, Any]) -> 
         for found, value in ((times, training.get("seconds")), (held, training.get("peak_memory_bytes"))):
             if value is not None:
                 found.setdefault(device, []).append(value)
+    bits = part(records[0], "config").get("quantize")
+    untrained = "not trained, and not ranked" + (f"; experts in {bits} bits" if bits else "")
     return Row(
         method,
         {entry.seed: entry.folder for entry in entries},
@@ -167,7 +169,7 @@ def _row(method: str, entries: Sequence[Entry], protocol: Mapping[str, Any]) -> 
         {device: median(some) for device, some in times.items()},
         {device: max(some) for device, some in held.items()},
         own_options(records[0]) if None not in values else {},
-        note="not trained, and not ranked" if None in values else note,
+        note=untrained if None in values else note,
     )
 
 

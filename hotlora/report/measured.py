@@ -4,18 +4,22 @@ Every page that pairs, subtracts or ranks asks here. What a record does not hold
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..base.records import Record
+from ..base.records import SAME_LOSS, Record
+from ..tasks import task_of
 from .sections import is_trained, part
 
 LOSS = "held-out loss"
 """the metric where no run was scored on a task; lower is better"""
 
 WORDS = {
-    "fingerprint": "model", "data_hash": "training data", "test_hash": "test data", "n": "number of test examples",
+    "fingerprint": "model", "model_hash": "model", "data_hash": "training data", "test_hash": "test data",
+    "n": "number of test examples",
     "scorer_hash": "what judges the answers", "metric": "metric", "harness": "harness",
+    "tasks_hash": "rows of the harness's task", "include_hash": "files in --include-path",
     "num_fewshot": "few-shot examples", "engine": "engine", "sampling": "sampling",
     "max_new_tokens": "tokens of an answer", "max_length": "tokens of an example", "train_on": "what carries loss",
     "chat_template": "chat template",
@@ -31,13 +35,15 @@ def way_of(record: Record) -> dict[str, Any]:
     """How answers were got, on whatever task: None where it is as hotlora has it by itself."""
     config = part(record, "config")
     harness = config.get("harness")
+    task, given = task_of(str(config.get("data"))), config.get("max_new_tokens")
+    own = task and task.max_new_tokens  # of people's own rows it depends on them, and is not known here
     engine = "given answers" if config.get("generations") is not None else config.get("engine")
     return {
         "harness": harness,
         "num_fewshot": None if harness is None else config.get("num_fewshot"),
         "engine": None if engine == "transformers" else engine,
         "sampling": sampling_of(config),
-        "max_new_tokens": config.get("max_new_tokens"),
+        "max_new_tokens": None if given == own else given,
     }
 
 
@@ -78,6 +84,7 @@ def measured(record: Record, task: str | None) -> dict[str, Any]:
     if task is not None:
         result = record["evaluation"][task]
         found |= {"metric": result["metric"], "n": result["n"], "scorer_hash": config.get("scorer_hash")}
+        found |= _own_files(config, task)
         by_tokens = result["metric"] == "token_accuracy"
     else:
         found |= {"metric": LOSS, "max_length": config.get("max_length")}
@@ -92,6 +99,13 @@ def measured(record: Record, task: str | None) -> dict[str, Any]:
     return found if task is None else found | way_of(record)
 
 
+def _own_files(config: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Hashes of what the harness read of one's own files: a task's local rows, else all that is beside its config."""
+    names = (str(name).partition(":")[0] for name in config.get("tasks") or ())
+    rows = dict(zip(names, config.get("tasks_hash") or (), strict=False)).get(task)
+    return {"include_hash": config.get("include_hash")} if rows is None else {"tasks_hash": rows}
+
+
 def measured_apart(a: Record, b: Record, task: str | None) -> list[str]:
     """In which ways two scores on a task, or for None two held-out losses, were measured otherwise, in words."""
     return _apart(measured(a, task), measured(b, task))
@@ -100,12 +114,30 @@ def measured_apart(a: Record, b: Record, task: str | None) -> list[str]:
 def apart(a: Record, b: Record, task: str | None) -> list[str]:
     """Why one run's score says nothing of the other's, in words: other weights, other training data, or measured
     otherwise. Which experts, and with which options, is not among it."""
-    return _apart(_made(a) | measured(a, task), _made(b) | measured(b, task))
+    found = _apart(_made(a) | measured(a, task), _made(b) | measured(b, task))
+    return list(dict.fromkeys([*(["model"] if _began_apart(a, b) else []), *found]))
+
+
+def base_hash(record: Record) -> str | None:
+    """The hash of the base's files, by which weights of one shape are told apart; None where the record has none, where
+    what it scores is itself what was trained, and of the Hub's commit, which a README changes, too."""
+    found: str | None = part(record, "config").get("model_hash")
+    is_commit = found is not None and len(found) < 64
+    return None if is_commit or part(record, "sweep").get("model") else found
+
+
+def _began_apart(a: Record, b: Record) -> bool:
+    """Whether two trainings' losses before the first step, of the same rows, are not those of one model."""
+    one, two = (part(record, "training").get("test_loss_before") for record in (a, b))
+    beneath = (part(record, "config").get("on_top_of") or [] for record in (a, b))
+    if one is None or two is None or len({*map(tuple, beneath)}) > 1 or measured_apart(a, b, None):
+        return False
+    return not math.isclose(one, two, rel_tol=SAME_LOSS)
 
 
 def _made(record: Record) -> dict[str, Any]:
     data = part(record, "config").get("data_hash") or (part(record, "data").get("hash") if is_trained(record) else None)
-    found = {"fingerprint": record["model"]["fingerprint"], "data_hash": data}
+    found = {"fingerprint": record["model"]["fingerprint"], "model_hash": base_hash(record), "data_hash": data}
     return {name: value for name, value in found.items() if value}
 
 

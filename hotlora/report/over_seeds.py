@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.records import Record
 from ..evaluation.stats import Interval, PairedTest, mean_interval, mean_sd, paired_test
-from .measured import apart, named, way_of
+from .measured import apart, base_hash, named, way_of
 from .rows import COLUMNS, OWN_ROWS, Row, covered, score_of, signed, trained_text
 from .sections import (
     Records,
@@ -55,7 +55,8 @@ def repeated(records: Records) -> list[Repeated]:
     found: dict[tuple[Any, ...], list[Path]] = {}
     for folder, record in records.items():
         found.setdefault(_key(record, options), []).append(folder)
-    found = dict(_by_scorer(found, records))
+    for of in (_scorer_hash, base_hash):
+        found = dict(_by_hash(found, records, of))
     groups = [_by_seed(folders, records) for folders in found.values()]
     if all(len(runs) < 2 for runs, _ in groups):
         return []
@@ -109,7 +110,9 @@ def seeds_summary(section: Section, task: str, folders: Sequence[Path]) -> str:
 def _key(record: Record, options: Sequence[str]) -> tuple[Any, ...]:
     """What two runs of one condition have in common."""
     config, sweep = part(record, "config"), part(record, "sweep").get("condition")
-    own: list[Any] = [record["name"], record["condition"], sweep, record["model"]["fingerprint"]]
+    # Not the name, where the plan says as much: it had the share rounded once (`hot 12%`, now `hot 12.5%`).
+    kept = (part(record, "plan").get("params") or {}).get("experts_per_layer") or record["name"]
+    own: list[Any] = [kept, record["condition"], sweep, record["model"]["fingerprint"]]
     own += [record["data"].get("hash"), record["data"].get("test"), *(config.get(name) for name in _EQUAL)]
     own.append(json.dumps(way_of(record), sort_keys=True))
     if not is_trained(record):
@@ -117,12 +120,18 @@ def _key(record: Record, options: Sequence[str]) -> tuple[Any, ...]:
     return (*own, *(option_text(record, name) for name in options))
 
 
-def _by_scorer(
-    found: Mapping[tuple[Any, ...], Sequence[Path]], records: Records
+def _scorer_hash(record: Record) -> str | None:
+    found: str | None = part(record, "config").get("scorer_hash")
+    return found
+
+
+def _by_hash(
+    found: Mapping[tuple[Any, ...], Sequence[Path]], records: Records, of: Callable[[Record], str | None]
 ) -> Iterator[tuple[tuple[Any, ...], list[Path]]]:
-    """Apart where the runs of one key were judged by different tests or choices; older runs do not say."""
+    """Apart where the runs of one key were judged by different tests or choices, or are of other weights; older runs do
+    not say."""
     for key, folders in found.items():
-        hashes = {folder: part(records[folder], "config").get("scorer_hash") for folder in folders}
+        hashes = {folder: of(records[folder]) for folder in folders}
         if len({*hashes.values()} - {None}) < 2:
             yield key, [*folders]
             continue

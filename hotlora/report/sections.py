@@ -1,6 +1,7 @@
 """Run records -> a report's sections: the runs on one data set and model, with profile and plans. Loads no model."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -81,12 +82,18 @@ class Section:
 def read_sections(records: Records) -> list[Section]:
     """Groups runs by model and training data. A base run joins every section that it was evaluated for."""
     groups: dict[tuple[str, str], dict[Path, Record]] = {}
+    called: dict[str, str] = {}
+
+    def one_name(name: str) -> str:
+        """An adapter notes its base's folder from the root, and a training names it as it was given."""
+        return called.setdefault(os.path.abspath(os.path.expanduser(name)), name)
+
     for folder, record in records.items():
         if record["condition"] != "base":
-            groups.setdefault((model_name(record), record["data"]["name"]), {})[folder] = record
+            groups.setdefault((one_name(model_name(record)), record["data"]["name"]), {})[folder] = record
     for folder, record in records.items():
         if record["condition"] == "base":
-            model, own = record["model"]["name"], record["data"]["name"]
+            model, own = one_name(record["model"]["name"]), record["data"]["name"]
             wanted = {own, *part(record, "evaluation")}
             held = part(record, "config").get("test_data")
             of_model = {data: group for (name, data), group in groups.items() if name == model}

@@ -42,7 +42,15 @@ from ..tasks.split import drawn, held_out
 from ..tasks.tokens import tokenize
 from .checks import check_adapters, check_sizes
 from .export import export_saved
-from .folder import check_has_no_perft, finished, load_base, recorded, save_evaluation, underneath
+from .folder import (
+    check_has_no_perft,
+    finished,
+    hashes_underneath,
+    load_base,
+    recorded,
+    save_evaluation,
+    underneath,
+)
 from .load import find
 from .options import EvalOptions
 
@@ -352,7 +360,7 @@ class _Scored:
             "adapter": str(adapter) if adapter else None,
             "adapter_hash": sha256_file(Path(adapter) / WEIGHTS_FILE) if adapter else None,
             **({"adapter_config_hash": sha256_file(Path(adapter) / CONFIG_FILE)} if adapter else {}),
-            "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in self.on_top_of],
+            **hashes_underneath(self.on_top_of),
             **({"attn_implementation": attention} if (attention := self.options.attn_implementation) else {}),
             **({"model_hash": found} if (found := model_hash(self.options.model)) else {}),
         }  # fmt: skip

@@ -18,7 +18,7 @@ from ..base.quiet import quiet
 from ..hf.models import checkpoint_dtype, load_tokenizer, structure
 from ..hf.stopping import save_stop_tokens, saved_stop_tokens
 from .checks import check_adapters
-from .folder import load_base, underneath
+from .folder import load_base, named_base, underneath
 from .options import check_offload
 
 
@@ -37,7 +37,8 @@ def export_saved(
     offload: str = "none",
     offload_folder: str | Path | None = None,
 ) -> Path:
-    """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer.
+    """`export.export_adapter` of a saved adapter; checkpoints that it writes get the base's tokenizer, and a
+    plain PEFT adapter the one that lies beside the saved one.
 
     Args:
         on_top_of: saved adapters that are merged into the model, in this order, before; those that the adapter was
@@ -67,7 +68,8 @@ def export_saved(
         )
     check_adapters(model, (*on_top_of, adapter), dtype=dtype, device=device)
     check_writable(output)
-    tokenizer = load_tokenizer(model)
+    own_tokenizer = (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(model) if format != "peft" else load_tokenizer(adapter) if own_tokenizer else None
     own = checkpoint_dtype(model) if dtype == "auto" else dtype
     writes_base = format == "merged" or merge_router or merge_attention
     base = load_base(
@@ -138,7 +140,7 @@ def combine_saved(
         torch.manual_seed(seed)
         combined.add_weighted_adapter(names, weights, "default", combination_type=how, density=density)
     with atomic_folder(output) as beside, quiet():
-        combined.peft_config["default"].base_model_name_or_path = model
+        combined.peft_config["default"].base_model_name_or_path = named_base(model)
         combined.save_pretrained(beside, selected_adapters=["default"], save_embedding_layers=False)
         load_tokenizer(model).save_pretrained(beside)
         ends = [i for folder in adapters for i in saved_stop_tokens(folder)]

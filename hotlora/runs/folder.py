@@ -1,6 +1,7 @@
 """What every kind of run shares: the base model it starts from, its folder, its record."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -8,7 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from ..adapter.load import WEIGHTS_FILE, load_adapter, needs_dense_experts, planned_experts, saved_config
+from ..adapter.load import (
+    WEIGHTS_FILE,
+    load_adapter,
+    needs_dense_experts,
+    planned_experts,
+    saved_config,
+    saved_options_hash,
+)
 from ..adapter.offload import keep_on_device
 from ..adapter.on_top_of import Entry, described, missing, noted
 from ..adapter.parallel import UNMERGED
@@ -21,7 +29,7 @@ from ..base.processes import described as described_error
 from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
 from ..evaluation.score import Evaluation
-from ..hf.models import checked_device, load_config, load_model
+from ..hf.models import NANOS, checked_device, load_config, load_model
 from ..training import checkpoints
 from ..training.config import TrainConfig
 from ..training.extend import check_extension, ends_elsewhere
@@ -106,11 +114,29 @@ def underneath(model: str, on_top_of: Sequence[str | Path] = (), adapter: str | 
     for folder in map(adapter_in, on_top_of):
         add_needed(folder)
         found.append(folder)
-        there.append({"path": str(folder), "weights_sha256": sha256_file(Path(folder) / WEIGHTS_FILE)})
+        digest = sha256_file(Path(folder) / WEIGHTS_FILE)
+        there.append({"path": str(folder), "weights_sha256": digest, "options_sha256": saved_options_hash(folder)})
     if adapter is not None:
         add_needed(adapter)
     check_has_no_perft(found)
     return found
+
+
+def hashes_underneath(on_top_of: Sequence[str | Path]) -> dict[str, list[str]]:
+    """What a run's identity holds of the adapters that `underneath` found."""
+    if not on_top_of:
+        return {"on_top_of": []}
+    return {
+        "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in on_top_of],
+        "on_top_of_options_hash": [saved_options_hash(folder) for folder in on_top_of],
+    }
+
+
+def named_base(model: str) -> str:
+    """What an adapter notes as its base: a folder from the root, for it may be loaded from anywhere; else as the user
+    calls it, for the embedded model's folder is another one on every machine."""
+    folder = Path(model).expanduser()
+    return os.path.abspath(folder) if model not in NANOS and folder.is_dir() else model
 
 
 def check_has_no_perft(adapters: Sequence[str | Path]) -> None:
@@ -138,6 +164,8 @@ def _located(entry: Entry, needed_by: str | Path) -> Path:
         raise FileError(f"{what}, and that is not there: {advice}.")
     if sha256_file(path / WEIGHTS_FILE) != entry["weights_sha256"]:
         raise FileError(f"{what}, and that has other weights now (another SHA-256): {advice}.")
+    if entry.get("options_sha256") not in (None, saved_options_hash(path)):
+        raise FileError(f"{what}, and that has another lora_alpha, scaling or plan now: put it back, or {advice}.")
     return path
 
 

@@ -1,5 +1,6 @@
 """A run, or an adapter alone, as a model and a tokenizer to use."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..base.errors import FileError, HotLoraError
 from ..base.files import read_json, read_json_lines
 from ..base.quiet import quiet
 from ..base.records import read_record
-from ..hf.models import NANOS, load_tokenizer
+from ..hf.hub import adapter_on_hub, can_be_on_hub
+from ..hf.models import NANOS, checked_device, load_tokenizer
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from .folder import adapter_in, check_has_no_perft, load_base
@@ -30,39 +32,62 @@ class Found:
     """Where the tokenizer lies."""
     is_chat: bool | None
     """Whether a run was trained on conversations, which its chat template wrote; None: nothing tells."""
+    dtype: str
+    """What a run was asked to train in; auto: nothing tells."""
 
 
 def find(path: str | Path, model: str | None = None) -> Found:
-    """A run's folder, an adapter's, or a model (a folder, a name on the Hub, nano).
+    """A run's folder, an adapter's, or a model (a folder, a name on the Hub, nano); an adapter's name on the Hub.
 
     model: the base, in place of the one that the adapter notes.
 
-    FileError: a folder with neither; an adapter that notes no base.
+    FileError: a folder with neither; an adapter that notes no base, one that is gone, or a revision of one.
     """
-    folder, is_chat = Path(path).expanduser(), None
+    folder = _local(path)
     if not folder.exists() and folder.parent.is_dir() and str(path) not in NANOS:
         raise FileError(f"{path} does not exist: give a run's folder, an adapter's, or a model.")
-    if folder.name in ("adapter", "model") and (folder.parent / "run.json").is_file():
-        is_chat = "chat_template" in read_record(folder.parent).get("config", {})
-    if (folder / "run.json").is_file():
-        is_chat = "chat_template" in read_record(folder).get("config", {})
+    within = folder.parent if folder.name in ("adapter", "model") else folder
+    run = next((at for at in (folder, within) if (at / "run.json").is_file()), None)
+    config = {} if run is None else read_record(run).get("config", {})
+    is_chat, dtype = None if run is None else "chat_template" in config, config.get("dtype", "auto")
+    if run == folder:
         there = [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]
         if not there:
             raise FileError(f"{folder} is a run without an adapter or model: it has not been trained to its end.")
         folder = there[0]
     if (folder / CONFIG_FILE).is_file():
-        noted = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
-        base = model or noted
-        if not base:
-            raise FileError(f"{folder / CONFIG_FILE} notes no base model: give it (model=, --model).")
+        base = model or _noted_base(folder / CONFIG_FILE)
         own = (folder / "tokenizer_config.json").is_file()
-        return Found(base, folder, str(folder) if own else base, is_chat)
+        return Found(base, folder, str(folder) if own else base, is_chat, dtype)
     if model is not None:
         raise HotLoraError(f"{path} is no adapter, so there is nothing to load onto {model}: leave one of them out.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileError(f"{folder} holds no run, adapter or model: give the folder that a training wrote.")
     name = str(folder) if folder.is_dir() else str(path)
-    return Found(name, None, name, is_chat)
+    return Found(name, None, name, is_chat, dtype)
+
+
+def _local(path: str | Path) -> Path:
+    """A folder; of an adapter on the Hub the one that it is downloaded to."""
+    folder = Path(path).expanduser()
+    return folder if folder.exists() or str(path) in NANOS else adapter_on_hub(str(path)) or folder
+
+
+def _noted_base(file: Path) -> str:
+    """The base that an adapter's config notes."""
+    config = read_json(file)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        raise FileError(f"{file} notes no base model: give it (model=, --model).")
+    if revision not in (None, "main"):
+        raise FileError(
+            f"{file} notes revision {revision!r} of {base}, and models are loaded from their main one: give a folder "
+            f"with that revision (model=, --model), as hf download {base} --revision {revision} --local-dir FOLDER "
+            "makes it."
+        )
+    if not can_be_on_hub(base) and not os.path.exists(os.path.expanduser(base)):
+        raise FileError(f"{file} notes the base {base}, which is not there: give its folder or name (model=, --model).")
+    return base
 
 
 def load(
@@ -77,7 +102,7 @@ def load(
     Args:
         model: the base, where it is not at the place that the adapter notes.
         merge: fold the adapter into the weights, in memory: faster, and rounded to their dtype.
-        dtype, device: as `load_model` takes them.
+        dtype, device: as `load_model` takes them; on a GPU "auto" is what the run was trained in.
         offload, offload_folder: as in training: none, cold or all.
 
     Raises:
@@ -85,6 +110,8 @@ def load(
         model. HotLoraError: an option that does not exist, or merging into quantized experts.
     """
     found = find(path, model)
+    if dtype == "auto" and checked_device(device).type != "cpu":  # where half precision is slower
+        dtype = found.dtype
     tokenizer = load_tokenizer(found.tokenizer)
     loading: Any = {"dtype": dtype, "device": device, "offload": offload, "offload_folder": offload_folder}
     if found.adapter is None:
@@ -125,7 +152,7 @@ def load_adapter(
             raise FileError(
                 "path is not given: give the folder of the adapter, or of the run, that goes onto the model."
             )
-        return saved.load_adapter(base_model, adapter_in(path), adapter_name, is_trainable)
+        return saved.load_adapter(base_model, adapter_in(_local(path)), adapter_name, is_trainable)
     found = find(base_model) if path is None else find(path, str(base_model))
     if found.adapter is None:
         raise FileError(

@@ -45,6 +45,7 @@ from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss
 from ..hf.models import load_tokenizer, vocab_size
 from ..hf.moe_layers import fingerprint
 from ..hf.stopping import add_stop_tokens, save_stop_tokens
+from ..hf.weights import folder_hash
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from ..tasks import Example, Task, task_of
@@ -59,7 +60,16 @@ from ..training.rank_growth import RankGrowth, allocated
 from ..training.reprofile import Reprofiling
 from ..training.trainer import check_family, train
 from .checks import check_made_on, check_run, select
-from .folder import data_time, finished, load_base, recorded, save_evaluation, underneath
+from .folder import (
+    data_time,
+    finished,
+    hashes_underneath,
+    load_base,
+    named_base,
+    recorded,
+    save_evaluation,
+    underneath,
+)
 from .options import RunOptions
 from .profiling import Watching, profile_data, profile_sample, profile_source
 
@@ -148,11 +158,13 @@ class _Run:
             "plan_hash": self.plan.hash if self.plan else None,
             "scores_hash": sha256_file(Path(options.scores)) if options.scores is not None else None,
             "mask_hash": None if options.mask is None else mask_hash(options.mask, output),
-            "on_top_of": [sha256_file(Path(folder) / WEIGHTS_FILE) for folder in options.on_top_of],
+            **hashes_underneath(options.on_top_of),
             "train_on": trained_parts(options.train_on, chain(self.examples, self.test)),
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
         self.identity |= {"scorer_hash": judged} if (judged := scorer_hash(self.task, self.test)) else {}
+        # Not the Hub's commit: a change of a README there would end a training for which there is no way back.
+        self.identity |= {"model_hash": found} if (found := folder_hash(options.model)) else {}
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})
         self.condition = options.condition or options.condition_by(self.plan.rule if self.plan else options.rule)
         self.record = new_record(
@@ -168,7 +180,8 @@ class _Run:
         self.ends = [i for i in (turn_ends(self.tokenizer) if template else ()) if i != self.tokenizer.eos_token_id]
 
     def read_base_loss(self) -> None:
-        """Of a run that goes on, what its base's weights came to: they have no hash, and may be others by now."""
+        """Of a run that goes on, what its base's weights came to: a name on the Hub has no hash here, nor has a run of
+        before there was one, and the weights may be others by now."""
         if last_complete(self.output / "checkpoints") is not None and (self.output / "run.json").is_file():
             self.record["model"] |= {"test_loss": read_record(self.output)["model"].get("test_loss")}
 
@@ -414,8 +427,7 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 def _save_adapter(model: Any, tokenizer: Any, folder: Path, model_name: str, ends: Sequence[int]) -> int:
     """Saves the adapter, and its tokenizer beside it, and the generation config with the tokens that end an answer,
     where the tokenizer does not tell; returns the size of its weights in bytes."""
-    # As the user calls it: the embedded model's folder is another one on every machine.
-    model.peft_config["default"].base_model_name_or_path = model_name
+    model.peft_config["default"].base_model_name_or_path = named_base(model_name)
     with gathered(parameter for parameter in model.parameters() if parameter.requires_grad):
         if is_main():  # each process has all of the adapter, whatever of the base
             ours = {name: value for name, value in model.state_dict().items() if "lora_" in name}

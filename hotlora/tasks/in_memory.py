@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 from ..base.errors import DataError
 from ..base.files import atomic_path, sha256_file
-from .rows import given_twice, without_filling
+from .arrow import without_filling
+from .rows import arrow_rows, dataset_rows, given_twice
 
 
 def save_rows(data: Any, path: Path, *, replace: bool = False) -> Path:
@@ -27,8 +28,8 @@ def save_rows(data: Any, path: Path, *, replace: bool = False) -> Path:
     Raises:
         DataError: a row that is no dictionary, or holds what JSON cannot; no rows; other rows in `path`.
     """
-    if listed := next((name for name in ("to_dicts", "to_pylist") if hasattr(data, name)), None):
-        data = getattr(data, listed)()  # of polars, of Arrow
+    if hasattr(data, "to_dicts"):  # of polars
+        data = data.to_dicts()
     elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # of pandas
         if twice := given_twice(list(data.columns)):
             raise DataError(f"data has the column {twice!r} twice: give each its own name.")
@@ -39,19 +40,19 @@ def save_rows(data: Any, path: Path, *, replace: bool = False) -> Path:
         isinstance(v, list) and not any(isinstance(item, Mapping) for item in v) for v in data.values()
     ):
         raise DataError("data is a dictionary of columns: give datasets.Dataset.from_dict(data).")
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) and not hasattr(data, "to_pylist"):
         raise DataError(f"data is a {type(data).__name__}: give a path, a name, or rows as dictionaries.")
     if isinstance(data, Mapping) and not any(_is_many(value) for value in data.values()):
         raise DataError("data is one row, a dictionary: give a list of rows, [data].")
     if isinstance(data, Mapping):
         raise DataError(f"data has the splits {', '.join(map(str, data))}: give one of them, as data[split].")
-    digest, number, features = hashlib.sha256(), 0, getattr(data, "features", None)
+    digest, number = hashlib.sha256(), 0
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for number, row in enumerate(data, start=1):
+        for number, row in enumerate(_cleaned(data), start=1):
             if not isinstance(row, Mapping):
                 raise DataError(f"row {number} of the data is a {type(row).__name__}: give dictionaries.")
             try:
-                line = json.dumps(without_filling(dict(row), features), default=_plain).encode() + b"\n"
+                line = json.dumps(row, default=_plain).encode() + b"\n"
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"row {number} of the data holds what JSON cannot: {error}: leave it out.") from error
             digest.update(line)
@@ -62,6 +63,16 @@ def save_rows(data: Any, path: Path, *, replace: bool = False) -> Path:
         if not replace and path.is_file() and sha256_file(path) != digest.hexdigest():
             raise DataError(f"{path} holds other rows: give another output folder, or delete it.")
     return path
+
+
+def _cleaned(data: Any) -> Iterator[Any]:
+    """The rows without what Arrow fills in, and with their JSON as values."""
+    if hasattr(data, "to_pylist"):  # of Arrow
+        yield from (row.values for row in arrow_rows([data], "data"))
+    elif getattr(data, "features", None):  # of `datasets`
+        yield from (row.values for row in dataset_rows(data, "data"))
+    else:
+        yield from (without_filling(dict(row)) if isinstance(row, Mapping) else row for row in data)
 
 
 def _is_many(value: Any) -> bool:

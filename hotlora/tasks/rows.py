@@ -1,6 +1,7 @@
 """Rows of JSON from a file or the hub, each with its place, so that an error can say which one is wrong."""
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -10,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from ..base.errors import DataError
 from ..base.files import (
@@ -20,6 +21,7 @@ from ..base.files import (
     unique_keys,
     visible_files,
 )
+from .arrow import json_in, without_filling
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".tsv", ".parquet")
 _SPLITS = {
@@ -138,8 +140,37 @@ def _saved_rows(folder: Path, split: str) -> Iterator[Row]:
         if split not in found:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(found)}: give {folder}/SPLIT.")
         found = found[split]
-    for number, row in enumerate(found, start=1):
-        yield Row(f"{folder} row {number}", without_filling(row, found.features))
+    yield from dataset_rows(found, str(folder))
+
+
+def dataset_rows(data: Any, where: str) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset` or `IterableDataset`. JSON is read from its text here: `datasets` makes
+    0.7000000000000001 of 0.7 and None of NaN, and refuses 2**64."""
+    has_json = json_in(data.features.arrow_schema) if data.features else {}
+    given = getattr(data, "format", {})  # an IterableDataset has none
+    if not has_json or given.get("type") == "custom":  # a transform of the user's takes decoded values
+        for number, row in enumerate(data, start=1):
+            yield Row(f"{where} row {number}", without_filling(row, has_json))
+        return
+    columns = {"columns": given["columns"]} if given else {}
+    yield from arrow_rows(data.with_format("arrow", **columns), where)
+
+
+def arrow_rows(tables: Iterable[Any], where: str) -> Iterator[Row]:
+    """The rows of Arrow's tables or batches, which are parts of one."""
+    number = 0
+    for table in tables:
+        has_json = json_in(getattr(table, "schema", ()))  # an array of structs has none
+        for row in table.to_pylist():
+            number += 1
+            place = f"{where} row {number}"
+            yield Row(place, without_filling(row, has_json, functools.partial(_read_cell, place)))
+
+
+def _read_cell(place: str, text: str) -> Any:
+    return _decoded(
+        text, place, f"a column of JSON holds {text[:40]!r}: mend that value, or write the column as one of text"
+    )
 
 
 def check_characters(rows: Sequence[Row]) -> None:
@@ -156,28 +187,13 @@ def _parse_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if twice := given_twice(file.schema_arrow.names):
             raise DataError(f"{path} has the column {twice!r} twice: give each its own name.")
-        features = _json_features(file.schema_arrow)
-        for batch in file.iter_batches(1000):
-            for row in batch.to_pylist():
-                number += 1
-                row = row if features is None else features.decode_example(row)
-                yield Row(f"{path} row {number}", without_filling(row, features))
+        yield from arrow_rows(file.iter_batches(1000), str(path))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
-
-
-def _json_features(schema: Any) -> Any:
-    """What decodes Arrow's JSON columns, strings until then, None where there are none: `datasets` has them where types
-    are mixed, as in the schemas of several tools."""
-    from datasets import Features
-
-    has_json = any("arrow.json" in str(column.type) for column in schema)
-    return Features.from_arrow_schema(schema) if has_json else None
 
 
 def _parse_table(path: Path, file: Iterable[str]) -> Iterator[Row]:
@@ -210,17 +226,20 @@ def given_twice(names: Sequence[str]) -> str | None:
 def _parse_lines(path: Path, file: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            try:
-                row = Row(f"{path} line {number}", _decoder.decode(line.rstrip("\r\n")))
-            except RepeatedKeyError as error:
-                raise DataError(f"{path} line {number}: {error} in one object: give it once.") from error
-            except JSON_ERRORS as error:
-                raise DataError(
-                    f"{path} line {number} is not valid JSON ({_why(error)}); each line must be one whole JSON object."
-                ) from error
-            if _SURROGATE.search(line):
-                check_characters([row])
-            yield row
+            place = f"{path} line {number}"
+            yield Row(place, _decoded(line.rstrip("\r\n"), place, "each line must be one whole JSON object"))
+
+
+def _decoded(text: str, place: str, needed: str) -> Any:
+    try:
+        value = _decoder.decode(text)
+    except RepeatedKeyError as error:
+        raise DataError(f"{place}: {error} in one object: give it once.") from error
+    except JSON_ERRORS as error:
+        raise DataError(f"{place} is not valid JSON ({_why(error)}); {needed}.") from error
+    if _SURROGATE.search(text):
+        check_characters([Row(place, value)])
+    return value
 
 
 def _parse_list(path: Path, text: str) -> Iterator[Row]:
@@ -295,7 +314,7 @@ def hub_rows(name: str, split: str, config: str | None = None) -> Generator[Row]
         except (*_HUB_ERRORS, datasets.exceptions.DatasetsError) as failed:
             error = error or failed
             continue
-        yield from _placed(rows, f"{name} {split}{part}")
+        yield from _placed(*rows, f"{name} {split}{part}")
         return
     tried = " or ".join(f"split {split + part!r}" + (f" of {config!r}" if config else "") for config, split in ways)
     raise DataError(
@@ -304,7 +323,8 @@ def hub_rows(name: str, split: str, config: str | None = None) -> Generator[Row]
     ) from error
 
 
-def _hub_split(name: str, config: str | None, split: str, part: str) -> Iterable[dict[str, Any]]:
+def _hub_split(name: str, config: str | None, split: str, part: str) -> tuple[Any, int | None]:
+    """A data set, and how many of its rows are meant; None: all."""
     import datasets
 
     found = _HUB_PART.fullmatch(part)
@@ -313,15 +333,18 @@ def _hub_split(name: str, config: str | None, split: str, part: str) -> Iterable
         if not (prepared / "dataset_info.json").is_file():
             start, stop = int(found[1] or 0), int(found[2])
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
-            return itertools.islice(rows.skip(start), max(stop - start, 0))  # `take` would look for one row more
-    return datasets.load_dataset(name, config, split=split + part)
+            return rows.skip(start), max(stop - start, 0)  # `take` would look for one row more
+    return datasets.load_dataset(name, config, split=split + part), None
 
 
-def _placed(rows: Iterable[dict[str, Any]], where: str) -> Iterator[Row]:
+def _placed(data: Any, most: int | None, where: str) -> Iterator[Row]:
     number = 0
     try:
-        for number, row in enumerate(rows, start=1):
-            yield Row(f"{where} row {number}", without_filling(row, getattr(rows, "features", None)))
+        for row in itertools.islice(dataset_rows(data, where), most):
+            number += 1
+            yield row
+    except DataError:  # a row's own
+        raise
     except Exception as error:  # of the network, of `datasets`, of Arrow
         raise DataError(
             f"{where} cannot be read to its end, after row {number} ({type(error).__name__}: {error}): the Hub or its "
@@ -329,24 +352,6 @@ def _placed(rows: Iterable[dict[str, Any]], where: str) -> Iterator[Row]:
         ) from error
     if not number:
         raise DataError(f"{where} holds no rows; give a part with at least one.")
-
-
-def without_filling(row: dict[str, Any], features: Any = None) -> dict[str, Any]:
-    """Arrow gives all objects of a column the same keys, None where a row had none: a template would write them.
-
-    features: those of `datasets`, by which values of mixed types are JSON: there a null is one that was written.
-    """
-
-    def cleaned(value: Any, feature: Any) -> Any:
-        if type(feature).__name__ == "Json":
-            return value
-        if isinstance(value, dict):
-            its = feature if isinstance(feature, Mapping) else {}
-            return {key: cleaned(item, its.get(key)) for key, item in value.items() if item is not None}
-        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
-        return [cleaned(item, inner) for item in value] if isinstance(value, list) else value
-
-    return cast(dict[str, Any], cleaned(row, features))
 
 
 def split_file(folder: Path, names: Sequence[str]) -> Path:

@@ -35,6 +35,7 @@ _HASHES = {
     "adapter_config_hash": ("the adapter's config", "adapter"), "adapter_hash": ("--adapter", "adapter"),
     "scores_hash": ("--scores", "scores"), "mask_hash": ("--mask", None),
     "generations_hash": ("--generations", "generations"), "on_top_of": ("--on-top-of", None),
+    "on_top_of_options_hash": ("the options of the adapters underneath (lora_alpha, scaling, plan)", "on_top_of"),
     "tasks_hash": ("what --tasks reads", "tasks"), "include_hash": ("what is in --include-path", "include_path"),
 }  # fmt: skip
 """hash -> (what it is of, the option that changes it wherever it differs itself)"""
@@ -48,7 +49,9 @@ _BEFORE = {"profile_until": 1.0}
 """what runs that were begun before there was an option did, where that is not its default"""
 DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(TrainConfig)} | _BEFORE
 """of options of training, for the records of runs that were begun before there was one"""
-_NOTED_LATER = ("scorer_hash", "model_hash", "adapter_config_hash", "tasks_hash", "include_hash")
+_NOTED_LATER = (
+    "scorer_hash", "model_hash", "adapter_config_hash", "on_top_of_options_hash", "tasks_hash", "include_hash",
+)  # fmt: skip
 """what says of runs that were begun before it was noted nothing"""
 _TESTED = ("test_hash", "scorer_hash")
 _IF_NONE = {"train_on": "last"}  # of data in which nothing else is trained, and of runs before there was a choice

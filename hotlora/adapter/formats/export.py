@@ -111,6 +111,8 @@ def export_adapter(
         if into_base:
             save_checkpoint(model, adapter_name, into_base, folder / "base", tokenizer)
         save(plain, tensors, folder / "adapter" if into_base else folder)
+        if format == "peft" and tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         if source["weights_sha256"] is not None:
             write_json(folder / SOURCE_FILE, {"format": format, "weights_sha256": source["weights_sha256"]})
     return output
