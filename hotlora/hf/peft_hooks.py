@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
@@ -35,6 +36,20 @@ _OLD_MAGNITUDES = (
     (r"\.lora_magnitude_(gate_up|down)", r".lora_magnitude_vector_\1"),
     (r"\.lora_magnitude\.", r".lora_magnitude_vectors."),
 )
+
+
+_resumes: ContextVar[bool] = ContextVar("resumes", default=False)
+
+
+@contextmanager
+def resuming() -> Iterator[None]:
+    """Inside, a training's own checkpoint is loaded, whose plan may be a later one: re-profiling moves the adapter
+    there after its tensors."""
+    token = _resumes.set(True)
+    try:
+        yield
+    finally:
+        _resumes.reset(token)
 
 
 def key_of_today(key: str) -> str:
@@ -210,7 +225,7 @@ def _check_loading_again(
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
         name, path = given["adapter_name"], str(given["model_id"])
-        if isinstance(self.peft_config.get(name), config_class):
+        if isinstance(self.peft_config.get(name), config_class) and not _resumes.get():
             saved = PeftConfig.from_pretrained(path, **given.get("kwargs", {}))
             before_loading_again(self, name, saved, path)
         return original(self, *args, **kwargs)

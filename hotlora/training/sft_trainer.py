@@ -20,6 +20,7 @@ from ..base.processes import device_of, is_sharded, num_processes, wants_checkpo
 from ..base.quiet import quiet
 from ..base.signals import say
 from ..hf.forward import TEXTS
+from ..hf.peft_hooks import resuming
 from ..tasks.tokens import IGNORE
 from . import checkpoints, extend, guard
 from .activation_offloading import check_activation_offloading
@@ -223,7 +224,7 @@ class Trainer(SFTTrainer):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with self._read_from(resume_from_checkpoint):
+        with self._read_from(resume_from_checkpoint), resuming():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
