@@ -678,6 +678,22 @@ def test_a_model_with_a_classifiers_head_needs_its_task():
     assert any("score" in name for name in trained) and any("experts.lora_B_down" in name for name in trained)
 
 
+def test_an_adapter_with_a_classifiers_head_is_loaded_by_pefts_own_calls(tmp_path):
+    """PEFT adds the head's names to modules_to_save once more at each."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(tiny_config("qwen2_moe", num_labels=1, pad_token_id=0))
+    model = get_peft_model(copy.deepcopy(base), HotLoraConfig(plan=tiny_plan(base), r=4, task_type="SEQ_CLS")).eval()
+    fill(model, seed=1)
+    model.save_pretrained(tmp_path)
+    expected = model(**tiny_batch()).logits
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(again(**tiny_batch()).logits, expected)
+    again.load_adapter(tmp_path, "b")
+    again.load_adapter(tmp_path, "b")
+    again.set_adapter("b")
+    assert torch.equal(again(**tiny_batch()).logits, expected)
+
+
 def test_a_copy_of_data_parallel_says_how_to_start():
     """Which is what transformers' Trainer makes where it sees several GPUs."""
     layer, hidden = adapted().get_base_model().model.layers[0].mlp, torch.zeros(3, 32)

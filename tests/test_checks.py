@@ -102,6 +102,10 @@ TRAIN = "train --model {folder}/model --data {folder}/rows.jsonl -o {out} --no-p
         ("--method lori-s --keep 2", "keep is 2.0"),
         ("--method lori-s --granularity row", "granularity 'row' does not exist"),
         ("--method lori-s --dense-learning-rate 0", "learning_rate = 0.0 is out of range"),
+        (
+            "--method fft --dtype float16",
+            "loss scaling has none in float16: leave dtype out, or give float32",
+        ),
         ("--method fft --dora", "full fine-tuning has no adapter: leave use_dora (--dora) out"),
         ("--plan {folder}/plan.json --rule hottest", "rule 'hottest' does not exist"),
         ("--warmup lora --fraction 25", "fraction is 25.0"),

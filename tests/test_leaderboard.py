@@ -215,6 +215,16 @@ def test_pairs_take_all_seeds_that_both_have(runs: Path):
         )
 
 
+def test_a_base_by_its_path_from_the_root_is_the_same_model(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    """As an adapter notes it, and as its score's record does, then."""
+    monkeypatch.chdir(runs.parent)
+    for number, path in enumerate(sorted(runs.rglob("run.json"))):
+        record = read_record(path.parent)
+        name = "models/olmoe" if number else str(runs.parent.resolve() / "models" / "olmoe")
+        write_record(path.parent, {**record, "model": {**record["model"], "name": name}})
+    assert leaderboard(runs).tables[0].model == "models/olmoe"
+
+
 def test_a_model_as_it_is_is_shown_first_and_not_ranked(runs: Path):
     write_run(runs, "base", None, 0.1)
     board = leaderboard(runs)

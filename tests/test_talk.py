@@ -176,6 +176,15 @@ def test_a_base_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: 
         assert find(adapter).model == str(tmp_path / "bases" / "olmoe")
 
 
+@pytest.mark.parametrize("name", ["typo", "runs/typo"])
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    monkeypatch.setattr(load, "adapter_on_hub", lambda name: pytest.fail(f"{name} was asked for"))
+    with pytest.raises(FileError, match=f"{name} does not exist"):
+        hotlora.load(name)
+
+
 def test_an_adapter_on_the_hub_is_loaded_by_its_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of the Hub's cache, without a network; what is no adapter there is a model, as before."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

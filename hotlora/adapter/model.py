@@ -356,6 +356,8 @@ def _before_loading_again(model: PeftModel, adapter_name: str, saved: PeftConfig
     assert isinstance(there, HotLoraConfig)
     if isinstance(saved, HotLoraConfig):
         its, new = (json.loads(json.dumps(config.to_dict(), default=sorted)) for config in (there, saved))
+        for config in (its, new):  # PEFT adds a classifier's names at each model that it makes
+            config["modules_to_save"] = sorted(set(config["modules_to_save"] or ()))
         told = [f"{name}={new[name]!r} and not {its[name]!r}" for name in _DECIDE if new[name] != its[name]]
         told += [f"other {name}" for name in ("experts", "ranks") if new["plan"][name] != its["plan"][name]]
         if there._a_hash is not None and saved._saved_a_hash not in (None, there._a_hash):

@@ -59,7 +59,8 @@ def load_model(
             GPU.
         quantization_config: as transformers takes it; `quantize.ExpertsQuantization(4)` stores the routed experts
             in 4 bits, which others leave alone.
-        attn_implementation: as transformers takes it; None: its choice, but `sinks.NAME` for families with sinks.
+        attn_implementation: as transformers takes it; None: its choice, but `sinks.NAME` for families with sinks. (For
+            transformers' continuous batching and output_attentions: "eager".)
         dequantize: make the experts of a checkpoint in MXFP4 (gpt-oss) or block FP8 dense; by default they stay as they
             are stored, and adapters train on them.
         distributed_config: transformers' DistributedConfig: how the weights, which are frozen then, are spread over

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..base.escape import one_line
 from ..evaluation.stats import Interval, PairedTest, holm, mean_interval, paired_test
+from ..hf.hub import public_name
 from .comparison import ALPHA
 from .leaderboard_folder import Board, Entry, read_board
 from .leaderboard_protocol import is_loss, own_options, score
@@ -137,9 +138,12 @@ def _table(board: Board, key: str, protocol: Mapping[str, Any]) -> Table:
     ]
     sign = 1 if is_loss(protocol) else -1
     rows.sort(key=lambda row: (row.budget or 0, row.in_budget.rank or len(rows), sign * row.mean, row.method))
-    names = dict.fromkeys(entry.record["model"]["name"] for entries in methods.values() for entry in entries)
+    names: dict[str, str] = {}  # an adapter that was scored notes its base's folder from the root
+    for name in sorted({entry.record["model"]["name"] for entries in methods.values() for entry in entries}, key=len):
+        shown = public_name(name) if os.path.isabs(name) else name
+        names.setdefault(os.path.abspath(os.path.expanduser(name)), shown)
     notes = tuple(_notes(rows, pairs))
-    return Table(str(protocol["task"]), ", ".join(names), protocol, tuple(rows), tuple(pairs), notes)
+    return Table(str(protocol["task"]), ", ".join(names.values()), protocol, tuple(rows), tuple(pairs), notes)
 
 
 def _row(method: str, entries: Sequence[Entry], protocol: Mapping[str, Any]) -> Row:

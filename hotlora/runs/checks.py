@@ -56,6 +56,11 @@ def check_run(options: RunOptions) -> None:
     if options.load_best and uses_deepspeed():
         raise HotLoraError("DeepSpeed may spread the weights that load_best would keep: leave load_best out.")
     _tell_unused(options)
+    if options.full and options.dtype == "float16":
+        raise HotLoraError(
+            "full fine-tuning trains the weights themselves, and loss scaling has none in float16: leave dtype out, or "
+            "give float32 or bfloat16."
+        )
     stored = experts_in(
         options.quantize, linear=options.quantize_linear, offload=options.offload != "none",
         offload_folder=options.offload_folder,

@@ -68,9 +68,11 @@ def find(path: str | Path, model: str | None = None) -> Found:
 
 
 def _local(path: str | Path) -> Path:
-    """A folder; of an adapter on the Hub the one that it is downloaded to."""
+    """A folder; of an adapter on the Hub the one that it is downloaded to. A name in a folder that is here is not asked
+    for there: it was mistyped."""
     folder = Path(path).expanduser()
-    return folder if folder.exists() or str(path) in NANOS else adapter_on_hub(str(path)) or folder
+    is_here = folder.exists() or folder.parent.is_dir() or str(path) in NANOS
+    return folder if is_here else adapter_on_hub(str(path)) or folder
 
 
 def _noted_base(file: Path) -> str:
