@@ -1,5 +1,6 @@
 """What a run left, used: loaded, answering, chatting, described by its card."""
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 import hotlora
 from hotlora.base.errors import DataError, FileError, HotLoraError, PlanError
 from hotlora.base.records import read_record, write_record
+from hotlora.cli import main as cli
 from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.talk import answer, prompt_ids
 from hotlora.hf import hub
@@ -55,7 +57,7 @@ def logits(model, tokenizer):
         return model(**tokenizer(PROMPT, return_tensors="pt")).logits
 
 
-def test_pipes_and_files_are_utf8_whatever_the_code_page(tmp_path):
+def test_pipes_and_files_are_utf8_whatever_the_code_page(call, tmp_path, monkeypatch, capsys):
     """Windows gives them the country's."""
     words = [sys.executable, "-m", "hotlora"]
     env = os.environ | {"PYTHONIOENCODING": "cp1252"}
@@ -65,14 +67,15 @@ def test_pipes_and_files_are_utf8_whatever_the_code_page(tmp_path):
     assert told.returncode == 0, told.stderr.decode()
     assert "é →" in told.stdout.decode("utf-8") and "漢字 ✓" in told.stdout.decode("utf-8")
 
-    def generate(*given, piped=b""):
-        command = [*words, "generate", "--model", "nano", "--raw", "--max-new-tokens", "8", *given]
-        return subprocess.run(command, env=env, input=piped, capture_output=True, timeout=300)
-
-    prompt = "Question: 漢字 ="
-    assert generate(prompt).stdout == generate(piped=prompt.encode()).stdout != b""
-    told = generate(piped=b"\xff")
-    assert told.returncode == 1 and b"The prompt is no valid UTF-8" in told.stderr, told.stderr.decode()
+    asked = ["generate", "--model", "nano", "--raw", "--max-new-tokens", "8"]
+    piped = "Question: 漢字 =".encode()
+    told = subprocess.run([*words, *asked], env=env, input=piped, capture_output=True, timeout=300)
+    assert told.stdout.decode("utf-8") == call(*asked, piped.decode())[1] != ""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["hotlora", *asked])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert "The prompt is no valid UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["", "adapter"])
