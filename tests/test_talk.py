@@ -114,6 +114,7 @@ def test_load_adapter_takes_paths_too(run: Path, tmp_path: Path):
     for wrong, told in (
         ((hotlora.load_model("nano"),), "path is not given"),
         (("nano",), "is no adapter but a model"),
+        (("nosuch/mine",), "nosuch/mine is no folder here, and no adapter on the Hub"),
         ((tmp_path,), "holds no run, adapter or model"),
         ((hotlora.load_model("nano"), tmp_path / "none"), "is not a folder"),
         (("nano", "nano"), "there is nothing to load onto"),

@@ -157,9 +157,14 @@ def load_adapter(
         return saved.load_adapter(base_model, adapter_in(_local(path)), adapter_name, is_trainable)
     found = find(base_model) if path is None else find(path, str(base_model))
     if found.adapter is None:
-        raise FileError(
-            f"{base_model} is no adapter but a model (hotlora.load_model): give an adapter's folder, or a run's."
+        name = base_model if path is None else path
+        is_model = str(name) in NANOS or Path(name).expanduser().is_dir()
+        what = (
+            "is no adapter but a model (hotlora.load_model)"
+            if is_model
+            else "is no folder here, and no adapter on the Hub"
         )
+        raise FileError(f"{name} {what}: give an adapter's folder, or a run's.")
     return saved.load_adapter(_base_of(found), found.adapter, adapter_name, is_trainable)
 
 
