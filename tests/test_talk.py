@@ -114,7 +114,6 @@ def test_load_adapter_takes_paths_too(run: Path, tmp_path: Path):
     for wrong, told in (
         ((hotlora.load_model("nano"),), "path is not given"),
         (("nano",), "is no adapter but a model"),
-        (("nosuch/mine",), "nosuch/mine is no folder here, and no adapter on the Hub"),
         ((tmp_path,), "holds no run, adapter or model"),
         ((hotlora.load_model("nano"), tmp_path / "none"), "is not a folder"),
         (("nano", "nano"), "there is nothing to load onto"),
@@ -187,6 +186,9 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name: str, tmp_path: Pat
     monkeypatch.setattr(load, "adapter_on_hub", lambda name: pytest.fail(f"{name} was asked for"))
     with pytest.raises(FileError, match=f"{name} does not exist"):
         hotlora.load(name)
+    monkeypatch.setattr(load, "adapter_on_hub", lambda name: None)
+    with pytest.raises(FileError, match="nosuch/mine is no folder here, and no adapter on the Hub"):
+        hotlora.load_adapter("nosuch/mine")
 
 
 def test_an_adapter_on_the_hub_is_loaded_by_its_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

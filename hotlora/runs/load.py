@@ -160,11 +160,9 @@ def load_adapter(
         name = base_model if path is None else path
         is_model = str(name) in NANOS or Path(name).expanduser().is_dir()
         what = (
-            "is no adapter but a model (hotlora.load_model)"
-            if is_model
-            else "is no folder here, and no adapter on the Hub"
+            "no adapter but a model (hotlora.load_model)" if is_model else "no folder here, and no adapter on the Hub"
         )
-        raise FileError(f"{name} {what}: give an adapter's folder, or a run's.")
+        raise FileError(f"{name} is {what}: give an adapter's folder, or a run's.")
     return saved.load_adapter(_base_of(found), found.adapter, adapter_name, is_trainable)
 
 
