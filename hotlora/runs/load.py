@@ -158,10 +158,9 @@ def load_adapter(
     found = find(base_model) if path is None else find(path, str(base_model))
     if found.adapter is None:
         name = base_model if path is None else path
-        is_model = str(name) in NANOS or Path(name).expanduser().is_dir()
-        what = (
-            "no adapter but a model (hotlora.load_model)" if is_model else "no folder here, and no adapter on the Hub"
-        )
+        what = "no folder here, and no adapter on the Hub"
+        if str(name) in NANOS or Path(name).expanduser().is_dir():
+            what = "no adapter but a model (hotlora.load_model)"
         raise FileError(f"{name} is {what}: give an adapter's folder, or a run's.")
     return saved.load_adapter(_base_of(found), found.adapter, adapter_name, is_trainable)
 
