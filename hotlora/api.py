@@ -1,6 +1,5 @@
 """`hotlora.train`, `profile`, `evaluate`, `export_adapter`: what the commands do. Imports nothing heavy."""
 
-import gc
 import inspect
 import logging
 import os
@@ -17,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from .base.errors import HotLoraError, ModelError, Stopped
+from .base.heap import free
 from .base.options import ALIASES, Options, by_own_names, suggest
 from .runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from .runs.methods import resolve
@@ -449,9 +449,7 @@ def _memory_given_back() -> Iterator[None]:
             each = each.__cause__ or each.__context__
         raise
     finally:
-        gc.collect()
-        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        free()
 
 
 def _tell(text: str) -> None:

@@ -1,7 +1,8 @@
-"""What glibc's malloc keeps of memory that was freed. Nothing of it happens elsewhere."""
+"""Memory that is used no more, given back: what Python, torch and glibc's malloc keep of it."""
 
 import ctypes
 import functools
+import gc
 import os
 import sys
 
@@ -13,6 +14,13 @@ def give_back() -> None:
     """What was freed goes back to the system: glibc keeps as much as the experts' size of what loading a model took."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def free() -> None:
+    """Models that nobody uses, whose cycles Python clears late, and what torch keeps of a GPU's memory."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @functools.cache

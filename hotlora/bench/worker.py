@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..base.heap import free
 from ..base.precision import is_fast_on_cpu
 from ..cost.activations import SavedBytes, autocast
 from ..cost.estimate import sized_config, torch_dtype
@@ -124,8 +125,7 @@ class Worker:
     def _sleep(self) -> None:
         self._random().sleep()
         if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+            free()
 
     def _peak_memory(self) -> int:
         """The most that tensors take during a step: the model, its adapters, AdamW's state, and all that the step

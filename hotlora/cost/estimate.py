@@ -24,7 +24,7 @@ from ..base.errors import HotLoraError, ModelError
 from ..base.quiet import quiet
 from ..hf.experts_view import ExpertsView
 from ..hf.linears import plain_linears
-from ..hf.models import auto_class, model_from_config, own_dtype, packed_bytes
+from ..hf.models import auto_class, config_text, model_from_config, own_dtype, packed_bytes
 from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
@@ -90,7 +90,7 @@ def _once(function: Callable[_P, Step]) -> Callable[_P, Step]:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         # The file may be another one by now. 4 and 4.0 are equal, and one of them is refused.
-        content = model_from_config(given.arguments.pop("config")).config.to_json_string(use_diff=False)
+        content = config_text(given.arguments.pop("config"))
         key = (content, repr(given.arguments), torch.cuda.is_available(), os.environ.get("HOTLORA_KERNELS", ""))
         if key not in found:
             found[key] = function(*args, **kwargs)

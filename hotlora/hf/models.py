@@ -261,10 +261,7 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
         FileError: the file is missing or is not a transformers config.
         ModelError: the config is of a dense or an unsupported model.
     """
-    file = NANOS.get(str(path)) or Path(path).expanduser()
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        raise FileError(f"{file} does not exist. Give a model's config.json, or the folder that holds it.")
+    file = _config_of(path)
     try:
         config = _shapes_of(file) or AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except Exception as error:
@@ -273,6 +270,19 @@ def model_from_config(path: str | Path) -> PreTrainedModel:
             "It must be JSON with a `model_type`."
         ) from error
     return _built(config)
+
+
+def config_text(path: str | Path) -> str:
+    """What the file holds that `model_from_config` reads. FileError: it is missing."""
+    return _config_of(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _config_of(path: str | Path) -> Path:
+    file = NANOS.get(str(path)) or Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileError(f"{file} does not exist. Give a model's config.json, or the folder that holds it.")
+    return file
 
 
 # Models of remote code with the modules, shapes and names of fields of a family of transformers.

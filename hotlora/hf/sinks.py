@@ -49,7 +49,8 @@ def attention_with_sinks(
     s_aux: a logit a head, `[H]`; None: a layer without sinks. Returns `[B, T, H, D]`.
     """
     if s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
+        plain = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+        return sdpa_attention_forward(*plain, **kwargs)[0], None
     length, width, width_v = query.shape[2], query.shape[3], value.shape[3]
     scaling = width**-0.5 if scaling is None else scaling
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -204,11 +204,7 @@ def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor, on_host: On
         return _gemm().grouped_gemm(x_SI, weight_EOI, ends_E)
     if _grouped_mm_takes(x_SI, x_SI.stride(0), max(weight_EOI.stride()[1:]), *weight_EOI.shape[1:]):
         return F.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
-    y_SO = x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1])
-    for (a, b), weight in zip(_spans(on_host(ends_E)), weight_EOI.unbind(), strict=True):
-        if a < b:
-            torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
-    return y_SO
+    return _linear(x_SI, weight_EOI, _spans(on_host(ends_E)), x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]))
 
 
 def _held_product(rows: Rows, x_SI: Tensor, weight: FrozenWeight) -> Tensor:
@@ -273,11 +269,9 @@ def hot_linear(
     if use_kernels(x_SI, is_thin=True):
         return _gemm().grouped_gemm(x_SI, weight_NOI, ends_E, slot_E, scaling=scaling)
     if not _grouped_mm_takes(x_SI, *weight_NOI.shape[1:]):
-        y_SO, spans = x_SI.new_zeros(x_SI.shape[0], weight_NOI.shape[1]), _spans(on_host(ends_E))
-        for expert, weight in zip(on_host(ids_N), weight_NOI.unbind(), strict=True):
-            a, b = spans[expert]
-            if a < b:
-                torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
+        spans = _spans(on_host(ends_E))
+        its = [spans[expert] for expert in on_host(ids_N)]
+        y_SO = _linear(x_SI, weight_NOI, its, x_SI.new_zeros(x_SI.shape[0], weight_NOI.shape[1]))
         return y_SO if scaling == 1 else y_SO.mul_(scaling)
     weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
     y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
@@ -295,6 +289,14 @@ def hot_outer(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor, ids_N: Tensor, on_host
         spans = _spans(on_host(ends_E))
         return _outer(y_SO, x_SI, [spans[expert] for expert in on_host(ids_N)])
     return grouped_outer(y_SO.contiguous(), x_SI.contiguous(), ends_E).index_select(0, ids_N)
+
+
+def _linear(x_SI: Tensor, weight_nOI: Tensor, spans: list[tuple[int, int]], y_SO: Tensor) -> Tensor:
+    """`y`, in which the rows of each span are those of x times its weights; others stay."""
+    for (a, b), weight in zip(spans, weight_nOI.unbind(), strict=True):
+        if a < b:
+            torch.mm(x_SI[a:b], weight.T, out=y_SO[a:b])
+    return y_SO
 
 
 def _outer(y_SO: Tensor, x_SI: Tensor, spans: list[tuple[int, int]]) -> Tensor:

@@ -19,7 +19,7 @@ from ..hf.hub import public_name
 from .comparison import ALPHA
 from .leaderboard_folder import Board, Entry, read_board
 from .leaderboard_protocol import is_loss, own_options, score
-from .sections import part
+from .sections import part, place_of
 
 TOLERANCE = 0.05
 """Methods of one budget train at most so much more parameters than the least of them."""
@@ -138,10 +138,10 @@ def _table(board: Board, key: str, protocol: Mapping[str, Any]) -> Table:
     ]
     sign = 1 if is_loss(protocol) else -1
     rows.sort(key=lambda row: (row.budget or 0, row.in_budget.rank or len(rows), sign * row.mean, row.method))
-    names: dict[str, str] = {}  # an adapter that was scored notes its base's folder from the root
+    names: dict[str, str] = {}
     for name in sorted({entry.record["model"]["name"] for entries in methods.values() for entry in entries}, key=len):
         shown = public_name(name) if os.path.isabs(name) else name
-        names.setdefault(os.path.abspath(os.path.expanduser(name)), shown)
+        names.setdefault(place_of(name), shown)
     notes = tuple(_notes(rows, pairs))
     return Table(str(protocol["task"]), ", ".join(names.values()), protocol, tuple(rows), tuple(pairs), notes)
 

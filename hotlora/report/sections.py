@@ -79,14 +79,19 @@ class Section:
         return {name: [folder for folder in self.records if trained.get(folder, name) == name] for name in names}
 
 
+def place_of(name: str) -> str:
+    """The same for all names of a model: an adapter notes its base's folder from the root, a training as it was
+    given."""
+    return os.path.abspath(os.path.expanduser(name))
+
+
 def read_sections(records: Records) -> list[Section]:
     """Groups runs by model and training data. A base run joins every section that it was evaluated for."""
     groups: dict[tuple[str, str], dict[Path, Record]] = {}
     called: dict[str, str] = {}
 
     def one_name(name: str) -> str:
-        """An adapter notes its base's folder from the root, and a training names it as it was given."""
-        return called.setdefault(os.path.abspath(os.path.expanduser(name)), name)
+        return called.setdefault(place_of(name), name)
 
     for folder, record in records.items():
         if record["condition"] != "base":

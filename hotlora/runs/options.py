@@ -38,6 +38,9 @@ VARIANTS = {
 }
 """Options that make another method of one: what a condition's name gets from them."""
 _NO_SALIENCY = "saliency is not gathered under expert parallelism: leave out one of the two."
+_ATTENTION = (
+    "eager, sdpa, flash_attention_2, … (default: transformers' choice; with sinks, as in gpt-oss, hotlora_sinks)."
+)
 _METHOD, _EXPERTS, _LORI, _DATA = "Method", "Which experts", "LoRI", "Data"
 
 
@@ -70,10 +73,7 @@ class LoadOptions(Options):
         "cpu, cuda, cuda:1 (not to train: CUDA_VISIBLE_DEVICES=1), …; auto: cuda if there is one, else the CPU; to "
         "export, merge or combine the CPU.", "auto", resume=None,
     )  # fmt: skip
-    attn_implementation: str | None = option(
-        "eager, sdpa, flash_attention_2, … (default: transformers' choice; with sinks, as in gpt-oss, hotlora_sinks).",
-        None,
-    )
+    attn_implementation: str | None = option(_ATTENTION, None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits (pip install hotlora[quantize]); 0: make those of a checkpoint in "
         "MXFP4 or FP8 dense.", None,
@@ -377,10 +377,7 @@ class EvalOptions(LoadOptions, DataOptions):
         "Tokens of an answer at most (default: the task's; of your own rows 16 more than their longest answer has).",
         None,
     )
-    attn_implementation: str | None = option(
-        "eager, sdpa, flash_attention_2, … (default: transformers' choice; with sinks, as in gpt-oss, hotlora_sinks).",
-        None,
-    )
+    attn_implementation: str | None = option(_ATTENTION, None)
     quantize: int | None = option(
         "Store the routed experts in 8 or 4 bits; 0: do not (default: as in the adapter's training).", None
     )

@@ -21,6 +21,7 @@ import torch
 
 from ..base.errors import Stopped
 from ..base.files import append_to
+from ..base.heap import free
 from ..base.signals import on_stop, say, stop, without_ctrl_c
 
 LOG = "log.txt"
@@ -201,9 +202,7 @@ def _work(connection: Connection) -> None:
             except Exception as error:
                 traceback.print_exc()
                 answer = False, f"{type(error).__name__}: {error}"
-        gc.collect()  # the next job's model needs the room
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free()  # the next job's model needs the room
         connection.send(answer)
 
 

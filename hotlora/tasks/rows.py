@@ -169,7 +169,7 @@ def arrow_rows(tables: Iterable[Any], where: str) -> Iterator[Row]:
 
 def _read_cell(place: str, text: str) -> Any:
     return _decoded(
-        text, place, f"a column of JSON holds {text[:40]!r}: mend that value, or write the column as one of text"
+        text, place, f"a column of JSON holds {text[:40]!r}: fix that value, or write the column as one of text"
     )
 
 
