@@ -100,8 +100,8 @@ def train(
 
     Raises:
         HotLoraError: an option that does not exist (the nearest is named), that is of another type or out of range;
-            `output` holds a run with other options; what is wrong with model and data. KeyboardInterrupt: by Ctrl-C,
-            when what was done is saved.
+            `output` holds a run with other options; what is wrong with model and data.
+        KeyboardInterrupt: by Ctrl-C, when what was done is saved.
     """
     _check_model(
         model, "a loaded model takes hotlora.HotLoraConfig and peft.get_peft_model, and TRL's SFTTrainer trains"

@@ -184,13 +184,31 @@ def test_the_reference_has_every_public_name():
             and thing.__module__ not in listed] == []  # fmt: skip
 
 
-def test_code_in_docstrings_is_shown_as_code():
-    """Indented: else the site runs its lines together."""
+def _docstrings():
     docstrings = {}
     for file in (ROOT / "hotlora").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
                 docstrings[f"{file.name}: {getattr(node, 'name', '')}"] = ast.get_docstring(node) or ""
+    return docstrings
+
+
+def test_errors_in_docstrings_stand_a_line_each():
+    """The site reads a line of Raises as `error: when`, and one that is indented further as its continuation."""
+    item = re.compile(r"([A-Z]\w+(, )?)+: (?!.*\. [A-Z]\w+: )")
+    sections = {
+        name: text.partition("Raises:\n")[2].partition("\n\n")[0]
+        for name, text in _docstrings().items()
+        if "Raises:\n" in text
+    }
+    assert len(sections) > 50
+    lines = {(name, line) for name, text in sections.items() for line in re.findall(r"^    (?! )(.*)", text, re.M)}
+    assert {line for line in lines if not item.match(line[1])} == set()
+
+
+def test_code_in_docstrings_is_shown_as_code():
+    """Indented: else the site runs its lines together."""
+    docstrings = _docstrings()
     assert sum("    run = hotlora." in text for text in docstrings.values()) >= 2
     flush = re.compile(r"\n\n((?:\w+ *= |with )\w[\w.]*\(.*)")
     assert {name: found[1] for name, text in docstrings.items() if (found := flush.search(text))} == {}

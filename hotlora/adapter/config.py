@@ -304,9 +304,9 @@ class HotLoraConfig(LoraConfig):
         With `normalize_moe_lora` the plan gets its ranks.
 
         Raises:
-            PlanError: the plan is for another model or names a layer that is not there, or nothing would
-            train. ModelError: the model is not supported, has a head for another task_type, or some of its weights are
-            offloaded.
+            PlanError: the plan is for another model or names a layer that is not there, or nothing would train.
+            ModelError: the model is not supported, has a head for another task_type, or some of its weights are
+                offloaded.
         """
         self._check_task(model)
         check_in_memory(model)

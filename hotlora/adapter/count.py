@@ -81,7 +81,8 @@ def parameters_from_config(
         adapter: of `HotLoraConfig`: r, train_attention, use_dora, ...
 
     Raises:
-        FileError, ModelError: as `models.model_from_config`. PlanError: a budget or rank out of range.
+        FileError, ModelError: as `models.model_from_config`.
+        PlanError: a budget or rank out of range.
     """
     model = model_from_config(config)
     layers = moe_layers(model)

@@ -43,8 +43,9 @@ def load_adapter(
 
     Raises:
         FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
-        or that do not fit the config. PlanError: the adapter was made for another model, or on top of an adapter that
-        is not merged into this one. HotLoraError: an adapter_name that is taken, or that torch cannot take.
+            or that do not fit the config.
+        PlanError: the adapter was made for another model, or on top of an adapter that is not merged into this one.
+        HotLoraError: an adapter_name that is taken, or that torch cannot take.
     """
     check_adapter_name(adapter_name)
     folder = Path(path).expanduser()
@@ -96,7 +97,8 @@ def base_quantization(path: str | Path) -> ExpertsQuantization | None:
         model = load_adapter(load_model(name, quantization_config=base_quantization(path)), path)
 
     Raises:
-        FileError, PlanError: as `load_adapter`. HotLoraError: it was, and bitsandbytes is not installed.
+        FileError, PlanError: as `load_adapter`.
+        HotLoraError: it was, and bitsandbytes is not installed.
     """
     saved = saved_config(path).base_quantization
     if saved is None:

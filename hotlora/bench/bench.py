@@ -44,8 +44,8 @@ def run_bench(config: BenchConfig, *, tell: Callable[[str], None] = lambda text:
     tell: is told what is being done, in a line.
 
     Raises:
-        HotLoraError: a setting is out of range, or no contender could be run. FileError, ModelError: as
-        `models.model_from_config`.
+        HotLoraError: a setting is out of range, or no contender could be run.
+        FileError, ModelError: as `models.model_from_config`.
     """
     config = _resolved(config)
     started = datetime.now(UTC).isoformat(timespec="seconds")

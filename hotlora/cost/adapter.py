@@ -31,7 +31,8 @@ def adapter_flops(
         coverage: share of the assignments that go to adapted experts; None: as in a layer whose loads have a CV of 1.
 
     Raises:
-        HotLoraError: a coverage that is no share. PlanError: a budget out of range.
+        HotLoraError: a coverage that is no share.
+        PlanError: a budget out of range.
     """
     if coverage is not None and not 0 <= coverage <= 1:
         raise HotLoraError(f"coverage is {coverage}: it is a share, from 0 to 1.")

@@ -134,7 +134,7 @@ def work(config: str | Path, *, gradient_checkpointing: bool = True, **options: 
         options: further ones of `estimate`.
 
     Raises:
-        As `estimate`.
+        HotLoraError: as `estimate`.
     """
     storage, options = split({"gradient_checkpointing": gradient_checkpointing, **options})
     return work_of(step_of(config, **options), storage)

@@ -54,7 +54,7 @@ def estimate(config: str | Path, *, flops_per_second: float | None = None, **opt
         what is computed again, and a token's.
 
     Raises:
-        As `step_of`. HotLoraError: an option of storage that does not exist.
+        HotLoraError: as `step_of`; an option of storage that does not exist.
     """
     if flops_per_second is not None and not 0 < flops_per_second < math.inf:
         raise HotLoraError(f"{flops_per_second / 1e12:g} TFLOP/s is out of range: a rate is above 0.")
@@ -140,7 +140,8 @@ def step_of(
             CUDA one layer's experts are tried out on the CPU, where a little else is kept.
 
     Raises:
-        FileError, ModelError: as `models.model_from_config`. PlanError: a budget or rank out of range.
+        FileError, ModelError: as `models.model_from_config`.
+        PlanError: a budget or rank out of range.
         HotLoraError: anything else out of range.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):

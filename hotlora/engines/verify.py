@@ -96,7 +96,8 @@ def verify_export(
 
     Raises:
         HotLoraError: an engine that does not exist, is not installed, does not take this kind of export, or failed.
-        FileError: half an export, or one for another base. PlanError: an adapter for another base.
+        FileError: half an export, or one for another base.
+        PlanError: an adapter for another base.
     """
     interpreter = None if python is None else str(Path(python).expanduser())
     found = find(adapter, model)

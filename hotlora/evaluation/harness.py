@@ -63,7 +63,8 @@ def evaluate_by_lm_eval(
         where there is one, else by the first metric and filter (gsm8k: strict-match). Its results are the samples.
 
     Raises:
-        HotLoraError: lm-eval is not installed. DataError: no such task, or local files that are not there.
+        HotLoraError: lm-eval is not installed.
+        DataError: no such task, or local files that are not there.
     """
     lm_eval_version()
     from lm_eval import simple_evaluate

@@ -117,8 +117,8 @@ def evaluate_task(
         progress: whether to show a progress bar.
 
     Raises:
-        DataError: no examples, a batch size below 1, an example that the task cannot judge, or data without a
-            scorer; several samples of a choice.
+        DataError: no examples, a batch size below 1, an example that the task cannot judge, or data without a scorer;
+            several samples of a choice.
         FileError: `results` holds other examples' results.
     """
     task.check_scored()

@@ -60,7 +60,8 @@ def push(path: str | os.PathLike[str], name: str, *, private: bool = True) -> st
         private: of a repository that is made now.
 
     Raises:
-        HotLoraError: as `check_push`; the Hub refuses. FileError: nothing to push is there.
+        HotLoraError: as `check_push`; the Hub refuses.
+        FileError: nothing to push is there.
     """
     folder = _trained(Path(path).expanduser())
     check_push(name)

@@ -133,7 +133,8 @@ def compare_runs(
 
     Raises:
         DataError: one run's own folder, no run of a sweep that is done and has the metric, no such reference, or a
-            condition with one seed twice. FileError: no such folder; a broken record is left out, in words.
+            condition with one seed twice.
+        FileError: no such folder; a broken record is left out, in words.
     """
     if metric not in METRICS:
         raise DataError(f"the metric {metric!r} does not exist: there are {' and '.join(METRICS)}.")

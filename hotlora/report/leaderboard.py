@@ -115,7 +115,8 @@ def leaderboard(folder: str | os.PathLike[str]) -> Leaderboard:
             follow the protocol (model, data, length of training, test) of most of them.
 
     Raises:
-        FileError: no such folder, or a broken `board.json`. DataError: no training in it is done and has a score.
+        FileError: no such folder, or a broken `board.json`.
+        DataError: no training in it is done and has a score.
     """
     board = read_board(folder)
     tables = tuple(_table(board, key, protocol) for key, protocol in board.protocols.items())

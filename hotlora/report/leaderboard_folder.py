@@ -113,7 +113,8 @@ def add_runs(
 
     Raises:
         DataError: a run is not of the protocol, not done, contradicts itself, or has the name of a method with other
-            options: each is named, with what is asked. FileError: no such folder, or a record that is broken.
+            options: each is named, with what is asked.
+        FileError: no such folder, or a record that is broken.
     """
     folder = Path(folder)
     _checked(folder, sources, name)  # before there is a folder

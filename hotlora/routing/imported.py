@@ -39,8 +39,9 @@ def import_profile(
         A profile whose `source` says what was read. Where the files hold no gate weights, its mass is 0.
 
     Raises:
-        FileError: a file that is not whole, or of no known form. DataError: numbers that cannot be, with file, layer
-        and number; scores alone. ModelError: no such model.
+        FileError: a file that is not whole, or of no known form.
+        DataError: numbers that cannot be, with file, layer and number; scores alone.
+        ModelError: no such model.
     """
     return imported(files, output, model, num_experts, num_experts_per_tok)[0]
 

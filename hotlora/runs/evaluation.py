@@ -265,8 +265,8 @@ def run_harness(
         num_fewshot: examples in the prompt; None: the task's own number.
 
     Raises:
-        HotLoraError: lm-eval is not installed, `output` holds other work, lm-eval has no such task, or a file
-            is not there.
+        HotLoraError: lm-eval is not installed, `output` holds other work, lm-eval has no such task, or a file is not
+            there.
     """
     version = lm_eval_version()
     check_sizes(limit=options.limit)

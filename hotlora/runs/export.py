@@ -49,7 +49,8 @@ def export_saved(
 
     Raises:
         HotLoraError, FileError: as `export_adapter`; or the export would be an adapter alone, for a base that is
-        nowhere. PlanError: the adapter is another model's.
+            nowhere.
+        PlanError: the adapter is another model's.
     """
     check_export(format, output)  # before a model is loaded, which may take long
     check_offload(offload, offload_folder)
@@ -117,7 +118,8 @@ def combine_saved(
 
     Raises:
         HotLoraError: fewer than two adapters, other than one weight each, or adapters that cannot be combined.
-        FileError: `output` is taken. PlanError: an adapter is another model's.
+        FileError: `output` is taken.
+        PlanError: an adapter is another model's.
     """
     output = check_export("peft", output)
     weights = [1.0] * len(adapters) if weights is None else list(weights)

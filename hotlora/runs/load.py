@@ -108,8 +108,9 @@ def load(
         offload, offload_folder: as in training: none, cold or all.
 
     Raises:
-        FileError, ModelError: nothing is there, or the base is not where it was. PlanError: the adapter is for another
-        model. HotLoraError: an option that does not exist, or merging into quantized experts.
+        FileError, ModelError: nothing is there, or the base is not where it was.
+        PlanError: the adapter is for another model.
+        HotLoraError: an option that does not exist, or merging into quantized experts.
     """
     found = find(path, model)
     if dtype == "auto" and checked_device(device).type != "cpu":  # where half precision is slower
@@ -146,8 +147,9 @@ def load_adapter(
 
     Raises:
         FileError: no such folder, not a hotlora adapter, a truncated file, weights that are not those that were saved,
-        or that do not fit the config. PlanError: the adapter was made for another model, or on top of an adapter that
-        is not merged into this one. HotLoraError: an adapter_name that is taken, or that torch cannot take.
+            or that do not fit the config.
+        PlanError: the adapter was made for another model, or on top of an adapter that is not merged into this one.
+        HotLoraError: an adapter_name that is taken, or that torch cannot take.
     """
     if isinstance(base_model, nn.Module):
         if path is None:

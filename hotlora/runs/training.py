@@ -99,8 +99,8 @@ def run_training(
 
     Raises:
         HotLoraError: `output` holds a run with other options (each is named), or an input is wrong: of options that is
-        told before anything is written or loaded. What fails later leaves a record with the status "failed" and the
-        message.
+            told before anything is written or loaded. What fails later leaves a record with the status "failed" and the
+            message.
     """
     start(options.device)
     options = replace(options, on_top_of=underneath(options.model, options.on_top_of))

@@ -38,8 +38,8 @@ def dense_mixer(model: nn.Module) -> Iterator[None]:
     on quantized experts.
 
     Raises:
-        ModelError: a router is no softmax whose largest are taken. HotLoraError: no router trains, or experts are
-            spread over processes.
+        ModelError: a router is no softmax whose largest are taken.
+        HotLoraError: no router trains, or experts are spread over processes.
     """
     check_softmax_routers(model, "dense_mixer")
     layers = [(model.get_submodule(layer.router), model.get_submodule(layer.experts)) for layer in moe_layers(model)]

@@ -47,8 +47,8 @@ def import_adapter(
         base_model: a plain model; wrapped in place, as in PEFT.
 
     Raises:
-        FileError: no such folder, a truncated file, not a plain LoRA adapter, or keys that have no place
-            in a HotLoRA adapter (named).
+        FileError: no such folder, a truncated file, not a plain LoRA adapter, or keys that have no place in a HotLoRA
+            adapter (named).
     """
     folder = Path(path).expanduser()
     config = _read_plain_config(folder)
