@@ -34,6 +34,11 @@ from hotlora.cli.names import with_dashes
         (["train", "--logging-steps", "1"], "Leave it out: metrics.jsonl"),
         (["evaluate", "--model_name_or_path", "nano"], "Did you mean --model?"),
         (["train", "--use_dora"], "Did you mean --dora?"),
+        (["train", "--task", "nano-math"], "Did you mean --data?"),
+        (["chat", "--adapter", "runs/a"], "It stands without an option: hotlora chat RUN."),
+        (["params", "--model", "nano"], "It stands without an option: hotlora params CONFIG."),
+        (["generate", "runs/a", "hello"], "Each is named here: --adapter, --model."),
+        (["evaluate", "runs/a"], "Each is named here: --data, --model, --adapter."),
     ],
 )
 def test_names_of_other_libraries_are_answered_with_ours(words: list[str], told: str):

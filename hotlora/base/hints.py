@@ -6,7 +6,7 @@ MEANT = {
     "optimizer": "optim", "micro_batch_size": "batch_size", "eval_strategy": "eval_steps",
     "evaluation_strategy": "eval_steps", "save_strategy": "save_steps", "early_stopping": "early_stopping_patience",
     "model_name": "model", "model_name_or_path": "model", "base_model": "model", "dataset": "data",
-    "dataset_name": "data", "dataset_path": "data", "train_dataset": "data", "train_file": "data",
+    "dataset_name": "data", "task": "data", "dataset_path": "data", "train_dataset": "data", "train_file": "data",
     "eval_dataset": "test_data", "validation_file": "test_data", "val_size": "test_split", "val_set_size": "test_split",
     "test_size": "test_split", "max_samples": "limit", "hub_model_id": "push_to_hub",
     "adapter_name_or_path": "on_top_of", "random_state": "seed", "data_seed": "seed",

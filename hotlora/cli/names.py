@@ -8,6 +8,8 @@ from typer.core import TyperGroup
 from ..base.errors import HotLoraError
 from ..base.options import meant, needless
 
+_WITHOUT = ("data", "adapter", "model", "profile", "run", "runs")
+"""What some commands take as their first word, and others by an option."""
 _OPTION = re.compile(r"\A--[A-Za-z][\w-]*(?==|\Z)")
 
 
@@ -42,17 +44,40 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            # Typer's newer releases have a click of their own, so the class is another one.
-            if type(error).__name__ == "NoSuchOption" and (told := _told(error)):
-                error.message, error.possibilities = f"{str(error.message).rstrip('.')}. {told}", None  # type: ignore[attr-defined]
+            if told := _told(error):
+                error.message = f"{str(error.message).rstrip('.')}. {told}"  # type: ignore[attr-defined]
+                error.possibilities = None  # type: ignore[attr-defined]
             raise
 
 
 def _told(error: Any) -> str | None:
+    kind = type(error).__name__  # Typer's newer releases have a click of their own, so the class is another one
+    return _of_option(error) if kind == "NoSuchOption" else _of_words(error) if kind == "UsageError" else None
+
+
+def _flags(error: Any) -> dict[str, str]:
+    """Of the command, each option's name and what it is called on the command line."""
     options = error.ctx.command.params if error.ctx else ()
-    flags = {o.name: o.opts[0] for o in options if o.name and o.opts and o.opts[0].startswith("--")}
+    return {o.name: o.opts[0] for o in options if o.name and o.opts and o.opts[0].startswith("--")}
+
+
+def _of_words(error: Any) -> str | None:
+    flags = [flag for name, flag in _flags(error).items() if name in _WITHOUT]
+    return f"Each is named here: {', '.join(flags)}." if "extra argument" in str(error.message) and flags else None
+
+
+def _of_option(error: Any) -> str | None:
+    flags = _flags(error)
+    if error.option_name.strip("-") in _WITHOUT and (first := _first(error)):
+        return f"It stands without an option: {error.ctx.command_path} {first}."
     if near := meant(error.option_name, flags):
         name, *value = near.split()
         return f"Did you mean {' '.join([flags[name], *value])}?"
     why = needless(error.option_name)
     return f"{why[0].upper()}{why[1:]}." if why else None
+
+
+def _first(error: Any) -> str | None:
+    """What the command takes without an option: the word in its usage."""
+    words = [o for o in (error.ctx.command.params if error.ctx else ()) if o.param_type_name == "argument"]
+    return (words[0].metavar or words[0].name).upper() if words else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..base.errors import FileError, PlanError
 from ..base.escape import one_line
 from ..base.files import file_in, read_json, write_json
+from ..base.options import did_you_mean
 from .picture import CHOICE, grid_html
 from .profile import SIGNALS, RoutingProfile, check_signal, experts_kept
 from .rules import BY_SHARE, READS, RULES
@@ -170,7 +171,7 @@ def check_rule(rule: str, signal: str, budgets: Mapping[str, Any]) -> None:
     budgets: those of `select_experts`, by name; None is not given.
     """
     if rule not in RULES:
-        raise PlanError(f"rule {rule!r} does not exist: choose one of {', '.join(RULES)}")
+        raise PlanError(f"rule {rule!r} does not exist{did_you_mean(rule, RULES)}: choose one of {', '.join(RULES)}")
     check_signal(signal)
     reads = READS[rule]
     if unread := [name for name, value in budgets.items() if value is not None and name not in reads]:

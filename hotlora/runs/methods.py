@@ -6,12 +6,11 @@ appendix), ESFT (arXiv 2407.01906), DR-LoRA (arXiv 2601.04823, version 3, its ta
 Any option given beside a name comes before what the name stands for.
 """
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
 from ..base.errors import HotLoraError
-from ..base.options import suggest
+from ..base.options import did_you_mean, suggest
 from .options import PROFILE_FRACTION, RunOptions, variants
 
 _FROZEN_A = {"train_a": False}
@@ -148,7 +147,6 @@ def counted_options(method: str | None, placement: str | None) -> dict[str, Any]
 
 def _named(kind: str, known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in known:
-        near = difflib.get_close_matches(str(name), known, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise HotLoraError(f"{kind} {name!r} does not exist{meant}: choose one of {', '.join(known)}.")
+        near = did_you_mean(str(name), known)
+        raise HotLoraError(f"{kind} {name!r} does not exist{near}: choose one of {', '.join(known)}.")
     return dict(known[name])

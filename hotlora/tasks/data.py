@@ -14,6 +14,7 @@ from typing import Any
 
 from ..base.errors import DataError
 from ..base.files import read_json, visible_files
+from ..base.options import did_you_mean
 from . import TASKS, Example, Task, codealpaca, gsm8k, task_of
 from .chat import ChatTemplate, Notes
 from .formats import CHAT_FIELDS, Found, detect, read_columns, renamed_columns
@@ -151,10 +152,19 @@ def _rows(source: str, split: str) -> Generator[Row]:
         return folder_rows(path, split)
     if source.endswith(SUFFIXES) or source[:1] in "./~" or source.partition(":")[0].count("/") != 1:
         raise DataError(
-            f"There is no data {source!r}: it is no file or folder here and no task; give a file "
+            f"There is no data {source!r}{_nearest(path)}: it is no file or folder here and no task; give a file "
             f"({', '.join(SUFFIXES)}), a Hub id (owner/name), or one of {', '.join(TASKS)}."
         )
     return hub_rows(source, split)
+
+
+def _nearest(path: Path) -> str:
+    """Of the tasks and the files beside it, the one that a name which is neither may stand for."""
+    try:
+        beside = [str(path.with_name(file.name)) for file in path.parent.iterdir() if file.name.endswith(SUFFIXES)]
+    except OSError:  # no such folder
+        beside = []
+    return did_you_mean(str(path), [*TASKS, *beside])
 
 
 def _chat_options(source: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...base.errors import FileError, HotLoraError, ModelError
 from ...base.files import atomic_folder, write_json
+from ...base.options import did_you_mean
 from ...hf.models import NANOS
 from ...hf.moe_layers import attention_modules
 from ..config import HotLoraConfig
@@ -127,7 +128,8 @@ def check_export(format: str, output: str | Path) -> Path:
     """`output`, if it is free and `format` exists; else an error as of `export_adapter`."""
     output = Path(output)
     if format not in FORMATS:
-        raise HotLoraError(f"format {format!r} does not exist: choose one of {', '.join(FORMATS)}.")
+        near = did_you_mean(format, FORMATS)
+        raise HotLoraError(f"format {format!r} does not exist{near}: choose one of {', '.join(FORMATS)}.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileError(f"{output} is there already and not empty: give a new folder.")
     if output.is_symlink() or output.is_mount():  # what is made takes the folder's place, all at once
