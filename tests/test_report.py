@@ -175,12 +175,14 @@ def test_failed_unfinished_and_unevaluated_runs_are_shown(tmp_path):
         ("random", {"status": "failed", "error": "out of <memory>"}),
         ("cold", {"status": "running"}),
         ("mine", {"status": "done"}),
+        ("ours", {"status": "failed", "error": "Stopped: stopped by Ctrl-C: run it again"}),
     ):
         record = new_record(name=name, condition=name, model=MODEL, data={"name": "nano-math"})
         write_record(tmp_path / name, record | change)
     names = [row[0] for row in Page(write_report(tmp_path, tmp_path / "out").read_text()).rows]
     assert names == [
-        "run", "all", "hot 25%", "randomfailed: out of <memory>", "coldnot finished", "minenot evaluated"
+        "run", "all", "hot 25%", "randomfailed: out of <memory>", "coldnot finished", "minenot evaluated",
+        "oursstopped by Ctrl-C: run it again",
     ]  # fmt: skip
 
 

@@ -142,6 +142,8 @@ def params(
     _print_counts(counts, method, given, rooms)
     if run is not None:
         _print_step(counts["estimate"], run)
+    for line in counts.get("fit", {}).get("told", ()):  # last: it is what was asked for
+        out.print(line)
 
 
 def _check_counted(given: Sequence[str]) -> None:
@@ -236,7 +238,7 @@ def _adapter_flops(
 def _print_counts(
     counts: Mapping[str, Any], method: str | None, given: Mapping[str, Any], rooms: Mapping[str, Any]
 ) -> None:
-    """What is trained, the adapter's FLOPs and the room that servers keep for it, and what `--fit` chose."""
+    """What is trained, the adapter's FLOPs and the room that servers keep for it."""
     from ..report.text import human_bytes
 
     if "not_counted" in counts:
@@ -260,8 +262,6 @@ def _print_counts(
         out.print(f"{told}{share}")
         servers = [f"{name} {human_bytes(room.place_bytes)} ({room.option})" for name, room in rooms.items()]
         out.print(f"Served, each adapter takes in {next(iter(rooms.values())).dtype}: {', '.join(servers)}")
-    for line in counts.get("fit", {}).get("told", ()):
-        out.print(line)
 
 
 def _print_step(found: Mapping[str, Any], run: RunOptions) -> None:

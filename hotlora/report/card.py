@@ -176,6 +176,9 @@ for llama.cpp, which does not say so where it leaves an update out: `hotlora ver
 for mlx-lm."""
     config = read_json(folder / "adapter_config.json")
     if format == "peft":
+        from ..hf.models import NANOS
+
+        of_nano = f"\n{base} is a part of hotlora: hotlora.load_model({base!r}) loads it.\n" if base in NANOS else ""
         return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -183,7 +186,7 @@ from transformers import AutoModelForCausalLM
 base_model = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")  # hotlora is not needed
 ```
-
+{of_nano}
 PEFT loads several such adapters into one model only if they adapt the same places: routers, shared experts, layers."""
     if format == "vllm":
         from ..adapter.formats.vllm import room_for

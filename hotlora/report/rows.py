@@ -210,7 +210,9 @@ def signed(value: float, digits: int) -> str:
 
 def _note(record: Record, has_score: bool) -> str:
     if record["status"] == "failed":
-        return f"failed: {record['error']}" if record.get("error") else "failed"
+        error = record.get("error") or ""
+        stopped = error.removeprefix("Stopped: ")  # by Ctrl-C or SIGTERM: it says so itself, and is no failure
+        return stopped if stopped != error else f"failed: {error}" if error else "failed"
     if record["status"] == "running":
         return "not finished"
     return "" if has_score else "not evaluated"
