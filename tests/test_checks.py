@@ -11,11 +11,13 @@ from tiny import tiny_batch, tiny_model, tiny_plan
 from tiny_tokenizer import byte_tokenizer
 
 from hotlora import HotLoraConfig, select_experts
+from hotlora.base.errors import HotLoraError
 from hotlora.base.precision import say_once
 from hotlora.cli import main as cli
 from hotlora.routing.profiler import profile_routing
 from hotlora.runs.checks import check_run
 from hotlora.runs.methods import resolve
+from hotlora.runs.options import RunOptions
 from hotlora.training.identity import differences
 
 
@@ -210,3 +212,14 @@ def test_what_lies_elsewhere_with_the_same_hash_is_no_difference():
     assert differences(tasks, {**tasks, "tasks": ["gsm8k:/new", "arc_easy"]}) == []
     for change in ({"tasks": ["gsm8k:/new", "piqa"]}, {"tasks": ["gsm8k:/new", "arc_easy"], "tasks_hash": ["i", None]}):
         assert len(differences(tasks, {**tasks, **change})) == 1
+
+
+def test_sequences_are_not_spread_over_processes(monkeypatch: pytest.MonkeyPatch):
+    """What accelerate launch --use_parallelism_config sets; its own error comes after the profile, in a traceback."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
+    with pytest.raises(HotLoraError, match=r"a parallelism_config \(cp_size 2\).*leave it out"):
+        check_run(RunOptions(model="nano", data="nano-math"))
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "1")
+    check_run(RunOptions(model="nano", data="nano-math"))

@@ -11,7 +11,7 @@ from tiny_tokenizer import byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from hotlora.base.errors import DataError
-from hotlora.tasks import Example, task_of
+from hotlora.tasks import Example, task_of, tokens
 from hotlora.tasks.arrow import without_filling
 from hotlora.tasks.data import data_hash, load_examples, test_source
 from hotlora.tasks.tokens import IGNORE, batches, encode_completion, encode_prompt, tokenize
@@ -247,6 +247,32 @@ def test_tokenize_marks_the_response_and_its_end():
     dataset = tokenize([Example("ab", " é")], tokenizer, 64)
     assert tokenizer.decode(dataset[0]["input_ids"]) == "ab é<eos>"
     assert dataset[0]["completion_mask"] == [0, 0, 1, 1, 1, 1] and dataset[0]["cut"] is False
+
+
+def test_tokenize_tells_rows_that_the_model_was_not_made_for(caplog: pytest.LogCaptureFixture):
+    rows = [Example("abc", "d"), Example("abcdefgh", "i")]
+    with caplog.at_level(logging.WARNING):
+        tokenize(rows, byte_tokenizer(), 64, window=10)
+        tokenize(rows, byte_tokenizer(), 8, window=8)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "1 of 2 examples have a prompt of 8 tokens, which the model reads at most, or more and were left out"
+    ]
+    with caplog.at_level(logging.WARNING):
+        tokenize(rows, byte_tokenizer(), 64, window=8)
+    assert "the longest row has 10 tokens, and the model was made for 8: give --max-length 8" in caplog.text
+    with pytest.raises(DataError, match="Every prompt has 2 tokens or more, and the model reads no more"):
+        tokenize(rows, byte_tokenizer(), 2, window=2)
+
+
+def test_long_rows_are_tokenized_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """By their characters: 250 rows of 128,000 tokens would take 8 GB."""
+    monkeypatch.setattr(tokens, "_CHARACTERS", 10)
+    rows = [Example("a", "", text="x" * n, spans=((0, n),)) for n in (4, 6, 1, 30, 2, 2, 2, 2, 2, 2)]
+    groups = list(tokens._groups(rows))
+    assert [(start, len(some)) for start, some in groups] == [(0, 2), (2, 1), (3, 1), (4, 5), (9, 1)]
+    dataset = tokenize(rows, byte_tokenizer(), 64)
+    assert dataset["index"][:] == list(range(10)) and dataset["length"][:] == [4, 6, 1, 30, 2, 2, 2, 2, 2, 2]
 
 
 def test_tokenize_cuts_and_says_so(caplog: pytest.LogCaptureFixture):

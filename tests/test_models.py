@@ -9,14 +9,21 @@ from safetensors.torch import save_file
 from tiny import FAMILIES, tiny_batch, tiny_config, tiny_model, tiny_plan
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 from zoo import zoo_model
 
 from hotlora.adapter.config import HotLoraConfig
 from hotlora.base.errors import FileError, ModelError
 from hotlora.hf import models
-from hotlora.hf.models import load_config, load_model, load_tokenizer, model_from_config, own_dtype
+from hotlora.hf.models import (
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_from_config,
+    own_dtype,
+)
 from hotlora.hf.moe_layers import attention_modules, fingerprint, moe_layers, num_experts_per_tok
 from hotlora.routing.profiler import profile_routing
 
@@ -211,3 +218,27 @@ def test_the_own_dtype_is_what_auto_loads(tmp_path):
     assert (
         {parameter.dtype for parameter in loaded.parameters()} == {own_dtype(load_config(tmp_path))} == {torch.bfloat16}
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        (  # Qwen's recipe for YaRN
+            {
+                "max_position_embeddings": 40960,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 4096,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            4096,
+        ),
+    ],
+)
+def test_context_length(given, length):
+    assert context_length(Qwen3MoeConfig(**given), None) == length

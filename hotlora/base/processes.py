@@ -180,6 +180,24 @@ def uses_deepspeed() -> bool:
     return num_processes() > 1 and _is_on("ACCELERATE_USE_DEEPSPEED")
 
 
+def check_parallelism() -> None:
+    """HotLoraError: the launcher's configuration has a `parallelism_config` that spreads sequences or matrices."""
+    if not _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return
+    sizes = {
+        name: size
+        for name in ("cp_size", "sp_size", "tp_size", "dp_replicate_size", "dp_shard_size")
+        if (size := os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) not in ("1", "-1")
+    }
+    if sizes:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise HotLoraError(
+            f"the launcher's configuration has a parallelism_config ({told}), and a training spreads no sequence and "
+            "no matrix over processes: leave it out; FSDP2 shards weights (configs/fsdp2.yaml), --expert-parallel "
+            "spreads experts, and --gradient-checkpointing makes room for long sequences."
+        )
+
+
 def sharding(expert_parallel: int = 1) -> Any:
     """How the model is spread over the processes while it is loaded: transformers' DistributedConfig, or None where
     each process holds all of it.

@@ -25,7 +25,7 @@ def data(
     **given: Any,
 ) -> None:
     """Show rows as the model will see them, what of them is trained, and how long they are. Loads no model."""
-    from ..hf.models import load_tokenizer, vocab_size
+    from ..hf.models import context_length, load_config, load_tokenizer, vocab_size
     from ..tasks.data import load_examples
     from ..tasks.tokens import token_lengths, tokenize, told
 
@@ -37,7 +37,8 @@ def data(
     tokenizer = load_tokenizer(options.model)
     read: dict[str, Any] = {"tokenizer": tokenizer, **options.reading()}
     examples = load_examples(source, split, limit=options.limit, seed=options.seed, **read)
-    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(options.model))
+    window = context_length(load_config(options.model), tokenizer)
+    dataset = tokenize(examples, tokenizer, max_length, vocab_size=vocab_size(options.model), window=window)
     lengths = token_lengths(dataset)
     if as_json:
         trained = [sum(mask) for mask in dataset["completion_mask"]]

@@ -22,6 +22,7 @@ from ..adapter.mergeable import MergeableLayer
 from ..base.errors import DataError, HotLoraError
 from ..base.processes import device_of
 from ..hf.forward import inference, padding_matters
+from ..hf.models import context_length
 from ..hf.peft_hooks import dora_norms_kept
 from ..hf.stopping import stop_tokens
 from ..tasks import Example
@@ -172,16 +173,6 @@ def written(tokenizer: Any, prompts: Sequence[list[int]], answers: Sequence[list
 def cut(text: str, stop: Sequence[str]) -> str:
     """The text before the first of `stop`."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
-
-
-def context_length(config: Any, tokenizer: Any) -> int | None:
-    """Tokens that the model reads at most, looked for where lm-eval does; None where nothing tells."""
-    config = config.get_text_config()
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if (length := getattr(config, name, None)) is not None:
-            return int(length)
-    length = tokenizer.model_max_length  # transformers has 10^30 where nothing tells
-    return int(length) if length < int(1e30) else None
 
 
 def end_ids(model: Any, tokenizer: Any, *, chat: bool = False) -> list[int]:

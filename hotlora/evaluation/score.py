@@ -21,9 +21,10 @@ from ..base.files import append_to, atomic_path
 from ..base.processes import all_objects, device_of, num_processes, rank, shared_out
 from ..base.records import read_results
 from ..hf.forward import LOGITS, head_for_chunks, hidden_at, inference, logits_at
+from ..hf.models import context_length
 from ..tasks import Example, Task
 from ..tasks.tokens import IGNORE, MOST_TOKENS, batch_places, batches, encode_completion, encode_prompt, pad
-from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, context_length, track
+from .generate import GREEDY, Answer, Sampling, answer_batches, check_batches, track
 from .stats import pass_at_k, proportion_interval, ratio_interval
 
 KS = (1, 5, 10)  # of pass@k, where every example has that many answers

@@ -13,10 +13,11 @@ from ..adapter.formats.vllm import room_for
 from ..adapter.load import CONFIG_FILE
 from ..base.errors import HotLoraError
 from ..base.files import read_json
+from ..hf.models import context_length
 from ..tasks import Example
 from ..tasks.ends import turn_ends
 from ..tasks.tokens import encode_prompt
-from .generate import GREEDY, Answer, Sampling, check_batches, context_length, cut, track
+from .generate import GREEDY, Answer, Sampling, check_batches, cut, track
 
 _AT_ONCE = 512  # answers given to the engine together: so many are lost at most where it is stopped
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,26 @@ def checkpoint_dtype(name_or_path: str | Path) -> torch.dtype:
 def vocab_size(name_or_path: str | Path) -> int | None:
     """Rows of a checkpoint's embedding, by its config; None where it does not say. Raises as `load_config`."""
     return getattr(load_config(name_or_path).get_text_config(), "vocab_size", None)
+
+
+def context_length(config: Any, tokenizer: Any) -> int | None:
+    """Tokens that the model reads at most, looked for where lm-eval does, and in what RoPE is stretched to, which
+    Qwen's recipe for YaRN leaves out there; None where nothing tells."""
+    config = config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (length := getattr(config, name, None)) is not None:
+            return max(int(length), _stretched(getattr(config, "rope_parameters", None)))
+    length = tokenizer.model_max_length  # transformers has 10^30 where nothing tells
+    return int(length) if length < int(1e30) else None
+
+
+def _stretched(rope: Any) -> int:
+    """Positions that a config's rope_parameters reach, or those of one of its kinds of layers; 0: it does not say."""
+    if not isinstance(rope, Mapping):
+        return 0
+    if (original := rope.get("original_max_position_embeddings")) and (factor := rope.get("factor")):
+        return int(original * factor)
+    return max((_stretched(kind) for kind in rope.values()), default=0)
 
 
 def own_dtype(config: PreTrainedConfig) -> torch.dtype:

@@ -15,7 +15,7 @@ from ..adapter.quantize import experts_in
 from ..base.errors import HotLoraError, PlanError
 from ..base.files import file_in
 from ..base.precision import say_once
-from ..base.processes import sharding, uses_deepspeed
+from ..base.processes import check_parallelism, sharding, uses_deepspeed
 from ..hf.forward import check_aux_loss
 from ..hf.hub import check_push
 from ..hf.models import check_packed, checked_device, checked_dtype, packing, structure
@@ -42,6 +42,7 @@ def check_run(options: RunOptions) -> None:
     layers. PlanError: a rule, budget, plan or profile that does not fit the model.
     """
     check_values(options)
+    check_parallelism()
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     check_report_to(options.report_to)

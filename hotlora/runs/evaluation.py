@@ -16,7 +16,7 @@ from ..base.errors import DataError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record
-from ..evaluation.generate import GREEDY, Answer, Sampling, context_length
+from ..evaluation.generate import GREEDY, Answer, Sampling
 from ..evaluation.generations import read_generations, score_generations
 from ..evaluation.harness import evaluate_by_lm_eval, lm_eval_version, read_hashes
 from ..evaluation.rouge import rouge_each, rouge_l, rouge_scorer
@@ -30,7 +30,7 @@ from ..evaluation.score import (
     write_losses,
 )
 from ..evaluation.vllm_engine import check_vllm, length_needed, load_engine, vllm_answers
-from ..hf.models import load_config, load_tokenizer, model_source, structure
+from ..hf.models import context_length, load_config, load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..hf.weights import model_hash
@@ -140,7 +140,8 @@ def run_evaluation(
         else:
             model = scored.load(record)
             if is_own:
-                rows = tokenize(test, tokenizer, context_length(model.config, tokenizer) or _LONG)
+                window = context_length(model.config, tokenizer) or _LONG
+                rows = tokenize(test, tokenizer, window, window=window)
                 each: list[RowLoss] = []
                 found = response_scores(
                     model, tokenizer, rows, batch_size=options.batch_size, progress=progress, rows=each

@@ -42,7 +42,7 @@ from ..base.processes import (
 from ..base.quiet import quiet
 from ..base.records import SAME_LOSS, Record, new_record, read_record, write_record
 from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
-from ..hf.models import load_tokenizer, vocab_size
+from ..hf.models import context_length, load_config, load_tokenizer, vocab_size
 from ..hf.moe_layers import fingerprint
 from ..hf.stopping import add_stop_tokens, save_stop_tokens
 from ..hf.weights import folder_hash
@@ -199,7 +199,8 @@ class _Run:
 
     def tokenize(self) -> None:
         size, length = vocab_size(self.options.model), self.options.max_length
-        self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size)
+        window = context_length(load_config(self.options.model), self.tokenizer)
+        self.dataset = tokenize(self.examples, self.tokenizer, length, vocab_size=size, window=window)
         # Requests to refuse have no answer that a loss could be taken of.
         some = any(example.completion for example in self.test)
         self.held = tokenize(self.test, self.tokenizer, length, vocab_size=size) if some else None

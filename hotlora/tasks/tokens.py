@@ -19,7 +19,8 @@ from .task import TRAINED, Example
 
 _log = logging.getLogger(__name__)
 
-_AT_A_TIME = 250  # examples: a tokenizer takes a hundred times a text's memory while it works
+# At a time, of examples and of their characters: a tokenizer takes sixty times a text's memory while it works.
+_AT_A_TIME, _CHARACTERS = 250, 1_000_000
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -90,7 +91,14 @@ def _encode_apart(completion: str, prompt_ids: Sequence[int], joint: list[int], 
     return apart  # a tokenizer whose ids do not give a text back, as by an unknown token
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vocab_size: int | None = None) -> Dataset:
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    vocab_size: int | None = None,
+    window: int | None = None,
+) -> Dataset:
     """Examples as token ids, with a mask that says which tokens carry loss.
 
     A prompt and its completion get an end-of-text token; a conversation is what its chat template wrote, no more.
@@ -100,6 +108,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
 
     Args:
         vocab_size: rows of the model's embedding, which every token id must be below; None: not looked at.
+        window: tokens that the model reads at most; rows that are longer are told. None: not known.
 
     Returns:
         A data set with `input_ids`, `completion_mask` (1 where there is loss; the end-of-text token has some), `cut`
@@ -119,13 +128,23 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
     # By itself Dataset looks at the whole table for a fingerprint.
     dataset = Dataset(table, fingerprint=uuid4().hex)
     if not len(dataset):
-        raise DataError(f"Every prompt has {max_length} tokens (max_length) or more: give a larger max_length.")
+        raise DataError(
+            f"Every prompt has {max_length} tokens or more, and the model reads no more: give shorter rows."
+            if max_length == window
+            else f"Every prompt has {max_length} tokens (max_length) or more: give a larger max_length."
+        )
+    than = f"{max_length} tokens" + (", which the model reads at most," if max_length == window else "")
     if num_cut := sum(dataset["cut"]):
-        _log.warning("%d of %d examples are longer than %d tokens and were cut", num_cut, len(examples), max_length)
+        _log.warning("%d of %d examples are longer than %s and were cut", num_cut, len(examples), than)
     if num_without := len(examples) - len(dataset):
         _log.warning(
-            "%d of %d examples have a prompt of %d tokens or more and were left out",
-            num_without, len(examples), max_length,
+            "%d of %d examples have a prompt of %s or more and were left out", num_without, len(examples), than
+        )
+    longest = min(pc.max(dataset.data["length"]).as_py(), max_length)
+    if window is not None and longest > window:
+        _log.warning(
+            "the longest row has %d tokens, and the model was made for %d: give --max-length %d, or stretch its "
+            "positions in config.json (rope_scaling)", longest, window, window,
         )  # fmt: skip
     return dataset
 
@@ -133,8 +152,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_length: int, *, vo
 def _token_tables(
     examples: Sequence[Example], tokenizer: Any, max_length: int, vocab_size: int | None
 ) -> Iterator[pa.Table]:
-    for start in range(0, len(examples), _AT_A_TIME):
-        some = examples[start : start + _AT_A_TIME]
+    for start, some in _groups(examples):
         rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
         for index, (ids, mask) in enumerate(_encoded(some, tokenizer, start), start):
             if vocab_size is not None and max(ids, default=0) >= vocab_size:
@@ -147,6 +165,20 @@ def _token_tables(
             rows["length"].append(len(ids))
             rows["index"].append(index)
         yield pa.table(rows, schema=_SCHEMA)
+
+
+def _groups(examples: Sequence[Example]) -> Iterator[tuple[int, Sequence[Example]]]:
+    """All examples in turn, some at a time, with the place of the first of them."""
+    for begin in range(0, len(examples), _AT_A_TIME):
+        some = examples[begin : begin + _AT_A_TIME]
+        start = characters = 0
+        for index, example in enumerate(some):
+            length = len(example.prompt if example.text is None else example.text)
+            if characters and characters + length > _CHARACTERS:
+                yield begin + start, some[start:index]
+                start, characters = index, 0
+            characters += length
+        yield begin + start, some[start:]
 
 
 def token_lengths(dataset: Dataset) -> list[int]:
