@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import trl
 import typer
 import yaml
 
@@ -251,7 +252,18 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     Path("train.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 4)
     on_a_cpu = '"checkpoints", bf16=False, max_steps=2, save_strategy="no", report_to="none"'
     code = python_block("README.md").replace("allenai/OLMoE-1B-7B-0924", "nano").replace('"checkpoints"', on_a_cpu)
+    labels = []
+
+    class Watched(trl.SFTTrainer):
+        def train(self):
+            labels.extend(self.train_dataset["labels"])
+            return super().train()
+
+    monkeypatch.setattr(trl, "SFTTrainer", Watched)
     exec(code, {})
+    tokenizer = hotlora.load_tokenizer("nano")
+    answers = {tokenizer.decode([i for i in row if i != -100]) for row in labels}
+    assert answers == {" 4" + tokenizer.eos_token}, "the loss is on the answer alone"
     model, _ = hotlora.load("adapter")
     assert any(p.any() for name, p in model.named_parameters() if ".lora_B" in name or "_B" in name), "it was trained"
     assert {len(ids) for ids in model.peft_config["default"].plan["experts"].values()} == {8}

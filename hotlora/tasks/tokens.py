@@ -25,6 +25,7 @@ _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "completion_mask": pa.list_(pa.int8()),
+        "labels": pa.list_(pa.int32()),
         "cut": pa.bool_(),
         "length": pa.int64(),
         "index": pa.int64(),
@@ -111,8 +112,9 @@ def tokenize(
         window: tokens that the model reads at most; rows that are longer are told. None: not known.
 
     Returns:
-        A data set with `input_ids`, `completion_mask` (1 where there is loss; the end-of-text token has some), `cut`
-        (whether the example was cut), `length` (its tokens before that) and `index` (its place among `examples`).
+        A data set with `input_ids`, `labels` (-100 where there is no loss; TRL's and transformers' trainers take them
+        as they are), `completion_mask` (1 where there is some; the end-of-text token has it), `cut` (whether the
+        example was cut), `length` (its tokens before that) and `index` (its place among `examples`).
 
     Raises:
         DataError: no examples, a tokenizer without an end-of-text token, nothing with loss left in any example; or a
@@ -161,6 +163,7 @@ def _token_tables(
                 continue
             rows["input_ids"].append(ids[:max_length])
             rows["completion_mask"].append(mask[:max_length])
+            rows["labels"].append([i if m else IGNORE for i, m in zip(ids[:max_length], mask, strict=False)])
             rows["cut"].append(len(ids) > max_length)
             rows["length"].append(len(ids))
             rows["index"].append(index)
@@ -332,12 +335,10 @@ def batches(
     for places in batch_places(dataset, batch_size, most_tokens):
         rows = dataset[places]
         ids = [torch.tensor(row) for row in rows["input_ids"]]
-        masks = [torch.tensor(row) for row in rows["completion_mask"]]
-        labels = [row.masked_fill(mask == 0, IGNORE) for row, mask in zip(ids, masks, strict=True)]
         yield {
             "input_ids": pad(ids, tokenizer.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
-            "labels": pad(labels, IGNORE),
+            "labels": pad([torch.tensor(row) for row in rows["labels"]], IGNORE),
         }
 
 

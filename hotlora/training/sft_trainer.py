@@ -82,7 +82,6 @@ def make_trainer(
         dataloader_pin_memory=not on_cpu,
         # TRL's None would mean the model's own coefficient: on.
         router_aux_loss_coef=config.aux_loss_coef,
-        completion_only_loss=True,
         max_length=config.max_length if config.packing else None,  # the data is cut already
         packing=config.packing,
         # Every step is written, so that a resumed run averages over the same steps as one that was not
