@@ -27,6 +27,7 @@ from hotlora.adapter.raw_weights import HotLoraRouter
 from hotlora.base.errors import FileError, HotLoraError, ModelError, PlanError
 from hotlora.hf.moe_layers import moe_layers
 from hotlora.routing.plan import ExpertPlan
+from hotlora.runs.load import load
 
 PLANNED = (1, 3, 6)
 
@@ -692,6 +693,19 @@ def test_an_adapter_with_a_classifiers_head_is_loaded_by_pefts_own_calls(tmp_pat
     again.load_adapter(tmp_path, "b")
     again.set_adapter("b")
     assert torch.equal(again(**tiny_batch()).logits, expected)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(HotLoraError, match=r"task_type SEQ_CLS\).*transformers.AutoModelForSequenceClassification"):
+        load(tmp_path, model=str(tmp_path / "base"))
+
+
+def test_an_adapter_that_trains_tokens_says_how_it_is_loaded(tmp_path):
+    model = get_peft_model(
+        base := tiny_model("olmoe"),
+        HotLoraConfig(plan=tiny_plan(base), r=4, trainable_token_indices={"embed_tokens": [3, 5]}),
+    )
+    model.save_pretrained(tmp_path)
+    with pytest.raises(HotLoraError, match=r"trains tokens .*resize_token_embeddings.*PeftModel.from_pretrained"):
+        load_adapter(tiny_model("olmoe"), tmp_path)
 
 
 def test_a_copy_of_data_parallel_says_how_to_start():

@@ -51,7 +51,7 @@ _UNSUPPORTED: dict[str, Any] = {
     "layers_to_transform": None,
     "layer_replication": None,
 }
-_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+HEADS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 """transformers' heads that write no text, and PEFT's task_type for them"""
 
 
@@ -354,7 +354,7 @@ class HotLoraConfig(LoraConfig):
     def _check_task(self, model: nn.Module) -> None:
         """ModelError where PEFT's wrapper for models that write text would trip over one that does not."""
         kind = type(model).__name__
-        task = next((task for head, task in _TASKS.items() if kind.endswith(head)), None)
+        task = next((task for head, task in HEADS.items() if kind.endswith(head)), None)
         if task is not None and self.task_type == "CAUSAL_LM":
             raise ModelError(
                 f"task_type='CAUSAL_LM', a HotLoraConfig's default, is for models that write text, and this one is a "

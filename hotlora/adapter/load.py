@@ -145,11 +145,17 @@ def _config(file: Path, data: dict[str, Any]) -> HotLoraConfig:
     try:
         config = from_saved(data)
         _check_own(config)
-        return config
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:
         raise FileError(f"{file} is not a hotlora adapter's config: {error} Save the adapter again.") from error
+    if config.trainable_token_indices is not None:  # as TRL sets, too, for a chat template's new tokens
+        raise HotLoraError(
+            f"{file}: the adapter trains tokens of the embedding (trainable_token_indices), which are not loaded here. "
+            "Give the base's embedding the tokenizer's size (base.resize_token_embeddings(len(tokenizer))), and then "
+            "peft.PeftModel.from_pretrained(base, folder)."
+        )
+    return config
 
 
 def check_kinds(config: LoraConfig, defaults: dict[str, Any]) -> None:
@@ -166,8 +172,6 @@ def check_kinds(config: LoraConfig, defaults: dict[str, Any]) -> None:
 def _check_own(config: HotLoraConfig) -> None:
     """The same for what only a HotLoraConfig has."""
     check_kinds(config, HotLoraConfig(plan=config.plan).to_dict())
-    if config.trainable_token_indices is not None:
-        raise TypeError("trainable_token_indices are not loaded here: use peft.PeftModel.from_pretrained.")
     mask = config.mask or {}
     if not isinstance(mask, dict) or not all(isinstance(kept, int) and kept >= 0 for kept in mask.values()):
         raise TypeError(f"mask is {mask!r}; it must have the number of entries that each B keeps.")

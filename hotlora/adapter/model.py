@@ -148,7 +148,10 @@ class HotLoraModel(LoraModel):
 
     def _copy_to_reference(self) -> None:
         """TRL's reference is a copy of "default". It copies parameters with `.default.` in their names: not the
-        experts', and of a sparse factor not where its entries stand."""
+        experts' and trained tokens', and of a sparse factor not where its entries stand."""
+        for name, parameter in (parameters := dict(self.model.named_parameters())).items():
+            if name.endswith("trainable_tokens_delta.default"):
+                parameters[name.removesuffix("default") + "ref"].data = parameter.detach().clone()
         for module in self.model.modules():
             if isinstance(module, HotExperts) and "ref" in module.scaling:
                 module.copy_adapter("default", "ref")

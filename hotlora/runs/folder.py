@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+from ..adapter.config import HEADS
 from ..adapter.load import (
     WEIGHTS_FILE,
     load_adapter,
@@ -61,6 +62,8 @@ def load_base(
     offload_folder: as `ExpertsQuantization` takes it; None: on a CPU the working folder.
     expert_parallel: as `distributed.sharding` takes it.
     """
+    if adapter is not None:
+        _check_head(adapter)
     on_top_of = underneath(model, on_top_of, adapter)
     spread = sharding(expert_parallel)
     if spread and (quantize or quantize_linear or on_top_of or offload != "none"):
@@ -82,6 +85,16 @@ def load_base(
     if offload == "cold" and adapter is not None:
         keep_on_device(base, planned_experts(adapter))
     return base
+
+
+def _check_head(adapter: str | Path) -> None:
+    """HotLoraError: the adapter is for a classifier, and a language model would be loaded for it."""
+    task = saved_config(adapter).task_type
+    if head := next((head for head, own in HEADS.items() if own == task), None):
+        raise HotLoraError(
+            f"{adapter} is for a model with another head than a language model's (task_type {task}): load its base "
+            f"with transformers.AutoModel{head}, and then hotlora.load_adapter(base, folder)."
+        )
 
 
 def data_time(output: Path) -> datetime:
