@@ -111,6 +111,27 @@ def scored(folder: Path) -> tuple[float, dict]:
     return read_record(folder)["evaluation"]["my-rows"]["loss"], config
 
 
+def test_the_rows_that_a_training_held_out_are_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = str(tmp_path / "my rows.jsonl")
+    Path(rows).write_text("".join(f'{{"prompt": "say {i}:", "completion": " {i}"}}\n' for i in range(24)))
+    record = run_training("nano", rows, tmp_path / "run", test_split=0.4, max_steps=1, batch_size=4, r=4)
+
+    def told_with(split: float | None) -> tuple[dict, str]:
+        caplog.clear()
+        found, _ = run_evaluation("nano", rows, adapter=tmp_path / "run" / "adapter", test_split=split)
+        return found["evaluation"]["my-rows"], caplog.text
+
+    held, told = told_with(0.4)
+    assert held["n"] == record["data"]["test"] and told == ""
+    assert held["loss"] == pytest.approx(record["training"]["test_loss"], abs=1e-5)
+    assert "was trained on" not in told_with(0.2)[1], "some of them"
+    for split in (None, 0.9):
+        assert "was trained on rows of" in (told := told_with(split)[1])
+        assert "my rows.jsonl: --test-split 0.4 scores those that it held out" in told
+    with pytest.raises(DataError, match="nano-math holds out rows of its own: leave test_split out"):
+        run_evaluation("nano", "nano-math", test_split=0.4)
+
+
 def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run: Path, tmp_path: Path):
     both = ["--model", "nano", "--adapter", str(run)]
     for name, words in (("tuned", ["--adapter", str(run)]), ("base", ["--model", "nano"]), ("both", both)):

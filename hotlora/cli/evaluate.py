@@ -92,7 +92,9 @@ def evaluate(
             raise HotLoraError(
                 "lm-eval's tasks say how answers are drawn: leave engine, sampling, --max-new-tokens and --rouge out."
             )
-        reading: list[str] = [name for name in ("apply_chat_template", "columns", "train_on") if name in given]
+        reading: list[str] = [
+            name for name in ("apply_chat_template", "columns", "train_on", "test_split") if name in given
+        ]
         if reading := [*reading, *(["seed"] if seed else []), *(["allow_missing"] if allow_missing else [])]:
             raise HotLoraError(f"lm-eval writes prompts and draws answers by itself: leave {', '.join(reading)} out.")
         names = [name.strip() for name in tasks.split(",")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -98,8 +99,15 @@ def run_evaluation(
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
-    test = load_examples(data, "test", limit=options.limit, **reading)
+    if options.test_split is None:
+        test = load_examples(data, "test", limit=options.limit, **reading)
+    elif task is not None:
+        raise DataError(f"{task.name} holds out rows of its own: leave test_split out.")
+    else:
+        test = drawn(held_out(load_examples(data, "train", **reading), options.test_split)[1], options.limit)
     is_own = task is None
+    if is_own and options.adapter is not None:
+        _tell_trained(options.adapter, data, options.test_split)
     task = own_task(data, test, tokenizer) if task is None else task
     if options.max_new_tokens is not None:
         check_sizes(max_new_tokens=options.max_new_tokens)
@@ -176,6 +184,18 @@ def _as_noted(identity: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     if "sampling" not in identity and (old.get("sampling") or {}).get("temperature") == 0:
         identity = identity | {"sampling": old["sampling"]}
     return {name: value for name, value in identity.items() if name != "chat_template" or name in old}
+
+
+def _tell_trained(adapter: str | Path, data: str, split: float | None) -> None:
+    """Warns where the adapter's run was trained on rows that are scored here."""
+    if not (run := Path(adapter).parent / "run.json").is_file():
+        return
+    config = read_record(run.parent)["config"]
+    trained, then = str(config.get("data")), config.get("test_split") or 0
+    has_split = config.get("test_data") is not None and not Path(data).is_file()  # of a folder, or on the Hub
+    if os.path.abspath(trained) == os.path.abspath(data) and (split or 1) > then and not has_split:
+        held = f": --test-split {then:g} scores those that it held out" if then else ""
+        _log.warning("the adapter was trained on rows of %s%s", data, held)
 
 
 def _tell_template(options: EvalOptions, by_template: bool) -> None:

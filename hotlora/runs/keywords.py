@@ -150,6 +150,7 @@ class EvaluateKeywords(TypedDict, total=False):
     offload: str
     offload_folder: str | Path | None
     merge: bool
+    test_split: float | None
     limit: int | None
     batch_size: int
     max_new_tokens: int | None

@@ -49,6 +49,11 @@ def variants(options: Mapping[str, Any]) -> list[str]:
     return [word for name, word in VARIANTS.items() if options.get(name)]
 
 
+def _check_split(share: float | None) -> None:
+    if share is not None and not 0 < share < 1:
+        raise DataError(f"test_split = {share} is out of range: it must be a share between 0 and 1.")
+
+
 def check_offload(offload: str, folder: str | Path | None) -> None:
     """HotLoraError: there is no such way, or a folder for nothing."""
     if offload not in OFFLOADS:
@@ -216,8 +221,7 @@ class RunOptions(LoadOptions, DataOptions, Selection, TrainConfig):
         for name in ("profile_fraction", "profile_until"):
             if (share := getattr(self, name)) is not None and not 0 < share <= 1:
                 raise DataError(f"{name} = {share} is out of range: it must be in (0, 1].")
-        if self.test_split is not None and not 0 < self.test_split < 1:
-            raise DataError(f"test_split = {self.test_split} is out of range: it must be a share between 0 and 1.")
+        _check_split(self.test_split)
         if self.fit not in (None, "auto"):
             parse_size("fit", str(self.fit))
         if self.test_split is not None and self.test_data is not None:
@@ -371,6 +375,7 @@ class EvalOptions(LoadOptions, DataOptions):
 
     adapter: str | Path | None = option("A run's folder, or a saved adapter; none: the model as it is.", None)
     merge: bool = option("Fold the adapter into the weights first, in memory: faster.", False)
+    test_split: float | None = option("Of your own rows, those that a training with this test_split held out.", None)
     limit: int | None = option("Use at most so many examples, the same ones every time.", None)
     batch_size: int = option("Prompts that are answered at a time.", 64)
     max_new_tokens: int | None = option(
@@ -385,6 +390,10 @@ class EvalOptions(LoadOptions, DataOptions):
         "Store attention, shared experts and dense MLPs so; 0: do not (default: as in the adapter's training).", None
     )
     keep_hot: bool = option("With --quantize: not those of the adapter.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_split(self.test_split)
 
 
 @dataclass(frozen=True, kw_only=True)
