@@ -212,7 +212,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Indented JSON, with each list of numbers on one line. JSON has no NaN or infinity: they become null."""
-    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
     # A JSON string holds no raw line break, so this touches lists only.
     text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
     write_text(path, text + "\n")
@@ -305,9 +305,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return obj
 
 
-def _finite(obj: Any) -> Any:
+def finite(obj: Any) -> Any:
+    """With None for each NaN and infinity, which JSON has no word for."""
     if isinstance(obj, dict):
-        return {key: _finite(value) for key, value in obj.items()}
+        return {key: finite(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
-        return [_finite(value) for value in obj]
+        return [finite(value) for value in obj]
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
