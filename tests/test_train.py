@@ -348,7 +348,7 @@ def test_of_a_step_that_loss_scaling_skips_only_the_gradients_may_be_infinite(sk
 
 
 @pytest.mark.parametrize(("steps", "skipped", "ends"), [(4, 4, True), (24, 24, True), (5, 4, False)])
-def test_a_training_whose_steps_loss_scaling_skips_ends_with_an_error(steps, skipped, ends, tmp_path: Path, monkeypatch):
+def test_a_training_whose_steps_loss_scaling_skips_is_an_error(steps, skipped, ends, tmp_path: Path, monkeypatch):
     """As on a GPU in float16 where all gradients are NaN: nothing was learned, and all would look well."""
     norm, asked = Trainer._get_grad_norm, []
 
