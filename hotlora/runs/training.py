@@ -42,7 +42,7 @@ from ..base.processes import (
 from ..base.quiet import quiet
 from ..base.records import SAME_LOSS, Record, new_record, read_record, write_record
 from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
-from ..hf.models import load_tokenizer, vocab_size
+from ..hf.models import load_tokenizer, named_base, vocab_size
 from ..hf.moe_layers import fingerprint
 from ..hf.stopping import add_stop_tokens, save_stop_tokens
 from ..hf.weights import folder_hash
@@ -65,7 +65,6 @@ from .folder import (
     finished,
     hashes_underneath,
     load_base,
-    named_base,
     recorded,
     save_evaluation,
     underneath,
