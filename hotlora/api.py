@@ -66,7 +66,24 @@ def _options_of(options: type[Options], *leave: str, aliases: Mapping[str, str] 
     return decorate
 
 
+@contextmanager
+def _memory_given_back() -> Iterator[None]:
+    """Around a function: what it loaded goes. Models have cycles, which Python clears late, and a notebook keeps the
+    frames of its last error. On a GPU the next cell's model would find no room, whatever its options."""
+    try:
+        yield
+    except (HotLoraError, KeyboardInterrupt, MemoryError, RuntimeError) as error:  # torch's for memory is of the last
+        each: BaseException | None = error
+        while each is not None:
+            traceback.clear_frames(each.__traceback__)
+            each = each.__cause__ or each.__context__
+        raise
+    finally:
+        free()
+
+
 @_options_of(RunOptions, aliases=ALIASES)
+@_memory_given_back()
 def train(
     model: str | os.PathLike[str],
     data: Any,
@@ -136,7 +153,7 @@ def train(
         if preflight:
             _check_memory(chosen, progress)
 
-    with _memory_given_back(), _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
+    with _ctrl_c_as_ever(), nullcontext() if progress else without_bars():
         start(chosen.device)
         for option, file in kept.items() if is_main() else ():
             save_rows({"data": data, "test_data": test_data}[option], file, replace=not is_begun(folder))
@@ -156,6 +173,7 @@ def train(
 
 
 @_options_of(ProfileOptions, *PROFILE_LEAVES)
+@_memory_given_back()
 def profile(
     model: str | os.PathLike[str],
     data: Any,
@@ -221,6 +239,7 @@ def profile(
 
 
 @_options_of(EvalOptions, *EVALUATE_LEAVES)
+@_memory_given_back()
 def evaluate(
     run: "Run | str | os.PathLike[str]",
     data: Any,
@@ -434,22 +453,6 @@ def _ctrl_c_as_ever() -> Iterator[None]:
         if is_usual and stopped.code == 130:
             raise KeyboardInterrupt(stopped.message) from None
         raise
-
-
-@contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """What was loaded inside goes: models have cycles, which Python clears late, and a notebook keeps the frames of its
-    last error. On a GPU the next cell's model would find no room, whatever its options."""
-    try:
-        yield
-    except (HotLoraError, KeyboardInterrupt, MemoryError, RuntimeError) as error:  # torch's for memory is of the last
-        each: BaseException | None = error
-        while each is not None:
-            traceback.clear_frames(each.__traceback__)
-            each = each.__cause__ or each.__context__
-        raise
-    finally:
-        free()
 
 
 def _tell(text: str) -> None:

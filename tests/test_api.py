@@ -26,7 +26,8 @@ import hotlora
 from hotlora.base.errors import FileError, HotLoraError, ModelError
 from hotlora.base.options import ALIASES
 from hotlora.base.records import read_record, write_record
-from hotlora.runs import training
+from hotlora.runs import evaluation, profiling, training
+from hotlora.runs import folder as folder_of_runs
 from hotlora.runs.folder import is_begun
 from hotlora.runs.keywords import EvaluateKeywords, ProfileKeywords, TrainKeywords
 from hotlora.runs.options import EvalOptions, ProfileOptions, RunOptions
@@ -164,9 +165,20 @@ def test_ctrl_c_leaves_the_session_alive_and_the_run_to_go_on_with(times: int, r
 
 
 @pytest.mark.parametrize("ends", ["whole", "without memory"])
-def test_no_model_is_left_by_a_training(ends: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("work", "loads", "fails"),
+    [
+        (hotlora.train, (training, "load_base"), (trainer, "_run")),
+        (hotlora.profile, (folder_of_runs, "load_base"), (profiling, "profile_until")),
+        (hotlora.evaluate, (evaluation, "load_base"), (evaluation, "evaluate_task")),
+    ],
+    ids=["train", "profile", "evaluate"],
+)
+def test_no_model_is_left(
+    work: Any, loads: Any, fails: Any, ends: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """On a GPU the next cell's model would find no room: models have cycles, and a notebook keeps its last error."""
-    models, load = [], training.load_base
+    models, load = [], getattr(*loads)
 
     def loaded(*given: Any, **options: Any) -> Any:
         models.append(weakref.ref(model := load(*given, **options)))
@@ -175,14 +187,15 @@ def test_no_model_is_left_by_a_training(ends: str, rows: Path, tmp_path: Path, m
     def no_room(*given: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "load_base", loaded)
+    monkeypatch.setattr(*loads, loaded)
     kept: BaseException | None = None
+    options = SHORT if work is hotlora.train else {"batch_size": 4}
     if ends == "whole":
-        hotlora.train("nano", rows, tmp_path / "run", progress=False, **SHORT)
+        work("nano", rows, tmp_path / "run", progress=False, **options)
     else:
-        monkeypatch.setattr(trainer, "_run", no_room)
+        monkeypatch.setattr(*fails, no_room)
         try:
-            hotlora.train("nano", rows, tmp_path / "run", progress=False, **SHORT)
+            work("nano", rows, tmp_path / "run", progress=False, **options)
         except (HotLoraError, RuntimeError) as error:
             kept = error
         assert kept is not None and kept.__traceback__ is not None

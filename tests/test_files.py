@@ -1,10 +1,12 @@
 """Files are whole or absent, and a broken one is named."""
 
 import errno
+import functools
 import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 from contextlib import nullcontext
 
@@ -134,6 +136,38 @@ def test_a_folder_is_whole_where_a_file_of_the_old_one_cannot_be_deleted(tmp_pat
         with atomic_folder(folder) as temporary:
             _folder(temporary, "new")
     assert _texts(folder) == dict.fromkeys(("a.txt", "b.txt"), "old" if refused else "new")
+
+
+@pytest.mark.parametrize("refused", [None, "copy", "delete", "new"])
+def test_a_folder_of_a_containers_image_is_replaced(tmp_path, monkeypatch, refused):
+    """Which its overlay of file systems does not rename; whatever fails then, the folder is there as it was."""
+    folder = tmp_path / "folder"
+    _folder(folder, "old")
+    rename, unlink, copy = os.rename, os.unlink, shutil.copy2
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def rename_of_upper_layer(source, target):
+        if source == folder:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        fails() if refused == "new" and (source / "b.txt").read_text() == "new" else rename(source, target)
+
+    def unlink_but_b(path, **more):
+        fails() if refused == "delete" and path == "b.txt" and once.pop("b", False) else unlink(path, **more)
+
+    def copy_but_b(source, target, **more):
+        return fails() if refused == "copy" and source.endswith("b.txt") else copy(source, target, **more)
+
+    once = {"b": True}
+    monkeypatch.setattr(os, "rename", rename_of_upper_layer)
+    monkeypatch.setattr(os, "unlink", unlink_but_b)
+    monkeypatch.setattr(shutil, "copytree", functools.partial(shutil.copytree, copy_function=copy_but_b))
+    with pytest.raises(FileError, match=r"Input/output error|b\.txt") if refused else nullcontext():
+        with atomic_folder(folder) as temporary:
+            _folder(temporary, "new")
+    assert _texts(folder) == dict.fromkeys(("a.txt", "b.txt"), "old" if refused else "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_replaces_no_file_and_no_link(tmp_path):

@@ -434,6 +434,36 @@ def test_values_of_mixed_types_in_parquet_are_those_that_were_written(tmp_path: 
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets has columns of JSON since version 5")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stream: stream.remove_columns("id"),
+        lambda stream: stream.rename_column("id", "other"),
+        lambda stream: stream.map(dict, features=stream.features),
+        lambda stream: stream.remove_columns("id").shuffle(seed=0, buffer_size=1).with_format("torch"),
+        lambda stream: stream.with_format("torch").select_columns(["mixed", "messages"]),
+    ],
+)
+def test_columns_of_json_in_a_stream_that_was_changed(change, tmp_path: Path):
+    """Such a stream has features and decoded values: Arrow refuses those of mixed types, and fills in the others."""
+    call = {"function": {"name": "f", "arguments": {"city": "Bern"}}}
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    null = [talk[0], talk[1] | {"tool_calls": [{"function": {"name": "f", "arguments": {"n": None}}}]}]
+    rows = [
+        {"id": 1, "mixed": [1, "a"], "messages": talk},
+        {"id": 2, "mixed": {"a": None}, "messages": null},
+        {"id": 3, "mixed": "words", "messages": talk},
+    ]
+    written = [{"mixed": row["mixed"], "messages": row["messages"]} for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True, cache_dir=tmp_path)
+    for data in (stream, Dataset.from_list(rows, on_mixed_types="use_json").to_iterable_dataset()):
+        found = [row.values for row in dataset_rows(change(data), "data")]
+        assert [{name: row[name] for name in written[0]} for row in found] == written
+
+
 def _json_table(cells: list[str | None], **columns: pyarrow.Array) -> pyarrow.Table:
     """The cells as text, in a list and in a struct, in columns of Arrow's JSON."""
     kind = datasets.Json()

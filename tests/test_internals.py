@@ -149,7 +149,7 @@ def test_no_method_with_an_underscore_is_overridden_that_is_not_listed():
 
 def test_callbacks_and_the_trainer_override_what_is_there():
     """A method that its library calls by another name would never run."""
-    own = {"_end", "_own_rows", "_read_from"}
+    own = {"_check", "_end", "_own_rows", "_read_from"}
     for made in classes():
         methods = {name for name, value in vars(made).items() if inspect.isfunction(value)}
         if issubclass(made, TrainerCallback):

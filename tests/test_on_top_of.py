@@ -96,6 +96,38 @@ def test_a_training_records_it(saved, tmp_path):
     assert record["config"]["on_top_of"] == [sha256_file(Path(folder) / WEIGHTS) for folder in (first, second)]
 
 
+def test_it_is_found_from_another_folder(saved, tmp_path, monkeypatch):
+    """Also where an older adapter notes it by a path from where it was trained, and other runs have such a name."""
+    model, first, second, expected = saved
+    home = tmp_path / "home"
+    shutil.copytree(first, home / "runs" / "one" / "adapter")
+    monkeypatch.chdir(home)
+    adapter_on(load_base(model, ["runs/one/adapter"]), Path("runs/two/adapter"), 1)
+    noted = read_json("runs/two/adapter/adapter_config.json")
+    assert noted["on_top_of"][0]["path"] == str(home / "runs" / "one" / "adapter")
+    noted["on_top_of"][0]["path"] = "runs/one/adapter"
+    write_json("runs/two/adapter/adapter_config.json", noted)
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    for _ in range(2):
+        two = "../home/runs/two/adapter"
+        assert torch.equal(logits(load_adapter(load_base(model, adapter=two), two)), expected)
+        shutil.copytree(second, "runs/one/adapter", dirs_exist_ok=True)
+    shutil.rmtree(home / "runs" / "one")
+    with pytest.raises(FileError, match=r"other weights now .*SHA-256\): give its folder .*where a command has it"):
+        underneath(model, adapter=two)
+    shutil.rmtree("runs")
+    with pytest.raises(FileError, match=r"and that is not there: .*a model with it merged in \(--model\)"):
+        underneath(model, adapter=two)
+
+
+def test_a_plain_peft_export_notes_its_base_from_the_root(saved, tmp_path, monkeypatch):
+    model, first, _, _ = saved
+    monkeypatch.chdir(Path(model).parent)
+    export_saved("model", first, tmp_path / "plain", format="peft")
+    assert read_json(tmp_path / "plain" / "adapter_config.json")["base_model_name_or_path"] == model
+
+
 def test_a_run_stands_for_its_adapter(saved, tmp_path):
     model, first, second, expected = saved
     run = tmp_path / "run"
@@ -132,7 +164,7 @@ def test_one_that_is_gone_or_changed_is_named(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter_on(load_base(model, ["first"]), tmp_path / "second", 1)
     shutil.move("first", "elsewhere")
-    with pytest.raises(FileError, match=r"on top of first.*--on-top-of"):
+    with pytest.raises(FileError, match=r"on top of .*first, .*--on-top-of"):
         export_saved(model, "second", "merged", format="merged")
     export_saved(model, "second", "merged", format="merged", on_top_of=["elsewhere"])
     torch.testing.assert_close(logits(load_model("merged")), expected, rtol=1e-3, atol=1e-3)

@@ -166,6 +166,24 @@ def test_a_plain_adapter_is_not_loaded_into_a_hot_one(tmp_path):
         adapted(2).load_adapter(tmp_path, "default")
 
 
+def test_a_hot_adapter_is_not_loaded_into_a_plain_one(tmp_path):
+    """PEFT would give the plain one those of its tensors that it has names for, and drop the experts'."""
+    adapted(1).save_pretrained(tmp_path / "hot")
+    plain = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(tiny_model(), plain).eval()
+    before = logits(model)
+    with pytest.raises(HotLoraError, match=r"has a HotLoraConfig.*delete_adapter\('default'\)"):
+        model.load_adapter(tmp_path / "hot", "default")
+    with pytest.raises(HotLoraError, match="leave out config"):
+        PeftModel.from_pretrained(tiny_model(), tmp_path / "hot", config=plain)
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "adapter_config.json").unlink()  # which PEFT does not read where the name is taken
+    other = get_peft_model(tiny_model(), plain).eval()
+    other.load_adapter(tmp_path / "plain", "default")
+    assert torch.equal(logits(other), before)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -117,6 +117,38 @@ def test_a_run_without_held_out_data_does_not_go_on_upon_other_weights_either(mo
     assert run_training(str(model), data, output, config=replace(CONFIG, max_steps=2))["seconds"] == record["seconds"]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_goes_on_where_what_it_never_reads_has_changed(sharded, model_folder, data, tmp_path, caplog):
+    model, output = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model_folder, model)
+    tiny = tiny_model("olmoe", vocab_size=259, max_position_embeddings=512)
+    if sharded:
+        (model / "model.safetensors").unlink()
+        tiny.save_pretrained(model, max_shard_size="100KB")
+    record = run_training(str(model), data, output, config=replace(CONFIG, max_steps=2))
+    (model / "generation_config.json").write_text('{"temperature": 0.7}')
+    tiny.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", model / "consolidated.safetensors")
+    (model / "pytorch_model-2.bin").write_bytes(b"of nothing")
+    assert model_hash(model) != record["config"]["model_hash"]
+    longer = replace(CONFIG, max_steps=4, extend=True)
+    then = run_training(str(model), data, output, config=longer)
+    assert then["training"]["resumed_from"] == 2 and then["config"]["model_hash"] == record["config"]["model_hash"]
+    assert "is not what it was" not in caplog.text
+    for file in ("config.json", sorted(file.name for file in model.glob("model*.safetensors"))[-1]):
+        before = (model / file).read_bytes()
+        (model / file).write_bytes(before.replace(b"{", b"{ ", 1) if file == "config.json" else before[:-1] + b"!")
+        with pytest.raises(HotLoraError, match=r"the model \(its weights, .*\) is not what it was"):
+            run_training(str(model), data, output, config=longer)
+        assert caplog.messages[-1] == f"{model} is not what it was when the run in {output} was begun: {file}"
+        (model / file).write_bytes(before)
+    without_files = read_json(output / "run.json")
+    del without_files["model"]["files"]  # as before a training noted them: one hash is of all
+    write_json(output / "run.json", without_files)
+    with pytest.raises(HotLoraError, match=r"the model \(its weights, .*\) is not what it was"):
+        run_training(str(model), data, output, config=longer)
+
+
 # test_rank_growth has dr-lora, whose saved tensors are not those that it trained, and test_perft what is never merged.
 OTHERS = ("fft", "lori-s", "hellori-s", "dr-lora", "perft-e", "perft-r", "perft-d", "perft-s")
 

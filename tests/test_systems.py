@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
@@ -19,11 +20,12 @@ from hotlora.adapter.experts import HotExperts
 from hotlora.base import lock
 from hotlora.base.errors import DataError, FileError
 from hotlora.base.tensor_files import load_tensors, save_tensors
+from hotlora.cli import saved, talk
 from hotlora.engines.expected import log_probs, tokens_asked
 from hotlora.evaluation.score import _by_token
 from hotlora.report import card
 from hotlora.report.leaderboard_protocol import method_of
-from hotlora.runs import worker_pool
+from hotlora.runs import load, worker_pool
 from hotlora.runs.study import names_of
 from hotlora.tasks import python_sandbox, stored
 from hotlora.tasks.data import load_examples
@@ -118,6 +120,26 @@ def test_a_drives_letter_is_no_task():
 )
 def test_a_card_tells_a_path_of_windows_by_its_last_name(name, told):
     assert card._shared(name) == told
+
+
+def test_an_adapters_name_on_the_hub_reaches_it_by_windows_paths(monkeypatch):
+    """As the command line makes them: o/n becomes o\\n."""
+    asked, name = [], PureWindowsPath("lab/mine")
+
+    def ask(name: str) -> None:
+        asked.append(name)
+        raise FileError("enough")
+
+    monkeypatch.setattr(load, "adapter_on_hub", ask)
+    for way in (
+        lambda: load.load(name), lambda: load.load_adapter(tiny_model(), name), lambda: saved.noted(name, None),
+        lambda: talk.chat.__wrapped__(name), lambda: talk.generate.__wrapped__("2 + 2 =", name),
+    ):  # fmt: skip
+        with pytest.raises(FileError, match="enough"):
+            way()
+    assert asked == ["lab/mine"] * 5
+    monkeypatch.setattr(load, "adapter_on_hub", lambda name: None)
+    assert load.find(PureWindowsPath("lab/moe")).model == "lab/moe", "a model's name"
 
 
 class Console:

@@ -1,5 +1,6 @@
 """What a run left, used: loaded, answering, chatting, described by its card."""
 
+import functools
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from hotlora.evaluation.generate import Sampling, answer_batches
 from hotlora.evaluation.talk import answer, prompt_ids
 from hotlora.hf import hub
 from hotlora.report.card import PICTURE, card_text, write_card
-from hotlora.runs import load
+from hotlora.runs import evaluation, load
 from hotlora.runs.export import combine_saved
 from hotlora.runs.load import find
 from hotlora.tasks import Example
@@ -102,6 +103,31 @@ def test_on_a_gpu_a_run_is_loaded_in_what_it_was_trained_in(run: Path, part: str
         monkeypatch.setattr(load, "checked_device", torch.device)
         hotlora.load(tmp_path / "run" / part, device=device, dtype=asked)
         assert loaded[-1]["dtype"] == expected
+
+
+def test_on_a_gpu_a_run_is_evaluated_in_what_it_was_trained_in(run: Path, tmp_path: Path, monkeypatch):
+    """Where an evaluation was begun, it goes on in that one's, and one that was made before this is what it was."""
+    shutil.copytree(run, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    record["config"]["dtype"] = "float16"
+    write_record(tmp_path / "run", record)
+    loaded, load_base = [], evaluation.load_base
+    monkeypatch.setattr(evaluation, "load_base", lambda name, **given: loaded.append(given["dtype"]) or load_base(name))
+    score = functools.partial(hotlora.evaluate, tmp_path / "run", "nano-choice", limit=2, progress=False)
+    score()
+    made_before = tmp_path / "before"
+    score(made_before)
+    monkeypatch.setattr(evaluation, "checked_device", lambda device: torch.device("cuda"))
+    for output in (None, tmp_path / "scored"):
+        score(output)
+    score(dtype="float32")
+    assert loaded == ["auto", "auto", "float16", "float16", "float32"]
+    assert read_record(tmp_path / "scored")["config"]["dtype"] == "float16"
+    score(made_before)
+    monkeypatch.undo()
+    score(tmp_path / "scored")
+    with pytest.raises(HotLoraError, match="--dtype float32 against float16"):
+        score(tmp_path / "scored", dtype="float32")
 
 
 def test_load_adapter_takes_paths_too(run: Path, tmp_path: Path):

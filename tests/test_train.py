@@ -27,7 +27,7 @@ from hotlora.tasks import Example
 from hotlora.tasks.tokens import IGNORE, batches, tokenize
 from hotlora.training import checkpoints, labelled_loss, sft_trainer
 from hotlora.training.config import TrainConfig
-from hotlora.training.sft_trainer import make_trainer
+from hotlora.training.sft_trainer import Trainer, make_trainer
 from hotlora.training.trainer import train
 
 OMNI = "qwen3_omni_moe_thinker"
@@ -345,3 +345,23 @@ def test_of_a_step_that_loss_scaling_skips_only_the_gradients_may_be_infinite(sk
         trainer.log({"loss": math.nan, "grad_norm": math.nan})
     with nullcontext() if skipped else pytest.raises(HotLoraError, match="the norm of the gradients is inf"):
         trainer.log({"loss": 1.0, "grad_norm": math.inf})
+
+
+@pytest.mark.parametrize(("steps", "skipped", "ends"), [(4, 4, True), (24, 24, True), (5, 4, False)])
+def test_a_training_whose_steps_loss_scaling_skips_is_an_error(steps, skipped, ends, tmp_path: Path, monkeypatch):
+    """As on a GPU in float16 where all gradients are NaN: nothing was learned, and all would look well."""
+    norm, asked = Trainer._get_grad_norm, []
+
+    def nan_at_first(self, *args: Any, **kwargs: Any) -> float:
+        asked.append(is_nan := self.state.global_step < skipped)
+        monkeypatch.setattr(type(self.accelerator), "optimizer_step_was_skipped", property(lambda _: is_nan))
+        return math.nan if is_nan else norm(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_get_grad_norm", nan_at_first)
+    count = min(skipped, 20)
+    message = rf"step {count}: the gradients of {count} steps in a row are not finite.*the training examples \d"
+    with pytest.raises(HotLoraError, match=message) if ends else nullcontext():
+        train(adapted(), TOKENIZER, dataset(), replace(CONFIG, max_steps=steps), tmp_path)
+    assert len(asked) == (count if ends else steps)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "NaN" not in "".join(rows) and json.loads(rows[0])["grad_norm"] is None

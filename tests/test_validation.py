@@ -153,6 +153,8 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1]).best_step is None
     assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows, patience=2).is_over
     assert not Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows[:1], patience=1).is_over
+    rows[3]["eval_loss"] = None  # as the metrics file has it, in JSON: it counts as one of those that are no better
+    assert Validation(lambda: 0.0, every=1, folder=tmp_path, rows=rows, patience=2).is_over
 
 
 def test_a_run_that_is_stopped_before_its_first_held_out_loss_has_no_best(tmp_path):

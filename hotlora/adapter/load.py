@@ -1,5 +1,6 @@
 """A saved HotLoRA adapter, read back onto a base model."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def load_adapter(
     config.inference_mode = not is_trainable
     check_ground(config.on_top_of, base_model)
     weights, ends = read_weights(folder / WEIGHTS_FILE, saved_hash), saved_stop_tokens(folder)
-    config._source |= {"path": str(path), "weights_sha256": saved_hash or sha256_file(folder / WEIGHTS_FILE)}
+    # From the root: what is trained on top of it may be loaded from anywhere.
+    digest = saved_hash or sha256_file(folder / WEIGHTS_FILE)
+    config._source |= {"path": os.path.abspath(folder), "weights_sha256": digest}
     weights = {key_of_today(key): tensor for key, tensor in weights.items()}
     if isinstance(base_model, PeftModel) and adapter_name in base_model.peft_config:
         raise HotLoraError(

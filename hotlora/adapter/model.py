@@ -355,9 +355,11 @@ def _before_loading(model: nn.Module, config: Any, adapter_name: str, state_dict
 
 def _before_loading_again(model: PeftModel, adapter_name: str, saved: PeftConfig, path: str) -> None:
     """HotLoraError: the saved tensors mean something else in the adapter that has the name. PlanError: as `bind`."""
-    there = model.peft_config[adapter_name]
-    assert isinstance(there, HotLoraConfig)
-    if isinstance(saved, HotLoraConfig):
+    there: Any = model.peft_config[adapter_name]
+    if isinstance(there, HotLoraConfig) != isinstance(saved, HotLoraConfig):
+        told = ["no HotLoraConfig" if isinstance(there, HotLoraConfig) else "a HotLoraConfig"]
+    else:
+        assert isinstance(saved, HotLoraConfig)
         its, new = (json.loads(json.dumps(config.to_dict(), default=sorted)) for config in (there, saved))
         for config in (its, new):  # PEFT adds a classifier's names at each model that it makes
             config["modules_to_save"] = sorted(set(config["modules_to_save"] or ()))
@@ -365,8 +367,6 @@ def _before_loading_again(model: PeftModel, adapter_name: str, saved: PeftConfig
         told += [f"other {name}" for name in ("experts", "ranks") if new["plan"][name] != its["plan"][name]]
         if there._a_hash is not None and saved._saved_a_hash not in (None, there._a_hash):
             told.append("another frozen A")
-    else:
-        told = ["no HotLoraConfig"]
     if told:
         raise HotLoraError(
             f"the model already has an adapter {adapter_name!r}, and the one in {path} has {', '.join(told)}: PEFT "

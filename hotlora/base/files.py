@@ -59,11 +59,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         old = _beside(path)
         try:
             yield temporary
-            for inside in (*temporary.rglob("*"), temporary):
-                flush(inside)
+            _flush_all(temporary)
             if path.is_dir() and not path.is_symlink():
-                # Whole, or not at all: deleting stops at the first file that Windows refuses, as one is in use.
-                _patiently(os.rename, path, old)
+                _put_aside(path, old)
             try:
                 _patiently(os.rename, temporary, path)
             except OSError:
@@ -76,6 +74,29 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _put_aside(path: Path, old: Path) -> None:
+    """Gives a folder another name; whole, or not at all."""
+    try:
+        # Deleting stops at the first file that Windows refuses, as one is in use.
+        return _patiently(os.rename, path, old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    # A container's file system does not rename a folder of its image, from a lower layer; it copies and deletes.
+    try:
+        shutil.copytree(path, old, symlinks=True)
+        _flush_all(old)
+    except BaseException:
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    try:
+        shutil.rmtree(path)
+    except BaseException:
+        shutil.copytree(old, path, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+
+
 def _patiently(rename: Callable[[Path, Path], None], source: Path, target: str | os.PathLike[str]) -> None:
     """Windows refuses while another program reads either, as one that looks for viruses does: soon it has ended."""
     for seconds in (0.1, 0.2, 0.5, 1.2) if os.name == "nt" else ():
@@ -83,6 +104,11 @@ def _patiently(rename: Callable[[Path, Path], None], source: Path, target: str |
             return rename(source, Path(target))
         time.sleep(seconds)
     rename(source, Path(target))
+
+
+def _flush_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
 
 
 def flush(path: Path) -> None:
@@ -212,7 +238,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Indented JSON, with each list of numbers on one line. JSON has no NaN or infinity: they become null."""
-    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
     # A JSON string holds no raw line break, so this touches lists only.
     text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
     write_text(path, text + "\n")
@@ -305,9 +331,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return obj
 
 
-def _finite(obj: Any) -> Any:
+def finite(obj: Any) -> Any:
+    """With None for each NaN and infinity, which JSON has no word for."""
     if isinstance(obj, dict):
-        return {key: _finite(value) for key, value in obj.items()}
+        return {key: finite(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
-        return [_finite(value) for value in obj]
+        return [finite(value) for value in obj]
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj

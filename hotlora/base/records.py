@@ -58,7 +58,7 @@ _OPTIONAL: dict[str, dict[str, Kind]] = {
     },
     "sweep": {"model": str},
     "data": {"train": int, "test": int},
-    "model": {"test_loss": (int, float)},
+    "model": {"test_loss": (int, float), "files": dict},
     "parameters": {"percent": (int, float), "adapter_bytes": int},
     "training": {
         **dict.fromkeys(("tokens_per_second", "loss_first", "loss_last", "seconds", "dense_seconds"), (int, float)),

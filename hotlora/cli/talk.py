@@ -82,9 +82,10 @@ def generate(
     _check_template(raw, of_template)
     if merge and adapter is None:
         raise HotLoraError("there is no adapter to merge: give one (--adapter), or leave merge out.")
-    path, base = (adapter, model) if adapter is not None else (model, None)
-    found = find(str(path), base)
-    net, tokenizer = load(str(path), base, merge=merge, **given)
+    path: Any = adapter or model
+    base = model if adapter is not None else None
+    found = find(path, base)
+    net, tokenizer = load(path, base, merge=merge, **given)
     if raw is None:
         raw = not found.is_chat if found.is_chat is not None else tokenizer.chat_template is None
         if found.is_chat is None and not raw:
@@ -117,12 +118,12 @@ def chat(
     sampling = Sampling(1, temperature, top_p, seed)
     check_answering(max_new_tokens, sampling)
     given_template = _given_template(tools, chat_template_kwargs)
-    net, tokenizer = load(str(run), model, **given)
+    net, tokenizer = load(run, model, **given)
     prompt_ids(
         tokenizer, [*_system(system), {"role": "user", "content": "?"}], **given_template
     )  # no template is told before a word is typed
     ends = end_ids(net, tokenizer, chat=True)
-    if find(str(run), model).is_chat is False:
+    if find(run, model).is_chat is False:
         err.print("it was trained on plain texts; chat writes by the chat template, `hotlora generate` does not")
     err.print(f"{run} answers; /clear starts anew, /exit ends.")
     messages = _system(system)

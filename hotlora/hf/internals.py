@@ -19,6 +19,7 @@ _QUANTIZED = "adapter.quantize: experts are not quantized while a model loads"
 _PACKED = "adapter.packed_loading: checkpoints in MXFP4 and FP8 are not loaded as they are stored"
 _SUMS = "adapter.combine: adapters are not combined but by cat"
 _PINNED = "offloaded experts take up to twice their size in RAM, unless PYTORCH_ALLOC_CONF says otherwise"
+_STREAM = "tasks.rows: columns of JSON in a stream are refused, or filled with None, after remove_columns and map"
 _DORA = "DoRA's norms are worked out for every token that is generated"
 _META = "cost.estimate and `hotlora train` cannot tell the memory of a training before it starts"
 
@@ -50,6 +51,8 @@ NAMES = {
     "peft.utils.merge_utils:dare_linear": _SUMS,
     "peft.utils.merge_utils:dare_ties": _SUMS,
     "peft.utils.merge_utils:magnitude_prune": _SUMS,
+    "datasets.iterable_dataset#_ex_iterable": _STREAM,
+    "datasets.iterable_dataset#iter_arrow": _STREAM,
     "datasets.table:MemoryMappedTable": "tasks.stored: rows of data are not read from their file",
     "torch.utils._pytree:tree_leaves": _META,
     "transformers.training_args:OptimizerNames": "--optim is not checked before training",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -199,6 +200,13 @@ def structure(name_or_path: str | Path, attn_implementation: str | None = None) 
         return _built(config, attn_implementation)
     except ModelError as error:
         raise ModelError(f"{name_or_path}: {error}") from None
+
+
+def named_base(model: str) -> str:
+    """What an adapter notes as its base: a folder from the root, for it may be loaded from anywhere; else as the user
+    calls it, for the embedded model's folder is another one on every machine."""
+    folder = Path(model).expanduser()
+    return os.path.abspath(folder) if model not in NANOS and folder.is_dir() else model
 
 
 def load_config(name_or_path: str | Path) -> PreTrainedConfig:

@@ -71,7 +71,8 @@ def install(
 
     config_class, tuner_class: hotlora's. from_saved: makes a config of a saved one, as a dict. before_loading(model,
     config, adapter_name, state_dict): called before PEFT loads tensors into an adapter of such a config.
-    before_loading_again(model, adapter_name, saved_config, path): the same where the model had the adapter already.
+    before_loading_again(model, adapter_name, saved_config, path): the same where the model had an adapter of the name
+    already, and it or the saved one is of such a config.
     """
     _read_saved_configs(from_saved)
     _inject_by(config_class, tuner_class)
@@ -225,9 +226,17 @@ def _check_loading_again(
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
         name, path = given["adapter_name"], str(given["model_id"])
-        if isinstance(self.peft_config.get(name), config_class) and not _resumes.get():
-            saved = PeftConfig.from_pretrained(path, **given.get("kwargs", {}))
-            before_loading_again(self, name, saved, path)
+        if name in self.peft_config and not _resumes.get():
+            is_ours = isinstance(self.peft_config[name], config_class)
+            saved: Any = None
+            try:
+                saved = PeftConfig.from_pretrained(path, **given.get("kwargs", {}))
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                if is_ours or isinstance(error, HotLoraError):
+                    raise
+                # PEFT would not have read it: a folder of a plain adapter's weights alone is loaded as without us.
+            if is_ours or isinstance(saved, config_class):
+                before_loading_again(self, name, saved, path)
         return original(self, *args, **kwargs)
 
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]

@@ -3,20 +3,21 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import huggingface_hub
 
 from ..base.errors import FileError
-from ..base.files import sha256_file
+from ..base.files import read_json, sha256_file
 from .models import model_source
 
-_FILES = (
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt"),
-    *("*.safetensors", "pytorch_model*.bin"),
-)
+_TRAINED_ON = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt")
+_FILES = (*_TRAINED_ON, "generation_config.json", "*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""where transformers looks for weights: the first that is there"""
 _BLOCK = 4096
 _SMALL_FILE, _SMALL_TENSOR = 2**26, 2**20  # bytes that are read in whole
 _FURTHEST = 2**22
@@ -41,12 +42,33 @@ def folder_hash(name_or_path: str | Path) -> str | None:
     folder = Path(model_source(name_or_path))
     if not folder.is_dir():
         return None
-    files = sorted({file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()})
+    return _hash(_told(_found(folder, _FILES)))
+
+
+def file_hashes(name_or_path: str | Path) -> dict[str, str]:
+    """File -> hash, as `folder_hash` makes it, of those of a folder that a training reads: its config and tokenizer,
+    and the weights that are loaded of it. Empty of a name on the Hub."""
+    folder = Path(model_source(name_or_path))
+    first = next((file for name in _WEIGHTS if (file := folder / name).is_file()), None)
+    files = _found(folder, _TRAINED_ON)
+    if first is not None:
+        files.append(first)
+    if first is not None and first.suffix == ".json":
+        with suppress(FileError, KeyError, AttributeError, TypeError):  # broken: loading tells it
+            files += [folder / name for name in sorted(set(read_json(first)["weight_map"].values()))]
+    return {file.name: _hash(_told([file])) for file in files if file.is_file()}
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def _told(files: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
     stats = [file.stat() for file in files]
-    return _hash(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
+    return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=1024)
 def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Of files by their sizes and times: a sweep scores one model many times."""
     digest = hashlib.sha256()

@@ -1,11 +1,11 @@
 """Runs that score: a model with or without an adapter, lm-eval's harness, answers made elsewhere."""
 
-import dataclasses
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from ..evaluation.score import (
     write_losses,
 )
 from ..evaluation.vllm_engine import check_vllm, length_needed, load_engine, vllm_answers
-from ..hf.models import context_length, load_config, load_tokenizer, model_source, structure
+from ..hf.models import checked_device, context_length, load_config, load_tokenizer, model_source, structure
 from ..hf.moe_layers import attention_modules, fingerprint
 from ..hf.stopping import saved_stop_tokens
 from ..hf.weights import model_hash
@@ -96,6 +96,7 @@ def run_evaluation(
         if task is not None or sampling.samples != 1:
             raise HotLoraError("ROUGE-L is of one answer to each of your own rows: leave --rouge out.")
         rouge_scorer()  # before anything takes long
+    options = _in_own_dtype(options, output) if engine == "transformers" else options
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
@@ -113,7 +114,7 @@ def run_evaluation(
         check_sizes(max_new_tokens=options.max_new_tokens)
         if task.kind != "generate":
             raise HotLoraError(f"nothing is answered on {task.name}: leave max_new_tokens (--max-new-tokens) out.")
-        task = dataclasses.replace(task, max_new_tokens=options.max_new_tokens)
+        task = replace(task, max_new_tokens=options.max_new_tokens)
     is_text, written = task.kind == "text", template_source(tokenizer, test)
     if is_text:
         _check_texts(task, rouge, sampling, engine)
@@ -125,7 +126,7 @@ def run_evaluation(
         **written,
     }  # fmt: skip
     # Only where they say something, so that records made before there were such options still match.
-    identity |= {} if sampling.is_greedy else {"sampling": dataclasses.asdict(sampling)}
+    identity |= {} if sampling.is_greedy else {"sampling": asdict(sampling)}
     identity |= {"scorer_hash": judged} if (judged := scorer_hash(task, test)) else {}
     identity |= {"merge": True} if options.merge else {}
     identity |= {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens is not None else {}
@@ -198,6 +199,19 @@ def _tell_trained(adapter: str | Path, data: str, split: float | None) -> None:
         _log.warning("the adapter was trained on rows of %s%s", data, held)
 
 
+def _in_own_dtype(options: EvalOptions, output: str | Path | None) -> EvalOptions:
+    """With the dtype that the adapter's run was trained in, where none is given, as `load` has it on a GPU. (A whole
+    model that was trained is stored in it.) An evaluation goes on in what it was begun in; an older one in auto."""
+    if options.dtype != "auto" or options.adapter is None:
+        return options
+    trained = find(str(options.adapter), options.model).dtype
+    if output is not None and (Path(output) / "run.json").is_file():
+        begun = read_record(output)["config"].get("dtype")
+        return replace(options, dtype=begun) if begun in ("auto", trained) else options
+    # On a CPU half precision is slower, and float32 no worse.
+    return options if checked_device(options.device).type == "cpu" else replace(options, dtype=trained)
+
+
 def _tell_template(options: EvalOptions, by_template: bool) -> None:
     """Warns where the adapter's run read its rows otherwise: its prompts are not those that are answered here."""
     was = find(str(options.adapter), options.model).is_chat
@@ -242,6 +256,7 @@ def run_held_out(
         HotLoraError: `output` holds other work, or options that do not go together.
     """
     check_sizes(max_length=max_length)
+    options = _in_own_dtype(options, output)
     scored = _Scored(options)
     tokenizer = load_tokenizer(options.model)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
@@ -291,6 +306,7 @@ def run_harness(
     """
     version = lm_eval_version()
     check_sizes(limit=options.limit)
+    options = _in_own_dtype(options, output)
     scored = _Scored(options)
     tokenizer = load_tokenizer(options.model)
     identity = {

@@ -15,10 +15,10 @@ from ..adapter.model import check_combined
 from ..base.errors import HotLoraError
 from ..base.files import atomic_folder, check_writable
 from ..base.quiet import quiet
-from ..hf.models import checkpoint_dtype, load_tokenizer, structure
+from ..hf.models import checkpoint_dtype, load_tokenizer, named_base, structure
 from ..hf.stopping import save_stop_tokens, saved_stop_tokens
 from .checks import check_adapters
-from .folder import load_base, named_base, underneath
+from .folder import load_base, underneath
 from .options import check_offload
 
 

@@ -1,7 +1,6 @@
 """What every kind of run shares: the base model it starts from, its folder, its record."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -30,7 +29,7 @@ from ..base.processes import described as described_error
 from ..base.quiet import quiet
 from ..base.records import Record, read_record, write_record
 from ..evaluation.score import Evaluation
-from ..hf.models import NANOS, checked_device, load_config, load_model
+from ..hf.models import checked_device, load_config, load_model
 from ..training import checkpoints
 from ..training.config import TrainConfig
 from ..training.extend import check_extension, ends_elsewhere
@@ -145,13 +144,6 @@ def hashes_underneath(on_top_of: Sequence[str | Path]) -> dict[str, list[str]]:
     }
 
 
-def named_base(model: str) -> str:
-    """What an adapter notes as its base: a folder from the root, for it may be loaded from anywhere; else as the user
-    calls it, for the embedded model's folder is another one on every machine."""
-    folder = Path(model).expanduser()
-    return os.path.abspath(folder) if model not in NANOS and folder.is_dir() else model
-
-
 def check_has_no_perft(adapters: Sequence[str | Path]) -> None:
     """HotLoraError: one of these stands beside the experts, and no weight of the base can hold it."""
     if any(saved_config(folder).perft for folder in adapters):
@@ -171,11 +163,16 @@ def adapter_in(path: str | Path) -> str | Path:
 
 def _located(entry: Entry, needed_by: str | Path) -> Path:
     """Where an adapter lies that another was trained on top of."""
-    path, what = Path(entry["path"] or ""), f"{needed_by} was trained on top of {described([entry])}"
-    advice = "give its folder (--on-top-of), or the model that it is merged into"
-    if entry["path"] is None or not (path / WEIGHTS_FILE).is_file():
+    what = f"{needed_by} was trained on top of {described([entry])}"
+    advice = "give its folder (--on-top-of, where a command has it), or as the base a model with it merged in (--model)"
+    # Older adapters note a path from where they were trained, which is mostly a folder above them.
+    above = Path(needed_by).expanduser().absolute().parents
+    places = [folder / entry["path"] for folder in (Path(), *above)] if entry["path"] is not None else []
+    there = [place for place in dict.fromkeys(places) if (place / WEIGHTS_FILE).is_file()]
+    if not there:
         raise FileError(f"{what}, and that is not there: {advice}.")
-    if sha256_file(path / WEIGHTS_FILE) != entry["weights_sha256"]:
+    path = next((place for place in there if sha256_file(place / WEIGHTS_FILE) == entry["weights_sha256"]), None)
+    if path is None:
         raise FileError(f"{what}, and that has other weights now (another SHA-256): {advice}.")
     if entry.get("options_sha256") not in (None, saved_options_hash(path)):
         raise FileError(f"{what}, and that has another lora_alpha, scaling or plan now: put it back, or {advice}.")

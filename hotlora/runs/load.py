@@ -43,8 +43,10 @@ def find(path: str | Path, model: str | None = None) -> Found:
 
     FileError: a folder with neither; an adapter that notes no base, one that is gone, or a revision of one.
     """
-    folder = _local(path)
-    if not folder.exists() and folder.parent.is_dir() and str(path) not in NANOS:
+    # The command line's Path of a name on the Hub has backslashes on Windows.
+    name = Path(path).as_posix()
+    folder = _local(name)
+    if not folder.exists() and folder.parent.is_dir() and name not in NANOS:
         raise FileError(f"{path} does not exist: give a run's folder, an adapter's, or a model.")
     within = folder.parent if folder.name in ("adapter", "model") else folder
     run = next((at for at in (folder, within) if (at / "run.json").is_file()), None)
@@ -63,16 +65,16 @@ def find(path: str | Path, model: str | None = None) -> Found:
         raise HotLoraError(f"{path} is no adapter, so there is nothing to load onto {model}: leave one of them out.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileError(f"{folder} holds no run, adapter or model: give the folder that a training wrote.")
-    name = str(folder) if folder.is_dir() else str(path)
+    name = str(folder) if folder.is_dir() else name
     return Found(name, None, name, is_chat, dtype)
 
 
-def _local(path: str | Path) -> Path:
+def _local(name: str) -> Path:
     """A folder; of an adapter on the Hub the one that it is downloaded to. A name in a folder that is here is not asked
     for there: it was mistyped."""
-    folder = Path(path).expanduser()
-    is_here = folder.exists() or folder.parent.is_dir() or str(path) in NANOS
-    return folder if is_here else adapter_on_hub(str(path)) or folder
+    folder = Path(name).expanduser()
+    is_here = folder.exists() or folder.parent.is_dir() or name in NANOS
+    return folder if is_here else adapter_on_hub(name) or folder
 
 
 def _noted_base(file: Path) -> str:
@@ -156,7 +158,7 @@ def load_adapter(
             raise FileError(
                 "path is not given: give the folder of the adapter, or of the run, that goes onto the model."
             )
-        return saved.load_adapter(base_model, adapter_in(_local(path)), adapter_name, is_trainable)
+        return saved.load_adapter(base_model, adapter_in(_local(Path(path).as_posix())), adapter_name, is_trainable)
     found = find(base_model) if path is None else find(path, str(base_model))
     if found.adapter is None:
         name = base_model if path is None else path

@@ -42,10 +42,10 @@ from ..base.processes import (
 from ..base.quiet import quiet
 from ..base.records import SAME_LOSS, Record, new_record, read_record, write_record
 from ..evaluation.score import Evaluation, RowLoss, evaluate_task, response_loss, summarize, write_losses
-from ..hf.models import context_length, load_config, load_tokenizer, vocab_size
+from ..hf.models import context_length, load_config, load_tokenizer, named_base, vocab_size
 from ..hf.moe_layers import fingerprint
 from ..hf.stopping import add_stop_tokens, save_stop_tokens
-from ..hf.weights import folder_hash
+from ..hf.weights import file_hashes, folder_hash
 from ..routing.plan import ExpertPlan
 from ..routing.profile import RoutingProfile
 from ..tasks import Example, Task, task_of
@@ -64,8 +64,8 @@ from .folder import (
     data_time,
     finished,
     hashes_underneath,
+    is_begun,
     load_base,
-    named_base,
     recorded,
     save_evaluation,
     underneath,
@@ -163,13 +163,15 @@ class _Run:
             "keep_hot": options.keep_hot or None, "processes": num_processes(), **template,
         }  # fmt: skip
         self.identity |= {"scorer_hash": judged} if (judged := scorer_hash(self.task, self.test)) else {}
+        files = file_hashes(options.model)
         # Not the Hub's commit: a change of a README there would end a training for which there is no way back.
-        self.identity |= {"model_hash": found} if (found := folder_hash(options.model)) else {}
+        if files and (found := folder_hash(options.model)):
+            self.identity["model_hash"] = self._hash_of_then(files) or found
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})
         self.condition = options.condition or options.condition_by(self.plan.rule if self.plan else options.rule)
         self.record = new_record(
             name=self.condition, condition=self.condition, seed=options.seed, config=self.identity,
-            device=options.device, model={"name": options.model, "fingerprint": ""},
+            device=options.device, model={"name": options.model, "fingerprint": "", "files": files},
             data={
                 "name": options.data, "hash": self.identity["data_hash"],
                 "train": len(self.examples), "test": len(self.test),
@@ -178,6 +180,19 @@ class _Run:
         self.record["data"] |= {"read_at": now.isoformat()} if template else {}
         # Of the last answers of conversations; the tokenizer's own is in every model's config already.
         self.ends = [i for i in (turn_ends(self.tokenizer) if template else ()) if i != self.tokenizer.eos_token_id]
+
+    def _hash_of_then(self, files: dict[str, str]) -> str | None:
+        """The model's hash that the run in `output` was begun with, where all that a training reads is what it was: a
+        new generation_config.json, or other weights beside those that are loaded, change nothing of it."""
+        if not (self.output / "run.json").is_file():
+            return None
+        record = read_record(self.output)
+        then: dict[str, str] = record["model"].get("files") or {}
+        changed = [name for name in sorted(then | files) if then.get(name) != files.get(name)]
+        if then and changed and is_begun(self.output):
+            told = "%s is not what it was when the run in %s was begun: %s"
+            _log.warning(told, self.options.model, self.output, ", ".join(changed))
+        return None if changed else record["config"].get("model_hash")
 
     def read_base_loss(self) -> None:
         """Of a run that goes on, what its base's weights came to: a name on the Hub has no hash here, nor has a run of

@@ -148,7 +148,12 @@ def dataset_rows(data: Any, where: str) -> Iterator[Row]:
     0.7000000000000001 of 0.7 and None of NaN, and refuses 2**64."""
     has_json = json_in(data.features.arrow_schema) if data.features else {}
     given = getattr(data, "format", {})  # an IterableDataset has none
-    if not has_json or given.get("type") == "custom":  # a transform of the user's takes decoded values
+    is_decoded = given.get("type") == "custom"  # a transform of the user's takes decoded values
+    # Behind map, remove_columns or rename_column a stream's are decoded, and Arrow would be made of them anew: JSON of
+    # mixed types is refused there, and None stands for what an object has not.
+    if has_json and (stream := getattr(data, "_ex_iterable", None)) is not None and not stream.iter_arrow:
+        data, is_decoded = data.with_format(None), True
+    if not has_json or is_decoded:
         for number, row in enumerate(data, start=1):
             yield Row(f"{where} row {number}", without_filling(row, has_json))
         return

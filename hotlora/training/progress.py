@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from ..base.files import append_to
+from ..base.files import append_to, finite
 from ..base.processes import wait_for_all
 from . import checkpoints
 
@@ -38,7 +38,7 @@ class Recorder(TrainerCallback):
         row |= {name: value for name, value in logs.items() if name.startswith("eval_")}
         row["seconds"] = round(self.seconds_before + time.perf_counter() - self.started, 3)
         with append_to(self.path) as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_all()  # each writes the state of its random numbers

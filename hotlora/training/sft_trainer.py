@@ -35,6 +35,9 @@ from .validation import Validation
 # TRL's own default is on, under either name; setting the older one warns in a transformers that has the
 # newer.
 _OPTIONS = {field.name for field in fields(SFTConfig)}
+_MOST_SKIPPED = 20
+"""steps that loss scaling may skip in a row: by then it has made the loss a million times smaller, and no gradient that
+is a number overflows"""
 _CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _OPTIONS)
 
 
@@ -140,6 +143,8 @@ class Trainer(SFTTrainer):
     configs: LoadedConfigs | None = None
     validation: Validation | None = None
     extended: Sequence[dict[str, int]] = ()
+    skipped = 0
+    """steps until now, in a row, that loss scaling skipped"""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         own = map(self._own_rows, epoch_iterator)
@@ -167,15 +172,26 @@ class Trainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Every process has the same numbers here, since they are logged.
-        # A step that loss scaling skips, since its scaled gradients overflow, is none; a loss is never scaled here.
-        counted = {"loss"} if self.accelerator.optimizer_step_was_skipped else {"loss", "grad_norm"}
-        wrong = guard.not_finite({name: logs[name] for name in counted & logs.keys()}) if "loss" in logs else None
-        if wrong:
-            self._end(f"{wrong}, in the batch of")
+        if "loss" in logs:
+            self._check(logs)
         if self.validation is not None and "loss" in logs and self.state.global_step in self.validation.found:
             step = self.state.global_step
             logs = {**logs, "eval_loss": self.validation.found[step], **self.validation.scores.get(step, {})}
         super().log(logs, *args, **kwargs)
+
+    def _check(self, logs: dict[str, float]) -> None:
+        # A step that loss scaling skips, since its scaled gradients overflow, is none; a loss is never scaled here.
+        is_skipped = self.accelerator.optimizer_step_was_skipped
+        counted = {"loss"} if is_skipped else {"loss", "grad_norm"}
+        if wrong := guard.not_finite({name: logs[name] for name in counted & logs.keys()}):
+            self._end(f"{wrong}, in the batch of")
+        self.skipped = self.skipped + 1 if is_skipped else 0
+        step = self.state.global_step
+        is_last = step == self.state.max_steps or (self.validation is not None and self.validation.is_over)
+        # Loss scaling skips a NaN just as an overflow: such a training would end well, and have learned nothing.
+        if self.skipped >= _MOST_SKIPPED or (is_last and self.skipped == step > 0):
+            steps = f"of {self.skipped} steps in a row"
+            self._end(f"the gradients {steps} are not finite, so that loss scaling skipped all of them; the last had")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if broken := guard.broken_weights(model):

@@ -47,8 +47,9 @@ class Validation(TrainerCallback):
     ) -> None:
         self.score = score
         self.loss, self.every, self.folder, self.patience, self.keep_best = loss, every, folder, patience, keep_best
-        self.found = {row["step"]: row["eval_loss"] for row in rows if row.get("eval_loss") is not None}
-        """step -> held-out loss, nats a response token"""
+        losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+        self.found = {step: math.nan if loss is None else loss for step, loss in losses.items()}
+        """step -> held-out loss, nats a response token; NaN, where it was no finite number"""
         self.scores: dict[int, dict[str, float]] = {}
         """step -> `eval_METRIC` -> score"""
 

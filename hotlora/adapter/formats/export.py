@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...base.errors import FileError, HotLoraError, ModelError
 from ...base.files import atomic_folder, write_json
 from ...base.options import did_you_mean
-from ...hf.models import NANOS
+from ...hf.models import NANOS, named_base
 from ...hf.moe_layers import attention_modules
 from ..config import HotLoraConfig
 from ..load import CONFIG_FILE, WEIGHTS_FILE
@@ -143,7 +143,7 @@ def base_name(model: PeftModel, adapter_name: str = "default") -> str | None:
     """The adapter's base, as a folder, a name on the Hub or nano; None of one that came from nowhere."""
     noted = model.peft_config[adapter_name].base_model_name_or_path
     name: str | None = noted or getattr(model.get_base_model(), "name_or_path", None) or None
-    return next((nano for nano, path in NANOS.items() if name == str(path)), name)
+    return next((nano for nano, path in NANOS.items() if name == str(path)), name and named_base(name))
 
 
 def check_config(config: HotLoraConfig, format: str, *, merge_router: bool, drop_router: bool) -> None:
