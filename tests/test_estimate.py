@@ -21,11 +21,15 @@ from hotlora.base.errors import HotLoraError
 from hotlora.bench.contenders import BenchConfig, Contender
 from hotlora.bench.worker import Worker, _peak_allocated
 from hotlora.cost import memory
-from hotlora.cost.activations import SavedBytes, autocast
+from hotlora.cost.activations import LiveBytes, SavedBytes, autocast
 from hotlora.cost.estimate import coverage_at, estimate, sized_config, step_of
 from hotlora.hf import forward
+from hotlora.hf.experts_view import ExpertsView
 from hotlora.hf.models import load_model
 from hotlora.hf.sinks import default_attention
+from hotlora.layer import gpu
+from hotlora.layer.function import routed_experts_by
+from hotlora.layer.updates import LowRank
 from hotlora.routing.plan import select_experts
 from hotlora.routing.profile import RoutingProfile
 from hotlora.routing.profiler import profile_routing
@@ -263,6 +267,38 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
         write(config), batch_size=1, max_length=LENGTH, fraction=0.25, coverage=coverage, device="cpu", **options
     )
     assert 0.9 <= found["memory"]["total"] / peak <= 1.1
+
+
+@pytest.mark.parametrize("dtype,of_router", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
+@pytest.mark.parametrize("width,expert_width", [(256, 96), (256, 32), (128, 256)])
+def test_rows_of_experts_on_a_gpu(width, expert_width, dtype, of_router, write, monkeypatch):
+    """What a layer makes in forward or backward beyond what it keeps, with a GPU's products."""
+    for module, name in ((gpu, "BLOCK_BYTES"), (memory, "_AT_ONCE")):
+        monkeypatch.setattr(module, name, 2**20)
+    config = tiny_config(
+        "olmoe", hidden_size=width, moe_intermediate_size=expert_width, intermediate_size=expert_width,
+        num_hidden_layers=1, num_experts=8, num_experts_per_tok=8,
+    )  # fmt: skip
+    compute, of_weights = getattr(torch, dtype), getattr(torch, of_router)
+    base = AutoModelForCausalLM.from_config(config, dtype=compute).requires_grad_(False)
+    view = ExpertsView(base.model.layers[0].mlp.experts)
+    hidden = torch.randn(512, width, dtype=compute, requires_grad=True)
+    weights = torch.rand(512, 8, dtype=of_weights, requires_grad=True)
+    r, (up, down) = 4, (2 * expert_width, width)
+    shapes = ((2, 2 * r, width), (2, up, r), (2, r, expert_width), (2, down, r))
+    update = LowRank(torch.arange(2), *(torch.rand(s, dtype=compute).requires_grad_() for s in shapes), scaling=2.0)
+    index = torch.arange(8).repeat(512, 1)
+    with LiveBytes() as forward:
+        output = routed_experts_by(gpu, view, hidden, index, weights, [update])
+    made, grad = forward.most - forward.now, torch.ones_like(output)
+    with LiveBytes() as backward:
+        torch.autograd.grad(output, [hidden, weights, *update.tensors], grad)
+    step = step_of(write(config), batch_size=1, max_length=512, fraction=0.25, r=8, dtype=dtype, device="cuda")
+    estimated = memory._rows(step, memory.Storage())
+    # Torch's thin products copy the gate's half, which ours read where it is.
+    copied = 512 * 8 * (expert_width + 8 * r) * compute.itemsize
+    assert max(made, backward.most) == pytest.approx(estimated, rel=0.05, abs=copied)
+    assert made <= 2 * 512 * 8 * max(width, expert_width) * compute.itemsize + 2**20 + copied
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_experts import (
     FACTORS,
+    WIDTH,
     D,
     E,
     K,
@@ -26,6 +27,7 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install trito
 
 from test_kernels import ON_GPU, on_device, run_script
 
+from hotlora.cost.activations import LiveBytes
 from hotlora.hf.experts_view import ExpertsView
 from hotlora.layer import cpu, gpu
 from hotlora.layer.function import routed_experts_by
@@ -127,6 +129,20 @@ def test_float32_factors_under_autocast_get_float32_gradients():
     for name, value in truth.items():
         assert ours[name].dtype == (torch.float32 if name in FACTORS else torch.bfloat16)
         assert relative(ours[name], value) < 0.05, name
+
+
+def test_no_array_of_rows_waits_for_the_next():
+    """Backward: four of an expert's width in the activation's, then dx beside the gradient of gate and up alone."""
+    hidden, index, weights = map(on_device, make_inputs(torch.float32))
+    factors, experts = on_device(make_factors([1, 3, 6], 4, torch.float32)), make_experts(torch.float32)
+    output = fused_layer(experts.to(hidden.device), hidden, index, weights, [factors])
+    grad, inputs = torch.ones_like(output), [hidden, weights, *factors.tensors]
+    with LiveBytes() as live:
+        torch.autograd.grad(output, inputs, grad)
+    row = 4 * T * K
+    # Gradients of the factors, the input and the routing weights; and what has rank 4, or 8 of gate and up.
+    beside = sum(t.nbytes for t in factors.tensors) + hidden.nbytes + (2 + 4 + 8) * row
+    assert live.most <= row * max(4 * WIDTH, D + 2 * WIDTH) + beside
 
 
 def test_zero_B_adds_nothing_bit_for_bit():

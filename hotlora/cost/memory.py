@@ -17,7 +17,7 @@ LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no la
 _LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU
 _SCALES, _LINEAR_SCALES = SCALE_BYTES / BLOCK, LINEAR_SCALE_BYTES / BLOCK  # bytes a weight
 _ON_THEIR_WAY = 5  # activations that TRL keeps on the card while copies of them are made
-_DENSE_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, but one expert at least
+_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, one at least, and of weighted rows
 
 OFFLOADS = ("none", "cold", "all")
 _FLOAT32_STATE = {
@@ -314,12 +314,20 @@ def _logits(step: Step) -> float:
 
 
 def _rows(step: Step, storage: Storage) -> float:
+    """The most that one layer's experts make at a time, beyond what they keep: in `layer.function` as on a GPU."""
     width, expert_width, parts = step.expert_widths
-    row = 2 * width + (parts + 1) * expert_width
-    rows = step.tokens * step.top_k * row * step.itemsize
+    rows, size = step.tokens * step.top_k, step.itemsize
+    d, f, wide = rows * width * size, rows * expert_width * size, max(4 / size, 1)
+    # The experts' outputs where they come by token, and their products with float32 routing weights.
+    forward = d + min(d * wide, _AT_ONCE)
+    # Their gradient, those of the activation, the activation and what it keeps, and a product for the routing weights'.
+    of_down = d + (3 + wide) * f
+    of_activation = 5 * f  # its gradient, what it keeps, the gradients of gate and up, and both in one array
+    of_up = 2 * d + parts * f  # the experts' inputs and their gradient, and that of gate and up
     made = [_made_dense(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
     linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0.0
-    return max(rows + max(made), linear)
+    with_dense = d + 3 * f + max(made)  # a product with stored weights, when the others are not there
+    return max(forward, of_down, of_activation, of_up, with_dense, linear)
 
 
 def _made_dense(step: Step, storage: Storage, layer: ExpertLayer, weights: int) -> float:
@@ -332,7 +340,7 @@ def _made_dense(step: Step, storage: Storage, layer: ExpertLayer, weights: int) 
     made = 0.0
     if stored:  # in parts, which are then put together
         expert = weights / layer.num_experts * step.itemsize
-        made = 2 * min(weights * step.itemsize, max(expert, _DENSE_AT_ONCE))
+        made = 2 * min(weights * step.itemsize, max(expert, _AT_ONCE))
     if storage.offload == "cold" and not keeps and 0 < share < 1:  # those that came, and those that were there
         made += weights * (stored or step.itemsize)
     return made

@@ -28,7 +28,7 @@ from ..base.errors import HotLoraError
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
 from . import cpu, gpu
-from .updates import Update, compute_dtype
+from .updates import Update, compute_dtype, dots
 
 
 def routed_experts(
@@ -136,10 +136,11 @@ class RoutedExperts(torch.autograd.Function):
         y_SD: Tensor | None = None
         for rows in ctx.blocks:
             up_SPF, some_SD = run.forward(rows, hidden_TD)
-            y_SD = rows.placed(y_SD, some_SD * _by_rows(rows, top_k_weights_TK), top_k_index_TK.numel())
+            y_SD = rows.placed(y_SD, some_SD, top_k_index_TK.numel())
+            del some_SD  # as large as all rows, where there is one block
             ups.append(up_SPF)
         ctx.save_for_backward(hidden_TD, top_k_weights_TK, *ups, *tensors)
-        return _summed_by_token(y_SD, top_k_index_TK.shape[1]).to(hidden_TD.dtype)
+        return _weighted_sums(y_SD, top_k_weights_TK, layer.products.BLOCK_BYTES).to(hidden_TD.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -153,6 +154,7 @@ class RoutedExperts(torch.autograd.Function):
         for rows, up_SPF in zip(ctx.blocks, ups, strict=True):
             some_SD, its_S = run.backward(rows, up_SPF, hidden_TD, top_k_weights_TK, grad_TD)
             dx_SD = rows.placed(dx_SD, some_SD, top_k_weights_TK.numel())
+            del some_SD
             dweight_S = rows.placed(dweight_S, its_S, top_k_weights_TK.numel())
         dhidden_TD = _summed_by_token(dx_SD, top_k_weights_TK.shape[1]).to(hidden_TD.dtype)
         dweight_TK = dweight_S.view(top_k_weights_TK.shape).to(top_k_weights_TK.dtype)
@@ -217,7 +219,7 @@ class _Pass:
         """Of a block of rows the gradients of the experts' input `[S, D]` and of the routing weights `[S]`."""
         hots = self._hots(rows)
         weight_S1 = _by_rows(rows, top_k_weights_TK)
-        dup_SPF, dweight_S = self._down_backward(rows, hots, up_SPF, grad_TD.index_select(0, rows.token_S), weight_S1)
+        dup_SPF, dweight_S = self._down_backward(rows, hots, up_SPF, grad_TD, weight_S1)
         dx_SD = self._base_backward(0, rows, dup_SPF)
         if self._wants_own_gradients(0):
             self._own_gradients(0, rows, dup_SPF, hidden_TD.index_select(0, rows.token_S))
@@ -226,7 +228,7 @@ class _Pass:
         return dx_SD, dweight_S
 
     def _down_backward(
-        self, rows: Any, hots: Sequence[tuple[Any, Any]], up_SPF: Tensor, grad_SD: Tensor, weight_S1: Tensor
+        self, rows: Any, hots: Sequence[tuple[Any, Any]], up_SPF: Tensor, grad_TD: Tensor, weight_S1: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the up projection's output and of the routing weights `[S]`.
 
@@ -234,21 +236,24 @@ class _Pass:
         """
         with self.autocast.again():
             act_SF, pull_back = _with_pull_back(self.view.activation, up_SPF)
-        wide = torch.promote_types(act_SF.dtype, torch.float32)
+        grad_SD = grad_TD.index_select(0, rows.token_S)
         through_norm_S: Tensor | None = None
         if self.view.norm_after is not None:
             grad_SD, through_norm_S = self._norm_backward(rows, hots, act_SF, grad_SD, weight_S1)
             weight_S1 = torch.ones_like(weight_S1)  # the norm's input does not see it
         # The gradient of the activation, not yet times the routing weights.
         u_SF = self._base_backward(1, rows, grad_SD)
-        dweight_S = torch.linalg.vecdot(u_SF.to(wide), act_SF.to(wide))
+        dweight_S = dots(act_SF, u_SF)
         if (bias_ED := self.biases[1]) is not None:
-            dweight_S += rows.dot_bias(grad_SD, bias_ED.to(grad_SD.dtype)).to(wide)
+            dweight_S += rows.dot_bias(grad_SD, bias_ED.to(grad_SD.dtype)).to(dweight_S.dtype)
         for update, hot in hots:
             update.down_backward(hot, u_SF, dweight_S, act_SF, grad_SD, weight_S1)
         if self._wants_own_gradients(1):
             self._own_gradients(1, rows, (grad_SD * weight_S1).to(grad_SD.dtype), act_SF)
-        (dup_SPF,) = pull_back((u_SF * weight_S1).to(act_SF.dtype))
+        dtype = act_SF.dtype
+        del grad_SD, act_SF  # what is next makes as much again
+        u_SF = (u_SF * weight_S1).to(dtype)
+        (dup_SPF,) = pull_back(u_SF)
         return dup_SPF, dweight_S if through_norm_S is None else through_norm_S
 
     def _norm_backward(
@@ -265,8 +270,7 @@ class _Pass:
         y_SD = self._down(rows, hots, act_SF, again=True)
         with self.autocast.again():
             normed_SD, pull_back = _with_pull_back(normed, y_SD, *norm.parameters())
-        wide = torch.promote_types(grad_SD.dtype, torch.float32)
-        dweight_S = torch.linalg.vecdot(grad_SD.to(wide), normed_SD.to(wide))
+        dweight_S = dots(grad_SD, normed_SD)
         dy_SD, *dparameters = pull_back((grad_SD * weight_S1).to(normed_SD.dtype))
         for total, some in zip(self.own_gradients[4:], dparameters, strict=True):
             if total is not None:
@@ -343,6 +347,21 @@ def _by_rows(rows: Any, weights_TK: Tensor) -> Tensor:
     return weights_TK.reshape(-1).index_select(0, rows.order_S).unsqueeze(1)
 
 
+def _weighted_sums(y_SD: Any, weights_TK: Tensor, block_bytes: int) -> Tensor:
+    """`[T, D]`: the sum over each token's K rows times their weights, in the order in which the router chose them.
+
+    Products are made of so many bytes at a time: of all rows they would be the largest array of a forward, twice over
+    where routing weights are float32.
+    """
+    y_TKD = y_SD.view(*weights_TK.shape, y_SD.shape[1])
+    bytes_of_token = y_TKD[:1].numel() * torch.promote_types(y_SD.dtype, weights_TK.dtype).itemsize
+    # A compiled graph makes one operation of both, and its T may change.
+    step = len(y_TKD) if torch.compiler.is_compiling() else max(1, block_bytes // max(1, bytes_of_token))
+    blocks = zip(y_TKD.split(step), weights_TK.unsqueeze(2).split(step), strict=True)
+    sums = [(y_tKD * weight_tK1).sum(dim=1) for y_tKD, weight_tK1 in blocks]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
 def _summed_by_token(x_SD: Any, top_k: int) -> Tensor:
     """`[T, D]`: the sum over each token's K rows, in the order in which the router chose them."""
     return x_SD.view(-1, top_k, x_SD.shape[1]).sum(dim=1)
@@ -365,7 +384,8 @@ def _with_pull_back(
     with torch.enable_grad():
         inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
         value = function(*inputs)
-    return value.detach(), lambda grad: torch.autograd.grad(value, inputs, grad)
+    edge = torch.autograd.graph.get_gradient_edge(value)  # which does not hold the value
+    return value.detach(), lambda grad: torch.autograd.grad(edge, inputs, grad)
 
 
 class Autocast:

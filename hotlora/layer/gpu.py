@@ -274,7 +274,9 @@ def hot_linear(
         y_SO = _linear(x_SI, weight_NOI, its, x_SI.new_zeros(x_SI.shape[0], weight_NOI.shape[1]))
         return y_SO if scaling == 1 else y_SO.mul_(scaling)
     weight_EOI = weight_NOI.index_select(0, slot_E.clamp(min=0)) * (slot_E >= 0).view(-1, 1, 1)
-    y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E) * scaling
+    y_SO = grouped_linear(x_SI.contiguous(), weight_EOI.contiguous(), ends_E)
+    if scaling != 1:
+        y_SO.mul_(scaling)
     if not is_partial:
         return y_SO
     row_S1 = torch.arange(len(x_SI), device=x_SI.device).unsqueeze(1)
@@ -312,7 +314,8 @@ def dropped(x_SI: Tensor, p: float, seed: Any, place_S: Tensor) -> Tensor:
     """The same seed gives the same masks. place: which of the drawn rows is a row's mask."""
     generator = torch.Generator(x_SI.device).manual_seed(int(seed))
     mask_SI = torch.empty_like(x_SI, memory_format=torch.contiguous_format).bernoulli_(1 - p, generator=generator)
-    return (x_SI * mask_SI.index_select(0, place_S)) / (1 - p)
+    mask_SI = mask_SI.index_select(0, place_S)
+    return mask_SI.mul_(x_SI).div_(1 - p)
 
 
 def _spans(ends: list[int]) -> list[tuple[int, int]]:

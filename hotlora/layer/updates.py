@@ -104,6 +104,14 @@ def compute_dtype(update: Update) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else own
 
 
+def dots(x_SI: Tensor, y_SI: Tensor) -> Tensor:
+    """`[S]`: of each row the product of x and y, in float32 at least."""
+    wide = torch.promote_types(torch.promote_types(x_SI.dtype, y_SI.dtype), torch.float32)
+    if x_SI.dtype == wide:
+        return torch.linalg.vecdot(x_SI, y_SI.to(wide))
+    return x_SI.to(wide).mul_(y_SI).sum(-1)  # vecdot in one float32 array, not three
+
+
 class LowRankPass:
     """One adapter's factors in one pass, forward or backward, and their gradients."""
 
@@ -145,7 +153,7 @@ class LowRankPass:
         dropped, grad, weight_H1 = drop(hot.rows(act_SF)), hot.rows(grad_SD), hot.own(weight_S1)
         g_HR = hot.product(grad, B_down.transpose(1, 2), self.scaling)
         z_HR = hot.product(dropped, A_down)
-        hot.add(dweight_S, torch.linalg.vecdot(g_HR.to(dweight_S.dtype), z_HR.to(dweight_S.dtype)))
+        hot.add(dweight_S, dots(g_HR, z_HR))
         dA, dB = self.gradients[2:4]
         if dA is not None:
             hot.outer(dA, g_HR * weight_H1, dropped)
@@ -168,6 +176,7 @@ class LowRankPass:
         g_HPR = torch.cat([hot.product(d, B, self.scaling) for d, B in zip(dparts, B_parts, strict=True)], dim=1)
         if dA is not None:
             hot.outer(dA, g_HPR, dropped)
+        del dropped  # as large as dx, and so is what comes
         hot.add_product(dx_SD, g_HPR, A_up.transpose(1, 2), drop)
 
 
@@ -198,7 +207,7 @@ class FullPass:
         """As `LowRankPass.down_backward`."""
         (down,), act_HF = hot.weights(self.down_weight), hot.own(act_SF)
         u_HF = hot.product(hot.rows(grad_SD), down.transpose(1, 2))
-        hot.add(dweight_S, torch.linalg.vecdot(u_HF.to(dweight_S.dtype), act_HF.to(dweight_S.dtype)))
+        hot.add(dweight_S, dots(u_HF, act_HF))
         hot.add(u_SF, u_HF)
         if (ddown := self.gradients[1]) is not None:
             hot.outer(ddown, hot.rows(grad_SD * weight_S1), act_HF)

@@ -132,14 +132,16 @@ class FusedExperts(torch.autograd.Function):
         gradients = run.gradients(
             ctx.needs_input_grad, order, x_TD, grad_TD, weights_S, found, (z_up_SPR, z_down_SR, g_down_SR)
         )
-        if its is not None and found.g_SPR is not None:
-            low = Low(its.ids_N, found.g_SPR, its.A_up.transpose(1, 2), its.p, its.up_seed)
+        dup_SPF, g_SPR, dweight_S = found.dup_SPF, found.g_SPR, found.dweight_S
+        del found  # the activation with it, before dx, which is the largest array
+        if its is not None and g_SPR is not None:
+            low = Low(its.ids_N, g_SPR, its.A_up.transpose(1, 2), its.p, its.up_seed)
         dhidden_TD = None
         if ctx.needs_input_grad[3]:
-            dx_SD, _, _ = product(found.dup_SPF, run.up.transpose(1, 2), order, low=low)
+            dx_SD, _, _ = product(dup_SPF, run.up.transpose(1, 2), order, low=low)
             dhidden_TD = combine(dx_SD, order.place_S, order.top_k).to(hidden_TD.dtype)
         none = [None] * (len(tensors) - len(gradients))
-        return None, None, None, dhidden_TD, None, found.dweight_S.view(top_k_weights_TK.shape), *none, *gradients
+        return None, None, None, dhidden_TD, None, dweight_S.view(top_k_weights_TK.shape), *none, *gradients
 
 
 class _Pass:
