@@ -209,7 +209,7 @@ def _plain_rope(config: PreTrainedConfig) -> PreTrainedConfig:
     copied = copy.deepcopy(config)
     rope = getattr(copied.get_text_config(), "rope_parameters", None) or {}
     for of_kind in (rope, *rope.values()):  # one for all layers, or one for each kind of them
-        if isinstance(of_kind, dict) and of_kind.get("rope_type") in ("dynamic", "longrope"):
+        if isinstance(of_kind, dict) and of_kind.get("rope_type") == "dynamic":
             of_kind["rope_type"] = "default"
     return copied
 
