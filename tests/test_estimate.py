@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import json
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -319,6 +320,79 @@ def test_scores_that_attention_makes_are_counted(family, attention, checkpointin
     assert 0.9 <= found["total"] / peak <= 1.1
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_masks_of_windows_and_of_packed_rows_are_counted(family, dtype, checkpointing, write, monkeypatch):
+    """gpt-oss has a mask in every second layer, whose window is shorter than the row; the other one has two examples
+    in a row."""
+    monkeypatch.setattr(sys.modules[__name__], "LENGTH", 1024)
+    config = copy.deepcopy(zoo_model(family).config)
+    config.update({"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 128})
+    config.update({"hidden_size": 128, "head_dim": 16})
+    if family == "gpt_oss":
+        config.update({"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64})
+    packed = family == "qwen3_moe"
+    options = {"dtype": dtype, "gradient_checkpointing": checkpointing, "packed": packed}
+    peak, coverage = measured_peak(config, **options)
+    options |= {"r": 8, "fraction": 0.25, "coverage": coverage, "device": "cpu"}
+    rows = {"batch_size": 2, "max_length": 512} if packed else {"batch_size": 1, "max_length": 1024}
+    found = estimate(write(config), **rows, **options)["memory"]
+    assert 0.9 <= found["total"] / peak <= 1.1
+
+
+def test_a_packed_batch_is_one_row_with_a_mask(write):
+    """But for kernels that know where examples end; and of a batch of one, too, whose row holds several examples."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+    config = write(tiny_config("qwen3_moe", **shape))
+
+    def packed(batch, attention=None):
+        size = {"batch_size": batch, "max_length": 128, "device": "cuda", "dtype": "bfloat16"}
+        return step_of(config, packed=True, attn_implementation=attention, **size)
+
+    one, four = packed(1), packed(4)
+    assert one.flattened and (one.length, four.length) == (128, 512)
+    assert four.masks >= 512 * 512, "a mask of bools"
+    by_flash = packed(4, "flash_attention_2")
+    layers, tokens = len(four.layers), 512
+    repeated, rotary = 2 * (8 - 2) * 16 * 2 * tokens, 2 * (512 - 128) * 16 * 2
+    assert four.rest - by_flash.rest == layers * (2 * tokens * tokens + repeated) + rotary
+    assert not by_flash.flattened and by_flash.masks < tokens * tokens
+    # All scores, and not the half before each token of an example.
+    assert four.forward["scores"] == 2 * (4 * by_flash.forward["scores"]) == 4 * one.forward["scores"]
+
+
+def test_layers_with_a_window_work_out_all_scores_by_a_mask(write):
+    config = copy.deepcopy(zoo_model("gpt_oss").config)
+    kinds = ["sliding_attention", "full_attention"]
+    config.update({"num_hidden_layers": 2, "layer_types": kinds, "sliding_window": 32})
+    path = write(config)
+
+    def scores(attention, length=256):
+        size = {"batch_size": 1, "max_length": length, "device": "cuda"}
+        return step_of(path, attn_implementation=attention, **size).forward["scores"]
+
+    full = scores(None, 16) * 16 / 2  # a full layer's, of 16 times the tokens
+    assert scores(None) == 3 * full, "all 256 keys, and the half of them"
+    assert scores("eager") == 4 * full
+    assert scores("flash_attention_2") == pytest.approx(full * (1 + 2 * (32 - 2) / 256))
+
+
+def test_rope_that_goes_by_the_rows_length_is_estimated(tmp_path):
+    """As users write it: with what it was in transformers 4."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    options = {"batch_size": 1, "max_length": 128, "fraction": 0.25}
+    sizes = []
+    for name, given in (("plain", {}), ("dynamic", {"rope_scaling": scaling})):
+        tiny_config("qwen3_moe", head_dim=16).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "config.json"
+        config = json.loads(file.read_text())
+        rope = config.pop("rope_parameters", {})
+        file.write_text(json.dumps(config | {"rope_theta": rope.get("rope_theta", 1e4)} | given))
+        sizes.append(estimate(file, **options)["memory"])
+    assert sizes[0] == sizes[1]
+
+
 def test_a_gpus_attention_keeps_no_scores_whatever_the_widths_of_heads(write):
     config = write(copy.deepcopy(zoo_model("deepseek_v3").config))
     kept = {
@@ -372,7 +446,7 @@ def test_the_loss_in_chunks_is_within_10_percent(dtype, write, monkeypatch):
 def measured_peak(
     config, *, dtype="float32", r=8, quantize=None, keep_hot=False, quantize_linear=None, gradient_checkpointing=False,
     optim="adamw_torch_fused", gradient_accumulation_steps=1, grow_every=None, dense_mixer=False,
-    attn_implementation=None, **perft,
+    attn_implementation=None, packed=False, **perft,
 ):  # fmt: skip
     """Bytes, and the share of the routing that the adapted experts got."""
     torch.manual_seed(0)
@@ -394,6 +468,9 @@ def measured_peak(
         model.gradient_checkpointing_enable(checkpoint_kwargs())
         model.enable_input_require_grads()
     labelled = LabelledLoss(model, range(3, 30))
+    inputs = {"input_ids": ids}
+    if packed:  # two examples
+        inputs["position_ids"] = torch.arange(LENGTH // 2).repeat(2)[None]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(optim)(trained, lr=1e-3)
 
@@ -401,7 +478,7 @@ def measured_peak(
         for _ in range(gradient_accumulation_steps):
             with mixed_routers(model) if dense_mixer else nullcontext():
                 with autocast("cpu", getattr(torch, dtype)):
-                    loss = labelled(model, {"input_ids": ids}, ids)[1] / ids.numel()
+                    loss = labelled(model, inputs, ids)[1] / ids.numel()
                 loss.backward()
             del loss
         optimizer.step()

@@ -19,8 +19,8 @@ from hotlora.cost.cards import CARDS, step_time
 from hotlora.cost.estimate import estimate, step_of
 from hotlora.cost.fit import fit
 from hotlora.cost.memory import Storage, expert_bytes, memory, state_bytes, transfer_bytes
-from hotlora.cost.preflight import ROOM, preflight, warm_up_by
-from hotlora.cost.setups import LEVERS
+from hotlora.cost.preflight import ROOM, experts_of, preflight, step_by, warm_up_by
+from hotlora.cost.setups import LEVERS, Setups
 from hotlora.hf.models import config_file
 from hotlora.runs import training
 from hotlora.runs.methods import resolve
@@ -141,6 +141,52 @@ def test_what_is_told_beyond_it_would_do():
     told = str(error.value).split("Each of these besides would do: ")[1]
     assert "--rule hot --fraction 0.25" in told and "--r 8" in told
     assert "paged" not in told  # it would need RAM
+
+
+def test_half_the_length_is_advised_by_what_it_takes():
+    """A quarter, where attention keeps its scores."""
+    options = {"max_length": 1024, "batch_size": 1, "attn_implementation": "eager", "device": "cuda"}
+    setups = setups_of(**options)
+    (half,) = [way for way in setups.beyond(setups.own) if "max_length" in way.changes]
+    own = step_of("nano", fraction=0.25, padded=True, r=8, **options | {"max_length": 512})
+    assert half.step == own and half.step.length == 512
+    assert half.step.rest < 0.4 * setups.own.step.rest
+
+
+def test_ways_of_a_packed_run_have_masks_of_their_own():
+    """Which grow with the square of a batch; kernels that know where examples end are advised."""
+    options = {"max_length": 256, "batch_size": 4, "packing": True, "device": "cuda"}
+    setups = setups_of(**options)
+    for way in setups.chosen_from:
+        size = way.changes.get("batch_size", 4)
+        assert way.step == step_of("nano", fraction=0.25, packed=True, r=8, **sized(options, batch_size=size))
+    assert setups.own.step.rest > 4.2 * min(way.step.rest for way in setups.chosen_from)
+    base = next(way for way in setups.chosen_from if way.changes.get("batch_size") == 2)
+    first = next(setups.beyond(base))
+    assert first.changes == base.changes | {"attn_implementation": "flash_attention_2"}
+    flash = {"batch_size": 2, "attn_implementation": "flash_attention_2"}
+    assert first.step.rest == step_of("nano", fraction=0.25, packed=True, r=8, **sized(options, **flash)).rest
+    assert first.step.tokens == 512 and first.total < base.total
+    for other in ({"packing": False}, {"device": "cpu"}, {"attn_implementation": "flash_attention_2"}):
+        others = setups_of(**options | other)
+        assert not any("attn_implementation" in way.changes for way in others.beyond(others.own))
+
+
+def test_a_packed_runs_warm_up_is_counted_at_its_batch():
+    setups = setups_of(max_length=256, batch_size=4, packing=True, device="cuda", warmup="lora", rule="all")
+    plain = setups_of(max_length=256, batch_size=4, packing=True, device="cuda", rule="all")
+    assert [way.total for way in setups.chosen_from] == [way.total for way in plain.chosen_from]
+
+
+def sized(options, **changes):
+    return {name: value for name, value in options.items() if name != "packing"} | changes
+
+
+def setups_of(device, **options):
+    run = run_options(model="nano", data="", **{**SMALL, **options})
+    path, where = config_file("nano"), torch.device(device)
+    by = step_by(run, path, where, experts_of(run))
+    return Setups(run, by, warm_up_of=warm_up_by(run, path, where))
 
 
 def test_more_ram_and_one_thing_more_are_told_together():

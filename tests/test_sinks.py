@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hotlora
@@ -98,6 +99,26 @@ def test_it_keeps_no_scores():
             out, _ = attention_with_sinks(module, q, k, v, mask, scaling=0.125, s_aux=sinks)
         assert out.shape == (1, length, heads, 64)
         assert saved.total < heads * length * length * 4 and out.requires_grad
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_are_as_wide_as_kernels_want_them(length, dtype, monkeypatch):
+    """torch's kernels on a GPU copy a mask whose rows are no multiple of 16 numbers, once more in each layer."""
+    module, given = torch.nn.Module(), []
+    monkeypatch.setattr(
+        "hotlora.hf.sinks.sdpa_attention_forward",
+        lambda *args, **_: (given.append(args[4]), sdpa_attention_forward(*args))[1],
+    )
+    q, k, v = (torch.randn(2, 3, length, 8) for _ in range(3))
+    sinks, mask = torch.randn(3), torch.ones(2, 1, length, length, dtype=torch.bool).tril()
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~mask, -torch.inf)
+    expected = torch.cat([scores, sinks.view(1, 3, 1, 1).expand(2, 3, length, 1)], -1).softmax(-1)[..., :-1] @ v
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    found, _ = attention_with_sinks(module, q, k, v, mask, s_aux=sinks)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+    assert given[0].shape[-1] % 16 == 0 and given[0].stride(-2) % 16 == 0
 
 
 def test_it_is_what_is_loaded(tmp_path):

@@ -7,10 +7,10 @@ experts left out; and one layer's experts are run for real, on a few tokens and 
 import copy
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import get_peft_model
@@ -137,8 +137,12 @@ class Rest:
     """Bytes that it keeps, and the loss."""
     again: int
     """Bytes of it that several operations keep, as the adapters of q, k and v their input."""
+    layers: tuple[tuple[int, int], ...]
+    """Of each decoder layer: bytes of it that it keeps, and `padding`'s."""
+    masks: int
+    """Bytes of what layers share: attention's masks, positions. Gradient checkpointing holds it to the end."""
     backward: int
-    """Bytes that the backward pass of one layer makes at a time."""
+    """Bytes that the backward pass of the layer that keeps most makes at a time."""
     padding: int
     """Bytes that attention on a GPU keeps besides where rows have padding: a mask that is added, in each layer, and k
     and v repeated for all heads of q."""
@@ -150,54 +154,110 @@ class Rest:
     """Weights of the adapter that every token meets."""
 
 
+def masked_layers(config: PreTrainedConfig, attn_implementation: str | None) -> str:
+    """Whose attention works out the scores of all keys, whatever is masked: `all` layers', those with a `sliding`
+    window, or `none`'s, as by kernels that know where a row's examples and windows end."""
+    attention = _attention(config, attn_implementation)
+    return "all" if attention == "eager" else "none" if attention == _KERNELS else "sliding"
+
+
+def _attention(config: PreTrainedConfig, attn_implementation: str | None) -> str | None:
+    attention = attn_implementation or default_attention(config)
+    return attention if attention in (None, "eager", "sdpa", SINKS) else _KERNELS  # which need a GPU, or their library
+
+
 def rest_of_step(
     config: PreTrainedConfig, lora: HotLoraConfig, batch_size: int, length: int, dtype: torch.dtype, device: str,
-    attn_implementation: str | None = None,
+    attn_implementation: str | None = None, *, flattened: bool = False,
 ) -> Rest:  # fmt: skip
     """What all but the routed experts keep, by running the adapted decoder on tensors that have shapes only.
 
-    device: cuda or cpu, whose kernels attention takes.
+    device: cuda or cpu, whose kernels attention takes. flattened: rows hold several examples, and a mask keeps them
+    apart.
     """
-    attention = attn_implementation or default_attention(config)
-    if attention not in (None, "eager", "sdpa", SINKS):  # kernels that need a GPU, or their library
-        attention = _KERNELS
+    attention = _attention(config, attn_implementation)
     with torch.device("meta"), quiet():
-        base = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        base = auto_class(config).from_config(_plain_rope(config), dtype=dtype, attn_implementation=attention)
         of_base = _numbers(base)
         model = get_peft_model(base, lora).train()
     with FakeTensorMode(), quiet():
         _on_cpu(model)
         ids = torch.zeros(batch_size, length, dtype=torch.int64)
         kernels = _cuda_attention() if device == "cuda" else nullcontext([0])
-        with _without_experts(model), _unpacked(), kernels as padding, autocast("cpu", dtype):
-            with SavedBytes(model) as saved, _last_input(base) as given:
-                hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            kept, again = saved.total, saved.again
-            del saved  # which holds all that it has counted
+        rows = nullcontext() if flattened else _unpacked()
+        with _without_experts(model), rows, kernels as padding, autocast("cpu", dtype):
+            kept, again, layers = _forward(base, model, ids, padding)
+            largest = max(reversed(layers), key=lambda layer: layer.kept)
             with LiveBytes() as live:
-                if given[0].requires_grad:
-                    torch.autograd.grad(hidden.sum(), given)
-                else:  # the only layer
-                    hidden.sum().backward()
+                if largest.given.requires_grad:
+                    torch.autograd.grad(largest.returned.sum(), largest.given)
+                else:  # the first
+                    largest.returned.sum().backward()
+    shared = {storage._cdata: storage.nbytes() for layer in layers for storage in layer.shared}
     last = batch_size * length * config.get_text_config().hidden_size * dtype.itemsize  # what the loss keeps
     shapes = tuple(tuple(p.shape) for p in model.parameters() if p.requires_grad)
     frozen = _numbers(model) - of_base - sum(map(math.prod, shapes))
-    return Rest(kept + last, again, live.most, sum(padding), shapes, frozen, weights_beside_experts(model))
+    return Rest(
+        kept + last, again, tuple(layer.kept for layer in layers), sum(shared.values()), live.most, sum(padding),
+        shapes, frozen, weights_beside_experts(model),
+    )  # fmt: skip
+
+
+def _plain_rope(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy whose rotary embeddings take as much memory, and do not depend on how long a row turns out to be: that is
+    not known of tensors that have shapes only."""
+    copied = copy.deepcopy(config)
+    rope = getattr(copied.get_text_config(), "rope_parameters", None) or {}
+    for of_kind in (rope, *rope.values()):  # one for all layers, or one for each kind of them
+        if isinstance(of_kind, dict) and of_kind.get("rope_type") == "dynamic":
+            of_kind["rope_type"] = "default"
+    return copied
+
+
+def _forward(
+    base: PreTrainedModel, model: nn.Module, ids: Tensor, padding: list[int]
+) -> tuple[int, int, list["_Layer"]]:
+    """`Rest.kept` and `again` of the decoder, and its layers."""
+    with SavedBytes(model) as saved:
+        with _decoder_layers(base, lambda: (saved.total, sum(padding))) as layers:
+            base.get_decoder()(input_ids=ids, use_cache=False)
+    return saved.total, saved.again, layers
+
+
+class _Layer(NamedTuple):
+    """A decoder layer that has run."""
+
+    kept: tuple[int, int]
+    """What it added to `count`."""
+    shared: list[torch.UntypedStorage]
+    """Of what it was given besides its input."""
+    given: Tensor
+    returned: Tensor
 
 
 @contextmanager
-def _last_input(base: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """What the last decoder layer is given."""
-    given: list[Tensor] = []
+def _decoder_layers(base: PreTrainedModel, count: Callable[[], tuple[int, int]]) -> Iterator[list[_Layer]]:
+    found: list[_Layer] = []
+    before = (0, 0)
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append(args[0] if args else kwargs["hidden_states"])
+    def begins(*_: Any) -> None:
+        nonlocal before
+        before = count()
 
-    handle = base.get_decoder().layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+    def ends(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        now, given = count(), dict(kwargs)
+        hidden = args[0] if args else given.pop("hidden_states")
+        kept = (now[0] - before[0], now[1] - before[1])
+        found.append(_Layer(kept, _storages((args[1:], given)), hidden, tree_leaves(result)[0]))
+
+    layers = base.get_decoder().layers
+    handles = [layer.register_forward_pre_hook(begins) for layer in layers]
+    handles += [layer.register_forward_hook(ends, with_kwargs=True) for layer in layers]
     try:
-        yield given
+        yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _numbers(model: nn.Module) -> int:

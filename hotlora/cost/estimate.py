@@ -29,7 +29,7 @@ from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from ..training.rank_growth import allocated
-from .activations import expert_row_bytes, rest_of_step
+from .activations import expert_row_bytes, masked_layers, rest_of_step
 from .flops import expert_adapter_flops, forward_flops, perft_flops, step_flops
 from .memory import ExpertLayer, Step, Storage, memory, transfer_bytes
 
@@ -121,6 +121,7 @@ def step_of(
     perft_adapters: int = 1,
     perft_top_k: int = 1,
     padded: bool = False,
+    packed: bool = False,
     attn_implementation: str | None = None,
     dtype: str = "auto",
     device: str | torch.device = "cuda",
@@ -133,6 +134,8 @@ def step_of(
         experts_per_layer, fraction: the budget, as for `select_experts`, or "top_k": the router's K; none means all.
         coverage: share of assignments to adapted experts; None: as in a layer whose loads have a CV of 1.
         padded: the rows of a batch are of several lengths, and not packed: attention has a mask, and keeps more.
+        packed: all examples of a batch are one row, as TRL's packing has them. Attention has a mask over the whole of
+            it, but for kernels that know where examples end, as flash_attention_2.
         attn_implementation: as `hotlora.load_model` takes it.
         dtype: of the base, and of what is computed; auto: as `train` has it, the config's own on a GPU and float32 on
             the CPU. Adapters are float32.
@@ -169,10 +172,15 @@ def step_of(
         share_a=share_a, normalize_moe_lora=normalize_moe_lora, perft=perft, perft_adapters=perft_adapters,
         perft_top_k=perft_top_k,
     )  # fmt: skip
+    masked, rows, length = masked_layers(cut, attn_implementation), batch_size, max_length
+    if flattened := packed and masked != "none":
+        masked, rows, length = "all", 1, batch_size * max_length
     try:
         on = device if device.type == "cuda" and torch.cuda.is_available() else torch.device("cpu")
         row = expert_row_bytes(meta, lora, coverage, compute, on)
-        rest = rest_of_step(cut, lora, batch_size, max_length, compute, device.type, attn_implementation)
+        rest = rest_of_step(
+            cut, lora, rows, length, compute, device.type, attn_implementation, flattened=flattened
+        )  # fmt: skip
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -183,16 +191,21 @@ def step_of(
     else:
         of_experts = expert_adapter_flops(meta, lora.rank_of_experts(meta), {layer.layer: coverage for layer in found})
     adapter = of_experts + 2.0 * rest.beside_experts
-    forward = forward_flops(meta, max_length)
+    forward = forward_flops(meta, length, masked)
     text, tokens = cut.get_text_config(), batch_size * max_length
     view = ExpertsView(unwrap(meta.get_submodule(found[0].experts)))
+    of_layers = tuple(
+        (kept + round(row * tokens) * (layer in experts), padding * padded)
+        for layer, (kept, padding) in enumerate(rest.layers)
+    )
     return Step(
         device=device.type, dtype=str(compute).removeprefix("torch."), itemsize=compute.itemsize, tokens=tokens,
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
         expert_widths=(*view.widths, view.num_parts), trained=rest.trained, frozen=rest.frozen,
         expert_row=row, rest=rest.kept, rest_again=rest.again,
-        rest_backward=rest.backward, rest_padding=rest.padding if padded else 0, length=max_length,
+        rest_backward=rest.backward, rest_padding=rest.padding if padded else 0, layers=of_layers, masks=rest.masks,
+        length=length, flattened=flattened,
         coverage=coverage, forward=forward, adapter=adapter,
         expert_adapter=of_experts,
         flops=step_flops(forward, adapter, tokens), **_weights(meta, kept),

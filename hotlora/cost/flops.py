@@ -18,8 +18,11 @@ _NO_SCORES = re.compile("linear|mamba|conv|recurrent|moe|mlp")  # kinds of layer
 _TOWERS = re.compile("vision|visual|audio")
 
 
-def forward_flops(model: PreTrainedModel, length: int) -> dict[str, float]:
-    """Of the base model's forward pass, a token, in sequences of `length` tokens.
+def forward_flops(model: PreTrainedModel, length: int, masked: str = "none") -> dict[str, float]:
+    """Of the base model's forward pass, a token, in rows of `length` tokens.
+
+    masked: layers whose attention works out the scores of all keys, those that a mask hides too: none, those with a
+    `sliding` window shorter than the row, or all.
 
     Keys: experts (routed), router, attention (the adapted projections), scores, dense (all other Linears: shared
     experts, dense layers), head.
@@ -45,7 +48,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> dict[str, float]:
         if other and id(module.weight) not in counted and not _TOWERS.search(path):
             flops["dense"] += 2.0 * module.weight.numel()
     flops["head"] = 2.0 * head.weight.numel()
-    flops["scores"] = _score_flops(model.config.get_text_config(), length)
+    flops["scores"] = _score_flops(model.config.get_text_config(), length, masked)
     return flops
 
 
@@ -105,7 +108,7 @@ def _weight(model: PreTrainedModel, path: str) -> Tensor:
     return model.get_submodule(path).get_parameter("weight")
 
 
-def _score_flops(config: Any, length: int) -> float:
+def _score_flops(config: Any, length: int, masked: str) -> float:
     """Queries times keys, and the weights times values, a token, over all layers with softmax attention. Sparse
     attention counts as full."""
     layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
@@ -119,5 +122,7 @@ def _score_flops(config: Any, length: int) -> float:
         query = (getattr(layer, "qk_nope_head_dim", 0) or 0) + (getattr(layer, "qk_rope_head_dim", 0) or 0)
         width = (query or head_dim) + (getattr(layer, "v_head_dim", None) or head_dim)
         window = min(getattr(layer, "sliding_window", None) or length, length) if "sliding" in kind else length
-        total += 2.0 * heads * width * (window - window * window / (2 * length))  # mean number of keys of a token
+        has_mask = masked == "all" or (masked == "sliding" and window < length)
+        keys = length if has_mask else window - window * window / (2 * length)  # of a token, on average
+        total += 2.0 * heads * width * keys
     return total

@@ -89,8 +89,15 @@ class Step:
     """What its backward makes at a time, in one layer."""
     rest_padding: int
     """What it keeps besides where rows have padding, as in all batches of several examples that are not packed."""
+    layers: tuple[tuple[int, int], ...]
+    """Of each decoder layer: bytes that it keeps, its routed experts' too; and besides where rows have padding."""
+    masks: int
+    """Bytes of what all layers share, as attention's masks, which gradient checkpointing holds to the end."""
     length: int
-    """Tokens of an example."""
+    """Tokens of a row: of an example, or of all where they are flattened."""
+    flattened: bool
+    """Whether all examples are one row, packed, whose attention has a mask over the whole of it: memory and time then
+    grow with the square of the batch."""
     coverage: float
     """Share of assignments to adapted experts."""
     forward: Mapping[str, float]
@@ -119,13 +126,14 @@ class Step:
         return self.device == "cpu"
 
     def of_tokens(self, tokens: int) -> "Step":
-        """With batches of so many tokens, in sequences of the same length."""
+        """With batches of so many tokens, in rows of the same length: no way to another batch of flattened ones."""
         factor = tokens / self.tokens
         sizes = {
             name: round(getattr(self, name) * factor)
-            for name in ("rest", "rest_again", "rest_backward", "rest_padding")
+            for name in ("rest", "rest_again", "rest_backward", "rest_padding", "masks")
         }
-        return replace(self, tokens=tokens, flops=self.flops * factor, **sizes)
+        layers = tuple((round(kept * factor), round(padding * factor)) for kept, padding in self.layers)
+        return replace(self, tokens=tokens, flops=self.flops * factor, layers=layers, **sizes)
 
     @property
     def recomputed(self) -> float:
@@ -221,17 +229,28 @@ def activation_bytes(step: Step, storage: Storage) -> float:
     if not storage.activation_offloading:
         return 0.0
     check_activation_offloading(storage.activation_offloading, step.device)
-    layers, size = len(step.blocks), _kept(step, storage.gradient_checkpointing)
+    layers = len(step.blocks)
     if storage.gradient_checkpointing:
-        return size * (1 - min(layers, _ON_THEIR_WAY) / layers)
-    return (size - step.rest_again) * (1 - 1 / layers)
+        return _inputs(step) * (1 - min(layers, _ON_THEIR_WAY) / layers)
+    return (_kept(step, False) - step.rest_again) * (1 - 1 / layers)
+
+
+def _inputs(step: Step) -> float:
+    """Of all decoder layers."""
+    return step.tokens * step.width * step.itemsize * len(step.blocks)
+
+
+def _is_padded(step: Step) -> bool:
+    """One row has no padding."""
+    return step.rest_padding > 0 and step.tokens > step.length
 
 
 def _kept(step: Step, recomputes: bool) -> float:
     """Of a forward's activations, what is there for the backward."""
     if recomputes:
-        return step.tokens * step.width * step.itemsize * len(step.blocks)
-    padding = step.rest_padding if step.tokens > step.length else 0
+        mask = step.tokens * step.length if _is_padded(step) else 0  # of bools
+        return _inputs(step) + step.masks + mask
+    padding = step.rest_padding if _is_padded(step) else 0
     return step.rest + padding + step.expert_row * step.tokens * len(step.experts)
 
 
@@ -290,14 +309,15 @@ def _peak(step: Step, storage: Storage, gradients: float, moved: float) -> tuple
     """What is kept from forward to backward; and what the peak takes besides, with the gradients that are there.
 
     It is the highest of three moments: the loss, which has a tile of logits; the last layer's backward, where its rows
-    of experts have gradients, or its attention (with whole scores, where a family has no fused kernel); and the first
-    layer's, when all gradients of what trains are there and the activations are gone.
+    of experts have gradients, or its attention (with whole scores, where a family has no fused kernel, or with what is
+    made of a mask of bools); and the first layer's, when all gradients of what trains are there and the activations are
+    gone.
     """
     layers, adds_up = len(step.blocks), storage.gradient_accumulation_steps > 1
-    one = _kept(step, False) / layers
+    one = max(kept + padding * _is_padded(step) for kept, padding in step.layers)
     in_loss = _kept(step, storage.gradient_checkpointing) - moved
     kept = in_loss + one * storage.gradient_checkpointing
-    logits, rows = _logits(step), max(_rows(step, storage), step.rest_backward)
+    logits, rows = _logits(step), max(_rows(step, storage), step.rest_backward, step.masks)
     moments = (
         in_loss + logits + gradients * adds_up,
         kept + rows + (gradients if adds_up else gradients / layers),

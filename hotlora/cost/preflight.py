@@ -175,7 +175,7 @@ def step_by(
     def with_changes(changes: Mapping[str, Any]) -> Step:
         given = {name: changes.get(name, getattr(options, name)) for name in _OF_STEP} | dict(fixed)
         budget = {name: changes[name] for name in ("fraction", "experts_per_layer") if name in changes} or kept
-        return step_of(path, device=where, padded=not options.packing, **given, **budget)
+        return step_of(path, device=where, padded=not options.packing, packed=options.packing, **given, **budget)
 
     return with_changes
 
@@ -205,6 +205,7 @@ def estimated_options(options: RunOptions) -> dict[str, Any]:
     names = (*_OF_STEP, *(field.name for field in fields(Storage)))
     return {name: getattr(options, name) for name in names} | experts_of(options) | {
         "device": _of_auto(options.device), "padded": not options.packing,
+        "packed": options.packing,
     }  # fmt: skip
 
 

@@ -22,6 +22,9 @@ LEVERS = (*_BATCH, "gradient_checkpointing", "offload", "quantize")
 """Options that --fit may choose."""
 _WORTH = {None: 1.0, 0: 1.0, 8: 1.5, 4: 2.0}
 """Bits of the experts -> how much longer a way may take that leaves them as they are, and is chosen all the same."""
+_SHAPE = ("rule", "fraction", "r", "max_length", "attn_implementation")
+"""Options that make another step of it."""
+_FLASH = "flash_attention_2"
 _SHORTEST = 64  # tokens that an example is not to be cut to less than
 
 
@@ -75,13 +78,17 @@ class Setups:
     """Whether the checkpoint is, by whomever: it cannot be quantized as it is loaded."""
 
     @cached_property
-    def _warm_ups(self) -> dict[int | None, Step]:
+    def _warm_ups(self) -> dict[tuple[Any, ...], Step]:
         return {}
 
     @cached_property
     def own(self) -> Setup:
         """The run as it is."""
-        return self._setup({}, self.step_of({}))
+        return self._setup({}, self._own_step)
+
+    @cached_property
+    def _own_step(self) -> Step:
+        return self.step_of({})
 
     @cached_property
     def chosen_from(self) -> list[Setup]:
@@ -92,8 +99,7 @@ class Setups:
             changes = batch | dict(zip(values, others, strict=True))
             changes = {name: value for name, value in changes.items() if value != getattr(self.options, name)}
             if self._is_allowed(changes):
-                tokens = changes.get("batch_size", self.options.batch_size) * self.options.max_length
-                found.append(self._setup(changes, self.own.step.of_tokens(tokens)))
+                found.append(self._setup(changes, self._step(changes)))
         return sorted(found, key=lambda setup: setup.cost)
 
     def beyond(self, base: Setup) -> Iterator[Setup]:
@@ -111,18 +117,28 @@ class Setups:
             others.append({"max_length": self.options.max_length // 2})
         if self.options.r > 8 and not self.options.normalize_moe_lora:  # which takes no rank that K does not divide
             others.append({"r": 8})
+        if self.own.step.flattened and not self.own.step.on_cpu:
+            others.insert(0, {"attn_implementation": _FLASH})
         if self.options.plan is None and (self.options.rule == "all" or self.options.budget is not None):
             others.insert(0, {"rule": "hot", "fraction": DEFAULT_FRACTION})
         for changes in others:
             if changes.keys() & set(self.given) or not self._is_allowed(changes):
                 continue
-            if changes.keys() & {"rule", "r"}:
-                step = self.step_of(changes).of_tokens(base.step.tokens)
-            elif "max_length" in changes:
-                step = base.step.of_tokens(base.step.tokens // 2)
-            else:
-                step = base.step
-            yield self._setup({**base.changes, **changes}, step)
+            both = {**base.changes, **changes}
+            yield self._setup(both, self._step(both))
+
+    def _step(self, changes: Mapping[str, Any]) -> Step:
+        shape = self._shape(changes)
+        return self._of_batch(self.step_of(shape) if shape else self._own_step, changes)
+
+    def _shape(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What makes another step. Of another batch it is arithmetic, but where all examples are one row."""
+        names = (*_SHAPE, "batch_size") if self._own_step.flattened else _SHAPE
+        return {name: changes[name] for name in names if name in changes}
+
+    def _of_batch(self, step: Step, changes: Mapping[str, Any]) -> Step:
+        size, length = (changes.get(name, getattr(self.options, name)) for name in ("batch_size", "max_length"))
+        return step if step.flattened else step.of_tokens(size * length)
 
     @property
     def _is_spread(self) -> bool:
@@ -174,7 +190,7 @@ class Setups:
         seconds = step_time(step, storage, CPU if step.on_cpu else self.card).step
         found = self._memory(step, storage)
         if self.warm_up_of is not None:
-            warm_up = self._warm_up(changes.get("r")).of_tokens(step.tokens)
+            warm_up = self._of_batch(self._warm_up(self._shape(changes)), changes)
             before = self._memory(warm_up, replace(storage, keep_hot=False))
             found = max(found, before, key=lambda memory: memory["total"])
         return Setup(changes, step, storage, found, seconds)
@@ -182,12 +198,14 @@ class Setups:
     def _memory(self, step: Step, storage: Storage) -> dict[str, float]:
         return memory(work_of(step, storage), self.processes, self.layout)
 
-    def _warm_up(self, r: int | None) -> Step:
-        """Made once for each rank: of another batch it is arithmetic."""
+    def _warm_up(self, shape: dict[str, Any]) -> Step:
+        """Made once for each shape. It has all experts, whatever the run has."""
         assert self.warm_up_of is not None
-        if r not in self._warm_ups:
-            self._warm_ups[r] = self.warm_up_of({} if r is None else {"r": r})
-        return self._warm_ups[r]
+        asked = {name: value for name, value in shape.items() if name not in ("rule", "fraction")}
+        key = tuple(sorted(asked.items()))
+        if key not in self._warm_ups:
+            self._warm_ups[key] = self.warm_up_of(asked)
+        return self._warm_ups[key]
 
 
 def first_of_each_kind(setups: Iterator[Setup], fits: Callable[[Setup], bool], most: int) -> list[Setup]:

@@ -24,6 +24,7 @@ FAMILIES = ("flint", "gpt_oss", "granitemoe_swa", "mimo_v2_flash")
 """Where transformers takes eager attention, and this is the same. Not deepseek_v4 and hy_v4, whose masks are sparse."""
 
 _CHANNELS = 8  # heads stay as wide as kernels want them
+_KEYS = 16  # a mask over a multiple of so many keys is not copied once more by torch's kernels on a GPU
 
 
 def default_attention(config: PreTrainedConfig) -> str | None:
@@ -58,13 +59,18 @@ def attention_with_sinks(
     # Kernels count from the first query and the first key: where no mask says so, the sink gets a query of its own.
     logits = F.pad((s_aux / scaling).to(query.dtype).view(-1, 1, 1), (width, _CHANNELS - 1))
     query = F.pad(query, (0, _CHANNELS, int(is_causal), 0)) + logits
-    key = F.pad(key, (0, _CHANNELS, 1, 0))
+    # The sink's key is the last of the new ones; the mask hides those before it.
+    more = 1 if attention_mask is None else _KEYS - key.shape[2] % _KEYS
+    key = F.pad(key, (0, _CHANNELS, more, 0))
     with torch.no_grad():  # of the new channel, which the backward pass drops
-        key[:, :, 0, width] = 1
+        key[:, :, more - 1, width] = 1
     # Kernels that keep no scores want v as wide as q and k; where it was not, as in MiMo, nothing is to be kept.
-    value = F.pad(value, (0, _CHANNELS if width_v == width else 0, 1, 0))
+    value = F.pad(value, (0, _CHANNELS if width_v == width else 0, more, 0))
     if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (1, 0), value=attention_mask.dtype == torch.bool)
+        is_bool = attention_mask.dtype == torch.bool
+        hidden = False if is_bool else torch.finfo(attention_mask.dtype).min
+        attention_mask = F.pad(attention_mask, (more, 0), value=hidden)
+        attention_mask[..., more - 1] = is_bool  # True, or 0 to be added
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     return out[:, int(is_causal) :, :, :width_v], None
 

@@ -51,8 +51,10 @@ class TrainConfig(Options):
     max_grad_norm: float = option("Gradients are scaled down to this norm; 0 leaves them.", 1.0, panel=_TRAINING)
     max_length: int = option("Tokens of an example; longer ones are cut from the right.", 512, panel=_TRAINING)
     packing: bool = option(
-        "Several examples in one row of --max-length tokens, kept apart by their positions.", False, panel=_TRAINING
-    )
+        "Several examples in one row of --max-length tokens, kept apart by their positions. A batch is then one row: "
+        "it wants --attn-implementation flash_attention_2, as others make a mask over the whole of it.",
+        False, panel=_TRAINING,
+    )  # fmt: skip
     save_steps: int = option(
         "Optimizer steps between checkpoints; the last step always has one.", 100, panel=_TRAINING, resume="free"
     )
