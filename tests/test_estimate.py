@@ -271,15 +271,20 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
 
 
 @pytest.mark.parametrize("dtype,of_router", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")])
-@pytest.mark.parametrize("width,expert_width", [(256, 96), (256, 32), (128, 256)])
-def test_rows_of_experts_on_a_gpu(width, expert_width, dtype, of_router, write, monkeypatch):
+@pytest.mark.parametrize(
+    "family,width,expert_width", [("olmoe", 256, 96), ("olmoe", 256, 32), ("olmoe", 128, 256), ("gpt_oss", 256, 96)]
+)
+def test_rows_of_experts_on_a_gpu(family, width, expert_width, dtype, of_router, write, monkeypatch):
     """What a layer makes in forward or backward beyond what it keeps, with a GPU's products."""
     for module, name in ((gpu, "BLOCK_BYTES"), (memory, "_AT_ONCE")):
         monkeypatch.setattr(module, name, 2**20)
-    config = tiny_config(
-        "olmoe", hidden_size=width, moe_intermediate_size=expert_width, intermediate_size=expert_width,
-        num_hidden_layers=1, num_experts=8, num_experts_per_tok=8,
-    )  # fmt: skip
+    config = tiny_config(family) if family == "olmoe" else copy.deepcopy(zoo_model(family).config)
+    if family == "gpt_oss":
+        config.update({"layer_types": config.layer_types[:1]})
+    config.update({
+        "hidden_size": width, "moe_intermediate_size": expert_width, "intermediate_size": expert_width,
+        "num_hidden_layers": 1, "num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 8,
+    })  # fmt: skip
     compute, of_weights = getattr(torch, dtype), getattr(torch, of_router)
     base = AutoModelForCausalLM.from_config(config, dtype=compute).requires_grad_(False)
     view = ExpertsView(base.model.layers[0].mlp.experts)

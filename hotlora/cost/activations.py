@@ -125,6 +125,23 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def activation_arrays(view: ExpertsView, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Arrays of all rows, `[S, F]`, that the experts' activation makes: the most in a forward; what is left of one with
+    gradients; the most in its backward, what was left but for its value included."""
+    up_SPF = torch.zeros(4, view.num_parts, view.widths[1], dtype=dtype)
+    array = up_SPF[:, 0].numel() * dtype.itemsize
+    with torch.no_grad(), LiveBytes() as forward:
+        grad_SF = view.activation(up_SPF)
+    with torch.enable_grad(), LiveBytes() as live:
+        act_SF = view.activation(up_SPF.requires_grad_())
+        left = live.now
+        edge = torch.autograd.graph.get_gradient_edge(act_SF)
+        del act_SF
+        live.most = live.now
+        torch.autograd.grad(edge, up_SPF, grad_SF)
+    return forward.most / array, left / array, live.most / array
+
+
 def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
 

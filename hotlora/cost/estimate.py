@@ -29,7 +29,7 @@ from ..hf.moe_layers import moe_layers, num_experts_per_tok, unwrap
 from ..routing.plan import ExpertPlan
 from ..routing.profile import experts_kept
 from ..training.rank_growth import allocated
-from .activations import expert_row_bytes, masked_layers, rest_of_step
+from .activations import activation_arrays, expert_row_bytes, masked_layers, rest_of_step
 from .flops import expert_adapter_flops, forward_flops, perft_flops, step_flops
 from .memory import ExpertLayer, Step, Storage, memory, transfer_bytes
 
@@ -202,7 +202,8 @@ def step_of(
         device=device.type, dtype=str(compute).removeprefix("torch."), itemsize=compute.itemsize, tokens=tokens,
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
-        expert_widths=(*view.widths, view.num_parts), trained=rest.trained, frozen=rest.frozen,
+        expert_widths=(*view.widths, view.num_parts), activation=activation_arrays(view, compute),
+        has_bias=view.experts.has_bias, trained=rest.trained, frozen=rest.frozen,
         expert_row=row, rest=rest.kept, rest_again=rest.again,
         rest_backward=rest.backward, rest_padding=rest.padding if padded else 0, layers=of_layers, masks=rest.masks,
         length=length, flattened=flattened,

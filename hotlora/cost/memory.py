@@ -60,6 +60,10 @@ class Step:
     """D"""
     expert_widths: tuple[int, int, int]
     """D, F and P of the routed experts."""
+    activation: tuple[float, float, float]
+    """As `activations.activation_arrays` has it."""
+    has_bias: bool
+    """Whether experts have biases."""
     vocabulary: int
     whole_logits: bool
     """Whether the family's logits are not its LM head's output, and so are not made in chunks on a CPU."""
@@ -338,15 +342,19 @@ def _rows(step: Step, storage: Storage) -> float:
     width, expert_width, parts = step.expert_widths
     rows, size = step.tokens * step.top_k, step.itemsize
     d, f, wide = rows * width * size, rows * expert_width * size, max(4 / size, 1)
+    made_forward, kept, made_backward = step.activation
     # The experts' outputs where they come by token, and their products with float32 routing weights.
-    forward = d + min(d * wide, _AT_ONCE)
+    forward = max(made_forward * f, d + min(d * wide, _AT_ONCE))
     # Their gradient, those of the activation, the activation and what it keeps, and a product for the routing weights'.
-    of_down = d + (3 + wide) * f
-    of_activation = 5 * f  # its gradient, what it keeps, the gradients of gate and up, and both in one array
+    of_down = d + (1 + kept + wide) * f
+    if step.has_bias:  # of the rows' experts, in blocks
+        forward = max(forward, f + d + min(d, _AT_ONCE))
+        of_down = max(of_down, d + (1 + kept) * f + 2 * min(d, _AT_ONCE))
+    of_activation = (1 + made_backward) * f  # and its gradient
     of_up = 2 * d + parts * f  # the experts' inputs and their gradient, and that of gate and up
     made = [_made_dense(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
     linear = max(step.linear, default=0) * step.itemsize if storage.quantize_linear else 0.0
-    with_dense = d + 3 * f + max(made)  # a product with stored weights, when the others are not there
+    with_dense = d + (1 + kept) * f + max(made)  # a product with stored weights, when the others are not there
     return max(forward, of_down, of_activation, of_up, with_dense, linear)
 
 

@@ -16,9 +16,9 @@ Shape suffixes: E experts, K experts per token, S rows (assignments), N hot expe
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -94,15 +94,17 @@ class Rows:
 
     def add_bias(self, y_SO: Tensor, bias_EO: Tensor) -> None:
         """Adds to each row its expert's row of `bias`, in place."""
-        y_SO += self._of_rows(bias_EO)
+        for y_sO, bias_sO in self._with_values(y_SO, bias_EO):
+            y_sO += bias_sO
 
     def dot_bias(self, g_SO: Tensor, bias_EO: Tensor) -> Tensor:
         """`[S]`: each row's product with its expert's bias."""
-        return torch.linalg.vecdot(g_SO, self._of_rows(bias_EO).to(g_SO.dtype))
+        blocks = self._with_values(g_SO, bias_EO)
+        return torch.cat([torch.linalg.vecdot(g_sO, bias_sO.to(g_SO.dtype)) for g_sO, bias_sO in blocks])
 
     def scaled(self, y_SO: Tensor, scale_EO: Tensor) -> Tensor:
         """Each row times its expert's row of `scale`."""
-        return y_SO * self._of_rows(scale_EO).to(y_SO.dtype)
+        return torch.cat([y_sO * scale_sO.to(y_SO.dtype) for y_sO, scale_sO in self._with_values(y_SO, scale_EO)])
 
     def add_sums(self, sums_EO: Tensor, y_SO: Tensor) -> None:
         """Adds to `sums` the sum over each expert's rows."""
@@ -114,8 +116,15 @@ class Rows:
         """All rows in the places that the router gave them: gathered, since a scatter writes row by row."""
         return some_S.index_select(0, self.place_S)
 
-    def _of_rows(self, values_EO: Tensor) -> Tensor:
-        return self._here(values_EO.index_select(0, self.expert_S))
+    def _with_values(self, y_SO: Tensor, values_EO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of rows, and of each row its expert's values: `BLOCK_BYTES` of them at a time, which are as large as
+        the rows. A compiled graph makes none of them."""
+        step = max(1, BLOCK_BYTES // max(1, values_EO[:1].numel() * values_EO.element_size()))
+        step = len(y_SO) if torch.compiler.is_compiling() else step
+        elsewhere: Any = repeat(None) if self.elsewhere_S1 is None else self.elsewhere_S1.split(step)
+        for y_sO, expert_s, elsewhere_s1 in zip(y_SO.split(step), self.expert_S.split(step), elsewhere, strict=False):
+            values_sO = values_EO.index_select(0, expert_s)
+            yield y_sO, values_sO if elsewhere_s1 is None else values_sO.masked_fill_(elsewhere_s1, 0)
 
     def _here(self, x_SI: Tensor) -> Tensor:
         return x_SI if self.elsewhere_S1 is None else x_SI.masked_fill(self.elsewhere_S1, 0)
