@@ -266,6 +266,15 @@ def test_a_message_that_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCa
     )
 
 
+def test_conversations_without_a_template_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (example, _) = read(
+        tmp_path, {"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER]}, tokenizer=byte_tokenizer()
+    )
+    assert example.prompt.startswith("User: ") and example.prompt.endswith("\n\nAssistant:")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "the tokenizer has no chat template, so conversations are written as 'User: …'" in told
+
+
 def test_tool_calls_need_a_template(tmp_path: Path):
     plain = byte_tokenizer()
     with pytest.raises(DataError, match="line 1: the tokenizer has no chat template"):

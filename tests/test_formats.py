@@ -204,6 +204,14 @@ def test_a_row_in_which_nothing_is_learned_is_told(tmp_path: Path):
         read(tmp_path, {"messages": messages})
 
 
+def test_columns_as_a_mapping(tmp_path: Path):
+    row = {"ask": "a", "reply": "b"}
+    (example,) = read(tmp_path, row, columns={"prompt": "ask", "completion": "reply"})
+    assert (example.prompt, example.completion) == ("a", "b")
+    with pytest.raises(DataError, match="names what no format has: promt"):
+        read(tmp_path, row, columns={"promt": "ask"})
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

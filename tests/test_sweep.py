@@ -18,6 +18,7 @@ from tiny_files import save_tiny_model, write_sums
 from typer.testing import CliRunner
 
 from hotlora.base.errors import HotLoraError
+from hotlora.base.files import write_json
 from hotlora.base.records import Record, find_records, read_record
 from hotlora.cli.sweep import sweep as sweep_command
 from hotlora.report.comparison import compare_runs
@@ -25,8 +26,8 @@ from hotlora.report.rows import table_rows
 from hotlora.report.sections import read_sections
 from hotlora.routing.profile import RoutingProfile
 from hotlora.runs.options import EvalOptions, RunOptions
-from hotlora.runs.sweep import Condition, Sweep, load_sweep, sweep_jobs
-from hotlora.runs.sweep_runs import make_profile, score_adapter, score_base, train_run
+from hotlora.runs.sweep import Condition, Sweep, load_sweep, run_sweep, sweep_jobs
+from hotlora.runs.sweep_runs import keep_failure, make_profile, score_adapter, score_base, train_run
 from hotlora.runs.sweep_table import progress_table
 from hotlora.runs.worker_pool import Job, worker_environment
 from hotlora.training.config import TrainConfig
@@ -353,6 +354,32 @@ def test_killed_twice_it_ends_with_the_records_of_a_calm_sweep(tmp_path: Path):
     status, error = report["worker"]["hot/seed0"]
     assert status == "failed" and "its process ended with exit code -9" in error and report["mended"]
     assert report["other"] == 4 and report["kept"]
+
+
+def test_a_run_that_died_before_it_wrote_anything_is_made_again(tmp_path: Path):
+    sweep = Sweep("s", "nano", "nano-math", [Condition("base", train=False)], seeds=(0,), options={"test_limit": 2})
+    (job,) = sweep_jobs(sweep, tmp_path)
+    job.status, job.error = "failed", "its process ended with exit code -9"
+    keep_failure(job)
+    record = read_record(job.folder)
+    del record["config"]  # as before
+    write_json(job.folder / "run.json", record)
+    (job,) = run_sweep(sweep, tmp_path)
+    assert (job.status, job.error) == ("done", None)
+
+
+def test_a_script_without_a_guard_is_told(tmp_path: Path):
+    """Each run's process imports it again."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from hotlora import run_sweep
+from hotlora.runs.sweep import Condition, Sweep
+sweep = Sweep("s", "nano", "nano-math", [Condition("base", train=False)], seeds=(0,), options={{"test_limit": 2}})
+print([(job.status, job.error) for job in run_sweep(sweep, {str(tmp_path / "runs")!r})])
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert 'put the call of run_sweep under `if __name__ == "__main__":`' in done.stderr
+    assert "exit code 1: killed, out of memory, or what it printed" in done.stdout
 
 
 def test_the_guides_sweep_builds(tmp_path: Path):

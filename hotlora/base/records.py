@@ -97,6 +97,7 @@ def new_record(
         "seconds": None,
         "model": dict(model),
         "data": dict(data),
+        "config": {},
         **sections,
         "environment": environment(device),
     }
@@ -115,6 +116,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     file = file_in(path, "run.json")
     record = validate(read_json(file), str(file))
     _check_finite(record, str(file))
+    record.setdefault("config", {})  # of a sweep's run that died before it had one
     return record
 
 

@@ -49,7 +49,8 @@ def evaluate(
         Path | None,
         typer.Option(
             rich_help_panel="Without a model",
-            help="JSON lines with index or task_id, and completion: score these. Several of an example give pass@k.",
+            help="JSON lines with index or task_id, and completion: score these on a task. Several of an example give "
+            "pass@k.",
         ),
     ] = None,
     allow_missing: Annotated[
@@ -108,7 +109,11 @@ def evaluate(
         raise HotLoraError("--allow-missing is of completions made elsewhere: give --generations, too.")
     sampling = Sampling(samples, temperature, top_p, seed)
     answering = set(given) - {"limit"} or rouge or engine != "transformers" or sampling != Sampling()
-    if (model is None) == (generations is None) or (generations is not None and answering):
+    if generations is not None and answering:
+        raise HotLoraError(
+            "--generations holds the answers: leave out what says how a model answers, and how rows are read."
+        )
+    if (model is None) == (generations is None):
         raise HotLoraError("Give --model (and an adapter), which answers, or --generations, which holds the answers.")
     if model is None:
         assert generations is not None

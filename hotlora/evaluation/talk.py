@@ -30,7 +30,8 @@ def prompt_ids(
         return encode_prompt(Example(prompt, ""), tokenizer)
     if tokenizer.chat_template is None:
         raise DataError(
-            "This model's tokenizer has no chat template: prompt it with plain text (hotlora generate --raw)."
+            "This model's tokenizer has no chat template: prompt it with plain text (hotlora generate --raw), as "
+            "'User: …', a blank line and 'Assistant:' where it was trained on conversations without one."
         )
     try:
         text = tokenizer.apply_chat_template(

@@ -33,7 +33,7 @@ from .options import DataOptions, EvalOptions, RunOptions
 from .profiling import Watching
 from .sweep_runs import SAMPLING, keep_failure, make_profile, score_adapter, score_base, train_run
 from .sweep_table import progress_table, state, title
-from .worker_pool import Job, default_processes, run_jobs
+from .worker_pool import Job, check_is_no_worker, default_processes, run_jobs
 
 PROFILES = "profiles"
 
@@ -158,9 +158,12 @@ def run_sweep(
 
     Runs with the same model, data and profile settings share one profile, in OUTPUT/profiles.
 
+    A script calls it under `if __name__ == "__main__":`, since each process imports the script again.
+
     processes: runs at a time, each in a process of its own; None: one for each GPU, on the CPU one.
     console: shows a live table; where it is no terminal, a line for each run that ends.
     """
+    check_is_no_worker()
     if processes is not None and processes < 1:
         raise HotLoraError(f"processes is {processes}: it must be 1 or more.")
     jobs = sweep_jobs(sweep, output)

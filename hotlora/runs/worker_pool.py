@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from ..base.errors import Stopped
+from ..base.errors import HotLoraError, Stopped
 from ..base.files import append_to
 from ..base.heap import free
 from ..base.signals import on_stop, say, stop, without_ctrl_c
 
 LOG = "log.txt"
+_NAME = "hotlora worker"
 START = "spawn"  # a fork would inherit locks and threads of torch
 PATIENCE = 30  # seconds, for a worker that was asked to end: it may be saving a checkpoint
 
@@ -44,6 +45,15 @@ class Job:
     """waiting, running, done or failed"""
     result: Any = None
     error: str | None = None
+
+
+def check_is_no_worker() -> None:
+    """HotLoraError: this is a worker, which a script without a guard makes begin its own sweep anew."""
+    if multiprocessing.current_process().name == _NAME:
+        raise HotLoraError(
+            "each run's process imports the script that began the sweep, and this one begins it again: put the call of "
+            'run_sweep under `if __name__ == "__main__":`.'
+        )
 
 
 def default_processes() -> int:
@@ -112,7 +122,7 @@ class _Worker:
         self.job: Job | None = None
         context: Any = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,))
+        self.process = context.Process(target=_work, args=(theirs,), name=_NAME)
         with _environment(worker_environment(number, processes, torch.cuda.device_count())), without_ctrl_c():
             self.process.start()
         theirs.close()
@@ -134,7 +144,8 @@ class _Worker:
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode
-            is_done, answer = False, f"its process ended with exit code {code}: killed, or out of memory?"
+            is_done = False
+            answer = f"its process ended with exit code {code}: killed, out of memory, or what it printed"
         job.status = "done" if is_done else "failed"
         job.result, job.error = (answer, None) if is_done else (None, answer)
         return job

@@ -41,7 +41,7 @@ def load_examples(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     now: datetime | None = None,
     train_on: str = "assistant",
-    columns: str | None = None,
+    columns: str | Mapping[str, str] | None = None,
     apply_chat_template: bool | None = None,
     tell: bool = True,
     tell_unread: bool = True,
@@ -260,6 +260,12 @@ class _Reader:
         """What a conversation loses as plain text."""
         if self.tokenizer is None:
             note = "no tokenizer is given, so conversations are written as plain text, by no chat template"
+            self.notes.setdefault(note, talk.place)
+        else:
+            note = (
+                "the tokenizer has no chat template, so conversations are written as 'User: …', a blank line, "
+                "'Assistant: …': ask the model so, too (hotlora generate --raw); hotlora chat needs a template"
+            )
             self.notes.setdefault(note, talk.place)
         known = {"role", "content", "tool_calls", *LOSS_MARKS}
         left = {f"messages' {name!r}" for message in talk.messages for name in message.keys() - known if message[name]}

@@ -91,8 +91,11 @@ def renamed_columns(row: Row, columns: Mapping[str, str]) -> Row:
     return Row(row.place, kept | {name: row.values[column] for name, column in columns.items()})
 
 
-def read_columns(text: str) -> dict[str, str]:
-    """`prompt=question,completion=answer` as {format's name: column}. DataError: it is not of that form."""
+def read_columns(text: str | Mapping[str, str]) -> dict[str, str]:
+    """`prompt=question,completion=answer` as {format's name: column}, which is taken, too. DataError: it is not of that
+    form."""
+    if isinstance(text, Mapping):
+        text = ",".join(f"{name}={column}" for name, column in text.items())
     found: dict[str, str] = {}
     for pair in text.split(","):
         name, sign, column = (part.strip() for part in pair.partition("="))

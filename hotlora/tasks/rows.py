@@ -92,7 +92,7 @@ def folder_rows(folder: Path, split: str) -> Generator[Row]:
     after splits (train.jsonl, data/test-00000.parquet), `split`'s.
 
     Raises:
-        DataError: no such files; a data set of `save_to_disk`.
+        DataError: no such files; a data set of `save_to_disk` that is broken.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         yield from _saved_rows(folder, split)
