@@ -219,7 +219,7 @@ def test_sequences_are_not_spread_over_processes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
-    with pytest.raises(HotLoraError, match=r"a parallelism_config \(cp_size 2\).*leave it out"):
+    with pytest.raises(HotLoraError, match=r"a parallelism_config \(cp_size 2\).*leave these out"):
         check_run(RunOptions(model="nano", data="nano-math"))
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "1")
     check_run(RunOptions(model="nano", data="nano-math"))

@@ -36,6 +36,7 @@ from hotlora.cli.names import with_dashes
         (["train", "--use_dora"], "Did you mean --dora?"),
         (["train", "--task", "nano-math"], "Did you mean --data?"),
         (["chat", "--adapter", "runs/a"], "It stands without an option: hotlora chat RUN."),
+        (["plan", "p", "--model", "nano"], "No such option: --model (Possible options"),
         (["params", "--model", "nano"], "It stands without an option: hotlora params CONFIG."),
         (["generate", "runs/a", "hello"], "Each is named here: --adapter, --model."),
         (["evaluate", "runs/a"], "Each is named here: --data, --model, --adapter."),

@@ -410,6 +410,7 @@ def test_choices_that_make_no_sense(tmp_path):
     model = adapted()
     for options, message in [
         ({"format": "onnx"}, "'onnx' does not exist: choose one of vllm"),
+        ({"format": None}, "None does not exist: choose one of vllm"),
         ({"format": "vllm", "merge_router": True, "drop_router": True}, "exclude each other"),
         ({"format": "peft", "merge_router": True}, "holds the router"),
         ({"format": "merged", "drop_router": True}, "holds the router"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -130,6 +131,13 @@ def test_the_rows_that_a_training_held_out_are_scored(tmp_path: Path, caplog: py
         assert "my rows.jsonl: --test-split 0.4 scores those that it held out" in told
     with pytest.raises(DataError, match="nano-math holds out rows of its own: leave test_split out"):
         run_evaluation("nano", "nano-math", test_split=0.4)
+    shutil.copy(rows, moved := tmp_path / "moved.jsonl")
+    caplog.clear()
+    run_evaluation("nano", str(moved), adapter=tmp_path / "run" / "adapter", limit=2)
+    assert "was trained on rows of" in caplog.text, "by what they are, not by their name"
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "foreign" / "adapter")
+    (tmp_path / "foreign" / "run.json").write_text("{}")
+    run_evaluation("nano", rows, adapter=tmp_path / "foreign" / "adapter", limit=2)
 
 
 def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run: Path, tmp_path: Path):

@@ -127,6 +127,7 @@ def test_plan_remembers_where_it_came_from():
         ({"experts_per_layer": 2.5}, r"experts_per_layer is 2\.5"),
         ({"experts_per_layer": 2, "fraction": 0.5}, "give exactly one"),
         ({"rule": "warm"}, "'warm' does not exist: choose one of hot, all, random, cold"),
+        ({"rule": None}, "rule None does not exist: choose one of hot"),
         ({"signal": "norm"}, "'norm' does not exist: choose one of count, mass"),
     ],
 )

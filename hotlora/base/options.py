@@ -162,9 +162,9 @@ def hint(name: str, known: Collection[str]) -> str | None:
     return needless(name)
 
 
-def did_you_mean(value: str, known: Iterable[str]) -> str:
+def did_you_mean(value: object, known: Iterable[str]) -> str:
     """For an error about a value that does not exist: " (did you mean …?)", or nothing where none is near."""
-    near = difflib.get_close_matches(value, list(known), 1)
+    near = difflib.get_close_matches(str(value), list(known), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 

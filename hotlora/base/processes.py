@@ -186,14 +186,14 @@ def check_parallelism() -> None:
         return
     sizes = {
         name: size
-        for name in ("cp_size", "sp_size", "tp_size", "dp_replicate_size", "dp_shard_size")
-        if (size := os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) not in ("1", "-1")
+        for name in ("cp_size", "sp_size", "tp_size")
+        if (size := os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1")) != "1"
     }
     if sizes:
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise HotLoraError(
             f"the launcher's configuration has a parallelism_config ({told}), and a training spreads no sequence and "
-            "no matrix over processes: leave it out; FSDP2 shards weights (configs/fsdp2.yaml), --expert-parallel "
+            "no matrix over processes: leave these out; FSDP2 shards weights (configs/fsdp2.yaml), --expert-parallel "
             "spreads experts, and --gradient-checkpointing makes room for long sequences."
         )
 

@@ -1,6 +1,7 @@
 """Names of options as people may write them: with underscores, or as other libraries call them."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from typer.core import TyperGroup
@@ -8,8 +9,9 @@ from typer.core import TyperGroup
 from ..base.errors import HotLoraError
 from ..base.options import meant, needless
 
-_WITHOUT = ("data", "adapter", "model", "profile", "run", "runs")
-"""What some commands take as their first word, and others by an option."""
+_RUN = ("run", "runs", "adapter", "adapters")
+_FIRST = {"data": ("source", "data"), "model": ("model",), "profile": ("profile",), **dict.fromkeys(_RUN, _RUN)}
+"""What some commands take as their first word, by its names in these, and others by an option."""
 _OPTION = re.compile(r"\A--[A-Za-z][\w-]*(?==|\Z)")
 
 
@@ -62,13 +64,14 @@ def _flags(error: Any) -> dict[str, str]:
 
 
 def _of_words(error: Any) -> str | None:
-    flags = [flag for name, flag in _flags(error).items() if name in _WITHOUT]
-    return f"Each is named here: {', '.join(flags)}." if "extra argument" in str(error.message) and flags else None
+    flags = [flag for name, flag in _flags(error).items() if name in ("data", "model", "adapter")]
+    is_one = "extra argument" in str(error.message) and "--adapter" in flags
+    return f"Each is named here: {', '.join(flags)}." if is_one else None
 
 
 def _of_option(error: Any) -> str | None:
     flags = _flags(error)
-    if error.option_name.strip("-") in _WITHOUT and (first := _first(error)):
+    if first := _first(error, _FIRST.get(error.option_name.strip("-"), ())):
         return f"It stands without an option: {error.ctx.command_path} {first}."
     if near := meant(error.option_name, flags):
         name, *value = near.split()
@@ -77,7 +80,8 @@ def _of_option(error: Any) -> str | None:
     return f"{why[0].upper()}{why[1:]}." if why else None
 
 
-def _first(error: Any) -> str | None:
-    """What the command takes without an option: the word in its usage."""
-    words = [o for o in (error.ctx.command.params if error.ctx else ()) if o.param_type_name == "argument"]
+def _first(error: Any, names: Collection[str]) -> str | None:
+    """What the command takes without an option, as its usage has it, if it is one of these."""
+    options = error.ctx.command.params if error.ctx else ()
+    words = [o for o in options if o.param_type_name == "argument" and o.name in names]
     return (words[0].metavar or words[0].name).upper() if words else None

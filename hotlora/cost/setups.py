@@ -78,6 +78,10 @@ class Setups:
     """Whether the checkpoint is, by whomever: it cannot be quantized as it is loaded."""
 
     @cached_property
+    def _steps(self) -> dict[tuple[Any, ...], Step]:
+        return {}
+
+    @cached_property
     def _warm_ups(self) -> dict[tuple[Any, ...], Step]:
         return {}
 
@@ -129,7 +133,10 @@ class Setups:
 
     def _step(self, changes: Mapping[str, Any]) -> Step:
         shape = self._shape(changes)
-        return self._of_batch(self.step_of(shape) if shape else self._own_step, changes)
+        key = tuple(sorted(shape.items()))
+        if key not in self._steps:
+            self._steps[key] = self.step_of(shape) if shape else self._own_step
+        return self._of_batch(self._steps[key], changes)
 
     def _shape(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What makes another step. Of another batch it is arithmetic, but where all examples are one row."""

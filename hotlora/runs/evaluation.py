@@ -1,10 +1,10 @@
 """Runs that score: a model with or without an adapter, lm-eval's harness, answers made elsewhere."""
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ from ..adapter.formats.export import not_applied
 from ..adapter.load import CONFIG_FILE, WEIGHTS_FILE, base_quantization, load_adapter, planned_experts, saved_config
 from ..adapter.quantize import ExpertsQuantization, experts_in
 from ..adapter.stored import quantized_parameters
-from ..base.errors import DataError, HotLoraError
+from ..base.errors import DataError, FileError, HotLoraError
 from ..base.files import sha256_file, write_json
 from ..base.quiet import quiet
 from ..base.records import Record, new_record, read_record
@@ -100,15 +100,16 @@ def run_evaluation(
     scored = _Scored(options, engine, task)
     tokenizer = load_tokenizer(options.model)
     reading: dict[str, Any] = {"tokenizer": tokenizer, "tell_unread": False, **options.reading()}
-    if options.test_split is None:
-        test = load_examples(data, "test", limit=options.limit, **reading)
-    elif task is not None:
-        raise DataError(f"{task.name} holds out rows of its own: leave test_split out.")
-    else:
-        test = drawn(held_out(load_examples(data, "train", **reading), options.test_split)[1], options.limit)
     is_own = task is None
-    if is_own and options.adapter is not None:
-        _tell_trained(options.adapter, data, options.test_split)
+    if task is not None:
+        if options.test_split is not None:
+            raise DataError(f"{task.name} holds out rows of its own: leave test_split out.")
+        test = load_examples(data, "test", limit=options.limit, **reading)
+    else:
+        test = load_examples(data, "test" if options.test_split is None else "train", **reading)
+        _tell_trained(options, data, test)
+        test = test if options.test_split is None else held_out(test, options.test_split)[1]
+        test = drawn(test, options.limit)
     task = own_task(data, test, tokenizer) if task is None else task
     if options.max_new_tokens is not None:
         check_sizes(max_new_tokens=options.max_new_tokens)
@@ -187,16 +188,18 @@ def _as_noted(identity: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != "chat_template" or name in old}
 
 
-def _tell_trained(adapter: str | Path, data: str, split: float | None) -> None:
-    """Warns where the adapter's run was trained on rows that are scored here."""
-    if not (run := Path(adapter).parent / "run.json").is_file():
+def _tell_trained(options: EvalOptions, data: str, rows: Sequence[Example]) -> None:
+    """Warns where the run that made the adapter, or the model, was trained on rows that are scored here."""
+    made = Path(options.adapter or options.model)
+    if made.name not in ("adapter", "model") or not (made.parent / "run.json").is_file():
         return
-    config = read_record(run.parent)["config"]
-    trained, then = str(config.get("data")), config.get("test_split") or 0
-    has_split = config.get("test_data") is not None and not Path(data).is_file()  # of a folder, or on the Hub
-    if os.path.abspath(trained) == os.path.abspath(data) and (split or 1) > then and not has_split:
-        held = f": --test-split {then:g} scores those that it held out" if then else ""
-        _log.warning("the adapter was trained on rows of %s%s", data, held)
+    with suppress(FileError, DataError):  # another program's file; rows of which nothing would be held out
+        config = read_record(made.parent)["config"]
+        then = config.get("test_split")
+        if then is None or (options.test_split or 1) > then:
+            if data_hash(rows if then is None else held_out(rows, then)[0]) == config.get("data_hash"):
+                held = f": --test-split {then:g} scores those that it held out" if then is not None else ""
+                _log.warning("%s was trained on rows of %s%s", made.parent, data, held)
 
 
 def _in_own_dtype(options: EvalOptions, output: str | Path | None) -> EvalOptions:

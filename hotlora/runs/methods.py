@@ -147,6 +147,6 @@ def counted_options(method: str | None, placement: str | None) -> dict[str, Any]
 
 def _named(kind: str, known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if not isinstance(name, str) or name not in known:
-        near = did_you_mean(str(name), known)
+        near = did_you_mean(name, known)
         raise HotLoraError(f"{kind} {name!r} does not exist{near}: choose one of {', '.join(known)}.")
     return dict(known[name])

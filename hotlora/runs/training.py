@@ -165,8 +165,8 @@ class _Run:
         self.identity |= {"scorer_hash": judged} if (judged := scorer_hash(self.task, self.test)) else {}
         files = file_hashes(options.model)
         # Not the Hub's commit: a change of a README there would end a training for which there is no way back.
-        if files and (found := folder_hash(options.model)):
-            self.identity["model_hash"] = self._hash_of_then(files) or found
+        if files and (found := self._hash_of_then(files) or folder_hash(options.model)):
+            self.identity["model_hash"] = found
         check_alike({name: value for name, value in self.identity.items() if name not in _NAMES})
         self.condition = options.condition or options.condition_by(self.plan.rule if self.plan else options.rule)
         self.record = new_record(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import FileError, HotLoraError
-from ..base.files import JSON_ERRORS, atomic_path, flush, full_disk, is_full, read_json, sha256_file, write_json
+from ..base.files import JSON_ERRORS, atomic_path, finite, flush, full_disk, is_full, read_json, sha256_file, write_json
 
 _MARK = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -155,4 +155,4 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     """Replaces the file by `rows`."""
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(finite(row)) + "\n" for row in rows), encoding="utf-8")
