@@ -178,5 +178,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "1 of 2 examples have no completion (index 1)" in call("--task", task, "--generations", file)
     printed = json.loads(call("--task", task, "--generations", file, "--allow-missing", "--json"))
     assert (printed["gsm8k"]["accuracy"], printed["gsm8k"]["n"]) == (0.5, 2)
-    for words in ((), ("--generations", file, "--model", "nano"), ("--generations", file, "--adapter", tmp_path)):
+    for words in ((), ("--generations", file, "--model", "nano")):
         assert "Give --model" in call("--task", task, *words)
+    assert "--generations holds the answers" in call("--task", task, "--generations", file, "--adapter", tmp_path)

@@ -135,9 +135,9 @@ def test_the_rows_that_a_training_held_out_are_scored(tmp_path: Path, caplog: py
     caplog.clear()
     run_evaluation("nano", str(moved), adapter=tmp_path / "run" / "adapter", limit=2)
     assert "was trained on rows of" in caplog.text, "by what they are, not by their name"
-    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "foreign" / "adapter")
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "foreign" / "final")
     (tmp_path / "foreign" / "run.json").write_text("{}")
-    run_evaluation("nano", rows, adapter=tmp_path / "foreign" / "adapter", limit=2)
+    run_evaluation("nano", rows, adapter=tmp_path / "foreign" / "final", limit=2)
 
 
 def test_the_command_finds_the_base_and_compare_takes_the_results(rows: str, run: Path, tmp_path: Path):

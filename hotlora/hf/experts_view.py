@@ -241,6 +241,11 @@ class ExpertsView:
         return self.experts.has_gate and type(self.experts)._apply_gate.__module__ != _DEFAULT_GATE
 
     @property
+    def has_bias(self) -> bool:
+        """Of both projections."""
+        return self.experts.has_bias
+
+    @property
     def names_of_layout(self) -> list[str]:
         """Where the family departs from most, in docs/models.md's words."""
         flags = {
