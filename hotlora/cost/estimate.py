@@ -203,7 +203,7 @@ def step_of(
         top_k=num_experts_per_tok(meta), packed=packed_bytes(cut), width=text.hidden_size, vocabulary=text.vocab_size,
         whole_logits=any(getattr(text, name, None) not in (None, 1) for name in _AFTER_THE_HEAD),
         expert_widths=(*view.widths, view.num_parts), activation=activation_arrays(view, compute),
-        has_bias=view.has_bias, trained=rest.trained, frozen=rest.frozen,
+        has_biases=view.has_biases, trained=rest.trained, frozen=rest.frozen,
         expert_row=row, rest=rest.kept, rest_again=rest.again,
         rest_backward=rest.backward, rest_padding=rest.padding if padded else 0, layers=of_layers, masks=rest.masks,
         length=length, flattened=flattened,

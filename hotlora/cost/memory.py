@@ -62,7 +62,7 @@ class Step:
     """D, F and P of the routed experts."""
     activation: tuple[float, float, float]
     """As `activations.activation_arrays` has it."""
-    has_bias: bool
+    has_biases: bool
     """Whether experts have biases."""
     vocabulary: int
     whole_logits: bool
@@ -347,7 +347,7 @@ def _rows(step: Step, storage: Storage) -> float:
     forward = max(made_forward * f, d + min(d * wide, _AT_ONCE))
     # Their gradient, those of the activation, the activation and what it keeps, and a product for the routing weights'.
     of_down = d + (1 + kept + wide) * f
-    if step.has_bias:  # of the rows' experts, in blocks
+    if step.has_biases:  # of the rows' experts, in blocks
         forward = max(forward, f + d + min(d, _AT_ONCE))
         of_down = max(of_down, d + (1 + kept) * f + 2 * min(d, _AT_ONCE))
     of_activation = (1 + made_backward) * f  # and its gradient

@@ -241,7 +241,7 @@ class ExpertsView:
         return self.experts.has_gate and type(self.experts)._apply_gate.__module__ != _DEFAULT_GATE
 
     @property
-    def has_bias(self) -> bool:
+    def has_biases(self) -> bool:
         """Of both projections."""
         return self.experts.has_bias
 
