@@ -276,8 +276,7 @@ def test_what_saves_memory_is_within_10_percent(shape, options, write):
 )
 def test_rows_of_experts_on_a_gpu(family, width, expert_width, dtype, of_router, write, monkeypatch):
     """What a layer makes in forward or backward beyond what it keeps, with a GPU's products."""
-    for module, name in ((gpu, "BLOCK_BYTES"), (memory, "_AT_ONCE")):
-        monkeypatch.setattr(module, name, 2**20)
+    monkeypatch.setattr(gpu, "BLOCK_BYTES", 2**20)
     config = tiny_config(family) if family == "olmoe" else copy.deepcopy(zoo_model(family).config)
     if family == "gpt_oss":
         config.update({"layer_types": config.layer_types[:1]})

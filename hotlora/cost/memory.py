@@ -11,13 +11,13 @@ from ..adapter.linears import LINEAR_SCALE_BYTES
 from ..adapter.quantized import BLOCK, SCALE_BYTES
 from ..base.errors import HotLoraError
 from ..hf.forward import LOGITS
+from ..layer import gpu
 from ..training.activation_offloading import check_activation_offloading
 
 LOSS_TILE = (4096, 32768)  # tokens, vocabulary: TRL makes logits in tiles no larger than this, and never keeps one
 _LOSS_COPIES = 3  # float32 copies of the logits that are there at a time, on a CPU
 _SCALES, _LINEAR_SCALES = SCALE_BYTES / BLOCK, LINEAR_SCALE_BYTES / BLOCK  # bytes a weight
 _ON_THEIR_WAY = 5  # activations that TRL keeps on the card while copies of them are made
-_AT_ONCE = 2**28  # bytes that `layer.gpu` makes dense of stored experts at a time, one at least, and of weighted rows
 
 OFFLOADS = ("none", "cold", "all")
 _FLOAT32_STATE = {
@@ -344,12 +344,12 @@ def _rows(step: Step, storage: Storage) -> float:
     d, f, wide = rows * width * size, rows * expert_width * size, max(4 / size, 1)
     made_forward, kept, made_backward = step.activation
     # The experts' outputs where they come by token, and their products with float32 routing weights.
-    forward = max(made_forward * f, d + min(d * wide, _AT_ONCE))
+    forward = max(made_forward * f, d + min(d * wide, gpu.BLOCK_BYTES))
     # Their gradient, those of the activation, the activation and what it keeps, and a product for the routing weights'.
     of_down = d + (1 + kept + wide) * f
     if step.has_biases:  # of the rows' experts, in blocks
-        forward = max(forward, f + d + min(d, _AT_ONCE))
-        of_down = max(of_down, d + (1 + kept) * f + 2 * min(d, _AT_ONCE))
+        forward = max(forward, f + d + min(d, gpu.BLOCK_BYTES))
+        of_down = max(of_down, d + (1 + kept) * f + 2 * min(d, gpu.BLOCK_BYTES))
     of_activation = (1 + made_backward) * f  # and its gradient
     of_up = 2 * d + parts * f  # the experts' inputs and their gradient, and that of gate and up
     made = [_made_dense(step, storage, layer, n) for layer in step.experts for n in (layer.up, layer.down)]
@@ -368,7 +368,7 @@ def _made_dense(step: Step, storage: Storage, layer: ExpertLayer, weights: int) 
     made = 0.0
     if stored:  # in parts, which are then put together
         expert = weights / layer.num_experts * step.itemsize
-        made = 2 * min(weights * step.itemsize, max(expert, _AT_ONCE))
+        made = 2 * min(weights * step.itemsize, max(expert, gpu.BLOCK_BYTES))
     if storage.offload == "cold" and not keeps and 0 < share < 1:  # those that came, and those that were there
         made += weights * (stored or step.itemsize)
     return made

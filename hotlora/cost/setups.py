@@ -78,11 +78,7 @@ class Setups:
     """Whether the checkpoint is, by whomever: it cannot be quantized as it is loaded."""
 
     @cached_property
-    def _steps(self) -> dict[tuple[Any, ...], Step]:
-        return {}
-
-    @cached_property
-    def _warm_ups(self) -> dict[tuple[Any, ...], Step]:
+    def _made(self) -> dict[tuple[Any, ...], Step]:
         return {}
 
     @cached_property
@@ -92,7 +88,7 @@ class Setups:
 
     @cached_property
     def _own_step(self) -> Step:
-        return self.step_of({})
+        return self._step_by(self.step_of, {})
 
     @cached_property
     def chosen_from(self) -> list[Setup]:
@@ -132,11 +128,14 @@ class Setups:
             yield self._setup(both, self._step(both))
 
     def _step(self, changes: Mapping[str, Any]) -> Step:
-        shape = self._shape(changes)
-        key = tuple(sorted(shape.items()))
-        if key not in self._steps:
-            self._steps[key] = self.step_of(shape) if shape else self._own_step
-        return self._of_batch(self._steps[key], changes)
+        return self._of_batch(self._step_by(self.step_of, self._shape(changes)), changes)
+
+    def _step_by(self, step_of: Callable[[Mapping[str, Any]], Step], shape: dict[str, Any]) -> Step:
+        """Made once for each shape."""
+        key = (step_of, *sorted(shape.items()))
+        if key not in self._made:
+            self._made[key] = step_of(shape)
+        return self._made[key]
 
     def _shape(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What makes another step. Of another batch it is arithmetic, but where all examples are one row."""
@@ -206,13 +205,10 @@ class Setups:
         return memory(work_of(step, storage), self.processes, self.layout)
 
     def _warm_up(self, shape: dict[str, Any]) -> Step:
-        """Made once for each shape. It has all experts, whatever the run has."""
+        """It has all experts, whatever the run has."""
         assert self.warm_up_of is not None
         asked = {name: value for name, value in shape.items() if name not in ("rule", "fraction")}
-        key = tuple(sorted(asked.items()))
-        if key not in self._warm_ups:
-            self._warm_ups[key] = self.warm_up_of(asked)
-        return self._warm_ups[key]
+        return self._step_by(self.warm_up_of, asked)
 
 
 def first_of_each_kind(setups: Iterator[Setup], fits: Callable[[Setup], bool], most: int) -> list[Setup]:

@@ -42,7 +42,7 @@ def folder_hash(name_or_path: str | Path) -> str | None:
     folder = Path(model_source(name_or_path))
     if not folder.is_dir():
         return None
-    return _hash(_told(_found(folder, _FILES)))
+    return _hashes(_told(_found(folder, _FILES)))[0]
 
 
 def file_hashes(name_or_path: str | Path) -> dict[str, str]:
@@ -56,7 +56,9 @@ def file_hashes(name_or_path: str | Path) -> dict[str, str]:
     if first is not None and first.suffix == ".json":
         with suppress(FileError, KeyError, AttributeError, TypeError):  # broken: loading tells it
             files += [folder / name for name in sorted(set(read_json(first)["weight_map"].values()))]
-    return {file.name: _hash(_told([file])) for file in files if file.is_file()}
+    files = [file for file in files if file.is_file()]
+    _, each = _hashes(_told(_found(folder, _FILES)))  # read once for both
+    return {file.name: each.get(file) or _hashes(_told([file]))[0] for file in files}
 
 
 def _found(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -68,27 +70,31 @@ def _told(files: Sequence[Path]) -> tuple[tuple[Path, int, int], ...]:
     return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True))
 
 
-@functools.lru_cache(maxsize=1024)
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of files by their sizes and times: a sweep scores one model many times."""
-    digest = hashlib.sha256()
+@functools.lru_cache(maxsize=64)
+def _hashes(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, dict[Path, str]]:
+    """Of all files together, and of each. By their sizes and times: a sweep scores one model many times."""
+    whole, each = hashlib.sha256(), {}
     for file, size, _ in files:
-        digest.update(f"{file.name} {size}\n".encode())
-        if size <= _SMALL_FILE:
-            digest.update(sha256_file(file).encode())
-        else:
-            _add_parts(digest, file, size)
-    return digest.hexdigest()
+        own = hashlib.sha256()
+        for part in _sample(file, size):
+            whole.update(part)
+            own.update(part)
+        each[file] = own.hexdigest()
+    return whole.hexdigest(), each
 
 
-def _add_parts(digest: "hashlib._Hash", file: Path, size: int) -> None:
+def _sample(file: Path, size: int) -> Iterator[bytes]:
+    yield f"{file.name} {size}\n".encode()
+    if size <= _SMALL_FILE:
+        yield sha256_file(file).encode()
+        return
     try:
         with open(file, "rb") as stream:
             for start, end, step in _parts(stream, file, size):
                 is_whole = end - start <= _SMALL_TENSOR
                 for place in (start,) if is_whole else range(start, end, step):
                     stream.seek(place)
-                    digest.update(stream.read(end - start if is_whole else min(_BLOCK, end - place)))
+                    yield stream.read(end - start if is_whole else min(_BLOCK, end - place))
     except OSError as error:
         raise FileError(f"{file} cannot be read ({error.strerror}): check the path") from error
 

@@ -28,7 +28,7 @@ from ..base.errors import HotLoraError
 from ..hf.experts_view import ExpertsView
 from ..hf.internals import internal
 from . import cpu, gpu
-from .updates import Update, compute_dtype, dots
+from .updates import Update, compute_dtype, dots, rows_at_once
 
 
 def routed_experts(
@@ -355,8 +355,7 @@ def _weighted_sums(y_SD: Any, weights_TK: Tensor, block_bytes: int) -> Tensor:
     """
     y_TKD = y_SD.view(*weights_TK.shape, y_SD.shape[1])
     bytes_of_token = y_TKD[:1].numel() * torch.promote_types(y_SD.dtype, weights_TK.dtype).itemsize
-    # A compiled graph makes one operation of both, and its T may change.
-    step = len(y_TKD) if torch.compiler.is_compiling() else max(1, block_bytes // max(1, bytes_of_token))
+    step = rows_at_once(len(y_TKD), bytes_of_token, block_bytes)
     blocks = zip(y_TKD.split(step), weights_TK.unsqueeze(2).split(step), strict=True)
     sums = [(y_tKD * weight_tK1).sum(dim=1) for y_tKD, weight_tK1 in blocks]
     return sums[0] if len(sums) == 1 else torch.cat(sums)

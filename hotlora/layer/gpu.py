@@ -28,6 +28,7 @@ from torch import Tensor
 from ..base.errors import HotLoraError
 from ..base.precision import say_once
 from ..hf.experts_view import FrozenWeight
+from .updates import rows_at_once
 
 # The major compute capabilities on which torch's grouped_mm is one kernel, for bfloat16; elsewhere it is a loop of
 # products that asks the device (pytorch#161407, pytorch#194227). On a Hopper it was 1.45 times as fast as ours for the
@@ -36,7 +37,8 @@ _TORCH_HAS_A_KERNEL = (9, 10)
 
 
 BLOCK_BYTES = 2**28
-"""Of weights that are quantized or packed: at most so much is dense at once, or one expert."""
+"""Of weights that are quantized or packed at most so much is dense at once, or one expert; and of what is made of all
+rows beside them."""
 
 OnHost = Callable[[Tensor], list[int]]
 """What reads a device's numbers, for which the host waits until the device has done all that it was told."""
@@ -119,8 +121,7 @@ class Rows:
     def _with_values(self, y_SO: Tensor, values_EO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of rows, and of each row its expert's values: `BLOCK_BYTES` of them at a time, which are as large as
         the rows. A compiled graph makes none of them."""
-        step = max(1, BLOCK_BYTES // max(1, values_EO[:1].numel() * values_EO.element_size()))
-        step = len(y_SO) if torch.compiler.is_compiling() else step
+        step = rows_at_once(len(y_SO), values_EO[:1].numel() * values_EO.element_size(), BLOCK_BYTES)
         elsewhere: Any = repeat(None) if self.elsewhere_S1 is None else self.elsewhere_S1.split(step)
         for y_sO, expert_s, elsewhere_s1 in zip(y_SO.split(step), self.expert_S.split(step), elsewhere, strict=False):
             values_sO = values_EO.index_select(0, expert_s)

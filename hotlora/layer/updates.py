@@ -104,6 +104,11 @@ def compute_dtype(update: Update) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else own
 
 
+def rows_at_once(rows: int, row_bytes: int, most: int) -> int:
+    """Of blocks of `most` bytes, one row at least. A compiled graph has one block, as the number of rows may change."""
+    return rows if torch.compiler.is_compiling() else max(1, most // max(1, row_bytes))
+
+
 def dots(x_SI: Tensor, y_SI: Tensor) -> Tensor:
     """`[S]`: of each row the product of x and y, in float32 at least."""
     wide = torch.promote_types(torch.promote_types(x_SI.dtype, y_SI.dtype), torch.float32)
